@@ -1,0 +1,18 @@
+"""JAX made strict before anything uses it: 8 host devices, rank promotion raises, legacy keys are errors."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))  # oracles, golden_support and families are imported by name
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")
+jax.config.update("jax_default_matmul_precision", "highest")
+_cache = os.environ.get("OGDM_TEST_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", _cache)  # a second run of the suite compiles little
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
