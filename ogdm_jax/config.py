@@ -1,0 +1,200 @@
+"""Configurations: loaded from a Python file, overridden on the command line, checked before anything is compiled."""
+
+import ast
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
+
+# What may differ between a workdir's saved configuration and the one that resumes it: length, bookkeeping, hardware.
+RESUMABLE = ("train.", "log.", "sample.", "evaluate.", "parallel.", "data.data_dir", "data.memory_limit")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or out of range; the message is one sentence that names it."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads get_config() of a Python file and applies overrides of the form "key.sub=value".
+
+    Args:
+      path: a file that defines get_config() -> ConfigDict.
+      overrides: texts such as "train.duration=10 kimg", "network.channel_mult=(1,2)", "methods=ogdm,stf".
+
+    Returns:
+      The locked configuration.
+
+    Raises:
+      ConfigError: the file is missing or defines no get_config, a key is unknown, a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config: {str(path)!r} is no file; expected a configuration such as configs/digits.py")
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)  # overlays import configs.base, wherever the command was started
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    if not hasattr(loaded, "get_config"):
+        raise ConfigError(f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> ConfigDict")
+    config = loaded.get_config().lock()
+    for text in overrides:
+        override(config, text)
+    return config
+
+
+def override(config: ConfigDict, text: str) -> None:
+    """Applies one "key.sub=value" to a configuration in place, keeping the type of the value that is there.
+
+    Raises:
+      ConfigError: no "=", an unknown key, or a value of another type.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--config.{key}: no value given; expected --config.{key}=VALUE")
+    node, *_, leaf = _walk(config, key)
+    old = node[leaf]
+    if isinstance(old, ConfigDict):
+        raise ConfigError(f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of its keys")
+    node[leaf] = _parse(key, value, old)
+
+
+def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    node, parts = config, key.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, ConfigDict) or part not in node:
+            known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no sub-keys"
+            where = ".".join(parts[:i]) or "the configuration"
+            raise ConfigError(f"--config.{key}: unknown key {part!r}; {where} has {known}")
+        if i < len(parts) - 1:
+            node = node[part]
+    return node, parts[-1]
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """Reads text as the type of old: bool, int, float, str or tuple; None-valued settings take any literal."""
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        raise ConfigError(f"--config.{key}: {text!r} is not a truth value; expected true or false")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(old, tuple) else text
+    if isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if old and value and not all(_number(v) == _number(old[0]) for v in value):
+            raise ConfigError(f"--config.{key}: {text!r} has entries of another type; expected something like {old!r}")
+        return value
+    if isinstance(old, float) and _number(value):
+        return float(value)
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if old is not None and type(value) is not type(old):
+        raise ConfigError(f"--config.{key}: {text!r} is of another type; expected {type(old).__name__} such as {old!r}")
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def duration(text: str | int, batch: int, key: str = "duration") -> int:
+    """Optimiser steps of a duration such as "2000 steps", "500 kimg" or "200 Mimg" (images rounded up to whole steps).
+
+    Raises:
+      ConfigError: not a number and a unit, or negative.
+    """
+    number, _, unit = str(text).strip().partition(" ")
+    unit = unit.strip() or "steps"
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if unit not in _UNITS or not math.isfinite(amount) or amount < 0:
+        raise ConfigError(f"{key}: {text!r} is no duration; expected a number and one of {', '.join(_UNITS)}")
+    per_unit = _UNITS[unit]
+    return math.ceil(amount) if per_unit is None else math.ceil(amount * per_unit / batch)
+
+
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raises ConfigError "config.key: value ...; expected ..." unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"config.{key}: {value!r} given; expected {expected}")
+
+
+def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> Any:
+    """The option of that name; raises ConfigError listing the names otherwise."""
+    if value not in options:
+        raise ConfigError(f"config.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+    return options[value] if isinstance(options, Mapping) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as JSON; from_json gives it back (tuples are restored)."""
+    return json.dumps(_plain(config), indent=1, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """A locked configuration from to_json's text."""
+    return ConfigDict(_tuples(json.loads(text))).lock()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (ConfigDict, dict)):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"group.key": value} of every leaf."""
+    out = {}
+    for key, value in config.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, (ConfigDict, dict)) else {prefix + key: value}
+    return out
+
+
+def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
+    """Refuses to resume a workdir with settings that would make it another run.
+
+    Settings of RESUMABLE may differ, and so may those of a method that neither run uses.
+
+    Raises:
+      ConfigError: naming the first settings that differ, with both values.
+    """
+    old, new = (flatten(_tuples(_plain(c))) for c in (saved, config))
+    used = set(config.methods) | set(saved.methods)
+    groups = {k.split(".")[0] for k in (old | new) if "." in k}
+    idle = {g for g in groups if g not in used and g in _method_names()}
+    differ = [
+        f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)"
+        for k in sorted(old | new)
+        if old.get(k) != new.get(k) and not k.startswith(RESUMABLE) and k.split(".")[0] not in idle
+    ]
+    if differ:
+        raise ConfigError(
+            f"--workdir holds a run of another configuration: {'; '.join(differ[:4])}; "
+            "expected the same settings or a new --workdir"
+        )
+
+
+def _method_names() -> list[str]:
+    from ogdm_jax.methods import slots  # methods sit above config: only their names are needed, at call time
+
+    return slots.training_names()
