@@ -170,18 +170,17 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
+def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]) -> None:
     """Refuses to resume a workdir with settings that would make it another run.
 
-    Settings of RESUMABLE may differ, and so may those of a method that neither run uses.
+    Settings of RESUMABLE may differ, and so may those of a method (of all `methods`) that neither run uses.
 
     Raises:
       ConfigError: naming the first settings that differ, with both values.
     """
     old, new = (flatten(_tuples(_plain(c))) for c in (saved, config))
     used = set(config.methods) | set(saved.methods)
-    groups = {k.split(".")[0] for k in (old | new) if "." in k}
-    idle = {g for g in groups if g not in used and g in _method_names()}
+    idle = set(methods) - used
     differ = [
         f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)"
         for k in sorted(old | new)
@@ -193,8 +192,3 @@ def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
             "expected the same settings or a new --workdir"
         )
 
-
-def _method_names() -> list[str]:
-    from ogdm_jax.methods import slots  # methods sit above config: only their names are needed, at call time
-
-    return slots.training_names()

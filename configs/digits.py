@@ -1,0 +1,32 @@
+"""The default: OGDM on scikit-learn's 1,797 real digits, 8x8 grey. Minutes on two CPU cores, nothing to download.
+
+    python train.py
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.methods = ("ogdm",)
+    config.data.source = "digits"
+    config.data.batch = 64
+    config.data.augment = 0.0  # a mirrored or turned digit is another sign
+    config.network.model_channels = 32
+    config.network.channel_mult = (1, 2)
+    config.network.num_blocks = 2
+    config.network.attn_resolutions = (4,)
+    config.network.dropout = 0.0
+    config.noise.clip = True
+    config.precondition.sigma_data = 0.75  # measured: python -m ogdm_jax.data describe digits
+    config.optim.ramp = "6400 images"
+    config.optim.decay = "1500 steps"
+    config.ema.halflife = "5 kimg"
+    config.ogdm.channel_base = 256
+    config.ogdm.channel_max = 32
+    config.train.duration = "1500 steps"
+    config.train.save_every = "500 steps"
+    config.log.every = "100 steps"
+    config.sample.every = "500 steps"
+    config.evaluate.features = "digits"
+    return config

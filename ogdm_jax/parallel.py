@@ -1,0 +1,191 @@
+"""Plans: one pure step over one device, many devices, or many processes.
+
+pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged inside the step.
+mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives.
+sharded  the same with parameters, moving average and optimiser state divided over the devices as well.
+
+All three compute what one device computes on the whole batch, to float tolerance.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ogdm_jax.config import ConfigError, require
+from ogdm_jax.typing import PyTree
+
+AXIS = "data"
+PLANS = ("pmap", "mesh", "sharded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where arrays live and how the step is compiled. Made by make_plan.
+
+    Attributes:
+      kind: one of PLANS.   devices: all devices of the run, over every process.   processes: their number.
+    """
+
+    kind: str
+    devices: tuple[Any, ...]
+    processes: int
+
+    @property
+    def axis(self) -> str | None:
+        """The mapped axis that the step sees; None where arrays are global."""
+        return AXIS if self.kind == "pmap" else None
+
+    @property
+    def ravel(self) -> bool:
+        """Between processes one long vector is averaged many times faster than a tree of leaves."""
+        return self.kind == "pmap" and self.processes > 1
+
+    @property
+    def local_devices(self) -> list[Any]:
+        mine = jax.process_index()
+        return [d for d in self.devices if d.process_index == mine]
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(np.asarray(self.devices), (AXIS,))
+
+    def sharding(self, *spec: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def state_shardings(self, state: PyTree) -> PyTree:
+        """Where each leaf of a state (arrays or shapes) lives between steps and in checkpoints."""
+        if self.kind != "sharded":
+            return jax.tree.map(lambda _: self.sharding(), state)
+        return jax.tree.map(lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state)
+
+    def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
+        """Runs create(key) compiled, each leaf made where it will live."""
+        shardings = self.state_shardings(jax.eval_shape(create, key))
+        return jax.jit(create, out_shardings=shardings)(key)
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Puts a host tree that every process holds in full on all devices (frozen networks, resident data)."""
+        return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), tree)
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts this process's share of a batch on its devices; under pmap with a leading device axis."""
+        if self.kind != "pmap":
+            return {k: jax.make_array_from_process_local_data(self.sharding(AXIS), v) for k, v in batch.items()}
+        local = self.local_devices
+        sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
+        split = {k: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:]) for k, v in batch.items()}
+        return {k: jax.device_put(v, sharding) for k, v in split.items()}
+
+    def compile(self, step: Callable, state: PyTree) -> Callable:
+        """The compiled step(state, frozen, batch, key); the state given to it is donated."""
+        if self.kind == "pmap":
+            return jax.pmap(
+                step,
+                axis_name=AXIS,
+                in_axes=(None, None, 0, None),
+                out_axes=(None, None),
+                donate_argnums=0,
+                devices=self.devices,
+            )
+        shardings = self.state_shardings(state)
+        replicated = self.sharding()
+        return jax.jit(
+            step,
+            in_shardings=(shardings, replicated, self.sharding(AXIS), replicated),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        )
+
+    def globalise(self, state: PyTree) -> PyTree:
+        """A state as global arrays, which checkpoints need: pmap over several processes returns host-local ones."""
+        if not self.ravel:
+            return state
+        return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
+
+    def _global(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def make_plan(kind: str, devices: int = 0) -> Plan:
+    """The plan of a run on this machine or pod.
+
+    Args:
+      kind: one of PLANS.   devices: how many devices to use; 0 = all.
+
+    Raises:
+      ConfigError: unknown kind, or more devices wanted than there are.
+    """
+    require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
+    found = jax.devices()
+    require(0 <= devices <= len(found), "parallel.devices", devices, f"at most the {len(found)} devices found (0 = all)")
+    require(
+        devices in (0, len(found)) or jax.process_count() == 1, "parallel.devices", devices, "0 with several processes"
+    )
+    chosen = found[: devices or len(found)]
+    return Plan(kind=kind, devices=tuple(chosen), processes=jax.process_count())
+
+
+def check_batch(batch: int, accumulate: int, devices: int, multiple: int = 1) -> int:
+    """Images per device and round. Raises ConfigError where they do not come out even.
+
+    Args:
+      multiple: the images of a device and round must be a multiple of this (a companion's batch statistics).
+    """
+    require(batch > 0, "data.batch", batch, "a positive number of images")
+    require(accumulate > 0, "optim.accumulate", accumulate, "a positive number of rounds")
+    require(
+        batch % (devices * accumulate * multiple) == 0,
+        "data.batch",
+        batch,
+        f"a multiple of {devices} devices x {accumulate} accumulation rounds"
+        + (f" x {multiple} images of one statistics group" if multiple > 1 else ""),
+    )
+    return batch // (devices * accumulate)
+
+
+def _divide(shape: tuple[int, ...], parts: int) -> tuple[str | None, ...]:
+    """Cuts the longest axis that the devices divide; small leaves stay whole."""
+    if int(np.prod(shape, dtype=np.int64)) < 1024:
+        return ()
+    axes = [i for i, n in enumerate(shape) if n % parts == 0]
+    if not axes:
+        return ()
+    longest = max(axes, key=lambda i: shape[i])
+    return tuple(AXIS if i == longest else None for i in range(longest + 1))
+
+
+def initialise(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Joins the processes of a pod. Call it before anything else of JAX.
+
+    With no arguments it joins only where JAX detects a cluster (Cloud TPU pod, Slurm, Open MPI, Kubernetes): a single
+    machine is left alone.
+
+    Raises:
+      ConfigError: an incomplete set of arguments.
+    """
+    if coordinator:
+        if processes < 1 or not 0 <= process < processes:
+            raise ConfigError(
+                f"--coordinator {coordinator}: needs --processes N and --process 0..N-1, got {processes} and {process}"
+            )
+        jax.distributed.initialize(coordinator, processes, process)
+    elif _cluster_detected():
+        jax.distributed.initialize()
+
+
+def _cluster_detected() -> bool:
+    """Whether environment variables say that this is one of several processes."""
+    env = os.environ
+    hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+    return (
+        len(hosts) > 1
+        or int(env.get("SLURM_NTASKS", "1")) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "JAX_COORDINATOR_ADDRESS" in env
+    )
+

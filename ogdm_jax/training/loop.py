@@ -1,0 +1,212 @@
+"""The training loop. Order, on purpose: save, THEN take the next batch, step, log.
+
+The checkpoint therefore holds the loader's position before the next batch, and a resumed run sees exactly what an
+uninterrupted one sees. Resume priority: the workdir's own checkpoint, then config.init.workdir, then fresh.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ogdm_jax import config as configs
+from ogdm_jax import data, generate, parallel
+from ogdm_jax.evaluation import report
+from ogdm_jax.methods import slots
+from ogdm_jax.training import metrics as logs
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import state as states
+from ogdm_jax.training.checkpoint import Checkpoints, find, load_weights
+from ogdm_jax.typing import PyTree
+
+Say = Callable[[str], None]
+
+
+class NotFinite(RuntimeError):
+    """A loss became nan or infinite; the message names it, the step, and the checkpoint that is still good."""
+
+
+def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> tuple[runs.Run, states.TrainState]:
+    """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
+
+    Returns:
+      The run and its last state. After SIGTERM or Ctrl-C the state is saved and SystemExit(0) raised.
+
+    Raises:
+      ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything is compiled.
+      NotFinite: a loss is not finite; the last good checkpoint is kept.
+    """
+    workdir = Path(workdir)
+    plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
+    source = data.open_source(config.data.source, config.data.data_dir or None, limit_gib=config.data.memory_limit)
+    run = runs.build(config, source, plan)
+    generate.check_settings(config.sample)
+    if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        configs.check_same_run(find(workdir).config, config, slots.training_names())
+    lead = jax.process_index() == 0
+    batch = config.data.batch
+    with (
+        Checkpoints(workdir, config.train.keep, configs.duration(config.train.keep_every, batch)) as saved,
+        logs.Writer(workdir, config.log.tensorboard, lead) as writer,
+        _stop_signals() as stopped,
+    ):
+        batches = data.batches(
+            source,
+            batch,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            references=run.filled.references,
+        )
+        state = _start(run, saved, batches, say)
+        if lead:
+            (workdir / "config.json").write_text(configs.to_json(config))
+        state = _steps(run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
+    return run, state
+
+
+def _start(run: runs.Run, saved: Checkpoints, batches, say: Say) -> states.TrainState:
+    """The state to begin with, by resume priority."""
+    config, plan = run.config, run.plan
+    latest = saved.latest()
+    shapes = jax.eval_shape(run.create, run.key)
+    if latest is not None:
+        state, position = saved.restore(latest, shapes, plan)
+        batches.set_state(position)
+        say(f"resumed from step {latest}")
+        return state
+    state = run.init()
+    if config.init.workdir:
+        snapshot = find(config.init.workdir)
+        params, buffers = load_weights(snapshot, state.params, state.buffers, config.init.weights)
+        state = state.replace(params=params, ema=states.copy(params), buffers=buffers)
+        say(f"fine-tuning the {config.init.weights} weights of {snapshot.path}")
+    return state
+
+
+def _steps(run, state, saved, batches, writer, stopped, workdir, say) -> states.TrainState:
+    config, plan, batch = run.config, run.plan, run.config.data.batch
+    every = {
+        "save": configs.duration(config.train.save_every, batch),
+        "log": max(configs.duration(config.log.every, batch), 1),
+        "sample": configs.duration(config.sample.every, batch),
+    }
+    frozen = run.frozen()
+    compiled = run.compile(state)
+    first = int(state.step)
+    interval, began, count = logs.Interval(), time.monotonic(), 0
+    bar = _progress(first, run.steps, say)
+    grids = _grids(run, workdir, writer)
+    for step in range(first, run.steps + 1):
+        done = step == run.steps
+        stop = stopped() or saved.preempted(step)
+        if stop or done or (every["save"] and step % every["save"] == 0 and step > first):
+            _check_finite(step, interval, saved)
+            saved.save(step, plan.globalise(state), config, batches.get_state())
+        if every["sample"] and step % every["sample"] == 0 and step > first or done:
+            grids(step, state)
+        if stop:
+            say(f"stopped at step {step}; saved, the same command goes on from here")
+            saved.close()
+            raise SystemExit(0)
+        if done:
+            return state
+        state, metrics = compiled(state, frozen, plan.place_batch(next(batches)), run.key)
+        if step == first:
+            jax.block_until_ready(metrics)
+            say(f"compiled in {time.monotonic() - began:.1f} s")
+            began = time.monotonic()
+        else:
+            count += 1  # the compiling step would spoil the interval's speed
+        interval.add(metrics)
+        bar(step + 1)
+        if (step + 1) % every["log"] == 0 or step + 1 == run.steps:
+            _check_finite(step + 1, interval, saved)
+            values = interval.means()
+            seconds = time.monotonic() - began
+            values |= {"kimg": (step + 1) * batch / 1000, "images_per_second": count * batch / max(seconds, 1e-9)}
+            began, count = time.monotonic(), 0
+            writer.write(step + 1, values)
+            say(logs.line(step + 1, values))
+    return state
+
+
+def _check_finite(step: int, interval: logs.Interval, saved: Checkpoints) -> None:
+    """Stops before a state that came out of a non-finite loss can be saved."""
+    bad = interval.bad_loss()
+    if bad:
+        raise NotFinite(
+            f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step {saved.latest()}: "
+            "lower optim.learning_rate or the method's weight and start again from there"
+        )
+
+
+def local_copy(plan: parallel.Plan, tree: PyTree) -> PyTree:
+    """The tree in full on this process's first device, whatever the plan."""
+    if plan.kind == "sharded":
+        tree = jax.jit(lambda t: t, out_shardings=plan.sharding())(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, states.TrainState], None]:
+    """Writes samples/STEP.png of the moving average, from the same seeds every time."""
+    settings = run.config.sample
+    compiled = []
+
+    def write(step: int, state: states.TrainState) -> None:
+        params, buffers = (local_copy(run.plan, tree) for tree in (state.ema, state.buffers))
+        if jax.process_index() != 0:
+            return
+        if not compiled:
+            compiled.append(generate.sampler(run.model, settings, run.plan.local_devices[:1]))
+        seeds = np.arange(settings.num)
+        classes = run.model.label_dim
+        labels = seeds % classes if classes else None
+        images = np.concatenate(list(generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)))
+        picture = report.grid(images)
+        report.save_png(workdir / "samples" / f"{step:08d}.png", picture)
+        writer.image(step, "samples", picture)
+
+    return write
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one acts at once."""
+    flagged = []
+    previous = {}
+
+    def handle(number, _frame):
+        flagged.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:
+        pass  # not in the main thread (a notebook's worker): nothing to catch there
+    try:
+        yield lambda: bool(flagged)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress(first: int, total: int, say: Say) -> Callable[[int], None]:
+    """A progress bar on a terminal of the lead process; nothing elsewhere."""
+    if say is _silent or not sys.stderr.isatty():
+        return lambda step: None
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, initial=first, unit="step", leave=False)
+    return lambda step: bar.update(step - bar.n)
+
+
+def _silent(_: str) -> None:
+    pass

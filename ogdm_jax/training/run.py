@@ -1,0 +1,106 @@
+"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step. Checked before compiling."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from ogdm_jax import config as configs
+from ogdm_jax import model as models
+from ogdm_jax import parallel, randomness
+from ogdm_jax.data import Source
+from ogdm_jax.diffusion import noise
+from ogdm_jax.methods import slots
+from ogdm_jax.training import optim, state, step
+from ogdm_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The fixed parts of a training run; the state travels separately."""
+
+    config: ConfigDict
+    source: Source
+    model: models.Model
+    law: noise.NoiseLaw
+    filled: slots.Filled
+    tx: optax.GradientTransformation
+    plan: parallel.Plan
+    step: step.Step
+    steps: int
+
+    @property
+    def key(self) -> jax.Array:
+        """The run's key; every draw is folded from it."""
+        return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
+
+    def create(self, key: jax.Array) -> state.TrainState:
+        return state.create(self.model, self.filled, self.tx, key)
+
+    def init(self) -> state.TrainState:
+        """A fresh state, placed as the plan wants it."""
+        return self.plan.init(self.create, jax.random.key(self.config.seed))
+
+    def frozen(self) -> PyTree:
+        """{method: frozen arrays} on all devices."""
+        return self.plan.place(slots.per_method(self.filled, "frozen"))
+
+    def compile(self, like: state.TrainState) -> Callable[..., Any]:
+        return self.plan.compile(self.step, like)
+
+
+def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
+    """Builds and checks a run.
+
+    Raises:
+      ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices or another setting.
+    """
+    batch = config.data.batch
+    model = models.build(config, source.shape, source.num_classes)
+    law = noise_law(config)
+    for key in ("data.label_dropout", "data.augment"):
+        share = configs.flatten(config)[key]
+        configs.require(0 <= share <= 1, key, share, "a probability")
+    tx, rate = optim.optimiser(config)
+    device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
+    context = slots.Context(
+        image_shape=source.shape,
+        label_dim=model.label_dim,
+        batch=batch,
+        device_batch=device_batch,
+        devices=len(plan.devices),
+        axis=plan.axis,
+        sigma_data=config.precondition.sigma_data,
+        sigma_min=config.sample.sigma_min,
+        sigma_max=config.sample.sigma_max,
+        weight=law.weight,
+        denoiser=model.denoiser,
+        learning_rate=config.optim.learning_rate,
+        source=source,
+        law=law,
+    )
+    filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
+    steps = configs.duration(config.train.duration, batch, "config.train.duration")
+    for group, name in (("train", "save_every"), ("train", "keep_every"), ("log", "every"), ("sample", "every")):
+        configs.duration(config[group][name], batch, f"config.{group}.{name}")
+    pure = step.make_step(config, model, law, filled, tx, rate, plan.axis, plan.ravel)
+    return Run(config, source, model, law, filled, tx, plan, pure, steps)
+
+
+def noise_law(config: ConfigDict) -> noise.NoiseLaw:
+    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width that is not positive."""
+    settings = config.noise
+    configs.choose("noise.law", settings.law, ("edm", "vp", "ve"))
+    if settings.law != "edm":
+        return getattr(noise, settings.law)(stratified=settings.stratified)
+    configs.require(settings.std > 0, "noise.std", settings.std, "a positive number")
+    return noise.edm(
+        settings.mean,
+        settings.std,
+        sigma_data=config.precondition.sigma_data,
+        clip=(config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None,
+        stratified=settings.stratified,
+    )
