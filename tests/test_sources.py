@@ -2,8 +2,10 @@
 
 import io
 import json
+import pickle
 import socket
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -78,6 +80,7 @@ def test_folder_classes_are_sorted_and_lazy_equals_memory(tmp_path):
         np.testing.assert_array_equal(source.images[i], images[key])
         np.testing.assert_array_equal(lazy[i]["image"], images[key])
         assert source[i]["label"] == lazy[i]["label"] == source.class_names.index(key.split("/")[0])
+    lazy = pickle.loads(pickle.dumps(lazy))
     whole, part = source.take(np.array([4, 1])), lazy.take(np.array([4, 1]))
     assert all(np.array_equal(whole[k], part[k]) and whole[k].dtype == part[k].dtype for k in ("image", "label"))
     with pytest.raises(IndexError):
@@ -121,7 +124,7 @@ def test_zip_is_sorted_by_name_with_integer_labels(tmp_path):
     labels = [[key, int(key[-5]) * 3] for key in images]
     name = write_zip(tmp_path / "a.zip", images, labels)
     for limit in (0, 1 << 20):
-        source = open_source(name, memory_limit=limit)
+        source = pickle.loads(pickle.dumps(open_source(name, memory_limit=limit)))
         assert len(source) == 3 and source.num_classes == 7
         for i in range(3):
             np.testing.assert_array_equal(source[i]["image"], images[f"00000/img{i:08d}.png"])
@@ -149,6 +152,23 @@ def test_npz_selects_rows(tmp_path):
     assert open_source("npz:a.npz", data_dir=tmp_path).labels.min() == -1
     np.savez(tmp_path / "grey.npz", images[..., 0])
     assert open_source(f"npz:{tmp_path}/grey.npz").shape == (4, 4, 1)
+
+
+def test_cifar10_archive(tmp_path):
+    records = picture(10, 3073)
+    records[:, 0] %= 10
+    for k in range(5):
+        (tmp_path / f"data_batch_{k + 1}.bin").write_bytes(records[2 * k : 2 * k + 2].tobytes())
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        for k in (4, 2, 3, 1, 5):
+            archive.add(tmp_path / f"data_batch_{k}.bin", f"cifar-10-batches-bin/data_batch_{k}.bin")
+    for path in (tmp_path, tmp_path / "c.tar.gz"):
+        source = open_source(f"cifar10:{path}")
+        assert source.shape == (32, 32, 3) and source.num_classes == 10 and source.class_names[3] == "cat"
+        np.testing.assert_array_equal(source.labels, records[:, 0])
+        assert source.images[7, 5, 9, 2] == records[7, 1 + 2 * 1024 + 5 * 32 + 9]  # planes of red, green, blue by rows
+        with pytest.raises(SourceError, match="test_batch.bin is missing"):
+            open_source(f"cifar10:{path}?test")
 
 
 def test_tfds_reading_code_runs_offline_on_mock_data(tmp_path, no_network):
@@ -276,6 +296,8 @@ def _bad(root: Path) -> dict[str, str]:
     bad["tfds:../x"] = "no such set"
     bad["tfds:huggingface:mnist"] = "other sites"
     bad["folder:"] = "names no path"
+    bad[f"cifar10:{root}/none.tar.gz"] = "expected cifar-10-binary.tar.gz"
+    bad[f"cifar10:{root}/none.tar.gz?val"] = "no split 'val'"
     bad[f"folder:{root}/none"] = "no folder"
     bad[f"zip:{root}/none.zip"] = "prepare folder:DIR"
     bad[f"npz:{root}/none.npz"] = "no file"

