@@ -115,10 +115,10 @@ class Batches:
     def set_state(self, state: dict[str, int]) -> None:
         """Continues at state["step"]."""
         step = state.get("step") if isinstance(state, dict) else None
-        if not isinstance(step, int) or step < 0:
+        if not isinstance(step, (int, np.integer)) or step < 0:
             raise ValueError(f"batches: state is {state!r}; expected {{'step': an integer >= 0}}")
         self.close()
-        self._step = step
+        self._step = int(step)
 
     def close(self) -> None:
         """Ends the threads that read ahead; the iterator can still be used and starts them again."""
