@@ -1,0 +1,436 @@
+"""Stable target field: regress on a posterior mean over a reference batch (Xu, Tong, Jaakkola, arXiv 2302.00670).
+
+    target = sum_k w_k y_k,   w = softmax_k( -|x - y_k|^2 / (2 sigma^2) ),   y_1..y_n references, the source among them
+
+It is E[source | x, set of references], so it has the same expectation given x as the clean image and never a larger
+variance, exactly, when the source is one of the references and they are exchangeable. At low noise the weights are
+one-hot and the target is the clean image bit for bit. Nothing else of a loss changes.
+
+Differences from the authors' code: a matrix-product form instead of an array (batch, references, pixels); classes and
+augmentation can enter the weights; no in-place writes; works for every noise law and preconditioning.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax import randomness
+from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
+from ogdm_jax.typing import Array, PyTree
+
+DEFAULTS: dict[str, Any] = {
+    "source": "cache",  # where references come from: stream (loader), cache (resident set), gather (batch), full (all)
+    "n": 1024,  # references per device, the source included (stream, cache)
+    "chunk": 0,  # references worked on at once; 0 = chosen so that temporaries stay near 10 MB
+    "class_mask": True,  # conditional models: only references of the same class count
+    "augment": "matched",  # with labelled augmentation: official, matched or dsm (see `training`)
+    "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
+}
+SOURCES = ("stream", "cache", "gather", "full")
+AUGMENT_MODES = ("official", "matched", "dsm")
+ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
+
+_HIGHEST = jax.lax.Precision.HIGHEST  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
+_DIRECT = 16  # up to this many numbers an image, exact differences are used: points in the plane need their accuracy
+_BLOCK = 256  # pixels summed up by one matrix product
+_NUMBERS = 2**21  # float32 numbers that a chunk may hold by default
+
+
+class _Partial(NamedTuple):
+    """Softmax sums over some of the references, relative to their largest log weight: merges like a log-sum-exp."""
+
+    top: Array  # [B] largest log weight, -inf if none is allowed
+    mass: Array  # [B] sum of weights
+    squares: Array  # [B] sum of squared weights
+    total: Array  # [B,D] weighted sum of references
+
+
+def stable_target(
+    xt: Array,
+    sigma: Array,
+    references: Array,
+    mask: Array | None = None,
+    chunk: int | None = None,
+    axis_name: str | None = None,
+    *,
+    source: Array | None = None,
+    label: Array | None = None,
+    reference_label: Array | None = None,
+) -> tuple[Array, Array]:
+    """Posterior mean of the source over a reference batch (2302.00670, eq. 6 and algorithm 1; spec 1 and 7).
+
+    target_i = sum_k w_ik y_k,  w_i = softmax_k( (x_i . y_k - |y_k|^2 / 2) / sigma_i^2 ): |x|^2 cancels. Computed as one
+    attention-like pass with an online softmax; temporaries are O(B (D + chunk) + chunk D), never B n D. Matrix products
+    run at the highest precision. For x = alpha y + sigma eps pass x / alpha and sigma / alpha.
+
+    Args:
+      xt: [B, ...] noisy images.   sigma: [B] or scalar, > 0.
+      references: [n, ...] float in [-1, 1] or uint8, which is scaled like training images chunk by chunk. They must
+        hold each query's clean image exactly once, unless `source` does.
+      mask: bool, which references count: [n] for all queries, or [B, n].
+      chunk: references per pass; None chooses it.
+      axis_name: a mapped axis over which the references are divided: this device holds n of them. The queries are
+        gathered, the references never; every device gets the targets of its own queries, weighed against all. A mask is
+        then [n] (own references), [all queries, n], [own queries, all references], or [B, n] if all devices ask the
+        same queries (nan if they do not).
+      source: [B, ...] one more reference for each query alone: its own clean image, when `references` lacks it.
+      label: [B] int32 and reference_label [n] int32: only references of the query's class count; a query of label -1
+        uses all. Compared chunk by chunk, so cheaper than a mask; both masks may be given.
+
+    Returns:
+      (target like xt, effective sample size [B] = 1 / sum_k w_k^2). No gradient passes. A query with no allowed
+      reference gets nan.
+
+    Raises:
+      ValueError: shapes that do not fit, no references, or a chunk below 1.
+    """
+    xt, references = jnp.asarray(xt), jnp.asarray(references)
+    _check_shapes(xt, sigma, references, chunk, source, label, reference_label)
+    batch, own = xt.shape[0], None
+    dtype = jnp.promote_types(xt.dtype, jnp.float32)
+    x = jax.lax.stop_gradient(xt).astype(dtype).reshape(batch, -1)
+    sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
+    references = jax.lax.stop_gradient(references).reshape(references.shape[0], -1)
+    if source is not None:
+        own = _alone(x, sigma, _to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
+    queries, levels, same = x, sigma, None
+    if axis_name is not None:
+        if mask is not None and mask.ndim == 2:
+            mask, same = _spread(mask, x, references.shape[0], axis_name)
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
+        queries, levels, label = gather(x), gather(sigma), None if label is None else gather(label)
+    if mask is not None and mask.shape not in ((references.shape[0],), (queries.shape[0], references.shape[0])):
+        raise ValueError(
+            f"stable_target: mask has shape {mask.shape}; expected [{references.shape[0]}] or "
+            f"[{queries.shape[0]}, {references.shape[0]}] (references, or queries x references)"
+        )
+    part = _scan(queries, levels, references, mask, chunk, label, reference_label)
+    if axis_name is not None:
+        part = _across(part, axis_name)
+    if own is not None:
+        part = _merge(part, own)
+    target = part.total / part.mass[:, None]
+    if same is not None:
+        target = jnp.where(same, target, jnp.nan)
+    return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
+
+
+def convert(
+    kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float = 1.0, sigma_data: float = 0.5
+) -> Array:
+    """What a network of another parametrisation should predict when its clean image should be x0 (spec 1).
+
+    kind    "x0": x0                        "eps": (x - alpha x0) / sigma        "score": (alpha x0 - x) / sigma^2
+            "v": (alpha x - x0) / sigma (alpha^2 + sigma^2 = 1)      "flow": (x - x0) / t, with sigma = t, alpha = 1 - t
+            "F": (x0 - c_skip x) / c_out (EDM's network space, alpha = 1)
+
+    Args:
+      xt: [B, ...] = alpha * clean + sigma * noise.   x0: [B, ...], a clean image or a posterior mean.
+      sigma: [B].   alpha: [B] or a number.   sigma_data: of EDM's preconditioning.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    wide = (slice(None),) + (None,) * (xt.ndim - 1)
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, xt.dtype), (xt.shape[0],))[wide]
+    alpha = jnp.broadcast_to(jnp.asarray(alpha, xt.dtype), (xt.shape[0],))[wide]
+    if kind == "x0":
+        return x0
+    if kind == "eps":
+        return (xt - alpha * x0) / sigma
+    if kind == "score":
+        return (alpha * x0 - xt) / jnp.square(sigma)
+    if kind == "v":
+        return (alpha * xt - x0) / sigma
+    if kind == "flow":
+        return (xt - x0) / sigma
+    if kind == "F":
+        norm = jnp.sqrt(jnp.square(sigma) + sigma_data**2)
+        return (x0 - sigma_data**2 / jnp.square(norm) * xt) * norm / (sigma * sigma_data)
+    raise ValueError(f"target: kind is {kind!r}; expected x0, eps, score, v, flow or F")
+
+
+def class_mask(label: Array, reference_label: Array) -> Array:
+    """[B, n] bool: references of each query's class; all of them where the query's label is -1 (none, or dropped).
+
+    A reference whose own label was dropped (-1) only serves queries without a label. A query's own source always stays.
+    """
+    return (label[:, None] == reference_label[None, :]) | (label[:, None] < 0)
+
+
+def flip(images: Array, augment: Array) -> Array:
+    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9]; its own inverse."""
+    images = jnp.where(augment[:, 0][:, None, None, None] != 0, images[:, :, ::-1], images)
+    return jnp.where(augment[:, 1][:, None, None, None] != 0, images[:, ::-1], images)
+
+
+def isometric(augment: Array) -> Array:
+    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not act)."""
+    return jnp.all(augment[:, 2:] == 0, axis=1)
+
+
+def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) -> None:
+    if references.shape[1:] != xt.shape[1:] or references.shape[0] < 1:
+        raise ValueError(
+            f"stable_target: references have shape {references.shape}; expected [n, ...] like xt's {xt.shape}, n >= 1"
+        )
+    if np.shape(sigma) not in ((), (xt.shape[0],)):
+        raise ValueError(f"stable_target: sigma has shape {np.shape(sigma)}; expected [{xt.shape[0]}]")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"stable_target: chunk is {chunk}; expected a positive number of references")
+    if source is not None and source.shape != xt.shape:
+        raise ValueError(f"stable_target: source has shape {source.shape}; expected xt's {xt.shape}")
+    for name, value, size in (("label", label, xt.shape[0]), ("reference_label", reference_label, references.shape[0])):
+        if (label is None) != (reference_label is None) or (value is not None and value.shape != (size,)):
+            given = None if value is None else value.shape
+            raise ValueError(f"stable_target: {name} has shape {given}; expected [{size}], with its partner given too")
+
+
+def _to_float(images: Array, dtype) -> Array:
+    return images.astype(dtype) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images.astype(dtype)
+
+
+def _partial(x: Array, sigma: Array, references: Array, allowed: Array | None) -> _Partial:
+    """The sums over references [m,D] in one pass; allowed [B,m] bool or None."""
+    if x.shape[1] <= _DIRECT:
+        columns = range(x.shape[1])
+        logits = -0.5 * sum(jnp.square(x[:, d][:, None] - references[:, d][None]) for d in columns)
+    else:
+        logits = _product(x, references) - 0.5 * jnp.sum(jnp.square(references), axis=1)[None]
+    logits = logits / jnp.square(sigma)[:, None]
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    top = jnp.max(logits, axis=1)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None])
+    total = jnp.dot(weights, references, precision=_HIGHEST)
+    return _Partial(top, jnp.sum(weights, axis=1), jnp.sum(jnp.square(weights), axis=1), total)
+
+
+def _product(x: Array, references: Array) -> Array:
+    """x @ references.T in blocks of pixels: one long float32 sum has 10 times the error, which near-duplicates feel."""
+    block = max(_BLOCK, -(-x.shape[1] // 16))
+    starts = range(0, x.shape[1], block)
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), precision=_HIGHEST)
+    return sum(dot(x[:, i : i + block], references[:, i : i + block]) for i in starts)
+
+
+def _alone(x: Array, sigma: Array, source: Array) -> _Partial:
+    """The sums over one reference per query; its log weight in the same form as the others'."""
+    if x.shape[1] <= _DIRECT:
+        top = -0.5 * jnp.sum(jnp.square(x - source), axis=1)
+    else:
+        top = jnp.sum(x * source, axis=1) - 0.5 * jnp.sum(jnp.square(source), axis=1)
+    one = jnp.ones_like(sigma)
+    return _Partial(top / jnp.square(sigma), one, one, source)
+
+
+def _rescale(part: _Partial, top: Array) -> _Partial:
+    # -inf - -inf (nothing allowed so far) must give weight 0, not nan.
+    scale = jnp.where(jnp.isfinite(part.top), jnp.exp(part.top - top), 0.0)
+    return _Partial(top, part.mass * scale, part.squares * jnp.square(scale), part.total * scale[:, None])
+
+
+def _merge(a: _Partial, b: _Partial) -> _Partial:
+    top = jnp.maximum(a.top, b.top)
+    a, b = _rescale(a, top), _rescale(b, top)
+    return _Partial(top, a.mass + b.mass, a.squares + b.squares, a.total + b.total)
+
+
+def _across(part: _Partial, axis_name: str) -> _Partial:
+    """Merges all devices' sums and leaves each device the rows of its own queries."""
+    top = jax.lax.pmax(part.top, axis_name)
+    part = _rescale(part, top)
+    batch = top.shape[0] // jax.lax.axis_size(axis_name)
+    mine = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axis_name) * batch, batch)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True)
+    return _Partial(mine, scatter(part.mass), scatter(part.squares), scatter(part.total))
+
+
+def _spread(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Array, Array | None]:
+    """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask, the same queries."""
+    devices, batch = jax.lax.axis_size(axis_name), x.shape[0]
+    if mask.shape == (batch, devices * references) and devices > 1:
+        everyone = jax.lax.all_gather(mask, axis_name, tiled=True)
+        start = jax.lax.axis_index(axis_name) * references
+        return jax.lax.dynamic_slice_in_dim(everyone, start, references, axis=1), None
+    if mask.shape == (batch, references) and devices > 1:
+        same = jnp.all(jax.lax.pmax(x, axis_name) == jax.lax.pmin(x, axis_name))
+        return jnp.tile(mask, (devices, 1)), same
+    return mask, None
+
+
+def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial:
+    """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so nothing is padded."""
+    n, width = references.shape
+    if not chunk:
+        count = -(-n * (width + x.shape[0]) // _NUMBERS)
+        chunk = -(-n // count)
+    chunk = min(chunk, n)
+
+    def part(first: Array | int, hide: bool) -> _Partial:
+        start = jnp.minimum(first, n - chunk) if hide else first
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
+        allowed = []
+        if hide and n % chunk:
+            allowed.append((start + jnp.arange(chunk) >= first)[None])
+        if mask is not None:
+            allowed.append(take(mask, axis=mask.ndim - 1) if mask.ndim == 2 else take(mask)[None])
+        if label is not None:
+            allowed.append(class_mask(label, take(reference_label)))
+        every = functools.reduce(jnp.logical_and, allowed) if allowed else None
+        return _partial(x, sigma, _to_float(take(references), x.dtype), every)
+
+    # The first chunk stands outside: it starts the sums, and with them their type on a device mesh.
+    sums = part(0, hide=False)
+    if chunk == n:
+        return sums
+    starts = jnp.arange(chunk, n, chunk)
+    return jax.lax.scan(lambda carry, first: (_merge(carry, part(first, hide=True)), None), sums, starts)[0]
+
+
+def training(settings: Mapping[str, Any], context: Context) -> Slots:
+    """Fills the target slot: the clean image becomes a posterior mean, where the reference batch is
+
+      stream: this device's images and n - b more that the loader brings (the authors' convention).
+      cache: each image and n - 1 independent draws from the set, which lies on the devices as uint8.
+      gather: the global batch; the images of other devices stay there, the queries travel.
+      full: the whole set: the exact posterior mean of the data, without variance. The batch is not appended.
+
+    With labelled augmentation (EDM's pipe) the exact target is E[x0 | x, augmentation]. Modes: "matched" flips a query
+    back, weighs plain references and flips the target again; images with any other operation keep the clean image as
+    target. "dsm" keeps it for every augmented image. "official" weighs references augmented at random, whatever their
+    labels: a leak that the authors accept.
+
+    Raises:
+      ValueError: an unknown source or mode, n below the images of a device, or a set that is not in memory.
+    """
+    source, n, mode = settings["source"], settings["n"], settings["augment"]
+    for key, value, options in (("source", source, SOURCES), ("augment", mode, AUGMENT_MODES)):
+        if value not in options:
+            raise ValueError(f"config.stf.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+    least = context.device_batch if source == "stream" else 1
+    if source in ("stream", "cache") and n < least:
+        raise ValueError(f"config.stf.n: {n} given; expected at least {least} references per device")
+    if source in ("cache", "full") and getattr(context.source, "images", None) is None:
+        raise ValueError(
+            f"config.stf.source: {source!r} needs a data set in memory; expected stream or gather, or a larger "
+            "data.memory_limit"
+        )
+
+    def fill(example: Example, frozen: PyTree | None) -> tuple[Array, Metrics]:
+        if mode == "official" and source == "full" and example.augment is not None:
+            raise ValueError("config.stf.augment: 'official' cannot augment a full set; expected matched or dsm")
+        return _target(settings, context, example, frozen)
+
+    return Slots(
+        name="stf",
+        target=fill,
+        references=(n - context.device_batch) * context.devices if source == "stream" else 0,
+        frozen=functools.partial(_resident, context, source) if source in ("cache", "full") else None,
+    )
+
+
+def _resident(context: Context, source: str) -> dict[str, np.ndarray]:
+    """The data set as it lies on the devices; with unlabelled flips the full set holds both versions of an image."""
+    images, labels = context.source.images, context.source.labels
+    labels = np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels)
+    if source == "full" and getattr(context, "xflip", False):
+        images, labels = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])
+    return {"image": images, "label": labels}
+
+
+def _target(settings: Mapping[str, Any], context: Context, example: Example, frozen: PyTree | None):
+    augment, mode = example.augment, settings["augment"]
+    plain = augment is not None and mode != "official"
+    unflip = functools.partial(flip, augment=augment) if plain and mode == "matched" else lambda images: images
+    clean = example.image if plain else example.x0
+    mean, ess = _posterior(settings, context, example, frozen, unflip(example.xt), clean, plain)
+    mean = unflip(mean)
+    if plain:
+        keep = isometric(augment) if mode == "matched" else jnp.all(augment == 0, axis=1)
+        mean = jnp.where(keep[:, None, None, None], mean, example.x0)
+        ess = jnp.where(keep, ess, 1.0)
+    mean = jax.lax.stop_gradient(mean)
+    return mean, _metrics(settings["bins"], example, mean, ess)
+
+
+def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Array, Array]:
+    """Target and effective sample size [b] for queries xt whose sources are `clean`, by the kind of reference batch."""
+    kind, chunk = settings["source"], settings["chunk"] or None
+    label = example.label if settings["class_mask"] else None
+    if label is not None and label.ndim != 1:
+        raise ValueError("config.stf.class_mask: needs integer labels; expected false for a source of label vectors")
+    if kind == "gather":
+        return stable_target(xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label)
+    if kind == "full":
+        reference_label = None if label is None else frozen["label"]
+        return stable_target(
+            xt, example.sigma, frozen["image"], None, chunk, label=label, reference_label=reference_label
+        )
+
+    # Where arrays are global (a mesh), each device's images still meet references of their own, as under pmap.
+    batch = xt.shape[0]
+    groups = batch // context.device_batch if context.axis is None and batch % context.device_batch == 0 else 1
+    references, reference_label = _references(settings, context, example, frozen, groups, plain)
+
+    def of_group(xt, sigma, clean, label, references, reference_label):
+        own, known = clean, label
+        if kind == "stream":  # the authors' convention: all images of the device are references
+            own, references = None, jnp.concatenate([clean, references])
+            reference_label = None if label is None else jnp.concatenate([label, reference_label])
+        elif references.shape[0] == 0:
+            return clean, jnp.ones_like(sigma)
+        return stable_target(
+            xt, sigma, references, None, chunk, source=own, label=known, reference_label=reference_label
+        )
+
+    split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])  # noqa: E731
+    parts = jax.tree.map(split, (xt, example.sigma, clean, label))
+    if groups == 1:
+        first = jax.tree.map(lambda a: a[0], (*parts, references, reference_label))
+        return of_group(*first)
+    mean, ess = jax.vmap(of_group)(*parts, references, reference_label)
+    return mean.reshape(xt.shape), ess.reshape(batch)
+
+
+def _references(settings, context, example, frozen, groups: int, plain: bool) -> tuple[Array, Array | None]:
+    """References besides the sources: float [groups, m, h,w,c] and, for class masks, their labels [groups, m]."""
+    key = randomness.fold_in_name(example.key, "stf")
+    devices = jnp.arange(groups) if context.axis is None else jax.lax.axis_index(context.axis)[None]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, devices)
+    if settings["source"] == "cache":
+        draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])  # noqa: E731
+        rows = jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))
+        images, labels = frozen["image"][rows], frozen["label"][rows]
+    else:
+        nothing = {"reference": jnp.zeros((0, *context.image_shape)), "reference_label": jnp.zeros((0,), jnp.int32)}
+        given = nothing if example.references is None else example.references
+        split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])  # noqa: E731
+        images, labels = split(given["reference"]), split(given["reference_label"])
+    if example.label is None or not settings["class_mask"]:
+        labels = None
+    images = _to_float(images, jnp.float32)
+    count = jnp.arange(images.shape[1])
+    each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)  # noqa: E731
+    if getattr(context, "xflip", False):
+        heads = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
+        images = jnp.where(heads[:, :, None, None, None], images[:, :, :, ::-1], images)
+    if example.augment is not None and not plain:
+        images, _ = jax.vmap(context.augment)(each("augment"), images)
+    return images, labels
+
+
+def _metrics(bins, example: Example, mean: Array, ess: Array) -> Metrics:
+    """Effective sample size, active share and squared distance to the clean image (per pixel), per noise bin."""
+    moved = jnp.mean(jnp.square(mean - example.x0), axis=(1, 2, 3))
+    values = {"ess": ess, "active": (ess > ACTIVE).astype(ess.dtype), "moved": moved}
+    edges = (0.0, *bins, np.inf)
+    metrics: Metrics = {}
+    for low, high in zip(edges[:-1], edges[1:]):
+        inside = ((example.sigma > low) & (example.sigma <= high)).astype(ess.dtype)
+        metrics |= {f"stf/{name}/{low:g}-{high:g}": (value, inside) for name, value in values.items()}
+    return metrics
