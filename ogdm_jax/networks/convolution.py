@@ -1,0 +1,167 @@
+"""Convolution and FIR resampling, differentiable to any order and quick on every platform.
+
+On CPU, XLA's own convolution gradients are slow inside a scan or while loop, because the labels that autodiff leaves in
+a called computation miss the fast path. `conv2d` therefore writes both gradients as plain NHWC/HWIO convolutions there.
+Its rule is closed under differentiation: the backward rules call the same two functions, so R1 penalties (a gradient of
+a gradient) stay on the fast path. GPU and TPU keep autodiff.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def _plain(x: Array, kernel: Array, stride: int, padding: Pads, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _transposed_pads(kernel_size: Sequence[int], padding: Pads) -> Pads:
+    """Padding of the convolution that is the transpose of one with this padding (stride 1)."""
+    (ky, kx), ((top, bottom), (left, right)) = kernel_size, padding
+    return (ky - 1 - top, ky - 1 - bottom), (kx - 1 - left, kx - 1 - right)
+
+
+def _turned(kernel: Array) -> Array:
+    """The kernel of the transposed convolution: flipped in space, inputs and outputs exchanged."""
+    return jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x: Array, kernel: Array, padding: Pads) -> Array:
+    return _plain(x, kernel, 1, padding)
+
+
+def _conv_forward(x: Array, kernel: Array, padding: Pads):
+    return _plain(x, kernel, 1, padding), (x, kernel)
+
+
+def _conv_backward(padding: Pads, residuals, dy: Array):
+    x, kernel = residuals
+    dx = _conv(dy, _turned(kernel), _transposed_pads(kernel.shape[:2], padding))
+    return dx, _kernel_gradient(x, dy, padding)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _kernel_gradient(x: Array, dy: Array, padding: Pads) -> Array:
+    """dL/dkernel as a convolution of x read as [C,H,W,N] with dy read as a kernel [H,W,N,O]."""
+    gradient = _plain(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(dy, (1, 2, 0, 3)), 1, padding)
+    return jnp.transpose(gradient, (1, 2, 0, 3))
+
+
+def _kernel_gradient_forward(x: Array, dy: Array, padding: Pads):
+    return _kernel_gradient(x, dy, padding), (x, dy)
+
+
+def _kernel_gradient_backward(padding: Pads, residuals, g: Array):
+    # <g, kernel_gradient(x, dy)> = <dy, conv(x, g)>: both gradients are convolutions with g in the place of the kernel.
+    x, dy = residuals
+    dx = _conv(dy, _turned(g), _transposed_pads(g.shape[:2], padding))
+    return dx, _conv(x, g, padding)
+
+
+_kernel_gradient.defvjp(_kernel_gradient_forward, _kernel_gradient_backward)
+
+
+def conv2d(x: Array, kernel: Array, padding: int | Pads | None = None, stride: int = 1) -> Array:
+    """Cross-correlation, as every deep-learning "convolution".
+
+    Args:
+      x: [B, H, W, I].
+      kernel: [kh, kw, I, O], the dtype of x.
+      padding: zeros on each side, one int or ((top, bottom), (left, right)); default k // 2 ("same" for odd kernels).
+      stride: of both axes. A stride above 1 always uses autodiff.
+
+    Returns:
+      [B, H', W', O].
+
+    Raises:
+      ValueError: where the shapes do not fit.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2]:
+        raise ValueError(f"conv2d: x {x.shape} and kernel {kernel.shape}: expected [B, H, W, I] and [kh, kw, I, O]")
+    if padding is None:
+        padding = tuple((k // 2, k // 2) for k in kernel.shape[:2])
+    elif isinstance(padding, int):
+        padding = ((padding, padding), (padding, padding))
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    # The platform is looked up while tracing, never at import. One process runs its networks on one platform.
+    if stride == 1 and jax.default_backend() == "cpu":
+        return _conv(x, kernel, padding)
+    return _plain(x, kernel, stride, padding)
+
+
+def fir(x: Array, taps: Sequence[float], up: int = 1, down: int = 1, padding: int | tuple[int, int] = 0) -> Array:
+    """Up-sample by zero insertion, pad, filter both axes with the same taps, down-sample ("upfirdn").
+
+    y = pad(insert(x)) * taps, a true convolution (taps flipped), of which every `down`-th number is kept. `insert` puts
+    up - 1 zeros after every pixel, the last one included. The taps are used as given: normalise them, and multiply by
+    `up` to keep the brightness when up-sampling. Sums of shifted slices: differentiable to any order in both modes.
+
+    Args:
+      x: [B, H, W, C].
+      taps: the one-dimensional filter.
+      padding: zeros before and after each axis, after insertion; negative crops.
+
+    Returns:
+      [B, H', W', C] with H' = floor((H * up + before + after - len(taps)) / down) + 1.
+    """
+    before, after = (padding, padding) if isinstance(padding, int) else padding
+    values = np.asarray(taps, np.float64)[::-1]
+    edge = (before, after + up - 1, up - 1)
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), edge, edge, (0, 0, 0)))
+    for axis in (1, 2):
+        size = (x.shape[axis] - len(values)) // down + 1
+        if size < 1:
+            raise ValueError(f"fir: {len(values)} taps do not fit in {x.shape[axis]} padded pixels of axis {axis}")
+        shifted = (
+            lax.slice_in_dim(x, j, j + (size - 1) * down + 1, down, axis) * jnp.asarray(tap, x.dtype)
+            for j, tap in enumerate(values)
+        )
+        x = functools.reduce(jnp.add, shifted)
+    return x
+
+
+def mean_pool(x: Array) -> Array:
+    """[B, H, W, C] -> [B, H/2, W/2, C], the mean of each 2x2 square."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def nearest(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], each pixel repeated."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def downsample(x: Array, taps: Sequence[float] = (1, 1)) -> Array:
+    """Halves the resolution with the normalised filter `taps` (arXiv 2206.00364's [1,1] or [1,3,3,1]); even sizes."""
+    if tuple(taps) == (1, 1):
+        return mean_pool(x)
+    values = np.asarray(taps, np.float64)
+    return fir(x, values / values.sum(), down=2, padding=(len(values) - 1) // 2)
+
+
+def upsample(x: Array, taps: Sequence[float] = (1, 1)) -> Array:
+    """Doubles the resolution with the normalised filter `taps`: 4 times the transpose of `downsample`."""
+    if tuple(taps) == (1, 1):
+        return nearest(x)
+    values = np.asarray(taps, np.float64)
+    pad = len(values) - 1 - (len(values) - 1) // 2
+    return fir(x, 2 * values / values.sum(), up=2, padding=(pad, pad - 1))
