@@ -1,0 +1,333 @@
+"""A pickle reader that can only build inert data.
+
+The standard unpickler is a small machine whose GLOBAL and REDUCE instructions import and call whatever the file
+names. This one is written out instruction by instruction, imports nothing, and calls only functions that its caller
+listed (`Admit`), so a file cannot run code by construction. Memory is bounded by the file's size: declared lengths
+are compared with the bytes that are left before anything is allocated, byte strings are views into the file, the
+number of instructions is limited, and only plain scalars may be dictionary keys (hashing a tuple of tuples that share
+memory takes exponential time).
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MAX_INSTRUCTIONS = 2_000_000  # EDM's ImageNet pickle has about 60,000
+MAX_INT_BYTES = 64
+MAX_LINE = 4096
+_MARK = object()
+
+
+class UnsafeFileError(ValueError):
+    """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one sentence."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """What an admitted `module.name` stands for. call serves REDUCE; a class (is_class) also serves NEWOBJ."""
+
+    name: str
+    call: Callable[..., Any] | None = None
+    is_class: bool = False
+
+
+class Inert:
+    """Base of the records that stand for objects; build receives what BUILD would have given to __setstate__."""
+
+    def build(self, state: Any) -> None:
+        raise UnsafeFileError(f"it gives a state to a {type(self).__name__}")
+
+
+Admit = Callable[[str, str], Global]
+Persistent = Callable[[Any], Any]
+
+
+def quote(text: Any) -> str:
+    """A text from a file, shortened and escaped so that a message stays one readable line."""
+    text = text if isinstance(text, str) else type(text).__name__
+    return ascii(text if len(text) <= 80 else text[:77] + "...")[1:-1]
+
+
+def load(data: memoryview, start: int, admit: Admit, persistent: Persistent | None = None) -> tuple[Any, int]:
+    """Reads the one pickle that begins at data[start]; returns the object and the position after its STOP.
+
+    admit(module, name) gives the Global or raises UnsafeFileError; persistent(id) resolves torch's storage references.
+    Raises UnsafeFileError for every instruction, global or length that is not admitted.
+    """
+    machine = _Machine(data, start, admit, persistent)
+    try:
+        return machine.run(), machine.at
+    except UnsafeFileError:
+        raise
+    except (IndexError, KeyError) as error:  # a pop from an empty stack, a memo entry never written
+        raise UnsafeFileError("its pickle is corrupt: an instruction finds no operand") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, struct.error) as error:
+        raise UnsafeFileError(f"its pickle is corrupt ({quote(str(error))})") from error
+
+
+class _Machine:
+    def __init__(self, data: memoryview, start: int, admit: Admit, persistent: Persistent | None):
+        self.data, self.at, self.admit, self.persistent = data, start, admit, persistent
+        self.stack: list = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        for _ in range(MAX_INSTRUCTIONS):
+            code = self.take(1)[0]
+            if code == 0x2E:  # STOP
+                return self.stack.pop()
+            instruction = _INSTRUCTIONS.get(code)
+            if instruction is None:
+                raise UnsafeFileError(
+                    f"its pickle holds the instruction {_FORBIDDEN.get(code, hex(code))}, which is not admitted"
+                )
+            instruction(self)
+        raise UnsafeFileError(f"its pickle has more than {MAX_INSTRUCTIONS} instructions")
+
+    # reading
+
+    def take(self, count: int) -> memoryview:
+        if count > len(self.data) - self.at:
+            raise UnsafeFileError(
+                f"it is truncated or lies about a length ({count} bytes declared, {len(self.data) - self.at} left)"
+            )
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, layout: str) -> int | float:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def line(self) -> str:
+        window = bytes(self.data[self.at : self.at + MAX_LINE])
+        end = window.find(b"\n")
+        if end < 0:
+            raise UnsafeFileError("its pickle has a text line without an end")
+        self.at += end + 1
+        return window[:end].decode("utf-8")
+
+    def text(self, layout: str) -> str:
+        return str(self.take(self.number(layout)), "utf-8", "surrogatepass")
+
+    # stack
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            raise UnsafeFileError("its pickle is corrupt: a mark stands where a value belongs")
+        return value
+
+    def top(self, kind: type) -> Any:
+        if not isinstance(self.stack[-1], kind):
+            raise UnsafeFileError(f"its pickle is corrupt: it adds items to a {quote(self.stack[-1])}")
+        return self.stack[-1]
+
+    def since_mark(self) -> list:
+        for i in range(len(self.stack) - 1, -1, -1):
+            if self.stack[i] is _MARK:
+                items = self.stack[i + 1 :]
+                del self.stack[i:]
+                return items
+        raise UnsafeFileError("its pickle is corrupt: a mark is missing")
+
+    # instructions that build
+
+    def set_items(self, target: Any, items: list) -> None:
+        if not isinstance(target, dict):
+            raise UnsafeFileError(f"its pickle is corrupt: it adds named items to a {quote(target)}")
+        if len(items) % 2:
+            raise UnsafeFileError("its pickle is corrupt: a key has no value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_scalar(key)] = value
+
+    def find(self, module: Any, name: Any) -> None:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise UnsafeFileError("its pickle is corrupt: the name of a global is not a text")
+        self.push(self.admit(module, name))
+
+    def reduce(self) -> None:
+        args, function = self.pop(), self.pop()
+        if not isinstance(function, Global) or function.call is None or not isinstance(args, tuple):
+            raise UnsafeFileError(
+                f"it calls {quote(getattr(function, 'name', function))}, which is not admitted as a function"
+            )
+        self.push(function.call(*args))
+
+    def new_object(self, args: Any, cls: Any) -> None:
+        if not isinstance(cls, Global) or not cls.is_class or cls.call is None or not isinstance(args, tuple):
+            raise UnsafeFileError(
+                f"it makes an object of {quote(getattr(cls, 'name', cls))}, which is not admitted as a class"
+            )
+        self.push(cls.call(*args))
+
+    def build(self) -> None:
+        state = self.pop()
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            target.build(state)
+        elif not isinstance(target, dict):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
+            raise UnsafeFileError(f"it gives a state to a {quote(target)}")
+
+    def persist(self) -> None:
+        if self.persistent is None:
+            raise UnsafeFileError("it refers to data outside its pickle")
+        self.push(self.persistent(self.pop()))
+
+    def integer_line(self) -> None:
+        text = self.line()
+        self.push({"00": False, "01": True}[text] if text in ("00", "01") else _int(text))
+
+    def long(self, layout: str) -> None:
+        size = self.number(layout)
+        if not 0 <= size <= MAX_INT_BYTES:
+            raise UnsafeFileError(f"its pickle holds an integer of {size} bytes")
+        self.push(int.from_bytes(self.take(size), "little", signed=True))
+
+    def quoted_line(self) -> None:
+        text = self.line()
+        if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or "\\" in text:
+            raise UnsafeFileError("its pickle holds a text line that is not plainly quoted")
+        self.push(text[1:-1])
+
+    def store(self, index: int) -> None:
+        if index < 0 or self.stack[-1] is _MARK:
+            raise UnsafeFileError("its pickle is corrupt: a wrong memo entry")
+        self.memo[index] = self.stack[-1]
+
+    def protocol(self) -> None:
+        if (version := self.take(1)[0]) > 5:
+            raise UnsafeFileError(f"its pickle protocol {version} is unknown")
+
+    def add_to_set(self, target: set, items: list) -> None:
+        target.update(_scalar(item) for item in items)
+
+
+def _scalar(key: Any) -> Any:
+    if not isinstance(key, str | int | float | None):
+        raise UnsafeFileError(f"its pickle uses a {quote(key)} as a key")
+    return key
+
+
+def _int(text: str) -> int:
+    if len(text) > 2 * MAX_INT_BYTES:
+        raise UnsafeFileError(f"its pickle holds an integer of {len(text)} digits")
+    return int(text.removesuffix("L"))
+
+
+def _table() -> dict[int, Callable[[_Machine], Any]]:
+    """Instruction byte -> action, in the order of the standard library's pickletools."""
+
+    def two(m: _Machine) -> list:
+        last = m.pop()
+        return [m.pop(), last]
+
+    def tuple_of(count: int) -> Callable[[_Machine], None]:
+        return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
+
+    def pair(method: Callable[[_Machine, Any, Any], None]) -> Callable[[_Machine], None]:
+        return lambda m: method(m, *two(m))
+
+    def dict_of(m: _Machine) -> None:
+        items, target = m.since_mark(), {}
+        m.set_items(target, items)
+        m.push(target)
+
+    def extend(m: _Machine, kind: type, add: Callable[[Any, list], Any]) -> None:
+        items = m.since_mark()
+        add(m.top(kind), items)
+
+    def set_item(m: _Machine) -> None:
+        items = two(m)
+        m.set_items(m.stack[-1], items)
+
+    def set_items(m: _Machine) -> None:
+        items = m.since_mark()
+        m.set_items(m.stack[-1], items)
+
+    def append(m: _Machine) -> None:
+        item = m.pop()
+        m.top(list).append(item)
+
+    def new_object_with_names(m: _Machine) -> None:
+        names, args, cls = m.pop(), m.pop(), m.pop()
+        if names != {}:
+            raise UnsafeFileError("it makes an object with keyword arguments")
+        m.new_object(args, cls)
+
+    return {
+        ord("I"): _Machine.integer_line,
+        ord("J"): lambda m: m.push(m.number("<i")),
+        ord("K"): lambda m: m.push(m.number("<B")),
+        ord("M"): lambda m: m.push(m.number("<H")),
+        ord("L"): lambda m: m.push(_int(m.line())),
+        0x8A: lambda m: m.long("<B"),
+        0x8B: lambda m: m.long("<i"),
+        ord("F"): lambda m: m.push(float(m.line())),
+        ord("G"): lambda m: m.push(m.number(">d")),
+        ord("S"): _Machine.quoted_line,
+        ord("T"): lambda m: m.push(str(m.take(m.number("<I")), "latin1")),
+        ord("U"): lambda m: m.push(str(m.take(m.number("<B")), "latin1")),
+        ord("B"): lambda m: m.push(m.take(m.number("<I"))),
+        ord("C"): lambda m: m.push(m.take(m.number("<B"))),
+        0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+        0x96: lambda m: m.push(m.take(m.number("<Q"))),
+        ord("N"): lambda m: m.push(None),
+        0x88: lambda m: m.push(True),
+        0x89: lambda m: m.push(False),
+        ord("V"): lambda m: m.push(m.line().encode("latin1").decode("raw-unicode-escape")),
+        0x8C: lambda m: m.push(m.text("<B")),
+        ord("X"): lambda m: m.push(m.text("<I")),
+        0x8D: lambda m: m.push(m.text("<Q")),
+        ord("]"): lambda m: m.push([]),
+        ord("a"): append,
+        ord("e"): lambda m: extend(m, list, list.extend),
+        ord("l"): lambda m: m.push(m.since_mark()),
+        ord(")"): lambda m: m.push(()),
+        ord("t"): lambda m: m.push(tuple(m.since_mark())),
+        0x85: tuple_of(1),
+        0x86: tuple_of(2),
+        0x87: tuple_of(3),
+        ord("}"): lambda m: m.push({}),
+        ord("d"): dict_of,
+        ord("s"): set_item,
+        ord("u"): set_items,
+        0x8F: lambda m: m.push(set()),
+        0x90: lambda m: extend(m, set, m.add_to_set),
+        0x91: lambda m: m.push(frozenset(_scalar(item) for item in m.since_mark())),
+        ord("0"): lambda m: m.stack.pop(),
+        ord("1"): lambda m: m.since_mark(),
+        ord("2"): lambda m: m.push(m.stack[-1]),
+        ord("("): lambda m: m.push(_MARK),
+        ord("g"): lambda m: m.push(m.memo[_int(m.line())]),
+        ord("h"): lambda m: m.push(m.memo[m.number("<B")]),
+        ord("j"): lambda m: m.push(m.memo[m.number("<I")]),
+        ord("p"): lambda m: m.store(_int(m.line())),
+        ord("q"): lambda m: m.store(m.number("<B")),
+        ord("r"): lambda m: m.store(m.number("<I")),
+        0x94: lambda m: m.store(len(m.memo)),
+        ord("c"): lambda m: m.find(m.line(), m.line()),
+        0x93: pair(_Machine.find),
+        ord("R"): _Machine.reduce,
+        ord("b"): _Machine.build,
+        0x81: lambda m: m.new_object(*two(m)[::-1]),
+        0x92: new_object_with_names,
+        0x80: _Machine.protocol,
+        0x95: lambda m: m.take(8),  # FRAME: a buffering hint; lengths are checked where they are used
+        ord("Q"): _Machine.persist,
+    }
+
+
+_FORBIDDEN = {
+    ord("i"): "INST (make an object by a class name)",
+    ord("o"): "OBJ (make an object of a class)",
+    ord("P"): "PERSID (a text reference)",
+    0x82: "EXT1 (a registered extension)",
+    0x83: "EXT2 (a registered extension)",
+    0x84: "EXT4 (a registered extension)",
+    0x97: "NEXT_BUFFER (data outside the file)",
+    0x98: "READONLY_BUFFER (data outside the file)",
+}
+_INSTRUCTIONS = _table()

@@ -1,0 +1,317 @@
+"""The only globals a checkpoint may name, and the inert records that stand for them.
+
+Tensors become (storage, offset, shape, strides); modules (torch.nn containers and NVIDIA's self-describing
+"persistent" classes, whose source text is dropped unread) become a class name and a dictionary of attributes. Nothing
+here imports what it names.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ogdm_jax.interop.restricted_pickle import Global, Inert, UnsafeFileError, quote
+
+DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype("f8"),
+    "float32": np.dtype("f4"),
+    "float16": np.dtype("f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "complex64": np.dtype("c8"),
+    "complex128": np.dtype("c16"),
+    "int64": np.dtype("i8"),
+    "int32": np.dtype("i4"),
+    "int16": np.dtype("i2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "uint16": np.dtype("u2"),
+    "uint32": np.dtype("u4"),
+    "uint64": np.dtype("u8"),
+    "bool": np.dtype("?"),
+}
+_ALIASES = {
+    "double": "float64",
+    "float": "float32",
+    "half": "float16",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+}
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}
+MAX_DIMENSIONS = 32
+
+
+@dataclass
+class Storage(Inert):
+    """A flat run of numbers. data is filled by the container (archive member, trailing bytes) once it is known."""
+
+    dtype: np.dtype
+    count: int
+    data: memoryview | None = None
+    byteorder: str = "<"
+
+    def array(self, dtype: np.dtype) -> np.ndarray:
+        """The numbers as native dtype: a view of the file's bytes, except for big-endian files."""
+        if self.data is None or len(self.data) != self.count * self.dtype.itemsize:
+            have = "no" if self.data is None else len(self.data)
+            raise UnsafeFileError(f"a storage of {self.count} {self.dtype} numbers has {have} bytes")
+        if len(self.data) % dtype.itemsize:
+            raise UnsafeFileError(f"a storage of {len(self.data)} bytes does not hold whole {dtype} numbers")
+        flat = np.frombuffer(self.data, dtype)
+        return flat.byteswap() if self.byteorder == ">" else flat
+
+
+@dataclass
+class Tensor(Inert):
+    """numpy's view of a tensor: element (i, j, ..) is storage[offset + i strides[0] + j strides[1] + ..]."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+
+    def build(self, state: Any) -> None:
+        """Attributes set on a tensor carry no numbers: dropped."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        """A bounds-checked view of the storage (a scalar or empty tensor included)."""
+        flat = self.storage.array(self.dtype)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype)
+        if last >= len(flat):
+            raise UnsafeFileError(f"a tensor of shape {self.shape} reaches element {last} of a storage of {len(flat)}")
+        steps = [s * self.dtype.itemsize if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+
+
+@dataclass
+class Module(Inert):
+    """An nn.Module, loss or other object kept as data: what class it says it is, and its attributes."""
+
+    name: str
+    state: dict[str, Any]
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise UnsafeFileError(f"the state of {quote(self.name)} is not a dictionary")
+        self.state = state
+
+
+@dataclass
+class NumpyType(Inert):
+    dtype: np.dtype
+
+    def build(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 2 else None
+        if order not in ("<", ">", "|", "="):
+            raise UnsafeFileError("a numpy dtype has an unknown byte order")
+        self.dtype = self.dtype.newbyteorder("<" if order == "=" else order)
+
+
+@dataclass
+class NumpyArray(Inert):
+    """A numpy array in the two steps of its pickle; also a 0-d one for scalars."""
+
+    value: np.ndarray | None = None
+
+    def build(self, state: Any) -> None:
+        if not (isinstance(state, tuple) and len(state) == 5):
+            raise UnsafeFileError("a numpy array has an unknown state")
+        _, shape, dtype, fortran, data = state
+        self.value = _numpy_array(data, dtype, shape, "F" if fortran else "C")
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.value is None else self.value.nbytes
+
+    def array(self) -> np.ndarray:
+        if self.value is None:
+            raise UnsafeFileError("a numpy array has no content")
+        return self.value
+
+
+def _numpy_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    if not (isinstance(dtype, NumpyType) and isinstance(data, memoryview | bytes)):
+        raise UnsafeFileError("a numpy array is not stored as plain numbers")
+    shape = _dims(shape, "shape")
+    if math.prod(shape) * dtype.dtype.itemsize != len(data):
+        raise UnsafeFileError(f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes")
+    return np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("=")).reshape(shape, order=order)
+
+
+def _dims(value: Any, what: str) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    good = isinstance(value, tuple | list) and len(value) <= MAX_DIMENSIONS
+    if not good or not all(type(n) is int and 0 <= n < 2**48 for n in value):
+        raise UnsafeFileError(f"the {what} of an array is not a list of at most {MAX_DIMENSIONS} sizes")
+    return tuple(value)
+
+
+def _need(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise UnsafeFileError(f"{what} is a {quote(value)}")
+    return value
+
+
+# What stands for each admitted call. Extra arguments (requires_grad, hooks, layout) carry no numbers.
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    storage = _need(storage, Storage, "the storage of a tensor")
+    return _strided(storage, offset, shape, strides, storage.dtype)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    storage = _need(storage, Storage, "the storage of a tensor")
+    return _strided(storage, offset, shape, strides, _need(dtype, np.dtype, "the type of a tensor"))
+
+
+def _strided(storage: Storage, offset: Any, shape: Any, strides: Any, dtype: np.dtype) -> Tensor:
+    shape, strides, (offset,) = _dims(shape, "shape"), _dims(strides, "strides"), _dims(offset, "offset")
+    if len(shape) != len(strides):
+        raise UnsafeFileError(f"a tensor has {len(shape)} sizes and {len(strides)} strides")
+    return Tensor(storage, offset, shape, strides, dtype)
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+    return _need(data, Tensor, "the data of a parameter")
+
+
+def _ordered_dict(pairs: Any = ()) -> dict:
+    result = {}
+    for pair in _need(pairs, list | tuple, "the content of an ordered dictionary"):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)):
+            raise UnsafeFileError("an ordered dictionary holds something else than pairs of name and value")
+        result[pair[0]] = pair[1]
+    return result
+
+
+def _set_of(items: Any = ()) -> set:
+    items = _need(items, list | tuple, "the content of a set")
+    if not all(isinstance(item, str | int | float | None) for item in items):
+        raise UnsafeFileError("a set holds something else than texts and numbers")
+    return set(items)
+
+
+def _persistent_object(meta: Any) -> Module:
+    """NVIDIA's persistence record: its `module_src` (Python source that the original executes) is dropped unread."""
+    meta = _need(meta, dict, "a persistence record")
+    if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
+        raise UnsafeFileError("a persistence record does not describe a class")
+    module = Module(meta["class_name"], {})
+    if meta.get("state") is not None:
+        module.build(meta["state"])
+    return module
+
+
+def _numpy_dtype(code: Any, *_: Any) -> NumpyType:
+    if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248]|c8|c16|b1|\?)", code):
+        raise UnsafeFileError(f"the numpy type {quote(code)} is not a plain number")
+    return NumpyType(np.dtype(code))
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> float | int | bool:
+    value = _numpy_array(data, dtype, (), "C").item()
+    return value if isinstance(value, int | float) else str(value)
+
+
+def _numpy_reconstruct(*_: Any) -> NumpyArray:
+    return NumpyArray()
+
+
+def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
+    return NumpyArray(_numpy_array(data, dtype, shape, "F" if order == "F" else "C"))
+
+
+def _latin1(text: Any, encoding: Any) -> bytes:
+    if encoding != "latin1":
+        raise UnsafeFileError(f"it encodes a text as {quote(encoding)}")
+    return _need(text, str, "a text to encode").encode("latin1")
+
+
+def _device(*names: Any) -> str:
+    return ":".join(str(name)[:16] for name in names)
+
+
+def _calls(load_nested: Callable[[Any], Storage]) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
+    """Full name -> (what stands for the call, whether the name is a class)."""
+    plain: dict[str, Callable[..., Any] | None] = {
+        "torch._utils._rebuild_tensor": _tensor,
+        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_tensor_v3": _tensor_v3,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+        "torch.storage._load_from_bytes": load_nested,
+        "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
+        "_codecs.encode": _latin1,
+        "numpy.ndarray": None,
+    }
+    for home in ("numpy.core", "numpy._core"):
+        plain[f"{home}.multiarray.scalar"] = _numpy_scalar
+        plain[f"{home}.multiarray._reconstruct"] = _numpy_reconstruct
+        plain[f"{home}.numeric._frombuffer"] = _numpy_frombuffer
+    classes: dict[str, Callable[..., Any]] = {
+        "collections.OrderedDict": _ordered_dict,
+        "builtins.set": _set_of,
+        "dnnlib.util.EasyDict": _ordered_dict,
+        "numpy.dtype": _numpy_dtype,
+        "torch.Size": lambda sizes=(): _dims(sizes, "torch.Size"),
+        "torch.device": _device,
+    }
+    return {name: (call, False) for name, call in plain.items()} | {
+        name: (call, True) for name, call in classes.items()
+    }
+
+
+_MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Za-z0-9_]+")
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+def admit_with(load_nested: Callable[[Any], Storage]) -> Callable[[str, str], Global]:
+    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a `_load_from_bytes` call."""
+    calls = _calls(load_nested)
+
+    def admit(module: str, name: str) -> Global | np.dtype | Storage:
+        full = f"{_RENAMED.get(module, module)}.{name}"
+        if full in calls:
+            call, is_class = calls[full]
+            return Global(full, call, is_class)
+        home, _, leaf = full.rpartition(".")
+        if home in ("torch", "torch.cuda", "torch.storage") and leaf in _STORAGES:
+            return Storage(DTYPES[_STORAGES[leaf]], 0)
+        if home == "torch" and _ALIASES.get(leaf, leaf) in DTYPES:
+            return DTYPES[_ALIASES.get(leaf, leaf)]
+        if _MODULE.fullmatch(full):
+            return Global(full, lambda *_: Module(leaf, {}), True)
+        raise UnsafeFileError(f"it names {quote(full)}, which is not among the constructors of tensors")
+
+    return admit
