@@ -39,7 +39,7 @@ def _x0(denoise: Denoise, x: Array, sigma: Array, label: Array | None, extra: Ma
 
 
 def slope(x: Array, x0_hat: Array, sigma: Array) -> Array:
-    """dx/dsigma of the probability-flow ODE, the model's eps (arXiv 2206.00364 eq. 3): (x - x0_hat) / sigma, sigma > 0."""
+    """dx/dsigma of the probability-flow ODE (arXiv 2206.00364 eq. 3), the model's eps: (x - x0_hat) / sigma."""
     return (x - x0_hat) / per_example(sigma, x)
 
 
@@ -245,7 +245,7 @@ def heun_moments(
     """(mean, std [B]) of "Heun down, noise up": a Heun step to sigma_down, then noise back up to sigma_next.
 
     With an exact denoiser the ODE carries the density at sigma to the one at sigma_down, and N(0, std^2) carries that
-    to sigma_next: a second-order transition for guided sampling. It costs one more evaluation; Euler where sigma_down = 0.
+    to sigma_next: a second-order transition for guided sampling. One more evaluation; Euler where sigma_down = 0.
     """
     down, std = split_sigma(sigma, sigma_next, eta)
     return heun(denoise, x, sigma, down, label, x0_hat, **extra), std
