@@ -69,13 +69,6 @@ def gap(index: Array, u: Array, k: float, diffusion_steps: int = 1000) -> Array:
     return jnp.minimum(drawn, longest)  # u close to 1 may round up to longest + 1
 
 
-def discrete_sigmas(diffusion_steps: int = 1000) -> np.ndarray:
-    """sigma(t) = sqrt(1 / abar_t - 1), t = 0..T-1, of the linear beta schedule of DDPM (2006.11239), float64 [T]."""
-    scale = 1000 / diffusion_steps
-    abar = np.cumprod(1 - np.linspace(1e-4 * scale, 0.02 * scale, diffusion_steps, dtype=np.float64))
-    return np.sqrt(1 / abar - 1)
-
-
 class Pair(NamedTuple):
     """From which level to which: sigma, sigma_next [B]; index, gap [B] int32 where the law is discrete."""
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
+from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods.slots import Companion, Context, Example, Metrics, Slots
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
@@ -63,7 +63,7 @@ class Settings:
       channel_base, channel_max: widths of the discriminator.
       learning_rate, betas: of the discriminator's Adam; None = the denoiser's rate.
       sigma_min, sigma_max, rho: the warp of law "edm".
-      diffusion_steps: T of law "adm" (linear beta schedule).
+      schedule, diffusion_steps: betas and T of law "adm".
     """
 
     gamma: float = 0.025
@@ -87,6 +87,7 @@ class Settings:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    schedule: str = "linear"
     diffusion_steps: int = 1000
 
     def __post_init__(self):
@@ -96,6 +97,7 @@ class Settings:
         _choose("resample", self.resample, ("all", "noise"))
         _choose("condition", self.condition, ("sigma", "log_sigma", "index"))
         _choose("input_scale", self.input_scale, ("none", "vp", "unit"))
+        _choose("schedule", self.schedule, ("linear", "cosine"))
         _require(0 <= self.gamma < float("inf"), "gamma", self.gamma, "a number of at least 0")
         _require(self.r1 >= 0, "r1", self.r1, "a number of at least 0")
         _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "a whole number of at least 1")
@@ -208,12 +210,10 @@ def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
     if settings.law == "edm":
         limits = (settings.sigma_min, settings.sigma_max, settings.rho)
         return Pair(sigma, next_sigma(sigma, u, settings.k, *limits))
-    table = jumps.discrete_sigmas(settings.diffusion_steps)
-    middles = jnp.asarray(np.sqrt(table[1:] * table[:-1]), sigma.dtype)
-    index = jnp.searchsorted(middles, sigma).astype(jnp.int32)
-    return jumps.index_pair(index, jumps.gap(index, u, settings.k, settings.diffusion_steps), table)._replace(
-        sigma=sigma
-    )
+    chain = Discrete.make(settings.schedule, settings.diffusion_steps)
+    index = chain.index(sigma)
+    gap = jumps.gap(index, u, settings.k, settings.diffusion_steps)
+    return jumps.index_pair(index, gap, chain.sigma)._replace(sigma=sigma)
 
 
 def condition(pair: Pair, settings: Settings) -> Array:

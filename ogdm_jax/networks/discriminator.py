@@ -11,31 +11,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ogdm_jax.networks.layers import conv2d, fir, one_hot
 from ogdm_jax.typing import Array
 
-_TAPS = (0.125, 0.375, 0.375, 0.125)  # the binomial low-pass [1, 3, 3, 1] / 8 in front of every halving
-
-
-def _conv(x: Array, kernel: Array, padding: int, stride: int = 1) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _blur(x: Array, padding: int, down: int = 1) -> Array:
-    """Depthwise low-pass with zero padding, keeping every down-th pixel: h -> (h + 2 padding - 4) // down + 1."""
-    taps = np.outer(_TAPS, _TAPS).astype(x.dtype)[:, :, None, None]
-    kernel = jnp.tile(taps, (1, 1, 1, x.shape[-1]))
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (down, down),
-        [(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+_TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)  # the binomial low-pass in front of every halving
 
 
 def _leaky(x: Array, gain: float = math.sqrt(2.0)) -> Array:
@@ -62,7 +42,7 @@ class EqualConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", _normal(), shape) * (1.0 / math.sqrt(math.prod(shape[:3])))
-        x = _conv(x, kernel.astype(x.dtype), self.padding, self.stride)
+        x = conv2d(x, kernel.astype(x.dtype), self.padding, self.stride)
         if not self.bias:
             return x
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -116,9 +96,9 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         if self.from_rgb:
             x = _leaky(EqualConv(self.features, 1, name="fromrgb")(x))
-        y = EqualConv(self.out, 1, bias=False, name="skip")(_blur(x, 1, down=2)) * math.sqrt(0.5)
+        y = EqualConv(self.out, 1, bias=False, name="skip")(fir(x, _TAPS, down=2, padding=1)) * math.sqrt(0.5)
         h = _leaky(EqualConv(self.features, 3, padding=1, name="conv0")(x))
-        h = EqualConv(self.out, 3, stride=2, name="conv1")(_blur(h, 2))
+        h = EqualConv(self.out, 3, stride=2, name="conv1")(fir(h, _TAPS, padding=2))
         return y + _leaky(h, gain=1.0)  # sqrt(2) of the activation times sqrt(1/2) of the branch
 
 
@@ -224,7 +204,8 @@ class StyleGAN2Discriminator(nn.Module):
             raise ValueError(f"cond_t: shape {cond_t.shape} given; expected {(x.shape[0], self.t_dim)}")
         cond = cond_t.astype(x.dtype)
         if self.label_dim:
-            cond = jnp.concatenate([self._one_hot(label, x), cond], axis=1)
+            label = one_hot(label, x.shape[0], self.label_dim).astype(x.dtype)
+            cond = jnp.concatenate([label, cond], axis=1)
         cmap = Mapping(self.channels(4), name="mapping")(cond)
         if tap == "mapping":
             return cmap
@@ -234,10 +215,3 @@ class StyleGAN2Discriminator(nn.Module):
             )(x)
             side //= 2
         return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap)
-
-    def _one_hot(self, label: Array | None, x: Array) -> Array:
-        if label is None:
-            return jnp.zeros((x.shape[0], self.label_dim), x.dtype)
-        if label.ndim == 1:
-            return jax.nn.one_hot(label, self.label_dim, dtype=x.dtype)  # -1 becomes zeros
-        return label.astype(x.dtype)

@@ -1,0 +1,256 @@
+"""Golden checks of OGDM: discriminator, projection, and both repositories' losses with all draws supplied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden_support import Golden, family, nhwc
+
+from ogdm_jax.diffusion import jumps, precondition
+from ogdm_jax.diffusion.process import Discrete
+from ogdm_jax.interop.names_discriminator import discriminator_to_flax, flax_to_discriminator
+from ogdm_jax.methods import ogdm
+from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
+
+
+def _network(settings: dict) -> StyleGAN2Discriminator:
+    names = {"c_dim": "label_dim"}  # the guided-diffusion repository's word
+    return StyleGAN2Discriminator(**{names.get(k, k): v for k, v in settings.items() if k != "cls"})
+
+
+def _discriminator(g: Golden, settings: dict, prefix: str = "", dtype=jnp.float64):
+    """(network, variables): the file's weights, widened to dtype."""
+    network = _network(settings)
+    variables = discriminator_to_flax(g.state_dict(prefix), network)
+    return network, jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)
+
+
+def _norms(grads, network) -> dict[str, float]:
+    return {k: np.linalg.norm(v) for k, v in flax_to_discriminator(grads, network).items()}
+
+
+def _wide(a: np.ndarray) -> jax.Array:
+    return jnp.asarray(a, jnp.float64)
+
+
+def _label(g: Golden) -> jax.Array | None:
+    return _wide(g["class_labels"]) if g["class_labels"].shape[1] else None
+
+
+@family("ogdm_disc")
+def disc(g: Golden):
+    for dtype in (jnp.float32, jnp.float64):  # float32 is what training runs, float64 leaves rounding no excuse
+        with jax.enable_x64(dtype == jnp.float64):
+            _disc(g, dtype)
+
+
+def _disc(g: Golden, dtype):
+    network, variables = _discriminator(g, g.config["kwargs"], dtype=dtype)
+    x, cond = jnp.asarray(nhwc(g["x"]), dtype), jnp.asarray(g["time_cond"], dtype)
+    label = jnp.asarray(g["class_labels"], dtype) if g["class_labels"].shape[1] else None
+
+    @jax.jit
+    def run(params):
+        judge = lambda images: network.apply({"params": params}, images, cond, label)  # noqa: E731
+        real, r1 = ogdm.logits_and_r1(judge, x)
+        fake = judge(0.5 * x)
+        hinge = ogdm.discriminator_loss(real, fake, "hinge")
+        return jnp.mean(hinge + r1), {
+            "logits_real": real,
+            "logits_fake": fake,
+            "r1": r1,
+            "hinge": hinge,
+            "logistic": ogdm.discriminator_loss(real, fake, "logistic"),
+            "total_hinge_r1": jnp.mean(hinge + r1),
+            "cmap": network.apply({"params": params}, x, cond, label, tap="mapping"),
+            "grad_real": jnp.moveaxis(jax.grad(lambda i: jnp.sum(judge(i)))(x), -1, 1),
+        }
+
+    grads, values = jax.grad(run, has_aux=True)(variables["params"])
+    for name, value in values.items():
+        g.assert_close(name, value)
+    norms = _norms({"params": grads}, network)
+    g.assert_norms("grad_norms", norms)
+    total = np.sqrt(sum(n**2 for n in norms.values()))
+    np.testing.assert_allclose(total, float(g["grad_norm_total"]), rtol=1e-4)
+
+
+_ANALYTIC = {
+    "0.25x/(0.25+s^2)+0.3*tanh(x+ln(s)/4)": lambda x, s: 0.25 * x / (0.25 + s**2) + 0.3 * jnp.tanh(x + jnp.log(s) / 4),
+    "x/(1+s^2)": lambda x, s: x / (1 + s**2),
+}
+
+
+def _analytic(g: Golden):
+    """The file's denoiser, evaluated in float32 as in the official projection."""
+    formula = _ANALYTIC[g.config["denoiser"].removeprefix("D(x,s)=").split(",")[0]]
+
+    def denoise(x, sigma, label=None):
+        del label
+        x, s = x.astype(jnp.float32), sigma.astype(jnp.float32)[:, None, None, None]
+        return formula(x, s).astype(jnp.float64)
+
+    return denoise
+
+
+@family("ogdm_edm_step")
+def edm_step(g: Golden):
+    with jax.enable_x64(True):
+        sigma, u, x = jnp.asarray(g["sigma_t"]), jnp.asarray(g["u"]), _wide(nhwc(g["x_t"]))
+        np.testing.assert_allclose(jumps.tau(sigma), g["tau"], rtol=0, atol=2e-6)
+        g.assert_close("sigma_of_tau_grid", jumps.sigma_of_tau(_wide(g["tau_grid"])))
+        for name, run in g.json("settings").items():
+            below = jumps.next_sigma(sigma, u, run["k"])
+            np.testing.assert_allclose(below, g[f"sigma_s_k{run['k']}"], rtol=1e-5, err_msg=name)
+            # The official state has x's dtype; from its own level, so that only the projection is compared.
+            wide = run["x_dtype"].endswith("float64")
+            start = x if wide else x.astype(jnp.float32)
+            solver = "euler" if run["ddim"] else "heun"
+            end = ogdm.project(_analytic(g), start, sigma, jnp.asarray(g[f"sigma_s_k{run['k']}"]), solver)
+            truth = nhwc(g[f"x_s_{name}"])
+            # The denoiser is float32 in both; Heun divides its rounding by sigma_s.
+            np.testing.assert_allclose(end, truth, rtol=0, atol=2e-6 * max(1.0, np.abs(truth).max()), err_msg=name)
+        if "discrete_grid" not in g:
+            return
+        grid, sigma = g["discrete_grid"], _wide(g["discrete_grid"])[g["discrete_index"]]
+        below = jumps.next_sigma(sigma, jnp.zeros_like(sigma), len(grid))
+        np.testing.assert_allclose(below, g["discrete_sigma_s"], rtol=1e-12)
+        end = ogdm.project(_analytic(g), x, sigma, below)
+        np.testing.assert_allclose(end, nhwc(g["discrete_x_s"]), rtol=0, atol=2e-6)
+
+
+def _sigmas(normal: np.ndarray) -> jax.Array:
+    """EDM's log-normal levels, clipped as in the OGDM code."""
+    return jnp.clip(jnp.exp(1.2 * _wide(normal).reshape(-1) - 1.2), 0.002, 80.0)
+
+
+def _denoiser(g: Golden):
+    """(variables -> denoise, variables, gradients -> norms by PyTorch name) of the file's EDM network."""
+    from ogdm_jax.interop.names import edm_to_flax, flax_to_edm
+    from ogdm_jax.networks import SongUNet
+
+    settings = {k: v for k, v in g.config["kwargs_net"].items() if k not in ("model_type", "sigma_data")}
+    network = SongUNet(**settings, out_channels=settings["img_channels"], dtype=jnp.float64)
+    variables = jax.tree.map(_wide, edm_to_flax(g.state_dict("net_"), network))
+    frozen = {k: v for k, v in variables.items() if k != "params"}
+
+    def denoiser(params):
+        apply = lambda *a, **extra: network.apply({"params": params, **frozen}, *a, **extra)  # noqa: E731
+        return precondition.edm(apply)
+
+    def norms(grads):
+        return {k: np.linalg.norm(v) for k, v in flax_to_edm({"params": grads}, network).items()}
+
+    return denoiser, variables["params"], norms
+
+
+@family("ogdm_losses")
+def losses(g: Golden):
+    with jax.enable_x64(True):
+        network, variables = _discriminator(g, g.config["kwargs_disc"], "disc_")
+        denoiser, params, norms_of = _denoiser(g)
+        settings = ogdm.Settings(
+            **ogdm.PRESETS["edm"]
+            | {"k": g.config["k"], "gamma": g.config["gamma"], "solver": "euler" if g.config["ddim"] else "heun"}
+        )
+        label, augment, y = _label(g), _wide(g["augment_labels"]), _wide(nhwc(g["images"]))
+        pixels = y[0].size
+
+        def draws(kind):
+            sigma = _sigmas(g[f"{kind}_rnd_normal"])
+            pair = ogdm.draw_pair(settings, sigma, _wide(g[f"{kind}_rnd_uniform_gap"]).reshape(-1))
+            return pair, _wide(nhwc(g[f"{kind}_noise_unit"]))
+
+        def judge(disc_params):
+            return lambda x, pair: network.apply(disc_params, x, ogdm.condition(pair, settings), label)
+
+        @jax.jit
+        def generator(net_params):
+            pair, eps = draws("G")
+            denoise = denoiser(net_params)
+            s = pair.sigma[:, None, None, None]
+            xt = y + s * eps
+            squared = jnp.square(denoise(xt, pair.sigma, label, augment=augment) - y)
+            loss = (s**2 + 0.25) / (0.5 * s) ** 2 * squared
+            _, logits = ogdm.observation(denoise, judge(variables), xt, pair, label, settings)
+            added = settings.gamma * pixels * ogdm.generator_loss(logits)
+            total = jnp.mean(jnp.sum(loss, axis=(1, 2, 3)) + added)
+            return total, {"loss": jnp.moveaxis(loss, -1, 1), "fake_pred": logits, "G": total}
+
+        @jax.jit
+        def discriminator(disc_params):
+            pair, eps = draws("D")
+            xt = y + pair.sigma[:, None, None, None] * eps
+            real = y + pair.sigma_next[:, None, None, None] * eps
+            fake = ogdm.project(denoiser(params), xt, pair.sigma, pair.sigma_next, settings.solver, label)
+            loss, metrics = ogdm.companion_loss(judge(disc_params), real, fake, pair, settings)
+            loss, r1 = loss / pixels, metrics["ogdm/r1"]
+            return jnp.mean(loss), {"lossD": loss - settings.r1 * r1, "r1": r1}
+
+        for function, at, prefix in ((generator, params, "G_net"), (discriminator, variables, "D_disc")):
+            grads, values = jax.grad(function, has_aux=True)(at)
+            for name, value in values.items():
+                g.assert_close(name, value)
+            g.assert_norms(f"grad_norms_{prefix}", norms_of(grads) if at is params else _norms(grads, network))
+
+
+@family("ogdm_adm_losses")
+def adm_losses(g: Golden):
+    """All in the package's coordinate x / sqrt(abar); compared in the official one."""
+    with jax.enable_x64(True):
+        model, steps = g.config["eps_model"], g.config["T"]
+        table = Discrete.make(g.config["schedule"], steps).sigma
+        pair = jumps.index_pair(jnp.asarray(g["t"]), jnp.asarray(g["s"]), table)
+        abar = lambda sigma: 1 / (1 + sigma**2)  # noqa: E731
+        np.testing.assert_allclose(abar(pair.sigma), g["abar_t"], rtol=1e-6)
+        np.testing.assert_allclose(abar(pair.sigma_next), g["abar_target"], rtol=1e-6)
+
+        s = pair.sigma[:, None, None, None]
+        t = jnp.asarray(g["t"], jnp.float64)[:, None, None, None]
+        settings = ogdm.Settings(**ogdm.PRESETS["adm"])
+
+        def eps_of(x):
+            return model["a"] * jnp.tanh(x) + model["b"] * t + model.get("c", 0) * x
+
+        def denoise(x, sigma, label=None):
+            del label
+            return x - sigma[:, None, None, None] * eps_of(x / jnp.sqrt(1 + s**2))
+
+        if g.config["disc"].startswith("toy"):
+            judge = lambda x, pair: jnp.mean(x**2, axis=(1, 2, 3)) + 0.001 * (pair.index - pair.gap)  # noqa: E731
+        else:
+            network, variables = _discriminator(g, g.config["kwargs_disc"], "disc_")
+            judge = lambda x, pair: network.apply(variables, x, ogdm.condition(pair, settings))  # noqa: E731
+        seen = lambda x, pair: judge(ogdm.view(x, pair, settings), pair)  # noqa: E731
+
+        # float32 tables in the official code: x0 is off by the rounding of sqrt(1/abar) x, of order sigma * 1e-7.
+        def close(name, value, atol=2e-6):
+            truth = g[name]
+            rounding = 4e-7 * np.asarray(s if np.ndim(value) > 1 else pair.sigma)
+            bound = atol * max(1.0, np.abs(truth).max()) + rounding
+            assert np.all(np.abs(np.asarray(value) - truth) <= bound), (name, np.abs(np.asarray(value) - truth).max())
+
+        back = lambda x: jnp.moveaxis(x, -1, 1)  # noqa: E731
+        x0, noise = _wide(nhwc(g["x0"])), _wide(nhwc(g["noise_G"]))
+        xt = x0 + s * noise
+        close("x_t", back(xt / jnp.sqrt(1 + s**2)))
+        x0_hat = denoise(xt, pair.sigma)
+        close("xhat0", back(x0_hat))
+        close("lossDM", jnp.mean((x0_hat - x0) ** 2, axis=(1, 2, 3)) / pair.sigma**2)
+        fake, logits = ogdm.observation(denoise, seen, xt, pair, None, settings, x0_hat)
+        close("fake", back(ogdm.view(fake, pair, settings)))
+        for kind in ("hinge", "logistic"):
+            close(f"lossG_{kind}", ogdm.generator_loss(logits, kind), 2e-5)
+
+        of_x0 = ogdm.project(denoise, xt, pair.sigma, pair.sigma_next, "ddim", x0_hat=x0)
+        close("ddim_step_of_x0", back(ogdm.view(of_x0, pair, settings)))
+
+        noise = _wide(nhwc(g["noise_D"]))
+        xt = x0 + s * noise
+        real = ogdm.view(x0 + pair.sigma_next[:, None, None, None] * noise, pair, settings)
+        fake = ogdm.project(denoise, xt, pair.sigma, pair.sigma_next, settings.solver)
+        for kind in ("hinge", "logistic"):
+            loss, metrics = ogdm.companion_loss(
+                judge, real, ogdm.view(fake, pair, settings), pair, ogdm.Settings(law="adm", k=0.1, loss=kind)
+            )
+            close(f"lossD_{kind}", loss - metrics["ogdm/r1"], 2e-5)
+        close("grad_penalty", metrics["ogdm/r1"], 2e-5)
