@@ -119,9 +119,7 @@ def stable_target(
     return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
 
 
-def convert(
-    kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float = 1.0, sigma_data: float = 0.5
-) -> Array:
+def target(kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float = 1.0, sigma_data: float = 0.5) -> Array:
     """What a network of another parametrisation should predict when its clean image should be x0 (spec 1).
 
     kind    "x0": x0                        "eps": (x - alpha x0) / sigma        "score": (alpha x0 - x) / sigma^2
@@ -420,7 +418,10 @@ def _references(settings, context, example, frozen, groups: int, plain: bool) ->
         heads = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
         images = jnp.where(heads[:, :, None, None, None], images[:, :, :, ::-1], images)
     if example.augment is not None and not plain:
-        images, _ = jax.vmap(context.augment)(each("augment"), images)
+        augment = getattr(context, "augment", None)
+        if augment is None:
+            raise ValueError("config.stf.augment: 'official' needs the augmentation pipe; expected matched or dsm")
+        images = jax.vmap(augment)(each("augment"), images)
     return images, labels
 
 

@@ -1,0 +1,303 @@
+"""Self-perceptual objective (Lin and Yang, arXiv 2401.00110, algorithm 1): a model judged by its own features.
+
+Phase 1 trains with the squared error. Phase 2 freezes a copy f of that model and fine-tunes the model so that
+
+    L = mean( (f(x0_hat + s' eps_hat; s') - f(x0 + s' eps; s'))^2 ),   f(x; s): mid-block features, s' a fresh level
+
+where eps is the noise that made x_t and eps_hat = (x_t - x0_hat) / sigma the predicted noise: both pairs jump to s'
+along their own straight line, so the loss is 0 at s' = sigma and no new noise enters. In the network's own scale the
+two inputs of f differ by sin(theta - theta') times the output error, theta = arctan(sigma / sigma_data): well scaled
+at every pair of levels.
+
+The authors published no training code. Our own additions, off in the preset `paper`: a pixel-space anchor (the squared
+error stays), a noise gate, and a weight calibrated once. The fine-tuned network is no posterior mean any more.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax import randomness
+from ogdm_jax.diffusion.process import eps_from_x0
+from ogdm_jax.methods import slots
+from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
+from ogdm_jax.typing import Array, Denoise, Features, PyTree
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's loss: nothing but features, at every noise level (with learning rate 3e-5 and EMA 0.9995, 50k steps).
+    "paper": {"mse_weight": 0.0, "weight": 1.0, "auto": False, "sigma_next": "sd_uniform", "sigma_max": float("inf")},
+    # Pixels have no decoder that hides high-frequency drift: keep the squared error, stay where x0_hat is an image.
+    "pixel_edm": {"mse_weight": 1.0, "weight": 1.0, "auto": True, "sigma_next": "same", "sigma_max": 2.3},
+}
+DEFAULTS: dict[str, Any] = PRESETS["pixel_edm"] | {
+    "teacher": "",  # training folder of the frozen copy; "" = init.workdir
+    "teacher_weights": "ema",  # ema or params of its newest checkpoint
+    "tap": "mid",  # which features of the teacher: mid = output of the middle block
+    "feature_norm": "none",  # none (paper) or relative: divided by the real features' mean square
+    "distance": "mse",  # mse or mae of the features
+    "share": 0.2,  # auto: size of the feature gradient relative to the squared error's
+    "calibration": 100,  # auto: steps over which the weight is measured; then it stays
+    "normalize_jump": False,  # divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'
+    "remat": False,  # recompute the teacher's activations in the backward pass
+    "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
+}
+SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
+DISTANCES = ("mse", "mae")
+FEATURE_NORMS = ("none", "relative")
+
+# Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma / sigma_data.
+_SD_MEAN, _SD_STD = 0.776, 1.587
+_SMALLEST_JUMP = 0.05
+
+
+def self_perceptual_loss(
+    features: Features,
+    x0: Array,
+    eps: Array,
+    x0_hat: Array,
+    eps_hat: Array,
+    sigma_next: Array,
+    distance: str = "mse",
+    feature_norm: str = "none",
+) -> Array:
+    """Distance of the features of the predicted and the true pair at a fresh noise level (2401.00110, algorithm 1).
+
+    The real branch is a constant; the gradient flows through x0_hat and eps_hat, into the inputs of `features`.
+
+    Args:
+      features: (x [B,H,W,C], sigma [B]) -> [B, ...], or a list of such arrays: the frozen teacher in eval mode, with
+        the labels and augmentation labels of the example.
+      x0, eps: [B,H,W,C], x_t = x0 + sigma * eps.   x0_hat, eps_hat: [B,H,W,C], the prediction from x_t.
+      sigma_next: [B] > 0, the level s' at which both are compared, drawn independently of sigma.
+      distance: mse (paper) or mae.   feature_norm: none (paper), or relative: over the real features' mean square
+        (mse) or mean absolute value (mae).
+
+    Returns:
+      [B] float32 >= 0: the mean over features; with several feature arrays, the mean of their means.
+
+    Raises:
+      ValueError: an unknown distance or feature_norm.
+    """
+    predicted, real = _both(features, x0, eps, x0_hat, eps_hat, sigma_next)
+    return _distance(predicted, real, distance, feature_norm)
+
+
+def predicted_noise(xt: Array, network_output: Array, sigma: Array, sigma_data: float = 0.5) -> Array:
+    """eps_hat from EDM's raw output F, exact at small sigma and safe for a half-precision F (spec/sp.md 1).
+
+    eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) / sigma without its
+    cancellation.
+
+    Args:
+      xt, network_output: [B,H,W,C].   sigma: [B].
+
+    Returns:
+      [B,H,W,C].
+    """
+    sigma = _wide(sigma, xt)
+    square = jnp.square(sigma) + sigma_data**2
+    return sigma / square * xt - sigma_data / jnp.sqrt(square) * network_output
+
+
+def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array:
+    """sin(theta - theta') [B] with theta = arctan(sigma / sigma_data): how much of an output error f gets to see."""
+    norms = jnp.sqrt(jnp.square(sigma) + sigma_data**2) * jnp.sqrt(jnp.square(sigma_next) + sigma_data**2)
+    return sigma_data * (sigma - sigma_next) / norms
+
+
+def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
+    """The noise levels s' [B] of typed keys [B], clipped to the model's range.
+
+    kind  "same": the training law again.   "sd_uniform": log-normal fitted to the paper's uniform t (much noisier).
+          "angle_uniform": theta' uniform between the range's ends.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    low, high, data = context.sigma_min, context.sigma_max, context.sigma_data
+    if kind == "same":
+        sigma = context.law.sample(keys)
+    elif kind == "sd_uniform":
+        sigma = data * jnp.exp(_SD_MEAN + _SD_STD * randomness.normal(keys))
+    elif kind == "angle_uniform":
+        first, last = np.arctan(low / data), np.arctan(high / data)
+        sigma = data * jnp.tan(first + (last - first) * randomness.uniform(keys))
+    else:
+        raise ValueError(f"config.sp.sigma_next: unknown {kind!r}; expected one of {', '.join(SIGMA_NEXT)}")
+    return jnp.clip(sigma, low, high)
+
+
+def calibration() -> dict[str, Array]:
+    """The state of a calibration that has seen nothing."""
+    return {"count": jnp.zeros((), jnp.int32), "mse": jnp.zeros(()), "sp": jnp.zeros(())}
+
+
+def calibrate(state: Mapping[str, Array], mse: Array, sp: Array, steps: int) -> dict[str, Array]:
+    """Adds a step's mean squared gradient norms of both losses; after `steps` steps the state no longer changes."""
+    open_ = (state["count"] < steps).astype(jnp.int32)
+    return {"count": state["count"] + open_, "mse": state["mse"] + open_ * mse, "sp": state["sp"] + open_ * sp}
+
+
+def calibrated_weight(state: Mapping[str, Array], share: float) -> Array:
+    """The weight at which SP's gradient is `share` of the squared error's; 0 before the first measurement."""
+    known = state["sp"] > 0
+    return jnp.where(known, share * jnp.sqrt(state["mse"] / jnp.where(known, state["sp"], 1.0)), 0.0)
+
+
+def fingerprint(variables: PyTree) -> np.ndarray:
+    """SHA-256 of names, shapes and values of a tree of weights, as uint32 [8]."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return np.frombuffer(digest.digest(), np.uint32).copy()
+
+
+def verify(memory: Mapping[str, Array], frozen: Mapping[str, Any]) -> None:
+    """Raises ValueError if a run resumes with another teacher than the one it began with."""
+    if not np.array_equal(np.asarray(memory["teacher"]), np.asarray(frozen["fingerprint"])):
+        raise ValueError("config.sp.teacher: holds other weights than when this run began; expected the same teacher")
+
+
+def _wide(v: Array, x: Array) -> Array:
+    return v[(slice(None),) + (None,) * (x.ndim - 1)]
+
+
+def _both(features: Features, x0, eps, x0_hat, eps_hat, sigma_next) -> tuple[list[Array], list[Array]]:
+    """Predicted and real features, each a list of [B,K] float32. Two calls: one of 2B would keep what the real half
+    needs for a backward pass that never comes."""
+    level = _wide(sigma_next, x0)
+    flat = lambda tree: [f.reshape(f.shape[0], -1).astype(jnp.float32) for f in jax.tree.leaves(tree)]  # noqa: E731
+    real = features(jax.lax.stop_gradient(x0 + level * eps), sigma_next)
+    return flat(features(x0_hat + level * eps_hat, sigma_next)), jax.lax.stop_gradient(flat(real))
+
+
+def _distance(predicted: list[Array], real: list[Array], distance: str, feature_norm: str) -> Array:
+    for key, value, options in (("distance", distance, DISTANCES), ("feature_norm", feature_norm, FEATURE_NORMS)):
+        if value not in options:
+            raise ValueError(f"config.sp.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+    size = jnp.square if distance == "mse" else jnp.abs
+    parts = [jnp.mean(size(p - r), axis=1) for p, r in zip(predicted, real, strict=True)]
+    if feature_norm == "relative":
+        parts = [part / jnp.mean(size(r), axis=1) for part, r in zip(parts, real)]
+    return sum(parts) / len(parts)
+
+
+def training(settings: Mapping[str, Any], context: Context) -> Slots:
+    """Fills the distance slot: mse_weight * (squared error to the target) + weight * gate * self-perceptual loss.
+
+    STF may replace the target of the squared error; SP compares with the features of the actual image and noise. The
+    teacher is read from settings["teacher"] when the run starts, and its fingerprint travels with the state: resuming
+    with another teacher makes the loss nan, and `verify` says why.
+
+    Raises:
+      ValueError: an unknown name or a number out of range.
+    """
+    for key, options in (("sigma_next", SIGMA_NEXT), ("distance", DISTANCES), ("feature_norm", FEATURE_NORMS)):
+        if settings[key] not in options:
+            raise ValueError(f"config.sp.{key}: unknown {settings[key]!r}; expected one of {', '.join(options)}")
+    for key in ("mse_weight", "weight", "share", "sigma_max"):
+        if not settings[key] >= 0:
+            raise ValueError(f"config.sp.{key}: {settings[key]!r} given; expected a number of at least 0")
+    if settings["auto"] and (settings["mse_weight"] == 0 or settings["calibration"] < 1):
+        raise ValueError(
+            "config.sp.auto: measures against the squared error; expected mse_weight > 0 and calibration >= 1"
+        )
+    teacher = functools.cache(functools.partial(_teacher, settings, context))
+
+    def memory() -> dict[str, Array]:
+        return calibration() | {"teacher": jnp.asarray(teacher()["fingerprint"])}
+
+    def remember(memory: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
+        measured = calibrate(memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"])
+        return measured | {"teacher": memory["teacher"]}
+
+    return Slots(
+        name="sp",
+        distance=functools.partial(_fill, settings, context),
+        frozen=teacher,
+        memory=memory,
+        remember=remember if settings["auto"] else None,
+    )
+
+
+def _teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    load = getattr(context, "weights", None)
+    if load is None:
+        raise ValueError("config.sp.teacher: nothing here can read it; expected a Context with `weights`")
+    params, buffers = load(settings["teacher"], settings["teacher_weights"])
+    variables = jax.tree.map(np.asarray, {"params": params, "buffers": buffers})
+    return variables | {"fingerprint": fingerprint(variables)}
+
+
+def _fill(settings, context: Context, example: Example, x0_hat, target, denoise: Denoise, frozen, memory):
+    teacher = context.denoiser(frozen["params"], frozen["buffers"])
+
+    def features(x: Array, sigma: Array) -> Array:
+        return teacher(x, sigma, example.label, augment=example.augment, tap=settings["tap"])
+
+    if settings["remat"]:
+        features = jax.checkpoint(features)
+    sigma, sigma_next = example.sigma, draw_sigma_next(settings["sigma_next"], example.keys("sp/sigma_next"), context)
+    gate = (sigma <= settings["sigma_max"]).astype(jnp.float32)
+    if settings["normalize_jump"]:
+        sine = jump_sine(sigma, sigma_next, context.sigma_data)
+        gate = gate / jnp.maximum(jnp.square(sine), _SMALLEST_JUMP)
+
+    def gated(x0_hat: Array) -> tuple[Array, Array]:
+        eps_hat = eps_from_x0(example.xt, x0_hat, sigma)
+        predicted, real = _both(features, example.x0, example.eps, x0_hat, eps_hat, sigma_next)
+        return gate * _distance(predicted, real, settings["distance"], settings["feature_norm"]), _cosine(
+            predicted, real
+        )
+
+    perceptual, cosine = gated(x0_hat)
+    squared = slots.squared_error(example, x0_hat, target, context.weight)
+    weight, norms = jnp.asarray(settings["weight"], jnp.float32), {}
+    if settings["auto"]:
+        weight = weight * calibrated_weight(memory, settings["share"])
+        norms = _gradient_norms(settings, context, example, x0_hat, target, gated, memory)
+    loss = settings["mse_weight"] * squared + weight * perceptual
+    loss = jnp.where(jnp.all(memory["teacher"] == frozen["fingerprint"]), loss, jnp.nan)
+    each = jnp.ones_like(loss)
+    metrics: Metrics = {"loss/mse": squared, "loss/sp": perceptual, "sp/cosine": cosine, "sp/weight": weight * each}
+    edges = (0.0, *settings["bins"], np.inf)
+    for low, high in zip(edges[:-1], edges[1:]):
+        inside = ((sigma > low) & (sigma <= high)).astype(loss.dtype)
+        metrics[f"sp/loss/{low:g}-{high:g}"] = (perceptual, inside)
+    return loss, metrics | norms
+
+
+def _cosine(predicted: list[Array], real: list[Array]) -> Array:
+    """Cosine between predicted and real features [B]."""
+    dot = lambda a, b: sum(jnp.sum(x * y, axis=1) for x, y in zip(a, b))  # noqa: E731
+    return jax.lax.stop_gradient(
+        dot(predicted, real) * jax.lax.rsqrt(dot(predicted, predicted) * dot(real, real) + 1e-20)
+    )
+
+
+def _gradient_norms(settings, context: Context, example: Example, x0_hat, target, gated, memory) -> Metrics:
+    """Squared norms [b] of both losses' gradients in the network's own output scale, while the calibration is open.
+
+    EDM's F-space, where both losses are well scaled: d/dF = c_out d/dx0_hat. It needs one more backward pass through
+    the teacher, and only in those steps.
+    """
+    x0_hat, target = jax.lax.stop_gradient((x0_hat, target))
+    sigma, data = example.sigma, context.sigma_data
+    scale = jnp.square(sigma * data) / (jnp.square(sigma) + data**2)
+    norm = lambda g: scale * jnp.sum(jnp.square(g), axis=(1, 2, 3))  # noqa: E731
+
+    def measure() -> tuple[Array, Array]:
+        squared = lambda x: settings["mse_weight"] * jnp.sum(slots.squared_error(example, x, target, context.weight))  # noqa: E731
+        perceptual = lambda x: jnp.sum(gated(x)[0])  # noqa: E731
+        return norm(jax.grad(squared)(x0_hat)), norm(jax.grad(perceptual)(x0_hat))
+
+    closed = lambda: (jnp.zeros_like(sigma), jnp.zeros_like(sigma))  # noqa: E731
+    mse, sp = jax.lax.cond(memory["count"] < settings["calibration"], measure, closed)
+    return {"sp/grad_mse": mse, "sp/grad_sp": sp}

@@ -1,0 +1,400 @@
+"""SP: golden values and identities of spec/sp.md, early exit, gradients, gate, calibration, and the training slot."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from ogdm_jax.diffusion import precondition, process, steps
+from ogdm_jax.methods import slots, sp
+
+RNG = np.random.default_rng
+SD = 0.5
+LEVELS = [(0.5, 1.5), (2.0, 0.1), (0.002, 80.0), (80.0, 0.002), (0.3, 0.3)]
+
+
+def golden():
+    """spec/sp.md 10, as images [2,2,2,1]."""
+    k = np.arange(8)
+    y, n, f = np.sin(0.37 * k + 0.1), np.cos(1.3 * k + 0.2), 0.3 * np.sin(k)
+    return *(a.reshape(2, 2, 2, 1) for a in (y, n, f)), np.array([0.5, 2.0]), np.array([1.5, 0.1])
+
+
+def wide(v):
+    return np.asarray(v)[:, None, None, None]
+
+
+def skip_and_out(sigma):
+    return SD**2 / (sigma**2 + SD**2), sigma * SD / np.sqrt(sigma**2 + SD**2)
+
+
+def scaled(x, sigma):
+    """The network's input, c_in x: the identity teacher."""
+    return x / jnp.sqrt(jnp.square(sigma) + SD**2)[:, None, None, None]
+
+
+def squares(x, sigma):
+    return jnp.square(scaled(x, sigma))
+
+
+def problem(seed=0, b=5, shape=(8, 8, 1)):
+    """x0, eps, x0_hat, and pairs of levels with the extremes among them."""
+    rng = RNG(seed)
+    x0, eps, x0_hat = rng.normal(size=(3, b, *shape)).astype(np.float32)
+    sigma, sigma_next = np.array(LEVELS[:b], np.float32).T
+    return x0, eps, x0_hat, sigma, sigma_next
+
+
+def loss_of(features, x0, eps, x0_hat, sigma, sigma_next, **more):
+    eps_hat = process.eps_from_x0(jnp.asarray(x0 + wide(sigma) * eps), x0_hat, sigma)
+    return sp.self_perceptual_loss(features, x0, eps, x0_hat, eps_hat, sigma_next, **more)
+
+
+def test_golden_values():
+    with jax.enable_x64(True):
+        y, n, f, sigma, sigma_next = (jnp.asarray(a) for a in golden())
+        x = y + wide(sigma) * n
+        skip, out = skip_and_out(sigma)
+
+        def total(f):
+            x0_hat = wide(skip) * x + wide(out) * f
+            eps_hat = sp.predicted_noise(x, f, sigma, SD)
+            np.testing.assert_allclose(eps_hat, (x - x0_hat) / wide(sigma), atol=1e-13) if f is y else None
+            return sp.self_perceptual_loss(squares, y, n, x0_hat, eps_hat, sigma_next)
+
+        np.testing.assert_allclose(total(f), [0.15661065, 9.41716627], rtol=1e-6)
+        grad = jax.grad(lambda f: jnp.mean(total(f)))(f).reshape(2, 4)
+        truth = [
+            [0.07160215, -0.01464151, 0.00644544, -0.11452527],
+            [-0.51438797, -0.55197878, -0.01420197, 0.02698992],
+        ]
+        np.testing.assert_allclose(grad, truth, rtol=2e-6, atol=1e-8)
+        exact = (y - wide(skip) * x) / wide(out)
+        np.testing.assert_allclose(total(exact), 0, atol=1e-12)
+        np.testing.assert_allclose(sp.jump_sine(sigma, sigma_next, SD), [-0.4472136, 0.90373784], rtol=1e-6)
+        wrong = sp.self_perceptual_loss(squares, y, n, wide(skip) * x + wide(out) * f, n, sigma_next)
+        np.testing.assert_allclose(wrong, [0.05614514, 9.59483062], rtol=1e-6)  # what the true noise would give
+
+
+def test_a_perfect_prediction_costs_nothing():
+    x0, eps, _, sigma, sigma_next = problem()
+    np.testing.assert_array_equal(sp.self_perceptual_loss(squares, x0, eps, x0, eps, sigma_next), 0)
+    assert loss_of(squares, x0, eps, x0, sigma, sigma_next).max() < 1e-6
+
+
+def test_an_equal_level_costs_nothing_whatever_is_predicted():
+    x0, eps, x0_hat, sigma, _ = problem()
+    loss = loss_of(scaled, x0, eps, x0_hat, sigma, sigma)
+    assert loss.max() < 1e-10
+    true_noise = sp.self_perceptual_loss(scaled, x0, eps, x0_hat, eps, sigma)
+    assert true_noise.max() > 0.1  # the public re-implementation's variant fails this
+
+
+def test_jump_is_the_sampler_step_and_the_identities_hold():
+    """Section 3: predicted - real = (1 - s'/s)(D - y), = sin(theta - theta') (F - F*) in the network's scale."""
+    with jax.enable_x64(True):
+        x0, eps, x0_hat, sigma, sigma_next = (jnp.asarray(a, jnp.float64) for a in problem())
+        x = x0 + wide(sigma) * eps
+        jumped = x0_hat + wide(sigma_next) * process.eps_from_x0(x, x0_hat, sigma)
+        np.testing.assert_allclose(jumped, steps.euler_update(x, x0_hat, sigma, sigma_next), atol=1e-9)
+        real = x0 + wide(sigma_next) * eps
+        np.testing.assert_allclose(jumped - real, wide(1 - sigma_next / sigma) * (x0_hat - x0), atol=1e-9)
+        skip, out = skip_and_out(sigma)
+        error = (x0_hat - x0) / wide(out)
+        sine = sp.jump_sine(sigma, sigma_next, SD)
+        np.testing.assert_allclose(sine, np.sin(np.arctan(sigma / SD) - np.arctan(sigma_next / SD)), atol=1e-12)
+        np.testing.assert_allclose(scaled(jumped - real, sigma_next), wide(sine) * error, atol=1e-9)
+        loss = loss_of(scaled, x0, eps, x0_hat, sigma, sigma_next)
+        np.testing.assert_allclose(loss, sine**2 * jnp.mean(jnp.square(error), (1, 2, 3)), rtol=1e-5, atol=1e-9)
+
+
+def test_linear_features_and_mean_absolute_distance():
+    x0, eps, x0_hat, sigma, sigma_next = problem(b=2)
+    matrix = RNG(1).normal(size=(64, 7)).astype(np.float32)
+    features = lambda x, s: scaled(x, s).reshape(x.shape[0], -1) @ matrix  # noqa: E731
+    moved = (1 - sigma_next / sigma)[:, None] * (x0_hat - x0).reshape(2, -1) / np.sqrt(sigma_next**2 + SD**2)[:, None]
+    truth = moved @ matrix
+    np.testing.assert_allclose(loss_of(features, x0, eps, x0_hat, sigma, sigma_next), (truth**2).mean(1), rtol=1e-4)
+    mae = loss_of(features, x0, eps, x0_hat, sigma, sigma_next, distance="mae")
+    np.testing.assert_allclose(mae, np.abs(truth).mean(1), rtol=1e-4)
+    pair = lambda x, s: [features(x, s), 3 * features(x, s)]  # noqa: E731
+    np.testing.assert_allclose(loss_of(pair, x0, eps, x0_hat, sigma, sigma_next), 5 * (truth**2).mean(1), rtol=1e-4)
+    for scale in (1.0, 100.0):
+        relative = loss_of(
+            lambda x, s, c=scale: c * features(x, s), x0, eps, x0_hat, sigma, sigma_next, feature_norm="relative"
+        )
+        size = (scaled(jnp.asarray(x0 + wide(sigma_next) * eps), sigma_next).reshape(2, -1) @ matrix) ** 2
+        np.testing.assert_allclose(relative, (truth**2).mean(1) / size.mean(1), rtol=1e-4)
+    with pytest.raises(ValueError, match="unknown 'huber'"):
+        loss_of(features, x0, eps, x0_hat, sigma, sigma_next, distance="huber")
+
+
+def test_stable_noise_at_small_sigma():
+    """(x - D) / sigma loses what the network's own output keeps, the more so in half precision."""
+    rng = RNG(0)
+    x0, eps, f = rng.normal(size=(3, 4, 8, 8, 1)).astype(np.float32)
+    sigma = np.full(4, 0.002, np.float32)
+    x = (x0 + wide(sigma) * eps).astype(np.float32)
+    wide_sigma = wide(sigma).astype(np.float64)
+    norm = wide_sigma**2 + SD**2
+    truth = wide_sigma / norm * x - SD / np.sqrt(norm) * f
+    np.testing.assert_allclose(sp.predicted_noise(x, f, sigma, SD), truth, atol=1e-6)
+
+
+def test_gradient_goes_through_the_prediction_alone():
+    x0, eps, x0_hat, sigma, sigma_next = (jnp.asarray(a) for a in problem(b=2))
+    total = lambda *a: jnp.sum(loss_of(squares, *a, sigma, sigma_next))  # noqa: E731
+    grad = jax.grad(total, argnums=2)(x0, eps, x0_hat)
+    step = 1e-2 * RNG(2).normal(size=x0.shape).astype(np.float32)
+    difference = (total(x0, eps, x0_hat + step) - total(x0, eps, x0_hat - step)) / 2
+    np.testing.assert_allclose(jnp.vdot(grad, step), difference, rtol=1e-3)
+    constant = jax.grad(lambda y, n: jnp.sum(sp.self_perceptual_loss(squares, y, n, x0_hat, eps, sigma_next)), (0, 1))
+    for g in constant(x0, eps):
+        np.testing.assert_array_equal(g, 0)
+
+
+# A toy network in the place of the real one: one hidden layer (the "mid" tap), labels, augmentation, dropout.
+
+
+@functools.cache
+def network():
+    rng = RNG(7)
+    shapes = {"enc": (64, 16), "label": (3, 16), "augment": (9, 16), "dec_block": (16, 64)}
+    return {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def denoiser(params, buffers=None):
+    def call(x, c_noise, label=None, augment=None, dropout_keys=None, tap=None):
+        h = x.reshape(x.shape[0], -1) @ params["enc"] + augment @ params["augment"] + c_noise[:, None]
+        h = jnp.tanh(h + jax.nn.one_hot(label, 3) @ params["label"])
+        if dropout_keys is not None:
+            h = h * jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (16,)))(dropout_keys)
+        return h if tap == "mid" else (h @ params["dec_block"]).reshape(x.shape)
+
+    return precondition.edm(call, SD)
+
+
+def example(b=6, seed=0, sigma=None):
+    rng = RNG(seed)
+    x0, eps = np.tanh(rng.normal(size=(2, b, 8, 8, 1))).astype(np.float32)
+    sigma = np.geomspace(0.1, 20, b).astype(np.float32) if sigma is None else sigma
+    augment = np.zeros((b, 9), np.float32)
+    augment[::2, 0] = 1
+    return slots.Example(
+        x0=jnp.asarray(x0), image=jnp.asarray(x0), label=jnp.arange(b) % 3, augment=jnp.asarray(augment),
+        sigma=jnp.asarray(sigma), eps=jnp.asarray(eps), xt=jnp.asarray(x0 + wide(sigma) * eps),
+        index=jnp.arange(b, dtype=jnp.int32), key=jax.random.key(3), noise_key=jax.random.key(4),
+    )  # fmt: skip
+
+
+def context(**more):
+    law = types.SimpleNamespace(sample=lambda keys: jnp.exp(-1.2 + 1.2 * jax.vmap(jax.random.normal)(keys)))
+    weight = lambda s: (jnp.square(s) + SD**2) / jnp.square(s * SD)  # noqa: E731
+    fields = dict(
+        image_shape=(8, 8, 1), label_dim=3, batch=6, device_batch=6, devices=1, axis=None, sigma_data=SD,
+        sigma_min=0.002, sigma_max=80.0, weight=weight, denoiser=denoiser, learning_rate=1e-3, law=law,
+        weights=lambda folder, kind: (network(), {}),
+    )  # fmt: skip
+    return types.SimpleNamespace(**fields | more)
+
+
+def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
+    """(loss [b], metrics, gradient of the loss's mean by parameter) of the distance slot."""
+    ex, filled = ex or example(), sp.training(sp.DEFAULTS | (settings or {}), context(**more))
+    frozen = filled.frozen()
+    memory = memory or filled.memory()
+    target = ex.x0 if target is None else target
+
+    @jax.jit
+    def loss(params, frozen, memory):
+        denoise = denoiser(params)
+        x0_hat = denoise(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+        each, metrics = filled.distance(ex, x0_hat, target, denoise, frozen, memory)
+        return jnp.mean(each), (each, metrics)
+
+    grads, (each, metrics) = jax.grad(loss, has_aux=True)(network() if params is None else params, frozen, memory)
+    return each, metrics, grads
+
+
+PAPER = sp.PRESETS["paper"]
+
+
+def test_the_teachers_decoder_plays_no_part():
+    broken = network() | {"dec_block": np.full((16, 64), np.nan, np.float32)}
+    plain, _, _ = run(PAPER)
+    again, _, _ = run(PAPER, weights=lambda folder, kind: (broken, {}))
+    np.testing.assert_array_equal(again, plain)
+
+
+def test_paper_preset_is_the_loss_of_the_definition():
+    ex, params = example(), network()
+    loss, metrics, grads = run(PAPER)
+    assert np.isfinite(loss).all() and (loss > 0).all()
+    x0_hat = denoiser(params)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
+    features = lambda x, s: denoiser(params)(x, s, ex.label, augment=ex.augment, tap="mid")  # noqa: E731
+    eps_hat = (ex.xt - x0_hat) / wide(ex.sigma)
+    truth = sp.self_perceptual_loss(features, ex.x0, ex.eps, x0_hat, eps_hat, sigma_next)
+    np.testing.assert_allclose(loss, truth, rtol=1e-4)
+    norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), grads)
+    assert max(jax.tree.leaves(norms)) > 0
+    assert (np.abs(metrics["sp/cosine"]) <= 1 + 1e-5).all()
+
+
+def test_zero_weight_is_the_squared_error():
+    ex, params = example(), network()
+    loss, _, grads = run({"weight": 0.0, "auto": False})
+    plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().weight))
+    x0_hat = jax.jit(
+        lambda p: denoiser(p)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    )
+    np.testing.assert_allclose(loss, plain(x0_hat(params)), rtol=1e-5)
+    assert np.isfinite(ravel_pytree(grads)[0]).all()
+
+
+def test_stf_changes_the_squared_error_alone():
+    ex = example()
+    target = 0.5 * ex.x0
+    _, metrics, _ = run(PAPER, target=target)
+    _, plain, _ = run(PAPER)
+    np.testing.assert_array_equal(metrics["loss/sp"], plain["loss/sp"])
+    assert (metrics["loss/mse"] != plain["loss/mse"]).all()
+
+
+def test_gate_silences_high_noise_exactly():
+    high = example(sigma=np.full(6, 3.0, np.float32))
+    loss, _, grads = run(PAPER | {"sigma_max": 2.3}, high)
+    np.testing.assert_array_equal(loss, 0)
+    np.testing.assert_array_equal(ravel_pytree(grads)[0], 0)
+    loss, _, _ = run(PAPER | {"sigma_max": 2.3})
+    np.testing.assert_array_equal(loss > 0, example().sigma <= 2.3)
+
+
+def test_normalised_jump_divides_by_the_sine():
+    ex = example()
+    plain, _, _ = run(PAPER)
+    normalised, _, _ = run(PAPER | {"normalize_jump": True})
+    sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
+    sine = np.sin(np.arctan(ex.sigma / SD) - np.arctan(sigma_next / SD))
+    np.testing.assert_allclose(normalised, plain / np.maximum(sine**2, 0.05), rtol=1e-4)
+
+
+def test_remat_and_teacher_noise_change_nothing():
+    plain, _, grads = run(PAPER)
+    again, _, same = run(PAPER | {"remat": True})
+    np.testing.assert_allclose(again, plain, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, same)
+
+
+def test_another_teacher_is_noticed():
+    filled = sp.training(sp.DEFAULTS, context())
+    other = jax.tree.map(lambda p: p + 1e-3, network())
+    changed = sp.training(sp.DEFAULTS, context(weights=lambda folder, kind: (other, {})))
+    sp.verify(filled.memory(), filled.frozen())
+    with pytest.raises(ValueError, match="other weights"):
+        sp.verify(filled.memory(), changed.frozen())
+    loss, _, _ = run(PAPER, memory=changed.memory())
+    assert np.isnan(loss).all()
+    assert np.array_equal(sp.fingerprint({"a": np.ones(3)}), sp.fingerprint({"a": np.ones(3)}))
+    assert not np.array_equal(sp.fingerprint({"a": np.ones(3)}), sp.fingerprint({"b": np.ones(3)}))
+
+
+def test_calibration_reaches_the_share_and_freezes():
+    """The weighted SP gradient has 0.2 of the squared error's size once measured, and later steps change nothing."""
+    filled = sp.training(sp.DEFAULTS | {"calibration": 2}, context())
+    memory, ex, weights = filled.memory(), example(sigma=np.geomspace(0.1, 2, 6).astype(np.float32)), []
+    for _ in range(4):
+        _, metrics, _ = run({"calibration": 2}, ex, memory=memory)
+        weights.append(float(metrics["sp/weight"][0]))
+        memory = filled.remember(memory, {k: jnp.mean(v) for k, v in metrics.items() if not isinstance(v, tuple)})
+    assert weights[0] == 0 and weights[1] > 0 and weights[2] == weights[3] and memory["count"] == 2
+
+    params = network()
+    x0_hat = denoiser(params)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    scale = wide(ex.sigma * SD / np.sqrt(np.square(ex.sigma) + SD**2))
+
+    def size(weight, mse_weight):
+        settings = sp.DEFAULTS | {"auto": False, "weight": weight, "mse_weight": mse_weight}
+        slot = sp.training(settings, context())
+        loss = lambda h: jnp.sum(slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])  # noqa: E731
+        return float(jnp.linalg.norm(scale * jax.grad(loss)(x0_hat)))
+
+    np.testing.assert_allclose(size(weights[1], 0.0) / size(0.0, 1.0), 0.2, rtol=1e-3)
+
+
+def test_calibration_state_is_a_running_ratio():
+    state = sp.calibration()
+    assert sp.calibrated_weight(state, 0.2) == 0
+    for mse, perceptual in ((4.0, 1.0), (0.0, 3.0), (100.0, 0.0)):
+        state = sp.calibrate(state, mse, perceptual, 2)
+    assert state["count"] == 2
+    np.testing.assert_allclose(sp.calibrated_weight(state, 0.2), 0.2)
+
+
+def test_laws_of_the_second_level():
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(20_000))
+    draw = jax.jit(lambda kind: sp.draw_sigma_next(kind, keys, context()), static_argnums=0)
+    logs = np.log(np.asarray(draw("sd_uniform")) / SD)
+    np.testing.assert_allclose([logs.mean(), logs.std()], [0.776, 1.587], atol=0.03)
+    angle = np.arctan(np.asarray(draw("angle_uniform")) / SD)
+    low, high = np.arctan(0.002 / SD), np.arctan(80 / SD)
+    np.testing.assert_allclose(
+        np.quantile(angle, [0.25, 0.5, 0.75]), low + (high - low) * np.array([1, 2, 3]) / 4, atol=0.02
+    )
+    logs = np.log(np.asarray(draw("same")))
+    np.testing.assert_allclose([logs.mean(), logs.std()], [-1.2, 1.2], atol=0.03)
+    for kind in sp.SIGMA_NEXT:
+        assert draw(kind).min() >= 0.002 and draw(kind).max() <= 80
+        np.testing.assert_allclose(draw(kind)[7:9], sp.draw_sigma_next(kind, keys[7:9], context()), rtol=1e-6)
+
+
+def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teacher():
+    """Section 3: with f = identity, E over s' of the gradient is parallel to that of EDM's loss."""
+    x0, eps, x0_hat, sigma, _ = (jnp.asarray(a) for a in problem(b=1))
+
+    def perceptual(h):
+        levels = jnp.geomspace(0.01, 50.0, 40)
+        each = [loss_of(scaled, x0, eps, h, sigma, s[None]) for s in levels]
+        return jnp.sum(sum(each))
+
+    g = np.ravel(jax.grad(perceptual)(x0_hat))
+    truth = np.ravel(x0_hat - x0)
+    np.testing.assert_allclose(g @ truth / np.linalg.norm(g) / np.linalg.norm(truth), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"sigma_next": "uniform"}, "config.sp.sigma_next: unknown 'uniform'"),
+        ({"distance": "l1"}, "config.sp.distance"),
+        ({"weight": -1.0}, "config.sp.weight: -1.0 given"),
+        ({"auto": True, "mse_weight": 0.0}, "config.sp.auto"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        sp.training(sp.DEFAULTS | change, context())
+
+
+def test_devices_agree():
+    """pmap over 4 devices gives the single device's losses and gradient."""
+    slot = sp.training(sp.DEFAULTS | PAPER, context())
+    frozen, memory, ex = slot.frozen(), slot.memory(), example(b=8)
+    names = ("x0", "image", "label", "augment", "sigma", "eps", "xt", "index")
+
+    def loss(params, fields):
+        part = ex.replace(**fields)
+        denoise = denoiser(params)
+        x0_hat = denoise(part.xt, part.sigma, part.label, augment=part.augment)
+        return jnp.mean(slot.distance(part, x0_hat, part.x0, denoise, frozen, memory)[0])
+
+    fields = {n: getattr(ex, n) for n in names}
+    cut = {n: a.reshape(4, 2, *a.shape[1:]) for n, a in fields.items()}
+    whole = jax.jit(jax.value_and_grad(loss))(network(), fields)
+    step = lambda p, f: jax.lax.pmean(jax.value_and_grad(loss)(p, f), "data")  # noqa: E731
+    parts = jax.pmap(step, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4])(network(), cut)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, rtol=2e-3, atol=1e-5), parts, whole)
