@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_INSTRUCTIONS = 2_000_000  # EDM's ImageNet pickle has about 60,000
+MAX_INSTRUCTIONS = 1_000_000  # a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
 MAX_INT_BYTES = 64
 MAX_LINE = 4096
 _MARK = object()

@@ -25,7 +25,7 @@ from ogdm_jax.interop.torch_records import DTYPES, Module, NumpyArray, Storage, 
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-MAX_ENTRIES = 200_000
+MAX_ENTRIES = 50_000
 MAX_DEPTH = 64
 MAX_HEADER = 64 << 20
 # Where a checkpoint of several parts keeps the weights to use: averaged ones first.
@@ -72,8 +72,8 @@ def open_torch(path: str | os.PathLike) -> TorchFile:
         raise FileNotFoundError(f"{path}: there is no such file.")
     try:
         size = path.stat().st_size
-        if size < 8:
-            raise UnsafeFileError(f"it has only {size} bytes")
+        if size == 0:
+            raise UnsafeFileError("it is empty")
         with path.open("rb") as handle:
             data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
             layout, root = _parse(data, handle)
@@ -185,7 +185,7 @@ def _reference(reference: Any) -> tuple[Storage, str, int]:
 
 def _read_pickles(data: memoryview) -> tuple[str, Any]:
     first = bytes(data[:14])
-    if first[1] <= 5 and LEGACY_MAGIC.to_bytes(10, "little") in first:
+    if LEGACY_MAGIC.to_bytes(10, "little") in first:
         return "legacy", _read_legacy(data)
     return "pickle", _load_all(data)
 
