@@ -7,7 +7,7 @@ samplers are the same rules on x_vp / sqrt(alpha_bar) with sigma = sqrt(1 / alph
 Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) that a kick (DPS, DSG) may bend.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -287,3 +287,29 @@ def dpmpp_2m(x: Array, x0_hat: Array, x0_before: Array, sigma: Array, sigma_next
     h_before = jnp.log(jnp.where(second_order, sigma_before, 2 * sigma) / sigma)
     weight = per_example(jnp.where(second_order, h / (2 * h_before), 0.0), x)
     return euler_update(x, x0_hat + weight * (x0_hat - x0_before), sigma, sigma_next)
+
+
+def pseudo_runge_kutta(
+    slopes_at: tuple[Callable[[Array], Array], Callable[[Array], Array], Callable[[Array], Array]],
+    x: Array,
+    sigma: Array,
+    sigma_middle: Array,
+    sigma_next: Array,
+) -> tuple[Array, Array]:
+    """One classical Runge-Kutta step of order 4, F-PNDM's starter (arXiv 2202.09778 eq. 13).
+
+    Args:
+      slopes_at: three functions x -> slope, at sigma, at sigma_middle (called twice) and at sigma_next.
+      x: [B,H,W,C] state at sigma.
+      sigma, sigma_middle, sigma_next: [B], all > 0.
+
+    Returns:
+      (x at sigma_next, the first slope). Four evaluations.
+    """
+    start, middle, end = slopes_at
+    half, full = (per_example(s, x) - per_example(sigma, x) for s in (sigma_middle, sigma_next))
+    d1 = start(x)
+    d2 = middle(x + half * d1)
+    d3 = middle(x + half * d2)
+    d4 = end(x + full * d3)
+    return x + full * (d1 + 2 * d2 + 2 * d3 + d4) / 6, d1

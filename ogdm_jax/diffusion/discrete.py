@@ -1,0 +1,125 @@
+"""Samplers on the index grid of a discrete process, as DDPM-type models are published: DDIM and PNDM.
+
+Inside, the state is x = x_vp / sqrt(alpha_bar) with sigma = sqrt(1 / alpha_bar - 1); there DDIM's transfer is the Euler
+step and both samplers are rules of steps.py. Outside, latents and images are in the model's own coordinate x_vp.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax.diffusion import grids, steps
+from ogdm_jax.diffusion.process import Discrete, vp_scale
+from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.typing import Array, Denoise
+
+EpsModel = Callable[[Array, Array], Array]  # (x_vp [B,H,W,C], t [B] original index) -> eps [B,H,W,C]
+
+
+def denoiser(eps_model: EpsModel, table: Discrete, clip: bool = False) -> Denoise:
+    """denoise(x, sigma) of an eps-predicting model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
+
+    Args:
+      eps_model: (x_vp, t) -> eps, labels bound; t is float, an original index of table.timesteps.
+      table: the process; sigma is looked up in it (nearest level).
+      clip: clamp x0 to [-1, 1]; slopes are then re-derived from the clamped x0, as guided-diffusion does.
+    """
+
+    def denoise(x: Array, sigma: Array, label: Array | None = None) -> Array:
+        t = jnp.asarray(table.timesteps)[table.index(sigma)].astype(x.dtype)
+        eps = eps_model(steps.per_example(vp_scale(sigma), x) * x, t)
+        x0 = x - steps.per_example(sigma, x) * eps
+        return jnp.clip(x0, -1, 1) if clip else x0
+
+    return denoise
+
+
+def ddim(
+    eps_model: EpsModel,
+    latents: Array,
+    n: int,
+    table: Discrete | None = None,
+    spacing: str = "uniform",
+    clip: bool = True,
+    **settings: Any,
+) -> Array:
+    """DDIM on n kept indices, from x_vp = latents (arXiv 2010.02502 eq. 12). n evaluations.
+
+    As in the published code the start is N(0, I) at the first kept index, although alpha_bar there is not 0.
+
+    Args:
+      eps_model: as in `denoiser`.
+      latents: [B,H,W,C] ~ N(0, I).
+      n: steps.
+      table: the full process (default: linear, 1000 steps).
+      spacing: "uniform", "quad" or "even" (`grids.ddim_timesteps`).
+      clip: clamp x0 to [-1, 1].
+      **settings: eta, key, kick, trajectory, ... of `sample`.
+    """
+    table = Discrete.make() if table is None else table
+    kept = grids.ddim_timesteps(n, len(table.timesteps), spacing)
+    sigmas = np.append(table.sigma[kept][::-1], 0.0)
+    start = latents * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])  # sample() multiplies by sigmas[0]
+    return sample(denoiser(eps_model, table, clip), start, sigmas, solver="ddim", **settings)
+
+
+def pndm(eps_model: EpsModel, latents: Array, n: int, table: Discrete | None = None, order: int = 2) -> Array:
+    """S-PNDM (order 2, n + 1 evaluations) or F-PNDM (order 4, n + 9) on n indices (arXiv 2202.09778).
+
+    The published code reads alpha_bar at index t + 1 while the network gets t, and ends at alpha_bar[0] and not at 1;
+    both are kept, because published figures were made so. x0 is not clipped.
+
+    Args:
+      eps_model: as in `denoiser`; F-PNDM also asks for half-integer t.
+      latents: [B,H,W,C] ~ N(0, I).
+      n: steps, floor(i T / n).
+      table: the full process (default: linear, 1000 steps).
+      order: 2 or 4.
+
+    Raises:
+      ValueError: another order, or n below 2 (order 4: below 4) or not below T.
+    """
+    table = Discrete.make() if table is None else table
+    if order not in (2, 4):
+        raise ValueError(f"order={order}; expected 2 (S-PNDM) or 4 (F-PNDM)")
+    if not order <= n < len(table.timesteps):
+        raise ValueError(f"n={n}; expected from {order} to {len(table.timesteps) - 1} steps")
+    t = np.append(grids.ddim_timesteps(n, len(table.timesteps))[::-1].astype(np.float64), -1.0)
+    middle = (t[:-1] + t[1:]) / 2
+
+    def node(t: np.ndarray) -> dict[str, Array]:
+        sigma = table.sigma[np.maximum(t, -1).astype(np.int64) + 1]
+        return {k: jnp.asarray(v, latents.dtype) for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))}
+
+    def slope(x: Array, at: dict[str, Array]) -> Array:
+        return eps_model(at["scale"] * x, jnp.broadcast_to(at["t"], x.shape[:1])).astype(x.dtype)
+
+    def levels(*nodes: dict[str, Array]) -> list[Array]:
+        return [jnp.broadcast_to(at["sigma"], latents.shape[:1]) for at in nodes]
+
+    def starter(x, start, mid, end):
+        if order == 2:
+            sigma, sigma_next = levels(start, end)
+            d = slope(x, start)
+            d_next = slope(steps.pndm(x, [d], sigma, sigma_next), end)
+            return steps.pndm(x, [(d + d_next) / 2], sigma, sigma_next), d
+        at = tuple(lambda y, s=s: slope(y, s) for s in (start, mid, end))
+        return steps.pseudo_runge_kutta(at, x, *levels(start, mid, end))
+
+    def multistep(carry, nodes):
+        x, earlier = carry
+        start, end = nodes
+        slopes = (slope(x, start), *earlier)
+        return (steps.pndm(x, slopes, *levels(start, end)), slopes[:-1]), None
+
+    starts, middles, ends = node(t[:-1]), node(middle), node(t[1:])
+    x, earlier = latents / starts["scale"][0], ()
+    for i in range(order - 1):
+        x, d = starter(x, *({k: v[i] for k, v in nodes.items()} for nodes in (starts, middles, ends)))
+        earlier = (d, *earlier)
+    rest = [{k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends)]
+    (x, _), _ = jax.lax.scan(multistep, (x, earlier), tuple(rest))
+    return x * ends["scale"][-1]
