@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ogdm_jax import randomness
-from ogdm_jax.config import require
+from ogdm_jax.config import ConfigError, require
 from ogdm_jax.diffusion import grids
-from ogdm_jax.diffusion.sampling import SOLVERS, sample
+from ogdm_jax.diffusion.sampling import SOLVERS, Churn, sample
 from ogdm_jax.model import Model
 from ogdm_jax.typing import Array, Denoise, PyTree
 
@@ -29,6 +29,48 @@ def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     """The class of each seed: uniform, drawn from the seed alone."""
     keys = randomness.fold_in_each(seed_keys(jnp.asarray(seeds, jnp.uint32)), "label")
     return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys))
+
+
+def parse_seeds(text: str, num: int) -> np.ndarray:
+    """"10-13" -> [10, 11, 12, 13]; "" -> [0, ..., num - 1]. Raises ConfigError for anything else."""
+    if not text:
+        if num < 1:
+            raise ConfigError(f"--num: {num} given; expected at least 1 image")
+        return np.arange(num)
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
+        raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
+    return np.arange(int(first), int(last) + 1)
+
+
+def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.ndarray | None:
+    """The class of each image: `label` for all, else drawn from each seed; None for an unconditional model.
+
+    Raises:
+      ConfigError: a label for an unconditional model, or one that is no class.
+    """
+    if label is None:
+        return random_labels(seeds, num_classes) if num_classes else None
+    if not num_classes:
+        raise ConfigError(f"--label: {label} given, but the model is unconditional; leave the option out")
+    if not -1 <= label < num_classes:
+        raise ConfigError(f"--label: {label} given; expected 0 to {num_classes - 1}, or -1 for no class")
+    return np.full(len(seeds), label, np.int32)
+
+
+def parse_churn(text: str, solver: str) -> Churn | None:
+    """"40,0.05,50,1.003" -> Churn(S_churn, S_min, S_max, S_noise). Raises ConfigError if malformed or without Heun."""
+    if not text:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4 or min(numbers) < 0:
+        raise ConfigError(f"--churn: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise")
+    if solver not in ("heun", "euler"):
+        raise ConfigError(f"--churn: works with --solver heun or euler, {solver!r} given")
+    return Churn(*numbers)
 
 
 def check_settings(settings: ConfigDict) -> None:

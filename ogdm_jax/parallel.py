@@ -66,7 +66,10 @@ class Plan:
     def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
         """Runs create(key) compiled, each leaf made where it will live."""
         shardings = self.state_shardings(jax.eval_shape(create, key))
-        return jax.jit(create, out_shardings=shardings)(key)
+        lowered = jax.jit(create, out_shardings=shardings).lower(key)
+        # It runs once: on a CPU the optimiser's passes over a hundred random draws would cost five times what they save.
+        cpu = self.devices[0].platform == "cpu"
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0} if cpu else None)(key)
 
     def place(self, tree: PyTree) -> PyTree:
         """Puts a host tree that every process holds in full on all devices (frozen networks, resident data)."""
@@ -106,6 +109,12 @@ class Plan:
         if not self.ravel:
             return state
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
+
+    def local_copy(self, tree: PyTree) -> PyTree:
+        """The tree in full on this process's first device. Every process of the run has to call it."""
+        if self.kind == "sharded":
+            tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _global(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

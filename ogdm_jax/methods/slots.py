@@ -40,7 +40,8 @@ class Example:
       sigma: [b] noise levels.   eps: [b,h,w,c] standard normal noise.   xt: [b,h,w,c] = x0 + sigma * eps.
       index: [b] int32 global index of each example in the step's batch.
       key: the step's key for draws made once per step.   noise_key: the key of this example's noise.
-      references: the reference batch of a method that asked for one, as the loader gave it, or None.
+      references: {"reference": uint8 [n,h,w,c], "reference_label": [n]}, this device's share of the reference batch
+        of a method that asked for one; else None.
     """
 
     x0: Array
@@ -121,7 +122,7 @@ class Slots:
       distance: (example, x0_hat, target, denoise, frozen, memory) -> ([b], metrics).
       penalty: (example, x0_hat, denoise, companion_params, frozen, memory) -> ([b], metrics).
       companion: a network trained beside the main one.
-      references: images per device and step that the loader has to bring besides the batch (0 = none).
+      references: images per step, over all devices, that the loader has to bring besides the batch (0 = none).
       frozen: () -> pytree of arrays that the step receives as an argument (a teacher, a resident data set).
       memory: () -> pytree of small numbers that the state carries.
       remember: (memory, metrics) -> memory, once a step, from the averaged metrics.

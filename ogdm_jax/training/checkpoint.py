@@ -3,7 +3,7 @@
     workdir/checkpoints/STEP/{params,ema,state,config,data}
 
 params  the denoiser as trained.        ema    {"params": moving average, "buffers": frozen tensors}: all sampling needs.
-state   step, optimiser, companions, memory.      config  the configuration.      data  where the loader stands.
+state   step, optimiser, companions, memory.      config  the configuration, the image shape and the number of classes.      data  where the loader stands.
 """
 
 import dataclasses
@@ -56,8 +56,12 @@ class Checkpoints:
         """Whether the processes of a pod agreed that one of them was told to stop (False outside pods)."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState, config: ConfigDict, data: dict) -> None:
-        """Starts to save; training may go on at once. A step that is already there is left as it is."""
+    def save(self, step: int, state: TrainState, about: dict, data: dict) -> None:
+        """Starts to save; training may go on at once. A step that is already there is left as it is.
+
+        Args:
+          about: describe()'s dict.   data: the loader's get_state().
+        """
         if step in self._manager.all_steps():
             return
         trees = _split(state)
@@ -65,7 +69,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
-                config=ocp.args.JsonSave(json.loads(configs.to_json(config))),
+                config=ocp.args.JsonSave(about),
                 data=ocp.args.JsonSave(data),
             ),
             force=True,
@@ -113,11 +117,22 @@ def _split(state: TrainState) -> dict[str, PyTree]:
     }
 
 
+def describe(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict:
+    """What a checkpoint says about its model, so that sampling needs no data set."""
+    return {
+        "config": json.loads(configs.to_json(config)),
+        "image_shape": list(image_shape),
+        "num_classes": num_classes,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """What sampling and fine-tuning take from a training folder."""
 
     config: ConfigDict
+    image_shape: tuple[int, int, int]
+    num_classes: int
     step: int
     path: Path
 
@@ -137,7 +152,13 @@ def find(workdir: str | Path, step: int | None = None) -> Snapshot:
     path = folder / str(step if step is not None else steps[-1])
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         saved = _guard(path, lambda: reader.restore(path / "config"))
-    return Snapshot(configs.from_json(json.dumps(saved)), int(path.name), path)
+    return Snapshot(
+        config=configs.from_json(json.dumps(saved["config"])),
+        image_shape=tuple(saved["image_shape"]),
+        num_classes=saved["num_classes"],
+        step=int(path.name),
+        path=path,
+    )
 
 
 def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema") -> tuple[PyTree, PyTree]:

@@ -19,11 +19,11 @@ from ogdm_jax import config as configs
 from ogdm_jax import data, generate, parallel
 from ogdm_jax.evaluation import report
 from ogdm_jax.methods import slots
+from ogdm_jax.training import finish
 from ogdm_jax.training import metrics as logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
-from ogdm_jax.training.checkpoint import Checkpoints, find, load_weights
-from ogdm_jax.typing import PyTree
+from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
 
 Say = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> tuple[ru
     """
     workdir = Path(workdir)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
-    source = data.open_source(config.data.source, config.data.data_dir or None, limit_gib=config.data.memory_limit)
+    source = finish.open_source(config)
     run = runs.build(config, source, plan)
     generate.check_settings(config.sample)
     if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> tuple[ru
             config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            references=run.filled.references,
+            extra_references=run.filled.references,
         )
         state = _start(run, saved, batches, say)
         if lead:
@@ -99,6 +99,7 @@ def _steps(run, state, saved, batches, writer, stopped, workdir, say) -> states.
     }
     frozen = run.frozen()
     compiled = run.compile(state)
+    about = describe(config, run.source.shape, run.source.num_classes)
     first = int(state.step)
     interval, began, count = logs.Interval(), time.monotonic(), 0
     bar = _progress(first, run.steps, say)
@@ -108,7 +109,7 @@ def _steps(run, state, saved, batches, writer, stopped, workdir, say) -> states.
         stop = stopped() or saved.preempted(step)
         if stop or done or (every["save"] and step % every["save"] == 0 and step > first):
             _check_finite(step, interval, saved)
-            saved.save(step, plan.globalise(state), config, batches.get_state())
+            saved.save(step, plan.globalise(state), about, batches.get_state())
         if every["sample"] and step % every["sample"] == 0 and step > first or done:
             grids(step, state)
         if stop:
@@ -147,20 +148,13 @@ def _check_finite(step: int, interval: logs.Interval, saved: Checkpoints) -> Non
         )
 
 
-def local_copy(plan: parallel.Plan, tree: PyTree) -> PyTree:
-    """The tree in full on this process's first device, whatever the plan."""
-    if plan.kind == "sharded":
-        tree = jax.jit(lambda t: t, out_shardings=plan.sharding())(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
-
-
 def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, states.TrainState], None]:
     """Writes samples/STEP.png of the moving average, from the same seeds every time."""
     settings = run.config.sample
     compiled = []
 
     def write(step: int, state: states.TrainState) -> None:
-        params, buffers = (local_copy(run.plan, tree) for tree in (state.ema, state.buffers))
+        params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
         if jax.process_index() != 0:
             return
         if not compiled:

@@ -59,7 +59,7 @@ def draw_example(config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, 
         index=index,
         key=key,
         noise_key=noise_key,
-        references=batch.get("references"),
+        references={k: v for k, v in batch.items() if k.startswith("reference")} or None,
     )
 
 
@@ -160,10 +160,10 @@ def _accumulate(loss, params, rounds: int, batch: Batch, state, frozen, key) -> 
     grad = jax.grad(loss, has_aux=True)
     if rounds == 1:
         return grad(params, state, frozen, batch, key)
-    references = {k: v for k, v in batch.items() if k == "references"}  # shared by all rounds, never cut
+    references = {k: v for k, v in batch.items() if k.startswith("reference")}  # shared by all rounds, never cut
     parts = jax.tree.map(
         lambda a: a.reshape(rounds, a.shape[0] // rounds, *a.shape[1:]),
-        {k: v for k, v in batch.items() if k != "references"},
+        {k: v for k, v in batch.items() if k not in references},
     )
 
     def body(carry, part):

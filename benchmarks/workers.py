@@ -1,0 +1,61 @@
+"""Two programs timed against each other: each in a process of its own, taking turns, so that a noisy machine hits both."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+
+class Worker:
+    """A process that prints "ready", then answers every line on its input by doing its work once and printing seconds."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None):
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
+        )
+        self.about = json.loads(self._line("{"))
+
+    def _line(self, start: str) -> str:
+        for line in self._process.stdout:
+            if line.startswith(start):
+                return line
+        raise RuntimeError(f"{self._process.args}: ended without an answer")
+
+    def seconds(self) -> float:
+        self._process.stdin.write("go\n")
+        return float(self._line("seconds ").split()[1])
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def serve(work: Callable[[], None], about: dict) -> None:
+    """The other end: warms up twice, says what it is, then works on demand."""
+    work()
+    work()
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        work()
+        print(f"seconds {time.perf_counter() - began}", flush=True)
+
+
+def ratio(first: Worker, second: Worker, rounds: int) -> dict[str, float]:
+    """Median over rounds of first / second, with both medians and the range of the ratio."""
+    pairs = []
+    for i in range(rounds):
+        order = (first, second) if i % 2 == 0 else (second, first)
+        times = {w: w.seconds() for w in order}
+        pairs.append((times[first], times[second]))
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "lowest": round(ratios[0], 3),
+        "highest": round(ratios[-1], 3),
+        "first_ms": round(1000 * statistics.median(a for a, _ in pairs), 1),
+        "second_ms": round(1000 * statistics.median(b for _, b in pairs), 1),
+        "rounds": rounds,
+    }

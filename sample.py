@@ -1,0 +1,66 @@
+"""Samples a trained model: python sample.py --workdir DIR --num 64 --solver heun --steps 18 --out DIR|FILE.npz|FILE.png
+
+Every image depends on its seed alone, whatever the batch size, the number of devices or the other images.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ogdm_jax import startup
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="training folder")
+    parser.add_argument("--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("--weights", default="ema", help="ema or params")
+    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--seeds", default="", help="FIRST-LAST, both included; replaces --num (default: 0 to num - 1)")
+    parser.add_argument("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
+    parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
+    parser.add_argument("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler")
+    parser.add_argument("--label", type=int, default=None, help="class of all images (default: drawn from each seed)")
+    parser.add_argument("--batch", type=int, default=64, help="images per device at a time")
+    parser.add_argument("--devices", type=int, default=0, help="0 = all")
+    parser.add_argument("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
+    parser.add_argument("--evaluate", action="store_true", help="print the distance to the training data as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    with startup.one_sentence():
+        startup.prepare()
+        import numpy as np
+        from tqdm import tqdm
+
+        from ogdm_jax import generate, parallel
+        from ogdm_jax.evaluation import files, report
+        from ogdm_jax.training import finish
+
+        seeds = generate.parse_seeds(args.seeds, args.num)
+        out = files.check_output(args.out)
+        run = finish.open_workdir(args.workdir, args.step, args.weights)
+        settings = run.settings(solver=args.solver, steps=args.steps, num=len(seeds))
+        labels = generate.labels_for(seeds, run.model.label_dim, args.label)
+        devices = parallel.make_plan("mesh", args.devices).local_devices
+        images = generate.sampler(run.model, settings, devices, churn=generate.parse_churn(args.churn, settings.solver))
+        batch = args.batch * len(devices)
+        batches = generate.generate(images, run.params, run.buffers, seeds, labels, batch)
+        bar = tqdm(total=len(seeds), unit="image", disable=not sys.stderr.isatty())
+        done = []
+        for part in batches:
+            done.append(report.to_uint8(part))
+            bar.update(len(part))
+        bar.close()
+        pictures = np.concatenate(done)
+        files.write(out, pictures, seeds, labels)
+        print(f"wrote {len(pictures)} images of step {run.step} ({settings.solver}, {settings.steps} steps) to {out}")
+        if args.evaluate:
+            print(json.dumps(finish.distance(run.config, pictures)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Configurations: every file builds, every wrong setting is one sentence."""
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from ogdm_jax import config as configs
+
+NAMES = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_loads_and_survives_json(name):
+    config = configs.load(tiny.ROOT / "configs" / f"{name}.py")
+    again = configs.from_json(configs.to_json(config))
+    assert configs.flatten(again) == configs.flatten(config)
+    with pytest.raises(AttributeError):
+        config.no_such_group = 1
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("optim.learnig_rate=1", "unknown key 'learnig_rate'"),
+        ("nothing.at.all=1", "unknown key 'nothing'"),
+        ("data.batch=many", "expected int"),
+        ("data.batch=1.5", "expected int"),
+        ("optim.learning_rate=fast", "expected float"),
+        ("data.xflip=perhaps", "expected true or false"),
+        ("optim=3", "group of settings"),
+        ("data.batch", "no value given"),
+        ("network.channel_mult=('a','b')", "entries of another type"),
+    ],
+)
+def test_wrong_overrides_are_one_sentence(text, words):
+    with pytest.raises(configs.ConfigError, match=words) as error:
+        tiny.config(text)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_keep_types():
+    config = tiny.config("optim.learning_rate=1", "network.channel_mult=1,2,2", "methods=", "data.source=npz:a=b.npz")
+    assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
+    assert config.network.channel_mult == (1, 2, 2)
+    assert config.methods == ()
+    assert config.data.source == "npz:a=b.npz"
+
+
+@pytest.mark.parametrize(
+    "text,steps", [("10 steps", 10), ("640 images", 10), ("1 kimg", 16), ("1.28 kimg", 20), ("7", 7), ("0 Mimg", 0)]
+)
+def test_durations(text, steps):
+    assert configs.duration(text, 64) == steps
+
+
+@pytest.mark.parametrize("text", ["ten steps", "10 parsecs", "-1 steps", "nan kimg"])
+def test_wrong_durations(text):
+    with pytest.raises(configs.ConfigError, match="train.duration.*no duration"):
+        configs.duration(text, 64, "train.duration")
+
+
+@pytest.mark.parametrize(
+    "text,field",
+    [
+        ("methods=ogdn", "methods"),
+        ("network.kind=resnet", "network.kind"),
+        ("network.channel_mult=(1,2,2,2,2)", "network.channel_mult"),
+        ("precondition.kind=none", "precondition.kind"),
+        ("precondition.sigma_data=0", "precondition.sigma_data"),
+        ("noise.law=flat", "noise.law"),
+        ("optim.learning_rate=0", "optim.learning_rate"),
+        ("optim.betas=(0.9,1.0)", "optim.betas"),
+        ("data.label_dropout=2", "data.label_dropout"),
+        ("train.duration=soon", "train.duration"),
+        ("parallel.plan=magic", "parallel.plan"),
+        ("parallel.devices=99", "parallel.devices"),
+        ("data.batch=0", "data.batch"),
+        ("network.dtype=int8", "network.dtype"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_compiling(text, field):
+    from ogdm_jax import data, parallel
+    from ogdm_jax.training import run as runs
+
+    config = tiny.config(text)
+    with pytest.raises(ValueError, match=field) as error:
+        plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
+        runs.build(config, data.open_source("digits"), plan)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_be_lengthened_but_not_changed():
+    old, new = tiny.config(), tiny.config("train.duration=40 steps", "log.every=1 steps")
+    configs.check_same_run(old, new, ["ogdm"])
+    with pytest.raises(configs.ConfigError, match="network.model_channels.*8 there, 16 now"):
+        configs.check_same_run(old, tiny.config("network.model_channels=16"), ["ogdm"])
+    plain = tiny.config("methods=")
+    configs.check_same_run(plain, tiny.config("methods=", "ogdm.gamma=3.0"), ["ogdm"])  # a method that is off
+
+
+def test_locked(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("x = 1\n")
+    with pytest.raises(configs.ConfigError, match="get_config"):
+        configs.load(file)
+    with pytest.raises(configs.ConfigError, match="is no file"):
+        configs.load(tmp_path / "none.py")
+    assert isinstance(tiny.config(), ConfigDict)

@@ -1,0 +1,34 @@
+"""Importing starts nothing and needs nothing that is not declared."""
+
+import pkgutil
+import subprocess
+import sys
+
+import ogdm_jax
+import pytest
+
+MODULES = [
+    m.name for m in pkgutil.walk_packages(ogdm_jax.__path__, "ogdm_jax.") if not m.name.endswith("__main__")
+]
+
+CHECK = """
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+for banned in ("tensorflow", "torch", "tensorboard"):
+    assert banned not in sys.modules, banned
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "a backend was started"
+import jax
+jax.config.update("jax_num_cpu_devices", 3)
+assert jax.device_count() == 3
+"""
+
+
+def test_importing_everything_starts_no_backend_and_no_tensorflow():
+    subprocess.run([sys.executable, "-c", CHECK.format(names=MODULES)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("package", ["ogdm_jax", "ogdm_jax.diffusion.sampling", "ogdm_jax.methods.slots", "ogdm_jax.training.loop"])
+def test_modules_import_alone(package):
+    subprocess.run([sys.executable, "-c", f"import {package}"], check=True, timeout=120)

@@ -1,0 +1,52 @@
+"""The contract of methods/: every file alone and in pairs, in one train step; two owners of one slot are named."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+from ogdm_jax.methods import slots
+
+TRAINING = slots.training_names()
+PAIRS = list(itertools.combinations(TRAINING, 2))
+
+
+def test_every_method_file_says_what_it_is():
+    for name in slots.names():
+        module = slots.module(name)
+        assert module.__doc__ and "arXiv" in module.__doc__ or any(c.isdigit() for c in module.__doc__), name
+        if name in TRAINING:
+            assert isinstance(module.DEFAULTS, dict) and callable(module.training)
+
+
+@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS], ids=lambda on: "+".join(on) or "none")
+def test_methods_train_alone_and_in_pairs(on):
+    run = tiny.build(f"methods={on!r}", "data.batch=8")
+    state, metrics = tiny.train(run, 2)
+    assert np.isfinite([v for k, v in metrics.items() if k.startswith(("loss", "grad"))]).all(), metrics
+    assert metrics["grad_nonfinite"] == 0
+    assert set(state.companions) == {m.name for m in run.filled.companions}
+
+
+def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
+    """The denoising loss of the first step depends on noise levels and noise alone: it must be the same number."""
+    plain, ogdm = (tiny.train(tiny.build(f"methods={m!r}"), 1)[1]["loss/denoise"] for m in ((), ("ogdm",)))
+    np.testing.assert_allclose(ogdm, plain, rtol=1e-6)
+
+
+def test_gamma_zero_is_plain_training_bit_for_bit():
+    plain, _ = tiny.train(tiny.build("methods=()"), 5)
+    zero, _ = tiny.train(tiny.build("methods=('ogdm',)", "ogdm.gamma=0.0"), 5)
+    tiny.assert_trees(zero.params, plain.params)
+    tiny.assert_trees(zero.ema, plain.ema)
+
+
+def test_two_owners_of_one_slot_are_named():
+    fill = lambda *a: None  # noqa: E731
+    with pytest.raises(ValueError, match="first and second both fill the target slot"):
+        slots.combine([slots.Slots("first", target=fill), slots.Slots("second", target=fill)])
+
+
+def test_unknown_methods_list_the_known_ones():
+    with pytest.raises(ValueError, match="unknown method 'gan'; expected some of .*ogdm"):
+        slots.module("gan")

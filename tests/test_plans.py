@@ -1,0 +1,116 @@
+"""One device = 2, 4, 8 devices, pmap = mesh = sharded parameters, accumulation = the big batch."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+STEPS = 10
+
+
+@functools.cache
+def one_device():
+    return tiny.train(tiny.build(), STEPS)
+
+
+@pytest.mark.parametrize(
+    "plan,devices,more",
+    [
+        ("pmap", 2, ()),
+        ("pmap", 8, ()),
+        ("mesh", 4, ()),
+        ("mesh", 1, ()),
+        ("sharded", 2, ()),
+        ("sharded", 8, ()),
+        ("pmap", 4, ("optim.accumulate=2",)),
+        ("mesh", 2, ("optim.accumulate=4",)),
+    ],
+)
+def test_every_plan_trains_as_one_device(plan, devices, more):
+    expected, expected_metrics = one_device()
+    state, metrics = tiny.train(tiny.build(*more, plan=plan, devices=devices), STEPS)
+    # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights may move by a part of
+    # learning_rate * steps; typical agreement is 1e-6, and a wrong mean over devices would move all weights.
+    for name in ("params", "ema", "companions"):
+        for a, b in zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(expected, name)), strict=True):
+            difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+            if np.issubdtype(np.asarray(a).dtype, np.floating):
+                assert difference.max() < 1e-3 and difference.mean() < 2e-5, (name, difference.max())
+    assert metrics.keys() == expected_metrics.keys()
+    for name in ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-4, err_msg=name)
+
+
+def test_gradient_scale_is_the_mean_over_all_devices():
+    """With SGD-like first step of Adam the sign hides the scale, so the gradient norm itself is compared, exactly once."""
+    _, one = tiny.train(tiny.build(), 1)
+    for plan, devices in (("pmap", 8), ("mesh", 8)):
+        _, many = tiny.train(tiny.build(plan=plan, devices=devices), 1)
+        np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["pmap", "mesh"])
+def test_replicated_state_is_equal_on_every_device(plan):
+    run = tiny.build(plan=plan, devices=4)
+    state = run.init()
+    step = run.compile(state)
+    from ogdm_jax import data
+
+    batches = data.batches(run.source, run.config.data.batch, 0)
+    for _ in range(2):
+        state, _ = step(state, run.frozen(), run.plan.place_batch(next(batches)), run.key)
+    for leaf in jax.tree.leaves((state.params, state.ema, state.companions)):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 4 and all(np.array_equal(c, copies[0]) for c in copies[1:])
+
+
+def test_sharded_plan_divides_the_state():
+    run = tiny.build(plan="sharded", devices=8)
+    state = run.init()
+    divided = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+    total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert sum(leaf.size for leaf in divided) > 0.8 * total
+
+
+def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():
+    run = tiny.build()
+    state = run.init()
+    pointers = lambda tree: {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
+    assert not pointers(state.params) & pointers(state.ema)
+
+
+def test_no_network_weight_is_a_constant_of_the_compiled_step():
+    """Parameters, companions and teachers travel as arguments: the lowered program stays small."""
+    run = tiny.build(plan="mesh")
+    state = run.init()
+    from ogdm_jax import data
+
+    batch = run.plan.place_batch(next(data.batches(run.source, 32, 0)))
+    text = run.compile(state).lower(state, run.frozen(), batch, run.key).as_text()
+    biggest = max(leaf.size for leaf in jax.tree.leaves(state.params))
+    constants = [line for line in text.splitlines() if "stablehlo.constant dense<" in line]
+    assert max((len(line) for line in constants), default=0) < 8 * biggest
+
+
+def test_steady_state_compiles_nothing():
+    run = tiny.build()
+    state = run.init()
+    step, frozen = run.compile(state), run.frozen()
+    from ogdm_jax import data
+
+    batches = data.batches(run.source, 32, 0)
+    state, _ = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("jax._src.compiler.backend_compile_and_load", lambda *a, **k: compiled.append(1), raising=False)
+        for _ in range(3):
+            state, _ = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+    assert not compiled
+
+
+@pytest.mark.parametrize("text,field", [("data.batch=30", "data.batch"), ("optim.accumulate=3", "data.batch")])
+def test_uneven_batches_are_refused(text, field):
+    with pytest.raises(ValueError, match=f"config.{field}"):
+        tiny.build(text, devices=8)

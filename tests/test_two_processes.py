@@ -1,0 +1,66 @@
+"""Two processes on this machine (jax.distributed, gloo) give the one-process numbers, and both save."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from ogdm_jax import data, parallel
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.checkpoint import Checkpoints, find
+
+STEPS = 5
+
+
+def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
+    """Runs train.py in several processes; their outputs."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = tiny.flags(f"train.duration={STEPS} steps", "log.every=1 steps", *more)
+    running = []
+    for process in range(processes):
+        joined = (
+            ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(process)]
+            if processes > 1
+            else []
+        )
+        command = [sys.executable, "train.py", "--workdir", str(workdir), *joined, *flags]
+        running.append(
+            subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outs = [p.communicate(timeout=300)[0] for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    assert all(p.returncode == 0 for p in running), "\n".join(outs)
+    return outs
+
+
+def losses(workdir) -> np.ndarray:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return np.array([[json.loads(line)[k] for k in ("loss", "loss/ogdm_companion", "grad_norm")] for line in lines])
+
+
+def final_params(workdir):
+    run = runs.build(find(workdir).config, data.open_source("digits"), parallel.make_plan("pmap", 1))
+    with Checkpoints(workdir) as checkpoints:
+        state, _ = checkpoints.restore(STEPS, jax.eval_shape(run.create, run.key), run.plan)
+    return state.params
+
+
+@pytest.mark.parametrize("plan", ["pmap", "mesh"])
+def test_two_processes_equal_one(tmp_path, plan):
+    outs = launch(tmp_path / "two", 2, 2, f"parallel.plan={plan}")
+    assert "step" in outs[0] and "images/s" in outs[0] and "images/s" not in outs[1]  # only the lead process logs
+    launch(tmp_path / "one", 1, 1)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
+    for a, b in zip(jax.tree.leaves(final_params(tmp_path / "two")), jax.tree.leaves(final_params(tmp_path / "one")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)

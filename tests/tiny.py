@@ -1,0 +1,63 @@
+"""The shipped default configuration, shrunk until a step takes milliseconds: what the end-to-end tests run."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ogdm_jax import config as configs
+from ogdm_jax import data, parallel
+from ogdm_jax.training import run as runs
+
+ROOT = Path(__file__).parent.parent
+
+SHRINK = (
+    "network.model_channels=8",
+    "network.channel_mult=(1,2)",
+    "network.num_blocks=1",
+    "network.attn_resolutions=(4,)",
+    "ogdm.channel_base=64",
+    "ogdm.channel_max=8",
+    "data.batch=32",
+    "optim.ramp=0 steps",
+    "optim.decay=0 steps",
+    "train.duration=20 steps",
+    "train.save_every=10 steps",
+    "log.every=5 steps",
+    "log.tensorboard=false",
+    "sample.every=0 steps",
+    "sample.num=4",
+    "sample.steps=3",
+    "evaluate.features=",
+)
+
+
+def flags(*more: str) -> list[str]:
+    """The same as command-line arguments."""
+    return [f"--config.{text}" for text in (*SHRINK, *more)]
+
+
+def config(*more: str, name: str = "digits"):
+    return configs.load(ROOT / "configs" / f"{name}.py", (*SHRINK, *more))
+
+
+def build(*more: str, plan: str = "pmap", devices: int = 1) -> runs.Run:
+    return runs.build(config(*more), data.open_source("digits"), parallel.make_plan(plan, devices))
+
+
+def train(run: runs.Run, steps: int):
+    """(state, metrics of the last step) after some steps from scratch, without the loop around them."""
+    state = run.init()
+    step, frozen = run.compile(state), run.frozen()
+    batches = data.batches(run.source, run.config.data.batch, run.config.seed, extra_references=run.filled.references)
+    metrics = {}
+    for _ in range(steps):
+        state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+    return run.plan.local_copy(state), {k: float(np.asarray(v)) for k, v in metrics.items()}
+
+
+def assert_trees(actual, expected, atol: float = 0.0):
+    """Equal structure and values to atol, naming the leaf; atol 0 means bit for bit."""
+    left, right = (jax.tree_util.tree_leaves_with_path(t) for t in (actual, expected))
+    assert [p for p, _ in left] == [p for p, _ in right]
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
