@@ -93,7 +93,7 @@ def discriminator_settings(state: Mapping[str, np.ndarray], t_dim: int = 2) -> d
     widths[4] = state["b4.out.weight"].shape[1]
     limit = max(widths.values())
     # Channels are min(base // side, limit): a side below the limit tells the base, otherwise any large base will do.
-    base = next((w * s for s, w in sorted(widths.items(), reverse=True) if w < limit), limit * side)
+    base = next((w * s for s, w in sorted(widths.items(), reverse=True) if w < limit), max(32768, limit * side))
     return {
         "img_resolution": side,
         "img_channels": int(state[first[0]].shape[1]),
