@@ -1,5 +1,23 @@
-"""Measuring: distances between sets of features (metrics), feature spaces (features), images for people (report)."""
+"""Measuring: distances between sets of features (metrics), feature spaces (features), images for people (report).
 
+    features = feature_space("digits")                  # or an opened, labelled Source; .name "fd_digits", .dim
+    features(images)                                    # uint8 [n, h, w, c] -> float32 [n, dim]
+    features.classify(images)                           # -> class probabilities [n, classes]
+    distance_report(features, samples, reference)       # -> {"n", "fd", "floor", "fd_all", "kid", "precision", ...}
+
+samples and reference are images (uint8, or floats in [-1, 1]) or features extracted before. A distance always comes
+with the number of images and the real-against-real floor at that number.
+
+On features x (real) [n, d] and y (generated) [m, d], in float64 on the host:
+    frechet_distance(mu1, cov1, mu2, cov2)              moments from Moments().update(features).finalize()
+    kernel_distance(x, y), kernel_distance_subsets(x, y, subsets, size, seed)
+    precision_recall(x, y, k), density_coverage(x, y, k), inception_score(probabilities, splits)
+On images: psnr(a, b, data_range=2.0), ssim(a, b, data_range=2.0, window="gaussian"), one number an image.
+For people: to_uint8(images), grid(images, columns, padding, scale), save_png(path, image),
+save_animation(path, frames).
+"""
+
+from ogdm_jax.evaluation.features import distance_report, feature_space
 from ogdm_jax.evaluation.metrics import (
     Moments,
     density_coverage,
@@ -11,15 +29,24 @@ from ogdm_jax.evaluation.metrics import (
     psnr,
     ssim,
 )
+from ogdm_jax.evaluation.report import grid, save_animation, save_png, to_uint8
+from ogdm_jax.evaluation.trained import train_features
 
 __all__ = [
     "Moments",
     "density_coverage",
+    "distance_report",
+    "feature_space",
     "frechet_distance",
+    "grid",
     "inception_score",
     "kernel_distance",
     "kernel_distance_subsets",
     "precision_recall",
     "psnr",
+    "save_animation",
+    "save_png",
     "ssim",
+    "to_uint8",
+    "train_features",
 ]
