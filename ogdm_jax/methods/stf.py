@@ -43,7 +43,7 @@ _NUMBERS = 2**21  # float32 numbers that a chunk may hold by default
 class _Partial(NamedTuple):
     """Softmax sums over some of the references, relative to their largest log weight: merges like a log-sum-exp."""
 
-    top: Array  # [B] largest log weight, -inf if none is allowed
+    top: Array  # [B] largest sigma^2 log weight, -inf if none is allowed; the difference to it is taken exactly
     mass: Array  # [B] sum of weights
     squares: Array  # [B] sum of squared weights
     total: Array  # [B,D] weighted sum of references
@@ -96,7 +96,7 @@ def stable_target(
     sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
     references = jax.lax.stop_gradient(references).reshape(references.shape[0], -1)
     if source is not None:
-        own = _alone(x, sigma, _to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
+        own = _alone(x, _to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
     queries, levels, same = x, sigma, None
     if axis_name is not None:
         if mask is not None and mask.ndim == 2:
@@ -110,9 +110,9 @@ def stable_target(
         )
     part = _scan(queries, levels, references, mask, chunk, label, reference_label)
     if axis_name is not None:
-        part = _across(part, axis_name)
+        part = _across(part, levels, axis_name)
     if own is not None:
-        part = _merge(part, own)
+        part = _merge(part, own, sigma)
     target = part.total / part.mass[:, None]
     if same is not None:
         target = jnp.where(same, target, jnp.nan)
@@ -199,11 +199,12 @@ def _partial(x: Array, sigma: Array, references: Array, allowed: Array | None) -
         logits = -0.5 * sum(jnp.square(x[:, d][:, None] - references[:, d][None]) for d in columns)
     else:
         logits = _product(x, references) - 0.5 * jnp.sum(jnp.square(references), axis=1)[None]
-    logits = logits / jnp.square(sigma)[:, None]
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
+    # Computed once: a compiler that computes them twice, rounding otherwise, would spoil exp(0) = 1 for the nearest.
+    logits = jax.lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=1)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None])
+    weights = jnp.exp((logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None]) / jnp.square(sigma)[:, None])
     total = jnp.dot(weights, references, precision=_HIGHEST)
     return _Partial(top, jnp.sum(weights, axis=1), jnp.sum(jnp.square(weights), axis=1), total)
 
@@ -216,32 +217,32 @@ def _product(x: Array, references: Array) -> Array:
     return sum(dot(x[:, i : i + block], references[:, i : i + block]) for i in starts)
 
 
-def _alone(x: Array, sigma: Array, source: Array) -> _Partial:
+def _alone(x: Array, source: Array) -> _Partial:
     """The sums over one reference per query; its log weight in the same form as the others'."""
     if x.shape[1] <= _DIRECT:
         top = -0.5 * jnp.sum(jnp.square(x - source), axis=1)
     else:
         top = jnp.sum(x * source, axis=1) - 0.5 * jnp.sum(jnp.square(source), axis=1)
-    one = jnp.ones_like(sigma)
-    return _Partial(top / jnp.square(sigma), one, one, source)
+    one = jnp.ones_like(top)
+    return _Partial(top, one, one, source)
 
 
-def _rescale(part: _Partial, top: Array) -> _Partial:
+def _rescale(part: _Partial, top: Array, sigma: Array) -> _Partial:
     # -inf - -inf (nothing allowed so far) must give weight 0, not nan.
-    scale = jnp.where(jnp.isfinite(part.top), jnp.exp(part.top - top), 0.0)
+    scale = jnp.where(jnp.isfinite(part.top), jnp.exp((part.top - top) / jnp.square(sigma)), 0.0)
     return _Partial(top, part.mass * scale, part.squares * jnp.square(scale), part.total * scale[:, None])
 
 
-def _merge(a: _Partial, b: _Partial) -> _Partial:
+def _merge(a: _Partial, b: _Partial, sigma: Array) -> _Partial:
     top = jnp.maximum(a.top, b.top)
-    a, b = _rescale(a, top), _rescale(b, top)
+    a, b = _rescale(a, top, sigma), _rescale(b, top, sigma)
     return _Partial(top, a.mass + b.mass, a.squares + b.squares, a.total + b.total)
 
 
-def _across(part: _Partial, axis_name: str) -> _Partial:
+def _across(part: _Partial, sigma: Array, axis_name: str) -> _Partial:
     """Merges all devices' sums and leaves each device the rows of its own queries."""
     top = jax.lax.pmax(part.top, axis_name)
-    part = _rescale(part, top)
+    part = _rescale(part, top, sigma)
     batch = top.shape[0] // jax.lax.axis_size(axis_name)
     mine = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axis_name) * batch, batch)
     scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True)
@@ -287,7 +288,7 @@ def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial
     if chunk == n:
         return sums
     starts = jnp.arange(chunk, n, chunk)
-    return jax.lax.scan(lambda carry, first: (_merge(carry, part(first, hide=True)), None), sums, starts)[0]
+    return jax.lax.scan(lambda carry, first: (_merge(carry, part(first, hide=True), sigma), None), sums, starts)[0]
 
 
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
@@ -403,7 +404,7 @@ def _references(settings, context, example, frozen, groups: int, plain: bool) ->
     if settings["source"] == "cache":
         draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])  # noqa: E731
         rows = jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))
-        images, labels = frozen["image"][rows], frozen["label"][rows]
+        images, labels = (jnp.asarray(frozen[name])[rows] for name in ("image", "label"))
     else:
         nothing = {"reference": jnp.zeros((0, *context.image_shape)), "reference_label": jnp.zeros((0,), jnp.int32)}
         given = nothing if example.references is None else example.references

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from golden_support import Golden, family, nchw, nhwc
 
+from families.edm import model, norms
+from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import stf
 
 
@@ -20,3 +22,27 @@ def targets(golden: Golden):
         target, ess = stf.stable_target(*wide)
         golden.assert_close("target", nchw(target), atol=1e-12)
         np.testing.assert_allclose(ess, golden["ess"], rtol=1e-10)
+
+
+@family("loss_edm_stf")
+def loss(golden: Golden):
+    """EDM's loss with the stable target; the first entries of ref_images are the images; nothing is augmented."""
+    network, variables, wrap = model(str(golden.path), golden.config["precond"])
+    law = noise.edm()
+    sigma = law.sigma(jnp.asarray(golden["rnd_normal"].reshape(-1)))
+    np.testing.assert_allclose(sigma, golden.truth("sigma").reshape(-1), rtol=2e-6)
+    x = nhwc(golden["images"]) + nhwc(golden["noise_unit"]) * sigma[:, None, None, None]
+    references = jnp.asarray(nhwc(golden["ref_images"]))
+    np.testing.assert_array_equal(references[: len(x)], nhwc(golden["images"]))
+
+    def objective(params):
+        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)  # noqa: E731
+        target, _ = stf.stable_target(x, sigma, references)
+        each = law.weight(sigma)[:, None, None, None] * jnp.square(wrap(fn)(x, sigma) - target)
+        return jnp.sum(each) / len(x), (each, target)
+
+    (total, (each, target)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
+    golden.assert_close("target", nchw(target), atol=5e-6)
+    golden.assert_close("loss", nchw(each))
+    np.testing.assert_allclose(total, golden["loss_sum_over_B"], rtol=1e-5)
+    golden.assert_norms("grad_norms", norms(grads, network))
