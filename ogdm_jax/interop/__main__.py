@@ -1,0 +1,206 @@
+"""Checkpoints in and out:
+
+    python -m ogdm_jax.interop show SRC                        what a PyTorch checkpoint holds; runs nothing of it
+    python -m ogdm_jax.interop convert SRC --out WORKDIR       a training folder for train.py and sample.py
+    python -m ogdm_jax.interop export WORKDIR --out FILE.safetensors     weights under the authors' names, and FILE.json
+
+SRC: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors. Fine-tune a converted model with
+python train.py --config.init.workdir=WORKDIR --workdir NEW and the settings that convert prints.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ogdm_jax import config as configs
+from ogdm_jax import startup
+
+_BASE = Path(__file__).resolve().parent.parent.parent / "configs" / "base.py"
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m ogdm_jax.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="list a file's network, settings and tensors")
+    show.add_argument("--tensors", action="store_true", help="one line per tensor")
+    convert = commands.add_parser("convert", help="make a training folder", epilog="--config.KEY=VALUE as in train.py")
+    convert.add_argument(
+        "--config", default=str(_BASE), help="settings beside the network's (default: configs/base.py)"
+    )
+    for command in (show, convert):
+        command.add_argument("source", metavar="SRC")
+        command.add_argument("--entry", default=None, help="part of a file that has several, such as net or disc")
+        command.add_argument("--precondition", default=None, help="edm, vp, ve or iddpm, where the file does not say")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting the tensors hide"
+        )
+    export = commands.add_parser("export", help="write weights that others can read")
+    export.add_argument("source", metavar="WORKDIR")
+    export.add_argument("--step", type=int, default=None, help="checkpoint (default: the newest)")
+    export.add_argument("--weights", default="ema", help="ema or params")
+    convert.add_argument("--out", required=True, help="new training folder")
+    export.add_argument("--out", required=True, help="FILE.safetensors")
+    return parser.parse_known_args()
+
+
+def _load(args: argparse.Namespace):
+    """The Pretrained of the command's SRC."""
+    from ogdm_jax.interop import load_pretrained
+
+    settings: dict[str, Any] = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: no value given; expected NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+        if isinstance(settings[name], list):
+            settings[name] = tuple(settings[name])
+    if args.precondition:
+        settings["precondition"] = args.precondition
+    return load_pretrained(args.source, entry=args.entry, **settings)
+
+
+def show(args: argparse.Namespace) -> None:
+    from ogdm_jax.interop import export, pretrained, read_torch, recognise
+
+    state = read_torch(args.source, args.entry)
+    numbers = sum(value.size for value in state.values())
+    print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers")
+    if args.tensors:
+        for name, value in state.items():
+            print(f"  {name}  {value.dtype}  {list(value.shape)}")
+    try:
+        found = _load(args)
+    except recognise.UnrecognisedError as error:
+        print(f"network: {error}")
+        return
+    print(f"network: {found.kind}, {type(found.network).__name__}")
+    known = {"precondition": found.precondition, "sigma_data": found.sigma_data, "dropout in training": found.dropout}
+    for name, value in (export.network_settings(found.network) | known).items():
+        print(f"  {name}: {'not said by the file' if value is None and name in known else value}")
+    say = pretrained.describe(args.source, args.entry)
+    print(f"from the file itself: {', '.join(sorted(say)) or 'only names and shapes'}")
+
+
+def convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    import jax
+
+    from ogdm_jax import model as models
+    from ogdm_jax.interop import export
+    from ogdm_jax.training import checkpoint, optim, state
+
+    if (Path(args.out) / "checkpoints").exists():
+        raise ValueError(f"--out: {args.out!r} already holds checkpoints; expected a new folder")
+    found = _load(args)
+    if found.kind != "edm":
+        raise ValueError(
+            f"{args.source}: holds a network of kind {found.kind}; expected EDM's denoisers (others: load_pretrained)"
+        )
+    network = found.network
+    config = configs.load(args.config, overrides)
+    defaults = configs.flatten(config)
+    for key, value in _settings(found, config).items():
+        group, name = key.split(".")
+        config[group][name] = value
+    shape = (network.img_resolution, network.img_resolution, network.img_channels)
+    built = models.build(config, shape, network.label_dim)
+    ours, theirs = export.network_settings(built.network), export.network_settings(network)
+    differ = [f"{name} {theirs[name]}" for name in theirs if name != "dropout" and theirs[name] != ours.get(name)]
+    if differ:
+        raise ValueError(f"{args.source}: no configuration describes its {', '.join(differ)}; use load_pretrained")
+    params, buffers = found.variables["params"], found.variables.get("buffers", {})
+    tx, _ = optim.optimiser(config)
+    empty = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), jax.eval_shape(tx.init, params))
+    start = state.TrainState(jax.numpy.zeros((), "int32"), params, params, buffers, empty, {}, {})
+    with checkpoint.Checkpoints(args.out) as folder:
+        folder.save(0, start, checkpoint.describe(config, shape, network.label_dim), {"step": 0})
+    count = models.parameter_count(params)
+    print(f"wrote {count:,} parameters to {args.out} (preconditioning: {config.precondition.kind})")
+    flat = configs.flatten(config)
+    changed = [
+        key
+        for key in flat
+        if key.startswith(("network.", "precondition.", "noise.", "data.")) and flat[key] != defaults[key]
+    ]
+    flags = " ".join(shlex.quote(f"--config.{key}={_text(flat[key])}") for key in changed)
+    start_here = f"--config {os.path.relpath(args.config)} --config.init.workdir={args.out}"
+    print(f"fine-tune: python train.py {start_here} {flags} --workdir NEW")
+    print(f"sample:    python sample.py --workdir {args.out}")
+
+
+def _settings(found, config) -> dict[str, Any]:
+    """What a configuration must say for model.build to make this network."""
+    network, song = found.network, hasattr(found.network, "encoder_type")
+    kind = found.precondition or "edm"
+    settings = {
+        "network.kind": "song" if song else "dhariwal",
+        "precondition.kind": kind,
+        "precondition.sigma_data": found.sigma_data,
+        "data.conditional": network.label_dim > 0,
+        "data.augment": (config.data.augment or 0.12) if network.augment_dim else 0.0,
+    }
+    fields = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
+    for field in fields + (("embedding_type", "encoder_type", "resample_filter") if song else ()):
+        value = getattr(network, field)
+        settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
+    if kind in ("vp", "ve"):
+        settings["noise.law"] = kind
+    if found.dropout is not None:
+        settings["network.dropout"] = float(found.dropout)
+    return settings
+
+
+def _text(value: Any) -> str:
+    return str(value).replace(" ", "") if isinstance(value, tuple) else str(value)
+
+
+def export_(args: argparse.Namespace) -> None:
+    from ogdm_jax.interop import export
+    from ogdm_jax.training import finish
+
+    run = finish.open_workdir(args.source, args.step, args.weights)
+    variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
+    settings = {"model_type": type(run.model.network).__name__, **export.network_settings(run.model.network)}
+    settings.pop("dropout")  # a matter of training; below, and 0 in the networks that load_pretrained makes
+    about = {
+        "kind": "edm",
+        "settings": settings,
+        "precondition": run.config.precondition.kind,
+        "sigma_data": run.config.precondition.sigma_data,
+        "dropout": run.config.network.dropout,
+        "step": run.step,
+        "weights": args.weights,
+        "config": json.loads(configs.to_json(run.config)),
+    }
+    path = export.write(args.out, export.to_torch(run.model.network, variables), about)
+    print(f"wrote {path} and {export.about_path(path)} (step {run.step}, {args.weights})")
+
+
+def main() -> None:
+    args, rest = parse()
+    with startup.one_sentence():
+        startup.prepare()
+        overrides = startup.split_overrides(rest)
+        if overrides and args.command != "convert":
+            raise ValueError(f"--config.{overrides[0]}: only convert takes settings of a configuration")
+        if args.command == "convert":
+            convert(args, overrides)
+        else:
+            {"show": show, "export": export_}[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

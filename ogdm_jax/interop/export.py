@@ -1,0 +1,82 @@
+"""Weights that others can read: a .safetensors file with the authors' PyTorch names, and a JSON file beside it.
+
+The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "precondition", "sigma_data", "dropout", ...}.
+The tensor names are those of the official code, so that its load_state_dict takes them as they are.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from safetensors.numpy import save_file
+
+from ogdm_jax.interop import names_discriminator, names_edm
+from ogdm_jax.networks import DhariwalUNet, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.typing import PyTree
+
+FORMAT = 1
+
+
+def about_path(path: str | os.PathLike) -> Path:
+    return Path(path).with_suffix(".json")
+
+
+def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Path:
+    """Writes state as path (.safetensors) and about beside it. Returns the path.
+
+    Raises:
+      ValueError: path does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path)
+    about_path(path).write_text(json.dumps({"format": FORMAT, **about}, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The JSON file beside an exported .safetensors file, None where there is none.
+
+    Raises:
+      ValueError: it is not JSON of this format.
+    """
+    if Path(path).suffix != ".safetensors" or not about_path(path).is_file():
+        return None
+    try:
+        about = json.loads(about_path(path).read_text())
+        known = about.pop("format") == FORMAT
+    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f'{about_path(path)}: is not what export writes; expected JSON with "format": {FORMAT}'
+        ) from error
+    if not known:
+        raise ValueError(f'{about_path(path)}: is of another format; expected "format": {FORMAT}')
+    return about
+
+
+def network_settings(network: nn.Module) -> dict[str, Any]:
+    """A network's attributes as JSON values, without those of computation (dtype, remat) and of flax."""
+    skipped = ("parent", "name", "dtype", "remat")
+    values = {field: getattr(network, field) for field in network.__dataclass_fields__ if field not in skipped}
+    return {field: list(v) if isinstance(v, tuple) else v for field, v in values.items()}
+
+
+def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
+    """{PyTorch name: array} of a network, with the constants that a strict load_state_dict wants.
+
+    Raises:
+      ValueError: a network of a kind that has no PyTorch names.
+    """
+    if isinstance(network, SongUNet | DhariwalUNet):
+        return names_edm.flax_to_edm(variables, network, constants=True)
+    if isinstance(network, StyleGAN2Discriminator):
+        return names_discriminator.flax_to_discriminator(variables, network)
+    raise ValueError(
+        f"network: {type(network).__name__} cannot be exported; expected SongUNet, DhariwalUNet or a discriminator"
+    )

@@ -1,0 +1,198 @@
+"""Networks with the weights of checkpoints that other programs wrote."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from ogdm_jax.diffusion import precondition
+from ogdm_jax.interop import export, names_discriminator, names_edm, recognise
+from ogdm_jax.interop.restricted_pickle import UnsafeFileError
+from ogdm_jax.interop.torch_records import Module
+from ogdm_jax.interop.torch_state import open_torch, read_torch, select
+from ogdm_jax.networks import StyleGAN2Discriminator
+from ogdm_jax.typing import Denoise, PyTree
+
+_CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
+_LISTED = 6  # names of each kind of mismatch that a message shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A network, its variables, and what the file says about them. Unpacks as (network, variables).
+
+    Attributes:
+      kind: one of recognise.KINDS.   network: a flax module.   variables: {"params": ..., "buffers": ... if any}.
+      precondition: edm, vp, ve or iddpm where the file says so; else None.   sigma_data: of edm.
+      dropout: of the original training where the file says so; the network itself always has 0 unless a setting asks.
+    """
+
+    kind: str
+    network: nn.Module
+    variables: PyTree
+    precondition: str | None = None
+    sigma_data: float = 0.5
+    dropout: float | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.network, self.variables))
+
+    def denoiser(self) -> Denoise:
+        """denoise(x, sigma, label=None, **extra) under the file's preconditioning (EDM's where it does not say)."""
+
+        def network_fn(x, c_noise, label=None, **extra):
+            return self.network.apply(self.variables, x, c_noise, label, **extra)
+
+        if self.precondition in (None, "edm"):
+            return precondition.edm(network_fn, self.sigma_data)
+        return getattr(precondition, self.precondition)(network_fn)
+
+
+def from_torch(state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any) -> tuple[nn.Module, PyTree]:
+    """(network, variables) of a PyTorch state dict; variables are numpy arrays, at least float32.
+
+    Args:
+      state: {name: array}, as read_torch gives it. A prefix "module." (of data-parallel training) is dropped.
+      kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also OGDM_adm's), adm_encoder
+        (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception; None recognises it from the names.
+      **settings: attributes of the network that replace what names and shapes show, such as dropout=0.1, or add what
+        they cannot show: img_resolution, head_channels or num_heads, and qkv_order (legacy or new) of OpenAI's models.
+
+    Raises:
+      ValueError: an unknown kind or setting, a setting that the tensors do not show, or tensors that are missing,
+        unexpected or of other shapes (listed, in one sentence).
+    """
+    state = _plain(state)
+    network, convert = match(state, kind, **settings)
+    return network, convert(state)
+
+
+def match(
+    state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
+) -> tuple[nn.Module, Callable[[Mapping[str, np.ndarray]], PyTree]]:
+    """A state dict's network and the function that converts it, from names and shapes alone. Errors as from_torch."""
+    state = _plain(state)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    kind = kind or recognise.kind_of(shapes)
+    if kind not in _BUILD:
+        raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
+    network, expected, optional, convert = _BUILD[kind](state, shapes, settings)
+    _compare(kind, shapes, expected, optional)
+    return network, convert
+
+
+def load_pretrained(
+    path: str | os.PathLike, kind: str | None = None, entry: str | None = None, **settings: Any
+) -> Pretrained:
+    """Reads a checkpoint file and makes its network: read_torch, then from_torch.
+
+    Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside a .safetensors file,
+    or from iDDPM's table `u`; a plain state dict does not say (precondition="vp" and the like may be given).
+
+    Args:
+      path, entry: see read_torch.   kind, **settings: see from_torch; also precondition and sigma_data.
+
+    Raises:
+      UnsafeFileError: the file is refused.   ValueError: see from_torch.
+    """
+    about = describe(path, entry)
+    state = read_torch(path, entry)
+    for name in ("precondition", "sigma_data"):
+        about[name] = settings.pop(name, about.get(name))
+    if about["precondition"] not in (None, *_CLASSES.values()):
+        raise ValueError(
+            f"precondition: {about['precondition']!r} given; expected one of {', '.join(_CLASSES.values())}"
+        )
+    if about["precondition"] is None and ("u" in state or "model.u" in state):
+        about["precondition"] = "iddpm"
+    kind = kind or about.get("kind")
+    network, variables = from_torch(state, kind, **about.get("settings", {}) | settings)
+    kind = kind or recognise.kind_of({name: value.shape for name, value in _plain(state).items()})
+    sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
+    if not (isinstance(sigma_data, float | int) and sigma_data > 0):
+        raise ValueError(f"sigma_data: {sigma_data!r} given; expected a positive number")
+    return Pretrained(kind, network, variables, about["precondition"], sigma_data, about.get("dropout"))
+
+
+def describe(path: str | os.PathLike, entry: str | None = None) -> dict[str, Any]:
+    """What a file says beside the tensors: any of kind, settings, precondition, sigma_data, dropout."""
+    about = export.read_about(path)
+    if about is not None:
+        return about
+    try:
+        part = select(open_torch(path).root, entry)
+    except UnsafeFileError:
+        return {}  # read_torch says why
+    if not isinstance(part, Module) or part.name not in _CLASSES:
+        return {}
+    arguments = part.state.get("_init_kwargs")
+    dropout = arguments.get("dropout") if isinstance(arguments, dict) else None
+    found = {"precondition": _CLASSES[part.name], "sigma_data": part.state.get("sigma_data"), "dropout": dropout}
+    return {name: value for name, value in found.items() if isinstance(value, str | float | int)}
+
+
+def _plain(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    wrapped = bool(state) and all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+
+
+def _compare(kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, optional: set[str]) -> None:
+    """Raises ValueError listing what is missing, unexpected or misshapen."""
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected and name not in optional]
+    wrong = [
+        f"{n} {shapes[n]} instead of {e}" for n, e in expected.items() if n in shapes and tuple(shapes[n]) != tuple(e)
+    ]
+    found = [
+        f"{len(items)} {what} ({', '.join(items[:_LISTED])}{', ...' if len(items) > _LISTED else ''})"
+        for what, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+        if items
+    ]
+    if found:
+        raise ValueError(f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}")
+
+
+# kind -> (state, shapes, given settings) -> (network, {name: shape} it needs, names it may have, state -> variables)
+
+_Built = tuple[nn.Module, dict[str, tuple[int, ...]], set[str], Callable[[Mapping[str, np.ndarray]], PyTree]]
+
+
+def _edm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+    settings = {"dropout": 0.0} | recognise.edm_settings(state) | given
+    network = names_edm.edm_network(settings)
+    prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
+    needed = {entry.name.removeprefix(prefix): entry.torch_shape for entry in names_edm.edm_entries(network)}
+    optional = {name for name in shapes if name.endswith(".resample_filter") or name in ("u", "model.u")}
+    return network, needed, optional, lambda s: names_edm.edm_to_flax(s, network)
+
+
+def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+    settings = names_discriminator.discriminator_settings(state, given.get("t_dim", 2)) | given
+    network = _make(StyleGAN2Discriminator, settings)
+    side, channels = network.img_resolution, network.img_channels
+    struct = jax.ShapeDtypeStruct
+    inputs = struct((4, side, side, channels), np.float32), struct((4, network.t_dim), np.float32)
+    labels = struct((4, network.label_dim), np.float32) if network.label_dim else None
+    variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs, labels)["params"]
+    needed = {}
+    for module in names_discriminator.discriminator_modules(network):
+        block, layer = module.split(".")
+        for leaf, array in variables[block][layer].items():
+            shape = array.shape if leaf == "bias" else array.shape[::-1]
+            needed[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = shape
+    optional = {name for name in shapes if name.endswith("resample_filter")}
+    return network, needed, optional, lambda s: names_discriminator.discriminator_to_flax(s, network)
+
+
+def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
+    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
+    return cls(**settings)
+
+
+_BUILD: dict[str, Callable[..., _Built]] = {"edm": _edm, "ogdm_discriminator": _discriminator}

@@ -1,0 +1,236 @@
+"""What network a state dict belongs to, from the names and shapes of its tensors.
+
+Shapes show widths, depths, attention, classes and resampling. They cannot show the number of attention heads,
+OpenAI's order of qkv channels, a U-Net's image size (except in EDM's names) or dropout: for the published OpenAI and
+OGDM_adm models these stand in a table; for others they are settings that the user gives.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[int, ...]]
+KINDS = ("edm", "adm", "adm_encoder", "ogdm_discriminator", "inception")
+
+# (model_channels, channel_mult, blocks a level, downsampling factors with attention, input channels) -> the hidden.
+# Sources: the flags published beside the checkpoints (openai/guided-diffusion, Junoh-Kang/OGDM_adm, DSG's yaml files).
+_PUBLISHED: dict[tuple, dict[str, Any]] = {
+    (192, (1, 2, 3, 4), 3, (2, 4, 8), 3): {"img_resolution": 64, "head_channels": 64, "qkv_order": "new"},
+    (256, (1, 1, 2, 3, 4), 2, (4, 8, 16), 3): {"img_resolution": 128, "num_heads": 4},
+    (256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), 3): {"img_resolution": 256, "head_channels": 64},
+    (256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 3): {"img_resolution": 512, "head_channels": 64},
+    (192, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), 6): {"img_resolution": 256, "num_heads": 4},
+    (192, (1, 1, 2, 2, 4, 4), 2, (16, 32), 6): {"img_resolution": 512, "head_channels": 64},
+    (128, (1, 1, 2, 2, 4, 4), 1, (16,), 3): {"img_resolution": 256, "head_channels": 64},
+    (128, (1, 2, 2, 2), 3, (2, 4), 3): {"img_resolution": 32, "num_heads": 1},
+    (128, (1, 2, 3, 4), 3, (4, 8), 3): {"img_resolution": 64, "num_heads": 1},
+}
+
+
+class UnrecognisedError(ValueError):
+    """A state dict of no known network, or one whose settings its tensors do not determine; one sentence."""
+
+
+def kind_of(shapes: Shapes) -> str:
+    """One of KINDS. Raises UnrecognisedError naming a few of the tensors."""
+    names = list(shapes)
+    if any(re.fullmatch(r"(model\.)?enc\.\d+x\d+_conv\.weight", name) for name in names):
+        return "edm"
+    if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes:
+        return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
+    if "mapping.embed.weight" in shapes and "b4.out.weight" in shapes:
+        return "ogdm_discriminator"
+    if any(name.startswith(("Conv2d_1a_3x3.", "layers.conv.", "blocks.0.0.conv.")) for name in names):
+        return "inception"
+    some = ", ".join(sorted(names)[:3])
+    raise UnrecognisedError(
+        f"state: {len(names)} tensors ({some}, ...) of no known network; expected {', '.join(KINDS)}"
+    )
+
+
+def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Constructor arguments of EDM's networks, in the authors' words (model_type included).
+
+    Raises:
+      UnrecognisedError: an encoder or decoder variant that no published model uses, or levels that do not fit together.
+    """
+    state = {name.removeprefix("model."): value for name, value in state.items()}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    sides = sorted({int(s) for s in _all(shapes, r"enc\.(\d+)x\d+_.*")}, reverse=True)
+    song = "out_conv.weight" not in shapes
+    variant = [name for name in shapes if re.search(r"_aux_(down|skip|up)\.", name)]
+    if variant or sides != [sides[0] >> i for i in range(len(sides))]:
+        odd = f"{variant[0]}: a 'skip' variant" if variant else f"the encoder's sides {sides}"
+        raise UnrecognisedError(f"state: {odd} is not offered; expected EDM's published encoders and decoders")
+    first = shapes[f"enc.{sides[0]}x{sides[0]}_conv.weight"]
+    emb, noise = _get(shapes, "map_layer0.weight")
+    blocks = len(_all(shapes, rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.conv0\.weight"))
+    width = first[0] if song else noise
+    widths = [_get(shapes, f"enc.{side}x{side}_block{blocks - 1}.conv1.weight")[0] for side in sides]
+    out = _get(shapes, f"dec.{sides[0]}x{sides[0]}_aux_conv.weight" if song else "out_conv.weight")
+    settings = {
+        "model_type": "SongUNet" if song else "DhariwalUNet",
+        "img_resolution": sides[0],
+        "img_channels": first[1],
+        "out_channels": out[0],
+        "label_dim": shapes.get("map_label.weight", (0, 0))[1],
+        "augment_dim": shapes.get("map_augment.weight", (0, 0))[1],
+        "model_channels": width,
+        "channel_mult": tuple(_ratio(w, width) for w in widths),
+        "channel_mult_emb": _ratio(emb, width),
+        "num_blocks": blocks,
+        "attn_resolutions": tuple(s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in shapes),
+    }
+    if not song:
+        return settings
+    residual = any("_aux_residual." in name for name in shapes)
+    taps = [value for name, value in state.items() if name.endswith(".resample_filter")]
+    return settings | {
+        "embedding_type": "fourier" if "map_noise.freqs" in shapes else "positional",
+        "encoder_type": "residual" if residual else "standard",
+        "channel_mult_noise": _ratio(noise, width),
+        "resample_filter": _taps(taps[0]) if taps else ((1, 3, 3, 1) if residual else (1, 1)),
+    }
+
+
+def adm_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of OpenAI's U-Net (ADMUNet's attributes, and qkv_order).
+
+    Raises:
+      UnrecognisedError: image size or heads of a model outside the table, and not among the given settings.
+    """
+    output = _blocks(shapes, "output_blocks")
+    ends = [i for i, parts in enumerate(output) if any(p in ("up", "conv") for p in parts)]
+    depth = (ends[0] if ends else len(output) - 1) or 0
+    settings = _encoder(shapes, depth) | {"out_channels": _get(shapes, "out.2.weight")[0]}
+    return _hidden(settings, given)
+
+
+def encoder_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of OpenAI's classifiers and DG's heads (ADMEncoder's, and qkv_order). Heads are 64 wide unless given.
+
+    Raises:
+      UnrecognisedError: the depth, or without an attention pool the image size, does not follow from the tensors.
+    """
+    blocks = len(_blocks(shapes, "input_blocks"))
+    depths = [d for d in range(1, blocks) if blocks % (d + 1) == 0 and _fits(shapes, d)]
+    if "num_blocks" in given:
+        depths = [int(given["num_blocks"])]
+    if len(depths) != 1:
+        raise UnrecognisedError(f"num_blocks: {depths} all fit the state's tensors; give the number of blocks a level")
+    settings = _encoder(shapes, depths[0])
+    factor = 2 ** (len(settings["channel_mult"]) - 1)
+    if "out.2.positional_embedding" in shapes:
+        settings["pool"], settings["out_channels"] = "attention", _get(shapes, "out.2.c_proj.weight")[0]
+        settings["img_resolution"] = round((shapes["out.2.positional_embedding"][1] - 1) ** 0.5) * factor
+    elif "out.3.weight" in shapes and "out.0.weight" in shapes:
+        settings["pool"] = "adaptive" if len(shapes["out.3.weight"]) == 4 else "spatial_v2"
+        settings["out_channels"] = shapes["out.3.weight"][0]
+    else:
+        settings["pool"], settings["out_channels"] = "spatial", _get(shapes, "out.2.weight")[0]
+    if "img_resolution" not in settings | dict(given):
+        raise UnrecognisedError("img_resolution: the tensors of this classifier do not show it; give it as a setting")
+    settings["img_resolution"] = int(given.get("img_resolution", settings.get("img_resolution", 0)))
+    return _finish(settings, {"head_channels": 64, "qkv_order": "legacy"}, given)
+
+
+def _hidden(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what shapes hide: given by the user, else published."""
+    fields = ("model_channels", "channel_mult", "num_blocks", "attention_factors", "img_channels")
+    published = _PUBLISHED.get(tuple(settings[field] for field in fields), {})
+    heads = {"num_heads", "head_channels"}
+    for field, there in (("img_resolution", {"img_resolution"}), ("head_channels (or num_heads)", heads)):
+        if not there & (set(given) | set(published)) and not (field[0] == "h" and not settings["attention_factors"]):
+            raise UnrecognisedError(
+                f"{field}: the tensors do not show it and the model is none of the published ones; give it as a setting"
+            )
+    if heads & set(given):
+        published = {name: value for name, value in published.items() if name not in heads}
+    return _finish(settings, {"qkv_order": "legacy"} | published, given)
+
+
+def _finish(settings: dict[str, Any], hidden: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Attention by image side, as everywhere in this package, instead of by downsampling factor."""
+    settings = {**settings, **{name: value for name, value in hidden.items() if name not in given}, **given}
+    factors = settings.pop("attention_factors")
+    settings.setdefault("attn_resolutions", tuple(settings["img_resolution"] // f for f in factors))
+    return settings
+
+
+def _encoder(shapes: Shapes, depth: int) -> dict[str, Any]:
+    """What OpenAI's input_blocks, embeddings and middle block show."""
+    blocks = _blocks(shapes, "input_blocks")
+    emb, width = _get(shapes, "time_embed.0.weight")
+    starts = range(1, len(blocks), depth + 1)
+    widths = [_get(shapes, f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in starts]
+    attended = tuple(2**level for level, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes)
+    block = widths[0], _get(shapes, "input_blocks.1.0.emb_layers.1.weight")[0]
+    return {
+        "img_channels": _get(shapes, "input_blocks.0.0.weight")[1],
+        "label_dim": shapes.get("label_emb.weight", (0,))[0],
+        "model_channels": width,
+        "channel_mult": tuple(_ratio(w, width) for w in widths),
+        "num_blocks": depth,
+        "attention_factors": attended,
+        "scale_shift": block[1] == 2 * block[0],
+        "resblock_updown": not any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in shapes),
+    } | ({} if emb == 4 * width else {"channel_mult_emb": _ratio(emb, width)})
+
+
+def _fits(shapes: Shapes, depth: int) -> bool:
+    """Whether every depth + 1st input block is a downsampling block and the others form levels of equal kind."""
+    blocks = _blocks(shapes, "input_blocks")
+    for start in range(1, len(blocks), depth + 1):
+        inside = blocks[start : start + depth]
+        down = blocks[start + depth : start + depth + 1]
+        if any("op" in parts for parts in inside) or len({"qkv" in parts for parts in inside}) > 1:
+            return False
+        if any("skip" in parts for parts in inside[1:] + down) or any("qkv" in parts for parts in down):
+            return False
+    return True
+
+
+def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
+    """What each numbered entry contains: res, qkv (attention), op (strided conv), conv (upsampling), up, skip."""
+    found: dict[int, set[str]] = {}
+    for name in shapes:
+        match = re.fullmatch(rf"{group}\.(\d+)\.(\d+)\.(.+)", name)
+        if match:
+            index, part, rest = int(match[1]), int(match[2]), match[3]
+            head = rest.split(".")[0]
+            kinds = {
+                "in_layers": "up" if part else "res",
+                "qkv": "qkv",
+                "op": "op",
+                "conv": "conv",
+                "skip_connection": "skip",
+            }
+            found.setdefault(index, set()).update({kinds[head]} if head in kinds else set())
+    if sorted(found) != list(range(len(found))):
+        raise UnrecognisedError(f"state: {group} has the entries {sorted(found)}; expected 0, 1, 2, ... without a gap")
+    return [found[i] for i in sorted(found)]
+
+
+def _all(shapes: Shapes, pattern: str) -> list[str]:
+    return [match[1] for name in shapes if (match := re.fullmatch(pattern, name))]
+
+
+def _get(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise UnrecognisedError(f"state: {name} is missing, without which the network's size is unknown")
+    return shapes[name]
+
+
+def _ratio(value: int, unit: int) -> int | float:
+    return value // unit if value % unit == 0 else value / unit
+
+
+def _taps(resample_filter: np.ndarray) -> tuple[int, ...]:
+    """[1,1,k,k] = outer(f, f) / sum(f)^2 -> f in whole numbers."""
+    row = np.asarray(resample_filter, np.float64)[0, 0].sum(axis=0)
+    taps = np.round(row / row.min()).astype(int) if row.min() > 0 else np.ones(len(row), int)
+    if not np.allclose(np.outer(taps, taps) / taps.sum() ** 2, resample_filter[0, 0], atol=1e-3):
+        raise UnrecognisedError("resample_filter: the state's filter is not an outer product of whole numbers")
+    return tuple(int(tap) for tap in taps)
