@@ -1,0 +1,131 @@
+"""From a raw network to a denoiser: denoise(x, sigma) = c_skip x + c_out F(c_in x; c_noise).
+
+2206.00364, table 1 and appendix C. sigma is the standard deviation of the noise around an unscaled image (the
+variance-exploding coordinate) for all four, so that losses and samplers need not know which one they are given.
+
+| | EDM | VP | VE | iDDPM |
+|---|---|---|---|---|
+| c_skip | sd^2 / (s^2 + sd^2) | 1 | 1 | 1 |
+| c_out | s sd / sqrt(s^2 + sd^2) | -s | s | -s |
+| c_in | 1 / sqrt(s^2 + sd^2) | 1 / sqrt(s^2 + 1) | 1 | 1 / sqrt(s^2 + 1) |
+| c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 1000 - 1 - argmin_j abs(u_j - s) |
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from ogdm_jax.diffusion import process
+from ogdm_jax.typing import Array, NetworkFn
+
+Coefficients = tuple[Array, Array, Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioned:
+    """A denoiser made of a network: denoise(x [B,H,W,C], sigma [B] or scalar, label, **extra) -> x0_hat [B,H,W,C].
+
+    Attributes:
+      network_fn: F(x, c_noise, label, **extra). Channels beyond those of x (a learned variance) are dropped.
+      coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
+      sigma_min, sigma_max: levels the network is made for.
+      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM); for samplers.
+    """
+
+    network_fn: NetworkFn
+    coefficients: Callable[[Array], Coefficients]
+    sigma_min: float = 0.0
+    sigma_max: float = float("inf")
+    round_sigma: Callable[[Array], Array] = jnp.asarray
+
+    def __call__(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
+        """x0_hat. Extra keywords go to the network; with tap, the network's features are returned as they are."""
+        if x.ndim != 4:
+            raise ValueError(f"denoise: x has shape {x.shape}; expected [B, H, W, C]")
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        sigma = jnp.asarray(sigma, x.dtype)
+        if sigma.shape not in ((), (1,), (x.shape[0],)):
+            raise ValueError(f"denoise: sigma has shape {sigma.shape}; expected one number or [{x.shape[0]}]")
+        c_skip, c_out, c_in, c_noise = self.coefficients(jnp.broadcast_to(sigma, (x.shape[0],)))
+        per_image = lambda c: c[:, None, None, None]  # noqa: E731
+        output = self.network_fn(per_image(c_in) * x, c_noise, label, **extra)
+        if extra.get("tap") is not None:
+            return output
+        output = output[..., : x.shape[-1]].astype(x.dtype)
+        return per_image(c_skip) * x + per_image(c_out) * output
+
+
+def _edm(sigma: Array, sigma_data: float) -> Coefficients:
+    total = jnp.square(sigma) + sigma_data**2
+    root = jnp.sqrt(total)
+    return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, jnp.log(sigma) / 4
+
+
+def edm(network_fn: NetworkFn, sigma_data: float = 0.5) -> Preconditioned:
+    """EDM: network input and target have variance 1 at every level for data of standard deviation sigma_data.
+
+    Levels (0, inf); c_noise = ln(sigma)/4 is finite for sigma > 0 only. Raises ValueError for sigma_data <= 0.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"precondition.edm: sigma_data {sigma_data} given; expected a positive number")
+    return Preconditioned(network_fn, functools.partial(_edm, sigma_data=sigma_data))
+
+
+VP, VP_STEPS = process.VP(), 1000
+
+
+def _vp(sigma: Array) -> Coefficients:
+    one = jnp.ones_like(sigma)
+    return one, -sigma, 1 / jnp.sqrt(jnp.square(sigma) + 1), (VP_STEPS - 1) * VP.time(sigma)
+
+
+def vp(network_fn: NetworkFn) -> Preconditioned:
+    """Score SDE's variance-preserving networks (2011.13456): F = eps, levels sigma(1e-5) = 0.001 to sigma(1) = 152."""
+    return Preconditioned(network_fn, _vp, float(VP.sigma(1e-5)), float(VP.sigma(1.0)))
+
+
+def _ve(sigma: Array) -> Coefficients:
+    one = jnp.ones_like(sigma)
+    return one, sigma, one, jnp.log(0.5 * sigma)
+
+
+def ve(network_fn: NetworkFn, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Preconditioned:
+    """Score SDE's variance-exploding networks (2011.13456): F = sigma * score, that is -eps; levels 0.02 to 100."""
+    return Preconditioned(network_fn, _ve, sigma_min, sigma_max)
+
+
+def iddpm_index(sigma: Array, steps: int = 1000) -> Array:
+    """argmin_j |u_j - sigma| as int32, the shape of sigma; the lower index of two equally near."""
+    sigma = jnp.asarray(sigma)
+    sigma = sigma.astype(jnp.promote_types(sigma.dtype, jnp.float32))
+    u = jnp.asarray(process.iddpm_levels(steps), sigma.dtype).reshape((1,) * sigma.ndim + (-1,))
+    return jnp.argmin(jnp.abs(sigma[..., None] - u), axis=-1).astype(jnp.int32)
+
+
+def _iddpm_round(sigma: Array, steps: int) -> Array:
+    sigma = jnp.asarray(sigma)
+    index = iddpm_index(sigma, steps)
+    return jnp.asarray(process.iddpm_levels(steps), jnp.promote_types(sigma.dtype, jnp.float32))[index]
+
+
+def _iddpm(sigma: Array, steps: int) -> Coefficients:
+    c_noise = (steps - 1 - iddpm_index(sigma, steps)).astype(sigma.dtype)
+    return jnp.ones_like(sigma), -sigma, 1 / jnp.sqrt(jnp.square(sigma) + 1), c_noise
+
+
+def iddpm(network_fn: NetworkFn, steps: int = 1000) -> Preconditioned:
+    """iDDPM and ADM networks on the cosine schedule (2102.09672, 2105.05233): F = eps at the nearest of `steps` levels.
+
+    round_sigma gives that level; only the time step is rounded here, as in the authors' code, so samplers should round
+    their grid first. The network may have more output channels than x (a learned variance); they are dropped.
+    """
+    u = process.iddpm_levels(steps)
+    return Preconditioned(
+        network_fn,
+        functools.partial(_iddpm, steps=steps),
+        float(u[steps - 1]),
+        float(u[0]),
+        functools.partial(_iddpm_round, steps=steps),
+    )

@@ -1,0 +1,99 @@
+"""PyTorch names of EDM's networks (NVlabs/edm, stf, OGDM_edm) <-> variables of SongUNet and DhariwalUNet."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ogdm_jax.interop import names_shared as shared
+from ogdm_jax.networks.adm import DhariwalUNet
+from ogdm_jax.networks.unet import SongUNet
+from ogdm_jax.typing import PyTree
+
+EdmNetwork = SongUNet | DhariwalUNet
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "freqs": "freqs"}
+_RESAMPLED = ("_up.conv0", "_up.skip", "_down.conv0", "_down.skip", "_aux_residual")
+
+
+def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) -> EdmNetwork:
+    """The network of the authors' constructor arguments.
+
+    Args:
+      settings: keyword arguments of EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond (network-snapshot's init_kwargs).
+      cls: that class; iDDPMPrecond's network has twice the output channels.
+      **more: further attributes, such as dtype.
+
+    Raises:
+      ValueError: an unknown model_type or argument.
+    """
+    kinds = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+    settings = dict(settings)
+    default = "DhariwalUNet" if cls in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
+    model_type = settings.pop("model_type", default)
+    if model_type not in kinds:
+        raise ValueError(f"model_type: {model_type!r} given; expected one of {', '.join(kinds)}")
+    kind = kinds[model_type]
+    for name in ("use_fp16", "sigma_min", "sigma_max", "sigma_data"):  # of the preconditioning, not of the network
+        settings.pop(name, None)
+    unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{model_type}: unknown setting {unknown[0]!r}")
+    for name in ("channel_mult", "attn_resolutions", "resample_filter"):
+        if name in settings:
+            settings[name] = tuple(settings[name])
+    if cls == "iDDPMPrecond":
+        settings["out_channels"] = 2 * settings.get("img_channels", 3)
+    return kind(**settings, **more)
+
+
+def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
+    """Every tensor of the network (Fourier frequencies included) under both names; PyTorch's start with "model."."""
+    entries = []
+    for path, shape in shared.variable_shapes(network, *shared.image_input(network)).items():
+        *modules, leaf = path[1:]
+        first = modules[0]
+        for part in ("enc_", "dec_"):
+            first = part[:-1] + "." + first[len(part) :] if first.startswith(part) else first
+        heads = 0
+        if modules[-1] == "qkv":
+            heads = 1 if isinstance(network, SongUNet) else shape[-1] // 3 // 64
+        name = ".".join(["model", first, *modules[1:], _LEAVES[leaf]])
+        entries.append(shared.Entry(name, path, tuple(shape), heads=heads, order=shared.EDM_ORDER))
+    return entries
+
+
+def _resample_filters(network: EdmNetwork, names: list[str]) -> dict[str, np.ndarray]:
+    """The buffers that the authors' resampling layers construct: name -> [1,1,k,k]."""
+    taps = np.asarray(getattr(network, "resample_filter", (1, 1)), np.float32)
+    value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    blocks = {name.rsplit(".", 2)[0] for name in names if name.endswith(".affine.weight")}
+    layers = {f"{block}.{part}" for block in blocks for part in ("conv0", "skip")}
+    layers |= {name.removesuffix(".weight") for name in names if name.endswith("_aux_residual.weight")}
+    return {f"{layer}.resample_filter": value for layer in layers if layer.endswith(_RESAMPLED)}
+
+
+def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
+    """Variables of the network from a state dict of the preconditioned model or of the bare network (no "model.").
+
+    Resampling filters and iDDPM's table `u` are constants and ignored where present. qkv channels are permuted to ours.
+
+    Returns:
+      {"params": ...}, and "buffers" for Fourier frequencies; numpy arrays, at least float32.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no place in the network.
+    """
+    if not any(name.startswith("model.") for name in state):
+        state = {f"model.{name}": value for name, value in state.items()}
+    constants = [name for name in state if name.endswith(".resample_filter") or name in ("u", "model.u")]
+    return shared.to_flax(state, edm_entries(network), "a network of EDM", constants)
+
+
+def flax_to_edm(variables: PyTree, network: EdmNetwork, constants: bool = False) -> dict[str, np.ndarray]:
+    """The inverse of edm_to_flax: {PyTorch name: array}; {"params": gradients} maps gradients.
+
+    constants: also the resampling filters, for load_state_dict(strict=True) in the authors' code.
+    """
+    state = shared.to_torch(jax.device_get(variables), edm_entries(network))
+    return state | _resample_filters(network, list(state)) if constants else state
