@@ -107,5 +107,6 @@ def as_rule(churn: Any) -> ChurnRule | None:
 
 def raise_noise(x: Array, sigma: Array, sigma_hat: Array, noise_scale: Array, noise: Array) -> Array:
     """x + sqrt(sigma_hat^2 - sigma^2) noise_scale noise: x at sigma_hat >= sigma. sigmas and noise_scale: [B]."""
-    added = jnp.sqrt(jnp.maximum(sigma_hat**2 - sigma**2, 0.0)) * noise_scale
+    # Factored: where gamma is 0 a fused multiply-add would leave the rounding of sigma^2, whose root is visible noise.
+    added = jnp.sqrt(jnp.maximum((sigma_hat - sigma) * (sigma_hat + sigma), 0.0)) * noise_scale
     return x + per_example(added, x) * noise

@@ -126,11 +126,11 @@ def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tu
     """(sigma_down, std) with sigma_down^2 + std^2 = sigma_next^2 and std = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
 
     DDIM's eta (arXiv 2010.02502 eq. 16) in this coordinate; eta = 1 gives the DDPM posterior: sigma_down =
-    sigma'^2 / sigma. std is at most sigma_next for every eta in [0, 1]. Shapes [B] in and out.
+    sigma'^2 / sigma. eta in [0, 1], so std <= sigma_next. Shapes [B] in and out.
     """
-    ratio = sigma_next / sigma
-    std = jnp.minimum(eta * sigma_next * _sqrt(1 - ratio**2), sigma_next)
-    return _sqrt(sigma_next**2 - std**2), std
+    ratio = sigma_next / sigma  # products of sums below: differences of squares would cancel in float32
+    std = eta * sigma_next * _sqrt((1 - ratio) * (1 + ratio))
+    return sigma_next * _sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2), std
 
 
 def ddim_moments(

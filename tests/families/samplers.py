@@ -8,6 +8,7 @@ from oracles import Mixture
 
 from ogdm_jax.diffusion import discrete, grids
 from ogdm_jax.diffusion.ablation import ablation
+from ogdm_jax.diffusion.churn import Churn, gamma_of
 from ogdm_jax.diffusion.process import iddpm_levels
 from ogdm_jax.diffusion.sampling import nfe, sample
 
@@ -49,9 +50,12 @@ def denoiser(golden: Golden, called: list[float]):
     return denoise
 
 
-def iddpm_grid(n: int, low: float, high: float, called: list[float], calls_a_step: int) -> np.ndarray:
-    """grids.iddpm, checked to the authors' float32, in the file's digits."""
-    ours, theirs = grids.iddpm(n, low, high)[:-1], np.asarray(called)[::calls_a_step]
+def iddpm_grid(n: int, low: float, high: float, called: list[float], churn: dict, euler: bool) -> np.ndarray:
+    """grids.iddpm, checked to the authors' float32, in the digits of the file's network calls."""
+    ours, called = grids.iddpm(n, low, high)[:-1], np.asarray(called)
+    rule = Churn(**churn)
+    gamma = np.where((ours >= rule.S_min) & (ours <= rule.S_max), gamma_of(rule.S_churn, n), 0.0)
+    theirs = called / (1 + gamma) if euler else np.append(called[0] / (1 + gamma[0]), called[1::2])
     np.testing.assert_allclose(theirs, ours, rtol=6e-4)
     np.testing.assert_allclose(theirs[:-1], ours[:-1], rtol=2e-5)
     return theirs
@@ -78,12 +82,12 @@ def run(golden: Golden, function: str, settings: dict, churn: dict, noise: np.nd
     slots = {"churn": churn or None, "noise_fn": None if noise is None else lambda step: jnp.asarray(noise)[step]}
     if function == "ablation_sampler":
         settings = {ABLATION.get(k, k): v for k, v in settings.items()}
-        if settings.get("grid") == "iddpm" and not churn and not hasattr(denoise, "round_sigma"):
+        if settings.get("grid") == "iddpm" and not hasattr(denoise, "round_sigma"):
             low, high = (settings.setdefault(k, v) for k, v in (("sigma_min", 0.002), ("sigma_max", 81.0)))
-            calls_a_step = 1 if settings.get("solver") == "euler" else 2
-            settings["grid"] = iddpm_grid(settings["n"], low, high, called, calls_a_step)
+            euler, n = settings.get("solver") == "euler", settings.get("n", 18)
+            settings["grid"] = iddpm_grid(n, low, high, called, churn, euler)
         return ablation(denoise, latents, **settings, **slots)
-    n = settings["num_steps"]
+    n = settings.get("num_steps", 18)
     low, high = grids.clip_range(denoise, settings.get("sigma_min", 0.002), settings.get("sigma_max", 80.0))
     default_rho = 1 if function == "spndm_sampler" else 7
     sigmas = grids.edm(n, low, high, settings.get("rho", default_rho))
@@ -98,9 +102,9 @@ def sampler_edm(golden: Golden):
     for name, levels in golden.json("sigma_calls").items():
         settings = golden.json("settings")[name]
         if "S_churn" not in settings:
-            sigmas = grids.edm(**{{"num_steps": "n"}.get(k, k): v for k, v in settings.items()})
+            sigmas = grids.edm(**{"n": 18, **{{"num_steps": "n"}.get(k, k): v for k, v in settings.items()}})
             np.testing.assert_allclose(levels[::2], sigmas[:-1], rtol=1e-12)
-        assert len(levels) == nfe("heun", settings["num_steps"])
+        assert len(levels) == nfe("heun", settings.get("num_steps", 18))
 
 
 @family("sampler_ablation")
@@ -112,7 +116,7 @@ def sampler_ablation(golden: Golden):
 def sampler_spndm(golden: Golden):
     check(golden, golden.config["function"])
     for name, levels in golden.json("sigma_calls").items():
-        assert len(levels) == nfe("spndm", golden.json("settings")[name]["num_steps"])
+        assert len(levels) == nfe("spndm", golden.json("settings")[name].get("num_steps", 18))
 
 
 @family("sampler_iddpm_rounding")
