@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.diffusion import solvers
+from ogdm_jax.diffusion import grids, solvers
 from ogdm_jax.diffusion.churn import Churn, ChurnRule, Info, as_rule
 from ogdm_jax.diffusion.solvers import plain_kick
 from ogdm_jax.typing import Array, Denoise
@@ -72,8 +72,9 @@ def sample(
     """Carries latents * sigmas[0] down the grid. Pure; wrap it in jax.jit to compile it once.
 
     Args:
-      denoise: D(x [B,...], sigma [B], label) -> x0_hat. Its attribute `corrector`, if any, is used for Heun's second
-        evaluation; `round_sigma`, if any, for levels the network was not made for (iDDPM preconditioning).
+      denoise: D(x [B,...], sigma [B], label) -> x0_hat. Attributes it may have: `corrector`, the denoiser of Heun's
+        second evaluation; `sigma_min` and `sigma_max`, to which the grid is clipped (several levels may become one:
+        better make the grid with grids.clip_range); `round_sigma`, the nearest level it knows (iDDPM).
       latents: [B,H,W,C] ~ N(0, I). The state keeps their dtype: float64 latents give a float64 sampler.
       sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
       solver: a name of SOLVERS.
@@ -102,7 +103,7 @@ def sample(
         raise ValueError(f"key=None; expected a key, because solver {solver!r} draws noise with these settings")
     dtype, batch = latents.dtype, latents.shape[0]
     round_sigma = round_sigma or getattr(denoise, "round_sigma", None) or (lambda sigma: sigma)
-    sigmas = _rounded(_check_grid(sigmas), round_sigma, dtype)
+    sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, dtype)
     keys = _image_keys(key, batch)
 
     def key_of(step: Array) -> Array | None:
@@ -150,10 +151,14 @@ def _at_step(keys: Array, step: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
 
 
-def _rounded(sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype) -> Array:
-    """The grid in the state's dtype, its levels (not the final 0) rounded to those the network knows."""
+def _known_levels(denoise: Denoise, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype) -> Array:
+    """The grid in the state's dtype, its levels (not the final 0) clipped and rounded to those the network knows.
+
+    Without the clip iDDPM's rounding would take 0.002 to its table's 0, where slopes divide by zero.
+    """
     sigmas = jnp.asarray(sigmas, dtype)
-    return jnp.concatenate([round_sigma(sigmas[:-1]).astype(dtype), sigmas[-1:]])
+    low, high = grids.clip_range(denoise, 0.0, float("inf"))
+    return jnp.concatenate([round_sigma(jnp.clip(sigmas[:-1], low, high)).astype(dtype), sigmas[-1:]])
 
 
 def _check_solver(solver: str) -> None:
