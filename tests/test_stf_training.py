@@ -1,0 +1,186 @@
+"""STF's training slot: reference sources, plans, classes, augmentation modes, metrics, settings."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_stf import brute_force
+
+from ogdm_jax import randomness
+from ogdm_jax.methods import slots, stf
+
+RNG = np.random.default_rng
+SET = RNG(10).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
+CLASSES = RNG(11).integers(0, 3, 50).astype(np.int32)
+
+
+def as_image(pixels):
+    return (np.asarray(pixels, np.float64) / 127.5 - 1).astype(np.float32)
+
+
+def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
+    """A batch whose images are the first b of SET, augmented by flips where the labels say so."""
+    clean, sigma = as_image(SET[:b]), np.geomspace(low, 6, b).astype(np.float32)
+    x0 = clean if augment is None else np.asarray(stf.flip(jnp.asarray(clean), jnp.asarray(augment)))
+    eps = RNG(seed).normal(size=x0.shape).astype(np.float32)
+    return slots.Example(
+        x0=jnp.asarray(x0),
+        image=jnp.asarray(clean),
+        label=jnp.asarray(CLASSES[:b]) if label else None,
+        augment=None if augment is None else jnp.asarray(augment),
+        sigma=jnp.asarray(sigma),
+        eps=jnp.asarray(eps),
+        xt=jnp.asarray(x0 + sigma[:, None, None, None] * eps),
+        index=jnp.arange(b, dtype=jnp.int32),
+        key=jax.random.key(5),
+        noise_key=jax.random.key(6),
+        references=references,
+    )
+
+
+def context(b=8, devices=1, axis=None, **more):
+    fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis, "image_shape": (4, 4, 1)}
+    return types.SimpleNamespace(**fields | {"source": types.SimpleNamespace(images=SET, labels=CLASSES)} | more)
+
+
+def fill(settings, ex, ctx=None):
+    slot = stf.training(stf.DEFAULTS | settings, ctx or context())
+    frozen = slot.frozen() if slot.frozen else None
+    return jax.jit(slot.target)(ex, frozen)
+
+
+def assert_target(got, ex, references, mask=None, rows=slice(None)):
+    truth, _ = brute_force(ex.xt[rows], ex.sigma[rows], references, mask)
+    np.testing.assert_allclose(np.reshape(got[rows], truth.shape), truth, atol=1e-5)
+
+
+def test_full_is_the_posterior_of_the_whole_set():
+    ex = example()
+    target, metrics = fill({"source": "full", "chunk": 16}, ex)
+    assert_target(target, ex, as_image(SET))
+    values, weights = metrics["stf/moved/0.5-2"]
+    np.testing.assert_allclose(values, np.square(target - ex.x0).mean((1, 2, 3)), rtol=1e-5, atol=1e-12)
+    np.testing.assert_array_equal(weights, (ex.sigma > 0.5) & (ex.sigma <= 2))
+    assert set(metrics) == {
+        f"stf/{n}/{b}" for n in ("ess", "active", "moved") for b in ("0-0.5", "0.5-2", "2-10", "10-inf")
+    }
+    target, _ = fill({"source": "full"}, ex, context(xflip=True))
+    assert_target(target, ex, as_image(np.concatenate([SET, SET[:, :, ::-1]])))
+
+
+def test_stream_is_the_batch_and_what_the_loader_brought():
+    slot = stf.training(stf.DEFAULTS | {"source": "stream", "n": 20}, context(devices=2))
+    assert slot.references == 2 * (20 - 4)
+    given = {"reference": jnp.asarray(SET[20:32]), "reference_label": jnp.asarray(CLASSES[20:32])}
+    ex = example(references=given, label=True)
+    target, _ = fill({"source": "stream", "n": 20, "class_mask": False}, ex)
+    known = np.concatenate([SET[:8], SET[20:32]])
+    assert_target(target, ex, as_image(known))
+    target, _ = fill({"source": "stream", "n": 20}, ex)
+    classes = np.concatenate([CLASSES[:8], CLASSES[20:32]])
+    assert_target(target, ex, as_image(known), CLASSES[:8, None] == classes[None])
+    ex = example()
+    assert_target(fill({"source": "stream", "n": 8}, ex)[0], ex, as_image(SET[:8]))
+
+
+def test_cache_is_the_source_and_independent_draws():
+    ex = example()
+    np.testing.assert_array_equal(fill({"source": "cache", "n": 1}, ex)[0], ex.x0)
+    target, _ = fill({"source": "cache", "n": 20}, ex)
+    key = randomness.fold_in_name(jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 0), "rows")
+    rows = np.asarray(jax.random.randint(key, (19,), 0, 50))
+    mask = np.concatenate([np.eye(8, dtype=bool), np.ones((8, 19), bool)], 1)
+    assert_target(target, ex, as_image(np.concatenate([SET[:8], SET[rows]])), mask)
+    low = example(low=0.01)
+    np.testing.assert_allclose(fill({"source": "cache", "n": 20}, low)[0][0], low.x0[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["gather", "cache", "stream", "full"])
+def test_plans_agree(source):
+    """pmap with 4 devices = global arrays on a mesh of 4, labels included; gather and full = one device as well."""
+    given = {"reference": jnp.asarray(SET[10:30]), "reference_label": jnp.asarray(CLASSES[10:30])}
+    ex = example(label=True, references=given if source == "stream" else None)
+    settings = {"source": source, "n": 7}
+    whole, _ = fill(settings, ex, context(devices=4))
+    slot = stf.training(stf.DEFAULTS | settings, context(devices=4, axis="data"))
+    frozen = slot.frozen() if slot.frozen else None
+    names = [
+        n for n in ("x0", "image", "label", "sigma", "eps", "xt", "index", "references") if getattr(ex, n) is not None
+    ]
+    cut = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), {n: getattr(ex, n) for n in names})
+    run = jax.pmap(lambda f: slot.target(ex.replace(**f), frozen)[0], axis_name="data", devices=jax.devices()[:4])
+    np.testing.assert_allclose(np.reshape(run(cut), whole.shape), whole, atol=1e-6)
+    if source in ("gather", "full"):
+        np.testing.assert_allclose(fill(settings, ex)[0], whole, atol=1e-6)
+        known = SET[:8] if source == "gather" else SET
+        assert_target(whole, ex, as_image(known), CLASSES[:8, None] == CLASSES[None, : len(known)])
+
+
+def labels_of_flips():
+    augment = np.zeros((8, 9), np.float32)
+    augment[::2, 0] = augment[2:5, 1] = 1
+    augment[6, 7] = 0.4
+    return augment
+
+
+def test_matched_augmentation_flips_queries_and_targets():
+    ex = example(augment=labels_of_flips())
+    for source in ("full", "gather"):
+        target, _ = fill({"source": source}, ex)
+        back = ex.replace(xt=stf.flip(ex.xt, ex.augment))
+        known = as_image(SET) if source == "full" else as_image(SET[:8])
+        plain = np.arange(8) != 6
+        assert_target(stf.flip(target, ex.augment), back, known, rows=plain)
+        np.testing.assert_array_equal(target[6], ex.x0[6])  # a translated image keeps its own
+    other = labels_of_flips()
+    other[:, 0] = 1 - other[:, 0]
+    mirrored = example(augment=other).replace(xt=ex.xt[:, :, ::-1], eps=ex.eps[:, :, ::-1])
+    np.testing.assert_allclose(
+        fill({"source": "full"}, mirrored)[0], fill({"source": "full"}, ex)[0][:, :, ::-1], atol=1e-6
+    )
+
+
+def test_dsm_and_official_augmentation():
+    ex = example(augment=labels_of_flips())
+    target, metrics = fill({"source": "full", "augment": "dsm"}, ex)
+    acted = np.any(labels_of_flips() != 0, axis=1)
+    np.testing.assert_array_equal(target[acted], ex.x0[acted])
+    np.testing.assert_array_equal(metrics["stf/ess/0-0.5"][0][acted], 1)
+    assert_target(target, ex, as_image(SET), rows=~acted)
+    target, _ = fill({"source": "gather", "augment": "official"}, ex)
+    assert_target(target, ex, np.asarray(ex.x0))
+    with pytest.raises(ValueError, match="cannot augment a full set"):
+        fill({"source": "full", "augment": "official"}, ex)
+    ex = example(augment=np.zeros((8, 9), np.float32))
+    settings = {"source": "cache", "n": 20, "augment": "official"}
+    same, _ = fill(settings, ex, context(augment=lambda keys, images: images))
+    np.testing.assert_allclose(same, fill(settings | {"augment": "matched"}, ex)[0], atol=1e-6)
+    upside, _ = fill(settings, ex, context(augment=lambda keys, images: images[:, ::-1]))
+    assert np.abs(upside - same).max() > 1e-3
+
+
+def test_dropped_labels_see_every_class():
+    ex = example(label=True)
+    label = ex.label.at[3].set(-1)
+    target, _ = fill({"source": "full"}, ex.replace(label=label))
+    mask = CLASSES[:8, None] == CLASSES[None]
+    mask[3] = True
+    assert_target(target, ex, as_image(SET), mask)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"source": "bank"}, "config.stf.source: unknown 'bank'"),
+        ({"augment": "all"}, "config.stf.augment: unknown 'all'"),
+        ({"source": "stream", "n": 7}, "config.stf.n: 7 given; expected at least 8"),
+        ({"source": "cache", "n": 0}, "config.stf.n: 0 given"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        stf.training(stf.DEFAULTS | change, context())
+    with pytest.raises(ValueError, match="data set in memory"):
+        stf.training(stf.DEFAULTS | {"source": "full"}, context(source=types.SimpleNamespace(images=None)))
