@@ -45,7 +45,7 @@ class NoiseLaw:
         Args:
           keys: [B] typed keys.
           index, batch: a stratified law needs the examples' indices [B] in the global batch, and its size.
-          key: of the whole batch, optional: moves all strata by one common number; no level is always an edge.
+          key: of the whole batch, optional: moves all strata by one common number, so that no level is an edge.
 
         Raises:
           ValueError: a stratified law without index and batch.
@@ -55,7 +55,7 @@ class NoiseLaw:
             return self.sigma(draw(keys))
         if index is None or batch is None:
             raise ValueError("NoiseLaw.sample: no index and batch given; a stratified law expects both")
-        # Stratum i of n, moved by a number common to the batch: one draw in every n-th part of the (circular) quantiles.
+        # Stratum i of n, moved by a number common to the batch: one draw in every n-th part of the circle of quantiles.
         u = (index.astype(jnp.float32) + randomness.uniform(keys)) / batch
         if key is not None:
             u = jnp.mod(u + jax.random.uniform(randomness.fold_in_name(key, "strata")), 1.0)

@@ -1,0 +1,134 @@
+"""Preconditioning against the closed forms of 2206.00364: unit variances, limits, inverses, tables, rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ogdm_jax import randomness
+from ogdm_jax.diffusion import noise, precondition, process
+
+SIGMAS = jnp.asarray([0.003, 0.05, 0.5, 2.0, 20.0, 75.0])
+ALL = [precondition.edm, precondition.vp, precondition.ve, precondition.iddpm]
+
+
+def zero(x, c_noise, label=None):
+    return jnp.zeros_like(x)
+
+
+def image(n: int, seed: int = 0, shape=(4, 4, 3)) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (n, *shape))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.8])
+def test_edm_identities(sigma_data):
+    """lambda c_out^2 = 1; c_in and the target have variance 1: c_in^2 (s^2 + sd^2) = 1, c_skip = sd^2 c_in^2."""
+    c_skip, c_out, c_in, c_noise = precondition.edm(zero, sigma_data).coefficients(SIGMAS)
+    np.testing.assert_allclose(noise.edm(sigma_data=sigma_data).weight(SIGMAS) * c_out**2, 1, rtol=1e-5)
+    np.testing.assert_allclose(c_in**2 * (SIGMAS**2 + sigma_data**2), 1, rtol=1e-5)
+    np.testing.assert_allclose(((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * SIGMAS**2) / c_out**2, 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(4 * c_noise), SIGMAS, rtol=1e-5)
+
+
+def test_unit_variance_inputs_and_targets():
+    """Samples say the same: input and target of the network have variance 1 at every level."""
+    n, sd = 4096, 0.5
+    y, unit = sd * image(n, 1, (4, 4, 1)), image(n, 2, (4, 4, 1))
+    for sigma in SIGMAS:
+        c_skip, c_out, c_in, _ = precondition.edm(zero, sd).coefficients(sigma[None])
+        x = y + sigma * unit
+        assert abs(float(jnp.var(c_in[0] * x)) - 1) < 0.03
+        assert abs(float(jnp.var((y - c_skip[0] * x) / c_out[0])) - 1) < 0.03
+
+
+def test_initial_loss_is_one():
+    """With a network that says 0, EDM's weighted loss per number is 1 for data of standard deviation sigma_data."""
+    law, n = noise.edm(), 8192
+    keys = randomness.example_keys(jax.random.key(0), "sigma", jnp.arange(n))
+    sigma = law.sample(keys)
+    y = 0.5 * image(n, 3)
+    x = y + sigma[:, None, None, None] * image(n, 4)
+    loss = law.weight(sigma)[:, None, None, None] * jnp.square(precondition.edm(zero)(x, sigma) - y)
+    assert abs(float(loss.mean()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("wrap", ALL)
+def test_limit_of_small_noise_is_the_identity(wrap):
+    x = image(2)
+    bounded = lambda x, c_noise, label=None: jnp.sin(jnp.stack([x.sum((1, 2, 3)) + c_noise] * 48, 1).reshape(x.shape))  # noqa: E731
+    np.testing.assert_allclose(wrap(bounded)(x, jnp.asarray([1e-5, 1e-6])), x, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap,oracle",
+    [(precondition.vp, -1), (precondition.iddpm, -1), (precondition.ve, 1)],
+)
+def test_eps_networks_give_back_the_image(wrap, oracle):
+    """A network that knows the noise: F = eps for VP and iDDPM, F = -eps for VE, gives x0_hat = x0."""
+    x0, eps = image(6, 5), image(6, 6)
+    x = x0 + SIGMAS[:, None, None, None] * eps
+    d = wrap(lambda *_: -oracle * eps)(x, SIGMAS)
+    np.testing.assert_allclose(d, x0, atol=5e-5)
+
+
+def test_vp_clock():
+    """c_noise = 999 t(sigma) inverts sigma(t) to float32 precision; the range is sigma(1e-5) to sigma(1)."""
+    t = np.geomspace(1e-5, 1, 50)
+    denoise = precondition.vp(zero)
+    c_noise = denoise.coefficients(jnp.asarray(process.VP().sigma(t), jnp.float32))[3]
+    np.testing.assert_allclose(c_noise, 999 * t, rtol=2e-5)
+    assert denoise.sigma_min == pytest.approx(1.0005e-3, rel=1e-3) and denoise.sigma_max == pytest.approx(
+        152.167, rel=1e-4
+    )
+
+
+def test_iddpm_table_and_rounding():
+    denoise = precondition.iddpm(zero)
+    u = process.iddpm_levels()
+    assert u.shape == (1001,) and u[1000] == 0 and np.all(np.diff(u) < 0)
+    assert u[500] == pytest.approx(1.01239, abs=1e-5)
+    assert (denoise.sigma_max, denoise.sigma_min) == (
+        pytest.approx(20291.17, rel=1e-4),
+        pytest.approx(0.00642, rel=1e-3),
+    )
+    assert float(denoise.round_sigma(1.0)) == pytest.approx(0.9998446, abs=1e-6)
+    assert int(precondition.iddpm_index(1.0)) == 504
+    # Every level is its own nearest, so c_noise = 999 - j there.
+    some = np.arange(0, 1000, 37)
+    np.testing.assert_array_equal(denoise.coefficients(jnp.asarray(u[some], jnp.float32))[3], 999 - some)
+    np.testing.assert_array_equal(precondition.iddpm_index(jnp.asarray(u[some].reshape(4, -1)[:, :3])).shape, (4, 3))
+
+
+@pytest.mark.parametrize("wrap", ALL[:3])
+def test_other_levels_are_not_rounded(wrap):
+    np.testing.assert_array_equal(wrap(zero).round_sigma(SIGMAS), SIGMAS)
+
+
+@pytest.mark.parametrize("wrap", ALL)
+def test_interface(wrap):
+    """Scalars broadcast, extra keywords arrive, extra channels go, a tap returns what the network returns."""
+    seen = {}
+
+    def network(x, c_noise, label=None, tap=None, augment=None):
+        seen.update(label=label, augment=augment, c_noise=c_noise)
+        return x[:, :1] if tap else jnp.concatenate([jnp.cos(x), x], axis=-1)
+
+    x, label, denoise = image(3), jnp.asarray([0, 1, -1]), wrap(network)
+    one = denoise(x, 0.7, label, augment="labels")
+    assert seen["augment"] == "labels" and seen["label"] is label and seen["c_noise"].shape == (3,)
+    np.testing.assert_array_equal(one, denoise(x, jnp.full(3, 0.7), label))
+    assert one.shape == x.shape and one.dtype == jnp.float32
+    c_in = float(denoise.coefficients(jnp.asarray([0.7]))[2][0])
+    np.testing.assert_allclose(denoise(x, 0.7, tap="mid"), c_in * x[:, :1], rtol=1e-6)
+    with jax.enable_x64(True):
+        assert denoise(jnp.asarray(np.asarray(x), jnp.float64), 0.7).dtype == jnp.float64
+
+
+def test_errors_name_the_field():
+    denoise = precondition.edm(zero)
+    with pytest.raises(ValueError, match=r"sigma has shape \(2,\)"):
+        denoise(image(3), jnp.ones(2))
+    with pytest.raises(ValueError, match="x has shape"):
+        denoise(image(3)[0], jnp.ones(3))
+    with pytest.raises(ValueError, match="sigma_data 0"):
+        precondition.edm(zero, 0)
