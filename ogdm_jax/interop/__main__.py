@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +187,8 @@ def export_(args: argparse.Namespace) -> None:
 def main() -> None:
     args, rest = parse()
     with startup.one_sentence():
+        if args.command != "export" and not Path(args.source).is_file():
+            raise ValueError(f"{args.source}: there is no such file; expected .pt, .pth, .pkl or .safetensors")
         startup.prepare()
         overrides = startup.split_overrides(rest)
         if overrides and args.command != "convert":
@@ -199,8 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    main()

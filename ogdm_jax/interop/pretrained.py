@@ -1,6 +1,7 @@
 """Networks with the weights of checkpoints that other programs wrote."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,11 +11,11 @@ import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
-from ogdm_jax.interop import export, names_discriminator, names_edm, recognise
+from ogdm_jax.interop import export, names_discriminator, names_edm, names_inception, recognise
 from ogdm_jax.interop.restricted_pickle import UnsafeFileError
 from ogdm_jax.interop.torch_records import Module
 from ogdm_jax.interop.torch_state import open_torch, read_torch, select
-from ogdm_jax.networks import StyleGAN2Discriminator
+from ogdm_jax.networks import InceptionV3, StyleGAN2Discriminator
 from ogdm_jax.typing import Denoise, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -161,11 +162,16 @@ def _compare(kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, op
 _Built = tuple[nn.Module, dict[str, tuple[int, ...]], set[str], Callable[[Mapping[str, np.ndarray]], PyTree]]
 
 
+@functools.lru_cache(maxsize=16)  # a second or two for the published sizes
+def _edm_shapes(network: names_edm.EdmNetwork) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.torch_shape for entry in names_edm.edm_entries(network)}
+
+
 def _edm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
     settings = {"dropout": 0.0} | recognise.edm_settings(state) | given
     network = names_edm.edm_network(settings)
     prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
-    needed = {entry.name.removeprefix(prefix): entry.torch_shape for entry in names_edm.edm_entries(network)}
+    needed = {name.removeprefix(prefix): shape for name, shape in _edm_shapes(network).items()}
     optional = {name for name in shapes if name.endswith(".resample_filter") or name in ("u", "model.u")}
     return network, needed, optional, lambda s: names_edm.edm_to_flax(s, network)
 
@@ -188,6 +194,20 @@ def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given
     return network, needed, optional, lambda s: names_discriminator.discriminator_to_flax(s, network)
 
 
+def _inception(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+    """The raw module, or pytorch-fid's wrapper, which numbers the same modules and has no classes."""
+    ours = {name: names_inception._raw_name(name) for name in shapes}
+    theirs = {raw: name for name, raw in ours.items()}
+    classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
+    network = _make(InceptionV3, {"num_classes": classes} | given)
+    needed = {theirs.get(e.name, e.name): e.torch_shape for e in names_inception.inception_entries(network)}
+    if not {"fc.weight", "fc.bias"} & set(theirs):
+        needed = {name: shape for name, shape in needed.items() if not name.startswith("fc.")}
+    unused = ("AuxLogits.", "Conv2d_AuxLogits.")
+    optional = {n for n, raw in ours.items() if raw.endswith("num_batches_tracked") or raw.startswith(unused)}
+    return network, needed, optional, lambda s: names_inception.inception_to_flax(s, network)
+
+
 def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
@@ -195,4 +215,8 @@ def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
     return cls(**settings)
 
 
-_BUILD: dict[str, Callable[..., _Built]] = {"edm": _edm, "ogdm_discriminator": _discriminator}
+_BUILD: dict[str, Callable[..., _Built]] = {
+    "edm": _edm,
+    "ogdm_discriminator": _discriminator,
+    "inception": _inception,
+}

@@ -42,7 +42,7 @@ def kind_of(shapes: Shapes) -> str:
         return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
     if "mapping.embed.weight" in shapes and "b4.out.weight" in shapes:
         return "ogdm_discriminator"
-    if any(name.startswith(("Conv2d_1a_3x3.", "layers.conv.", "blocks.0.0.conv.")) for name in names):
+    if any(re.match(r"(base\.)?(Conv2d_1a_3x3|blocks\.0\.0)\.conv\.", name) for name in names):
         return "inception"
     some = ", ".join(sorted(names)[:3])
     raise UnrecognisedError(
