@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from ogdm_jax.methods import slots
+from ogdm_jax.training.checkpoint import Checkpoints, describe
 
 TRAINING = slots.training_names()
 PAIRS = list(itertools.combinations(TRAINING, 2))
@@ -19,9 +20,20 @@ def test_every_method_file_says_what_it_is():
             assert isinstance(module.DEFAULTS, dict) and callable(module.training)
 
 
-@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS], ids=lambda on: "+".join(on) or "none")
-def test_methods_train_alone_and_in_pairs(on):
-    run = tiny.build(f"methods={on!r}", "data.batch=8")
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A training folder for methods that start from one: fresh weights, saved as train.py saves them."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run = tiny.build("methods=()")
+    with Checkpoints(folder) as checkpoints:
+        about = describe(run.config, run.source.shape, run.source.num_classes)
+        checkpoints.save(0, run.init(), about, {"step": 0})
+    return folder
+
+
+@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS, tuple(TRAINING)], ids=lambda on: "+".join(on) or "none")
+def test_methods_train_in_every_combination(on, pretrained):
+    run = tiny.build(f"methods={on!r}", "data.batch=8", f"init.workdir={pretrained}", "stf.n=32")
     state, metrics = tiny.train(run, 2)
     assert np.isfinite([v for k, v in metrics.items() if k.startswith(("loss", "grad"))]).all(), metrics
     assert metrics["grad_nonfinite"] == 0

@@ -21,8 +21,6 @@ def one_device():
         ("pmap", 2, ()),
         ("pmap", 8, ()),
         ("mesh", 4, ()),
-        ("mesh", 1, ()),
-        ("sharded", 2, ()),
         ("sharded", 8, ()),
         ("pmap", 4, ("optim.accumulate=2",)),
         ("mesh", 2, ("optim.accumulate=4",)),
@@ -39,16 +37,9 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
             if np.issubdtype(np.asarray(a).dtype, np.floating):
                 assert difference.max() < 1e-3 and difference.mean() < 2e-5, (name, difference.max())
     assert metrics.keys() == expected_metrics.keys()
+    # Adam hides a wrong scale of the gradient; its norm does not.
     for name in ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-4, err_msg=name)
-
-
-def test_gradient_scale_is_the_mean_over_all_devices():
-    """With SGD-like first step of Adam the sign hides the scale, so the gradient norm itself is compared, exactly once."""
-    _, one = tiny.train(tiny.build(), 1)
-    for plan, devices in (("pmap", 8), ("mesh", 8)):
-        _, many = tiny.train(tiny.build(plan=plan, devices=devices), 1)
-        np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("plan", ["pmap", "mesh"])
@@ -69,9 +60,10 @@ def test_replicated_state_is_equal_on_every_device(plan):
 def test_sharded_plan_divides_the_state():
     run = tiny.build(plan="sharded", devices=8)
     state = run.init()
-    divided = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
-    total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert sum(leaf.size for leaf in divided) > 0.8 * total
+    for tree in (state.params, state.ema, state.opt_state, state.companions):
+        for leaf in jax.tree.leaves(tree):
+            if leaf.size >= 1024 and any(n % 8 == 0 for n in leaf.shape):  # smaller ones are not worth a message
+                assert leaf.addressable_data(0).size == leaf.size // 8
 
 
 def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():

@@ -75,6 +75,10 @@ class Context:
       learning_rate: learning rate of the denoiser (a companion's default).
       source: the opened data source (ogdm_jax.data), for methods that keep it on the devices.
       law: the noise law (diffusion/noise.py), for methods that draw a second noise level.
+      weights: (training folder, "ema" | "params") -> (params, buffers) of its newest checkpoint, as host arrays; the
+        folder "" is the one that the run is fine-tuned from.
+      xflip: whether images are mirrored at random without a label.
+      augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels; None if off.
     """
 
     image_shape: tuple[int, int, int]
@@ -91,6 +95,9 @@ class Context:
     learning_rate: float
     source: Any = None
     law: Any = None
+    weights: Callable[[str, str], tuple[PyTree, PyTree]] | None = None
+    xflip: bool = False
+    augment: Callable[[Array, Array], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +133,7 @@ class Slots:
       frozen: () -> pytree of arrays that the step receives as an argument (a teacher, a resident data set).
       memory: () -> pytree of small numbers that the state carries.
       remember: (memory, metrics) -> memory, once a step, from the averaged metrics.
+      verify: (memory, frozen) -> None, after a restore: raises ValueError if the frozen arrays are not those of before.
     """
 
     name: str
@@ -137,6 +145,7 @@ class Slots:
     frozen: Callable[[], PyTree] | None = None
     memory: Callable[[], PyTree] | None = None
     remember: Callable[[PyTree, Mapping[str, Array]], PyTree] | None = None
+    verify: Callable[[PyTree, PyTree], None] | None = None
 
 
 def module(name: str):

@@ -224,14 +224,12 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         frozen=teacher,
         memory=memory,
         remember=remember if settings["auto"] else None,
+        verify=verify,
     )
 
 
 def _teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    load = getattr(context, "weights", None)
-    if load is None:
-        raise ValueError("config.sp.teacher: nothing here can read it; expected a Context with `weights`")
-    params, buffers = load(settings["teacher"], settings["teacher_weights"])
+    params, buffers = context.weights(settings["teacher"], settings["teacher_weights"])
     variables = jax.tree.map(np.asarray, {"params": params, "buffers": buffers})
     return variables | {"fingerprint": fingerprint(variables)}
 

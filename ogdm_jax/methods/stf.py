@@ -337,7 +337,7 @@ def _resident(context: Context, source: str) -> dict[str, np.ndarray]:
     """The data set as it lies on the devices; with unlabelled flips the full set holds both versions of an image."""
     images, labels = context.source.images, context.source.labels
     labels = np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels)
-    if source == "full" and getattr(context, "xflip", False):
+    if source == "full" and context.xflip:
         images, labels = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])
     return {"image": images, "label": labels}
 
@@ -415,14 +415,11 @@ def _references(settings, context, example, frozen, groups: int, plain: bool) ->
     images = _to_float(images, jnp.float32)
     count = jnp.arange(images.shape[1])
     each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)  # noqa: E731
-    if getattr(context, "xflip", False):
+    if context.xflip:
         heads = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
         images = jnp.where(heads[:, :, None, None, None], images[:, :, :, ::-1], images)
     if example.augment is not None and not plain:
-        augment = getattr(context, "augment", None)
-        if augment is None:
-            raise ValueError("config.stf.augment: 'official' needs the augmentation pipe; expected matched or dsm")
-        images = jax.vmap(augment)(each("augment"), images)
+        images = jax.vmap(context.augment)(each("augment"), images)
     return images, labels
 
 

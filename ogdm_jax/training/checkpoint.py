@@ -146,7 +146,7 @@ def find(workdir: str | Path, step: int | None = None) -> Snapshot:
     folder = Path(workdir).absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
-        raise CheckpointError(f"--workdir: {str(workdir)!r} holds no checkpoint; expected a folder that train.py wrote")
+        raise CheckpointError(f"{str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote")
     if step is not None and step not in steps:
         raise CheckpointError(f"--step: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}")
     path = folder / str(step if step is not None else steps[-1])

@@ -98,6 +98,9 @@ def _steps(run, state, saved, batches, writer, stopped, workdir, say) -> states.
         "sample": configs.duration(config.sample.every, batch),
     }
     frozen = run.frozen()
+    for method in run.filled.methods:
+        if method.verify is not None:
+            method.verify(state.memory[method.name], frozen[method.name])
     compiled = run.compile(state)
     about = describe(config, run.source.shape, run.source.num_classes)
     first = int(state.step)

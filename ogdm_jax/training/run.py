@@ -5,16 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import model as models
 from ogdm_jax import parallel, randomness
-from ogdm_jax.data import Source
+from ogdm_jax.data import Source, augment
 from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import slots
-from ogdm_jax.training import optim, state, step
+from ogdm_jax.training import checkpoint, optim, state, step
 from ogdm_jax.typing import PyTree
 
 
@@ -31,6 +32,7 @@ class Run:
     plan: parallel.Plan
     step: step.Step
     steps: int
+    memory: dict[str, PyTree]
 
     @property
     def key(self) -> jax.Array:
@@ -38,7 +40,7 @@ class Run:
         return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
 
     def create(self, key: jax.Array) -> state.TrainState:
-        return state.create(self.model, self.filled, self.tx, key)
+        return state.create(self.model, self.filled, self.tx, self.memory, key)
 
     def init(self) -> state.TrainState:
         """A fresh state, placed as the plan wants it."""
@@ -66,6 +68,13 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
         configs.require(0 <= share <= 1, key, share, "a probability")
     tx, rate = optim.optimiser(config)
     device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
+
+    def weights(folder: str, which: str) -> tuple[PyTree, PyTree]:
+        snapshot = checkpoint.find(folder or config.init.workdir)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which))
+
+    pipe = augment.AugmentPipe(p=config.data.augment) if config.data.augment > 0 else None
     context = slots.Context(
         image_shape=source.shape,
         label_dim=model.label_dim,
@@ -81,13 +90,17 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
         learning_rate=config.optim.learning_rate,
         source=source,
         law=law,
+        weights=weights,
+        xflip=config.data.xflip,
+        augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
     )
     filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
     steps = configs.duration(config.train.duration, batch, "config.train.duration")
     for group, name in (("train", "save_every"), ("train", "keep_every"), ("log", "every"), ("sample", "every")):
         configs.duration(config[group][name], batch, f"config.{group}.{name}")
     pure = step.make_step(config, model, law, filled, tx, rate, plan.axis, plan.ravel)
-    return Run(config, source, model, law, filled, tx, plan, pure, steps)
+    memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
+    return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
 
 
 def noise_law(config: ConfigDict) -> noise.NoiseLaw:

@@ -44,8 +44,14 @@ def companion_optimiser(companion: slots.Companion) -> optax.GradientTransformat
     return optim.adam(companion.learning_rate, companion.betas)
 
 
-def create(model: Model, filled: slots.Filled, tx: optax.GradientTransformation, key: Array) -> TrainState:
-    """A fresh state; jit it or eval_shape it. The same key gives the same denoiser whatever methods are on."""
+def create(
+    model: Model, filled: slots.Filled, tx: optax.GradientTransformation, memory: dict[str, PyTree], key: Array
+) -> TrainState:
+    """A fresh state; jit it or eval_shape it. The same key gives the same denoiser whatever methods are on.
+
+    Args:
+      memory: {method: numbers} as slots.per_method(filled, "memory") made them (some read files, so not here).
+    """
     params, buffers = model.init(randomness.fold_in_name(key, "network"))
     companions = {}
     for method in filled.companions:
@@ -60,7 +66,7 @@ def create(model: Model, filled: slots.Filled, tx: optax.GradientTransformation,
         buffers=buffers,
         opt_state=tx.init(params),
         companions=companions,
-        memory=slots.per_method(filled, "memory"),
+        memory=jax.tree.map(jnp.asarray, memory),
     )
 
 
