@@ -36,7 +36,7 @@ class Inert:
     """Base of the records that stand for objects; build receives what BUILD would have given to __setstate__."""
 
     def build(self, state: Any) -> None:
-        raise UnsafeFileError(f"it gives a state to a {type(self).__name__}")
+        raise UnsafeFileError(f"it gives a state to {_type(self)}")
 
 
 Admit = Callable[[str, str], Global]
@@ -47,6 +47,10 @@ def quote(text: Any) -> str:
     """A text from a file, shortened and escaped so that a message stays one readable line."""
     text = text if isinstance(text, str) else type(text).__name__
     return ascii(text if len(text) <= 80 else text[:77] + "...")[1:-1]
+
+
+def _type(value: Any) -> str:
+    return f"type {type(value).__name__}"
 
 
 def load(data: memoryview, start: int, admit: Admit, persistent: Persistent | None = None) -> tuple[Any, int]:
@@ -122,7 +126,7 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise UnsafeFileError(f"its pickle is corrupt: it adds items to a {quote(self.stack[-1])}")
+            raise UnsafeFileError(f"its pickle is corrupt: it adds items to {_type(self.stack[-1])}")
         return self.stack[-1]
 
     def since_mark(self) -> list:
@@ -137,7 +141,7 @@ class _Machine:
 
     def set_items(self, target: Any, items: list) -> None:
         if not isinstance(target, dict):
-            raise UnsafeFileError(f"its pickle is corrupt: it adds named items to a {quote(target)}")
+            raise UnsafeFileError(f"its pickle is corrupt: it adds named items to {_type(target)}")
         if len(items) % 2:
             raise UnsafeFileError("its pickle is corrupt: a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -169,7 +173,7 @@ class _Machine:
         if isinstance(target, Inert):
             target.build(state)
         elif not isinstance(target, dict):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
-            raise UnsafeFileError(f"it gives a state to a {quote(target)}")
+            raise UnsafeFileError(f"it gives a state to {_type(target)}")
 
     def persist(self) -> None:
         if self.persistent is None:
@@ -207,7 +211,7 @@ class _Machine:
 
 def _scalar(key: Any) -> Any:
     if not isinstance(key, str | int | float | None):
-        raise UnsafeFileError(f"its pickle uses a {quote(key)} as a key")
+        raise UnsafeFileError(f"its pickle has a key of {_type(key)}")
     return key
 
 

@@ -170,13 +170,13 @@ def _dims(value: Any, what: str) -> tuple[int, ...]:
         value = (value,)
     good = isinstance(value, tuple | list) and len(value) <= MAX_DIMENSIONS
     if not good or not all(type(n) is int and 0 <= n < 2**48 for n in value):
-        raise UnsafeFileError(f"the {what} of an array is not a list of at most {MAX_DIMENSIONS} sizes")
+        raise UnsafeFileError(f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up")
     return tuple(value)
 
 
 def _need(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
-        raise UnsafeFileError(f"{what} is a {quote(value)}")
+        raise UnsafeFileError(f"{what} has the type {type(value).__name__}")
     return value
 
 
