@@ -1,6 +1,7 @@
 """Golden checks of OGDM: discriminator, projection, and both repositories' losses with all draws supplied."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,14 @@ from golden_support import Golden, family, nhwc
 
 from ogdm_jax.diffusion import jumps, precondition
 from ogdm_jax.diffusion.process import Discrete
+from ogdm_jax.interop.names import edm_network, edm_to_flax, flax_to_edm
 from ogdm_jax.interop.names_discriminator import discriminator_to_flax, flax_to_discriminator
 from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
+
+
+# These programs run once: most of their time is XLA's optimiser, which exactness does not need.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _network(settings: dict) -> StyleGAN2Discriminator:
@@ -49,13 +55,14 @@ def disc(g: Golden):
 
     # float32 is what training runs; float64 leaves rounding no excuse.
     network, variables = _discriminator(g, g.config["kwargs"], dtype=jnp.float32)
-    for name, value in jax.jit(both, static_argnums=0)(network, variables, nhwc(g["x"]), g["time_cond"], label).items():
+    for name, value in quick_jit(both, static_argnums=0)(
+        network, variables, nhwc(g["x"]), g["time_cond"], label
+    ).items():
         g.assert_close(name, value)
     with jax.enable_x64(True):
         network, variables = _discriminator(g, g.config["kwargs"])
         x, cond, label = _wide(nhwc(g["x"])), _wide(g["time_cond"]), None if label is None else _wide(label)
 
-        @jax.jit
         def run(params):
             values = both(network, {"params": params}, x, cond, label)
             real, fake, r1 = values.values()
@@ -69,7 +76,7 @@ def disc(g: Golden):
                 "grad_real": jnp.moveaxis(gradient, -1, 1),
             }
 
-        grads, values = jax.grad(run, has_aux=True)(variables["params"])
+        grads, values = quick_jit(jax.grad(run, has_aux=True))(variables["params"])
     for name, value in values.items():
         g.assert_close(name, value)
     norms = _norms({"params": grads}, network)
@@ -129,11 +136,7 @@ def _sigmas(normal: np.ndarray) -> jax.Array:
 
 def _denoiser(g: Golden):
     """(variables -> denoise, variables, gradients -> norms by PyTorch name) of the file's EDM network."""
-    from ogdm_jax.interop.names import edm_to_flax, flax_to_edm
-    from ogdm_jax.networks import SongUNet
-
-    settings = {k: v for k, v in g.config["kwargs_net"].items() if k not in ("model_type", "sigma_data")}
-    network = SongUNet(**settings, out_channels=settings["img_channels"], dtype=jnp.float64)
+    network = edm_network(g.config["kwargs_net"], dtype=jnp.float64)
     variables = jax.tree.map(_wide, edm_to_flax(g.state_dict("net_"), network))
     frozen = {k: v for k, v in variables.items() if k != "params"}
 
@@ -167,7 +170,6 @@ def losses(g: Golden):
         def judge(disc_params):
             return lambda x, pair: network.apply(disc_params, x, ogdm.condition(pair, settings), label)
 
-        @jax.jit
         def generator(net_params):
             pair, eps = draws("G")
             denoise = denoiser(net_params)
@@ -180,7 +182,6 @@ def losses(g: Golden):
             total = jnp.mean(jnp.sum(loss, axis=(1, 2, 3)) + added)
             return total, {"loss": jnp.moveaxis(loss, -1, 1), "fake_pred": logits, "G": total}
 
-        @jax.jit
         def discriminator(disc_params):
             pair, eps = draws("D")
             xt = y + pair.sigma[:, None, None, None] * eps
@@ -191,7 +192,7 @@ def losses(g: Golden):
             return jnp.mean(loss), {"lossD": loss - settings.r1 * r1, "r1": r1}
 
         for function, at, prefix in ((generator, params, "G_net"), (discriminator, variables, "D_disc")):
-            grads, values = jax.grad(function, has_aux=True)(at)
+            grads, values = quick_jit(jax.grad(function, has_aux=True))(at)
             for name, value in values.items():
                 g.assert_close(name, value)
             g.assert_norms(f"grad_norms_{prefix}", norms_of(grads) if at is params else _norms(grads, network))
@@ -201,7 +202,7 @@ def losses(g: Golden):
 def adm_losses(g: Golden):
     """All in the package's coordinate x / sqrt(abar); compared in the official one."""
     with jax.enable_x64(True):
-        values, sigma = jax.device_get(jax.jit(lambda: _adm_values(g))())
+        values, sigma = jax.device_get(quick_jit(lambda: _adm_values(g))())
     for name, value in values.items():
         # Tables are float32 in the official code: x0 is off by the rounding of x / sqrt(abar), of order sigma * 1e-7.
         rounding = 4e-7 * sigma.reshape((-1,) + (1,) * (value.ndim - 1))
