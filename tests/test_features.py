@@ -105,6 +105,7 @@ def test_features_that_are_no_better_than_random_ones_are_refused(halves):
 def test_other_sizes_and_colour_take_the_same_construction():
     source = open_source("digits", resolution=12, channels=3)
     space = feature_space(source)
+    assert feature_space(source) is space  # trained once
     assert space.name == "fd_digits" and space(source.images[:7]).shape == (7, space.dim)
 
 

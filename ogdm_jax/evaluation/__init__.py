@@ -1,9 +1,11 @@
 """Measuring: distances between sets of features (metrics), feature spaces (features), images for people (report).
 
     features = feature_space("digits")                  # or an opened, labelled Source; .name "fd_digits", .dim
+    feature_space("lite0"), feature_space("inception", weights=FILE)     # networks that come with weights
     features(images)                                    # uint8 [n, h, w, c] -> float32 [n, dim]
     features.classify(images)                           # -> class probabilities [n, classes]
     distance_report(features, samples, reference)       # -> {"n", "fd", "floor", "fd_all", "kid", "precision", ...}
+    statistics_report(features, samples, load_statistics(FILE.npz))      # against published mu and sigma
 
 samples and reference are images (uint8, or floats in [-1, 1]) or features extracted before. A distance always comes
 with the number of images and the real-against-real floor at that number.
@@ -17,7 +19,7 @@ For people: to_uint8(images), grid(images, columns, padding, scale), save_png(pa
 save_animation(path, frames).
 """
 
-from ogdm_jax.evaluation.features import distance_report, feature_space
+from ogdm_jax.evaluation.features import distance_report, feature_space, statistics_report
 from ogdm_jax.evaluation.metrics import (
     Moments,
     density_coverage,
@@ -30,10 +32,12 @@ from ogdm_jax.evaluation.metrics import (
     ssim,
 )
 from ogdm_jax.evaluation.report import grid, save_animation, save_png, to_uint8
+from ogdm_jax.evaluation.statistics import Statistics, load_statistics, save_statistics
 from ogdm_jax.evaluation.trained import train_features
 
 __all__ = [
     "Moments",
+    "Statistics",
     "density_coverage",
     "distance_report",
     "feature_space",
@@ -42,11 +46,14 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "kernel_distance_subsets",
+    "load_statistics",
     "precision_recall",
     "psnr",
     "save_animation",
     "save_png",
+    "save_statistics",
     "ssim",
+    "statistics_report",
     "to_uint8",
     "train_features",
 ]

@@ -1,6 +1,6 @@
 """Feature spaces by name, and the distances between generated and real images in one of them."""
 
-import functools
+import hashlib
 import re
 from pathlib import PurePath
 from typing import Protocol
@@ -9,6 +9,7 @@ import numpy as np
 
 from ogdm_jax.evaluation import metrics
 from ogdm_jax.evaluation.report import to_uint8
+from ogdm_jax.evaluation.statistics import Statistics
 from ogdm_jax.evaluation.trained import TrainedFeatures, train_features
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
@@ -23,20 +24,31 @@ class FeatureSpace(Protocol):
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
 
 
-def feature_space(source) -> TrainedFeatures:
-    """The feature space of a labelled image source: a name for data.open_source, or an opened Source.
+def feature_space(source, weights: str | None = None, route: str = "tf", size: int = 96) -> FeatureSpace:
+    """A feature space by name: a labelled image source, "lite0", or "inception" with a weights file.
 
-    feature_space("digits").name == "fd_digits". Training takes seconds (digits: about 5 on one core) and happens once
-    per process and name; nothing is written to disk. Distances are comparable between runs that used the same source
-    at the same size; a number called fd_digits says nothing about other data and is never "FID".
+    source: a name for data.open_source or an opened Source: a classifier is trained on its labels
+        (evaluation.trained; digits: about 5 seconds on one core, once per process, nothing written to disk).
+        feature_space("digits").name == "fd_digits". Distances compare between runs that used the same source at the
+        same size; a number called fd_digits says nothing about other data and is never "FID".
+    "lite0": evaluation.networks.lite0_features(size), name "fd_lite0": colour images, offline.
+    "inception": evaluation.networks.inception_features(weights, route), name "fid" or "fid_pytorch".
 
     Raises:
-      ValueError: the source cannot be opened, has no class labels, or a classifier cannot learn them.
+      ValueError: the source cannot be opened, has no class labels, or a classifier cannot learn them; weights missing.
     """
-    return _of_name(source) if isinstance(source, str) else _of_source(source)
+    if not isinstance(source, str):
+        return _of_source(source)
+    if source in ("lite0", "inception"):
+        from ogdm_jax.evaluation import networks  # only here: the trained features need no network of another package
+
+        return networks.lite0_features(size) if source == "lite0" else networks.inception_features(weights, route)
+    return _of_name(source)
 
 
-@functools.lru_cache(maxsize=8)
+_TRAINED: dict[tuple[str, str], TrainedFeatures] = {}  # by name and content, so that one process trains once
+
+
 def _of_name(name: str) -> TrainedFeatures:
     from ogdm_jax.data import open_source  # only here: who brings a Source needs no reader
 
@@ -51,7 +63,14 @@ def _of_source(source) -> TrainedFeatures:
         raise ValueError(
             f"{source.name}: no class labels; a trained feature space needs a source with two or more classes."
         )
-    return train_features(f"fd_{short_name(source.name)}", images, labels)
+    name = f"fd_{short_name(source.name)}"
+    content = hashlib.sha256(repr(images.shape).encode())
+    content.update(np.ascontiguousarray(images))
+    content.update(np.ascontiguousarray(labels))
+    key = name, content.hexdigest()
+    if key not in _TRAINED:
+        _TRAINED[key] = train_features(name, images, labels)
+    return _TRAINED[key]
 
 
 def short_name(source: str) -> str:
@@ -75,8 +94,33 @@ def _extracted(features: FeatureSpace, data, name: str) -> np.ndarray:
     return features(to_uint8(data))
 
 
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return metrics.Moments().update(x).finalize()
+
+
 def _frechet(x: np.ndarray, y: np.ndarray) -> float:
-    return metrics.frechet_distance(*metrics.Moments().update(x).finalize(), *metrics.Moments().update(y).finalize())
+    return metrics.frechet_distance(*_moments(x), *_moments(y))
+
+
+def statistics_report(features: FeatureSpace, samples, reference: Statistics) -> dict[str, float | int | str | None]:
+    """The Frechet distance to published moments: papers' protocol, in which no floor can be measured.
+
+    Returns: {"features", "n_samples", "n_reference" (None where the file does not say), "fd_all", "floor": None}.
+
+    Raises:
+      ValueError: the statistics have another number of features, or say that they are of another feature space.
+    """
+    if reference.dim != features.dim or reference.features not in (None, features.name):
+        what = f"{reference.dim} features of {reference.features or 'an unnamed space'}"
+        raise ValueError(f"reference: {what}; {features.name} has {features.dim}.")
+    y = _extracted(features, samples, "samples").astype(np.float64)
+    return {
+        "features": features.name,
+        "n_samples": len(y),
+        "n_reference": reference.count,
+        "fd_all": metrics.frechet_distance(*_moments(y), reference.mu, reference.cov),
+        "floor": None,
+    }
 
 
 def distance_report(

@@ -43,20 +43,22 @@ class TrainedFeatures:
         return len(self.mean)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return (self._run(images)[0] - self.mean[None]) / self.spread[None]
+        return self.both(images)[0]
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Class probabilities [n, num_classes]: for the Inception score's formula, label agreement and class counts."""
-        return self._run(images)[1]
+        return self.both(images)[1]
 
-    def _run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features [n, dim], class probabilities [n, num_classes]) from one pass."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             shape = f"{images.dtype} {images.shape}"
             raise ValueError(
                 f"images: {shape}; {self.name} expects uint8 [n, {', '.join(map(str, self.image_shape))}]."
             )
-        return _extract(self.params, images)
+        raw, probabilities = _extract(self.params, images)
+        return (raw - self.mean[None]) / self.spread[None], probabilities
 
 
 def train_features(
