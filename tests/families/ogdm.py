@@ -15,7 +15,6 @@ from ogdm_jax.interop.names_discriminator import discriminator_to_flax, flax_to_
 from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 
-
 # These programs run once: most of their time is XLA's optimiser, which exactness does not need.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
