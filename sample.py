@@ -6,7 +6,6 @@ Every image depends on its seed alone, whatever the batch size, the number of de
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ogdm_jax import startup
 
@@ -20,6 +19,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="", help="FIRST-LAST, both included; replaces --num (default: 0 to num - 1)")
     parser.add_argument("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
+    parser.add_argument("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
     parser.add_argument("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler")
     parser.add_argument("--label", type=int, default=None, help="class of all images (default: drawn from each seed)")
     parser.add_argument("--batch", type=int, default=64, help="images per device at a time")
@@ -43,7 +43,7 @@ def main() -> None:
         seeds = generate.parse_seeds(args.seeds, args.num)
         out = files.check_output(args.out)
         run = finish.open_workdir(args.workdir, args.step, args.weights)
-        settings = run.settings(solver=args.solver, steps=args.steps, num=len(seeds))
+        settings = run.settings(solver=args.solver, steps=args.steps, num=len(seeds), eta=args.eta)
         labels = generate.labels_for(seeds, run.model.label_dim, args.label)
         devices = parallel.make_plan("mesh", args.devices).local_devices
         images = generate.sampler(run.model, settings, devices, churn=generate.parse_churn(args.churn, settings.solver))

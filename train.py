@@ -12,9 +12,13 @@ from ogdm_jax import startup
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "digits.py"), help="a Python file with get_config()")
+    parser.add_argument(
+        "--config", default=str(Path(__file__).parent / "configs" / "digits.py"), help="a Python file with get_config()"
+    )
     parser.add_argument("--workdir", default="", help="checkpoints, logs and samples go here (default: runs/NAME)")
-    parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0; only where JAX cannot find the pod itself")
+    parser.add_argument(
+        "--coordinator", default="", help="HOST:PORT of process 0; only where JAX cannot find the pod itself"
+    )
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--process", type=int, default=-1)
     return parser.parse_known_args()

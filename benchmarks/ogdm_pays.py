@@ -1,10 +1,10 @@
 """Does OGDM pay? Baseline, OGDM from scratch and OGDM fine-tuned, equal numbers of updates, several seeds.
 
-    python benchmarks/ogdm_pays.py --seeds 3 --out runs/ogdm_pays.json
+    python benchmarks/ogdm_pays.py --out runs/ogdm_pays.json
 
 For every solver and number of network evaluations: the Frechet distance of as many samples as the data set has images,
 in the feature space of the configuration, mean and standard deviation over seeds. "baseline" and "ogdm" train for
---updates; "tuned" continues the baseline's moving average with OGDM for --tune updates, and "longer" continues it without.
+--updates; "tuned" continues the baseline's moving average with OGDM for --tune updates, "longer" continues it without.
 """
 
 import argparse
@@ -27,11 +27,17 @@ def steps_of(solver: str, evaluations: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent.parent / "configs" / "digits.py"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated; runs of single seeds may go side by side")
+    parser.add_argument(
+        "--merge", default="", help="comma-separated JSON files of earlier runs: only prints their table"
+    )
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--tune", type=int, default=400)
     parser.add_argument("--out", default="runs/ogdm_pays.json")
     args, rest = parser.parse_known_args()
+    if args.merge:
+        found = [json.loads(Path(name).read_text()) for name in args.merge.split(",")]
+        return print(table({key: sum((f[key] for f in found), []) for key in found[0]}))
     startup.prepare()
     import numpy as np
 
@@ -66,7 +72,7 @@ def main() -> None:
     features = None
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
+    for seed in map(int, args.seeds.split(",")):
         base = build(seed, args.updates, *plain)
         weights = train(base)
         variants = {
@@ -82,7 +88,9 @@ def main() -> None:
                     settings = base.config.sample.copy_and_resolve_references()
                     settings.solver, settings.steps = solver, steps_of(solver, evaluations)
                     if (solver, evaluations) not in samplers:
-                        samplers[solver, evaluations] = generate.sampler(base.model, settings, base.plan.local_devices[:1])
+                        samplers[solver, evaluations] = generate.sampler(
+                            base.model, settings, base.plan.local_devices[:1]
+                        )
                     seeds = np.arange(len(base.source)) + 100_000 * seed
                     pictures = [
                         report.to_uint8(part)

@@ -1,4 +1,4 @@
-"""Two programs timed against each other: each in a process of its own, taking turns, so that a noisy machine hits both."""
+"""Two programs timed against each other, each in its own process, taking turns: a noisy machine hits both."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class Worker:
-    """A process that prints "ready", then answers every line on its input by doing its work once and printing seconds."""
+    """A process that says what it is, then answers every line on its input by working once and printing seconds."""
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None):
         self._process = subprocess.Popen(

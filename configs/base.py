@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
     config.sample.sigma_min = 0.002
     config.sample.sigma_max = 80.0
     config.sample.rho = 7.0
+    config.sample.eta = 0.0  # ddim and heun: 0 = deterministic, 1 = as random as DDPM
 
     config.evaluate = ConfigDict()
     config.evaluate.features = ""  # feature space of the distance at the end; "" = no evaluation

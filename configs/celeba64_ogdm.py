@@ -1,9 +1,9 @@
 """OGDM from scratch on CelebA at 64x64 with DDPM++.
 
-    python train.py --config configs/celeba64_ogdm.py --config.data.source=folder:DIR_OF_64x64_IMAGES --workdir runs/celeba64_ogdm
+    python train.py --config configs/celeba64_ogdm.py --config.data.source=folder:DIR --workdir runs/celeba64_ogdm
 
-Aim: the direction of the authors' ADM logs, FID 11.92 -> 7.91 at DDIM-10 and 7.88 -> 3.94 at DDIM-20 [authors' logs, another
-network; no figure for this one was found].
+DIR holds 64x64 images. Aim: the direction of the authors' ADM logs, FID 11.92 -> 7.91 at DDIM-10 and 7.88 -> 3.94 at
+DDIM-20 [authors' logs, another network; no figure for this one was found].
 """
 
 from configs import ffhq64_edm

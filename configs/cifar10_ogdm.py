@@ -3,7 +3,7 @@
     python train.py --config configs/cifar10_ogdm.py --workdir runs/cifar10_ogdm
     Heun projection: --config.ogdm.solver=heun --config.ogdm.gamma=0.005
 
-Aim: better FID than cifar10_edm at 10 to 25 evaluations. The authors' raw logs of the ADM variant give 20.56 -> 11.84 at
+Aim: better FID than cifar10_edm at 10 to 25 evaluations. The authors' logs of the ADM variant give 20.56 -> 11.84 at
 DDIM-10 [authors' logs, another network]; no figure of the EDM variant was found, so none is quoted.
 """
 

@@ -1,6 +1,6 @@
 """The default: OGDM on scikit-learn's 1,797 real digits, 8x8 grey. Minutes on two CPU cores, nothing to download.
 
-    python train.py
+python train.py
 """
 
 from configs import base

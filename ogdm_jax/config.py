@@ -63,7 +63,9 @@ def override(config: ConfigDict, text: str) -> None:
     node, *_, leaf = _walk(config, key)
     old = node[leaf]
     if isinstance(old, ConfigDict):
-        raise ConfigError(f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of its keys")
+        raise ConfigError(
+            f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of its keys"
+        )
     node[leaf] = _parse(key, value, old)
 
 
@@ -191,4 +193,3 @@ def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]
             f"--workdir holds a run of another configuration: {'; '.join(differ[:4])}; "
             "expected the same settings or a new --workdir"
         )
-

@@ -32,7 +32,7 @@ def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def parse_seeds(text: str, num: int) -> np.ndarray:
-    """"10-13" -> [10, 11, 12, 13]; "" -> [0, ..., num - 1]. Raises ConfigError for anything else."""
+    """ "10-13" -> [10, 11, 12, 13]; "" -> [0, ..., num - 1]. Raises ConfigError for anything else."""
     if not text:
         if num < 1:
             raise ConfigError(f"--num: {num} given; expected at least 1 image")
@@ -59,7 +59,7 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
 
 
 def parse_churn(text: str, solver: str) -> Churn | None:
-    """"40,0.05,50,1.003" -> Churn(S_churn, S_min, S_max, S_noise). Raises ConfigError if malformed or without Heun."""
+    """ "40,0.05,50,1.003" -> Churn(S_churn, S_min, S_max, S_noise). Raises ConfigError if malformed or without Heun."""
     if not text:
         return None
     try:
@@ -79,6 +79,9 @@ def check_settings(settings: ConfigDict) -> None:
     require(settings.steps >= 1, "sample.steps", settings.steps, "at least 1")
     require(settings.num >= 1, "sample.num", settings.num, "at least 1")
     require(
+        settings.eta == 0 or settings.solver in ("ddim", "heun"), "sample.eta", settings.eta, "0 but with ddim or heun"
+    )
+    require(
         0 < settings.sigma_min < settings.sigma_max, "sample.sigma_min", settings.sigma_min, "0 < sigma_min < sigma_max"
     )
 
@@ -94,26 +97,27 @@ def sampler(
     """A compiled (params, buffers, seeds [b], labels [b] | None) -> images [b,h,w,c] in [-1, 1].
 
     Args:
-      settings: solver, steps, sigma_min, sigma_max, rho of config.sample.
+      settings: solver, steps, sigma_min, sigma_max, rho, eta of config.sample.
       devices: b must be a multiple of their number; each samples its share.
       churn, kick: slots of `sample`.   shift: a decorator of the denoiser (classifier-free or discriminator guidance).
     """
     check_settings(settings)
-    sigmas = grids.edm(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
 
     def images(params, buffers, seeds, labels):
         keys = seed_keys(seeds)
         latents = randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape)
-        denoise = shift(model.denoiser(params, buffers))
+        denoise = model.denoiser(params, buffers)
+        levels = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
         return sample(
-            denoise,
+            shift(denoise),
             latents,
-            sigmas,
+            grids.edm(settings.steps, *levels, settings.rho),
             solver=settings.solver,
             key=randomness.fold_in_each(keys, "steps"),
             churn=churn,
             label=labels,
             kick=kick,
+            eta=settings.eta,
         )
 
     mesh = Mesh(np.asarray(devices), (AXIS,))

@@ -39,7 +39,9 @@ class Model:
     def denoiser(self, params: PyTree, buffers: PyTree | None = None) -> Denoise:
         """denoise(x, sigma, label=None, **extra) of these parameters."""
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}
-        return self.wrap(lambda x, c_noise, label=None, **extra: self.network.apply(variables, x, c_noise, label, **extra))
+        return self.wrap(
+            lambda x, c_noise, label=None, **extra: self.network.apply(variables, x, c_noise, label, **extra)
+        )
 
 
 def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Model:
@@ -65,14 +67,17 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
     conditional = config.data.conditional
     require(not conditional or num_classes > 0, "data.conditional", conditional, "a source with class labels")
     kind = choose("precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm"))
-    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype") and not (net.kind == "dhariwal" and k in _SONG_ONLY)}
+    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype")}
+    if net.kind == "song":
+        settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
+    else:
+        settings = {k: v for k, v in settings.items() if k not in _SONG_ONLY}
     network = choose("network.kind", net.kind, _NETWORKS)(
         img_resolution=height,
         img_channels=channels,
         out_channels=channels * (2 if kind == "iddpm" else 1),
         label_dim=num_classes if conditional else 0,
         augment_dim=9 if config.data.augment > 0 else 0,
-        channel_mult_noise=2 if net.embedding_type == "fourier" else 1,
         dtype=choose("network.dtype", net.dtype, _DTYPES),
         **settings,
     )

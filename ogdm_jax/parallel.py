@@ -67,7 +67,7 @@ class Plan:
         """Runs create(key) compiled, each leaf made where it will live."""
         shardings = self.state_shardings(jax.eval_shape(create, key))
         lowered = jax.jit(create, out_shardings=shardings).lower(key)
-        # It runs once: on a CPU the optimiser's passes over a hundred random draws would cost five times what they save.
+        # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times what they save.
         cpu = self.devices[0].platform == "cpu"
         return lowered.compile(compiler_options={"xla_backend_optimization_level": 0} if cpu else None)(key)
 
@@ -131,7 +131,9 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     """
     require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
     found = jax.devices()
-    require(0 <= devices <= len(found), "parallel.devices", devices, f"at most the {len(found)} devices found (0 = all)")
+    require(
+        0 <= devices <= len(found), "parallel.devices", devices, f"at most the {len(found)} devices found (0 = all)"
+    )
     require(
         devices in (0, len(found)) or jax.process_count() == 1, "parallel.devices", devices, "0 with several processes"
     )
@@ -197,4 +199,3 @@ def _cluster_detected() -> bool:
         or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "JAX_COORDINATOR_ADDRESS" in env
     )
-

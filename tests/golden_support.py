@@ -1,4 +1,4 @@
-"""What the golden files mean: the rules of tests/golden/README.md as code. No file name and no configuration is special."""
+"""What the golden files mean: the rules of tests/golden/README.md as code. No file and no configuration is special."""
 
 import functools
 import json
@@ -49,7 +49,11 @@ class Golden:
 
     def assert_close(self, name: str, actual, atol: float | None = None):
         np.testing.assert_allclose(
-            np.asarray(actual), self.truth(name), rtol=0, atol=self.tolerance(name) if atol is None else atol, err_msg=name
+            np.asarray(actual),
+            self.truth(name),
+            rtol=0,
+            atol=self.tolerance(name) if atol is None else atol,
+            err_msg=name,
         )
 
     def assert_norms(self, name: str, actual: dict[str, float]):
@@ -58,7 +62,9 @@ class Golden:
         assert set(actual) == set(truth), set(actual) ^ set(truth)
         largest = max(truth.values())
         for key, value in truth.items():
-            np.testing.assert_allclose(float(actual[key]), value, rtol=1e-4, atol=1e-4 * largest, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(
+                float(actual[key]), value, rtol=1e-4, atol=1e-4 * largest, err_msg=f"{name} {key}"
+            )
 
     def state_dict(self, prefix: str = "") -> dict[str, np.ndarray]:
         """The PyTorch state dict rebuilt from the three authoritative lists; constructed buffers only where stored."""

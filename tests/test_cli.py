@@ -86,6 +86,7 @@ def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
         (("--label", "11"), "--label"),
         (("--churn", "1,2"), "--churn"),
         (("--churn", "40,0.05,50,1.003", "--solver", "ddim"), "--churn"),
+        (("--eta", "1.0", "--solver", "euler"), "sample.eta"),
         (("--out", "samples.bmp"), "--out"),
         (("--devices", "77"), "parallel.devices"),
     ],

@@ -4,12 +4,11 @@ import pkgutil
 import subprocess
 import sys
 
-import ogdm_jax
 import pytest
 
-MODULES = [
-    m.name for m in pkgutil.walk_packages(ogdm_jax.__path__, "ogdm_jax.") if not m.name.endswith("__main__")
-]
+import ogdm_jax
+
+MODULES = [m.name for m in pkgutil.walk_packages(ogdm_jax.__path__, "ogdm_jax.") if not m.name.endswith("__main__")]
 
 CHECK = """
 import importlib, sys
@@ -29,6 +28,8 @@ def test_importing_everything_starts_no_backend_and_no_tensorflow():
     subprocess.run([sys.executable, "-c", CHECK.format(names=MODULES)], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("package", ["ogdm_jax", "ogdm_jax.diffusion.sampling", "ogdm_jax.methods.slots", "ogdm_jax.training.loop"])
+@pytest.mark.parametrize(
+    "package", ["ogdm_jax", "ogdm_jax.diffusion.sampling", "ogdm_jax.methods.slots", "ogdm_jax.training.loop"]
+)
 def test_modules_import_alone(package):
     subprocess.run([sys.executable, "-c", f"import {package}"], check=True, timeout=120)

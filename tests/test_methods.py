@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import tiny
+
 from ogdm_jax.methods import slots
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 
@@ -31,7 +32,9 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS, tuple(TRAINING)], ids=lambda on: "+".join(on) or "none")
+@pytest.mark.parametrize(
+    "on", [(), *[(n,) for n in TRAINING], *PAIRS, tuple(TRAINING)], ids=lambda on: "+".join(on) or "none"
+)
 def test_methods_train_in_every_combination(on, pretrained):
     run = tiny.build(f"methods={on!r}", "data.batch=8", f"init.workdir={pretrained}", "stf.n=32")
     state, metrics = tiny.train(run, 2)

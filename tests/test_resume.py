@@ -1,4 +1,4 @@
-"""Train n + kill + resume = train n + 10, bit for bit, through the real command line; stopping politely loses nothing."""
+"""Train n + kill + resume = train n + 10, bit for bit, through the command line; stopping politely loses nothing."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import time
 import jax
 import pytest
 import tiny
+
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find
@@ -19,7 +20,9 @@ ENV = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JA
 
 def start(workdir, *more: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", "--workdir", str(workdir), *tiny.flags("train.keep=1000", *more)]
-    return subprocess.Popen(command, cwd=tiny.ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=tiny.ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -93,7 +96,10 @@ def trained(tmp_path_factory):
 
 def test_workdir_of_another_configuration_is_refused(trained):
     out = finish(start(trained, "network.model_channels=16"), code=1)
-    assert out.startswith("error: --workdir holds a run of another configuration: network.model_channels") and out.count("\n") == 1
+    assert (
+        out.startswith("error: --workdir holds a run of another configuration: network.model_channels")
+        and out.count("\n") == 1
+    )
 
 
 def test_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(trained, tmp_path):

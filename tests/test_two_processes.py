@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, find
@@ -33,7 +34,9 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
         )
         command = [sys.executable, "train.py", "--workdir", str(workdir), *joined, *flags]
         running.append(
-            subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, cwd=tiny.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         )
     try:
         outs = [p.communicate(timeout=300)[0] for p in running]
@@ -62,5 +65,7 @@ def test_two_processes_equal_one(tmp_path, plan):
     assert "step" in outs[0] and "images/s" in outs[0] and "images/s" not in outs[1]  # only the lead process logs
     launch(tmp_path / "one", 1, 1)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
-    for a, b in zip(jax.tree.leaves(final_params(tmp_path / "two")), jax.tree.leaves(final_params(tmp_path / "one")), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(final_params(tmp_path / "two")), jax.tree.leaves(final_params(tmp_path / "one")), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-3)

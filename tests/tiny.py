@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs

@@ -2,8 +2,11 @@
 
     workdir/checkpoints/STEP/{params,ema,state,config,data}
 
-params  the denoiser as trained.        ema    {"params": moving average, "buffers": frozen tensors}: all sampling needs.
-state   step, optimiser, companions, memory.      config  the configuration, the image shape and the number of classes.      data  where the loader stands.
+params  the denoiser as trained.
+ema     {"params": moving average, "buffers": frozen tensors}: all that sampling needs.
+state   step, optimiser, companions, memory.
+config  the configuration, the image shape and the number of classes.
+data    where the loader stands.
 """
 
 import dataclasses
@@ -85,7 +88,9 @@ class Checkpoints:
           CheckpointError: the files are damaged or belong to another network.
         """
         shapes = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), like, plan.state_shardings(like)
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            like,
+            plan.state_shardings(like),
         )
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in _split(shapes).items()}
         found = _guard(
@@ -173,7 +178,8 @@ def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str
     configs.choose("init.weights", which, ("ema", "params"))
     with ocp.StandardCheckpointer() as reader:
         ema = _guard(
-            snapshot.path, lambda: reader.restore(snapshot.path / "ema", _shapes({"params": params, "buffers": buffers}))
+            snapshot.path,
+            lambda: reader.restore(snapshot.path / "ema", _shapes({"params": params, "buffers": buffers})),
         )
         if which == "params":
             ema["params"] = _guard(snapshot.path, lambda: reader.restore(snapshot.path / "params", _shapes(params)))
@@ -193,4 +199,6 @@ def _guard(path: Path, read):
         return read()
     except Exception as error:  # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
         first = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"checkpoint {path}: damaged, or of another network ({type(error).__name__}: {first})") from error
+        raise CheckpointError(
+            f"checkpoint {path}: damaged, or of another network ({type(error).__name__}: {first})"
+        ) from error

@@ -38,12 +38,15 @@ class Trained:
     buffers: PyTree
     step: int
 
-    def settings(self, solver: str = "", steps: int | None = None, num: int | None = None) -> ConfigDict:
+    def settings(
+        self, solver: str = "", steps: int | None = None, num: int | None = None, eta: float | None = None
+    ) -> ConfigDict:
         """config.sample with some entries replaced. Raises ConfigError where they are out of range."""
         settings = ConfigDict(self.config.sample)
         settings.solver = solver or settings.solver
         settings.steps = settings.steps if steps is None else steps
         settings.num = settings.num if num is None else num
+        settings.eta = settings.eta if eta is None else eta
         generate.check_settings(settings)
         return settings
 
@@ -73,7 +76,7 @@ def distance(config: ConfigDict, samples: np.ndarray) -> dict[str, Any]:
 
 
 def evaluate(run, state, workdir: Path, say=print) -> dict[str, Any] | None:
-    """Samples from the last moving average, draws the grid and prints the distance, where the configuration asks for it.
+    """Samples from the last moving average, draws the grid and prints the distance, where the configuration says so.
 
     Returns:
       The report, also written to workdir/evaluation.json; None where config.evaluate.features is "".
@@ -98,6 +101,7 @@ def evaluate(run, state, workdir: Path, say=print) -> dict[str, Any] | None:
     (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     say(
         f"{result['features']} {result['fd']:.3f} (real against real {result['floor']:.3f}; n = {result['n']}, "
-        f"{config.sample.solver}, {nfe(config.sample.solver, config.sample.steps)} network evaluations)\nsamples: {grid}"
+        f"{config.sample.solver}, {nfe(config.sample.solver, config.sample.steps)} network evaluations)\n"
+        f"samples: {grid}"
     )
     return result

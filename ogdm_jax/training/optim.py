@@ -1,4 +1,4 @@
-"""Adam with EDM's ramp, gradient sanitising, and the exponential moving average (2206.00364, appendix F; edm training loop)."""
+"""Adam with EDM's ramp, gradient sanitising, and the exponential moving average (2206.00364, appendix F)."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Sched
 
     With a ramp the very first step has learning rate 0, as in EDM (the ramp counts images seen before the step).
     """
+
     def schedule(step: Array) -> Array:
         rate = jnp.asarray(peak, jnp.float32)
         if ramp_steps:

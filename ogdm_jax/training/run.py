@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step. Checked before compiling."""
+"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step; checked first."""
 
 import dataclasses
 from collections.abc import Callable
@@ -104,7 +104,7 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
 
 
 def noise_law(config: ConfigDict) -> noise.NoiseLaw:
-    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width that is not positive."""
+    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width of 0 or less."""
     settings = config.noise
     configs.choose("noise.law", settings.law, ("edm", "vp", "ve"))
     if settings.law != "edm":

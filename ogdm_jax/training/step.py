@@ -32,7 +32,9 @@ def to_float(images: Array) -> Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def draw_example(config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, key: Array, noise_key: Array) -> slots.Example:
+def draw_example(
+    config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, key: Array, noise_key: Array
+) -> slots.Example:
     """Augmentation, label dropout, noise level and noise of a (micro-)batch, each image from keys of its own."""
     index = batch["index"]
     keys = lambda purpose: randomness.example_keys(key, purpose, index)  # noqa: E731
@@ -46,7 +48,11 @@ def draw_example(config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, 
     if label is not None and config.data.label_dropout > 0:
         hidden = randomness.uniform(keys("label_dropout")) < config.data.label_dropout
         label = jnp.where(hidden, -1, label)
-    sigma = law.sample(keys("sigma"), index=index, batch=config.data.batch, key=key) if law.stratified else law.sample(keys("sigma"))
+    sigma = (
+        law.sample(keys("sigma"), index=index, batch=config.data.batch, key=key)
+        if law.stratified
+        else law.sample(keys("sigma"))
+    )
     eps = randomness.normal(randomness.example_keys(noise_key, "noise", index), x0.shape[1:])
     return slots.Example(
         x0=x0,
@@ -86,7 +92,11 @@ def make_step(
         example = draw_example(config, model, law, batch, key, key)
         denoise = model.denoiser(params, state.buffers)
         x0_hat = denoise(
-            example.xt, example.sigma, example.label, augment=example.augment, dropout_keys=example.keys("dropout/denoise")
+            example.xt,
+            example.sigma,
+            example.label,
+            augment=example.augment,
+            dropout_keys=example.keys("dropout/denoise"),
         )
         loss, metrics = _denoising_loss(filled, law, example, x0_hat, denoise, frozen, state.memory)
         metrics |= {"loss/denoise": loss}
@@ -102,9 +112,7 @@ def make_step(
 
     def companion_loss(params, method: slots.Slots, state: TrainState, frozen, batch: Batch, key: Array):
         fresh = randomness.fold_in_name(key, f"{method.name}/companion")
-        example = draw_example(
-            config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh
-        )
+        example = draw_example(config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh)
         denoise = model.denoiser(jax.lax.stop_gradient(state.params), state.buffers)
         loss, metrics = method.companion.loss(params, example, denoise, frozen.get(method.name), state.step)
         return jnp.mean(loss), _sums(metrics | {f"loss/{method.name}_companion": loss})
@@ -136,7 +144,12 @@ def make_step(
             if method.remember is not None:
                 memory[method.name] = method.remember(memory[method.name], metrics)
         state = state.replace(step=seen + 1, ema=optim.ema_update(state.ema, state.params, beta), memory=memory)
-        return state, metrics | {"grad_norm": norm, "grad_nonfinite": bad, "learning_rate": rate(seen), "ema_beta": beta}
+        return state, metrics | {
+            "grad_norm": norm,
+            "grad_nonfinite": bad,
+            "learning_rate": rate(seen),
+            "ema_beta": beta,
+        }
 
     return step
 
@@ -148,9 +161,7 @@ def _denoising_loss(filled, law, example, x0_hat, denoise, frozen, memory) -> tu
         target, metrics = filled.target.target(example, frozen.get(filled.target.name))
     if filled.distance:
         name = filled.distance.name
-        loss, more = filled.distance.distance(
-            example, x0_hat, target, denoise, frozen.get(name), memory.get(name)
-        )
+        loss, more = filled.distance.distance(example, x0_hat, target, denoise, frozen.get(name), memory.get(name))
         return loss, metrics | more
     return slots.squared_error(example, x0_hat, target, law.weight), metrics
 

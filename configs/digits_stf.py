@@ -1,0 +1,13 @@
+"""The stable target field on the shipped digits, every image a reference.
+
+    python train.py --config configs/digits_stf.py
+"""
+
+from configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.methods = ("stf",)
+    config.stf.source = "full"
+    return config
