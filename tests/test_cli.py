@@ -106,7 +106,7 @@ def test_sample_refuses_with_one_sentence(workdir, args, words):
         (("--confg=x",), "unknown argument"),
         (("--config.data.source=folder:/no/such/folder",), "/no/such/folder"),
         (("--config.data.source=tfds:cifar10/train",), "cifar10"),
-        (("--config.data.batch=30", "--config.parallel.devices=2"), "data.batch"),
+        (("--config.data.batch=31", "--config.parallel.devices=2"), "data.batch"),
         (("--config.methods=ogdn",), "methods"),
         (("--config.sample.solver=magic",), "sample.solver"),
         (("--config.init.workdir=/no/such/run",), "/no/such/run"),

@@ -1,0 +1,63 @@
+"""Names and arguments that people import stay as they are: the table of public functions."""
+
+import importlib
+import inspect
+
+import pytest
+
+PUBLIC = {
+    "diffusion.precondition": {
+        "edm": "network_fn, sigma_data=0.5",
+        "vp": "network_fn",
+        "ve": "network_fn",
+        "iddpm": "network_fn",
+    },
+    "diffusion.grids": {
+        "edm": "n, sigma_min=0.002, sigma_max=80.0, rho=7.0",
+        "vp": "n",
+        "ve": "n",
+        "iddpm": "n",
+        "ddim": "n",
+    },
+    "diffusion.sampling": {
+        "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, label=None, kick=None, trajectory=False"
+    },
+    "methods.stf": {"stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"},
+    "methods.sp": {"self_perceptual_loss": "features, x0, eps, x0_hat, eps_hat, sigma_next"},
+    "methods.ogdm": {
+        "next_sigma": "sigma, u, k, sigma_min=0.002, sigma_max=80.0, rho=7.0",
+        "project": "denoise, xt, sigma, sigma_next, solver='euler'",
+        "generator_loss": "logits, kind='hinge'",
+        "discriminator_loss": "real_logits, fake_logits, kind='hinge'",
+        "r1_penalty": "discriminate, images",
+    },
+    "networks": {"SongUNet": None, "DhariwalUNet": None, "StyleGAN2Discriminator": None},
+    "interop": {"read_torch": "path", "from_torch": "state, kind", "load_pretrained": "path"},
+    "evaluation": {
+        "frechet_distance": "mu1, cov1, mu2, cov2",
+        "kernel_distance": "x, y",
+        "precision_recall": "x, y, k",
+        "density_coverage": "x, y, k",
+        "Moments": None,
+    },
+}
+CASES = [(module, name, promised) for module, names in PUBLIC.items() for name, promised in names.items()]
+
+
+@pytest.mark.parametrize("module,name,promised", CASES, ids=lambda value: str(value)[:24])
+def test_public_names_keep_their_arguments(module, name, promised):
+    """Every promised argument in its place with its default; more arguments with defaults may follow."""
+    thing = getattr(importlib.import_module(f"ogdm_jax.{module}"), name)
+    assert thing.__doc__
+    if promised is None:
+        return
+    found = list(inspect.signature(thing).parameters.values())
+    for parameter, text in zip(found, promised.split(", "), strict=False):
+        argument, _, default = text.partition("=")
+        assert parameter.name == argument
+        if default:
+            assert parameter.default == eval(default)
+    promised_count = len(promised.split(", "))
+    assert len(found) >= promised_count
+    for extra in found[promised_count:]:
+        assert extra.default is not inspect.Parameter.empty or extra.kind is inspect.Parameter.VAR_KEYWORD, extra
