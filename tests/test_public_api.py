@@ -20,7 +20,8 @@ PUBLIC = {
         "ddim": "n",
     },
     "diffusion.sampling": {
-        "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, label=None, kick=None, trajectory=False"
+        "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, "
+        "label=None, kick=None, trajectory=False"
     },
     "methods.stf": {"stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"},
     "methods.sp": {"self_perceptual_loss": "features, x0, eps, x0_hat, eps_hat, sigma_next"},
