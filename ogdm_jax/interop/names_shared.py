@@ -23,24 +23,25 @@ class Entry:
     """One tensor under both of its names.
 
     Attributes:
-      name: in the PyTorch state dict.   path: (collection, module, ..., leaf) in our variables.
-      shape: ours.   squeeze: PyTorch's convolution is one-dimensional (kernel width 1) instead of two-dimensional.
+      name: in the PyTorch state dict.   path: (collection, module, ..., leaf) in our variables.   shape: ours.
+      layout: how PyTorch stores it. "auto": HWIO as OIHW, [in, out] as [out, in], vectors as they are; "conv1d": as a
+        one-dimensional convolution of width 1 [out, in, 1]; "same": as ours.
       heads, order: of a qkv layer: attention heads and the checkpoint's channel order; heads 0 = not a qkv layer.
     """
 
     name: str
     path: Path
     shape: tuple[int, ...]
-    squeeze: bool = False
+    layout: str = "auto"
     heads: int = 0
     order: str = NEW_ORDER
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        return _layout(np.broadcast_to(np.float32(0), self.shape), self.squeeze).shape
+        return self._laid_out(np.broadcast_to(np.float32(0), self.shape)).shape
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        value = _reorder(_layout(np.asarray(value), self.squeeze), self.heads, NEW_ORDER, self.order)
+        value = _reorder(self._laid_out(np.asarray(value)), self.heads, NEW_ORDER, self.order)
         return np.ascontiguousarray(value)
 
     def to_flax(self, value: np.ndarray) -> np.ndarray:
@@ -49,20 +50,17 @@ class Entry:
             raise ValueError(f"state: {self.name} has shape {value.shape}; the network expects {self.torch_shape}")
         value = value.astype(np.promote_types(value.dtype, np.float32))  # half-precision checkpoints
         value = _reorder(value, self.heads, self.order, NEW_ORDER)
-        if len(self.shape) == 4:  # OIHW (or OIW) -> HWIO
-            value = value[..., None] if value.ndim == 3 else value
-            value = value.transpose(2, 3, 1, 0)
-        elif len(self.shape) == 2:
-            value = value.T
-        return np.ascontiguousarray(value)
+        if self.layout != "same" and len(self.shape) > 1:
+            value = value[..., 0] if self.layout == "conv1d" else value
+            value = np.moveaxis(np.swapaxes(value, 0, 1), (0, 1), (-2, -1))
+        return np.ascontiguousarray(value.reshape(self.shape))
 
-
-def _layout(value: np.ndarray, squeeze: bool) -> np.ndarray:
-    """HWIO -> OIHW (or OI1 where squeeze), [in, out] -> [out, in]; vectors stay."""
-    if value.ndim == 4:
-        value = value.transpose(3, 2, 0, 1)
-        return value[..., 0] if squeeze else value
-    return value.T if value.ndim == 2 else value
+    def _laid_out(self, value: np.ndarray) -> np.ndarray:
+        if self.layout == "same" or value.ndim < 2:
+            return value
+        if self.layout == "conv1d":
+            return value.reshape(value.shape[-2:]).T[..., None]
+        return np.swapaxes(np.moveaxis(value, (-2, -1), (0, 1)), 0, 1)
 
 
 def _reorder(value: np.ndarray, heads: int, source: str, target: str) -> np.ndarray:
