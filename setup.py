@@ -31,6 +31,7 @@ setup(
         "numpy",
         "scipy",  # matrix square root, PSD checks of the Frechet distance
         "scikit-learn",  # the shipped real data set (digits)
+        "threadpoolctl",  # one BLAS thread for the small matrices of the distances (scikit-learn brings it, too)
         "pillow",  # image files and grids
         "tensorboardX",  # TensorBoard events without TensorFlow
         "tqdm",  # progress bars
