@@ -20,11 +20,11 @@ def get_config():
     config.noise.clip = True
     config.precondition.sigma_data = 0.75  # measured: python -m ogdm_jax.data describe digits
     config.optim.ramp = "6400 images"
-    config.optim.decay = "1000 steps"
+    config.optim.decay = "800 steps"
     config.ema.halflife = "5 kimg"
     config.ogdm.channel_base = 256
     config.ogdm.channel_max = 16
-    config.train.duration = "1000 steps"
+    config.train.duration = "800 steps"
     config.train.save_every = "500 steps"
     config.log.every = "100 steps"
     config.sample.every = "500 steps"

@@ -1,6 +1,6 @@
 """The stable target field on the shipped digits, every image a reference.
 
-    python train.py --config configs/digits_stf.py
+python train.py --config configs/digits_stf.py
 """
 
 from configs import digits

@@ -14,7 +14,7 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 def run(script: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
-    env = ENV | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = ENV | {"XLA_FLAGS": f"{tiny.FLAGS} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, str(tiny.ROOT / script), *args]
     return subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, timeout=300)
 

@@ -23,8 +23,11 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    flags = tiny.flags(f"train.duration={STEPS} steps", "log.every=1 steps", *more)
+    env = os.environ | {
+        "XLA_FLAGS": f"{tiny.FLAGS} --xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    settings = tiny.flags(f"train.duration={STEPS} steps", "log.every=1 steps", *more)
     running = []
     for process in range(processes):
         joined = (
@@ -32,7 +35,7 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
             if processes > 1
             else []
         )
-        command = [sys.executable, "train.py", "--workdir", str(workdir), *joined, *flags]
+        command = [sys.executable, "train.py", "--workdir", str(workdir), *joined, *settings]
         running.append(
             subprocess.Popen(
                 command, cwd=tiny.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
