@@ -236,7 +236,7 @@ def test_discriminators(name):
 def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, str(tiny.ROOT / name), *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 
 
 @contextlib.contextmanager
@@ -330,12 +330,10 @@ def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
     assert "fine-tuning the ema weights" in done.stdout
     lines = [json.loads(text) for text in (folder / "tuned" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 10 and np.isfinite(lines[-1]["loss"])
-    for workdir in ("work", "tuned"):
-        out = f"{workdir}.npz"
-        done = script(folder, "sample.py", "--workdir", workdir, "--num", "4", "--steps", "3", "--out", out)
-        assert done.returncode == 0, done.stderr
-        with np.load(folder / out) as saved:
-            assert any(value.shape == (4, 8, 8, 1) for value in saved.values())
+    done = script(folder, "sample.py", "--workdir", "tuned", "--num", "4", "--steps", "3", "--out", "tuned.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "tuned.npz") as saved:
+        assert any(value.shape == (4, 8, 8, 1) for value in saved.values())
 
 
 def test_show_and_refusals_on_the_command_line(converted, tmp_path):
