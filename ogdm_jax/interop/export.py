@@ -14,8 +14,8 @@ import flax.linen as nn
 import numpy as np
 from safetensors.numpy import save_file
 
-from ogdm_jax.interop import names_discriminator, names_edm
-from ogdm_jax.networks import DhariwalUNet, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
+from ogdm_jax.networks import ADMEncoder, ADMUNet, DhariwalUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.typing import PyTree
 
 FORMAT = 1
@@ -68,15 +68,21 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
 
 
 def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
-    """{PyTorch name: array} of a network, with the constants that a strict load_state_dict wants.
+    """{PyTorch name: array} of a network, with the constants that EDM's strict load_state_dict wants.
+
+    OpenAI's networks get their legacy order of qkv channels.
 
     Raises:
       ValueError: a network of a kind that has no PyTorch names.
     """
     if isinstance(network, SongUNet | DhariwalUNet):
         return names_edm.flax_to_edm(variables, network, constants=True)
-    if isinstance(network, StyleGAN2Discriminator):
-        return names_discriminator.flax_to_discriminator(variables, network)
-    raise ValueError(
-        f"network: {type(network).__name__} cannot be exported; expected SongUNet, DhariwalUNet or a discriminator"
-    )
+    for kind, names in (
+        (ADMUNet, names_adm.flax_to_adm),
+        (ADMEncoder, names_adm.flax_to_adm_encoder),
+        (StyleGAN2Discriminator, names_discriminator.flax_to_discriminator),
+        (InceptionV3, names_inception.flax_to_inception),
+    ):
+        if isinstance(network, kind):
+            return names(variables, network)
+    raise ValueError(f"network: {type(network).__name__} given; expected one of ogdm_jax.networks")

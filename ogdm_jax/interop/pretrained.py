@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
-from ogdm_jax.interop import export, names_discriminator, names_edm, names_inception, recognise
+from ogdm_jax.interop import export, names_adm, names_discriminator, names_edm, names_inception, recognise
 from ogdm_jax.interop.restricted_pickle import UnsafeFileError
 from ogdm_jax.interop.torch_records import Module
 from ogdm_jax.interop.torch_state import open_torch, read_torch, select
-from ogdm_jax.networks import InceptionV3, StyleGAN2Discriminator
+from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, StyleGAN2Discriminator
 from ogdm_jax.typing import Denoise, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -176,6 +176,25 @@ def _edm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str
     return network, needed, optional, lambda s: names_edm.edm_to_flax(s, network)
 
 
+def _adm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+    settings = recognise.adm_settings(shapes, given)
+    order = settings.pop("qkv_order")
+    network = _make(ADMUNet, settings)
+    return network, _adm_shapes(network, order), set(), lambda s: names_adm.adm_to_flax(s, network, order)
+
+
+def _adm_encoder(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+    settings = recognise.encoder_settings(shapes, given)
+    order = settings.pop("qkv_order")
+    network = _make(ADMEncoder, settings)
+    return network, _adm_shapes(network, order), set(), lambda s: names_adm.adm_encoder_to_flax(s, network, order)
+
+
+@functools.lru_cache(maxsize=16)
+def _adm_shapes(network: ADMUNet | ADMEncoder, order: str) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.torch_shape for entry in names_adm.adm_entries(network, order)}
+
+
 def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
     settings = names_discriminator.discriminator_settings(state, given.get("t_dim", 2)) | given
     network = _make(StyleGAN2Discriminator, settings)
@@ -217,6 +236,8 @@ def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
 
 _BUILD: dict[str, Callable[..., _Built]] = {
     "edm": _edm,
+    "adm": _adm,
+    "adm_encoder": _adm_encoder,
     "ogdm_discriminator": _discriminator,
     "inception": _inception,
 }
