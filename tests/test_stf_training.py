@@ -42,6 +42,7 @@ def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
 
 def context(b=8, devices=1, axis=None, **more):
     fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis, "image_shape": (4, 4, 1)}
+    fields |= {"xflip": False, "augment": None}
     return types.SimpleNamespace(**fields | {"source": types.SimpleNamespace(images=SET, labels=CLASSES)} | more)
 
 
