@@ -8,14 +8,13 @@ DDIM-10 [authors' logs, another network]; no figure of the EDM variant was found
 """
 
 from configs import base
+from ogdm_jax.methods import ogdm
 
 
 def get_config():
     config = base.get_config()
     config.methods = ("ogdm",)
     config.noise.clip = True
-    config.ogdm.gamma = 0.025
-    config.ogdm.k = 0.2
-    config.ogdm.solver = "euler"
+    config.ogdm.update(ogdm.preset("edm"))  # the released code, switch by switch: gamma 0.025, k 0.2, Euler
     config.optim.ramp = "0 steps"  # the authors switch the warm-up off where a discriminator is on
     return config
