@@ -13,11 +13,13 @@ from ogdm_jax import randomness
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.sampling import SOLVERS, Churn, sample
+from ogdm_jax.methods import slots
+from ogdm_jax.methods.slots import Guidance
 from ogdm_jax.model import Model
-from ogdm_jax.typing import Array, Denoise, PyTree
+from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
-Images = Callable[[PyTree, PyTree, Array, Array | None], Array]
+Images = Callable[[PyTree, PyTree, Array, Array | None, PyTree, PyTree], Array]
 
 
 def seed_keys(seeds: Array) -> Array:
@@ -87,42 +89,48 @@ def check_settings(settings: ConfigDict) -> None:
 
 
 def sampler(
-    model: Model,
-    settings: ConfigDict,
-    devices: Sequence[Any],
-    churn: Any = None,
-    kick: Any = None,
-    shift: Callable[[Denoise], Denoise] = lambda denoise: denoise,
+    model: Model, settings: ConfigDict, devices: Sequence[Any], churn: Any = None, guidance: Sequence[Guidance] = ()
 ) -> Images:
-    """A compiled (params, buffers, seeds [b], labels [b] | None) -> images [b,h,w,c] in [-1, 1].
+    """A compiled (params, buffers, seeds [b], labels [b] | None, frozen, given) -> images [b,h,w,c] in [-1, 1].
 
     Args:
       settings: solver, steps, sigma_min, sigma_max, rho, eta of config.sample.
       devices: b must be a multiple of their number; each samples its share.
-      churn, kick: slots of `sample`.   shift: a decorator of the denoiser (classifier-free or discriminator guidance).
+      churn: slot of `sample`, where no method fills it.
+      guidance: sampling methods; their arrays come with each call, see `generate`.
+
+    Raises:
+      ConfigError, ValueError: settings out of range; two owners of one slot.
     """
     check_settings(settings)
+    owners = {"kick": [g for g in guidance if g.kick], "churn": [g for g in guidance if g.churn]}
+    slots.check_guidance([*guidance, *([Guidance("--churn", churn=lambda _: churn)] if churn is not None else [])])
 
-    def images(params, buffers, seeds, labels):
+    def images(params, buffers, seeds, labels, frozen, given):
         keys = seed_keys(seeds)
         latents = randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape)
         denoise = model.denoiser(params, buffers)
         levels = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
+        for method in guidance:
+            if method.shift is not None:
+                denoise = method.shift(denoise, frozen[method.name])
+        kicks = [g.kick(frozen[g.name], given[g.name]) for g in owners["kick"]]
+        rules = [g.churn(frozen[g.name]) for g in owners["churn"]]
         return sample(
-            shift(denoise),
+            denoise,
             latents,
             grids.edm(settings.steps, *levels, settings.rho),
             solver=settings.solver,
             key=randomness.fold_in_each(keys, "steps"),
-            churn=churn,
+            churn=rules[0] if rules else churn,
             label=labels,
-            kick=kick,
+            kick=kicks[0] if kicks else None,
             eta=settings.eta,
         )
 
     mesh = Mesh(np.asarray(devices), (AXIS,))
     whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.jit(images, in_shardings=(whole, whole, divided, divided), out_shardings=divided)
+    return jax.jit(images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided)
 
 
 def generate(
@@ -132,10 +140,18 @@ def generate(
     seeds: np.ndarray,
     labels: np.ndarray | None,
     batch: int,
+    guidance: Sequence[Guidance] = (),
 ) -> Iterator[np.ndarray]:
-    """Yields images of all seeds in batches of one compiled size; the last one is filled up and cut."""
+    """Yields images of all seeds in batches of one compiled size; the last one is filled up and cut.
+
+    guidance: as given to `sampler`; the rows of their `given` follow the seeds.
+    """
     seeds = np.asarray(seeds, np.uint32)
+    frozen = {method.name: method.frozen for method in guidance}
+    given = {method.name: method.given for method in guidance}
     for start in range(0, len(seeds), batch):
-        part = np.resize(seeds[start : start + batch], batch)
-        classes = None if labels is None else np.resize(np.asarray(labels, np.int32)[start : start + batch], batch)
-        yield np.asarray(images(params, buffers, part, classes))[: len(seeds) - start]
+        # The last part repeats its first rows, so that one compiled size serves all.
+        rows = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
+        classes = None if labels is None else np.asarray(labels, np.int32)[rows]
+        part = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], given)
+        yield np.asarray(images(params, buffers, seeds[rows], classes, frozen, part))[: len(seeds) - start]
