@@ -75,14 +75,18 @@ class Plan:
         """Puts a host tree that every process holds in full on all devices (frozen networks, resident data)."""
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), tree)
 
+    def place_rows(self, tree: PyTree) -> PyTree:
+        """Divides arrays of rows, which every process holds in full, over the devices."""
+        if self.kind != "pmap":
+            return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding(AXIS)), tree)
+        share = lambda leaf: np.split(np.asarray(leaf), self.processes)[jax.process_index()]  # noqa: E731
+        return self._per_device(jax.tree.map(share, tree))
+
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's share of a batch on its devices; under pmap with a leading device axis."""
         if self.kind != "pmap":
             return {k: jax.make_array_from_process_local_data(self.sharding(AXIS), v) for k, v in batch.items()}
-        local = self.local_devices
-        sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
-        split = {k: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:]) for k, v in batch.items()}
-        return {k: jax.device_put(v, sharding) for k, v in split.items()}
+        return self._per_device(batch)
 
     def compile(self, step: Callable, state: PyTree) -> Callable:
         """The compiled step(state, frozen, batch, key); the state given to it is donated."""
@@ -90,16 +94,17 @@ class Plan:
             return jax.pmap(
                 step,
                 axis_name=AXIS,
-                in_axes=(None, None, 0, None),
+                in_axes=(None, {"whole": None, "divided": 0}, 0, None),
                 out_axes=(None, None),
                 donate_argnums=0,
                 devices=self.devices,
             )
         shardings = self.state_shardings(state)
         replicated = self.sharding()
+        frozen = {"whole": replicated, "divided": self.sharding(AXIS)}
         return jax.jit(
             step,
-            in_shardings=(shardings, replicated, self.sharding(AXIS), replicated),
+            in_shardings=(shardings, frozen, self.sharding(AXIS), replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
@@ -115,6 +120,13 @@ class Plan:
         if self.kind == "sharded":
             tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+    def _per_device(self, tree: PyTree) -> PyTree:
+        """This process's rows [n, ...] as [local devices, n / local devices, ...], one block on each device."""
+        local = self.local_devices
+        sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
+        split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])  # noqa: E731
+        return jax.tree.map(lambda v: jax.device_put(split(v), sharding), tree)
 
     def _global(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

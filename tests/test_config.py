@@ -42,7 +42,7 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     run = runs.build(config, source, parallel.make_plan("mesh", 1))
     state = jax.eval_shape(run.create, run.key)
     batch = {"image": pictures[:8], "label": np.zeros(8, np.int32), "index": np.arange(8, dtype=np.int32)}
-    frozen = slots.per_method(run.filled, "frozen")
+    frozen = slots.frozen_trees(run.filled)
     after, metrics = jax.eval_shape(run.step, state, frozen, batch, run.key)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
 

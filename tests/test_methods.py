@@ -43,6 +43,18 @@ def test_methods_train_in_every_combination(on, pretrained):
     assert set(state.companions) == {m.name for m in run.filled.companions}
 
 
+def test_all_methods_together_are_the_same_on_every_plan(pretrained):
+    """STF's whole set is divided over the devices here, 1,797 images on 2: filled up, and gathered by nobody."""
+    flags = (f"methods={tuple(TRAINING)!r}", "data.batch=8", f"init.workdir={pretrained}", "stf.source=full")
+    losses = [
+        tiny.train(tiny.build(*flags, plan=plan, devices=devices), 2)[1]
+        for plan, devices in (("pmap", 1), ("pmap", 2), ("mesh", 2))
+    ]
+    for name in losses[0]:
+        if name.startswith("loss"):
+            np.testing.assert_allclose([m[name] for m in losses[1:]], losses[0][name], rtol=2e-4, err_msg=name)
+
+
 def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
     """The denoising loss of the first step depends on noise levels and noise alone: it must be the same number."""
     plain, ogdm = (tiny.train(tiny.build(f"methods={m!r}"), 1)[1]["loss/denoise"] for m in ((), ("ogdm",)))

@@ -42,14 +42,17 @@ def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
 
 def context(b=8, devices=1, axis=None, **more):
     fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis, "image_shape": (4, 4, 1)}
-    fields |= {"xflip": False, "augment": None}
+    fields |= {"xflip": False, "augment": None, "mesh": None}
     return types.SimpleNamespace(**fields | {"source": types.SimpleNamespace(images=SET, labels=CLASSES)} | more)
 
 
 def fill(settings, ex, ctx=None):
     slot = stf.training(stf.DEFAULTS | settings, ctx or context())
-    frozen = slot.frozen() if slot.frozen else None
-    return jax.jit(slot.target)(ex, frozen)
+    return jax.jit(slot.target)(ex, arrays(slot))
+
+
+def arrays(slot):
+    return next((trees() for trees in (slot.frozen, slot.divided) if trees), None)
 
 
 def assert_target(got, ex, references, mask=None, rows=slice(None)):
@@ -106,13 +109,19 @@ def test_plans_agree(source):
     settings = {"source": source, "n": 7}
     whole, _ = fill(settings, ex, context(devices=4))
     slot = stf.training(stf.DEFAULTS | settings, context(devices=4, axis="data"))
-    frozen = slot.frozen() if slot.frozen else None
     names = [
         n for n in ("x0", "image", "label", "sigma", "eps", "xt", "index", "references") if getattr(ex, n) is not None
     ]
     cut = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), {n: getattr(ex, n) for n in names})
-    run = jax.pmap(lambda f: slot.target(ex.replace(**f), frozen)[0], axis_name="data", devices=jax.devices()[:4])
-    np.testing.assert_allclose(np.reshape(run(cut), whole.shape), whole, atol=1e-6)
+    split = lambda a: np.reshape(a, (4, -1, *a.shape[1:]))  # noqa: E731
+    frozen = jax.tree.map(split, arrays(slot)) if slot.divided else arrays(slot)
+    target = lambda fields, frozen: slot.target(ex.replace(**fields), frozen)[0]  # noqa: E731
+    axes = (0, 0 if slot.divided else None)
+    run = jax.pmap(target, axis_name="data", in_axes=axes, devices=jax.devices()[:4])
+    np.testing.assert_allclose(np.reshape(run(cut, frozen), whole.shape), whole, atol=1e-6)
+    if source == "full":
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
+        np.testing.assert_allclose(fill(settings, ex, context(devices=4, mesh=mesh))[0], whole, atol=1e-6)
     if source in ("gather", "full"):
         np.testing.assert_allclose(fill(settings, ex)[0], whole, atol=1e-6)
         known = SET[:8] if source == "gather" else SET

@@ -82,6 +82,7 @@ class Context:
         folder "" is the one that the run is fine-tuned from.
       xflip: whether images are mirrored at random without a label.
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels; None if off.
+      mesh: the devices, where arrays inside the step are global (axis is None): for collectives of a method's own.
     """
 
     image_shape: tuple[int, int, int]
@@ -101,6 +102,7 @@ class Context:
     weights: Callable[[str, str], tuple[PyTree, PyTree]] | None = None
     xflip: bool = False
     augment: Callable[[Array, Array], Array] | None = None
+    mesh: jax.sharding.Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,8 @@ class Slots:
       companion: a network trained beside the main one.
       references: images per step, over all devices, that the loader has to bring besides the batch (0 = none).
       frozen: () -> pytree of arrays that the step receives as an argument (a teacher, a resident data set).
+      divided: () -> dict of arrays of rows, received in place of `frozen`; every device holds its share of the rows,
+        whose number is a multiple of context.devices.
       memory: () -> pytree of small numbers that the state carries.
       remember: (memory, metrics) -> memory, once a step, from the averaged metrics.
       verify: (memory, frozen) -> None, after a restore: raises ValueError if the frozen arrays are not those of before.
@@ -146,6 +150,7 @@ class Slots:
     companion: Companion | None = None
     references: int = 0
     frozen: Callable[[], PyTree] | None = None
+    divided: Callable[[], dict[str, Any]] | None = None
     memory: Callable[[], PyTree] | None = None
     remember: Callable[[PyTree, Mapping[str, Array]], PyTree] | None = None
     verify: Callable[[PyTree, PyTree], None] | None = None
@@ -239,6 +244,11 @@ def combine(filled: Sequence[Slots]) -> Filled:
 def per_method(filled: Filled, attribute: str) -> dict[str, PyTree]:
     """{method: attribute()} of those methods that define it: the frozen trees, the memories."""
     return {m.name: getattr(m, attribute)() for m in filled.methods if getattr(m, attribute) is not None}
+
+
+def frozen_trees(filled: Filled) -> dict[str, dict[str, PyTree]]:
+    """The step's frozen argument on the host: {"whole": by method, "divided": by method}."""
+    return {"whole": per_method(filled, "frozen"), "divided": per_method(filled, "divided")}
 
 
 def squared_error(example: Example, x0_hat: Array, target: Array, weight: Callable[[Array], Array]) -> Array:

@@ -11,6 +11,7 @@ augmentation can enter the weights; no in-place writes; works for every noise la
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
+from ogdm_jax.config import choose
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
 from ogdm_jax.typing import Array, PyTree
 
@@ -30,8 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "augment": "matched",  # with labelled augmentation: official, matched or dsm (see `training`)
     "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
 }
-SOURCES = ("stream", "cache", "gather", "full")
-AUGMENT_MODES = ("official", "matched", "dsm")
+SOURCES, AUGMENT_MODES = ("stream", "cache", "gather", "full"), ("official", "matched", "dsm")
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
@@ -307,18 +308,14 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     Raises:
       ValueError: an unknown source or mode, n below the images of a device, or a set that is not in memory.
     """
-    source, n, mode = settings["source"], settings["n"], settings["augment"]
-    for key, value, options in (("source", source, SOURCES), ("augment", mode, AUGMENT_MODES)):
-        if value not in options:
-            raise ValueError(f"config.stf.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+    source = choose("stf.source", settings["source"], SOURCES)
+    n, mode = settings["n"], choose("stf.augment", settings["augment"], AUGMENT_MODES)
     least = context.device_batch if source == "stream" else 1
     if source in ("stream", "cache") and n < least:
         raise ValueError(f"config.stf.n: {n} given; expected at least {least} references per device")
     if source in ("cache", "full") and getattr(context.source, "images", None) is None:
-        raise ValueError(
-            f"config.stf.source: {source!r} needs a data set in memory; expected stream or gather, or a larger "
-            "data.memory_limit"
-        )
+        instead = "expected stream or gather, or a larger data.memory_limit"
+        raise ValueError(f"config.stf.source: {source!r} needs a data set in memory; {instead}")
 
     def fill(example: Example, frozen: PyTree | None) -> tuple[Array, Metrics]:
         if mode == "official" and source == "full" and example.augment is not None:
@@ -329,17 +326,26 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         name="stf",
         target=fill,
         references=(n - context.device_batch) * context.devices if source == "stream" else 0,
-        frozen=functools.partial(_resident, context, source) if source in ("cache", "full") else None,
+        frozen=functools.partial(_resident, context) if source == "cache" else None,
+        divided=functools.partial(_whole_set, context) if source == "full" else None,
     )
 
 
-def _resident(context: Context, source: str) -> dict[str, np.ndarray]:
-    """The data set as it lies on the devices; with unlabelled flips the full set holds both versions of an image."""
+def _resident(context: Context) -> dict[str, np.ndarray]:
+    """The data set as it lies on every device."""
     images, labels = context.source.images, context.source.labels
-    labels = np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels)
-    if source == "full" and context.xflip:
+    return {"image": images, "label": np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels)}
+
+
+def _whole_set(context: Context) -> dict[str, np.ndarray]:
+    """The set, both ways round with unlabelled flips, filled up with rows that do not count: the devices divide it."""
+    images, labels = _resident(context).values()
+    if context.xflip:
         images, labels = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])
-    return {"image": images, "label": labels}
+    more = -len(images) % context.devices
+    counts = np.arange(len(images) + more) < len(images)
+    fill = lambda a: np.concatenate([a, np.repeat(a[:1], more, 0)])  # noqa: E731
+    return {"image": fill(images), "label": fill(labels), "counts": counts}
 
 
 def _target(settings: Mapping[str, Any], context: Context, example: Example, frozen: PyTree | None):
@@ -366,10 +372,7 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
     if kind == "gather":
         return stable_target(xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label)
     if kind == "full":
-        reference_label = None if label is None else frozen["label"]
-        return stable_target(
-            xt, example.sigma, frozen["image"], None, chunk, label=label, reference_label=reference_label
-        )
+        return _over_devices(context, chunk, xt, example.sigma, label, frozen)
 
     # Where arrays are global (a mesh), each device's images still meet references of their own, as under pmap.
     batch = xt.shape[0]
@@ -394,6 +397,23 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
         return of_group(*first)
     mean, ess = jax.vmap(of_group)(*parts, references, reference_label)
     return mean.reshape(xt.shape), ess.reshape(batch)
+
+
+def _over_devices(context, chunk, xt, sigma, label, rows) -> tuple[Array, Array]:
+    """The target against a set of which every device holds its rows: queries travel, references never."""
+
+    def target(xt, sigma, label, rows, axis):
+        reference_label = None if label is None else rows["label"]
+        known = {"label": label, "reference_label": reference_label}
+        return stable_target(xt, sigma, rows["image"], rows["counts"], chunk, axis, **known)
+
+    if context.mesh is None:
+        return target(xt, sigma, label, rows, context.axis)
+    (axis,) = context.mesh.axis_names
+    spec = jax.sharding.PartitionSpec(axis)
+    mapped = functools.partial(target, axis=axis)
+    mapped = jax.shard_map(mapped, mesh=context.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return mapped(xt, sigma, label, rows)
 
 
 def _references(settings, context, example, frozen, groups: int, plain: bool) -> tuple[Array, Array | None]:
@@ -427,9 +447,8 @@ def _metrics(bins, example: Example, mean: Array, ess: Array) -> Metrics:
     """Effective sample size, active share and squared distance to the clean image (per pixel), per noise bin."""
     moved = jnp.mean(jnp.square(mean - example.x0), axis=(1, 2, 3))
     values = {"ess": ess, "active": (ess > ACTIVE).astype(ess.dtype), "moved": moved}
-    edges = (0.0, *bins, np.inf)
     metrics: Metrics = {}
-    for low, high in zip(edges[:-1], edges[1:]):
+    for low, high in itertools.pairwise((0.0, *bins, np.inf)):
         inside = ((example.sigma > low) & (example.sigma <= high)).astype(ess.dtype)
         metrics |= {f"stf/{name}/{low:g}-{high:g}": (value, inside) for name, value in values.items()}
     return metrics

@@ -47,8 +47,9 @@ class Run:
         return self.plan.init(self.create, jax.random.key(self.config.seed))
 
     def frozen(self) -> PyTree:
-        """{method: frozen arrays} on all devices."""
-        return self.plan.place(slots.per_method(self.filled, "frozen"))
+        """The frozen argument of the step: whole trees on all devices, divided ones each on its own."""
+        trees = slots.frozen_trees(self.filled)
+        return {"whole": self.plan.place(trees["whole"]), "divided": self.plan.place_rows(trees["divided"])}
 
     def compile(self, like: state.TrainState) -> Callable[..., Any]:
         return self.plan.compile(self.step, like)
@@ -93,6 +94,7 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
         weights=weights,
         xflip=config.data.xflip,
         augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
+        mesh=None if plan.axis else plan.mesh,
     )
     filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
     steps = configs.duration(config.train.duration, batch, "config.train.duration")

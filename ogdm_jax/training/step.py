@@ -119,6 +119,7 @@ def make_step(
 
     def step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)
+        frozen = frozen["whole"] | frozen["divided"]  # by method; which devices hold what is settled by now
         grads, sums = _accumulate(denoiser_loss, state.params, rounds, batch, state, frozen, step_key)
         grads, bad = optim.sanitise(_average(grads, axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
