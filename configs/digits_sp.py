@@ -15,4 +15,5 @@ def get_config():
     config.ema.rampup = 0.0
     config.train.duration = "300 steps"
     config.optim.decay = "300 steps"
+    config.sample.solver = "heun"
     return config

@@ -10,4 +10,5 @@ def get_config():
     config = digits.get_config()
     config.methods = ("stf",)
     config.stf.source = "full"
+    config.sample.solver = "heun"
     return config
