@@ -1,0 +1,113 @@
+"""DG's network (arXiv 2211.17091): a frozen encoder's features under a shallow head, or an encoder trained alone."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from ogdm_jax.networks.adm_openai import ADMEncoder
+from ogdm_jax.typing import Array, PyTree
+
+TIME_SCALE = 999.0  # encoders are asked at times in [0, 1] and embed 999 times them
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDiscriminator:
+    """logit = head(features(x_vp, t), t, label), the logit of "real"; no sigmoid inside.
+
+    Attributes:
+      head: out_channels 1. On an extractor it takes features (8x8x512 in the authors' pixel models), else the image.
+        With label_dim > 0 it is conditional (1000 rows in the authors' files, whatever the data set).
+      extractor: the frozen encoder (an ADM classifier of noisy images), which never sees labels; None: the head is
+        trained from scratch.
+    """
+
+    head: ADMEncoder
+    extractor: ADMEncoder | None = None
+
+    def __post_init__(self):
+        if self.head.out_channels != 1:
+            raise ValueError(f"head.out_channels: {self.head.out_channels} given; expected 1, the logit")
+
+    @property
+    def label_dim(self) -> int:
+        return self.head.label_dim
+
+    def init(self, key: Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params of the head, {}): the frozen extractor is not part of them."""
+        side, channels = self.head.img_resolution, self.head.img_channels
+        label = jnp.zeros((1,), jnp.int32) if self.label_dim else None
+        x = jnp.zeros((1, side, side, channels))
+        return self.head.init({"params": key}, x, jnp.zeros((1,)), label)["params"], {}
+
+    def logit(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        x_vp: Array,
+        time: Array,
+        label: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Array:
+        """[B] logits of x_vp [B,H,W,C] = (x0 + sigma eps) / sqrt(1 + sigma^2) at times [B] in [0, 1].
+
+        Args:
+          params: of the head.   frozen: params of the extractor, or None without one. Gradients reach x_vp through it.
+          label: [B] int32 true classes, needed by a conditional head: it knows no "no class".
+
+        Raises:
+          ValueError: a conditional head without labels.
+        """
+        h = x_vp
+        if self.extractor is not None:
+            h = self.extractor.apply({"params": frozen}, x_vp, time, tap="mid")
+        if self.label_dim and label is None:
+            raise ValueError("label=None; a conditional discriminator expects the classes of the images")
+        label = label if self.label_dim else None
+        return self.head.apply({"params": params}, h, time, label, dropout_keys=dropout_keys)[:, 0]
+
+
+def build(
+    side: int,
+    channels: int,
+    label_dim: int = 0,
+    extractor: ADMEncoder | None = None,
+    model_channels: int = 128,
+    channel_mult: tuple[int, ...] = (1,),
+    num_blocks: int = 2,
+    attn_resolutions: tuple[int, ...] = (8,),
+    head_channels: int = 64,
+    dropout: float = 0.0,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+) -> FeatureDiscriminator:
+    """The discriminator of images of this size; the defaults are the authors' head on 8x8 features.
+
+    Raises:
+      ValueError: an extractor of other images, or a side that the levels cannot halve.
+    """
+    if extractor is not None:
+        found = (extractor.img_resolution, extractor.img_channels)
+        if found != (side, channels):
+            raise ValueError(
+                f"extractor: made for {found[0]} pixels and {found[1]} channels; expected {side} and {channels}"
+            )
+        extractor = extractor.clone(time_scale=TIME_SCALE, dtype=dtype, remat=remat)
+        side, channels = extractor.sides[-1], extractor.widths[-1]
+    if side % 2 ** (len(channel_mult) - 1):
+        raise ValueError(f"channel_mult: {tuple(channel_mult)} given; its levels do not halve a side of {side}")
+    head = ADMEncoder(
+        img_resolution=side,
+        img_channels=channels,
+        out_channels=1,
+        label_dim=label_dim,
+        model_channels=model_channels,
+        channel_mult=tuple(channel_mult),
+        num_blocks=num_blocks,
+        attn_resolutions=tuple(attn_resolutions),
+        head_channels=head_channels,
+        dropout=dropout,
+        time_scale=TIME_SCALE,
+        dtype=dtype,
+        remat=remat,
+    )
+    return FeatureDiscriminator(head, extractor)
