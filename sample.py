@@ -1,13 +1,15 @@
 """Samples a trained model: python sample.py --workdir DIR --num 64 --solver heun --steps 18 --out DIR|FILE.npz|FILE.png
 
-Every image depends on its seed alone, whatever the batch size, the number of devices or the other images.
+Every image depends on its seed alone, whatever the batch size, the number of devices or the other images. With
+--guidance dsg --task inpaint --input DIR it measures the images of DIR and restores them; figures are printed as JSON.
 """
 
 import argparse
 import json
 import sys
+import time
 
-from ogdm_jax import startup
+from ogdm_jax import guided, startup
 
 
 def parse() -> argparse.Namespace:
@@ -26,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=0, help="0 = all")
     parser.add_argument("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
     parser.add_argument("--evaluate", action="store_true", help="print the distance to the training data as JSON")
+    guided.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -40,24 +43,35 @@ def main() -> None:
         from ogdm_jax.evaluation import files, report
         from ogdm_jax.training import finish
 
+        args = guided.prepare(args)
         seeds = generate.parse_seeds(args.seeds, args.num)
         out = files.check_output(args.out)
         run = finish.open_workdir(args.workdir, args.step, args.weights)
         settings = run.settings(solver=args.solver, steps=args.steps, num=len(seeds), eta=args.eta)
-        labels = generate.labels_for(seeds, run.model.label_dim, args.label)
+        churn = generate.parse_churn(args.churn, settings.solver)
+        extra = guided.build(args, run, settings, seeds)
+        seeds = seeds if extra.restoration is None else extra.restoration.seeds
         devices = parallel.make_plan("mesh", args.devices).local_devices
-        images = generate.sampler(run.model, settings, devices, churn=generate.parse_churn(args.churn, settings.solver))
-        batch = args.batch * len(devices)
-        batches = generate.generate(images, run.params, run.buffers, seeds, labels, batch)
+        images = generate.sampler(run.model, settings, devices, churn=churn, guidance=extra.guidance)
+        batch = min(args.batch, -(-len(seeds) // len(devices))) * len(devices)
+        weights = (run.params, run.buffers)
         bar = tqdm(total=len(seeds), unit="image", disable=not sys.stderr.isatty())
-        done = []
-        for part in batches:
-            done.append(report.to_uint8(part))
+        done, start = [], time.perf_counter()
+        for part in generate.generate(images, *weights, seeds, extra.labels, batch, extra.guidance):
+            done.append(part)
             bar.update(len(part))
         bar.close()
-        pictures = np.concatenate(done)
-        files.write(out, pictures, seeds, labels)
+        floats = np.concatenate(done)
+        pictures = report.to_uint8(floats)
+        how = {"solver": settings.solver, "steps": settings.steps}
+        if extra.restoration is None:
+            files.write(out, pictures, seeds, extra.labels)
+        else:
+            extra.restoration.write(out, floats)
         print(f"wrote {len(pictures)} images of step {run.step} ({settings.solver}, {settings.steps} steps) to {out}")
+        if extra.restoration is not None:
+            seconds = round((time.perf_counter() - start) / len(seeds), 4)
+            print(json.dumps(guided.figures(extra, floats, guidance=args.guidance, **how, seconds_per_image=seconds)))
         if args.evaluate:
             print(json.dumps(finish.distance(run.config, pictures)))
 
