@@ -72,8 +72,8 @@ def test_no_weight_is_the_denoiser_itself_bit_for_bit():
     traced = lambda w: dg.guide(MODEL.denoise, ratio, w)  # noqa: E731
     for churn in (None, 5.0):
         draw = functools.partial(sample, churn=churn, key=jax.random.key(2))
-        plain = draw(MODEL.denoise, latents, grids.edm(5))
-        np.testing.assert_array_equal(draw(none, latents, grids.edm(5)), plain)
+        plain, same = jax.jit(lambda z, d=draw: [d(f, z, grids.edm(5)) for f in (MODEL.denoise, none)])(latents)
+        np.testing.assert_array_equal(same, plain)
         zero = jax.jit(lambda w, draw=draw: draw(traced(w), latents, grids.edm(5)))(0.0)
         np.testing.assert_allclose(zero, plain, rtol=0, atol=2e-6)
 
@@ -249,6 +249,7 @@ def test_boosting_touches_only_images_below_zero():
     np.testing.assert_allclose(scale, [1.0, 1.003, 1.003], rtol=1e-6)
     np.testing.assert_allclose(rule.amounts(carry, info(4))[0], 0.1, rtol=1e-6)
     np.testing.assert_allclose(rule.amounts(rule.init(3), info(0))[0], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(dataclasses.replace(rule, churn=0.0).amounts(carry, info(5))[0], 0.1, rtol=1e-6)
 
     guided = dg.guide(MODEL.denoise, ratio, 1.0)
     x, sigma = jnp.asarray([-2.0, 2.0, -1.0])[:, None, None, None], jnp.ones((3,))
@@ -261,7 +262,8 @@ def test_boosting_touches_only_images_below_zero():
 
 def test_boosting_needs_a_guided_denoiser():
     with pytest.raises(ValueError, match="expected dg.guide as its outermost decorator"):
-        sample(MODEL.denoise, jnp.zeros((1, 1, 1, 1)), grids.edm(3), churn=dg.Boost(), key=jax.random.key(0))
+        draw = functools.partial(sample, churn=dg.Boost(), key=jax.random.key(0))
+        jax.eval_shape(lambda z: draw(MODEL.denoise, z, grids.edm(3)), jnp.zeros((1, 1, 1, 1)))
 
 
 def test_wrong_arguments_are_one_sentence():
@@ -357,7 +359,9 @@ def test_dg_and_dsg_run_in_one_scan():
         )
     )
     near = lambda x: np.abs(np.asarray(x) - 0.7).mean()  # noqa: E731
-    plain = sample(MODEL.denoise, latents, grids.edm(12), solver="ancestral", key=jax.random.key(1))
+    plain = jax.jit(lambda k: sample(MODEL.denoise, latents, grids.edm(12), solver="ancestral", key=k))(
+        jax.random.key(1)
+    )
     both, alone = draw(1.0, jax.random.key(1)), draw(0.0, jax.random.key(1))
     assert np.isfinite(both).all() and near(both) < near(plain)
     assert np.abs(both - alone).max() > 1e-3

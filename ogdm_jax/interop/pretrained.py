@@ -231,7 +231,8 @@ def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
         raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
-    return cls(**settings)
+    # export's JSON has lists where a hashable module needs tuples.
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 
 
 _BUILD: dict[str, Callable[..., _Built]] = {

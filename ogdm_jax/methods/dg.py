@@ -224,7 +224,7 @@ class Boost:
 
     Attributes:
       base: churn of the other steps and images; its S_min and S_max hold for all.
-      churn, noise: S_churn and S_noise of boosted images.   churn_every, factor, factor_every: see above.
+      churn, noise: S_churn and S_noise of boosted images; churn 0: those of base, boosting only weighs.   churn_every, factor, factor_every: see above.
     """
 
     base: Churn = Churn()
@@ -239,6 +239,8 @@ class Boost:
 
     def amounts(self, carry: PyTree, info: Info) -> tuple[Array, Array]:
         gamma, scale = self.base.amounts((), info)
+        if not self.churn:
+            return gamma, scale
         hit = (carry < 0) & (info.step % self.churn_every == 0)
         more = Churn(self.churn, self.base.S_min, self.base.S_max).amounts((), info)[0]
         return jnp.where(hit, more, gamma), jnp.where(hit, jnp.asarray(self.noise, scale.dtype), scale)
@@ -274,7 +276,7 @@ def guidance(
         that other weights need no new compilation.
       time_min, time_max: window on the VP clock, as the authors give it.
       boost: fill the churn slot with `Boost`, over `churn` (None: no churn where nothing is boosted).
-      boost_churn: S_churn of boosted images; 0: boosting doubles weights only.
+      boost_churn: S_churn of boosted images; 0: boosting doubles weights only, and all images get `churn`.
 
     Raises:
       ValueError: a window that is not 0 <= time_min < time_max.

@@ -1,0 +1,374 @@
+"""Trains DG's discriminator (arXiv 2211.17091) with the loop, plans, checkpoints and logs of every other training.
+
+    python train.py --config configs/digits_dg.py --workdir runs/digits_dg --config.dg.prior=runs/digits
+
+draws samples of the prior (training/fakes.py), trains log p_data - log p_model at log-uniform noise levels, and keeps
+the checkpoint whose guided samples are nearest to the data. Never the one of the lowest loss: on mixtures the loss
+reaches its optimum long before the samples do, and an over-fitted discriminator lowers it while they get worse.
+
+This is not OGDM's discriminator: that one is trained beside the denoiser and needs none of this (methods/ogdm.py).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from ogdm_jax import config as configs
+from ogdm_jax import generate, parallel, randomness
+from ogdm_jax.data import Source, augment
+from ogdm_jax.interop import export
+from ogdm_jax.interop.pretrained import load_pretrained
+from ogdm_jax.methods import dg, slots
+from ogdm_jax.model import Model
+from ogdm_jax.networks import feature_discriminator
+from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
+from ogdm_jax.training import checkpoint, fakes, finish, loop, metrics, optim
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import step as steps
+from ogdm_jax.training.state import TrainState
+from ogdm_jax.typing import Array, LogRatio, PyTree
+
+# The group config.dg. Optimiser, moving average and schedule are the groups optim, ema and train.
+DEFAULTS = {
+    "prior": "",  # training folder of the model that is to be guided
+    "prior_step": "",  # its checkpoint: a number or "best"; "" = the newest
+    "prior_weights": "ema",
+    "samples": "",  # file of its samples; "" = WORKDIR/samples.npz. Drawn if missing, refused if of another origin
+    "num": 0,  # samples; 0 = as many as there are real images
+    "churn": "",  # S_churn,S_min,S_max,S_noise of the sampler; the rest of it is config.sample
+    "cfg": 1.0,  # classifier-free guidance of the sampler
+    "held_out": 0.1,  # share of both sides that is not trained on
+    "extractor": "",  # checkpoint file of a frozen encoder (an ADM classifier); "" = train the whole network
+    "clock": "vp",  # cosine for OpenAI's 64-pixel classifier
+    "classes": 0,  # rows of a conditional head's table; 0 = the source's classes, 1000 in the authors' files
+    "t_min": 1e-5,
+    "importance": True,  # log-uniform noise levels; False: uniform time
+    "weight": 2.0,  # of the guidance, at Heun's first evaluation
+    "corrector_weight": 0.0,  # at its second
+    "weights": (),  # further weights that evaluations try; the best one is noted
+    "time_min": 0.01,
+    "time_max": 1.0,
+    "boost": False,
+}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorRun(runs.Run):
+    """A run whose network is the discriminator; `source` is the real side.
+
+    Attributes:
+      prior: the guided model.   kept, held_out: the (real, generated) images that are, and are not, trained on.
+      frozen_network: params of the extractor, or None.
+    """
+
+    prior: finish.Trained = None
+    kept: tuple[Source, Source] = ()
+    held_out: tuple[Source, Source] = ()
+    frozen_network: PyTree = None
+
+
+def _batches(run: DiscriminatorRun) -> fakes.Pairs:
+    index, count = jax.process_index(), jax.process_count()
+    return fakes.Pairs(*run.kept, run.config.data.batch, run.config.seed, index, count)
+
+
+def build(
+    config: ConfigDict, plan: parallel.Plan, workdir: Path, say: Callable[[str], None] = print
+) -> DiscriminatorRun:
+    """Opens the prior, draws or reads its samples, and builds the run.
+
+    Raises:
+      ConfigError, CheckpointError, SourceError: bad settings, prior, samples or data.
+    """
+    settings, batch = config.dg, config.data.batch
+    configs.require(settings.prior, "dg.prior", settings.prior, "the training folder of the model to guide")
+    configs.require(batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated")
+    configs.require(0 <= settings.held_out < 1, "dg.held_out", settings.held_out, "a share from 0 to below 1")
+    configs.choose("dg.clock", settings.clock, dg.CLOCKS)
+    generate.check_settings(config.sample)
+    parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
+    prior = open_prior(config)
+    source = finish.open_source(config if config.data.source else prior.config)
+    if source.shape != prior.model.image_shape:
+        raise configs.ConfigError(
+            f"config.data.source: images of {source.shape}; expected the prior's {prior.model.image_shape}"
+        )
+    network, frozen = open_network(config, source.shape, source.num_classes, workdir)
+    if network.label_dim and not prior.model.label_dim:
+        raise configs.ConfigError("config.data.conditional: True given; expected a prior with classes for it")
+    _keep_extractor(network, frozen, workdir)
+    path = Path(settings.samples or Path(workdir) / "samples.npz")
+    drawn = fakes.obtain(config, prior, settings.num or len(source), path, plan.local_devices, say)
+    (real, real_out), (fake, fake_out) = (fakes.split(s, settings.held_out) for s in (source, drawn))
+    for side, images in (("real", real), ("generated", fake)):
+        configs.require(len(images) > 0, "dg.held_out", settings.held_out, f"a share that leaves {side} images")
+    rate = optim.learning_rate(
+        config.optim.learning_rate,
+        configs.duration(config.optim.ramp, batch, "config.optim.ramp"),
+        configs.duration(config.optim.decay, batch, "config.optim.decay"),
+    )
+    # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
+    tx = optim.adam(rate, tuple(config.optim.betas), config.optim.eps)
+    tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), tx)
+    filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": frozen})])
+    loss = training_loss(config, network, prior.config.data.xflip)
+    pure = steps.make_step(config, network, None, filled, tx, rate, plan.axis, plan.ravel, loss=loss)
+    duration = configs.duration(config.train.duration, batch, "config.train.duration")
+    fixed = (config, source, network, None, filled, tx, plan, pure, duration, {})  # of every run
+    return DiscriminatorRun(
+        *fixed, prior=prior, kept=(real, fake), held_out=(real_out, fake_out), frozen_network=frozen
+    )
+
+
+def open_prior(config: ConfigDict) -> finish.Trained:
+    """The model to guide. Raises CheckpointError where the folder holds none."""
+    wanted = config.dg.prior_step
+    return finish.open_workdir(
+        config.dg.prior, int(wanted) if wanted.isdigit() else wanted or None, config.dg.prior_weights
+    )
+
+
+def open_network(
+    config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, workdir: str | Path
+) -> tuple[FeatureDiscriminator, PyTree]:
+    """(network, params of its extractor or None) of a configuration; the training folder's own copy comes first.
+
+    Raises:
+      ConfigError: settings that do not fit.   ValueError: an extractor file that is none, or for other images.
+    """
+    extractor = params = None
+    if config.dg.extractor:
+        copy = Path(workdir) / "extractor.safetensors"
+        path = copy if copy.is_file() else Path(config.dg.extractor)
+        found = load_pretrained(path, "adm_encoder")
+        extractor, params = found.network, found.variables["params"]
+    conditional = config.data.conditional
+    configs.require(not conditional or num_classes > 0, "data.conditional", conditional, "a source with class labels")
+    classes = config.dg.classes or num_classes
+    configs.require(classes >= num_classes, "dg.classes", classes, f"at least the source's {num_classes}")
+    settings = dict(config.network)
+    settings["dtype"] = configs.choose("network.dtype", settings["dtype"], _DTYPES)
+    labels = classes if conditional else 0
+    return feature_discriminator.build(image_shape[0], image_shape[2], labels, extractor, **settings), params
+
+
+def _keep_extractor(network: FeatureDiscriminator, params: PyTree, workdir: Path) -> None:
+    """Copies the extractor into the training folder, once: sampling must not depend on a file elsewhere."""
+    path = Path(workdir) / "extractor.safetensors"
+    if network.extractor is None or path.is_file() or jax.process_index() != 0:
+        return
+    about = {"kind": "adm_encoder", "settings": export.network_settings(network.extractor)}
+    export.write(path, export.to_torch(network.extractor, {"params": params}), about)
+
+
+def training_loss(config: ConfigDict, network: FeatureDiscriminator, xflip: bool) -> Callable[..., Any]:
+    """loss(params, state, frozen, batch, key) -> (mean loss, sums of metrics): binary cross entropy of the logits.
+
+    arXiv 2211.17091, equation of L_phi with lambda(t) = g^2 / s^2 as the density of noise levels.
+
+    Args:
+      xflip: the prior was trained on mirrored images, too: then the real side is mirrored at random.
+    """
+
+    def loss(params: PyTree, state: Any, frozen: PyTree, batch: steps.Batch, key: Array):
+        keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])  # noqa: E731
+        image, real = steps.to_float(batch["image"]), batch["real"]
+        if xflip:
+            mirrored = augment.xflip(keys("xflip"), image)
+            image = jnp.where((real == 1)[:, None, None, None], mirrored, image)
+        sigma = dg.training_sigma(randomness.uniform(keys("sigma")), config.dg.t_min, config.dg.importance)
+        eps = randomness.normal(keys("noise"), image.shape[1:])
+        noisy = _noisy(config, image, sigma, eps)
+        logit = network.logit(params, frozen["dg"]["extractor"], *noisy, batch["label"], keys("dropout"))
+        value, right = cross_entropy(logit, real)
+        return jnp.mean(value), steps.sums({"loss": value, "accuracy": right})
+
+    return loss
+
+
+def cross_entropy(logit: Array, real: Array) -> tuple[Array, Array]:
+    """(-log d where real is 1, -log(1 - d) where it is 0, and whether the logit's sign is right), [b] each."""
+    value = optax.sigmoid_binary_cross_entropy(logit, real.astype(logit.dtype))
+    return value, ((logit > 0) == (real == 1)).astype(logit.dtype)
+
+
+def _noisy(config: ConfigDict, image: Array, sigma: Array, eps: Array) -> tuple[Array, Array]:
+    """(x_vp, time): image + sigma eps as the network sees it."""
+    x_vp = jax.lax.rsqrt(1 + sigma**2)[:, None, None, None] * (image + sigma[:, None, None, None] * eps)
+    time = dg.vp_time(sigma)
+    return x_vp, dg.cosine_time(time) if config.dg.clock == "cosine" else time
+
+
+class HeldOut:
+    """Loss and accuracy of the moving average on images that were not trained on, at the same noise every time."""
+
+    def __init__(self, run: DiscriminatorRun, batch: int = 256):
+        self._run, self._batch = run, batch
+
+    def __call__(self, params: PyTree) -> dict[str, float]:
+        run, totals = self._run, []
+        count = min(map(len, run.held_out))
+        for start in range(0, count, self._batch):
+            rows = np.resize(np.arange(start, min(start + self._batch, count)), self._batch)
+            real, fake = (source.take(rows) for source in run.held_out)
+            index = (start + np.arange(self._batch)).astype(np.int32)
+            pair = fakes.paired(real | {"index": index}, fake | {"index": index})
+            values = self._values(params, run.frozen_network, pair)
+            totals.append([np.asarray(v)[: 2 * min(self._batch, count - start)] for v in values])
+        loss, right = (np.concatenate(parts).mean() for parts in zip(*totals, strict=True))
+        return {"held_out/loss": float(loss), "held_out/accuracy": float(right)}
+
+    @functools.cached_property
+    def _values(self):
+        run = self._run
+
+        def values(params, extractor, batch):
+            keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["index"])  # noqa: E731
+            sigma = dg.training_sigma(randomness.uniform(keys("sigma")), run.config.dg.t_min, run.config.dg.importance)
+            image = steps.to_float(batch["image"])
+            eps = randomness.normal(keys("noise"), image.shape[1:])
+            noisy = _noisy(run.config, image, sigma, eps)
+            return cross_entropy(run.model.logit(params, extractor, *noisy, batch["label"]), batch["real"])
+
+        return jax.jit(values)
+
+
+class Evaluator(finish.Evaluator):
+    """Distance of the guided prior's samples to the data at config.dg.weight and .weights; the best counts."""
+
+    def __init__(self, run: DiscriminatorRun, workdir: Path):
+        super().__init__(run, workdir)
+        self._weight, self._unguided = run.config.dg.weight, None
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """The report of the best weight, with "weight" and "unguided", the distance without guidance."""
+        if self._unguided is None:
+            self._unguided = self._at(state, 0.0)["fd"]
+        weights = dict.fromkeys((self.run.config.dg.weight, *self.run.config.dg.weights))
+        tried = [self._at(state, weight) for weight in weights]
+        return min(tried, key=lambda report: report["fd"]) | {"unguided": self._unguided}
+
+    def _at(self, state: TrainState, weight: float) -> dict[str, Any]:
+        self._weight = weight  # an array of the compiled sampler: no weight compiles anything
+        return super().__call__(state) | {"weight": weight}
+
+    @property
+    def _model(self) -> Model:
+        return self.run.prior.model
+
+    @property
+    def _churn(self) -> Any:
+        boost, churn = self.run.config.dg.boost, self.run.config.dg.churn
+        return None if boost else generate.parse_churn(churn, self.run.config.sample.solver)
+
+    def _weights(self, state: TrainState) -> tuple[PyTree, PyTree]:
+        return self.run.prior.params, self.run.prior.buffers
+
+    def _guidance(self, state: TrainState) -> tuple[slots.Guidance, ...]:
+        run, weight = self.run, self._weight
+        method = guidance_of(run.config, run.model, run.plan.local_copy(state.ema), run.frozen_network)
+        arrays = method.frozen | {"weight": np.float32(weight)}
+        if weight == 0:
+            arrays |= {"corrector_weight": np.float32(0)}
+        return *fakes.base_guidance(run.config), dataclasses.replace(method, frozen=arrays)
+
+
+def _watch(run: DiscriminatorRun, workdir: Path, writer: metrics.Writer) -> Callable[[int, TrainState], None]:
+    """Writes held-out loss and accuracy of the moving average."""
+    held_out = HeldOut(run) if all(map(len, run.held_out)) else None
+
+    def write(step: int, state: TrainState) -> None:
+        params = run.plan.local_copy(state.ema)
+        if held_out is not None and jax.process_index() == 0:
+            writer.write(step, held_out(params))
+
+    return write
+
+
+TASK = loop.Task(build=build, batches=_batches, watch=_watch, evaluator=Evaluator)
+
+
+def train(config: ConfigDict, workdir: str | Path, say: Callable[[str], None] = print):
+    """As loop.train, which says what is returned and raised, for a configuration with a group dg."""
+    return loop.train(config, workdir, say, TASK)
+
+
+def ratio_of(network: FeatureDiscriminator, clock: str) -> Callable[[PyTree], LogRatio]:
+    """{"params", "extractor"} -> log_ratio(x, sigma, label) in x = x0 + sigma eps."""
+
+    def make(frozen: PyTree) -> LogRatio:
+        logit = lambda x, t, label: network.logit(frozen["params"], frozen["extractor"], x, t, label)  # noqa: E731
+        return dg.log_ratio(logit, clock=clock)
+
+    return make
+
+
+def guidance_of(config: ConfigDict, network: FeatureDiscriminator, params: PyTree, extractor: PyTree, **settings: Any):
+    """The `slots.Guidance` of a discriminator; settings replace those of config.dg (see dg.guidance)."""
+    names = ("weight", "corrector_weight", "time_min", "time_max", "boost")
+    settings = {name: config.dg[name] for name in names} | {k: v for k, v in settings.items() if v is not None}
+    if settings["boost"] and config.dg.churn:
+        settings.setdefault("churn", generate.parse_churn(config.dg.churn, config.sample.solver))
+    return dg.guidance(ratio_of(network, config.dg.clock), {"params": params, "extractor": extractor}, **settings)
+
+
+def open_guidance(
+    workdir: str | Path,
+    step: int | str | None = None,
+    run: finish.Trained | None = None,
+    settings: ConfigDict | None = None,
+    preset: str = "",
+    warn: Callable[[str], None] = print,
+    **overrides: Any,
+) -> slots.Guidance:
+    """A trained discriminator as a sampling method: `generate.sampler(..., guidance=(open_guidance(DIR),))`.
+
+    Args:
+      workdir: what training wrote.   step: its checkpoint; None = the best of its evaluations, else the newest.
+      run, settings: the model that will be guided and its sampler; a discriminator of another one is told to `warn`.
+      preset: a name of dg.PRESETS.
+      overrides: arguments of dg.guidance that are not None: weight, corrector_weight, time_min, time_max, boost, churn.
+        The default weight is the one that the checkpoint's evaluation found best, else config.dg.weight.
+
+    Raises:
+      CheckpointError: no discriminator there.   ConfigError: an unknown preset.   ValueError: see dg.guidance.
+    """
+    if step is None and checkpoint.evaluations(workdir):
+        step = "best"
+    snapshot = checkpoint.find(workdir, step)
+    config = snapshot.config
+    if "dg" not in config:
+        raise checkpoint.CheckpointError(
+            f"{str(workdir)!r} holds no discriminator; expected a folder of configs/*_dg.py"
+        )
+    network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
+    params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
+    found = checkpoint.evaluations(workdir).get(snapshot.step, {})
+    chosen = {"weight": found["weight"]} if "weight" in found else {}
+    if preset:
+        chosen = configs.choose("dg.preset", preset, dg.PRESETS)
+    if run is not None:
+        _compare(config, workdir, run, settings, warn)
+    host = jax.tree.map(np.asarray, (params, extractor))
+    return guidance_of(config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None})
+
+
+def _compare(config: ConfigDict, workdir, run: finish.Trained, settings: ConfigDict | None, warn) -> None:
+    """Says where the discriminator's samples differ from what it is about to guide."""
+    path = Path(config.dg.samples or Path(workdir) / "samples.npz")
+    if not path.is_file():
+        return
+    there = fakes.about(path)
+    here = {"weights": fakes.digest(run)} | ({k: settings[k] for k in ("solver", "steps")} if settings else {})
+    differ = [k for k, v in here.items() if there.get(k) != v]
+    if differ:
+        warn(f"note: the discriminator of {workdir} was trained on samples that differ in {', '.join(differ)}")
