@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.data import batches, in_order, indices, open_source
+from ogdm_jax.data.pipeline import reference_indices
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import from_arrays
 
@@ -71,15 +72,31 @@ def test_process_shares_are_disjoint_and_make_the_global_batch(source, count):
         assert equal({k: np.concatenate([p[k] for p in parts]) for k in batch}, batch)
 
 
-def test_references_are_an_independent_stream(source):
-    plain, with_references = batches(source, 5, seed=4), batches(source, 5, seed=4, extra_references=10)
-    same = 0
-    for _ in range(20):
-        batch, more = next(plain), next(with_references)
-        assert rows(batch) == rows(more) and sorted(more["reference"][:, 0, 0, 0].tolist()) == list(range(10))
-        np.testing.assert_array_equal(more["reference_label"], more["reference"][:, 0, 0, 0] % 3)
-        same += rows(batch) == more["reference"][:5, 0, 0, 0].tolist()
-    assert same <= 2
+def test_references_are_other_images_once_each():
+    """None of the step's batch, none twice, all equally often; the batches are those without references."""
+    images = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    source = from_arrays("sixty", images, np.arange(60, dtype=np.int32) % 3)
+    plain, stream = batches(source, 13, seed=4), batches(source, 13, seed=4, extra_references=40)
+    counts = np.zeros(60)
+    for _ in range(200):
+        batch, more = next(plain), next(stream)
+        reference = more["reference"][:, 0, 0, 0].tolist()
+        assert rows(batch) == rows(more) and not set(rows(batch)) & set(reference) and len(set(reference)) == 40
+        np.testing.assert_array_equal(more["reference_label"], np.array(reference) % 3)
+        counts[reference] += 1
+    assert np.abs(counts / 200 - 40 / 60).max() < 5 * np.sqrt(1 / 3 * 2 / 3 / 200)
+    again = batches(source, 13, seed=4, extra_references=40)
+    again.set_state({"step": 150})
+    assert equal(next(again), stream.at(150)) and not equal(stream.at(150), stream.at(151))
+
+
+def test_references_of_small_sets_repeat_as_late_as_possible():
+    own = np.array([0, 3, 3, 9])
+    picked = reference_indices(10, 21, 0, 5, own)
+    assert set(picked.tolist()) == {1, 2, 4, 5, 6, 7, 8}
+    assert all(len(set(picked[i : i + 7].tolist())) == 7 for i in range(15))
+    assert sorted(reference_indices(4, 4, 0, 0, np.arange(4)).tolist()) == [0, 1, 2, 3]
+    assert sorted(reference_indices(10, 7, 1, 0, own).tolist()) == [1, 2, 4, 5, 6, 7, 8]
 
 
 def test_set_on_disk_gives_the_batches_of_the_set_in_memory(tmp_path):

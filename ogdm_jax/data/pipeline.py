@@ -2,8 +2,9 @@
 
 Global position p of the endless stream lies in epoch p // N, and every epoch has its own permutation, drawn from (seed,
 epoch). Step s of global batch size B takes positions s*B .. (s+1)*B - 1, of which each process reads its contiguous
-share. Nothing is carried from step to step: a resumed run, or one on another number of processes, sees exactly the same
-global batches, whether the set is in memory or read from disk.
+share. Reference images besides the batch are drawn from (seed, step) alone. Nothing is carried from step to step: a
+resumed run, or one on another number of processes, sees exactly the same global batches, whether the set is in memory
+or read from disk.
 """
 
 import functools
@@ -17,10 +18,8 @@ from ogdm_jax.data.sources import Source
 _STEPS = 2**40  # the length that the endless stream of steps has for grain
 
 
-def indices(n: int, size: int, seed: int, step: int, purpose: str = "batch") -> np.ndarray:
+def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
     """Rows [size] int64 of a set of n that step `step` uses, each epoch a fresh permutation without repeats.
-
-    Streams of different purposes are independent of each other.
 
     Raises:
       ValueError: n or size below 1, or a negative seed or step.
@@ -31,17 +30,36 @@ def indices(n: int, size: int, seed: int, step: int, purpose: str = "batch") -> 
     position, stop, pieces = step * size, (step + 1) * size, []
     while position < stop:
         epoch, offset = divmod(position, n)
-        pieces.append(_permutation(n, seed, epoch, purpose)[offset : offset + stop - position])
+        pieces.append(_permutation(n, seed, epoch)[offset : offset + stop - position])
         position += len(pieces[-1])
     return np.concatenate(pieces)
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int, purpose: str) -> np.ndarray:
-    entropy = (seed, epoch) if purpose == "batch" else (seed, epoch, zlib.crc32(purpose.encode()))
-    order = np.random.default_rng(entropy).permutation(n)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng((seed, epoch)).permutation(n)
     order.flags.writeable = False
     return order
+
+
+def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray) -> np.ndarray:
+    """Rows [size] int64 of a set of n: images of step `step` besides those of its batch, drawn without replacement.
+
+    So a batch's image meets itself among the references exactly once: as itself. Where the set has fewer than `size`
+    other images, their random order is repeated, and any run of as many neighbours as there are others is still without
+    repeats (a device's share, say). Where the batch holds the whole set, its images have to serve.
+
+    Args:
+      batch: rows of the step's global batch.
+    """
+    own = np.unique(batch)
+    own = own if len(own) < n else own[:0]
+    others = n - len(own)
+    rng = np.random.default_rng((seed, step, zlib.crc32(b"references")))
+    rank = rng.choice(others, min(size, others), replace=False)
+    # The r-th row that is not in `own`: r and the number of own rows in front of it.
+    rows = rank + np.searchsorted(own - np.arange(len(own)), rank, side="right")
+    return np.resize(rows, size)
 
 
 class Batches:
@@ -49,8 +67,8 @@ class Batches:
 
     Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index" int32 [b] (the
     example's place in the step's global batch), b = batch_size / process_count. With extra_references = n also
-    "reference" uint8 [n / process_count,H,W,C] and "reference_label": this process's share of n more images, from a
-    stream of their own.
+    "reference" uint8 [n / process_count,H,W,C] and "reference_label": this process's share of n more images, none of
+    them in the step's global batch and none twice (`reference_indices` says what small sets allow).
 
     Sets on disk are read ahead by grain's threads. `get_state()` is {"step": the next step} in both cases, the same in
     every process and for every process count; `set_state` takes it back. `at(step)` is the batch of any step.
@@ -90,7 +108,7 @@ class Batches:
         batch = self.source.take(self._share(rows))
         batch["index"] = self._share(np.arange(self.batch_size, dtype=np.int32))
         if self.extra_references:
-            rows = indices(len(self.source), self.extra_references, self.seed, step, "reference")
+            rows = reference_indices(len(self.source), self.extra_references, self.seed, step, rows)
             reference = self.source.take(self._share(rows))
             batch |= {"reference": reference["image"], "reference_label": reference["label"]}
         return batch
@@ -150,7 +168,7 @@ def batches(
       start_step: the first step, for a resumed run.
       process_index: which process this is, as jax.process_index().
       process_count: how many there are, as jax.process_count().
-      extra_references: images per step, over all processes, of the second stream (STF's reference batch); 0 for none.
+      extra_references: images per step, over all processes, besides the batch (STF's reference batch); 0 for none.
       threads: batches that are read at once where the source is not in memory.
 
     Raises:
