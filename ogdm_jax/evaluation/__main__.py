@@ -4,6 +4,9 @@ Prints one JSON object. X: an npz, a folder or a zip of images; several are scor
 protocol: three sets of 50,000 images from seeds 0-49999, 50000-99999 and 100000-149999). Y: the same, any source name
 of the data package, or an npz of published mu and sigma. SPACE: auto (the default: a classifier trained on Y's labels),
 a labelled source, lite0, or inception with --weights.
+
+From a training folder, see `protocol --help` (EDM's three times 50,000 images, the minimum) and `report --help` (one
+HTML page: samples, curves, distance against network evaluations, trajectories).
 """
 
 import argparse
@@ -19,16 +22,8 @@ from ogdm_jax import startup
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.evaluation import features as spaces
 from ogdm_jax.evaluation import metrics
+from ogdm_jax.evaluation.files import source_name
 from ogdm_jax.evaluation.statistics import Statistics, is_statistics, load_statistics, save_statistics
-
-
-def source_name(word: str) -> str:
-    """A path -> the source name that reads it; source names pass."""
-    path = Path(word.partition("?")[0])
-    if path.is_dir():
-        return f"folder:{word}"
-    kind = {".npz": "npz", ".zip": "zip"}.get(path.suffix.lower())
-    return f"{kind}:{word}" if kind and ":" not in word else word
 
 
 def _images(source: Source, num: int | None, seed: int) -> dict[str, np.ndarray]:
@@ -113,6 +108,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("protocol", "report"):
+        from ogdm_jax.evaluation import commands  # only here: scoring files needs nothing of training
+
+        return commands.main(words)
     args = parse(argv)
     with startup.one_sentence():
         startup.prepare()

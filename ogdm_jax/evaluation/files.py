@@ -7,6 +7,15 @@ import numpy as np
 from ogdm_jax.evaluation import report
 
 
+def source_name(word: str) -> str:
+    """A path -> the source name that reads it; source names pass."""
+    path = Path(word.partition("?")[0])
+    if path.is_dir():
+        return f"folder:{word}"
+    kind = {".npz": "npz", ".zip": "zip"}.get(path.suffix.lower())
+    return f"{kind}:{word}" if kind and ":" not in word else word
+
+
 def check_output(out: str) -> Path:
     """The path, if write() can serve it: FILE.png, FILE.npz, or a folder. Raises ValueError for another file type."""
     path = Path(out)

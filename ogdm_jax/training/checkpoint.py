@@ -7,10 +7,16 @@ ema     {"params": moving average, "buffers": frozen tensors}: all that sampling
 state   step, optimiser, companions, memory.
 config  the configuration, the image shape and the number of classes.
 data    where the loader stands.
+
+    workdir/evaluations.json
+
+The reports of evaluations in training, by step: the record of the best, which a resumed run reads again.
 """
 
 import dataclasses
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,8 @@ from ogdm_jax.training.state import TrainState
 from ogdm_jax.typing import PyTree
 
 ITEMS = ("params", "ema", "state", "config", "data")
+RECORD = "evaluations.json"
+_PROTOCOL = ("features", "n", "n_samples", "solver", "steps")  # distances compare where these are equal
 
 
 class CheckpointError(ValueError):
@@ -34,9 +42,11 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one training folder. Close it (or use it in a `with`), so that the last save is finished."""
 
-    def __init__(self, workdir: str | Path, keep: int = 3, keep_every: int = 0):
+    def __init__(self, workdir: str | Path, keep: int = 3, keep_every: int = 0, keep_best: int = 0):
         self.folder = Path(workdir).absolute() / "checkpoints"
-        kept = [policies.LatestN(max(keep, 1))] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+        self.reports = evaluations(workdir)
+        kept = [policies.LatestN(max(keep, 1)), _Best(self.reports, keep_best)]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept), create=True, step_prefix=None
         )
@@ -54,6 +64,20 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
+
+    def record(self, report: Mapping[str, Any]) -> bool:
+        """Notes the report of an evaluation (with its "step"); the next save knows it. Call it in every process.
+
+        Returns:
+          Whether no other checkpoint's distance is smaller.
+        """
+        self.reports[report["step"]] = dict(report)
+        if jax.process_index() == 0:
+            path = self.folder.parent / RECORD
+            new = path.with_suffix(".new")  # replaced in one go: whoever stops the run here leaves a whole file
+            new.write_text(json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1) + "\n")
+            os.replace(new, path)
+        return ranked(self.reports, [*self._manager.all_steps(), report["step"]])[:1] == [report["step"]]
 
     def preempted(self, step: int) -> bool:
         """Whether the processes of a pod agreed that one of them was told to stop (False outside pods)."""
@@ -122,6 +146,32 @@ def _split(state: TrainState) -> dict[str, PyTree]:
     }
 
 
+class _Best(policies.PreservationPolicy):
+    """Preserves the checkpoints whose evaluation found the smallest distances."""
+
+    def __init__(self, reports: Mapping[int, Mapping[str, Any]], count: int):
+        self._reports, self._count = reports, count
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = ranked(self._reports, [info.step for info in checkpoints])[: self._count]
+        return [info.step in best for info in checkpoints]
+
+
+def evaluations(workdir: str | Path) -> dict[int, dict[str, Any]]:
+    """{step: report} of the evaluations of a training folder; {} where there were none."""
+    path = Path(workdir) / RECORD
+    return {report["step"]: report for report in json.loads(path.read_text())} if path.is_file() else {}
+
+
+def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> list[int]:
+    """Those of the steps that were evaluated as the last report was (features, n, sampler), smallest distance first."""
+    if not reports:
+        return []
+    last = reports[max(reports)]
+    alike = [s for s in set(steps) & set(reports) if all(reports[s].get(k) == last.get(k) for k in _PROTOCOL)]
+    return sorted(alike, key=lambda step: (reports[step]["fd"], step))
+
+
 def describe(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict:
     """What a checkpoint says about its model, so that sampling needs no data set."""
     return {
@@ -142,16 +192,21 @@ class Snapshot:
     path: Path
 
 
-def find(workdir: str | Path, step: int | None = None) -> Snapshot:
-    """The newest checkpoint of a training folder, or that of a given step.
+def find(workdir: str | Path, step: int | str | None = None) -> Snapshot:
+    """The newest checkpoint of a training folder, that of a given step, or the "best" of its evaluations.
 
     Raises:
-      CheckpointError: no folder, no checkpoint, no such step, or an unreadable configuration.
+      CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable configuration.
     """
     folder = Path(workdir).absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote")
+    if step == "best":
+        best = ranked(evaluations(workdir), steps)
+        if not best:
+            raise CheckpointError(f"--step: no checkpoint in {str(workdir)!r} was evaluated; expected a number")
+        step = best[0]
     if step is not None and step not in steps:
         raise CheckpointError(f"--step: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}")
     path = folder / str(step if step is not None else steps[-1])

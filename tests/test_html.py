@@ -1,0 +1,173 @@
+"""The report page: well-formed, self-contained, with number and floor beside every distance; charts at right places."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ogdm_jax.evaluation import charts, html
+
+
+def findings(channels: int = 1, side: int = 8) -> html.Findings:
+    """A page's worth of made-up figures."""
+    rng = np.random.default_rng(0)
+
+    def images(*shape):
+        return rng.integers(0, 256, (*shape, side, side, channels), np.uint8)
+
+    distances = [
+        {"solver": solver, "steps": n, "nfe": n if solver == "euler" else 2 * n - 1, "fd": 900 / n**2, "floor": 2.9}
+        | {"features": "fd_x", "n": 898, "fd_over_floor": 900 / n**2 / 2.9, "fd_all": 1.5, "n_samples": 1797}
+        | {"n_reference": 1797, "kid": 0.1, "kid_floor": 0.0, "precision": 0.8, "precision_floor": 0.9}
+        | {"recall": 0.7, "recall_floor": 0.9, "density": 0.8, "density_floor": 1.0, "coverage": 0.6}
+        for solver in ("euler", "heun")
+        for n in (3, 5, 9, 18)
+    ]
+    metrics = []
+    for step in range(10, 210, 10):
+        line = {"step": step, "kimg": step * 0.064, "loss": 70 / step + 1, "loss/denoise": 69 / step + 1}
+        line |= {"loss/ogdm": 0.02, "grad_norm": 170 / step, "learning_rate": 1e-3, "grad_nonfinite": 0.0}
+        metrics.append(line | {"images_per_second": 900.0, "ogdm/r1": 1e-4, "ogdm/accuracy": 0.5})
+    metrics[3]["loss/ogdm"] = "nan"
+    metrics += [{"step": n, "evaluate/fd_x": 1000 / n, "evaluate/floor": 2.9, "evaluate/n": 898} for n in (100, 200)]
+    path = rng.normal(size=(19, 2, side, side, channels)).clip(-1, 1)
+    return html.Findings(
+        title="run <1>: ogdm on digits",
+        facts=[("network", "12,345", "parameters")],
+        distances=distances,
+        metrics=metrics,
+        best=100,
+        samples=images(64),
+        real=images(64),
+        made="heun, 18 steps, 35 network evaluations",
+        nearest=(images(8), images(8, 5), rng.uniform(1, 9, (8, 5))),
+        progress=[(n, html.png(images(1)[0])) for n in (50, 100)],
+        trajectory=(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1]),
+        config={"data.source": "digits", "methods": ("ogdm",), "ema.rampup": 0.05},
+    )
+
+
+VOID = {"meta", "img"}
+
+
+def parsed(text: str) -> tuple[list[tuple[str, dict]], str]:
+    """(all elements with attributes, all text); fails where tags are not balanced."""
+
+    class Parser(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.elements, self.words = [], [], []
+
+        def handle_starttag(self, tag, attrs):
+            self.elements.append((tag, dict(attrs)))
+            if tag not in VOID:
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            self.elements.append((tag, dict(attrs)))
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_data(self, data):
+            self.words.append(data)
+
+    parser = Parser()
+    parser.feed(text)
+    parser.close()
+    assert not parser.open
+    return parser.elements, " ".join(parser.words)
+
+
+@pytest.mark.parametrize("channels,side", [(1, 8), (3, 32)])
+def test_the_page_is_whole_and_loads_nothing(channels, side):
+    page = html.page(findings(channels, side))
+    elements, words = parsed(page)
+    tags = [tag for tag, _ in elements]
+    assert "script" not in tags and "link" not in tags and "@import" not in page and "url(" not in page
+    for tag, attributes in elements:
+        assert "href" not in attributes and not any(name.startswith("on") for name in attributes)
+        if tag == "img":
+            assert attributes["src"].startswith("data:image/png;base64,") and attributes["alt"]
+    assert re.findall("https?:", page) == []
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings == [
+        "Distance against network evaluations",
+        "Samples",
+        "Nearest training images",
+        "Trajectories",
+        "Training",
+        "Samples during training",
+    ]
+    assert "run <1>: ogdm on digits" in words and "prefers-color-scheme: dark" in page and "viewport" in page
+    assert "best evaluated checkpoint is step 100" in words and "0.05" in words
+    assert page.count("<img") == 2 + 8 * 6 + 2 * (12 + 11) + 2  # grids, neighbours, states and denoised, progress
+
+
+def test_every_distance_has_its_number_and_floor():
+    elements, words = parsed(html.distances(findings().distances))
+    rows = [row for row in re.findall("<tr>(.*?)</tr>", html.distances(findings().distances)) if "<td>" in row]
+    cells = [re.findall("<td>(.*?)</td>", row) for row in rows]
+    assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4 and [c[2] for c in cells[4:]] == ["5", "9", "17", "35"]
+    assert all(c[3] == "898" and c[5] == "2.9" and c[8] == c[9] == "1,797" for c in cells)
+    assert all(c[10] == "0.1 (0)" and c[11] == "0.8 (0.9)" and c[14] == "0.6 (–)" for c in cells)
+    assert "real against real, n = 898" in words and "euler: 100 at 3" in words and "fd_x" in words
+    assert any("dashed" in attributes.get("class", "") for _, attributes in elements)
+
+
+def test_what_is_not_there_is_left_out():
+    page = html.page(html.Findings("empty"))
+    assert "<section" not in page and "<details" not in page and parsed(page)
+    assert html.distances([]) == "" and html.curves([]) == "" and charts.line_chart([], "x", "y") == ""
+    nothing = charts.Line("a", [1.0, 2.0], [float("nan"), -1.0])
+    assert charts.line_chart([nothing], "x", "y", log_y=True) == ""
+
+
+def test_pictures_come_back_from_the_page():
+    image = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
+    for picture in (image, image[..., :1]):
+        with Image.open(io.BytesIO(html.png(picture))) as file:
+            np.testing.assert_array_equal(np.asarray(file).reshape(picture.shape), picture)
+
+
+def test_points_lie_where_the_axes_say():
+    """On a log axis equal ratios are equal distances; ticks and points share the map; everything is inside."""
+    x, y = [1, 10, 100], [1000, 10, 0.1]
+    svg = charts.line_chart([charts.Line("a", x, y)], "n", "d", log_x=True, log_y=True)
+    points = [(float(a), float(b)) for a, b in re.findall('<circle class="dot c0" cx="(.*?)" cy="(.*?)"', svg)[-3:]]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2) and y2 > y0
+    assert 0 < x0 and x2 < charts.LARGE[0] and 0 < y0 and y2 < charts.LARGE[1]
+    tick = re.search(r'<text x="([\d.]+)" y="266" text-anchor="middle">10</text>', svg)
+    assert float(tick.group(1)) == pytest.approx(x1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "low,high,log,expected",
+    [
+        (0, 10, False, [0, 2, 4, 6, 8, 10]),
+        (0.3, 0.72, False, [0.3, 0.4, 0.5, 0.6, 0.7]),
+        (1, 1000, True, [1, 10, 100, 1000]),
+        (3, 40, True, [3, 10, 30]),
+        (-1, 1, False, [-1, -0.5, 0, 0.5, 1]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, log, expected):
+    np.testing.assert_allclose(charts.ticks(low, high, log), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "value,text",
+    [(0, "0"), (0.0025, "0.0025"), (0.00025, "2.5e-4"), (1797, "1,797"), (2e6, "2e6"), (4.90123, "4.901"), (-3, "-3")],
+)
+def test_numbers_for_people(value, text):
+    assert charts.nice(value) == text
+
+
+def test_one_point_and_constant_curves_are_drawn():
+    for line in (charts.Line("a", [5], [3.0]), charts.Line("a", [1, 2], [0.0, 0.0])):
+        assert "NaN" not in (svg := charts.line_chart([line], "x", "y")) and svg.count("<circle") == len(line.x)
+    assert "nan" not in charts.line_chart([charts.Line("a", [1, 2], [7.0, 7.0])], "x", "y", log_y=True).lower()

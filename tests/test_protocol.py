@@ -1,0 +1,168 @@
+"""Distances of streams: equal to those of whole arrays, one batch at a time; and the commands of a training folder."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from ogdm_jax import startup
+from ogdm_jax.data import open_source
+from ogdm_jax.evaluation import Statistics, frechet_distance, protocol
+from ogdm_jax.evaluation.__main__ import main
+from ogdm_jax.training import loop
+
+
+class Pixels:
+    """Eight pixels of each image, and how many images came at once."""
+
+    name, dim = "fd_pixels", 8
+
+    def __init__(self):
+        self.most = 0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.most = max(self.most, len(images))
+        return images.reshape(len(images), -1)[:, 20:28].astype(np.float32) / 255
+
+
+def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.mean(0), np.cov(x.T)
+
+
+def test_a_stream_scores_as_the_whole_array():
+    source, space = open_source("digits"), Pixels()
+    reference = protocol.of_source(space, source, 300, splits=2, batch=100)
+    assert (reference.n, reference.count, len(reference.halves)) == (300, 1797, 2) and space.most == 100
+    fakes = np.random.default_rng(0).integers(0, 17, (700, 8, 8, 1), np.uint8) * 15
+    asked = []
+
+    def batches():
+        for i in range(0, 700, 64):
+            asked.append(i)
+            yield fakes[i : i + 64]
+
+    stream = batches()
+    assert asked == []
+    result = protocol.score(space, stream, reference)
+    assert space.most == 100 and len(asked) == 11
+    real, values = space(source.images).astype(np.float64), space(fakes).astype(np.float64)
+    np.testing.assert_allclose(result["fd_all"], frechet_distance(*gaussian(values), *gaussian(real)), rtol=1e-9)
+    distances = [frechet_distance(*gaussian(values[:300]), *a) for a, _ in reference.halves]
+    np.testing.assert_allclose(result["fd"], np.mean(distances), rtol=1e-9)
+    assert result["n"] == 300 and result["n_samples"] == 700 and result["fd"] > 5 * result["floor"] > 0
+
+
+def test_the_halves_are_disjoint_and_random():
+    """With images that are their own numbers, means tell which ones a half holds."""
+
+    class Numbers:
+        name, dim = "fd_numbers", 2
+
+        def __call__(self, images):
+            return images[:, 0, 0, :2].astype(np.float64)
+
+    class Source:
+        name, shape = "numbers", (1, 1, 2)
+
+        def __len__(self):
+            return 200
+
+        def take(self, rows):
+            return {"image": np.stack([rows, rows % 7], 1)[:, None, None].astype(np.uint8)}
+
+    reference = protocol.of_source(Numbers(), Source(), 10_000, splits=3, batch=64)
+    assert reference.n == 100 and len({tuple(a[0]) for a, _ in reference.halves}) == 3
+    for a, b in reference.halves:
+        np.testing.assert_allclose((a[0] + b[0]) / 2, reference.whole[0])  # together they are everything
+        assert 80 < a[0][0] < 120
+
+
+def test_published_statistics_have_no_floor_and_other_spaces_are_refused():
+    space, mu, cov = Pixels(), np.zeros(8), np.eye(8)
+    reference = protocol.of_statistics(space, Statistics(mu, cov, 50_000))
+    images = open_source("digits").images
+    result = protocol.score(space, [images[:900], images[900:]], reference)
+    assert result["floor"] is None and result["n_reference"] == 50_000 and result["n_samples"] == 1797
+    values = space(images).astype(np.float64)
+    np.testing.assert_allclose(result["fd_all"], frechet_distance(*gaussian(values), mu, cov), rtol=1e-9)
+    for wrong in (Statistics(np.zeros(3), np.eye(3)), Statistics(mu, cov, None, "fid")):
+        with pytest.raises(ValueError, match="fd_pixels has 8"):
+            protocol.of_statistics(space, wrong)
+
+
+def test_seed_ranges_are_edms():
+    ranges = protocol.seed_ranges(50_000, 3)
+    assert [(r[0], r[-1]) for r in ranges] == [(0, 49_999), (50_000, 99_999), (100_000, 149_999)]
+    for bad in ((1, 3), (5, 0), (2**31, 3), (5, 1, -1)):
+        with pytest.raises(ValueError, match="--num, --ranges, --first"):
+            protocol.seed_ranges(*bad)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A folder of three steps."""
+    folder = tmp_path_factory.mktemp("commands")
+    settings = (
+        "methods=",
+        "train.duration=3 steps",
+        "log.every=1 steps",
+        "parallel.devices=1",
+        "sample.steps=2",
+        "sample.solver=heun",
+    )
+    loop.train(tiny.config(*settings), folder, lambda _: None)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch):
+    """The test's process has its own settings, and pixels are features enough."""
+    from ogdm_jax.evaluation import commands
+
+    monkeypatch.setattr(startup, "prepare", lambda: None)
+    monkeypatch.setattr(commands, "open_space", lambda *_: Pixels())
+
+
+def test_protocol_command(workdir, capsys):
+    out = workdir / "protocol.json"
+    words = f"protocol --workdir {workdir} --num 40 --ranges 2 --first 8 --batch 8 --devices 1 --out {out}"
+    main(words.split())
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert json.loads(out.read_text()) == result and "seeds 8-47: fd_pixels" in said.err
+    sets = result["sets"]
+    assert [s["seeds"] for s in sets] == ["8-47", "48-87"] and sets[0]["fd_all"] != sets[1]["fd_all"]
+    assert result["fd_all_min"] == min(s["fd_all"] for s in sets) and result["floor"] > 0
+    assert (result["n"], result["n_samples"], result["n_reference"], result["nfe"]) == (40, 40, 1797, 3)
+
+
+def test_report_command(workdir, capsys):
+    words = f"report --workdir {workdir} --num 12 --solvers heun --steps 2 --batch 8 --devices 1"
+    main(words.split())
+    assert "wrote" in capsys.readouterr().out
+    page = (workdir / "report.html").read_text()
+    titles = ("Distance against", "Samples", "Nearest", "Trajectories", "Training", "Samples during")
+    assert all(f"<h2>{title}" in page for title in titles) and "step 3" in page
+    saved = json.loads((workdir / "distances.json").read_text())
+    assert [(r["solver"], r["steps"], r["nfe"], r["n"]) for r in saved] == [("heun", 2, 3, 12)] and saved[0][
+        "floor"
+    ] > 0
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("report --workdir WORK --steps 3,x", "--steps: '3,x' given"),
+        ("report --workdir WORK --solvers magic --steps 2", "sample.solver"),
+        ("report --workdir WORK --step best", "was evaluated"),
+        ("protocol --workdir WORK --step newest", "a number or best"),
+        ("protocol --workdir WORK --ranges 0", "--ranges"),
+        ("protocol --workdir nowhere", "holds no checkpoint"),
+    ],
+)
+def test_commands_refuse_in_one_sentence(workdir, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words.replace("WORK", str(workdir)).split())
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and message in error and error.startswith("error: ") and "\n" not in error
