@@ -32,11 +32,10 @@ def main() -> None:
         workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
 
         from ogdm_jax import parallel  # JAX may only start after startup.prepare() and initialise()
-        from ogdm_jax.training import finish, loop
+        from ogdm_jax.training import discriminator, loop
 
         parallel.initialise(args.coordinator, args.processes, args.process)
-        run, state = loop.train(config, workdir)
-        finish.evaluate(run, state, workdir)
+        (discriminator if "dg" in config else loop).train(config, workdir)
 
 
 if __name__ == "__main__":

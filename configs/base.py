@@ -90,8 +90,11 @@ def get_config() -> ConfigDict:
     config.sample.eta = 0.0  # ddim and heun: 0 = deterministic, 1 = as random as DDPM
 
     config.evaluate = ConfigDict()
-    config.evaluate.features = ""  # feature space of the distance at the end; "" = no evaluation
+    config.evaluate.features = ""  # feature space of the distance: a labelled source, lite0, inception; "" = none
+    config.evaluate.weights = ""  # inception: the weights file
     config.evaluate.num = 0  # samples for it; 0 = as many as the data set has
+    config.evaluate.every = "0 steps"  # evaluate during training, too; 0 = only at the end
+    config.evaluate.keep_best = 1  # checkpoints with the smallest distances that stay, whatever train.keep says
 
     for name, settings in slots.defaults().items():
         config[name] = ConfigDict(settings)

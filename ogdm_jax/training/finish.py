@@ -1,31 +1,43 @@
-"""What follows training: a trained model from its folder, and how far its samples are from the data."""
+"""A trained model from its folder, and how far its samples are from the data: during training and after it."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from ogdm_jax import config as configs
 from ogdm_jax import data, generate
 from ogdm_jax import model as models
 from ogdm_jax.config import require
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.sampling import nfe
-from ogdm_jax.evaluation import report
-from ogdm_jax.evaluation.features import distance_report, feature_space
+from ogdm_jax.evaluation import report as pictures
+from ogdm_jax.evaluation.features import FeatureSpace, distance_report, feature_space
+from ogdm_jax.methods import slots
 from ogdm_jax.training import checkpoint
+from ogdm_jax.training import metrics as logs
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import state as states
 from ogdm_jax.typing import PyTree
 
 
 def open_source(config: ConfigDict) -> Source:
-    """The data source of a configuration."""
-    require(config.data.memory_limit >= 0, "data.memory_limit", config.data.memory_limit, "GiB, at least 0")
-    return data.open_source(
-        config.data.source, config.data.data_dir or None, memory_limit=int(config.data.memory_limit * 2**30)
-    )
+    """The data source of a configuration. Raises ConfigError or SourceError for what cannot be."""
+    settings = config.data
+    resolution, channels = settings.get("resolution", 0), settings.get("channels", 0)  # older runs do not say
+    require(settings.memory_limit >= 0, "data.memory_limit", settings.memory_limit, "GiB, at least 0")
+    require(resolution >= 0, "data.resolution", resolution, "a number of pixels, or 0 for images as stored")
+    require(channels in (0, 1, 3), "data.channels", channels, "1, 3, or 0 for images as stored")
+    limit = int(settings.memory_limit * 2**30)
+    return data.open_source(settings.source, settings.data_dir or None, resolution or None, channels or None, limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,57 +63,152 @@ class Trained:
         return settings
 
 
-def open_workdir(workdir: str | Path, step: int | None = None, weights: str = "ema") -> Trained:
+def open_workdir(workdir: str | Path, step: int | str | None = None, weights: str = "ema") -> Trained:
     """Reads a training folder: configuration and weights, never the optimiser.
 
     Args:
-      step: which checkpoint; None = the newest.   weights: "ema" or "params".
+      step: which checkpoint; None = the newest, "best" = that of the smallest distance.   weights: "ema" or "params".
 
     Raises:
       CheckpointError: no such checkpoint, or a damaged one.
     """
     snapshot = checkpoint.find(workdir, step)
+    if "precondition" not in snapshot.config:
+        raise checkpoint.CheckpointError(f"{str(workdir)!r} holds a discriminator; expected the folder of a denoiser")
     model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))
     params, buffers = checkpoint.load_weights(snapshot, params, buffers, weights)
     return Trained(snapshot.config, model, params, buffers, snapshot.step)
 
 
+def space_of(config: ConfigDict) -> FeatureSpace:
+    """The feature space in which a configuration measures distances."""
+    return feature_space(config.evaluate.features or config.data.source, config.evaluate.get("weights") or None)
+
+
+def references(source: Source) -> np.ndarray:
+    """uint8 images that samples are compared with: all of the source, at most 50,000 of them."""
+    return source.take(np.arange(min(len(source), 50_000)))["image"]
+
+
 def distance(config: ConfigDict, samples: np.ndarray) -> dict[str, Any]:
     """Frechet distance of uint8 samples to the training data, beside the real-against-real floor of the same size."""
-    source = open_source(config)
-    features = feature_space(config.evaluate.features or config.data.source)
-    reference = np.arange(min(len(source), 50_000))
-    return distance_report(features, samples, source.take(reference)["image"])
+    return distance_report(space_of(config), samples, references(open_source(config)))
 
 
-def evaluate(run, state, workdir: Path, say=print) -> dict[str, Any] | None:
-    """Samples from the last moving average, draws the grid and prints the distance, where the configuration says so.
+def check_evaluation(config: ConfigDict) -> None:
+    """Raises ConfigError for a schedule without a feature space, or one whose weights are not there."""
+    settings = config.evaluate
+    every = configs.duration(settings.every, config.data.batch, "config.evaluate.every")
+    require(not every or settings.features, "evaluate.every", settings.every, "'0 steps' while evaluate.features is ''")
+    require(settings.keep_best >= 0, "evaluate.keep_best", settings.keep_best, "at least 0")
+    require(settings.num >= 0, "evaluate.num", settings.num, "at least 0")
+    if settings.features == "inception":
+        found = Path(settings.weights).is_file()
+        require(found, "evaluate.weights", settings.weights, "the weights file of Inception")
 
-    Returns:
-      The report, also written to workdir/evaluation.json; None where config.evaluate.features is "".
+
+class Evaluator:
+    """Samples from the moving average and measures how far they are from the data.
+
+    What stays the same is made once: the compiled sampler, the feature space, the features of the data. All processes
+    sample their share of the seeds; the lead process measures, and all get its report. An image depends on its seed
+    alone, so one run's evaluations see the same noise at every step.
     """
-    config = run.config
-    if not config.evaluate.features:
+
+    def __init__(self, run: runs.Run, workdir: Path):
+        self.run, self._workdir, self._sampler = run, workdir, None
+
+    def __call__(self, state: states.TrainState) -> dict[str, Any]:
+        """The distance report with the step and the sampler. Every process of the run has to call it.
+
+        Writes workdir/samples.png and, as evaluation.json, the report.
+        """
+        images = self._samples(state)
+        report = self._report(images, int(state.step)) if jax.process_index() == 0 else {}
+        if jax.process_count() == 1:
+            return report
+        text = np.zeros(1 << 14, np.uint8)
+        said = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        text[: len(said)] = said
+        text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+        return json.loads(text.tobytes().rstrip(b"\0"))
+
+    def _samples(self, state: states.TrainState) -> np.ndarray:
+        """uint8 images of seeds 0 to num - 1."""
+        run, index, count = self.run, jax.process_index(), jax.process_count()
+        num = run.config.evaluate.num or len(run.source)
+        mine = np.resize(np.arange(num)[index::count], -(-num // count))  # as many in every process
+        devices = run.plan.local_devices
+        place = NamedSharding(Mesh(np.asarray(devices), ("images",)), PartitionSpec())
+        trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
+        params, buffers = jax.device_put(trees, place)
+        guidance = [dataclasses.replace(g, frozen=jax.device_put(g.frozen, place)) for g in self._guidance(state)]
+        if self._sampler is None:
+            self._sampler = generate.sampler(self._model, run.config.sample, devices, self._churn, guidance)
+        labels = generate.labels_for(mine, self._model.label_dim, None)
+        batch = len(devices) * min(256, -(-len(mine) // len(devices)))
+        parts = generate.generate(self._sampler, params, buffers, mine, labels, batch, guidance)
+        images = np.concatenate([pictures.to_uint8(part) for part in parts])
+        if count == 1:
+            return images
+        everything = np.asarray(multihost_utils.process_allgather(images))  # [processes, share, ...]
+        return everything.swapaxes(0, 1).reshape(-1, *images.shape[1:])[:num]
+
+    def _report(self, images: np.ndarray, step: int) -> dict[str, Any]:
+        settings = self.run.config.sample
+        report = {"step": step} | distance_report(self._space, images, self._reference)
+        report |= {"solver": settings.solver, "steps": settings.steps, "nfe": nfe(settings.solver, settings.steps)}
+        scale = max(1, 32 // images.shape[1])
+        pictures.save_png(self._workdir / "samples.png", pictures.grid(images[:64], columns=8, padding=1, scale=scale))
+        (self._workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+    # What another kind of run samples with: DG's discriminator guides its prior (training/discriminator.py).
+
+    @property
+    def _model(self) -> models.Model:
+        return self.run.model
+
+    @property
+    def _churn(self) -> Any:
         return None
-    params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
-    if jax.process_index() != 0:
-        return None
-    num = config.evaluate.num or len(run.source)
-    images = generate.sampler(run.model, config.sample, run.plan.local_devices[:1])
-    seeds = np.arange(num)
-    labels = generate.labels_for(seeds, run.model.label_dim, None)
-    batch = min(256, num)
-    samples = np.concatenate(
-        [report.to_uint8(part) for part in generate.generate(images, params, buffers, seeds, labels, batch)]
-    )
-    result = distance(config, samples) | {"solver": config.sample.solver, "steps": config.sample.steps}
-    grid = workdir / "samples.png"
-    report.save_png(grid, report.grid(samples[:64], columns=8, padding=1, scale=max(1, 32 // samples.shape[1])))
-    (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    say(
-        f"{result['features']} {result['fd']:.3f} (real against real {result['floor']:.3f}; n = {result['n']}, "
-        f"{config.sample.solver}, {nfe(config.sample.solver, config.sample.steps)} network evaluations)\n"
-        f"samples: {grid}"
-    )
-    return result
+
+    def _weights(self, state: states.TrainState) -> tuple[PyTree, PyTree]:
+        return self.run.plan.local_copy(state.ema), self.run.plan.local_copy(state.buffers)
+
+    def _guidance(self, state: states.TrainState) -> tuple[slots.Guidance, ...]:
+        return ()
+
+    @functools.cached_property
+    def _space(self) -> FeatureSpace:
+        return space_of(self.run.config)
+
+    @functools.cached_property
+    def _reference(self) -> np.ndarray:
+        return self._space(references(self.run.source))
+
+
+def evaluations(
+    evaluator: Evaluator, workdir: Path, saved: checkpoint.Checkpoints, writer: logs.Writer, say: Callable[[str], None]
+) -> Callable[[states.TrainState], None]:
+    """What the loop calls to evaluate: measures, logs, and notes in `saved` which checkpoint is the best."""
+    run = evaluator.run
+
+    def evaluate(state: states.TrainState) -> None:
+        if not run.config.evaluate.features:
+            return
+        report = evaluator(state)
+        best = saved.record(report)
+        logged = {report["features"]: report["fd"]} | {
+            k: report[k] for k in ("floor", "n", "kid", "precision", "recall")
+        }
+        writer.write(report["step"], {f"evaluate/{name}": value for name, value in logged.items()})
+        say(
+            f"{report['features']} {report['fd']:.3f} (real against real {report['floor']:.3f}; n = {report['n']}, "
+            f"{report['solver']}, {report['nfe']} network evaluations){'' if best else ', not the best'}"
+            + (f"; weight {report['weight']:g}, unguided {report['unguided']:.3f}" if "unguided" in report else "")
+            + f"\nsamples: {workdir / 'samples.png'}"
+        )
+
+    return evaluate

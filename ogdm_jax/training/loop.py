@@ -4,12 +4,14 @@ The checkpoint therefore holds the loader's position before the next batch, and 
 uninterrupted one sees. Resume priority: the workdir's own checkpoint, then config.init.workdir, then fresh.
 """
 
+import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +34,30 @@ class NotFinite(RuntimeError):
     """A loss became nan or infinite; the message names it, the step, and the checkpoint that is still good."""
 
 
-def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> tuple[runs.Run, states.TrainState]:
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the loop trains; everything else is the same for every network.
+
+    Attributes:
+      build: (config, plan, workdir, say) -> Run.
+      batches: run -> endless iterator of this process's batches, with get_state and set_state.
+      watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all processes.
+      evaluator: (run, workdir) -> evaluate(state) -> report with "fd", called every config.evaluate.every.
+    """
+
+    build: Callable[[ConfigDict, parallel.Plan, Path, Say], runs.Run]
+    batches: Callable[[runs.Run], Any]
+    watch: Callable[[runs.Run, Path, logs.Writer], Callable[[int, states.TrainState], None]]
+    evaluator: Callable[[runs.Run, Path], finish.Evaluator]
+
+
+def train(
+    config: ConfigDict, workdir: str | Path, say: Say = print, task: Task | None = None
+) -> tuple[runs.Run, states.TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
+
+    Args:
+      task: what is trained; None = a denoiser.
 
     Returns:
       The run and its last state. After SIGTERM or Ctrl-C the state is saved and SystemExit(0) raised.
@@ -42,32 +66,26 @@ def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> tuple[ru
       ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything is compiled.
       NotFinite: a loss is not finite; the last good checkpoint is kept.
     """
-    workdir = Path(workdir)
+    task, workdir = task or DENOISER, Path(workdir)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
-    source = finish.open_source(config)
-    run = runs.build(config, source, plan)
-    generate.check_settings(config.sample)
+    finish.check_evaluation(config)
     if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         configs.check_same_run(find(workdir).config, config, slots.training_names())
+    run = task.build(config, plan, workdir, say)
     lead = jax.process_index() == 0
     batch = config.data.batch
     with (
-        Checkpoints(workdir, config.train.keep, configs.duration(config.train.keep_every, batch)) as saved,
+        Checkpoints(
+            workdir, config.train.keep, configs.duration(config.train.keep_every, batch), config.evaluate.keep_best
+        ) as saved,
         logs.Writer(workdir, config.log.tensorboard, lead) as writer,
         _stop_signals() as stopped,
     ):
-        batches = data.batches(
-            source,
-            batch,
-            config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            extra_references=run.filled.references,
-        )
+        batches = task.batches(run)
         state = _start(run, saved, batches, say)
         if lead:
             (workdir / "config.json").write_text(configs.to_json(config))
-        state = _steps(run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
+        state = _steps(task, run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
     return run, state
 
 
@@ -90,37 +108,46 @@ def _start(run: runs.Run, saved: Checkpoints, batches, say: Say) -> states.Train
     return state
 
 
-def _steps(run, state, saved, batches, writer, stopped, workdir, say) -> states.TrainState:
+def _steps(task, run, state, saved, batches, writer, stopped, workdir, say) -> states.TrainState:
     config, plan, batch = run.config, run.plan, run.config.data.batch
     every = {
         "save": configs.duration(config.train.save_every, batch),
         "log": max(configs.duration(config.log.every, batch), 1),
         "sample": configs.duration(config.sample.every, batch),
+        "evaluate": configs.duration(config.evaluate.every, batch),
     }
     frozen = run.frozen()
     for method in run.filled.methods:
         if method.verify is not None:
-            method.verify(state.memory[method.name], frozen[method.name])
+            method.verify(state.memory[method.name], frozen["whole"][method.name])
     compiled = run.compile(state)
     about = describe(config, run.source.shape, run.source.num_classes)
     first = int(state.step)
     interval, began, count = logs.Interval(), time.monotonic(), 0
     bar = _progress(first, run.steps, say)
-    grids = _grids(run, workdir, writer)
+    watch = task.watch(run, workdir, writer)
+    evaluate = finish.evaluations(task.evaluator(run, workdir), workdir, saved, writer, say)
     for step in range(first, run.steps + 1):
         done = step == run.steps
         stop = stopped() or saved.preempted(step)
-        if stop or done or (every["save"] and step % every["save"] == 0 and step > first):
+        due = {name: bool(n) and step % n == 0 and step > first for name, n in every.items()}
+        if every["evaluate"] and step == first > 0 and step % every["evaluate"] == 0 and step not in saved.reports:
+            due["evaluate"] = True  # stopped between saving and measuring
+        if stop or done or due["save"] or due["evaluate"]:  # so that there is a checkpoint to keep as the best
             _check_finite(step, interval, saved)
             saved.save(step, plan.globalise(state), about, batches.get_state())
-        if every["sample"] and step % every["sample"] == 0 and step > first or done:
-            grids(step, state)
+        paused = time.monotonic()
+        if due["sample"] or done:
+            watch(step, state)
         if stop:
             say(f"stopped at step {step}; saved, the same command goes on from here")
             saved.close()
             raise SystemExit(0)
+        if due["evaluate"] or done:
+            evaluate(state)
         if done:
             return state
+        began += time.monotonic() - paused  # speed is that of training
         state, metrics = compiled(state, frozen, plan.place_batch(next(batches)), run.key)
         if step == first:
             jax.block_until_ready(metrics)
@@ -171,6 +198,26 @@ def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, 
         writer.image(step, "samples", picture)
 
     return write
+
+
+def _build(config: ConfigDict, plan: parallel.Plan, workdir: Path, say: Say) -> runs.Run:
+    run = runs.build(config, finish.open_source(config), plan)
+    generate.check_settings(config.sample)
+    return run
+
+
+def _batches(run: runs.Run) -> data.Batches:
+    return data.batches(
+        run.source,
+        run.config.data.batch,
+        run.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        extra_references=run.filled.references,
+    )
+
+
+DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=finish.Evaluator)
 
 
 @contextmanager

@@ -98,8 +98,8 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
     )
     filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
     steps = configs.duration(config.train.duration, batch, "config.train.duration")
-    for group, name in (("train", "save_every"), ("train", "keep_every"), ("log", "every"), ("sample", "every")):
-        configs.duration(config[group][name], batch, f"config.{group}.{name}")
+    for key in ("train.save_every", "train.keep_every", "log.every", "sample.every", "evaluate.every"):
+        configs.duration(configs.flatten(config)[key], batch, f"config.{key}")
     pure = step.make_step(config, model, law, filled, tx, rate, plan.axis, plan.ravel)
     memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
     return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
