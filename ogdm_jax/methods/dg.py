@@ -224,7 +224,8 @@ class Boost:
 
     Attributes:
       base: churn of the other steps and images; its S_min and S_max hold for all.
-      churn, noise: S_churn and S_noise of boosted images; churn 0: those of base, boosting only weighs.   churn_every, factor, factor_every: see above.
+      churn, noise: S_churn and S_noise of boosted images; with churn 0 those of base, and boosting only weighs.
+      churn_every, factor, factor_every: see above.
     """
 
     base: Churn = Churn()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 # Shown on the log line, in this order, where present; everything else is in the files.
-_LINE = ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "loss/sp", "grad_norm", "learning_rate")
+_LINE = ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "loss/sp", "accuracy")
+_LINE += ("grad_norm", "learning_rate")
 
 
 class Interval:

@@ -78,12 +78,15 @@ def make_step(
     rate: optax.Schedule,
     axis: str | None,
     ravel: bool = False,
+    loss: Callable[..., tuple[Array, dict]] | None = None,
 ) -> Step:
     """Builds the step of a configuration.
 
     Args:
       axis: name of the mapped device axis, or None (one device, or a mesh whose arrays are global).
       ravel: average gradients as one vector: between processes that is many times cheaper than leaf by leaf.
+      loss: (params, state, frozen, batch, key) -> (mean loss, `sums` of metrics), in place of the denoiser's: the step
+        of another kind of network (DG's discriminator); then model and law are not used.
     """
     rounds, batch_size = config.optim.accumulate, config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
@@ -108,19 +111,19 @@ def make_step(
             )
             loss = loss + added
             metrics |= more | {f"loss/{method.name}": added}
-        return jnp.mean(loss), _sums(metrics | {"loss": loss})
+        return jnp.mean(loss), sums(metrics | {"loss": loss})
 
     def companion_loss(params, method: slots.Slots, state: TrainState, frozen, batch: Batch, key: Array):
         fresh = randomness.fold_in_name(key, f"{method.name}/companion")
         example = draw_example(config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh)
         denoise = model.denoiser(jax.lax.stop_gradient(state.params), state.buffers)
         loss, metrics = method.companion.loss(params, example, denoise, frozen.get(method.name), state.step)
-        return jnp.mean(loss), _sums(metrics | {f"loss/{method.name}_companion": loss})
+        return jnp.mean(loss), sums(metrics | {f"loss/{method.name}_companion": loss})
 
     def step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)
         frozen = frozen["whole"] | frozen["divided"]  # by method; which devices hold what is settled by now
-        grads, sums = _accumulate(denoiser_loss, state.params, rounds, batch, state, frozen, step_key)
+        grads, sums = _accumulate(loss or denoiser_loss, state.params, rounds, batch, state, frozen, step_key)
         grads, bad = optim.sanitise(_average(grads, axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         norm = optax.global_norm(grads)
@@ -130,8 +133,8 @@ def make_step(
 
         for method in filled.companions:
             before = state.companions[method.name]
-            loss = lambda p, s, f, b, k, m=method: companion_loss(p, m, s, f, b, k)  # noqa: E731
-            grads, more = _accumulate(loss, before.params, rounds, batch, state, frozen, step_key)
+            own = lambda p, s, f, b, k, m=method: companion_loss(p, m, s, f, b, k)  # noqa: E731
+            grads, more = _accumulate(own, before.params, rounds, batch, state, frozen, step_key)
             grads, worse = optim.sanitise(_average(grads, axis, ravel))
             updates, opt_state = companion_optimiser(method.companion).update(grads, before.opt_state, before.params)
             after = CompanionState(optax.apply_updates(before.params, updates), opt_state)
@@ -197,7 +200,7 @@ def _average(grads: PyTree, axis: str | None, ravel: bool) -> PyTree:
     return unravel(jax.lax.pmean(vector, axis))
 
 
-def _sums(metrics: slots.Metrics) -> dict[str, tuple[Array, Array]]:
+def sums(metrics: slots.Metrics) -> dict[str, tuple[Array, Array]]:
     """Per-example values, or (values, weights), as (sum of weighted values, sum of weights)."""
     out = {}
     for name, value in metrics.items():

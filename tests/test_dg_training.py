@@ -1,0 +1,374 @@
+"""Training DG's discriminator: the loss, the data, the loop, and what sampling opens afterwards."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from oracles import Mixture
+
+from ogdm_jax import config as configs
+from ogdm_jax import generate, parallel
+from ogdm_jax.data import open_source
+from ogdm_jax.diffusion import grids
+from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.interop import export
+from ogdm_jax.methods import dg
+from ogdm_jax.networks import ADMEncoder
+from ogdm_jax.networks.feature_discriminator import build
+from ogdm_jax.training import discriminator, fakes, finish
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+
+SMALL = ("train.duration=4 steps", "data.batch=8", "log.every=2 steps", "log.tensorboard=false", "sample.every=2 steps")
+SMALL += (
+    "sample.solver=heun",
+    "sample.steps=3",
+    "dg.weight=2.0",
+    "dg.weights=()",
+    "evaluate.features=",
+    "evaluate.every=0 steps",
+    "dg.num=60",
+    "network.channel_mult=(1,)",
+)
+SMALL += ("network.attn_resolutions=()", "optim.decay=0 steps", "train.save_every=2 steps", "parallel.devices=1")
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    """A denoiser's training folder with fresh weights and classes."""
+    folder = tmp_path_factory.mktemp("prior")
+    run = tiny.build("methods=()", "data.conditional=true")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(0, run.init(), describe(run.config, run.source.shape, run.source.num_classes), {"step": 0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    """An exported classifier of noisy digits, 4x4 features."""
+    network = ADMEncoder(
+        img_resolution=8, img_channels=1, out_channels=10, model_channels=32, channel_mult=(1, 2), num_blocks=1,
+        attn_resolutions=(4,), head_channels=32,
+    )  # fmt: skip
+    variables = network.init(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,)))
+    path = tmp_path_factory.mktemp("extractor") / "classifier.safetensors"
+    about = {"kind": "adm_encoder", "settings": export.network_settings(network)}
+    return export.write(path, export.to_torch(network, variables), about)
+
+
+def config(prior, *more: str):
+    return configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*SMALL, f"dg.prior={prior}", *more))
+
+
+@pytest.fixture(scope="module")
+def trained(prior, extractor, tmp_path_factory):
+    """(folder, run, state, lines) of a conditional head on an extractor."""
+    folder, lines = tmp_path_factory.mktemp("trained"), []
+    settings = config(prior, f"dg.extractor={extractor}", "data.conditional=true", "train.keep=9")
+    run, state = discriminator.train(settings, folder, lines.append)
+    return folder, run, state, lines
+
+
+# The loss
+
+
+def test_cross_entropy_is_that_of_the_sigmoid():
+    logit, real = jnp.asarray([-2.0, 0.5, 3.0]), jnp.asarray([1, 0, 1])
+    d = jax.nn.sigmoid(logit)
+    value, right = discriminator.cross_entropy(logit, real)
+    np.testing.assert_allclose(value, -jnp.where(real == 1, jnp.log(d), jnp.log(1 - d)), rtol=1e-6)
+    assert right.tolist() == [0, 0, 1]
+
+
+def test_logistic_regression_finds_the_ratio_of_gaussians():
+    """real N(.5, 1), generated N(-.5, 1), sigma 1: c = (mu_r - mu_f) / (s^2 + sigma^2) = 0.5, intercept 0."""
+    rng = np.random.default_rng(0)
+    real = np.tile([1, 0], 100_000)
+    x = jnp.asarray(real - 0.5 + rng.normal(size=real.shape) * np.sqrt(2))
+
+    def loss(p):
+        return discriminator.cross_entropy(p[0] * x + p[1], jnp.asarray(real))[0].mean()
+
+    p = jnp.zeros(2)
+    for _ in range(6):  # Newton
+        p = p - jnp.linalg.solve(jax.hessian(loss)(p), jax.grad(loss)(p))
+    np.testing.assert_allclose(p, [0.5, 0.0], atol=0.02)
+
+
+def test_coupled_l2_is_pytorchs_adam():
+    """torch.optim.Adam(weight_decay): the decay joins the gradient before the moments."""
+    tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.01))
+    p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    q = jnp.asarray(p)
+    state = tx.init(q)
+    for t, g in enumerate(([0.3, 0.0], [-0.1, 0.2], [0.5, 0.5]), start=1):
+        updates, state = tx.update(jnp.asarray(g), state, q)
+        q = optax.apply_updates(q, updates)
+        g = np.array(g) + 0.1 * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p = p - 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(q, p, rtol=1e-5)
+
+
+def test_a_trained_ratio_moves_the_samples_to_the_data():
+    """spec/dg.md 10: a small perceptron, cosine decay; Wasserstein distance from 0.5 to under 0.1."""
+    bumps = lambda w, m, s: Mixture(w, [s, s], np.reshape(m, (2, 1, 1, 1)))  # noqa: E731
+    data, model = bumps([0.5, 0.5], [-1, 1], 0.2), bumps([0.8, 0.2], [-0.9, 1.1], 0.25)
+    widths, count, half = (3, 64, 64, 1), 2000, 512
+
+    def perceptron(params, x_vp, t, label=None):
+        sigma, x_vp = dg.vp_sigma(t)[:, None], x_vp.reshape(-1, 1)
+        x = x_vp * jnp.sqrt(1 + sigma**2)
+        h = jnp.concatenate([x_vp, x / jnp.sqrt(0.05 + sigma**2), jnp.log(sigma) / 4], axis=1)
+        for i, (w, b) in enumerate(params):
+            h = h @ w + b[None]
+            h = jax.nn.silu(h) if i < len(params) - 1 else h
+        return h[:, 0]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = list(zip(widths, widths[1:], strict=False))
+    params = [(jax.random.normal(k, s) / np.sqrt(s[0]), jnp.zeros(s[1])) for k, s in zip(keys, sizes, strict=True)]
+    tx = optax.adam(optax.cosine_decay_schedule(3e-3, count))
+    real = jnp.tile(jnp.asarray([1, 0]), half)
+
+    def step(carry, key):
+        params, state = carry
+        k = jax.random.split(key, 4)
+        x0 = jnp.stack([data.draw(k[0], half), model.draw(k[1], half)], 1).reshape(-1, 1, 1, 1)
+        sigma = dg.training_sigma(jax.random.uniform(k[2], (2 * half,)))
+        x = x0 + sigma[:, None, None, None] * jax.random.normal(k[3], x0.shape)
+        ratio = lambda p: dg.log_ratio(functools.partial(perceptron, p), clip=0.0)(x, sigma)  # noqa: E731
+        loss = lambda p: discriminator.cross_entropy(ratio(p), real)[0].mean()  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), jax.random.split(jax.random.key(1), count)))
+    (params, _), losses = run(params)
+    np.testing.assert_allclose(losses[-1000:].mean(), 0.6508, atol=4e-3)  # the Bayes value; 1,000 fresh points a step
+    ratio = dg.log_ratio(functools.partial(perceptron, params))
+    latents = jax.random.normal(jax.random.key(2), (10_000, 1, 1, 1))
+    truth = np.sort(np.asarray(data.draw(jax.random.key(3), 10_000)).ravel())
+    away = lambda d: np.abs(np.sort(np.asarray(sample(d, latents, grids.edm(18))).ravel()) - truth).mean()  # noqa: E731
+    plain, guided = away(model.denoise), away(dg.guide(model.denoise, ratio))
+    assert plain > 0.4 and guided < 0.1, (plain, guided)
+
+
+# The data
+
+
+def test_pairs_alternate_and_resume():
+    images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+    source = open_source("digits")
+    real, fake = (dataclasses.replace(source, images=i, labels=None) for i in (images, images + 100))
+    pairs = fakes.Pairs(real, fake, 8, 0, 0, 1)
+    first = next(pairs)
+    assert first["real"].tolist() == [1, 0] * 4 and first["index"].tolist() == list(range(8))
+    assert ((first["image"].ravel() >= 100) == (first["real"] == 0)).all()
+    assert not np.array_equal(first["image"][1::2] - 100, first["image"][::2])  # two orders, not one
+    halves = [next(fakes.Pairs(real, fake, 8, 0, i, 2)) for i in range(2)]
+    for key in first:
+        np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), first[key])
+    position, second = pairs.get_state(), next(pairs)
+    again = fakes.Pairs(real, fake, 8, 0, 0, 1)
+    again.set_state(position)
+    np.testing.assert_array_equal(next(again)["image"], second["image"])
+
+
+def test_held_out_images_are_the_same_ones_every_time_and_never_trained_on():
+    source = open_source("digits")
+    numbered = dataclasses.replace(source, images=np.arange(100, dtype=np.int32)[:, None, None, None], labels=None)
+    (kept, out), (_, again) = fakes.split(numbered, 0.1), fakes.split(numbered, 0.1)
+    assert len(out) == 10 and sorted([*kept.images.ravel(), *out.images.ravel()]) == list(range(100))
+    np.testing.assert_array_equal(out.images, again.images)
+    read = dataclasses.replace(source, images=None, reader=_Digits(source))
+    kept, out = fakes.split(read, 0.5)
+    assert len(kept) + len(out) == len(source)
+    np.testing.assert_array_equal(out[3]["image"], fakes.split(source, 0.5)[1][3]["image"])
+
+
+@dataclasses.dataclass
+class _Digits:
+    source: object
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, i):
+        return self.source.images[i], self.source.labels[i]
+
+    def where(self, i):
+        return f"image {i}"
+
+
+# The network
+
+
+def test_an_extractor_of_other_images_is_refused():
+    network = ADMEncoder(img_resolution=16, out_channels=10, model_channels=32, channel_mult=(1,), num_blocks=1)
+    with pytest.raises(ValueError, match="made for 16 pixels and 3 channels; expected 8 and 1"):
+        build(8, 1, extractor=network)
+    assert build(16, 3, extractor=network).head.img_channels == 32
+
+
+def test_the_recipe_builds_the_authors_head():
+    """Published sizes: 2,883,841 numbers, 3,395,841 with the table of 1,000 classes."""
+    recipe = configs.load(tiny.ROOT / "configs" / "cifar10_dg.py")
+    extractor = ADMEncoder(
+        img_resolution=32, out_channels=1000, model_channels=128, channel_mult=(1, 2, 4), num_blocks=4,
+        attn_resolutions=(32, 16, 8), head_channels=64,
+    )  # fmt: skip
+    settings = dict(recipe.network) | {"dtype": jnp.float32}
+    for classes, count in ((0, 2_883_841), (1000, 3_395_841)):
+        network = build(32, 3, classes, extractor, **settings)
+        params, _ = jax.eval_shape(network.init, jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    assert discriminator.open_network(recipe, (32, 32, 3), 10, "")[0].extractor is None
+
+
+# The loop
+
+
+def test_one_command_draws_samples_trains_and_saves(trained, extractor):
+    folder, run, state, lines = trained
+    assert int(state.step) == 4 and any("drawing 60 samples" in line for line in lines)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"2", "4"}
+    about = fakes.about(folder / "samples.npz")
+    assert (about["solver"], about["steps"], about["nfe"], about["num"]) == ("heun", 3, 5, 60)
+    drawn = fakes.read(folder / "samples.npz")
+    assert drawn.images.dtype == np.uint8 and set(drawn.labels) <= set(range(10))  # both sides pass through 8 bits
+    log = (folder / "metrics.jsonl").read_text()
+    assert all(word in log for word in ('"accuracy"', '"held_out/loss"', '"held_out/accuracy"'))
+    assert (folder / "extractor.safetensors").read_bytes() == extractor.read_bytes()
+    assert run.model.label_dim == 10 and run.model.head.img_channels == 64
+    assert all(leaf.shape != () for leaf in jax.tree.leaves(run.frozen_network))
+
+
+def test_the_loss_begins_at_chance_and_only_the_head_is_trained(trained):
+    _, run, _, _ = trained
+    state = run.init()
+    batch = next(discriminator._batches(run))
+    frozen = {"dg": {"extractor": run.frozen_network}}
+    loss = discriminator.training_loss(run.config, run.model, False)
+    value, sums = jax.jit(lambda p: loss(p, state, frozen, batch, run.key))(state.params)
+    np.testing.assert_allclose(value, np.log(2), atol=0.05)
+    assert set(sums) == {"loss", "accuracy"} and sums["loss"][1] == 8
+    names = {p[0].key for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert "map_label" in names and "enc_8x8_conv" not in names  # 4x4 features come in
+
+
+def test_what_was_trained_guides_the_prior(trained, prior):
+    folder, run, _, _ = trained
+    model, heard = finish.open_workdir(prior), []
+    settings = model.settings(solver="heun", steps=3)
+    method = discriminator.open_guidance(folder, run=model, settings=settings, weight=50.0, warn=heard.append)
+    assert not heard and method.frozen["weight"] == 50.0
+    images = generate.sampler(model.model, settings, jax.devices()[:1], guidance=(method,))
+
+    def draw(weight, label):
+        chosen = dataclasses.replace(method, frozen=method.frozen | {"weight": np.float32(weight)})
+        parts = generate.generate(images, model.params, model.buffers, np.arange(4), np.full(4, label), 4, (chosen,))
+        return np.concatenate(list(parts))
+
+    plain = generate.sampler(model.model, settings, jax.devices()[:1])
+    expected = np.concatenate(
+        list(generate.generate(plain, model.params, model.buffers, np.arange(4), np.full(4, 1), 4))
+    )
+    np.testing.assert_allclose(draw(0.0, 1), expected, rtol=0, atol=1e-5)
+    assert np.abs(draw(50.0, 1) - expected).max() > 1e-4
+    ratio = discriminator.ratio_of(run.model, "vp")(method.frozen["network"])
+    x, sigma = jnp.ones((1, 8, 8, 1)), jnp.ones((1,))
+    assert ratio(x, sigma, jnp.asarray([1])) != ratio(x, sigma, jnp.asarray([7]))  # the head is told the class
+    with pytest.raises(ValueError, match="expects the classes"):
+        ratio(x, sigma)
+    discriminator.open_guidance(folder, run=model, settings=model.settings(solver="heun", steps=9), warn=heard.append)
+    assert len(heard) == 1 and "differ in steps" in heard[0]
+
+
+@pytest.mark.parametrize(
+    "more,words",
+    [
+        (("sample.steps=4",), "drawn with steps 3, now it is 4"),
+        (("dg.num=50",), "drawn with num 60, now it is 50"),
+        (("dg.cfg=2.0",), "drawn with cfg 1.0, now it is 2.0"),
+    ],
+)
+def test_samples_of_another_sampler_are_refused(trained, prior, more, words):
+    folder, run, _, _ = trained
+    settings = config(prior, *more, f"dg.samples={folder / 'samples.npz'}")
+    with pytest.raises(configs.ConfigError, match=words):
+        discriminator.build(settings, parallel.make_plan("pmap", 1), folder)
+
+
+def test_samples_of_other_weights_are_refused(trained, prior):
+    folder, run, _, _ = trained
+    other = dataclasses.replace(run.prior, params=jax.tree.map(lambda p: p + 1e-6, run.prior.params))
+    with pytest.raises(configs.ConfigError, match="drawn with weights [0-9a-f]{12}, now it is"):
+        fakes.read(folder / "samples.npz", fakes.origin(run.config, other, 60))
+
+
+def test_folders_of_the_other_kind_are_named(trained, prior):
+    with pytest.raises(CheckpointError, match="holds a discriminator; expected the folder of a denoiser"):
+        finish.open_workdir(trained[0])
+    with pytest.raises(CheckpointError, match="holds no discriminator"):
+        discriminator.open_guidance(prior)
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("dg.prior=", "dg.prior"),
+        ("data.batch=7", "data.batch.*even"),
+        ("dg.held_out=1.0", "dg.held_out"),
+        ("dg.clock=sine", "dg.clock"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(trained, prior, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        discriminator.build(config(prior, text), parallel.make_plan("pmap", 1), trained[0])
+    assert "\n" not in str(error.value)
+
+
+def test_evaluations_choose_checkpoint_and_weight_by_distance(prior, tmp_path, trained):
+    more = (
+        "evaluate.features=digits",
+        "evaluate.num=40",
+        "evaluate.every=2 steps",
+        "dg.weights=(5.0,)",
+        "train.keep=1",
+    )
+    samples = f"dg.samples={trained[0] / 'samples.npz'}"
+    lines = []
+    discriminator.train(config(prior, *more, samples), tmp_path, lines.append)
+    reports = {r["step"]: r for r in json.loads((tmp_path / "evaluations.json").read_text())}
+    assert set(reports) == {2, 4} and all(r["weight"] in (2.0, 5.0) and r["unguided"] > 0 for r in reports.values())
+    assert reports[2]["unguided"] == reports[4]["unguided"]
+    best = min(reports.values(), key=lambda r: r["fd"])
+    assert discriminator.open_guidance(tmp_path).frozen["weight"] == np.float32(best["weight"])
+    assert any("unguided" in line for line in lines)
+    assert not any("drawing" in line for line in lines)
+
+
+@pytest.mark.parametrize("plan,devices", [("pmap", 4), ("mesh", 4)])
+def test_devices_agree(trained, prior, plan, devices):
+    folder, run, _, _ = trained
+    more = (f"dg.samples={folder / 'samples.npz'}", f"dg.extractor={folder / 'extractor.safetensors'}")
+    settings = config(prior, *more, "data.conditional=true", "parallel.devices=0")
+
+    def two_steps(run):
+        state = run.init()
+        step, frozen, batches = run.compile(state), run.frozen(), discriminator._batches(run)
+        for _ in range(2):
+            state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        return run.plan.local_copy(state.params), float(np.asarray(metrics["loss"]))
+
+    one, loss = two_steps(run)
+    many, same = two_steps(discriminator.build(settings, parallel.make_plan(plan, devices), folder))
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    distance = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)]
+    assert max(distance) < 5e-4, max(distance)
