@@ -2,8 +2,8 @@
 
     python benchmarks/ogdm_pays.py --out runs/ogdm_pays
 
-For every solver and number of network evaluations: the Frechet distance of as many samples as the data set has images,
-in the feature space of the configuration, mean and standard deviation over seeds. "baseline" and "ogdm" train for
+For every solver and number of network evaluations: the Frechet distance of --num samples to the whole set, in the
+feature space of the configuration, mean and standard deviation over seeds. "baseline" and "ogdm" train for
 --updates; "tuned" continues the baseline's moving average with OGDM for --tune updates, "longer" continues it without.
 Run again, it goes on where it stopped; runs of single seeds may go side by side in one folder.
 """
@@ -20,6 +20,7 @@ EVALUATIONS = (5, 8, 10, 15, 25)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits")
+    parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--tune", type=int, default=300)
@@ -46,7 +47,9 @@ def main() -> None:
         }
         for name, flags in variants.items():
             model = study.trained(out / f"{name}-{seed}", args.config, *flags)
-            measure = measure or study.Measure(model.config.evaluate.features, finish.open_source(model.config))
+            measure = measure or study.Measure(
+                model.config.evaluate.features, finish.open_source(model.config), args.num
+            )
             results = out / f"{name}-{seed}.jsonl"
             done = [(e["solver"], e["NFE"]) for e in study.read(results)]
             for solver in SOLVERS:

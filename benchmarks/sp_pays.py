@@ -17,6 +17,7 @@ SAMPLERS = (("euler", 10), ("heun", 18))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of all continuations, falling to 0")
@@ -41,7 +42,7 @@ def main() -> None:
         for name, flags in variants.items():
             folder = out / f"{name.replace(' ', '_')}-{seed}"
             model = study.trained(folder, "digits", *flags) if flags else finish.open_workdir(base)
-            measure = measure or study.Measure("digits", finish.open_source(model.config))
+            measure = measure or study.Measure("digits", finish.open_source(model.config), args.num)
             done = [e["sampler"] for e in study.read(folder.with_suffix(".jsonl"))]
             for solver, steps in SAMPLERS:
                 sampler = f"{solver} {study.evaluations(solver, steps)} NFE"

@@ -18,8 +18,9 @@ TARGETS = {"DSM": ("methods=",), "STF": ("methods=stf", "stf.source=full")}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--every", type=int, default=200)
     parser.add_argument("--out", default="runs/stf_pays")
     args, rest = parser.parse_known_args()
@@ -41,7 +42,7 @@ def main() -> None:
                     if updates in done:
                         continue
                     model = finish.open_workdir(folder, updates)
-                    measure = measure or study.Measure("digits", finish.open_source(model.config))
+                    measure = measure or study.Measure("digits", finish.open_source(model.config), args.num)
                     found = measure(model, "heun", 10, seed)
                     entry = {"law": law, "target": target, "updates": updates, "seed": seed} | found
                     study.record(folder.with_suffix(".jsonl"), **entry)

@@ -37,10 +37,10 @@ def steps_of(solver: str, evaluations: int) -> int:
 class Measure:
     """Distances of generated images to a data set; compiles each sampler once."""
 
-    def __init__(self, features: str, source: data.Source, num: int | None = None):
+    def __init__(self, features: str, source: data.Source, num: int):
         self._features = feature_space(features)
         self._real = self._features(source.images)
-        self._num = num or len(source)
+        self._num = num
         self._samplers: dict[tuple, generate.Images] = {}
 
     def features_of(self, model: finish.Trained, solver: str, steps: int, seed: int) -> np.ndarray:
@@ -57,7 +57,7 @@ class Measure:
         return self._features(np.concatenate([report.to_uint8(part) for part in parts]))
 
     def __call__(self, model: finish.Trained, solver: str, steps: int, seed: int) -> dict[str, float]:
-        """fd, precision, recall of as many images as the data set has."""
+        """fd, precision, recall of `num` images against the whole set."""
         drawn = self.features_of(model, solver, steps, seed)
         precision, recall = metrics.precision_recall(self._real, drawn, 3)
         moments = [metrics.Moments().update(f).finalize() for f in (drawn, self._real)]
