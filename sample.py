@@ -15,7 +15,8 @@ from ogdm_jax import guided, startup
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="training folder")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint (default: the newest)")
+    step = lambda text: text if text == "best" else int(text)  # noqa: E731
+    parser.add_argument("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     parser.add_argument("--weights", default="ema", help="ema or params")
     parser.add_argument("--num", type=int, default=64)
     parser.add_argument("--seeds", default="", help="FIRST-LAST, both included; replaces --num (default: 0 to num - 1)")

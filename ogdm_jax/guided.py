@@ -270,20 +270,16 @@ def _dps_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
 
 
 def _mpgd_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    return kicks.time_travel(
-        kicks.mpgd(_loss(restoration, given), 0.4 if scale is None else scale, **settings), **_travel(travel)
-    )
+    return _placed(kicks.mpgd(_loss(restoration, given), 0.4 if scale is None else scale), settings, travel)
 
 
 def _lgd_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
     loss = _loss(restoration, given, whitened=True)
-    kick = kicks.lgd(lambda x0: loss(x0) / 2, 1e-3 if scale is None else scale, **settings)
-    return kicks.time_travel(kick, **_travel(travel))
+    return _placed(kicks.lgd(lambda x0: loss(x0) / 2, 1e-3 if scale is None else scale), settings, travel)
 
 
 def _freedom_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    kick = kicks.freedom(_loss(restoration, given), 0.2 if scale is None else scale, **settings)
-    return kicks.time_travel(kick, **_travel(travel))
+    return _placed(kicks.freedom(_loss(restoration, given), 0.2 if scale is None else scale), settings, travel)
 
 
 def _ddnm_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
@@ -294,8 +290,9 @@ def _diffpir_kick(args, restoration, given, scale, noise, settings, travel) -> K
     return kicks.diffpir(restoration.operator(given), given["y"], noise, 8.0 if scale is None else scale)
 
 
-def _travel(travel: dict[str, Any]) -> dict[str, Any]:
-    return {"repeats": travel["repeats"], "window": travel["repeat_window"]}
+def _placed(kick: Kick, settings: dict[str, Any], travel: dict[str, Any]) -> Kick:
+    """The kick on its steps, as often as asked for."""
+    return kicks.on_steps(kicks.time_travel(kick, travel["repeats"], travel["repeat_window"]), **settings)
 
 
 KICKS: dict[str, Callable[..., Kick]] = {

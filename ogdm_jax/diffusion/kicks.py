@@ -251,7 +251,7 @@ def freedom(
         weight = scale * jnp.abs((1 - ratio) * (1 + ratio)) * rms(x - x0_hat)
         return jnp.where(positive, weight / jnp.where(positive, size, 1.0), 0.0)
 
-    return time_travel(on_steps(descend(through_network(loss), step_size), interval, window), repeats)
+    return on_steps(time_travel(descend(through_network(loss), step_size), repeats), interval, window)
 
 
 def rms(v: Array) -> Array:

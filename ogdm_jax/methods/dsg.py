@@ -145,7 +145,7 @@ def spherical(
             x_next = jnp.where(guided, x_next, mean + kicks.spread(std, x) * noise)
         return x_next, x0_hat
 
-    return kicks.time_travel(kicks.on_steps(kick, interval, window), repeats, repeat_window)
+    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
 
 
 def _direction(loss: Loss, backward: bool, samples: int, clip: bool) -> Direction:
@@ -189,7 +189,7 @@ def posterior(
         return size * kicks.vp_factor(info) if coordinate == "vp" else size
 
     kick = kicks.descend(kicks.through_network(loss, clip_loss), step_size, clip_mean)
-    return kicks.time_travel(kicks.on_steps(kick, interval, window), repeats, repeat_window)
+    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
 
 
 def guidance(kick_of: Callable[[PyTree], Kick], given: PyTree, name: str = "dsg") -> Guidance:

