@@ -22,10 +22,12 @@ def get_config() -> ConfigDict:
     config.data.label_dropout = 0.0  # share of labels hidden in training (for classifier-free guidance)
     config.data.xflip = False  # unlabelled horizontal flips; they become part of the data distribution
     config.data.augment = 0.12  # probability of EDM's labelled augmentation pipe; 0 = off
+    config.data.resolution = 0  # crop images to squares and resize them to this side; 0 = as stored
+    config.data.channels = 0  # 1 or 3; 0 = as stored
     config.data.memory_limit = 2.0  # GiB; smaller sets are kept in memory as one array
 
     config.network = ConfigDict()
-    config.network.kind = "song"  # song (DDPM++, NCSN++) or dhariwal (ADM)
+    config.network.kind = "song"  # song (DDPM++, NCSN++), dhariwal (EDM's ADM) or openai (ADM as OpenAI has it)
     config.network.model_channels = 128
     config.network.channel_mult = (2, 2, 2)
     config.network.num_blocks = 4
@@ -34,15 +36,23 @@ def get_config() -> ConfigDict:
     config.network.embedding_type = "positional"  # or fourier (NCSN++)
     config.network.encoder_type = "standard"  # or residual (NCSN++)
     config.network.resample_filter = (1, 1)  # or (1, 3, 3, 1) (NCSN++)
+    config.network.num_heads = 1  # openai: attention heads
+    config.network.head_channels = 0  # openai: width of a head, in place of their number where above 0
+    config.network.scale_shift = True  # openai: the embedding scales and shifts (use_scale_shift_norm)
+    config.network.resblock_updown = False  # openai: residual blocks resample
     config.network.dtype = "float32"  # compute type; parameters stay float32
     config.network.remat = False  # recompute activations in the backward pass
 
     config.precondition = ConfigDict()
-    config.precondition.kind = "edm"  # edm, vp, ve, iddpm
+    config.precondition.kind = "edm"  # edm, vp, ve, iddpm, adm (eps of a discrete process)
     config.precondition.sigma_data = 0.5  # python -m ogdm_jax.data describe SOURCE measures it
+    config.precondition.schedule = "linear"  # adm, noise.law ddpm: betas, linear or cosine
+    config.precondition.diffusion_steps = 1000  # and their number
+    config.precondition.learned_variance = False  # adm: the network has channels for it; training leaves them alone
+    config.precondition.rescale_timesteps = False  # adm: the network is told t * 1000 / diffusion_steps
 
     config.noise = ConfigDict()
-    config.noise.law = "edm"  # edm (log-normal), vp, ve
+    config.noise.law = "edm"  # edm (log-normal), vp, ve, ddpm (uniform over the discrete process)
     config.noise.mean = -1.2  # of ln sigma (edm)
     config.noise.std = 1.2
     config.noise.clip = False  # clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ogdm_jax.config import choose, require
-from ogdm_jax.diffusion import precondition
-from ogdm_jax.networks import DhariwalUNet, SongUNet
+from ogdm_jax.diffusion import precondition, process
+from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
 from ogdm_jax.typing import Array, Denoise, PyTree
 
-_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet}
-_SONG_ONLY = ("embedding_type", "encoder_type", "resample_filter")
+_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
+ONLY = {  # settings that other kinds of network do not have
+    "song": ("embedding_type", "encoder_type", "resample_filter"),
+    "openai": ("num_heads", "head_channels", "scale_shift", "resblock_updown"),
+}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -66,27 +69,52 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
     )
     conditional = config.data.conditional
     require(not conditional or num_classes > 0, "data.conditional", conditional, "a source with class labels")
-    kind = choose("precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm"))
-    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype")}
+    kind = choose("precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm", "adm"))
+    choose("network.kind", net.kind, _NETWORKS)
+    augmented = config.data.augment > 0
+    require(
+        not (augmented and net.kind == "openai"),
+        "data.augment",
+        config.data.augment,
+        "0 with network.kind 'openai', which has no place for augmentation labels",
+    )
+    foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
+    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype", *foreign)}
     if net.kind == "song":
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
-    else:
-        settings = {k: v for k, v in settings.items() if k not in _SONG_ONLY}
-    network = choose("network.kind", net.kind, _NETWORKS)(
+    if net.kind != "openai":
+        settings["augment_dim"] = 9 if augmented else 0
+    further = kind == "iddpm" or (kind == "adm" and config.precondition.learned_variance)
+    network = _NETWORKS[net.kind](
         img_resolution=height,
         img_channels=channels,
-        out_channels=channels * (2 if kind == "iddpm" else 1),
+        out_channels=channels * (2 if further else 1),
         label_dim=num_classes if conditional else 0,
-        augment_dim=9 if config.data.augment > 0 else 0,
         dtype=choose("network.dtype", net.dtype, _DTYPES),
         **settings,
     )
-    wrap = precondition.edm if kind == "edm" else getattr(precondition, kind)
+    return Model(network, _wrap(config, kind), image_shape, network.label_dim)
+
+
+def _wrap(config: ConfigDict, kind: str) -> Callable[[Any], Denoise]:
+    """network_fn -> denoise of config.precondition."""
+    settings = config.precondition
     if kind == "edm":
-        sigma_data = config.precondition.sigma_data
-        require(sigma_data > 0, "precondition.sigma_data", sigma_data, "a positive number")
-        return Model(network, lambda f: wrap(f, sigma_data), image_shape, network.label_dim)
-    return Model(network, wrap, image_shape, network.label_dim)
+        require(settings.sigma_data > 0, "precondition.sigma_data", settings.sigma_data, "a positive number")
+        return lambda f: precondition.edm(f, settings.sigma_data)
+    if kind != "adm":
+        return getattr(precondition, kind)
+    more = {name: settings[name] for name in ("learned_variance", "rescale_timesteps")}
+    table = discrete_table(config)
+    return lambda f: precondition.adm(f, table, settings.diffusion_steps, **more)
+
+
+def discrete_table(config: ConfigDict) -> process.Discrete:
+    """The discrete process of config.precondition. Raises ConfigError for an unknown schedule or fewer than 2 steps."""
+    settings = config.precondition
+    choose("precondition.schedule", settings.schedule, ("linear", "cosine"))
+    require(settings.diffusion_steps >= 2, "precondition.diffusion_steps", settings.diffusion_steps, "at least 2")
+    return process.Discrete.make(settings.schedule, settings.diffusion_steps)
 
 
 def parameter_count(params: PyTree) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion import grids, steps
+from ogdm_jax.diffusion import grids, precondition, steps
 from ogdm_jax.diffusion.process import Discrete, vp_scale
 from ogdm_jax.diffusion.sampling import sample
 from ogdm_jax.typing import Array, Denoise
@@ -28,13 +28,7 @@ def denoiser(eps_model: EpsModel, table: Discrete, clip: bool = False) -> Denois
       clip: clamp x0 to [-1, 1]; slopes are then re-derived from the clamped x0, as guided-diffusion does.
     """
 
-    def denoise(x: Array, sigma: Array, label: Array | None = None) -> Array:
-        t = jnp.asarray(table.timesteps)[table.index(sigma)].astype(x.dtype)
-        eps = eps_model(steps.per_example(vp_scale(sigma), x) * x, t)
-        x0 = x - steps.per_example(sigma, x) * eps
-        return jnp.clip(x0, -1, 1) if clip else x0
-
-    return denoise
+    return precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
 
 
 def ddim(

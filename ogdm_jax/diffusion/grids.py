@@ -122,6 +122,19 @@ def ddim(
     return np.append(process.Discrete.make(table, keep=kept).sigma[::-1], 0.0)
 
 
+def respaced(
+    spacing: str | Sequence[int], betas: str | Sequence[float] | np.ndarray = "linear", steps: int = 1000
+) -> np.ndarray:
+    """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or "" (all steps).
+
+    Raises:
+      ValueError: unknown betas, or a spacing that the steps do not allow (`process.space_timesteps`).
+    """
+    table = process.betas(betas, steps)
+    keep = process.space_timesteps(len(table), spacing) if spacing else None
+    return np.append(process.Discrete.make(table, keep=keep).sigma[::-1], 0.0)
+
+
 def clip_range(denoise, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """(sigma_min, sigma_max) within the range a denoiser states in its attributes sigma_min and sigma_max, if any."""
     low, high = getattr(denoise, "sigma_min", 0.0), getattr(denoise, "sigma_max", np.inf)

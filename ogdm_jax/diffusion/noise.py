@@ -7,10 +7,11 @@ programs and stratified draws can supply that number.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import process
@@ -26,12 +27,14 @@ class NoiseLaw:
       sigma: draw [...] -> noise level, increasing or decreasing in the draw.
       weight: sigma -> lambda(sigma), the factor of the squared error at that level.
       stratified: `sample` spreads the draws of a batch evenly over the quantiles.
+      levels: float64 [T], ascending, of a law that draws from so many levels; else None.
     """
 
     kind_of_draw: str
     sigma: Callable[[Array], Array]
     weight: Callable[[Array], Array]
     stratified: bool = False
+    levels: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.kind_of_draw not in ("normal", "uniform"):
@@ -104,6 +107,22 @@ def vp(beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5, str
     """sigma(t) of the VP process (2011.13456), t = 1 + u (epsilon_t - 1) in [epsilon_t, 1]; weight 1 / sigma^2."""
     sigma = functools.partial(_vp, beta_d=beta_d, beta_min=beta_min, epsilon_t=epsilon_t)
     return NoiseLaw("uniform", sigma, _inverse_square, stratified)
+
+
+def _of_table(draw: Array, levels: np.ndarray) -> Array:
+    last = len(levels) - 1
+    return jnp.asarray(levels, draw.dtype)[jnp.minimum(jnp.floor(draw * len(levels)).astype(jnp.int32), last)]
+
+
+def ddpm(betas: str | Sequence[float] | np.ndarray = "linear", steps: int = 1000, stratified: bool = False) -> NoiseLaw:
+    """Levels sqrt(1 / alpha_bar_t - 1) of a discrete process, t uniform over its steps (2006.11239 alg. 1).
+
+    Weight 1 / sigma^2: of an eps-predicting network sum_pixels (x0_hat - x0)^2 / sigma^2 = sum (eps_hat - eps)^2. That
+    is h w c times L_simple, which is a mean over pixels. Raises ValueError for unknown betas.
+    """
+    levels = process.Discrete.make(betas, steps).sigma
+    sigma = functools.partial(_of_table, levels=levels)
+    return NoiseLaw("uniform", sigma, _inverse_square, stratified, levels)
 
 
 def _log_uniform(draw: Array, sigma_min: float, sigma_max: float) -> Array:

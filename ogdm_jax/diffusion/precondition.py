@@ -1,21 +1,22 @@
 """From a raw network to a denoiser: denoise(x, sigma) = c_skip x + c_out F(c_in x; c_noise).
 
 2206.00364, table 1 and appendix C. sigma is the standard deviation of the noise around an unscaled image (the
-variance-exploding coordinate) for all four, so that losses and samplers need not know which one they are given.
+variance-exploding coordinate) for all of them, so that losses and samplers need not know which one they are given.
 
-| | EDM | VP | VE | iDDPM |
-|---|---|---|---|---|
-| c_skip | sd^2 / (s^2 + sd^2) | 1 | 1 | 1 |
-| c_out | s sd / sqrt(s^2 + sd^2) | -s | s | -s |
-| c_in | 1 / sqrt(s^2 + sd^2) | 1 / sqrt(s^2 + 1) | 1 | 1 / sqrt(s^2 + 1) |
-| c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 1000 - 1 - argmin_j abs(u_j - s) |
+| | EDM | VP | VE | iDDPM | ADM |
+|---|---|---|---|---|---|
+| c_skip | sd^2 / (s^2 + sd^2) | 1 | 1 | 1 | 1 |
+| c_out | s sd / sqrt(s^2 + sd^2) | -s | s | -s | -s |
+| c_in | 1 / sqrt(s^2 + sd^2) | 1 / sqrt(s^2 + 1) | 1 | 1 / sqrt(s^2 + 1) | 1 / sqrt(s^2 + 1) |
+| c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 1000 - 1 - argmin_j abs(u_j - s) | t, nearest of a beta table |
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.diffusion import process
 from ogdm_jax.typing import Array, NetworkFn
@@ -31,7 +32,9 @@ class Preconditioned:
       network_fn: F(x, c_noise, label, **extra). Channels beyond those of x (a learned variance) are dropped.
       coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
       sigma_min, sigma_max: levels the network is made for.
-      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM); for samplers.
+      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM, ADM); for samplers.
+      clip: clamp x0_hat to [-1, 1].
+      learned_variance: the network's further channels v say the variance of DDPM's steps; see with_variance.
     """
 
     network_fn: NetworkFn
@@ -39,9 +42,23 @@ class Preconditioned:
     sigma_min: float = 0.0
     sigma_max: float = float("inf")
     round_sigma: Callable[[Array], Array] = jnp.asarray
+    clip: bool = False
+    learned_variance: bool = False
 
     def __call__(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
         """x0_hat. Extra keywords go to the network; with tap, the network's features are returned as they are."""
+        return self._evaluate(x, sigma, label, **extra)[0]
+
+    @property
+    def with_variance(self) -> Callable[..., tuple[Array, Array]] | None:
+        """(x, sigma, label, **extra) -> (x0_hat, fraction) in one evaluation, or None without a learned variance.
+
+        fraction [B,H,W,C] = (v + 1) / 2: where the variance lies between the logarithms of the smaller and the larger
+        one of `steps.posterior_std` (2102.09672 eq. 15); it may leave [0, 1]. Decorators hand this attribute on as is.
+        """
+        return self._evaluate if self.learned_variance else None
+
+    def _evaluate(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> tuple[Array, Array | None]:
         if x.ndim != 4:
             raise ValueError(f"denoise: x has shape {x.shape}; expected [B, H, W, C]")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -52,9 +69,18 @@ class Preconditioned:
         per_image = lambda c: c[:, None, None, None]  # noqa: E731
         output = self.network_fn(per_image(c_in) * x, c_noise, label, **extra)
         if extra.get("tap") is not None:
-            return output
-        output = output[..., : x.shape[-1]].astype(x.dtype)
-        return per_image(c_skip) * x + per_image(c_out) * output
+            return output, None
+        output, further = (part.astype(x.dtype) for part in jnp.split(output, [x.shape[-1]], axis=-1))
+        x0_hat = per_image(c_skip) * x + per_image(c_out) * output
+        x0_hat = jnp.clip(x0_hat, -1, 1) if self.clip else x0_hat
+        if not self.learned_variance:
+            return x0_hat, None
+        if further.shape != x.shape:
+            raise ValueError(
+                f"denoise: the network has {further.shape[-1]} channels besides the {x.shape[-1]} of the image; "
+                "expected as many for the learned variance"
+            )
+        return x0_hat, (further + 1) / 2
 
 
 def _edm(sigma: Array, sigma_data: float) -> Coefficients:
@@ -128,4 +154,61 @@ def iddpm(network_fn: NetworkFn, steps: int = 1000) -> Preconditioned:
         float(u[steps - 1]),
         float(u[0]),
         functools.partial(_iddpm_round, steps=steps),
+    )
+
+
+def _adm_time(table: process.Discrete, sigma: Array, scale: float) -> Array:
+    return jnp.asarray(table.timesteps * scale, sigma.dtype)[table.index(sigma)]
+
+
+def _adm_round(table: process.Discrete, sigma: Array) -> Array:
+    sigma = jnp.asarray(sigma)
+    sigma = sigma.astype(jnp.promote_types(sigma.dtype, jnp.float32))
+    return jnp.asarray(table.sigma, sigma.dtype)[table.index(sigma)]
+
+
+def _adm(sigma: Array, table: process.Discrete, predict: str, scale: float) -> Coefficients:
+    one, time = jnp.ones_like(sigma), _adm_time(table, sigma, scale)
+    skip, out = (one, -sigma) if predict == "eps" else (jnp.zeros_like(sigma), one)
+    return skip, out, 1 / jnp.sqrt(jnp.square(sigma) + 1), time
+
+
+def adm(
+    network_fn: NetworkFn,
+    betas: str | Sequence[float] | np.ndarray | process.Discrete = "linear",
+    steps: int = 1000,
+    *,
+    predict: str = "eps",
+    learned_variance: bool = False,
+    clip: bool = False,
+    rescale_timesteps: bool = False,
+) -> Preconditioned:
+    """DDPM's discrete networks: OpenAI's ADM, OGDM_adm's and DSG's U-Nets (2006.11239, 2105.05233).
+
+    F(x / sqrt(1 + sigma^2), t) = eps with t the step whose level sqrt(1 / alpha_bar - 1) is nearest on a logarithmic
+    scale. Only the time step is rounded, as in `iddpm`; samplers round their grid by round_sigma. A grid of
+    `grids.respaced` meets the levels exactly: then ancestral and ddim are guided-diffusion's p_sample and ddim_sample.
+
+    Args:
+      betas: "linear" or "cosine", the numbers, or a table, whose kept steps are the known levels.   steps: T.
+      predict: "eps", or "x0" for networks that predict the image.
+      learned_variance: the network has 2 C output channels; the ancestral solver then takes its variance from them.
+      clip: clamp x0_hat to [-1, 1], as guided-diffusion does when it samples (and not when it trains).
+      rescale_timesteps: the network was told t 1000 / T.
+
+    Raises:
+      ValueError: unknown betas or another predict.
+    """
+    if predict not in ("eps", "x0"):
+        raise ValueError(f"precondition.adm: predict {predict!r} given; expected 'eps' or 'x0'")
+    table = betas if isinstance(betas, process.Discrete) else process.Discrete.make(betas, steps)
+    scale = 1000 / steps if rescale_timesteps else 1.0
+    return Preconditioned(
+        network_fn,
+        functools.partial(_adm, table=table, predict=predict, scale=scale),
+        float(table.sigma[0]),
+        float(table.sigma[-1]),
+        functools.partial(_adm_round, table),
+        clip,
+        learned_variance,
     )

@@ -65,7 +65,7 @@ def sample(
     trajectory: bool = False,
     *,
     eta: float | Array = 0.0,
-    variance: str | float | Array = "small",
+    variance: str | float | Array | None = None,
     round_sigma: Callable[[Array], Array] | None = None,
     noise_fn: Callable[[Array], Array] | None = None,
 ) -> Array | tuple[Array, Trajectory]:
@@ -74,7 +74,8 @@ def sample(
     Args:
       denoise: D(x [B,...], sigma [B], label) -> x0_hat. Attributes it may have: `corrector`, the denoiser of Heun's
         second evaluation; `sigma_min` and `sigma_max`, to which the grid is clipped (several levels may become one:
-        better make the grid with grids.clip_range); `round_sigma`, the nearest level it knows (iDDPM).
+        better make the grid with grids.clip_range); `round_sigma`, the nearest level it knows (iDDPM, ADM);
+        `with_variance`, for ancestral steps with a learned variance (precondition.Preconditioned).
       latents: [B,H,W,C] ~ N(0, I). The state keeps their dtype: float64 latents give a float64 sampler.
       sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
       solver: a name of SOLVERS.
@@ -85,7 +86,8 @@ def sample(
         -> (x_next, x0_hat), with evaluate(x) -> x0_hat, transition(x0_hat, x) -> (mean, std [B]) and `Info`.
       trajectory: also return a `Trajectory`.
       eta: noise of ddim (0 to 1), or of heun, which then steps down to sqrt(sigma'^2 - std^2) and adds std * noise.
-      variance: of ancestral, see `steps.posterior_std`.
+      variance: of ancestral, see `steps.posterior_std`; or "learned", what the denoiser's `with_variance` says. None:
+        "learned" where the denoiser has one, else "small".
       round_sigma: replaces the denoiser's own; [..] -> [..].
       noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
 
@@ -110,6 +112,7 @@ def sample(
         return None if keys is None else randomness.fold_in_each(_at_step(keys, step), "kick")
 
     noise = step_noise(key, latents, noise_fn)
+    variance = _variance(denoise, variance) if solver == "ancestral" else "small"
     problem = solvers.Problem(denoise, label, noise, kick or plain_kick, rule, round_sigma, eta, variance)
     x = latents * sigmas[0]
     phases, memory = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
@@ -161,6 +164,16 @@ def _known_levels(denoise: Denoise, sigmas: Array | np.ndarray, round_sigma: Cal
     return jnp.concatenate([round_sigma(jnp.clip(sigmas[:-1], low, high)).astype(dtype), sigmas[-1:]])
 
 
+def _variance(denoise: Denoise, variance: str | float | Array | None) -> str | float | Array:
+    """The ancestral solver's variance, with None replaced by what the denoiser offers."""
+    offered = getattr(denoise, "with_variance", None) is not None
+    if variance is None:
+        return "learned" if offered else "small"
+    if isinstance(variance, str) and variance == "learned" and not offered:
+        raise ValueError("variance='learned': the denoiser has no with_variance; expected one with a learned variance")
+    return variance
+
+
 def _check_solver(solver: str) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
@@ -184,12 +197,12 @@ def _check_settings(solver: str, rule: Any, kick: Any, eta: Any, variance: Any, 
         raise ValueError(f"eta={eta} with solver {solver!r}; expected solver 'ddim' or 'heun', or eta=0")
     if solver == "ancestral" and not (known and eta == 0):
         raise ValueError(f"eta={eta} with solver 'ancestral'; expected solver 'ddim' or 'heun', or eta=0")
-    if solver != "ancestral" and not (isinstance(variance, str) and variance == "small"):
+    if solver != "ancestral" and not (variance is None or isinstance(variance, str) and variance == "small"):
         raise ValueError(f"variance={variance!r} with solver {solver!r}; expected solver 'ancestral'")
     if rule is not None and (solver not in ("euler", "heun") or random_steps):
         raise ValueError(f"churn with solver {solver!r} and eta={eta}; expected solver 'heun' or 'euler' with eta=0")
-    if kick is not None and not random_steps:
+    if kick is not None and not random_steps and rule is None:
         raise ValueError(
             f"kick with solver {solver!r}, eta={eta}: a deterministic step has no noise to bend; expected "
-            "solver='ancestral', or solver='ddim' or 'heun' with eta > 0"
+            "solver='ancestral', or solver='ddim' or 'heun' with eta > 0, or churn with 'heun' or 'euler'"
         )

@@ -6,6 +6,7 @@ earlier slopes (PNDM), the earlier denoised image (DPM-Solver++) or the churn ru
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,9 +81,24 @@ def _churned(p: Problem, x: Array, memory: PyTree, info: Info) -> tuple[Array, A
         return x, info.sigma, p.x0(x, info.sigma), memory
     gamma, noise_scale = p.churn.amounts(memory, info)
     sigma_hat = p.round_sigma(info.sigma * (1 + gamma)).astype(info.sigma.dtype)
-    x = raise_noise(x, info.sigma, sigma_hat, noise_scale, p.noise(info.step))
+    if p.kick is plain_kick:
+        x = raise_noise(x, info.sigma, sigma_hat, noise_scale, p.noise(info.step))
+    else:
+        x = _kicked_up(p, x, sigma_hat, noise_scale, info)
     x0_hat, memory = p.churn.evaluate(p.denoise, memory, x, sigma_hat, p.label, info)
     return x, sigma_hat, x0_hat.astype(x.dtype), memory
+
+
+def _kicked_up(p: Problem, x: Array, sigma_hat: Array, noise_scale: Array, info: Info) -> Array:
+    """Churn's noise under a kick: x -> x_hat is N(x, std^2 I), a transition as good as another. One more evaluation, at
+    sigma, on those steps that add noise."""
+    added = jnp.sqrt(jnp.maximum((sigma_hat - info.sigma) * (sigma_hat + info.sigma), 0.0)) * noise_scale
+
+    def up(x: Array) -> Array:
+        evaluate, at = partial(p.x0, sigma=info.sigma), info._replace(sigma_next=sigma_hat)
+        return p.kick(evaluate, lambda x0, x: (x, added), x, p.noise(info.step), at)[0]
+
+    return jax.lax.cond(jnp.any(added > 0), up, lambda x: x, x)
 
 
 def _euler_body(p: Problem) -> Body:
@@ -130,7 +146,34 @@ def ddim(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     return [Phase(_ddim_body(p), 0, n)], ()
 
 
+def _learned_body(p: Problem) -> Body:
+    """DDPM steps whose variance the network says, from the same evaluation as x0_hat where nothing stands between.
+
+    A kick evaluates where and as often as it likes, and a decorator changes x0_hat only: then the transition evaluates
+    the network once more, without gradient. Its std is like x, one number a pixel and channel.
+    """
+    both = p.denoise.with_variance
+
+    def moments(x0, x, fraction, info):
+        return steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, fraction)
+
+    def at_once(x, memory, info):
+        x0_hat, fraction = (v.astype(x.dtype) for v in both(x, info.sigma, p.label))
+        mean, std = moments(x0_hat, x, fraction, info)
+        return mean + std * p.noise(info.step), memory, x0_hat
+
+    def transition(x0, x, info):
+        fraction = jax.lax.stop_gradient(both(x, info.sigma, p.label)[1].astype(x.dtype))
+        return moments(x0, x, fraction, info)
+
+    direct = p.kick is plain_kick and getattr(both, "__self__", None) is p.denoise
+    return at_once if direct else _kicked(p, transition)
+
+
 def ancestral(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
+    if isinstance(p.variance, str) and p.variance == "learned":
+        return [Phase(_learned_body(p), 0, n)], ()
+
     def transition(x0, x, info):
         return steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, p.variance)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
@@ -61,7 +62,8 @@ class Settings:
       scale_by_pixels: multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly notices).
       statistics_batch: examples that share minibatch statistics; 0 = all of a device's batch, as the authors.
       channel_base, channel_max: widths of the discriminator.
-      learning_rate, betas: of the discriminator's Adam; None = the denoiser's rate.
+      learning_rate, betas: of the discriminator's Adam; None = the denoiser's peak rate.
+      decay: optimiser steps in which that rate falls linearly to 0; 0 = constant.
       sigma_min, sigma_max, rho: the warp of law "edm".
       schedule, diffusion_steps: betas and T of law "adm".
     """
@@ -84,6 +86,7 @@ class Settings:
     channel_max: int = 512
     learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
+    decay: int = 0
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
@@ -102,6 +105,7 @@ class Settings:
         _require(self.r1 >= 0, "r1", self.r1, "a number of at least 0")
         _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "a whole number of at least 1")
         _require(self.k >= 0, "k", self.k, "a number of at least 0")
+        _require(self.decay >= 0, "decay", self.decay, "a number of steps of at least 0")
         if self.law == "adm":
             _require(self.k <= 1, "k", self.k, "a fraction of the discrete steps, at most 1, with law 'adm'")
         else:
@@ -302,10 +306,11 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     """Fills the penalty slot with the observation loss and brings the discriminator as companion.
 
     Raises:
-      ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8, or the device batch
-        cannot be cut into groups of minibatch statistics.
+      ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8, the device batch
+        cannot be cut into groups of minibatch statistics, or law "adm" has other levels than the noise law.
     """
     settings = Settings(**{k: tuple(v) if k == "betas" else v for k, v in dict(settings).items()})
+    _check_levels(settings, context)
     network = discriminator(settings, context)
     shape = context.image_shape
     pixels = shape[0] * shape[1] * shape[2]
@@ -348,8 +353,23 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         label = jnp.zeros((1,), jnp.int32) if context.label_dim else None
         return network.init(key, jnp.zeros((1, *shape)), jnp.ones((1, 2)), label)["params"]
 
-    rate = context.learning_rate if settings.learning_rate is None else settings.learning_rate
+    peak = context.learning_rate if settings.learning_rate is None else settings.learning_rate
+    rate = (lambda step: peak * jnp.maximum(1.0 - step / settings.decay, 0.0)) if settings.decay else peak
     return Slots("ogdm", penalty=penalty, companion=Companion(init, loss, rate, settings.betas, settings.resample))
+
+
+def _check_levels(settings: Settings, context: Context) -> None:
+    """Refuses pairs of one discrete chain for levels that are drawn from another."""
+    levels = getattr(context.law, "levels", None)
+    if settings.law != "adm" or levels is None:
+        return
+    chain = Discrete.make(settings.schedule, settings.diffusion_steps).sigma
+    _require(
+        chain.shape == levels.shape and np.allclose(chain, levels),
+        "schedule",
+        f"{settings.schedule}, {settings.diffusion_steps} steps",
+        "the schedule and diffusion_steps of config.precondition, from which noise.law 'ddpm' draws",
+    )
 
 
 def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminator:

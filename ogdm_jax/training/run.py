@@ -47,7 +47,7 @@ class Run:
         return self.plan.init(self.create, jax.random.key(self.config.seed))
 
     def frozen(self) -> PyTree:
-        """The frozen argument of the step: whole trees on all devices, divided ones each on its own."""
+        """The step's frozen argument: whole trees on all devices, divided ones each on its own."""
         trees = slots.frozen_trees(self.filled)
         return {"whole": self.plan.place(trees["whole"]), "divided": self.plan.place_rows(trees["divided"])}
 
@@ -108,7 +108,10 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
 def noise_law(config: ConfigDict) -> noise.NoiseLaw:
     """The training noise law of a configuration. Raises ConfigError for an unknown name or a width of 0 or less."""
     settings = config.noise
-    configs.choose("noise.law", settings.law, ("edm", "vp", "ve"))
+    configs.choose("noise.law", settings.law, ("edm", "vp", "ve", "ddpm"))
+    if settings.law == "ddpm":
+        models.discrete_table(config)  # checks the two settings
+        return noise.ddpm(config.precondition.schedule, config.precondition.diffusion_steps, settings.stratified)
     if settings.law != "edm":
         return getattr(noise, settings.law)(stratified=settings.stratified)
     configs.require(settings.std > 0, "noise.std", settings.std, "a positive number")
