@@ -32,7 +32,7 @@ def get_config():
     config.ogdm.channel_base = 256
     config.ogdm.channel_max = 16
     config.sample.solver = "euler"  # the step that OGDM trains
-    config.sample.steps = 18
+    config.sample.steps = 10
     config.train.duration = "800 steps"
     config.train.save_every = "500 steps"
     config.log.every = "100 steps"

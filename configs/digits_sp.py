@@ -16,4 +16,5 @@ def get_config():
     config.train.duration = "300 steps"
     config.optim.decay = "300 steps"
     config.sample.solver = "heun"
+    config.sample.steps = 18
     return config

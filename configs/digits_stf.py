@@ -11,4 +11,5 @@ def get_config():
     config.methods = ("stf",)
     config.stf.source = "full"
     config.sample.solver = "heun"
+    config.sample.steps = 18
     return config
