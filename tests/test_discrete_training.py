@@ -1,0 +1,116 @@
+"""Training on the steps of a discrete process: OpenAI's network, OGDM by the authors' guided-diffusion code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ogdm_jax import config as configs
+from ogdm_jax import data, parallel
+from ogdm_jax.diffusion.process import Discrete
+from ogdm_jax.methods import ogdm
+from ogdm_jax.training import finish
+from ogdm_jax.training import run as runs
+
+ADM = (
+    "network.kind=openai",
+    "network.model_channels=32",
+    "network.channel_mult=(1,1)",
+    "network.attn_resolutions=(4,)",
+    "precondition.kind=adm",
+    "noise.law=ddpm",
+    "data.augment=0.0",
+    "data.batch=8",
+    "optim.learning_rate=0.001",
+    *(f"ogdm.{name}={value}" for name, value in ogdm.PRESETS["adm"].items()),
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return tiny.build(*ADM, "ogdm.decay=1")
+
+
+def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
+    """weight (x0_hat - x0)^2 of the denoiser against (eps_hat - eps)^2 of the network at its integer steps."""
+    chain, t = Discrete.make(), np.array([0, 40, 500, 999])
+    params, _ = run.model.init(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params)
+    x0, eps = jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 1))
+    sigma = jnp.asarray(chain.sigma[t], jnp.float32)
+    wide = lambda v: jnp.asarray(v, jnp.float32)[:, None, None, None]  # noqa: E731
+
+    @jax.jit
+    def both(params):
+        x0_hat = run.model.denoiser(params)(x0 + wide(sigma) * eps, sigma)
+        ours = run.law.weight(sigma) * jnp.sum(jnp.square(x0_hat - x0), axis=(1, 2, 3))
+        xt = wide(np.sqrt(chain.alpha_bar[t])) * x0 + wide(np.sqrt(1 - chain.alpha_bar[t])) * eps
+        eps_hat = run.model.network.apply({"params": params}, xt, jnp.asarray(t, jnp.float32))
+        return ours, 64 * jnp.mean(jnp.square(eps_hat - eps), axis=(1, 2, 3))
+
+    ours, theirs = both(params)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-4)
+
+
+def test_ogdm_trains_on_discrete_pairs_and_its_discriminators_rate_falls(run):
+    """Two steps: both networks learn in the first; in the second the discriminator's rate is 0."""
+    state = run.init()
+    step, frozen = run.compile(state), run.frozen()
+    batches = data.batches(run.source, 8, 0)
+    seen = []
+    for _ in range(2):
+        before = jax.tree.map(np.asarray, (state.params, state.companions["ogdm"].params))
+        state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        after = jax.tree.map(np.asarray, (state.params, state.companions["ogdm"].params))
+        moved = [
+            any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in zip(before, after, strict=True)
+        ]
+        seen.append(moved)
+        assert all(np.isfinite(np.asarray(value)).all() for value in metrics.values())
+    assert seen == [[True, True], [True, False]]
+
+
+def test_the_celeba_configuration_is_the_authors():
+    """Parameters of their U-Net and discriminator (spec of the released code), and the switches that are numbers."""
+    config = configs.load(tiny.ROOT / "configs" / "celeba64_ogdm.py")
+    source = data.Source("celeba", (64, 64, 3), images=np.zeros((4, 64, 64, 3), np.uint8))
+    built = runs.build(config, source, parallel.make_plan("pmap", 1))
+    shapes = jax.eval_shape(built.create, jax.random.key(0))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert count(shapes.params) == 121_060_483 and count(shapes.companions["ogdm"].params) == 28_853_760
+    assert abs(0.5 ** (1 / configs.duration(config.ema.halflife, 128)) - 0.9999) < 1e-8
+    assert built.steps == config.ogdm.decay == configs.duration(config.optim.decay, 128) == 300_000
+    assert (config.ogdm.gamma, config.ogdm.k, config.ogdm.r1, config.ogdm.condition) == (0.01, 0.1, 0.25, "index")
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("data.augment=0.1", "data.augment: 0.1 given; expected 0 with network.kind 'openai'"),
+        ("ogdm.schedule=cosine", "config.ogdm.schedule: 'cosine, 1000 steps' given"),
+        ("precondition.diffusion_steps=500", "config.ogdm.schedule"),
+        ("precondition.schedule=sigmoid", "precondition.schedule: unknown 'sigmoid'"),
+        ("precondition.diffusion_steps=1", "precondition.diffusion_steps: 1 given"),
+        ("ogdm.decay=-1", "config.ogdm.decay: -1 given"),
+        ("network.num_heads=3", "do not divide into heads"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(text, words):
+    config = tiny.config(*ADM, text)
+    with pytest.raises(ValueError, match=words) as error:
+        built = runs.build(config, data.open_source("digits"), parallel.make_plan("pmap", 1))
+        jax.eval_shape(built.create, jax.random.key(0))
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_resized_and_coloured_by_configuration():
+    assert finish.open_source(tiny.config()).shape == (8, 8, 1)
+    assert finish.open_source(tiny.config("data.resolution=16", "data.channels=3")).shape == (16, 16, 3)
+    for text in ("data.resolution=-1", "data.channels=2"):
+        with pytest.raises(configs.ConfigError, match=text.split("=")[0]):
+            finish.open_source(tiny.config(text))
+    older = tiny.config().copy_and_resolve_references().unlock()
+    del older.data.resolution, older.data.channels
+    assert finish.open_source(older).shape == (8, 8, 1)
