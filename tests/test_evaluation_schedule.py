@@ -1,8 +1,10 @@
 """Evaluation during training: on schedule, logged, and the best checkpoint survives; so does the record of it."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -25,7 +27,7 @@ class Pixels:
 
 @pytest.fixture
 def distances(monkeypatch):
-    """The reports of the run, with distances that the test chooses."""
+    """The reports of the run, with distances that the test chooses; steps and samples that cost nothing."""
     made, real = [], finish.distance_report
 
     def report(space, samples, reference):
@@ -35,9 +37,15 @@ def distances(monkeypatch):
 
     monkeypatch.setattr(finish, "space_of", lambda config: Pixels())
     monkeypatch.setattr(finish.Evaluator, "_samples", lambda self, state: self.run.source.images[:12])
-    monkeypatch.setattr(loop, "_grids", lambda *_: lambda step, state: None)
+    no_grids = dataclasses.replace(loop.DENOISER, watch=lambda *_: lambda step, state: None)
+    monkeypatch.setattr(loop, "DENOISER", no_grids)
+    monkeypatch.setattr(loop.runs.Run, "compile", lambda self, like: _count)
     monkeypatch.setattr(finish, "distance_report", report)
     return made
+
+
+def _count(state, frozen, batch, key):
+    return state.replace(step=state.step + 1), {"loss": jnp.zeros(())}
 
 
 def _train(workdir, steps: int, *more: str) -> list[str]:

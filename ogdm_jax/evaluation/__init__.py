@@ -15,8 +15,9 @@ On features x (real) [n, d] and y (generated) [m, d], in float64 on the host:
     kernel_distance(x, y), kernel_distance_subsets(x, y, subsets, size, seed)
     precision_recall(x, y, k), density_coverage(x, y, k), inception_score(probabilities, splits)
 On images: psnr(a, b, data_range=2.0), ssim(a, b, data_range=2.0, window="gaussian"), one number an image.
-For people: to_uint8(images), grid(images, columns, padding, scale), save_png(path, image),
-save_animation(path, frames).
+Streams of images, a batch at a time: protocol.of_source, protocol.score (EDM's three times 50,000 images).
+For people: html.page (a training folder as one page), charts.line_chart; to_uint8(images),
+grid(images, columns, padding, scale), save_png(path, image), save_animation(path, frames).
 """
 
 from ogdm_jax.evaluation.features import distance_report, feature_space, statistics_report
