@@ -10,7 +10,7 @@ def get_config():
     config = cifar10_dg.get_config()
     config.dg.num = 0  # as many samples as images
     config.dg.weight = 1.0
-    config.dg.weights = (0.5, 2.0)
+    config.dg.weights = (2.0, 3.0)
     config.network.model_channels = 32
     config.network.channel_mult = (1, 2)
     config.network.num_blocks = 1
