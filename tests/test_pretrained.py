@@ -1,13 +1,8 @@
 """Checkpoints to networks: every published name list, the authors' own numbers, round trips, and the command line."""
 
-import contextlib
 import gzip
-import io
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import golden_support
@@ -17,13 +12,13 @@ import numpy as np
 import pytest
 import tiny
 import torch_files as tf
+from commands import interop, script
 from families import adm
 from golden_support import nchw, nhwc
 from safetensors.numpy import load_file
 
 from ogdm_jax.interop import (
     UnrecognisedError,
-    __main__,
     export,
     from_torch,
     load_pretrained,
@@ -177,6 +172,65 @@ def test_inception_in_both_layouts():
         pretrained.match({n: v for n, v in state.items() if n != "Mixed_7c.branch1x1.bn.weight"})
 
 
+def test_inception_in_nvidias_layout():
+    """Spot checks of names and shapes of the TensorFlow graph, then all 378 tensors, with nothing left over."""
+    _, state = load_list(GOLDEN / "fullsize" / "inception-fid-2015-12-05.json.gz")
+    theirs = {}
+    back = {f"{block}.{ours}": f"{name}.{layer}" for name, block, layer, ours in nvidia_layers()}
+    tensors = {value: name for name, value in names_inception._TENSORS.items()}
+    for name, value in state.items():
+        module, _, tensor = name.rpartition(".")
+        module, _, kind = module.rpartition(".")
+        if name.startswith("fc."):
+            theirs[f"output.{tensor}"] = value
+        elif f"{kind}.{tensor}" in tensors and f"{kind}.{tensor}" != "bn.weight":
+            theirs[f"layers.{back.get(module) or NVIDIA_STEM[module]}.{tensors[f'{kind}.{tensor}']}"] = value
+    for name, shape in {
+        "layers.conv.weight": (32, 3, 3, 3),
+        "layers.conv_4.beta": (192,),
+        "layers.mixed.tower.conv_1.weight": (64, 48, 5, 5),
+        "layers.mixed_3.conv.weight": (384, 288, 3, 3),
+        "layers.mixed_4.tower_1.conv_4.weight": (192, 128, 1, 7),
+        "layers.mixed_8.tower_1.conv_2.var": (192,),
+        "layers.mixed_9.tower.mixed.conv_1.weight": (384, 384, 3, 1),
+        "layers.mixed_10.tower_2.conv.mean": (192,),
+        "output.weight": (1008, 2048),
+    }.items():
+        assert theirs[name].shape == shape, name
+    assert len(theirs) == 94 * 4 + 2
+    assert recognise.kind_of({name: value.shape for name, value in theirs.items()}) == "inception"
+    network, _ = pretrained.match(theirs)
+    assert network.num_classes == 1008
+    theirs["layers.mixed.tower.conv_1.weight"] = np.zeros((64, 48, 3, 3))
+    with pytest.raises(ValueError, match="1 misshapen .layers.mixed.tower.conv_1.weight"):
+        pretrained.match(theirs)
+
+
+NVIDIA_STEM = {
+    "Conv2d_1a_3x3": "conv",
+    "Conv2d_2a_3x3": "conv_1",
+    "Conv2d_2b_3x3": "conv_2",
+    "Conv2d_3b_1x1": "conv_3",
+    "Conv2d_4a_3x3": "conv_4",
+}
+
+
+def nvidia_layers():
+    """(their block, our block, their layer, our layer) of every convolution in a block."""
+    for name, block in names_inception._MIXED.items():
+        for layer, ours in names_inception._LAYERS[name].items():
+            yield name, block, layer, ours
+
+
+def test_nvidias_norms_have_scale_one():
+    leaves = {"conv.weight": (4, 3, 1, 1), "beta": 4, "mean": 4, "var": 4}
+    state = {f"layers.conv.{name.removeprefix('conv.')}": np.full(shape, 2.0) for name, shape in leaves.items()}
+    raw = {names_inception.raw_name(name) for name in state}
+    assert raw == {f"Conv2d_1a_3x3.{n}" for n in ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")}
+    assert names_inception.scales_left_out(raw) == ["Conv2d_1a_3x3.bn.weight"]
+    assert names_inception.scales_left_out(raw | {"Conv2d_1a_3x3.bn.weight"}) == []
+
+
 def small() -> dict[str, np.ndarray]:
     return golden_case("edm_ddpmpp_b")[1]
 
@@ -272,33 +326,6 @@ def test_discriminators(name):
 
 
 # the command line
-
-
-def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, str(tiny.ROOT / name), *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
-
-
-@contextlib.contextmanager
-def inside(folder: Path):
-    """The command line in this process: its folder, and none of its process-wide settings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(__main__.startup, "prepare", lambda: None)
-        yield patch
-
-
-def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """python -m ogdm_jax.interop WORDS, without the start of a process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with inside(folder) as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["interop", *words])
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            code = stop.code
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def published(folder: Path, side: int = 8, labels: int = 10, channels: int = 1) -> Path:

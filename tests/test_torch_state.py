@@ -120,6 +120,16 @@ def test_storage_views_of_the_old_layout(tmp_path):
     np.testing.assert_array_equal(read_torch(tmp_path / "v.pth")["x"], [[6, 7], [9, 10]])
 
 
+def test_weights_of_a_torchscript_archive():
+    """Its compressed program is not opened; the module classes it names are only names."""
+    state = read_torch(MADE / "script.pt")
+    shapes = {"0.weight": (2, 2, 3, 1), "0.mean": (2,), "1.0.weight": (2, 2, 3, 1), "1.0.mean": (2,)}
+    shapes |= {"1.1.weight": (2, 2, 1, 1), "1.1.bias": (2,)}
+    assert {name: value.shape for name, value in state.items()} == shapes
+    for i, value in enumerate(state.values()):
+        np.testing.assert_array_equal(value.ravel(), np.arange(value.size) + 100 * i)
+
+
 def test_buffers_that_do_not_persist_are_left_out(tmp_path):
     one = tf.pickled_tensor(np.ones(2, np.float32))
     state = tf.module_state({}, {"kept": one, "gone": one}, {})

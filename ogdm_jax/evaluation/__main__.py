@@ -75,12 +75,19 @@ def score(samples: dict[str, np.ndarray], space: Any, reference: Any, args: argp
     return result
 
 
-def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Mean PSNR and SSIM of image i against image i."""
+def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int | None]:
+    """Mean PSNR and SSIM of image i against image i.
+
+    JSON has no infinity, which is the PSNR of equal images: they are left out of the mean (None without any other) and
+    counted as "identical".
+    """
     if samples.shape != reference.shape:
         raise ValueError(f"--paired: {samples.shape} samples, {reference.shape} references; expected equal shapes")
+    psnr = metrics.psnr(samples, reference, 255)
+    finite = psnr[np.isfinite(psnr)]
     return {
-        "psnr": float(metrics.psnr(samples, reference, 255).mean()),
+        "psnr": float(finite.mean()) if finite.size else None,
+        "identical": len(psnr) - len(finite),
         "ssim": float(metrics.ssim(samples, reference, 255).mean()),
     }
 

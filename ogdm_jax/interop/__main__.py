@@ -4,7 +4,9 @@
     python -m ogdm_jax.interop convert SRC --out WORKDIR       a training folder for train.py and sample.py
     python -m ogdm_jax.interop export WORKDIR --out FILE.safetensors     weights under the authors' names, and FILE.json
 
-SRC: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors. Fine-tune a converted model with
+SRC: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors, with a denoiser of EDM's or OpenAI's code. What tensors
+hide of unpublished OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or head_channels=64) and, where they are
+so, --set qkv_order=new --set schedule=cosine. Fine-tune a converted model with
 python train.py --config.init.workdir=WORKDIR --workdir NEW and the settings that convert prints.
 """
 
@@ -35,7 +37,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     for command in (show, convert):
         command.add_argument("source", metavar="SRC")
         command.add_argument("--entry", default=None, help="part of a file that has several, such as net or disc")
-        command.add_argument("--precondition", default=None, help="edm, vp, ve or iddpm, where the file does not say")
+        command.add_argument(
+            "--precondition", default=None, help="edm, vp, ve, iddpm or adm, where the file does not say"
+        )
         command.add_argument(
             "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting the tensors hide"
         )
@@ -84,6 +88,7 @@ def show(args: argparse.Namespace) -> None:
         return
     print(f"network: {found.kind}, {type(found.network).__name__}")
     known = {"precondition": found.precondition, "sigma_data": found.sigma_data, "dropout in training": found.dropout}
+    known |= {"schedule": found.schedule} if found.precondition == "adm" else {}
     for name, value in (export.network_settings(found.network) | known).items():
         print(f"  {name}: {'not said by the file' if value is None and name in known else value}")
     say = pretrained.describe(args.source, args.entry)
@@ -100,16 +105,22 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     if (Path(args.out) / "checkpoints").exists():
         raise ValueError(f"--out: {args.out!r} already holds checkpoints; expected a new folder")
     found = _load(args)
-    if found.kind != "edm":
-        raise ValueError(
-            f"{args.source}: holds a network of kind {found.kind}; expected EDM's denoisers (others: load_pretrained)"
-        )
     network = found.network
+    if found.kind not in ("edm", "adm"):
+        raise ValueError(
+            f"{args.source}: holds a network of kind {found.kind}; expected a denoiser (others: load_pretrained)"
+        )
+    if found.kind == "adm" and network.img_channels == 6:
+        raise ValueError(
+            f"{args.source}: enlarges small images, which it gets as 3 of its 6 channels; use load_pretrained"
+        )
     config = configs.load(args.config, overrides)
     defaults = configs.flatten(config)
+    given = {text.partition("=")[0] for text in overrides} & {"network.dropout", "precondition.schedule", "noise.law"}
     for key, value in _settings(found, config).items():
         group, name = key.split(".")
-        config[group][name] = value
+        if key not in given:  # what the user says and the tensors cannot
+            config[group][name] = value
     shape = (network.img_resolution, network.img_resolution, network.img_channels)
     built = models.build(config, shape, network.label_dim)
     ours, theirs = export.network_settings(built.network), export.network_settings(network)
@@ -138,23 +149,30 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _settings(found, config) -> dict[str, Any]:
     """What a configuration must say for model.build to make this network."""
-    network, song = found.network, hasattr(found.network, "encoder_type")
-    kind = found.precondition or "edm"
+    from ogdm_jax import model as models
+
+    network, kind = found.network, found.precondition or "edm"
+    owner = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}[type(network).__name__]
     settings = {
-        "network.kind": "song" if song else "dhariwal",
+        "network.kind": owner,
         "precondition.kind": kind,
         "precondition.sigma_data": found.sigma_data,
         "data.conditional": network.label_dim > 0,
         "data.augment": (config.data.augment or 0.12) if network.augment_dim else 0.0,
     }
     fields = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
-    for field in fields + (("embedding_type", "encoder_type", "resample_filter") if song else ()):
+    for field in fields + models.ONLY.get(owner, ()):
         value = getattr(network, field)
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
     if kind in ("vp", "ve"):
         settings["noise.law"] = kind
+    if kind == "adm":
+        settings |= {"noise.law": "ddpm", "precondition.schedule": found.schedule}
+        settings["precondition.learned_variance"] = network.out_channels == 2 * network.img_channels
     if found.dropout is not None:
         settings["network.dropout"] = float(found.dropout)
+    elif owner == "openai":
+        settings["network.dropout"] = 0.0  # what most of them were trained with; the file does not say
     return settings
 
 
@@ -168,12 +186,17 @@ def export_(args: argparse.Namespace) -> None:
 
     run = finish.open_workdir(args.source, args.step, args.weights)
     variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
-    settings = {"model_type": type(run.model.network).__name__, **export.network_settings(run.model.network)}
+    settings = export.network_settings(run.model.network)
     settings.pop("dropout")  # a matter of training; below, and 0 in the networks that load_pretrained makes
+    discrete = run.config.precondition.kind == "adm"
+    kind = "adm" if run.config.network.kind == "openai" else "edm"
+    if kind == "edm":
+        settings["model_type"] = type(run.model.network).__name__
     about = {
-        "kind": "edm",
+        "kind": kind,
         "settings": settings,
         "precondition": run.config.precondition.kind,
+        **({"schedule": run.config.precondition.schedule} if discrete else {}),
         "sigma_data": run.config.precondition.sigma_data,
         "dropout": run.config.network.dropout,
         "step": run.step,

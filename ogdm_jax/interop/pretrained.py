@@ -28,7 +28,8 @@ class Pretrained:
 
     Attributes:
       kind: one of recognise.KINDS.   network: a flax module.   variables: {"params": ..., "buffers": ... if any}.
-      precondition: edm, vp, ve or iddpm where the file says so; else None.   sigma_data: of edm.
+      precondition: edm, vp, ve, iddpm or adm where the file says so or its kind implies it; else None.
+      sigma_data: of edm.   schedule: of adm, the betas: linear or cosine.
       dropout: of the original training where the file says so; the network itself always has 0 unless a setting asks.
     """
 
@@ -38,6 +39,7 @@ class Pretrained:
     precondition: str | None = None
     sigma_data: float = 0.5
     dropout: float | None = None
+    schedule: str = "linear"
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.variables))
@@ -50,6 +52,9 @@ class Pretrained:
 
         if self.precondition in (None, "edm"):
             return precondition.edm(network_fn, self.sigma_data)
+        if self.precondition == "adm":
+            learned = self.network.out_channels == 2 * self.network.img_channels
+            return precondition.adm(network_fn, self.schedule, learned_variance=learned)
         return getattr(precondition, self.precondition)(network_fn)
 
 
@@ -92,22 +97,22 @@ def load_pretrained(
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
 
     Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside a .safetensors file,
-    or from iDDPM's table `u`; a plain state dict does not say (precondition="vp" and the like may be given).
+    or from iDDPM's table `u`; a plain state dict does not say (precondition="vp" and the like may be given). OpenAI's
+    U-Nets are "adm" with the published schedule, linear for unknown ones.
 
     Args:
-      path, entry: see read_torch.   kind, **settings: see from_torch; also precondition and sigma_data.
+      path, entry: see read_torch.   kind, **settings: see from_torch; also precondition, sigma_data and schedule.
 
     Raises:
       UnsafeFileError: the file is refused.   ValueError: see from_torch.
     """
     about = describe(path, entry)
     state = read_torch(path, entry)
-    for name in ("precondition", "sigma_data"):
+    for name in ("precondition", "sigma_data", "schedule"):
         about[name] = settings.pop(name, about.get(name))
-    if about["precondition"] not in (None, *_CLASSES.values()):
-        raise ValueError(
-            f"precondition: {about['precondition']!r} given; expected one of {', '.join(_CLASSES.values())}"
-        )
+    for name, options in (("precondition", (*_CLASSES.values(), "adm")), ("schedule", ("linear", "cosine"))):
+        if about[name] not in (None, *options):
+            raise ValueError(f"{name}: {about[name]!r} given; expected one of {', '.join(options)}")
     if about["precondition"] is None and ("u" in state or "model.u" in state):
         about["precondition"] = "iddpm"
     kind = kind or about.get("kind")
@@ -116,7 +121,11 @@ def load_pretrained(
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
     if not (isinstance(sigma_data, float | int) and sigma_data > 0):
         raise ValueError(f"sigma_data: {sigma_data!r} given; expected a positive number")
-    return Pretrained(kind, network, variables, about["precondition"], sigma_data, about.get("dropout"))
+    if kind == "adm":
+        about["precondition"] = about["precondition"] or "adm"
+        about["schedule"] = about["schedule"] or recognise.schedule_of(network)
+    schedule = about["schedule"] or "linear"
+    return Pretrained(kind, network, variables, about["precondition"], sigma_data, about.get("dropout"), schedule)
 
 
 def describe(path: str | os.PathLike, entry: str | None = None) -> dict[str, Any]:
@@ -214,14 +223,16 @@ def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given
 
 
 def _inception(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
-    """The raw module, or pytorch-fid's wrapper, which numbers the same modules and has no classes."""
-    ours = {name: names_inception._raw_name(name) for name in shapes}
+    """The raw module, NVIDIA's detector, or pytorch-fid's wrapper, which has no classes."""
+    ours = {name: names_inception.raw_name(name) for name in shapes}
     theirs = {raw: name for name, raw in ours.items()}
     classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
     network = _make(InceptionV3, {"num_classes": classes} | given)
     needed = {theirs.get(e.name, e.name): e.torch_shape for e in names_inception.inception_entries(network)}
     if not {"fc.weight", "fc.bias"} & set(theirs):
         needed = {name: shape for name, shape in needed.items() if not name.startswith("fc.")}
+    implied = set(names_inception.scales_left_out(theirs))
+    needed = {name: shape for name, shape in needed.items() if name not in implied}
     unused = ("AuxLogits.", "Conv2d_AuxLogits.")
     optional = {n for n, raw in ours.items() if raw.endswith("num_batches_tracked") or raw.startswith(unused)}
     return network, needed, optional, lambda s: names_inception.inception_to_flax(s, network)

@@ -29,6 +29,17 @@ _PUBLISHED: dict[tuple, dict[str, Any]] = {
 }
 
 
+_COSINE = {"model_channels": 192, "img_channels": 3, "img_resolution": 64}  # the one published with cosine betas
+
+
+def schedule_of(network: Any) -> str:
+    """The betas an OpenAI U-Net was trained with, as published: "cosine" of the 64-pixel model, "linear" of all others.
+
+    A network outside the table counts as linear, the default of that code.
+    """
+    return "cosine" if all(getattr(network, field) == value for field, value in _COSINE.items()) else "linear"
+
+
 class UnrecognisedError(ValueError):
     """A state dict of no known network, or one whose settings its tensors do not determine; one sentence."""
 
@@ -42,7 +53,7 @@ def kind_of(shapes: Shapes) -> str:
         return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
     if "mapping.embed.weight" in shapes and "b4.out.weight" in shapes:
         return "ogdm_discriminator"
-    if any(re.match(r"(base\.)?(Conv2d_1a_3x3|blocks\.0\.0)\.conv\.", name) for name in names):
+    if any(re.match(r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed)\.", name) for name in names):
         return "inception"
     some = ", ".join(sorted(names)[:3])
     raise UnrecognisedError(

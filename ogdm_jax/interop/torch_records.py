@@ -124,6 +124,19 @@ class Module(Inert):
 
 
 @dataclass
+class ScriptModule(Module):
+    """A module of a TorchScript archive, whose attributes lie side by side: those that are not persistent, too."""
+
+    def build(self, state: Any) -> None:
+        super().build(state)
+        groups = {"_parameters": Tensor, "_modules": Module}
+        self.state = {
+            group: {name: value for name, value in self.state.items() if isinstance(value, kind)}
+            for group, kind in groups.items()
+        }
+
+
+@dataclass
 class NumpyType(Inert):
     dtype: np.dtype
 
@@ -293,11 +306,20 @@ def _calls(load_nested: Callable[[Any], Storage]) -> dict[str, tuple[Callable[..
 
 
 _MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]+\.[A-Za-z0-9_]+")
+_SCRIPTED = re.compile(r"__torch__(\.[A-Za-z_][A-Za-z0-9_]*)+")
+_LIST = re.compile(r"torch\.jit\._pickle\.(build_(int|double|bool|tensor)list|restore_type_tag)")
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-def admit_with(load_nested: Callable[[Any], Storage]) -> Callable[[str, str], Global]:
-    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a `_load_from_bytes` call."""
+def _list(values: Any, *_: Any) -> Any:
+    return values
+
+
+def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) -> Callable[[str, str], Global]:
+    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a `_load_from_bytes` call.
+
+    scripted: the file is a TorchScript archive, so classes of its program are admitted, as names of inert records.
+    """
     calls = _calls(load_nested)
 
     def admit(module: str, name: str) -> Global | np.dtype | Storage:
@@ -312,6 +334,10 @@ def admit_with(load_nested: Callable[[Any], Storage]) -> Callable[[str, str], Gl
             return DTYPES[_ALIASES.get(leaf, leaf)]
         if _MODULE.fullmatch(full):
             return Global(full, lambda *_: Module(leaf, {}), True)
+        if scripted and _SCRIPTED.fullmatch(full):
+            return Global(full, lambda *_: ScriptModule(leaf, {}), True)
+        if scripted and _LIST.fullmatch(full):
+            return Global(full, _list, False)
         raise UnsafeFileError(f"it names {quote(full)}, which is not among the constructors of tensors")
 
     return admit

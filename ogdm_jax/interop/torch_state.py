@@ -1,10 +1,10 @@
 """Reads PyTorch checkpoints without PyTorch and without running anything that a file contains.
 
-Five layouts, told apart by their first bytes: torch.save's zip archive (torch >= 1.6) and its older stream of
-pickles, plain pickles (EDM's network-snapshot-*.pkl, whose official reader executes Python source found inside), and
-safetensors. All go through restricted_pickle, so the worst that a hostile file can do is to be refused. Bytes are
-mapped, not loaded; every declared size is compared with the real one before an array is made, and all arrays together
-may take at most 4 times the file's size + 16 MiB.
+Five layouts, told apart by their first bytes: torch.save's zip archive (torch >= 1.6; of a TorchScript archive the
+weights, never the program) and its older stream of pickles, plain pickles (EDM's network-snapshot-*.pkl, whose official
+reader executes Python source found inside), and safetensors. All go through restricted_pickle, so the worst that a
+hostile file can do is to be refused. Bytes are mapped, not loaded; every declared size is compared with the real one
+before an array is made, and all arrays together may take at most 4 times the file's size + 16 MiB.
 """
 
 import json
@@ -103,7 +103,10 @@ def _parse(data: memoryview, handle: Any) -> tuple[str, Any]:
 
 
 def _members(data: memoryview, handle: Any) -> dict[str, memoryview]:
-    """Member name -> its bytes. Only uncompressed members are admitted (torch writes no other): nothing inflates."""
+    """Member name -> its bytes. Only uncompressed members are admitted: nothing inflates.
+
+    torch writes no others but the program of a TorchScript archive, code/, which is left out.
+    """
     try:
         infos = zipfile.ZipFile(handle).infolist()
     except Exception as error:  # the directory parser raises many kinds; all mean the same here
@@ -115,6 +118,8 @@ def _members(data: memoryview, handle: Any) -> dict[str, memoryview]:
             raise UnsafeFileError(f"its member {quote(name)} points outside the archive")
         if name in found:
             raise UnsafeFileError(f"its member {quote(name)} occurs twice")
+        if re.match(r"[^/]+/code/", name):
+            continue
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise UnsafeFileError(f"its member {quote(name)} is compressed, which torch.save never does")
         if info.flag_bits & 0x1:
@@ -138,8 +143,7 @@ def _read_zip(data: memoryview, handle: Any) -> Any:
     if len(pickles) != 1:
         raise UnsafeFileError(f"it is a zip archive with {len(pickles)} data.pkl members, where torch.save writes one")
     prefix = pickles[0].removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in members:
-        raise UnsafeFileError("it is a TorchScript program, not a state dict: save model.state_dict() instead")
+    scripted = f"{prefix}constants.pkl" in members
     order = bytes(members.get(f"{prefix}byteorder", b"little"))
     if order not in (b"little", b"big"):
         raise UnsafeFileError("its byteorder member says neither little nor big")
@@ -156,11 +160,14 @@ def _read_zip(data: memoryview, handle: Any) -> Any:
             raise UnsafeFileError(f"its storage {quote(key)} is declared twice with different sizes")
         return storages[key]
 
-    return _load_all(members[pickles[0]], persistent)
+    root = _load_all(members[pickles[0]], persistent, scripted)
+    if scripted and not isinstance(root, Module):
+        raise UnsafeFileError("it is a TorchScript archive, but its data.pkl holds no module")
+    return root
 
 
-def _load_all(data: memoryview, persistent: Any = None) -> Any:
-    root, end = load(data, 0, admit_with(_read_nested), persistent)
+def _load_all(data: memoryview, persistent: Any = None, scripted: bool = False) -> Any:
+    root, end = load(data, 0, admit_with(_read_nested, scripted), persistent)
     _expect_end(data, end)
     return root
 

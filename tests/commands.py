@@ -1,0 +1,40 @@
+"""The command lines of the package, run by tests: as a process of its own, or in this one."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from ogdm_jax.interop import __main__
+
+
+def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(tiny.ROOT / name), *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+
+
+@contextlib.contextmanager
+def inside(folder: Path):
+    """The command line in this process: its folder, and none of its process-wide settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(__main__.startup, "prepare", lambda: None)
+        yield patch
+
+
+def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """python -m ogdm_jax.interop WORDS, without the start of a process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with inside(folder) as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["interop", *words])
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())

@@ -1,0 +1,97 @@
+"""OpenAI's U-Nets from file to folder and back: they fine-tune with OGDM on their discrete process, and sample."""
+
+import shlex
+from pathlib import Path
+
+import golden_support
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from commands import inside, interop
+from safetensors.numpy import save_file
+
+from ogdm_jax import config as configs
+from ogdm_jax import data, generate, parallel
+from ogdm_jax.interop import load_pretrained, names_adm
+from ogdm_jax.networks import ADMUNet
+from ogdm_jax.training import checkpoint, finish
+from ogdm_jax.training import run as runs
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def openai(tmp_path_factory):
+    """An OpenAI U-Net of hash weights for the digits: class labels, new order of channels, learned variance."""
+    folder = tmp_path_factory.mktemp("openai")
+    network = ADMUNet(8, 1, 2, 10, 32, (1, 2), num_blocks=1, attn_resolutions=(4,), num_heads=2)
+    state = {}
+    for rank, entry in enumerate(sorted(names_adm.adm_entries(network, "new"), key=lambda e: e.name)):
+        shape = entry.torch_shape
+        hashed = golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
+        fan = np.prod(shape[1:]) if len(shape) > 1 else 100
+        scale = len(shape) == 1 and entry.name.endswith("weight")
+        state[entry.name] = (hashed / np.sqrt(fan) + scale).astype(np.float32)
+    save_file(state, folder / "model.safetensors")
+    hidden = [f"--set={text}" for text in ("img_resolution=8", "num_heads=2", "qkv_order=new", "schedule=cosine")]
+    done = interop(folder, "convert", "model.safetensors", "--out", "work", *hidden)
+    assert done.returncode == 0, done.stderr
+    return folder, network, done.stdout
+
+
+def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
+    folder, network, said = openai
+    found = load_pretrained(
+        folder / "model.safetensors", img_resolution=8, num_heads=2, qkv_order="new", schedule="cosine"
+    )
+    trained = finish.open_workdir(folder / "work")
+    jax.tree.map(np.testing.assert_array_equal, trained.params, found.variables["params"])
+    assert trained.model.network == found.network == network and found.precondition == "adm"
+    assert (trained.config.noise.law, trained.config.precondition.schedule) == ("ddpm", "cosine")
+    assert trained.config.precondition.learned_variance and "--config.network.kind=openai" in said
+    x, sigma = jnp.ones((2, 8, 8, 1)), jnp.asarray([0.3, 20.0])
+    denoisers = found.denoiser(), trained.model.denoiser(trained.params, trained.buffers)
+    both = jax.jit(lambda *args: [denoise.with_variance(*args) for denoise in denoisers])
+    ours, theirs = both(x, sigma, jnp.asarray([1, 2]))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+    done = interop(folder, "export", "work", "--out", "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    again = load_pretrained(folder / "out.safetensors")
+    assert (again.kind, again.network, again.schedule) == ("adm", network, "cosine")
+    jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
+
+
+def test_a_converted_openai_network_fine_tunes_and_samples(openai):
+    """A step from the printed settings (OGDM: test_discrete_training), and samples with the learned variance."""
+    folder, _, said = openai
+    line = next(text for text in said.splitlines() if text.startswith("fine-tune: "))
+    printed = [word.removeprefix("--config.") for word in shlex.split(line) if word.startswith("--config.")]
+    more = ["data.source=digits", "data.batch=8", "train.duration=2 steps", "optim.ramp=0 steps"]
+    with inside(folder):
+        config = configs.load(tiny.ROOT / "configs" / "base.py", [*printed, *more])
+        run = runs.build(config, data.open_source("digits"), parallel.make_plan("pmap", 1))
+        start = checkpoint.find(config.init.workdir)
+    params, _ = checkpoint.load_weights(start, *jax.eval_shape(run.model.init, jax.random.key(0)), "ema")
+    state = run.init().replace(params=jax.tree.map(jnp.asarray, params))
+    batch = run.plan.place_batch(next(data.batches(run.source, 8, 0)))
+    _, metrics = run.compile(state)(state, run.frozen(), batch, run.key)
+    assert np.isfinite(float(np.asarray(metrics["loss"]))) and float(np.asarray(metrics["grad_norm"])) > 0
+
+    trained = finish.open_workdir(folder / "work")
+    images = generate.sampler(trained.model, trained.settings("ancestral", 2, 2), jax.devices()[:1])
+    pictures = generate.generate(images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2)
+    assert np.isfinite(next(pictures)).all()
+
+
+def test_networks_that_no_configuration_describes_are_refused(tmp_path):
+    state = golden_support.load(str(GOLDEN / "gd_classifier_b.npz")).state_dict()
+    save_file(state, tmp_path / "classifier.safetensors")
+    for words, sentence in (
+        (("classifier.safetensors", "--set", "qkv_order=old"), "expected 'legacy' or 'new'"),
+        (("classifier.safetensors",), "holds a network of kind adm_encoder; expected a denoiser"),
+    ):
+        done = interop(tmp_path, "convert", *words, "--out", "work")
+        assert done.returncode == 1 and sentence in done.stderr, done.stderr
