@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from ogdm_jax.data import augment as augmentation
 from ogdm_jax.methods import stf
 
 RNG = np.random.default_rng
@@ -389,10 +390,10 @@ def test_flips_undo_themselves_and_isometric_sees_the_rest():
     augment = np.zeros((5, 9), np.float32)
     augment[1, 0] = augment[2, 1] = augment[3, 0] = augment[3, 1] = 1
     augment[4, 6] = -0.3
-    np.testing.assert_array_equal(stf.flip(stf.flip(images, augment), augment), images)
-    np.testing.assert_array_equal(stf.flip(images, augment)[1], images[1][:, ::-1])
-    np.testing.assert_array_equal(stf.flip(images, augment)[3], images[3][::-1, ::-1])
-    np.testing.assert_array_equal(stf.isometric(jnp.asarray(augment)), [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(augmentation.flip(augmentation.flip(images, augment), augment), images)
+    np.testing.assert_array_equal(augmentation.flip(images, augment)[1], images[1][:, ::-1])
+    np.testing.assert_array_equal(augmentation.flip(images, augment)[3], images[3][::-1, ::-1])
+    np.testing.assert_array_equal(augmentation.isometric(jnp.asarray(augment)), [1, 1, 1, 1, 0])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from test_stf import brute_force
 
 from ogdm_jax import randomness
+from ogdm_jax.data import augment as augmentation
 from ogdm_jax.methods import slots, stf
 
 RNG = np.random.default_rng
@@ -23,7 +24,7 @@ def as_image(pixels):
 def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
     """A batch whose images are the first b of SET, augmented by flips where the labels say so."""
     clean, sigma = as_image(SET[:b]), np.geomspace(low, 6, b).astype(np.float32)
-    x0 = clean if augment is None else np.asarray(stf.flip(jnp.asarray(clean), jnp.asarray(augment)))
+    x0 = clean if augment is None else np.asarray(augmentation.flip(jnp.asarray(clean), jnp.asarray(augment)))
     eps = RNG(seed).normal(size=x0.shape).astype(np.float32)
     return slots.Example(
         x0=jnp.asarray(x0),
@@ -139,10 +140,10 @@ def test_matched_augmentation_flips_queries_and_targets():
     ex = example(augment=labels_of_flips())
     for source in ("full", "gather"):
         target, _ = fill({"source": source}, ex)
-        back = ex.replace(xt=stf.flip(ex.xt, ex.augment))
+        back = ex.replace(xt=augmentation.flip(ex.xt, ex.augment))
         known = as_image(SET) if source == "full" else as_image(SET[:8])
         plain = np.arange(8) != 6
-        assert_target(stf.flip(target, ex.augment), back, known, rows=plain)
+        assert_target(augmentation.flip(target, ex.augment), back, known, rows=plain)
         np.testing.assert_array_equal(target[6], ex.x0[6])  # a translated image keeps its own
     other = labels_of_flips()
     other[:, 0] = 1 - other[:, 0]

@@ -44,6 +44,17 @@ def xflip(keys: Array, images: Array) -> Array:
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
+def flip(images: Array, augment: Array) -> Array:
+    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9]; its own inverse."""
+    images = jnp.where(augment[:, 0][:, None, None, None] != 0, images[:, :, ::-1], images)
+    return jnp.where(augment[:, 1][:, None, None, None] != 0, images[:, ::-1], images)
+
+
+def isometric(augment: Array) -> Array:
+    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not act)."""
+    return jnp.all(augment[:, 2:] == 0, axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentPipe:
     """Settings of the pipe; hashable, so usable as a static argument. Operation k acts with probability p * multiplier.

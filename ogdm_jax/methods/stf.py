@@ -21,6 +21,7 @@ import numpy as np
 
 from ogdm_jax import randomness
 from ogdm_jax.config import choose
+from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
 from ogdm_jax.typing import Array, PyTree
 
@@ -159,17 +160,6 @@ def class_mask(label: Array, reference_label: Array) -> Array:
     A reference whose own label was dropped (-1) only serves queries without a label. A query's own source always stays.
     """
     return (label[:, None] == reference_label[None, :]) | (label[:, None] < 0)
-
-
-def flip(images: Array, augment: Array) -> Array:
-    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9]; its own inverse."""
-    images = jnp.where(augment[:, 0][:, None, None, None] != 0, images[:, :, ::-1], images)
-    return jnp.where(augment[:, 1][:, None, None, None] != 0, images[:, ::-1], images)
-
-
-def isometric(augment: Array) -> Array:
-    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not act)."""
-    return jnp.all(augment[:, 2:] == 0, axis=1)
 
 
 def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) -> None:
