@@ -141,6 +141,10 @@ def _cell(value: Any) -> str:
     return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else nice(round(value, 3) if abs(value) < 10 else round(value, 1))
+
+
 def _tiles(found: Findings) -> str:
     tiles = list(found.facts)
     if found.distances:
@@ -173,7 +177,7 @@ def distances(reports: Sequence[Mapping[str, Any]]) -> str:
     plain = ("solver", "steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all", "n_samples", "n_reference")
     floored = ("kid", "precision", "recall", "density", "coverage")
     rows = [
-        [r[name] for name in plain] + [f"{_cell(r.get(name))} ({_cell(r.get(name + '_floor'))})" for name in floored]
+        [r[name] for name in plain] + [f"{_share(r.get(name))} ({_share(r.get(name + '_floor'))})" for name in floored]
         for r in sorted(reports, key=lambda r: (r["solver"], r["nfe"]))
     ]
     headings = ("solver", "steps", "NFE", "n", space, "floor", "ratio", "all", "samples", "reference", *floored)

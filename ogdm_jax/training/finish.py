@@ -140,15 +140,22 @@ class Evaluator:
         num = run.config.evaluate.num or len(run.source)
         mine = np.resize(np.arange(num)[index::count], -(-num // count))  # as many in every process
         devices = run.plan.local_devices
-        place = NamedSharding(Mesh(np.asarray(devices), ("images",)), PartitionSpec())
+        mesh = Mesh(np.asarray(devices), ("images",))
+        place, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("images"))
         trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
         params, buffers = jax.device_put(trees, place)
         guidance = [dataclasses.replace(g, frozen=jax.device_put(g.frozen, place)) for g in self._guidance(state)]
         if self._sampler is None:
             self._sampler = generate.sampler(self._model, run.config.sample, devices, self._churn, guidance)
+
+        def sampler(params, buffers, seeds, labels, frozen, given):
+            """Rows placed by hand: between processes jit places no host arrays on several devices."""
+            seeds, labels, given = jax.device_put((seeds, labels, given), divided)
+            return self._sampler(params, buffers, seeds, labels, frozen, given)
+
         labels = generate.labels_for(mine, self._model.label_dim, None)
         batch = len(devices) * min(256, -(-len(mine) // len(devices)))
-        parts = generate.generate(self._sampler, params, buffers, mine, labels, batch, guidance)
+        parts = generate.generate(sampler, params, buffers, mine, labels, batch, guidance)
         images = np.concatenate([pictures.to_uint8(part) for part in parts])
         if count == 1:
             return images
