@@ -17,7 +17,7 @@ On features x (real) [n, d] and y (generated) [m, d], in float64 on the host:
 On images: psnr(a, b, data_range=2.0), ssim(a, b, data_range=2.0, window="gaussian"), one number an image.
 Streams of images, a batch at a time: protocol.of_source, protocol.score (EDM's three times 50,000 images).
 For people: html.page (a training folder as one page), charts.line_chart; to_uint8(images),
-grid(images, columns, padding, scale), save_png(path, image), save_animation(path, frames).
+grid(images, columns, padding, scale), sheet(images, columns), save_png(path, image), save_animation(path, frames).
 """
 
 from ogdm_jax.evaluation.features import distance_report, feature_space, statistics_report
@@ -32,7 +32,7 @@ from ogdm_jax.evaluation.metrics import (
     psnr,
     ssim,
 )
-from ogdm_jax.evaluation.report import grid, save_animation, save_png, to_uint8
+from ogdm_jax.evaluation.report import grid, save_animation, save_png, sheet, to_uint8
 from ogdm_jax.evaluation.statistics import Statistics, load_statistics, save_statistics
 from ogdm_jax.evaluation.trained import train_features
 
@@ -44,6 +44,7 @@ __all__ = [
     "feature_space",
     "frechet_distance",
     "grid",
+    "sheet",
     "inception_score",
     "kernel_distance",
     "kernel_distance_subsets",

@@ -36,7 +36,7 @@ def write(path: Path, images: np.ndarray, seeds: np.ndarray, labels: np.ndarray 
         more = {} if labels is None else {"labels": labels}
         np.savez_compressed(path, images=images, seeds=seeds, **more)
     elif path.suffix == ".png":
-        report.save_png(path, report.grid(images, padding=1, scale=max(1, 32 // images.shape[1])))
+        report.save_png(path, report.sheet(images))
     else:
         path.mkdir(parents=True, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):

@@ -44,6 +44,11 @@ def grid(images, columns: int | None = None, padding: int = 0, scale: int = 1) -
     return page[: page.shape[0] - padding, : page.shape[1] - padding]
 
 
+def sheet(images, columns: int | None = None) -> np.ndarray:
+    """A `grid` to look at: a line between the images, and small ones enlarged to about 32 pixels."""
+    return grid(images, columns, padding=1, scale=max(1, 32 // np.shape(images)[1]))
+
+
 def _pillow(image: np.ndarray) -> Image.Image:
     image = to_uint8(image)
     if image.ndim == 3 and image.shape[-1] == 1:

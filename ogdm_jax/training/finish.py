@@ -166,8 +166,7 @@ class Evaluator:
         settings = self.run.config.sample
         report = {"step": step} | distance_report(self._space, images, self._reference)
         report |= {"solver": settings.solver, "steps": settings.steps, "nfe": nfe(settings.solver, settings.steps)}
-        scale = max(1, 32 // images.shape[1])
-        pictures.save_png(self._workdir / "samples.png", pictures.grid(images[:64], columns=8, padding=1, scale=scale))
+        pictures.save_png(self._workdir / "samples.png", pictures.sheet(images[:64], columns=8))
         (self._workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
         return report
 

@@ -193,7 +193,7 @@ def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, 
         classes = run.model.label_dim
         labels = seeds % classes if classes else None
         images = np.concatenate(list(generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)))
-        picture = report.grid(images)
+        picture = report.sheet(images)
         report.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)
 
