@@ -23,6 +23,20 @@ PUBLIC = {
         "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, "
         "label=None, kick=None, trajectory=False"
     },
+    "diffusion.operators": {
+        "inpaint": "mask",
+        "super_resolution": "factor, size",
+        "gaussian_blur": "size, std",
+        "motion_blur": "kernel",
+        "phase_retrieval": "oversample",
+        "measurement_loss": "operator, y",
+    },
+    "methods.dsg": {
+        "spherical_step": "mean, std, eps, grad, rate",
+        "dps_step": "mean, std, eps, grad, scale",
+        "spherical": "loss, rate=0.2, interval=1",
+        "posterior": "loss, scale",
+    },
     "methods.stf": {"stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"},
     "methods.sp": {"self_perceptual_loss": "features, x0, eps, x0_hat, eps_hat, sigma_next"},
     "methods.ogdm": {
