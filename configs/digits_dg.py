@@ -25,6 +25,7 @@ def get_config():
     config.log.every = "100 steps"
     config.sample.every = "100 steps"
     config.sample.solver = "euler"  # as configs/digits.py: samples must come from the sampler that will be guided
+    config.sample.steps = 10
     config.evaluate.features = "digits"
     config.evaluate.num = 0
     config.evaluate.every = "200 steps"
