@@ -13,7 +13,7 @@ import tiny
 
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, find
+from ogdm_jax.training.checkpoint import Checkpoints, evaluations, find
 
 STEPS = 5
 
@@ -52,7 +52,8 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
 
 def losses(workdir) -> np.ndarray:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return np.array([[json.loads(line)[k] for k in ("loss", "loss/ogdm_companion", "grad_norm")] for line in lines])
+    steps = [values for values in map(json.loads, lines) if "loss" in values]  # evaluations have lines of their own
+    return np.array([[values[k] for k in ("loss", "loss/ogdm_companion", "grad_norm")] for values in steps])
 
 
 def final_params(workdir):
@@ -62,13 +63,17 @@ def final_params(workdir):
     return state.params
 
 
-@pytest.mark.parametrize("plan", ["pmap", "mesh"])
-def test_two_processes_equal_one(tmp_path, plan):
-    outs = launch(tmp_path / "two", 2, 2, f"parallel.plan={plan}")
+@pytest.mark.parametrize("plan,evaluated", [("pmap", ()), ("mesh", ("evaluate.features=digits", "evaluate.num=45"))])
+def test_two_processes_equal_one(tmp_path, plan, evaluated):
+    outs = launch(tmp_path / "two", 2, 2, f"parallel.plan={plan}", *evaluated)
     assert "step" in outs[0] and "images/s" in outs[0] and "images/s" not in outs[1]  # only the lead process logs
-    launch(tmp_path / "one", 1, 1)
+    launch(tmp_path / "one", 1, 1, *evaluated)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
     for a, b in zip(
         jax.tree.leaves(final_params(tmp_path / "two")), jax.tree.leaves(final_params(tmp_path / "one")), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-3)
+    if evaluated:  # each process samples its share, the lead one measures
+        two, one = (evaluations(tmp_path / name)[STEPS] for name in ("two", "one"))
+        assert two["n"] == one["n"] == 45 and two["features"] == "fd_digits"
+        np.testing.assert_allclose(two["fd"], one["fd"], rtol=0.02)
