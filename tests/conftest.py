@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 sys.path.insert(0, str(Path(__file__).parent))  # oracles, golden_support and families are imported by name
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,3 +19,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _cache = os.environ.get("OGDM_TEST_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", _cache)  # a second run of the suite compiles little
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs pile up to gigabytes over the suite; no module needs another's."""
+    yield
+    jax.clear_caches()

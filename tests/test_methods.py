@@ -43,6 +43,7 @@ def test_methods_train_in_every_combination(on, pretrained):
     assert set(state.companions) == {m.name for m in run.filled.companions}
 
 
+@pytest.mark.slow  # three programs of all methods; tests/test_stf_training.py divides the set in little
 def test_all_methods_together_are_the_same_on_every_plan(pretrained):
     """STF's whole set is divided over the devices here, 1,797 images on 2: filled up, and gathered by nobody."""
     flags = (f"methods={tuple(TRAINING)!r}", "data.batch=8", f"init.workdir={pretrained}", "stf.source=full")

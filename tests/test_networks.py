@@ -242,6 +242,7 @@ def test_labels_and_scalars(kind):
         emb(c, jnp.zeros((4, 2)))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_number():
     x, c = inputs(2)
     variables = randomised("adm")[1]

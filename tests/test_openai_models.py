@@ -64,6 +64,7 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
 
 
+@pytest.mark.slow  # tests/test_pretrained.py walks the same way with an EDM checkpoint
 def test_a_converted_openai_network_fine_tunes_and_samples(openai):
     """A step from the printed settings (OGDM: test_discrete_training), and samples with the learned variance."""
     folder, _, said = openai

@@ -19,8 +19,8 @@ def one_device():
     "plan,devices,more",
     [
         ("pmap", 2, ()),
-        ("pmap", 8, ()),
-        ("mesh", 4, ()),
+        pytest.param("pmap", 8, (), marks=pytest.mark.slow),
+        pytest.param("mesh", 4, (), marks=pytest.mark.slow),
         ("sharded", 8, ()),
         ("pmap", 4, ("optim.accumulate=2",)),
         ("mesh", 2, ("optim.accumulate=4",)),
@@ -42,7 +42,7 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("plan", ["pmap", "mesh"])
+@pytest.mark.parametrize("plan", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_replicated_state_is_equal_on_every_device(plan):
     run = tiny.build(plan=plan, devices=4)
     state = run.init()

@@ -63,7 +63,13 @@ def final_params(workdir):
     return state.params
 
 
-@pytest.mark.parametrize("plan,evaluated", [("pmap", ()), ("mesh", ("evaluate.features=digits", "evaluate.num=45"))])
+@pytest.mark.parametrize(
+    "plan,evaluated",
+    [
+        ("pmap", ()),
+        pytest.param("mesh", ("evaluate.features=digits", "evaluate.num=45"), marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_equal_one(tmp_path, plan, evaluated):
     outs = launch(tmp_path / "two", 2, 2, f"parallel.plan={plan}", *evaluated)
     assert "step" in outs[0] and "images/s" in outs[0] and "images/s" not in outs[1]  # only the lead process logs
