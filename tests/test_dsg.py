@@ -1,34 +1,25 @@
 """Spherical Gaussian guidance: the step's geometry, its place in every stochastic solver, and its law on a Gaussian."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from guidance_cases import DATA, LATENTS, LOSS, MASK, SHAPE, Y, evaluate_at, info_at, norms, transition_at
 from oracles import Gaussian
 
 from ogdm_jax.diffusion import grids, kicks, operators, steps
 from ogdm_jax.diffusion.churn import Info
-from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
 from ogdm_jax.diffusion.sampling import sample
 from ogdm_jax.diffusion.solvers import plain_kick
 from ogdm_jax.methods import dsg
 
-SHAPE = (3, 4, 4, 2)
 ROOT_N = np.sqrt(32)
 STD = np.array([0.3, 1.0, 7.0], np.float32)
 step = jax.jit(dsg.spherical_step)
-MASK = np.zeros((1, 4, 4, 1), np.float32)
-MASK[:, ::2] = 1
 
 
 def draws(seed: int = 0, shape=SHAPE):
     return [jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(seed), 3)]
-
-
-def norms(v):
-    return np.linalg.norm(np.asarray(v, np.float64).reshape(len(v), -1), axis=1)
 
 
 class TestStep:
@@ -112,10 +103,6 @@ class TestStep:
             dsg.spherical_step(mean, STD, eps, grad, 1.5)
 
 
-DATA = Gaussian(0.1, 0.5)
-Y = np.random.default_rng(5).normal(size=SHAPE).astype(np.float32) * MASK
-LOSS = operators.measurement_loss(operators.inpaint(MASK), Y)
-LATENTS = np.random.default_rng(6).normal(size=SHAPE).astype(np.float32)
 GRID = grids.edm(5, 0.02, 20.0)
 
 
@@ -188,16 +175,16 @@ class TestKick:
         info = {i: None for i in range(6)}
         kick = dsg.spherical(LOSS, 0.5, interval=3)
         for i in info:
-            at = _info(i, 6)
-            got = kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
-            plain = plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+            at = info_at(i, 6)
+            got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+            plain = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
             seen.append(not np.array_equal(got, plain))  # bit for bit
         assert seen == [False, False, True, False, False, True]
         windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
         for i, sigma in ((0, 1.0), (1, 0.5)):
-            at = _info(i, 6, sigma)
-            got = windowed(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
-            assert np.array_equal(got, plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]) == (i == 0)
+            at = info_at(i, 6, sigma)
+            got = windowed(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+            assert np.array_equal(got, plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]) == (i == 0)
 
     def test_one_trace_and_gradients_on_guided_steps_only(self):
         traces, forward, backward = [], [], []
@@ -245,13 +232,13 @@ class TestKick:
         np.testing.assert_allclose(cheap, run(dsg.spherical(LOSS, 0.4)), atol=1e-4)
 
     def test_stop_leaves_explained_images_alone(self):
-        at = _info(1, 6)
-        threshold = float(jnp.median(LOSS(_evaluate(at)(LATENTS))))
+        at = info_at(1, 6)
+        threshold = float(jnp.median(LOSS(evaluate_at(at)(LATENTS))))
         kick = dsg.spherical(LOSS, 0.5, stop=threshold)
-        got = kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
-        free = plain_kick(_evaluate(at), _transition(at), LATENTS, Y, at)[0]
+        got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+        free = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
         same = [np.array_equal(a, b) for a, b in zip(got, free, strict=True)]
-        assert same == (LOSS(_evaluate(at)(LATENTS)) <= threshold).tolist() and any(same) and not all(same)
+        assert same == (LOSS(evaluate_at(at)(LATENTS)) <= threshold).tolist() and any(same) and not all(same)
 
     def test_time_travel_repeats_from_the_steps_level(self):
         """Of plain steps it changes nothing in distribution: a Gaussian keeps its marginal at the next level."""
@@ -265,7 +252,8 @@ class TestKick:
             x = jnp.sqrt(0.25 + 1.0) * jax.random.normal(key, (4000, 2, 2, 1))
             eps = jax.random.normal(jax.random.fold_in(key, 1), x.shape)
             return [
-                k(lambda x: data.denoise(x, info.sigma), _transition(info), x, eps, info)[0] for k in (plain_kick, kick)
+                k(lambda x: data.denoise(x, info.sigma), transition_at(info), x, eps, info)[0]
+                for k in (plain_kick, kick)
             ]
 
         once, thrice = states(jax.random.key(3))
@@ -277,13 +265,13 @@ class TestKick:
             levels.append(x)
             return plain_kick(evaluate, transition, x, noise, info)
 
-        at = _info(1, 6)
+        at = info_at(1, 6)
         with jax.disable_jit():
-            x, _ = kicks.time_travel(spy, 3)(_evaluate(at), _transition(at), LATENTS, Y, at)
+            x, _ = kicks.time_travel(spy, 3)(evaluate_at(at), transition_at(at), LATENTS, Y, at)
         assert len(levels) == 3 and not np.array_equal(levels[1], levels[2])
         with pytest.raises(ValueError, match="key=None; expected a key, because time travel draws noise"):
             run(dsg.spherical(LOSS, repeats=2), noise_fn=lambda i: Y, key=None) if False else kicks.time_travel(spy, 2)(
-                _evaluate(at), _transition(at), LATENTS, Y, at._replace(key=None)
+                evaluate_at(at), transition_at(at), LATENTS, Y, at._replace(key=None)
             )
 
     def test_strength_is_the_rate_of_the_step_count_law(self):
@@ -345,239 +333,3 @@ class TestKick:
     def test_bad_settings_say_what_to_change(self, make, words):
         with pytest.raises(ValueError, match=words):
             make()
-
-
-def _info(i: int, n: int, sigma: float = 1.0):
-    keys = jax.random.split(jax.random.key(i), 3)
-    return Info(jnp.int32(i), n, jnp.full(3, sigma), jnp.full(3, 0.6 * sigma), keys)
-
-
-def _evaluate(info):
-    return lambda x: DATA.denoise(x, info.sigma)
-
-
-def _transition(info):
-    return lambda x0, x: steps.ddim_moments(x, x0, info.sigma, info.sigma_next, 1.0)
-
-
-class TestOtherMethods:
-    """Each rule against its formula, on a denoiser whose Jacobian is a number."""
-
-    at = _info(1, 6)
-    eps = jax.random.normal(jax.random.key(11), SHAPE)
-
-    def moments(self):
-        x0 = DATA.denoise(LATENTS, self.at.sigma)
-        mean, std = _transition(self.at)(x0, LATENTS)
-        return x0, mean, std, DATA.std**2 / (DATA.std**2 + 1.0)
-
-    def next_of(self, kick, at=None):
-        at = self.at if at is None else at
-        return jax.jit(lambda x: kick(_evaluate(at), _transition(at), x, self.eps, at)[0])(LATENTS)
-
-    @pytest.mark.parametrize("coordinate", ["ve", "vp"])
-    def test_dps(self, coordinate):
-        x0, mean, std, jacobian = self.moments()
-        factor = np.sqrt((1 + 1.0) * (1 + 0.36)) if coordinate == "vp" else 1.0
-        want = mean + std[0] * self.eps - 0.3 * factor * jacobian * 2 * MASK * (x0 - Y)
-        np.testing.assert_allclose(self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5)
-
-    def test_mpgd(self):
-        x0, _, std, _ = self.moments()
-        mean, _ = _transition(self.at)(jnp.where(MASK > 0, Y, x0), LATENTS)  # half a gradient is the projection
-        np.testing.assert_allclose(self.next_of(kicks.mpgd(LOSS, 0.5)), mean + std[0] * self.eps, atol=1e-5)
-
-    def test_freedom_ignores_the_losss_scale_and_has_its_length(self):
-        x0, mean, std, _ = self.moments()
-        move = self.next_of(kicks.freedom(LOSS, 0.3)) - (mean + std[0] * self.eps)
-        np.testing.assert_allclose(kicks.rms(move), 0.3 * (1 - 0.36) * kicks.rms(LATENTS - x0), rtol=1e-4)
-        other = self.next_of(kicks.freedom(lambda v: 1e6 * LOSS(v), 0.3))
-        np.testing.assert_allclose(other, self.next_of(kicks.freedom(LOSS, 0.3)), atol=1e-5)
-        timed = self.next_of(kicks.freedom(LOSS, 0.3, "time")) - (mean + std[0] * self.eps)
-        direction = self.moments()[3] * 2 * MASK * (x0 - Y)
-        np.testing.assert_allclose(timed, -0.3 * np.sqrt(1.36) * direction, atol=1e-5)
-
-    def test_lgd_is_dps_where_its_noise_is_small(self):
-        at = _info(1, 6, 1e-3)
-        want = self.next_of(dsg.posterior(LOSS, 0.1, coordinate="vp"), at)
-        np.testing.assert_allclose(self.next_of(kicks.lgd(LOSS, 0.1, 4), at), want, atol=3e-3)
-
-        @functools.partial(jax.jit, static_argnums=1)
-        def value(x, scale):
-            return kicks.smoothed(lambda v: scale * LOSS(v), 1000)(_evaluate(self.at), x, self.at)
-
-        smooth, quiet = value(LATENTS, 1.0), value(LATENTS, 1e-4)
-        # small losses average: E|r + s z|^2 = |r|^2 + m s^2, s^2 = 1/2; large ones prefer the best draws
-        _, _, _, jacobian = self.moments()
-        x0 = DATA.denoise(LATENTS, self.at.sigma)
-        np.testing.assert_allclose(quiet[1] * 1e4, LOSS(x0) + MASK.sum() * 2 * 0.5, rtol=0.05)
-        assert (smooth[1] < LOSS(x0) + MASK.sum()).all()
-
-    @pytest.mark.parametrize("std", [0.0, 0.3])
-    def test_diffpir_solves_the_normal_equations(self, std):
-        op = operators.gaussian_blur(5, 0.8)
-        y = op.forward(LATENTS)
-        matrix = np.asarray(op.forward(jnp.eye(16).reshape(16, 4, 4, 1))).reshape(16, 16).T
-        x0, _, _, _ = self.moments()
-        rho = 2 * 8.0 * max(std, 1e-3) ** 2
-        flat = lambda v: np.moveaxis(np.asarray(v, np.float64), -1, 1).reshape(6, 16)  # noqa: E731
-        solved = np.linalg.solve(matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T).T
-        _, got = kicks.diffpir(op, y, std)(_evaluate(self.at), _transition(self.at), LATENTS, self.eps, self.at)
-        np.testing.assert_allclose(flat(got), solved, atol=2e-3 if std == 0 else 1e-4)
-
-    def test_ddnm_keeps_what_was_measured_and_the_priors_spread_elsewhere(self):
-        latents = jax.random.normal(jax.random.key(0), (512, 4, 4, 1))
-        y = jnp.broadcast_to(Y[:1, ..., :1], latents.shape)
-        compiled = jax.jit(
-            lambda z, kick: sample(DATA.denoise, z, grids.edm(40), "ddim", key=jax.random.key(1), eta=1.0, kick=kick),
-            static_argnums=1,
-        )
-        x, free = (compiled(latents, kick) for kick in (kicks.ddnm(operators.inpaint(MASK), y), plain_kick))
-        seen = np.broadcast_to(MASK > 0, x.shape)
-        np.testing.assert_allclose(x[seen], y[seen], atol=1e-5)
-        np.testing.assert_allclose(x[~seen], free[~seen], atol=1e-4)  # pixels of this prior know nothing of each other
-
-    def test_ddnm_takes_the_measurements_noise_off_its_own(self):
-        """Noise of the next state, over draws of y's noise and of its own, is the transition's."""
-        noise = jax.random.normal(jax.random.key(3), (2, 4000, 4, 4, 1))
-        at = self.at._replace(sigma=jnp.ones(4000), sigma_next=jnp.full(4000, 0.6))
-        x = jnp.broadcast_to(LATENTS[:1, ..., :1], noise.shape[1:])
-        for std in (0.3, 3.0):
-            y = 0.2 + std * noise[0]
-            args = (_evaluate(at), _transition(at), x, noise[1], at)
-            x_next, _ = kicks.ddnm(operators.identity(), y, std)(*args)
-            want = steps.split_sigma(at.sigma, at.sigma_next, 1.0)[1][0]
-            np.testing.assert_allclose(jnp.std(x_next, axis=0), want, rtol=0.05)
-
-
-def test_vp_chain_is_the_same_chain():
-    """DSG in VP coordinates, written out, with the same noise: x_vp = sqrt(abar) x after 20 steps."""
-    table = Discrete.make(keep=space_timesteps(1000, [20]))
-    sigmas = np.append(table.sigma[::-1], 0.0).astype(np.float32)
-    noise = jax.random.normal(jax.random.key(8), (20, *SHAPE))
-    kick = dsg.spherical(LOSS, 0.2)
-    x = sample(DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], kick=kick, eta=1.0)
-    bars = np.append(1 / (1 + sigmas[:-1] ** 2), 1.0)
-    x_vp = LATENTS * sigmas[0] * np.sqrt(bars[0])
-
-    @jax.jit
-    def one(x_vp, a, b, eps):
-        def loss(x_vp):
-            x0 = DATA.denoise(x_vp / jnp.sqrt(a), jnp.full(3, jnp.sqrt(1 / a - 1)))
-            return LOSS(x0).sum(), x0
-
-        grad, x0 = jax.grad(loss, has_aux=True)(x_vp)
-        std = jnp.sqrt((1 - b) / (1 - a)) * jnp.sqrt(jnp.maximum(1 - a / b, 0))
-        e = (x_vp - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
-        mean = jnp.sqrt(b) * x0 + jnp.sqrt(jnp.maximum(1 - b - std**2, 0)) * e
-        return dsg.spherical_step(mean, std, eps, grad, 0.2)
-
-    for i in range(20):
-        x_vp = one(x_vp, jnp.float32(bars[i]), jnp.float32(bars[i + 1]), noise[i])
-    np.testing.assert_allclose(x_vp, x, atol=1e-4)
-
-
-class TestToy:
-    """A Gaussian of 1,024 numbers with eigenvalues as 1/k, a quarter observed: every quantity is known."""
-
-    @staticmethod
-    @functools.cache
-    def problem():
-        rng = np.random.default_rng(0)
-        values = 1 / np.arange(1, 1025)
-        values *= 0.25 / values.mean()
-        basis = np.linalg.qr(rng.normal(size=(1024, 1024)).astype(np.float32))[0]
-        seen = np.zeros(1024, np.float32)
-        seen[rng.choice(1024, 256, replace=False)] = 1
-        truth = (rng.normal(size=(4, 1024)) * np.sqrt(values)) @ basis.T
-        y = (seen * (truth + 0.05 * rng.normal(size=truth.shape))).astype(np.float32)
-        return values.astype(np.float32), basis, seen, y
-
-    @staticmethod
-    def denoise(x, sigma, label=None):
-        values, basis, _, _ = TestToy.problem()
-        v = jnp.asarray(values)[None]
-        z = x.reshape(x.shape[0], -1) @ basis * (v / (v + sigma[:, None] ** 2))
-        return (z @ basis.T).reshape(x.shape)
-
-    @staticmethod
-    @functools.cache
-    def compiled(n: int, kind: str):
-        table = Discrete.make(keep=space_timesteps(1000, [n]))
-        sigmas = np.append(table.sigma[::-1], 0.0)
-        _, _, seen, y = TestToy.problem()
-        op = operators.inpaint(seen.reshape(1, 32, 32, 1))
-        y = jnp.asarray(y.reshape(4, 32, 32, 1))
-
-        def images(key, amount):
-            latents = (
-                jax.random.normal(jax.random.fold_in(key, 1), (4, 32, 32, 1)) / vp_scale(sigmas[:1])[0] / sigmas[0]
-            )
-            if kind == "dsg":
-                kick = dsg.spherical(operators.measurement_loss(op, y), amount)
-            else:
-                kick = dsg.posterior(operators.measurement_loss(op, y, squared=False), amount, coordinate="vp")
-            return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, kick=kick, eta=1.0)
-
-        return jax.jit(images)
-
-    @staticmethod
-    @functools.cache
-    def posterior_mean():
-        values, basis, seen, y = TestToy.problem()
-        cov, at = (basis * values) @ basis.T, seen > 0
-        return y[:, at] @ np.linalg.solve(cov[at][:, at] + 0.05**2 * np.eye(256, dtype=np.float32), cov[at])
-
-    def figures(self, n, kind, amount):
-        """(residual rms on seen numbers, prior energy, error to the posterior mean, spread over draws)."""
-        values, basis, seen, y = self.problem()
-        draws = np.stack([self.compiled(n, kind)(jax.random.key(i), jnp.float32(amount)) for i in range(2)])
-        x = draws.reshape(2, 4, 1024)
-        residual = np.sqrt((((x - y) * seen) ** 2).sum(-1) / 256).mean()
-        energy = ((x @ basis) ** 2 / values).mean()
-        return residual, energy, np.sqrt(((x - self.posterior_mean()) ** 2).mean()), x.std(0).mean()
-
-    @pytest.mark.parametrize("n", [20, 50])
-    def test_less_residual_than_dps_at_published_settings(self, n):
-        none, dps, spherical = (self.figures(n, *how) for how in (("dps", 0.0), ("dps", 1.0), ("dsg", 0.2)))
-        assert spherical[0] < 0.7 * dps[0] and dps[0] < none[0]
-        if n == 20:  # measured with the same settings in another implementation
-            np.testing.assert_allclose([none[0], dps[0], spherical[0]], [0.595, 0.366, 0.214], rtol=0.15)
-            assert spherical[2] < dps[2]
-
-    def test_every_rate_is_bounded_where_a_large_dps_step_explodes(self):
-        residual, energy, *_ = self.figures(20, "dps", 30.0)
-        assert residual > 0.8 and energy > 1.5
-        spread = []
-        for rate in (0.0, 0.1, 0.5, 1.0):
-            residual, energy, _, diversity = self.figures(20, "dsg", rate)
-            assert residual <= 0.65 and energy <= 1.05, rate
-            spread.append(diversity)
-        assert (np.diff(spread) < 0).all() and spread[-1] < 0.05  # rate 1 is no sampler
-
-    def test_equal_strength_is_about_equal_over_numbers_of_steps(self):
-        found = [self.figures(n, "dsg", dsg.rate_of_strength(1.0, n))[0] for n in (20, 50, 100)]
-        assert max(found) / min(found) < 1.25
-        np.testing.assert_allclose(found, [0.227, 0.205, 0.192], rtol=0.15)
-
-    def test_unguided_chains_reach_the_prior(self):
-        energies = [self.figures(n, "dps", 0.0)[1] for n in (20, 100)]
-        assert energies[0] < energies[1] < 1 and energies[1] > 0.75  # Euler's mean loses variance as steps grow
-
-
-def test_kernels_of_all_solvers_are_one_kernel():
-    """DDIM (eta 1), DDPM's posterior and the ancestral step of EDM: equal mean and std; sigma_up^2 + sigma_down^2."""
-    sigma, below = jnp.full(3, 1.7), jnp.full(3, 0.9)
-    x0 = DATA.denoise(LATENTS, sigma)
-    ddim, ancestral = (
-        f(LATENTS, x0, sigma, below, a) for f, a in ((steps.ddim_moments, 1.0), (steps.ancestral_moments, "small"))
-    )
-    for a, b in zip(ddim, ancestral, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    a, b = 1 / (1 + 1.7**2), 1 / (1 + 0.9**2)
-    beta = 1 - a / b
-    mean_vp = np.sqrt(b) * beta / (1 - a) * x0 + np.sqrt(a / b) * (1 - b) / (1 - a) * np.sqrt(a) * LATENTS
-    np.testing.assert_allclose(ddim[0] * np.sqrt(b), mean_vp, atol=1e-6)
-    np.testing.assert_allclose(ddim[1] * np.sqrt(b), np.sqrt(beta * (1 - b) / (1 - a)), rtol=1e-6)
-    down, up = steps.split_sigma(sigma, below, 0.4)
-    np.testing.assert_allclose(down**2 + up**2, below**2, rtol=1e-6)
