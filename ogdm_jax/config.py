@@ -98,7 +98,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if old and value and not all(_number(v) == _number(old[0]) for v in value):
             raise ConfigError(f"--config.{key}: {text!r} has entries of another type; expected something like {old!r}")
         return value
-    if isinstance(old, float) and _number(value):
+    if isinstance(old, float) and (_number(value) or text.strip().lower() in ("inf", "-inf")):  # no literal says inf
         return float(value)
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ogdm_jax.config import choose, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
+from ogdm_jax.networks.unet import TAPS
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
@@ -40,11 +41,26 @@ class Model:
         return variables["params"], dict(variables.get("buffers", {}))
 
     def denoiser(self, params: PyTree, buffers: PyTree | None = None) -> Denoise:
-        """denoise(x, sigma, label=None, **extra) of these parameters."""
+        """denoise(x, sigma, label=None, **extra) of these parameters.
+
+        tap in extra: "mid", "emb" or names of the network's blocks with commas between them, such as
+        "enc_8x8_block0,dec_8x8_in1" (the top level of params names them). Blocks come back as a list of features; what
+        lies behind the last of them is traced, but never computed under jit. Raises ValueError for an unknown name.
+        """
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}
-        return self.wrap(
-            lambda x, c_noise, label=None, **extra: self.network.apply(variables, x, c_noise, label, **extra)
-        )
+
+        def call(x: Array, c_noise: Array, label: Array | None = None, tap: str | None = None, **extra) -> Any:
+            if tap in TAPS:
+                return self.network.apply(variables, x, c_noise, label, tap=tap, **extra)
+            names = tap.split(",")
+            if unknown := [name for name in names if name not in params]:
+                known = ", ".join(sorted(params))
+                raise ValueError(f"tap {tap!r}: no block {unknown[0]!r}; expected 'mid', 'emb' or some of {known}")
+            chosen = lambda module, method: method == "__call__" and module.path in [(n,) for n in names]  # noqa: E731
+            _, kept = self.network.apply(variables, x, c_noise, label, capture_intermediates=chosen, **extra)
+            return [kept["intermediates"][name]["__call__"][0] for name in names]
+
+        return self.wrap(call)
 
 
 def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Model:

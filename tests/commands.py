@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import pytest
 import tiny
 
@@ -14,7 +15,7 @@ from ogdm_jax.interop import __main__
 
 
 def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny.FLAGS}  # compiling is most of what tests wait for
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS}
     command = [sys.executable, str(tiny.ROOT / name), *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 

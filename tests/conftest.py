@@ -4,10 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The suite compiles far more than it computes: without LLVM's optimiser it takes a third less. Users' runs keep it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 sys.path.insert(0, str(Path(__file__).parent))  # oracles, golden_support and families are imported by name
+
+import compiling
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}".strip()
 
 import jax
 import pytest

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import compiling
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,7 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 def run(script: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
-    env = ENV | {"XLA_FLAGS": f"{tiny.FLAGS} --xla_force_host_platform_device_count={devices}"}
+    env = ENV | {"XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, str(tiny.ROOT / script), *args]
     return subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, timeout=300)
 

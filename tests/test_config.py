@@ -74,6 +74,7 @@ def test_overrides_keep_types():
     assert config.network.channel_mult == (1, 2, 2)
     assert config.methods == ()
     assert config.data.source == "npz:a=b.npz"
+    assert tiny.config("sp.sigma_max=inf").sp.sigma_max == float("inf")
 
 
 @pytest.mark.parametrize(

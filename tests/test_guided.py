@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,7 +264,7 @@ def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictur
         + ["--input", str(pictures / "1.png"), "--solver", "heun", "--eta", "1", "--steps", "3", "--strength", "1"]
         + ["--repeats", "2", "--out", str(out)],
         cwd=tiny.ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny.FLAGS},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import compiling
 import jax
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find
 
-ENV = os.environ | {"XLA_FLAGS": f"{tiny.FLAGS} --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {"XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
 
 
 def start(workdir, *more: str) -> subprocess.Popen:

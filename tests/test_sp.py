@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.flatten_util import ravel_pytree
 
 from ogdm_jax.diffusion import precondition, process, steps
@@ -398,3 +399,21 @@ def test_devices_agree():
     step = lambda p, f: jax.lax.pmean(jax.value_and_grad(loss)(p, f), "data")  # noqa: E731
     parts = jax.pmap(step, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4])(network(), cut)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, rtol=2e-3, atol=1e-5), parts, whole)
+
+
+def test_any_block_can_be_the_tap():
+    """Blocks by name, several at once; what lies behind the deepest of them is not computed."""
+    run = tiny.build("methods=()")
+    params, buffers = run.model.init(jax.random.key(0))
+    x, sigma = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.array([0.5, 2.0])
+
+    def features(tap):
+        return jax.jit(lambda p: run.model.denoiser(p, buffers)(x, sigma, tap=tap))
+
+    early, mid = features("enc_8x8_block0,dec_4x4_in1")(params)
+    assert early.shape == (2, 8, 8, 8)
+    np.testing.assert_array_equal(mid, features("mid")(params))
+    flops = {t: features(t).lower(params).compile().cost_analysis()["flops"] for t in ("enc_8x8_block0", "mid", None)}
+    assert flops["enc_8x8_block0"] < flops["mid"] / 2 < flops[None] / 4
+    with pytest.raises(ValueError, match="no block 'enc_3x3'; expected 'mid', 'emb' or some of .*dec_4x4_in0"):
+        features("dec_4x4_in1,enc_3x3")(params)

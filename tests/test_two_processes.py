@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {
-        "XLA_FLAGS": f"{tiny.FLAGS} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     settings = tiny.flags(f"train.duration={STEPS} steps", "log.every=1 steps", *more)

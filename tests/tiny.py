@@ -10,7 +10,6 @@ from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--xla_backend_optimization_level=0"  # of subprocesses, as conftest.py sets it here
 
 SHRINK = (
     "network.model_channels=8",

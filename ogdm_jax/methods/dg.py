@@ -153,7 +153,8 @@ def guide(
       gating: "example"; "batch" is the authors' rule, by the smallest level of the batch (differs only under churn).
 
     Returns:
-      The guided denoiser. Its `parts(x, sigma, label)` -> (x0_hat, shift, log ratio [B]) are what `Boost` needs.
+      The guided denoiser. Derivatives of it are those of `denoise`: the correction is a constant to them. Its
+      `parts(x, sigma, label)` -> (x0_hat, shift, log ratio [B]) are what `Boost` needs.
 
     Raises:
       ValueError: an empty window or an unknown gating.
@@ -193,7 +194,9 @@ def _guided(denoise: Denoise, log_ratio: LogRatio, weight: Any, window: tuple[fl
         active = (level >= low) & (level <= high) & (w != 0)
 
         def inside() -> tuple[Array, Array]:
-            shift, ratio = correction(log_ratio, x, sigma, label)
+            # A constant to whoever differentiates the denoiser (DSG and its kin go through the base alone): a second
+            # derivative of the discriminator costs more than it steers.
+            shift, ratio = correction(log_ratio, jax.lax.stop_gradient(x), sigma, label)
             shift = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), shift.astype(x.dtype), 0)
             return per_example(w, x) * shift, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
 

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEFAULTS: dict[str, Any] = PRESETS["pixel_edm"] | {
     "teacher": "",  # training folder of the frozen copy; "" = init.workdir
     "teacher_weights": "ema",  # ema or params of its newest checkpoint
-    "tap": "mid",  # which features of the teacher: mid = output of the middle block
+    "tap": "mid",  # which features of the teacher: mid = output of the middle block, or blocks' names with commas
     "feature_norm": "none",  # none (paper) or relative: divided by the real features' mean square
     "distance": "mse",  # mse or mae of the features
     "share": 0.2,  # auto: size of the feature gradient relative to the squared error's
