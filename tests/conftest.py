@@ -9,6 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # oracles, golden_support and fa
 import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Both workers and all commands that the tests start share compiled programs; a second run of the suite compiles little.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}".strip()
 
 import jax
@@ -18,9 +21,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 jax.config.update("jax_default_matmul_precision", "highest")
-_cache = os.environ.get("OGDM_TEST_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_compilation_cache_dir", _cache)  # a second run of the suite compiles little
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
