@@ -25,7 +25,7 @@ def workdir(tmp_path_factory):
     """A trained folder: class-conditional, so that labels are tested too."""
     folder = tmp_path_factory.mktemp("cli")
     more = ("train.duration=6 steps", "sample.every=3 steps", "log.tensorboard=true", "data.conditional=true")
-    done = run("train.py", "--workdir", str(folder), *tiny.flags(*more))
+    done = run("train.py", "--workdir", str(folder), *tiny.flags(tiny.ONE_LEVEL, *more))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -121,7 +121,9 @@ def test_train_refuses_with_one_sentence(tmp_path, args, words):
 
 
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
-    done = run("train.py", "--workdir", str(tmp_path), *tiny.flags("train.duration=1 steps", "methods="))
+    done = run(
+        "train.py", "--workdir", str(tmp_path), *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", "methods=")
+    )
     assert done.returncode == 0, done.stderr
     done = run("sample.py", "--workdir", str(tmp_path), "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1

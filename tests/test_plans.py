@@ -12,7 +12,7 @@ STEPS = 10
 
 @functools.cache
 def one_device():
-    return tiny.train(tiny.build(), STEPS)
+    return tiny.train(tiny.build(tiny.ONE_LEVEL), STEPS)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def one_device():
 )
 def test_every_plan_trains_as_one_device(plan, devices, more):
     expected, expected_metrics = one_device()
-    state, metrics = tiny.train(tiny.build(*more, plan=plan, devices=devices), STEPS)
+    state, metrics = tiny.train(tiny.build(tiny.ONE_LEVEL, *more, plan=plan, devices=devices), STEPS)
     # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights may move by a part of
     # learning_rate * steps; typical agreement is 1e-6, and a wrong mean over devices would move all weights.
     for name in ("params", "ema", "companions"):
@@ -44,7 +44,7 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
 
 @pytest.mark.parametrize("plan", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_replicated_state_is_equal_on_every_device(plan):
-    run = tiny.build(plan=plan, devices=4)
+    run = tiny.build(tiny.ONE_LEVEL, plan=plan, devices=4)
     state = run.init()
     step = run.compile(state)
     from ogdm_jax import data
@@ -58,7 +58,7 @@ def test_replicated_state_is_equal_on_every_device(plan):
 
 
 def test_sharded_plan_divides_the_state():
-    run = tiny.build(plan="sharded", devices=8)
+    run = tiny.build(tiny.ONE_LEVEL, plan="sharded", devices=8)
     state = run.init()
     for tree in (state.params, state.ema, state.opt_state, state.companions):
         for leaf in jax.tree.leaves(tree):
@@ -67,7 +67,7 @@ def test_sharded_plan_divides_the_state():
 
 
 def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():
-    run = tiny.build()
+    run = tiny.build(tiny.ONE_LEVEL)
     state = run.init()
     pointers = lambda tree: {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
     assert not pointers(state.params) & pointers(state.ema)
@@ -75,7 +75,7 @@ def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():
 
 def test_no_network_weight_is_a_constant_of_the_compiled_step():
     """Parameters, companions and teachers travel as arguments: the lowered program stays small."""
-    run = tiny.build(plan="mesh")
+    run = tiny.build(tiny.ONE_LEVEL, plan="mesh")
     state = run.init()
     from ogdm_jax import data
 
@@ -87,7 +87,7 @@ def test_no_network_weight_is_a_constant_of_the_compiled_step():
 
 
 def test_steady_state_compiles_nothing():
-    run = tiny.build()
+    run = tiny.build(tiny.ONE_LEVEL)
     state = run.init()
     step, frozen = run.compile(state), run.frozen()
     from ogdm_jax import data

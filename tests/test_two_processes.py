@@ -28,7 +28,7 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
         "XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
-    settings = tiny.flags(f"train.duration={STEPS} steps", "log.every=1 steps", *more)
+    settings = tiny.flags(tiny.ONE_LEVEL, f"train.duration={STEPS} steps", "log.every=1 steps", *more)
     running = []
     for process in range(processes):
         joined = (

@@ -30,6 +30,7 @@ SHRINK = (
     "sample.steps=3",
     "evaluate.features=",
 )
+ONE_LEVEL = "network.channel_mult=(1,)"  # half the blocks to compile, where many programs are compared
 
 
 def flags(*more: str) -> list[str]:
