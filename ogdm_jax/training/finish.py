@@ -58,7 +58,7 @@ class Trained:
         settings.solver = solver or settings.solver
         settings.steps = settings.steps if steps is None else steps
         settings.num = settings.num if num is None else num
-        settings.eta = settings.eta if eta is None else eta
+        settings.eta = settings.get("eta", 0.0) if eta is None else eta  # older folders have none
         generate.check_settings(settings)
         return settings
 
