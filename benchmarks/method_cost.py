@@ -2,12 +2,14 @@
 
     python benchmarks/method_cost.py [--rounds 9] [--config configs/digits.py] [--config.KEY=VALUE ...]
 
-Prints one JSON line per variant: the median over rounds of (variant / baseline).
+Prints one JSON line per variant: the median over rounds of (variant / baseline). SP's teacher is the untrained network:
+the cost does not depend on weights.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,14 +36,26 @@ def main() -> None:
 
     from ogdm_jax import config as configs
     from ogdm_jax import data, parallel
+    from ogdm_jax.methods import sp
     from ogdm_jax.training import finish
     from ogdm_jax.training import run as runs
+    from ogdm_jax.training.checkpoint import Checkpoints, describe
 
-    turns, compiled, times = {}, {}, {name: [] for name in VARIANTS}
-    for name, flags in VARIANTS.items():
+    teacher = tempfile.TemporaryDirectory()
+    variants = dict(VARIANTS)
+    for name, settings in sp.PRESETS.items():
+        flags = (f"sp.{key}={value}" for key, value in settings.items())
+        variants[f"sp {name}"] = ("methods=sp", f"sp.teacher={teacher.name}", *flags)
+    turns, compiled, times = {}, {}, {name: [] for name in variants}
+    for name, flags in variants.items():
         config = configs.load(args.config, (*startup.split_overrides(rest), *flags))
         run = runs.build(config, finish.open_source(config), parallel.make_plan("pmap", 1))
-        holder, frozen = [run.init()], run.frozen()
+        holder = [run.init()]
+        if name == "baseline":
+            with Checkpoints(teacher.name) as checkpoints:
+                about = describe(run.config, run.source.shape, run.source.num_classes)
+                checkpoints.save(0, holder[0], about, {"step": 0})
+        frozen = run.frozen()
         step = run.compile(holder[0])
         batch = run.plan.place_batch(next(data.batches(run.source, config.data.batch, 0)))
 
@@ -58,7 +72,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, turn in turns.items():
             times[name].append(turn(args.steps))
-    for name in VARIANTS:
+    for name in variants:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["baseline"], strict=True))
         ms = 1000 * statistics.median(times[name])
         print(json.dumps({"variant": name, "over_baseline": round(ratio, 2), "ms": round(ms, 1),

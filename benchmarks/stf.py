@@ -1,23 +1,28 @@
 """Cost of STF's target: ogdm_jax.methods.stf against the authors' formulation in PyTorch, in one interleaved run.
 
-    python benchmarks/stf.py [--batch 32] [--references 1024] [--side 32] [--rounds 5] [--torch PYTHON]
+    python benchmarks/stf.py [--batch 32] [--references 1024] [--side 32] [--rounds 5] [--torch PYTHON] [--step ddpmpp]
 
 The authors' formulation, re-stated from the paper's code description: an explicit difference array (batch, references,
 pixels), its squares summed, a softmax, and the weights times a repeated copy of the references. It runs in a second
 process (PYTHON: an interpreter with PyTorch; default this one), one call a round, in turn with ours; both get the same
 numbers. Printed: median and fastest times, their ratio, memory beyond the inputs, and the error against float64.
 The default size needs about 2 GB for the PyTorch side; batch 128 with 4096 references would need 20 GB.
+
+--step adds a train step of benchmarks/train_step.py's network of that name to the turns, and prints the target's share
+of the step for --batch images (the step runs on few images; its time is taken to grow with their number).
 """
 
 import argparse
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import workers
 
 
 def problem(batch: int, references: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -41,8 +46,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def torch_worker(args: argparse.Namespace) -> None:
-    """Answers every line on stdin with the seconds of one call and the peak memory of the process so far."""
+def serve_torch(args: argparse.Namespace) -> None:
+    """The authors' target on demand; the first one goes to the file args.worker."""
     import torch
 
     x, sigma, known = problem(args.batch, args.references, args.side)
@@ -59,21 +64,19 @@ def torch_worker(args: argparse.Namespace) -> None:
 
     with torch.no_grad():
         np.save(args.worker, target().numpy())
-        for _ in sys.stdin:
-            began = time.perf_counter()
-            target()
-            print(time.perf_counter() - began, peak_mb() - before, flush=True)
+        workers.serve(target, {"megabytes": peak_mb() - before})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("batch", 32), ("references", 1024), ("side", 32), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--torch", default=sys.executable, help="interpreter with PyTorch; empty = ours alone")
+    parser.add_argument("--step", default="", help="network of benchmarks/train_step.py; empty = no step")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return torch_worker(args)
+        return serve_torch(args)
 
     import jax
 
@@ -82,41 +85,49 @@ def main() -> None:
     arrays = [jax.device_put(a) for a in problem(args.batch, args.references, args.side)]
     ours = jax.jit(stf.stable_target).lower(*arrays).compile()
     result = np.asarray(ours(*arrays)[0])
-    temporaries = ours.memory_analysis().temp_size_in_bytes / 1e6
-    mine, theirs, memory = [], [], 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        saved, worker = Path(folder) / "target.npy", None
-        if args.torch:
-            sizes = [f"--{n}={getattr(args, n)}" for n in ("batch", "references", "side")]
-            command = [args.torch, __file__, *sizes, f"--worker={saved}"]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(args.rounds):
-            if worker:
-                print("go", file=worker.stdin, flush=True)
-                answer = worker.stdout.readline().split()
-                if not answer:
-                    sys.exit(f"--torch: {args.torch} stopped; expected an interpreter with PyTorch and enough memory")
-                theirs.append(float(answer[0]))
-                memory = float(answer[1])
-            began = time.perf_counter()
-            jax.block_until_ready(ours(*arrays))
-            mine.append(time.perf_counter() - began)
-        if worker:
-            worker.stdin.close()
-            worker.wait()
-            reference = np.load(saved)
 
-    truth = exact(*problem(args.batch, args.references, args.side))
+    def seconds() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(ours(*arrays))
+        return time.perf_counter() - began
+
     print(f"{args.batch} queries, {args.references} references, {args.side}x{args.side}x3, {args.rounds} rounds")
-    rows = [("ours", mine, temporaries, result)] + ([("PyTorch", theirs, memory, reference)] if theirs else [])
-    for name, seconds, megabytes, target in rows:
+    truth = exact(*problem(args.batch, args.references, args.side))
+    megabytes = {"ours": ours.memory_analysis().temp_size_in_bytes / 1e6}
+    errors = {"ours": np.abs(result - truth).max()}
+    others: dict[str, workers.Worker] = {}
+    if args.torch:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "target.npy"
+            sizes = [f"--{n}={getattr(args, n)}" for n in ("batch", "references", "side")]
+            others["PyTorch"] = workers.Worker([args.torch, __file__, *sizes, f"--worker={saved}"])
+            errors["PyTorch"] = np.abs(np.load(saved) - truth).max()
+        megabytes["PyTorch"] = others["PyTorch"].about["megabytes"]
+    if args.step:
+        code = Path(__file__).with_name("train_step.py")
+        others["step"] = workers.Worker([sys.executable, str(code), "--serve", f"jax:{args.step}"])
+    turns = {"ours": seconds} | {name: worker.seconds for name, worker in others.items()}
+    times = {name: [] for name in turns}
+    for _ in range(args.rounds):
+        for name, turn in turns.items():
+            times[name].append(turn())
+    for worker in others.values():
+        worker.close()
+
+    for name, error in errors.items():
         print(
-            f"{name:8} median {np.median(seconds) * 1e3:9.2f} ms   fastest {min(seconds) * 1e3:9.2f} ms   "
-            f"{megabytes:8.1f} MB   error against float64 {np.abs(target - truth).max():.1e}"
+            f"{name:8} median {np.median(times[name]) * 1e3:9.2f} ms   fastest {min(times[name]) * 1e3:9.2f} ms   "
+            f"{megabytes[name]:8.1f} MB   error against float64 {error:.1e}"
         )
-    if theirs:
-        ratio = np.median(np.array(theirs) / np.array(mine))
-        print(f"PyTorch / ours: {ratio:.0f} times the time, {memory / temporaries:.0f} times the memory")
+    over = {name: np.median(np.array(times[name]) / np.array(times["ours"])) for name in others}
+    if args.torch:
+        memory = megabytes["PyTorch"] / megabytes["ours"]
+        print(f"PyTorch / ours: {over['PyTorch']:.0f} times the time, {memory:.0f} times the memory")
+    if args.step:
+        images = others["step"].about["batch"]
+        share = images / (over["step"] * args.batch)
+        print(f"{args.step}, {images} images: {np.median(times['step']) * 1e3:.0f} ms a step; "
+              f"the target is {share:.2%} of the step for {args.batch} images")  # fmt: skip
 
 
 if __name__ == "__main__":

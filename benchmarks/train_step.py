@@ -76,7 +76,7 @@ def serve_jax(size: str) -> None:
     began = time.perf_counter()
     work()
     compiled = time.perf_counter() - began
-    about = {"parameters": model.parameter_count(holder[0].params), "compile_s": round(compiled, 2)}
+    about = {"parameters": model.parameter_count(holder[0].params), "compile_s": round(compiled, 2), "batch": batch}
     workers.serve(work, about | {"devices": len(run.plan.devices)})
 
 

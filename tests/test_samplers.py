@@ -247,10 +247,11 @@ def test_noise_fn_info_and_kick():
     run = functools.partial(sample, DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(5), key=jax.random.key(1))
     for solver, settings in (("ancestral", {}), ("heun", {"eta": 0.7})):
         seen.clear()
-        a = run(solver, kick=kick, noise_fn=lambda step: noise[step], **settings)
-        b = run(solver, noise_fn=lambda step: noise[step], **settings)
+        with jax.disable_jit():  # two compiled programs may round apart
+            a = run(solver, kick=kick, noise_fn=lambda step: noise[step], **settings)
+            b = run(solver, noise_fn=lambda step: noise[step], **settings)
         jax.effects_barrier()
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+        np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(seen, np.stack([np.arange(5), grids.edm(5)[:-1], grids.edm(5)[1:]], 1), rtol=1e-6)
         assert float(jnp.abs(run(solver, **settings) - b).max()) > 1e-4
 
