@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 
 # What may differ between a workdir's saved configuration and the one that resumes it: length, bookkeeping, hardware.
-RESUMABLE = ("train.", "log.", "sample.", "evaluate.", "parallel.", "data.data_dir", "data.memory_limit")
+RESUMABLE = ("train.", "log.", "sample.", "evaluate.", "parallel.", "data.data_dir", "data.memory_limit", "sp.teacher")
+_TRAINED_WITH = ("sample.sigma_min", "sample.sigma_max")  # they also clip the training levels
 
 
 class ConfigError(ValueError):
@@ -175,7 +176,8 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
 def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]) -> None:
     """Refuses to resume a workdir with settings that would make it another run.
 
-    Settings of RESUMABLE may differ, and so may those of a method (of all `methods`) that neither run uses.
+    Settings of RESUMABLE may differ (but not the levels that also clip training), and so may those of a method (of all
+    `methods`) that neither run uses.
 
     Raises:
       ConfigError: naming the first settings that differ, with both values.
@@ -186,7 +188,9 @@ def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]
     differ = [
         f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)"
         for k in sorted(old | new)
-        if old.get(k) != new.get(k) and not k.startswith(RESUMABLE) and k.split(".")[0] not in idle
+        if old.get(k) != new.get(k)
+        and not (k.startswith(RESUMABLE) and k not in _TRAINED_WITH)
+        and k.split(".")[0] not in idle
     ]
     if differ:
         raise ConfigError(

@@ -8,8 +8,10 @@ All three compute what one device computes on the whole batch, to float toleranc
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,20 +155,15 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     return Plan(kind=kind, devices=tuple(chosen), processes=jax.process_count())
 
 
-def check_batch(batch: int, accumulate: int, devices: int, multiple: int = 1) -> int:
-    """Images per device and round. Raises ConfigError where they do not come out even.
-
-    Args:
-      multiple: the images of a device and round must be a multiple of this (a companion's batch statistics).
-    """
+def check_batch(batch: int, accumulate: int, devices: int) -> int:
+    """Images per device and round. Raises ConfigError where they do not come out even."""
     require(batch > 0, "data.batch", batch, "a positive number of images")
     require(accumulate > 0, "optim.accumulate", accumulate, "a positive number of rounds")
     require(
-        batch % (devices * accumulate * multiple) == 0,
+        batch % (devices * accumulate) == 0,
         "data.batch",
         batch,
-        f"a multiple of {devices} devices x {accumulate} accumulation rounds"
-        + (f" x {multiple} images of one statistics group" if multiple > 1 else ""),
+        f"a multiple of {devices} devices x {accumulate} accumulation rounds",
     )
     return batch // (devices * accumulate)
 
@@ -185,8 +182,8 @@ def _divide(shape: tuple[int, ...], parts: int) -> tuple[str | None, ...]:
 def initialise(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """Joins the processes of a pod. Call it before anything else of JAX.
 
-    With no arguments it joins only where JAX detects a cluster (Cloud TPU pod, Slurm, Open MPI, Kubernetes): a single
-    machine is left alone.
+    With no arguments it joins only where a cluster is detected that JAX can join by itself (Cloud TPU, Slurm's srun,
+    Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
 
     Raises:
       ConfigError: an incomplete set of arguments.
@@ -202,12 +199,22 @@ def initialise(coordinator: str = "", processes: int = 0, process: int = -1) -> 
 
 
 def _cluster_detected() -> bool:
-    """Whether environment variables say that this is one of several processes."""
+    """Whether this is, or on a TPU VM may be, one of several processes."""
     env = os.environ
     hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     return (
         len(hosts) > 1
-        or int(env.get("SLURM_NTASKS", "1")) > 1
+        or _tpu_vm()
+        or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # of srun; salloc alone starts one process
         or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "JAX_COORDINATOR_ADDRESS" in env
     )
+
+
+def _tpu_vm() -> bool:
+    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the other hosts.
+
+    A single one may initialise as well: it becomes one process of one.
+    """
+    chips = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return importlib.util.find_spec("libtpu") is not None and bool(chips)

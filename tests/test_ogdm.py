@@ -353,6 +353,33 @@ def test_each_player_moves_only_itself(solver):
     assert not is_zero(phi) and is_zero(theta)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
+    """Real is x0 + sigma_s eps, not sigma_t: made here by hand, from the pair's own draw."""
+    settings = ogdm.Settings(**ogdm.DEFAULTS | TINY | {"solver": solver, "input_scale": "unit"})
+    method, e, denoise = ogdm.training(dataclasses.asdict(settings), context()), example(), linear(0.1)
+    network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, mbstd_batch=4, **TINY)
+
+    def both(phi):
+        below = ogdm.next_sigma(e.sigma, jax.vmap(jax.random.uniform)(e.keys("ogdm/gap")), 0.2)
+        levels = jnp.stack([e.sigma, below], 1)
+        scale = wide(1 / jnp.sqrt(0.25 + below**2))
+        real, fake = e.x0 + wide(below) * e.eps, ogdm.project(denoise, e.xt, e.sigma, below, solver)
+        judge = lambda x: network.apply({"params": phi}, x, levels)  # noqa: E731
+        losses = ogdm.discriminator_loss(judge(scale * real), judge(scale * fake))
+        want = losses + settings.r1 * ogdm.r1_penalty(judge, scale * real)
+        return method.companion.loss(phi, e, denoise, None, jnp.int32(0))[0], want
+
+    got, want = quick_jit(both)(born())
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_statistics_of_the_whole_batch_are_those_of_a_device():
+    """Under a mesh the network sees the global batch: 0 must not mean all of it."""
+    settings = ogdm.Settings(statistics_batch=0, **TINY)
+    assert ogdm.discriminator(settings, context()).mbstd_batch == context().device_batch
+
+
 def test_gradient_is_linear_in_gamma():
     slopes = [play(gamma=gamma)[1](0.1, born())[1][0] for gamma in (0.0, 0.01, 0.03)]
     assert slopes[0] == 0

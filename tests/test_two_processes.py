@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import compiling
 import jax
@@ -19,8 +21,8 @@ from ogdm_jax.training.checkpoint import Checkpoints, evaluations, find
 STEPS = 5
 
 
-def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
-    """Runs train.py in several processes; their outputs."""
+def launch(workdir, processes: int, devices: int, *more: str, meanwhile=None) -> list[str]:
+    """Runs train.py in several processes, and meanwhile(them) if given; their outputs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -43,6 +45,8 @@ def launch(workdir, processes: int, devices: int, *more: str) -> list[str]:
             )
         )
     try:
+        if meanwhile:
+            meanwhile(running)
         outs = [p.communicate(timeout=300)[0] for p in running]
     finally:
         for p in running:
@@ -84,3 +88,18 @@ def test_two_processes_equal_one(tmp_path, plan, evaluated):
         two, one = (evaluations(tmp_path / name)[STEPS] for name in ("two", "one"))
         assert two["n"] == one["n"] == 45 and two["features"] == "fd_digits"
         np.testing.assert_allclose(two["fd"], one["fd"], rtol=0.02)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+    """Ctrl-C, which goes through JAX's SIGTERM: one process alone must not enter a save that needs both."""
+    log = tmp_path / "metrics.jsonl"
+
+    def interrupt(running):
+        while not (log.exists() and log.read_text().count("\n") >= 2):
+            assert all(p.poll() is None for p in running)
+            time.sleep(0.1)
+        running[0].send_signal(signal.SIGINT)
+
+    outs = launch(tmp_path, 2, 1, "train.duration=100000 steps", "methods=", meanwhile=interrupt)
+    stopped = find(tmp_path).step
+    assert f"stopped at step {stopped}; saved" in outs[0] and 2 <= stopped < 100_000

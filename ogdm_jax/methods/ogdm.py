@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax import config, randomness
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
 from ogdm_jax.diffusion.process import Discrete
@@ -31,13 +32,11 @@ Discriminate = Callable[[Array], Array]  # images [B,h,w,c] -> logits [B], with 
 
 
 def _choose(field: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"config.ogdm.{field}: unknown {value!r}; expected one of {', '.join(options)}")
+    config.choose(f"ogdm.{field}", value, options)
 
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"config.ogdm.{field}: {value!r} given; expected {expected}")
+    config.require(condition, f"ogdm.{field}", value, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +254,14 @@ def observation(
     """
     if x0_hat is None:
         x0_hat = denoise(xt, pair.sigma, label, **extra[0])
-    fake = project(denoise, xt, pair.sigma, pair.sigma_next, settings.solver, label, x0_hat, **extra[1])
+    fake = _projected(denoise, xt, pair, label, settings, x0_hat, extra[1])
     return fake, discriminate(fake, pair)
+
+
+def _projected(denoise, xt, pair: Pair, label, settings: Settings, x0_hat, extra: Mapping[str, Any]) -> Array:
+    """project() of a pair, with the solver and the floor of settings."""
+    levels = (pair.sigma, pair.sigma_next)
+    return project(denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min, **extra)
 
 
 def companion_loss(
@@ -323,7 +328,7 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         return lambda x, pair: judge(view(x, pair, settings, context.sigma_data), pair)
 
     def pair_of(example: Example) -> Pair:
-        return draw_pair(settings, example.sigma, jax.vmap(jax.random.uniform)(example.keys("ogdm/gap")))
+        return draw_pair(settings, example.sigma, randomness.uniform(example.keys("ogdm/gap")))
 
     def penalty(example, x0_hat, denoise, params, frozen, memory):
         del frozen, memory
@@ -343,9 +348,7 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         real = example.x0 + pair.sigma_next[:, None, None, None] * example.eps
         extra = _extra(example, settings, "ogdm/companion")
         x0_hat = denoise(example.xt, pair.sigma, example.label, **extra[0])
-        fake = project(
-            denoise, example.xt, pair.sigma, pair.sigma_next, settings.solver, example.label, x0_hat, **extra[1]
-        )
+        fake = _projected(denoise, example.xt, pair, example.label, settings, x0_hat, extra[1])
         seen = [view(x, pair, settings, context.sigma_data) for x in (real, fake)]
         return companion_loss(discriminate(params, example.label), *seen, pair, settings, step)
 
@@ -390,7 +393,7 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
         label_dim=context.label_dim,
         channel_base=settings.channel_base,
         channel_max=settings.channel_max,
-        mbstd_batch=settings.statistics_batch or None,
+        mbstd_batch=chunk,  # under a mesh the network sees the global batch: its own "all" would cross devices
     )
 
 

@@ -5,6 +5,7 @@ uninterrupted one sees. Resume priority: the workdir's own checkpoint, then conf
 """
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -202,7 +203,7 @@ def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, 
 
 def _build(config: ConfigDict, plan: parallel.Plan, workdir: Path, say: Say) -> runs.Run:
     run = runs.build(config, finish.open_source(config), plan)
-    generate.check_settings(config.sample)
+    generate.check_settings(config.sample, run.model)
     return run
 
 
@@ -222,16 +223,24 @@ DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=finish.E
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one acts at once."""
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one acts at once.
+
+    Among several processes JAX's own handler of SIGTERM stays: through it all of them learn of a signal to one, and
+    stop at the same step (Checkpoints.preempted). Ctrl-C is passed on to it.
+    """
     flagged = []
     previous = {}
+    several = jax.process_count() > 1
 
     def handle(number, _frame):
-        flagged.append(number)
         signal.signal(number, previous[number])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            flagged.append(number)
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, handle)
     except ValueError:
         pass  # not in the main thread (a notebook's worker): nothing to catch there

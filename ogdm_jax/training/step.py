@@ -47,7 +47,10 @@ def draw_example(
     label = batch["label"] if model.label_dim else None
     if label is not None and config.data.label_dropout > 0:
         hidden = randomness.uniform(keys("label_dropout")) < config.data.label_dropout
-        label = jnp.where(hidden, -1, label)
+        if label.ndim == 1:
+            label = jnp.where(hidden, -1, label)
+        else:  # a vector of numbers: no class is all zeros, as in EDM
+            label = jnp.where(hidden[:, None], 0, label)
     sigma = (
         law.sample(keys("sigma"), index=index, batch=config.data.batch, key=key)
         if law.stratified
@@ -94,13 +97,14 @@ def make_step(
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
         denoise = model.denoiser(params, state.buffers)
-        x0_hat = denoise(
+        x0_hat, eps_hat = denoise.with_noise(
             example.xt,
             example.sigma,
             example.label,
             augment=example.augment,
             dropout_keys=example.keys("dropout/denoise"),
         )
+        example = example.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
         loss, metrics = _denoising_loss(filled, law, example, x0_hat, denoise, frozen, state.memory)
         metrics |= {"loss/denoise": loss}
         for method in filled.penalties:
