@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
     config.ema = ConfigDict()
     config.ema.halflife = "500 kimg"
-    config.ema.rampup = 0.05  # half-life <= this share of the images seen; 0 = no ramp-up
+    config.ema.rampup = 0.05  # half-life <= this share of the images seen; 0 = no ramp-up, and so where init.workdir is set
 
     config.init = ConfigDict()
     config.init.workdir = ""  # fine-tune: start from the last checkpoint of this training folder
@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
     config.sample.num = 64
     config.sample.solver = "heun"
     config.sample.steps = 18
+    config.sample.grid = "edm"  # or vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad
     config.sample.sigma_min = 0.002
     config.sample.sigma_max = 80.0
     config.sample.rho = 7.0

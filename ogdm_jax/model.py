@@ -25,12 +25,13 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network and how it becomes a denoiser; no parameters inside."""
+    """A network and how it becomes a denoiser; no parameters inside. table: the steps of a discrete process."""
 
     network: nn.Module
     wrap: Callable[[Any], Denoise]
     image_shape: tuple[int, int, int]
     label_dim: int
+    table: process.Discrete | None = None
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, buffers): trained tensors, and frozen ones such as Fourier frequencies ({} if none)."""
@@ -83,6 +84,9 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         tuple(net.channel_mult),
         f"a number of levels whose {levels}-fold reduction divides square images (the source has {height}x{width})",
     )
+    for name in ("model_channels", "num_blocks"):
+        require(net[name] >= 1, f"network.{name}", net[name], "a whole number of at least 1")
+    require(0 <= net.dropout < 1, "network.dropout", net.dropout, "a probability below 1")
     conditional = config.data.conditional
     require(not conditional or num_classes > 0, "data.conditional", conditional, "a source with class labels")
     kind = choose("precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm", "adm"))
@@ -109,10 +113,11 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         dtype=choose("network.dtype", net.dtype, _DTYPES),
         **settings,
     )
-    return Model(network, _wrap(config, kind), image_shape, network.label_dim)
+    table = discrete_table(config) if kind == "adm" else None
+    return Model(network, _wrap(config, kind, table), image_shape, network.label_dim, table)
 
 
-def _wrap(config: ConfigDict, kind: str) -> Callable[[Any], Denoise]:
+def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Callable[[Any], Denoise]:
     """network_fn -> denoise of config.precondition."""
     settings = config.precondition
     if kind == "edm":
@@ -121,7 +126,6 @@ def _wrap(config: ConfigDict, kind: str) -> Callable[[Any], Denoise]:
     if kind != "adm":
         return getattr(precondition, kind)
     more = {name: settings[name] for name in ("learned_variance", "rescale_timesteps")}
-    table = discrete_table(config)
     return lambda f: precondition.adm(f, table, settings.diffusion_steps, **more)
 
 

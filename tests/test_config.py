@@ -1,5 +1,7 @@
 """Configurations: every file builds, every wrong setting is one sentence."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -35,7 +37,8 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     source = data.Source(
         name=name, shape=pictures.shape[1:], num_classes=10, images=pictures, labels=np.zeros(16, np.int32)
     )
-    monkeypatch.setattr("ogdm_jax.training.checkpoint.find", lambda folder: None)  # SP's teacher: fresh weights do
+    fresh = types.SimpleNamespace(step=0)  # SP's teacher: fresh weights do
+    monkeypatch.setattr("ogdm_jax.training.checkpoint.find", lambda *_: fresh)
     monkeypatch.setattr(
         "ogdm_jax.training.checkpoint.load_weights",
         lambda snapshot, *shapes: jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes[:2]),
@@ -102,6 +105,13 @@ def test_wrong_durations(text):
         ("optim.learning_rate=0", "optim.learning_rate"),
         ("optim.betas=(0.9,1.0)", "optim.betas"),
         ("data.label_dropout=2", "data.label_dropout"),
+        ("network.dropout=1.0", "network.dropout: 1.0 given; expected a probability below 1"),
+        ("network.num_blocks=0", "network.num_blocks: 0 given"),
+        ("network.model_channels=0", "network.model_channels: 0 given"),
+        ("optim.eps=-1e-8", "optim.eps"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay"),
+        ("ema.rampup=-1.0", "ema.rampup"),
+        ("seed=-1", "seed: -1 given"),
         ("train.duration=soon", "train.duration"),
         ("parallel.plan=magic", "parallel.plan"),
         ("parallel.devices=99", "parallel.devices"),
@@ -120,6 +130,8 @@ def test_settings_out_of_range_are_refused_before_compiling(text, field):
 def test_a_run_may_be_lengthened_but_not_changed():
     old, new = tiny.config(), tiny.config("train.duration=40 steps", "log.every=1 steps")
     configs.check_same_run(old, new, ["ogdm"])
+    with pytest.raises(ValueError, match="sample.sigma_max"):  # it clips the training levels
+        configs.check_same_run(old, tiny.config("sample.sigma_max=10.0"), ["ogdm"])
     with pytest.raises(configs.ConfigError, match="network.model_channels.*8 there, 16 now"):
         configs.check_same_run(old, tiny.config("network.model_channels=16"), ["ogdm"])
     plain = tiny.config("methods=")

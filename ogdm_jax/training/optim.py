@@ -30,10 +30,14 @@ def optimiser(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
     """The denoiser's Adam and its learning rate as a function of the step.
 
     Raises:
-      ConfigError: a learning rate that is not positive, or betas outside [0, 1).
+      ConfigError: a learning rate or eps that is not positive, a negative weight decay or EMA ramp-up, or betas outside
+        [0, 1).
     """
     settings, batch = config.optim, config.data.batch
     require(settings.learning_rate > 0, "optim.learning_rate", settings.learning_rate, "a positive number")
+    require(settings.eps > 0, "optim.eps", settings.eps, "a positive number")
+    require(settings.weight_decay >= 0, "optim.weight_decay", settings.weight_decay, "a number of at least 0")
+    require(config.ema.rampup >= 0, "ema.rampup", config.ema.rampup, "a number of at least 0")
     schedule = learning_rate(
         settings.learning_rate,
         duration(settings.ramp, batch, "config.optim.ramp"),

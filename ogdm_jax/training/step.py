@@ -93,6 +93,7 @@ def make_step(
     """
     rounds, batch_size = config.optim.accumulate, config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
+    rampup = 0.0 if config.init.workdir else config.ema.rampup  # an average that starts at good weights (EDM --transfer)
 
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
@@ -131,7 +132,7 @@ def make_step(
         grads, bad = optim.sanitise(_average(grads, axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         norm = optax.global_norm(grads)
-        beta = optim.ema_beta(state.step, batch_size, halflife, config.ema.rampup)
+        beta = optim.ema_beta(state.step, batch_size, halflife, rampup)
         seen = state.step
         state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
