@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
     config.ema = ConfigDict()
     config.ema.halflife = "500 kimg"
-    config.ema.rampup = 0.05  # half-life <= this share of the images seen; 0 = no ramp-up, and so where init.workdir is set
+    config.ema.rampup = 0.05  # half-life <= this share of the images seen; 0 = no ramp-up, as where init.workdir is set
 
     config.init = ConfigDict()
     config.init.workdir = ""  # fine-tune: start from the last checkpoint of this training folder
