@@ -1,0 +1,51 @@
+"""Which checkpoints stay, and which weights come out of one."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ogdm_jax.config import ConfigError
+from ogdm_jax.training import state as states
+from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with saves at steps 2 to 10 of a state whose weights are 1 and whose moving average is 2."""
+    folder, run = tmp_path_factory.mktemp("saved"), tiny.build("methods=", tiny.ONE_LEVEL)
+    shapes = jax.eval_shape(run.create, run.key)
+    filled = lambda tree, value: jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), tree)  # noqa: E731
+    state = states.TrainState(
+        step=np.int32(0),
+        params=filled(shapes.params, 1),
+        ema=filled(shapes.ema, 2),
+        buffers=filled(shapes.buffers, 0),
+        opt_state=filled(shapes.opt_state, 0),
+        companions={},
+        memory={},
+    )
+    with Checkpoints(folder, keep=1, keep_every=4) as checkpoints:
+        for step in range(2, 11, 2):
+            checkpoints.save(step, state, describe(run.config, run.source.shape, 0), {"step": step})
+    return folder, shapes
+
+
+def test_the_newest_and_every_fourth_stay(saved):
+    folder, _ = saved
+    assert {int(path.name) for path in (folder / "checkpoints").iterdir()} == {4, 8, 10}
+    assert find(folder).step == 10 and find(folder, 4).step == 4
+
+
+@pytest.mark.parametrize("which,value", [("ema", 2), ("params", 1)])
+def test_weights_come_as_trained_or_as_their_average(saved, which, value):
+    folder, shapes = saved
+    params, _ = load_weights(find(folder), shapes.params, shapes.buffers, which)
+    assert jax.tree.structure(params) == jax.tree.structure(shapes.params)
+    assert all((np.asarray(leaf) == value).all() for leaf in jax.tree.leaves(params))
+
+
+def test_other_weights_are_refused(saved):
+    folder, shapes = saved
+    with pytest.raises(ConfigError, match="init.weights: unknown 'best'; expected one of ema, params"):
+        load_weights(find(folder), shapes.params, shapes.buffers, "best")
