@@ -76,6 +76,9 @@ def test_no_weight_is_the_denoiser_itself_bit_for_bit():
         np.testing.assert_array_equal(same, plain)
         zero = jax.jit(lambda w, draw=draw: draw(traced(w), latents, grids.edm(5)))(0.0)
         np.testing.assert_allclose(zero, plain, rtol=0, atol=2e-6)
+        with jax.disable_jit():  # bit for bit for a weight that is data, too (two compiled programs may round apart)
+            found = [draw(f, latents, grids.edm(5)) for f in (MODEL.denoise, traced(jnp.float32(0.0)))]
+        np.testing.assert_array_equal(*found)
 
 
 def test_a_blind_discriminator_changes_nothing():
@@ -84,21 +87,26 @@ def test_a_blind_discriminator_changes_nothing():
     np.testing.assert_array_equal(sample(blind, latents, grids.edm(5)), sample(MODEL.denoise, latents, grids.edm(5)))
 
 
+@pytest.mark.parametrize("x64, rtol, atol", [(True, 1e-12, 1e-14), (False, 1e-5, 1e-6)])
 @pytest.mark.parametrize("side", [1, 2])
-def test_the_exact_ratio_recovers_the_score_of_the_data(side):
-    with jax.enable_x64(True):
+def test_the_exact_ratio_recovers_the_score_of_the_data(side, x64, rtol, atol):
+    with jax.enable_x64(x64):
         rng = np.random.default_rng(side)
         mix = lambda: Mixture([0.3, 0.7], [0.3, 0.5], rng.normal(size=(2, 1, side, 1)))  # noqa: E731
         model, data = mix(), mix()
         sigma = jnp.asarray([0.01, 0.1, 1.0, 10.0])
         x = data.draw(jax.random.key(0), 4) + column(sigma, jnp.zeros((4, 1, side, 1))) * 0.3
         guided = dg.guide(model.denoise, functools.partial(ratio, model=model, data=data))
-        np.testing.assert_allclose(guided(x, sigma), data.denoise(x, sigma), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(guided(x, sigma), data.denoise(x, sigma), rtol=rtol, atol=atol)
 
 
 def test_eps_x0_v_and_mean_forms_say_the_same():
     """Section 1.1 of the table in dg.py: with c_vp = c / m, each form is the same corrected denoiser."""
-    sigma = jnp.asarray([0.3, 1.0, 5.0])
+    with jax.enable_x64(True):
+        check_every_form(jnp.asarray([0.3, 1.0, 5.0]))
+
+
+def check_every_form(sigma):
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
     x0 = MODEL.denoise(x, sigma)
     shift, _ = dg.correction(ratio, x, sigma)
@@ -108,27 +116,34 @@ def test_eps_x0_v_and_mean_forms_say_the_same():
     x_vp, corrected = a * x, x0 + shift
     eps, v = (x_vp - a * x0) / b, a * (x_vp - a * x0) / b - b * x0
     eps_new, v_new = eps - b * c_vp, v - b / a * c_vp
-    np.testing.assert_allclose((x_vp - b * eps_new) / a, corrected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(x0 + b**2 / a * c_vp, corrected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(a * x_vp - b * v_new, corrected, rtol=1e-4, atol=1e-5)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12)
+    same((x_vp - b * eps_new) / a, corrected)
+    same(x0 + b**2 / a * c_vp, corrected)
+    same(a * x_vp - b * v_new, corrected)
     next_sigma = sigma / 2
     mean = lambda x0: steps.ancestral_moments(x, x0, sigma, next_sigma)  # noqa: E731
     (plain, std), (moved, _) = mean(x0), mean(corrected)
     # VE form of mean + Sigma c: the posterior std is sigma' sqrt(1 - sigma'^2 / sigma^2).
     c = shift / column(sigma, x) ** 2
     change = column(sigma**2 - next_sigma**2, x)
-    np.testing.assert_allclose(moved - plain, change * c, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(column(std, x) ** 2, change * column(next_sigma / sigma, x) ** 2, rtol=1e-4)
+    same(moved - plain, change * c)
+    same(column(std, x) ** 2, change * column(next_sigma / sigma, x) ** 2)
 
 
 def test_the_ratio_differentiates_through_the_scaling():
+    """The chain rule between the coordinates: c_ve = m c_vp."""
     logit = lambda x, t, label: jnp.sum(jnp.sin(x) * t.reshape(-1, 1, 1, 1), (1, 2, 3))  # noqa: E731
-    sigma = jnp.asarray([0.1, 1.0, 80.0])
-    x = 3 * jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-    m, t = column(1 / jnp.sqrt(1 + sigma**2), x), column(dg.vp_time(sigma), x)
-    shift, value = dg.correction(dg.log_ratio(logit), x, sigma)
-    np.testing.assert_allclose(shift, column(sigma, x) ** 2 * m * jnp.cos(m * x) * t, rtol=2e-5)
-    np.testing.assert_allclose(value, logit(m * x, dg.vp_time(sigma), None), rtol=1e-5)
+    for x64, rtol in ((False, 2e-5), (True, 1e-12)):
+        with jax.enable_x64(x64):
+            sigma = jnp.asarray([0.1, 1.0, 80.0])
+            x = 3 * jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+            time = dg.vp_time(sigma)
+            m = column(1 / jnp.sqrt(1 + sigma**2), x)
+            shift, value = dg.correction(dg.log_ratio(logit), x, sigma)
+            c_vp = jax.grad(lambda v, t=time: logit(v, t, None).sum())(m * x)
+            np.testing.assert_allclose(shift, column(sigma, x) ** 2 * m * c_vp, rtol=rtol)
+            np.testing.assert_allclose(c_vp, jnp.cos(m * x) * column(time, x), rtol=rtol)
+            np.testing.assert_allclose(value, logit(m * x, time, None), rtol=rtol)
 
 
 def test_derivatives_of_the_guided_denoiser_are_those_of_the_base():
@@ -186,10 +201,10 @@ def test_ranges_of_the_network_are_handed_on():
 
 @pytest.fixture(scope="module")
 def heun():
-    """(weights, low, n) -> final number of the toy of spec/dg.md 5.2: latent 0, float64."""
+    """(weights, low, n, x64) -> final number of the toy of spec/dg.md 5.2: latent 0."""
 
-    def run(w1, w2, low, n):
-        with jax.enable_x64(True):
+    def run(w1, w2, low, n, x64=True):
+        with jax.enable_x64(x64):
             go = jax.jit(
                 lambda w1, w2: sample(
                     dg.guide(MODEL.denoise, ratio, w1, low, corrector_weight=w2), jnp.zeros((1, 1, 1, 1)), grids.edm(n)
@@ -212,6 +227,8 @@ def test_published_toy_numbers(heun, column_):
     }
     for (w1, w2), expected in table.items():
         np.testing.assert_allclose(heun(w1, w2, 0.0, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}")
+        in_float32 = heun(w1, w2, 0.0, n, x64=False)
+        np.testing.assert_allclose(in_float32, expected[column_], atol=1e-4, err_msg=f"float32: {w1}, {w2}")
     gated = {(1.0, 1.0): (0.197306, 0.196112, 0.196684), (2.0, 0.0): (0.027435, 0.133048, 0.187933)}
     for (w1, w2), expected in gated.items():
         np.testing.assert_allclose(heun(w1, w2, 0.04469, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}")
@@ -327,6 +344,26 @@ def test_dg_adds_to_classifier_free_guidance():
     np.testing.assert_allclose(both, cfg.guide(by_class, 2.0)(x, sigma, label) + shift, rtol=1e-6)
 
 
+@pytest.mark.parametrize("corrector_weight", [None, 0.0, 0.4])
+def test_both_orders_of_composition_say_the_same(corrector_weight):
+    """The ratio knows no label: then guidance of the labels and the correction add up, whichever is outermost."""
+    by_ratio = functools.partial(dg.guide, log_ratio=ratio, weight=0.5, corrector_weight=corrector_weight)
+    outside, inside = by_ratio(cfg.guide(by_class, 3.0)), cfg.guide(by_ratio(by_class), 3.0)
+    z, label, sigma = jax.random.normal(jax.random.key(0), (2, 2, 2, 1)), jnp.asarray([0, 1]), jnp.asarray([0.5, 2.0])
+    np.testing.assert_allclose(inside(z, sigma, label), outside(z, sigma, label), rtol=1e-5, atol=1e-6)
+    for solver in ("heun", "euler"):  # heun asks the corrector as well
+        draw = lambda f, solver=solver: sample(f, z, grids.edm(6), solver, label=label)  # noqa: E731
+        np.testing.assert_allclose(draw(inside), draw(outside), rtol=1e-4, atol=1e-4)
+
+    def of_its_own(x, sigma, label=None):
+        return by_class(x, sigma, label)
+
+    of_its_own.corrector = of_its_own  # a denoiser may name itself
+    np.testing.assert_array_equal(
+        cfg.guide(of_its_own, 3.0)(z, sigma, label), cfg.guide(by_class, 3.0)(z, sigma, label)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Toy:
     """What generate.sampler asks of a model."""
@@ -362,17 +399,35 @@ def test_devices_agree_and_other_weights_compile_nothing(boost):
 
 
 def test_dg_and_dsg_run_in_one_scan():
-    latents = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+    """Another weight and other noise are not traced again, the number of traces does not depend on the number of
+    steps, and four devices give what one gives."""
+    traces = []
+    latents, keys = jax.random.normal(jax.random.key(0), (4, 2, 2, 1)), jax.random.split(jax.random.key(1), 4)
     kick = dsg.spherical(lambda x0: jnp.sum((x0 - 0.7) ** 2, (1, 2, 3)), rate=0.2)
-    draw = jax.jit(
-        lambda w, k: sample(
-            dg.guide(MODEL.denoise, ratio, w), latents, grids.edm(12), solver="ancestral", key=k, kick=kick
-        )
-    )
+
+    def counted(x, sigma, label=None):
+        traces.append(1)
+        return MODEL.denoise(x, sigma)
+
+    def images(w, z, keys, n=12):
+        guided = dg.guide(counted, ratio, w)
+        return sample(guided, z, grids.edm(n), solver="ancestral", key=keys, kick=kick)
+
+    def compiled(devices):
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("images",))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.jit(images, in_shardings=(whole, rows, rows), out_shardings=rows)
+
+    draw = compiled(1)
+    both = draw(1.0, latents, keys)
+    once = len(traces)
+    alone, other = draw(0.0, latents, keys), draw(1.0, latents + 1, keys)
+    assert len(traces) == once and draw._cache_size() == 1
+    jax.eval_shape(functools.partial(images, n=24), 1.0, latents, keys)
+    assert len(traces) == 2 * once
     near = lambda x: np.abs(np.asarray(x) - 0.7).mean()  # noqa: E731
-    plain = jax.jit(lambda k: sample(MODEL.denoise, latents, grids.edm(12), solver="ancestral", key=k))(
-        jax.random.key(1)
-    )
-    both, alone = draw(1.0, jax.random.key(1)), draw(0.0, jax.random.key(1))
+    plain = sample(MODEL.denoise, latents, grids.edm(12), solver="ancestral", key=keys)
     assert np.isfinite(both).all() and near(both) < near(plain)
-    assert np.abs(both - alone).max() > 1e-3
+    assert np.abs(both - alone).max() > 1e-3 and np.abs(both - other).max() > 1e-3
+    np.testing.assert_allclose(compiled(4)(1.0, latents, keys), both, rtol=0, atol=2e-5)

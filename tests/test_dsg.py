@@ -1,5 +1,7 @@
 """Spherical Gaussian guidance: the step's geometry, its place in every stochastic solver, and its law on a Gaussian."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,14 @@ class TestStep:
         d = (1 - rate) * eps - rate * ROOT_N * grad / norms(grad)[:, None, None, None]
         want = ROOT_N * STD[:, None, None, None] * d / norms(d)[:, None, None, None]
         np.testing.assert_allclose(x - mean, want, atol=2e-5)
-        for i in range(3):  # an image does not see the others
-            one = step(*(v[i : i + 1] for v in (mean, STD, eps, grad)), rate)
-            np.testing.assert_allclose(one[0], x[i], rtol=0, atol=1e-6)
+        if rate == 1:
+            straight = mean - ROOT_N * STD[:, None, None, None] * grad / norms(grad)[:, None, None, None]
+            np.testing.assert_allclose(x, straight, rtol=1e-6, atol=4e-6)
+        with jax.disable_jit():  # an image does not see the others: bit for bit where the same operations run
+            whole = dsg.spherical_step(mean, STD, eps, grad, rate)
+            for i in range(3):
+                one = dsg.spherical_step(*(v[i : i + 1] for v in (mean, STD, eps, grad)), rate)
+                np.testing.assert_array_equal(one[0], whole[i])
 
     def test_rate_0_is_the_noise_projected_on_the_sphere(self):
         mean, eps, grad = draws(1, (2, 64, 64, 3))
@@ -154,6 +161,39 @@ class TestKick:
         with pytest.raises(ValueError, match="deterministic step has no noise .* expected solver='ancestral', or"):
             run(dsg.spherical(LOSS), **settings)
 
+    def test_increasing_functions_of_the_loss_change_no_step(self):
+        at, eps = info_at(1, 6), draws(9)[1]
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def one(loss, *args):
+            return dsg.spherical(loss, 0.3)(evaluate_at(at), transition_at(at), *args, at)[0]
+
+        want = one(LOSS, LATENTS, eps)
+        for other in (
+            operators.measurement_loss(operators.inpaint(MASK), Y, squared=False),
+            lambda x0: 1e-20 * LOSS(x0),
+            lambda x0: 1e20 * LOSS(x0),
+            lambda x0: LOSS(x0) ** 2 + 3,
+            lambda x0: jnp.exp(LOSS(x0) / 2),
+            lambda x0: jnp.log(LOSS(x0)),
+            lambda x0: jnp.arctan(LOSS(x0)),
+        ):
+            np.testing.assert_allclose(one(other, LATENTS, eps), want, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("squared", [True, False])
+    @pytest.mark.parametrize("rate", [0.3, 1.0])
+    def test_a_residual_of_exactly_0_leaves_the_projected_noise(self, squared, rate):
+        at, eps = info_at(1, 6), draws(9)[1]
+        with jax.disable_jit():  # so that y is what the kick sees, bit for bit
+            x0 = evaluate_at(at)(LATENTS)
+            y = operators.inpaint(MASK).forward(x0)
+            loss = operators.measurement_loss(operators.inpaint(MASK), y, squared)
+            assert (loss(x0) == 0).all()
+            x, _ = dsg.spherical(loss, rate)(evaluate_at(at), transition_at(at), LATENTS, eps, at)
+        mean, std = transition_at(at)(x0, LATENTS)
+        want = mean + ROOT_N * steps.per_example(std, x) * eps / norms(eps)[:, None, None, None]
+        np.testing.assert_allclose(x, want, atol=1e-5)
+
     def test_increasing_functions_of_the_loss_change_nothing(self):
         want = run(dsg.spherical(LOSS))
         for other in (
@@ -183,7 +223,48 @@ class TestKick:
         windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
         assert [is_plain(windowed, info_at(i, 6, sigma)) for i, sigma in ((0, 1.0), (1, 0.5))] == [True, False]
 
-    def test_one_trace_and_gradients_on_guided_steps_only(self):
+    @pytest.mark.parametrize("settings", [{"interval": 2}, {"window": (0.5, 4.0)}], ids=str)
+    @pytest.mark.parametrize("solver", ["ddim", "heun", "ancestral"])
+    def test_unguided_steps_of_a_whole_run_are_those_of_the_base_sampler(self, solver, settings):
+        """Bit for bit: from each state of the guided run, the plain sampler's step wherever the kick does not act."""
+        noise = jax.random.normal(jax.random.key(8), (5, *SHAPE))
+        eta = {} if solver == "ancestral" else {"eta": 1.0}
+
+        def at_each(kick, states):
+            """The state after each step, every step taken from the given state."""
+
+            def placed(evaluate, transition, x, eps, info):
+                return kick(evaluate, transition, states[int(info.step)], eps, info)
+
+            found = sample(
+                DATA.denoise, LATENTS, GRID, solver, kick=placed, trajectory=True, noise_fn=lambda i: noise[i], **eta
+            )
+            return found[1].states
+
+        kick = dsg.spherical(LOSS, 0.5, **settings)
+        with jax.disable_jit():
+            _, path = sample(
+                DATA.denoise, LATENTS, GRID, solver, kick=kick, trajectory=True, noise_fn=lambda i: noise[i], **eta
+            )
+            plain = at_each(plain_kick, path.states)
+        same = [np.array_equal(a, b) for a, b in zip(path.states[1:], plain[1:], strict=True)]
+        if "window" in settings:
+            acts = [0.5 <= sigma <= 4.0 for sigma in GRID[:-1]]
+        else:
+            acts = [True, False, True, False, False]  # the last step is due, but has no noise
+        assert same == [not a for a in acts] and 0 < sum(acts) < 4
+
+    def test_an_interval_that_leaves_only_the_last_step_needs_churn(self):
+        kick = dsg.spherical(LOSS, 0.5, interval=6)
+        at = info_at(5, 6)
+        call = lambda at: kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]  # noqa: E731
+        with pytest.raises(ValueError, match="interval=6 with 6 steps: leaves only the last step, which has no noise"):
+            call(at)
+        plain = plain_kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
+        assert np.abs(call(at._replace(churned=True)) - plain).max() > 0.1  # churn adds noise before the last step too
+
+    @pytest.mark.parametrize("interval, guided", [(1, 7), (4, 1)])
+    def test_one_trace_and_gradients_on_guided_steps_only(self, interval, guided):
         traces, forward, backward = [], [], []
 
         @jax.custom_vjp
@@ -201,16 +282,16 @@ class TestKick:
             traces.append(1)
             return DATA.denoise(count(x), sigma)
 
+        kick = dsg.spherical(LOSS, interval=interval)
         compiled = jax.jit(
-            lambda z: sample(
-                denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=dsg.spherical(LOSS, interval=4), eta=1.0
-            )
+            lambda z: sample(denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=kick, eta=1.0)
         )
         jax.block_until_ready(compiled(LATENTS))
         traced = len(traces)
         jax.block_until_ready(compiled(LATENTS + 1))
         jax.effects_barrier()
-        assert len(traces) == traced <= 4 and len(forward) == 2 * 8 and len(backward) == 2 * 2
+        # The last step is due, but has no noise to guide and takes no gradient: of steps 3 and 7, 3 is left.
+        assert len(traces) == traced <= 4 and len(forward) == 2 * 8 and len(backward) == 2 * guided
 
     def test_without_backward_pass(self):
         @jax.custom_vjp
@@ -232,8 +313,9 @@ class TestKick:
         at = info_at(1, 6)
         threshold = float(jnp.median(LOSS(evaluate_at(at)(LATENTS))))
         kick = dsg.spherical(LOSS, 0.5, stop=threshold)
-        got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
-        free = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+        with jax.disable_jit():  # bit for bit, as above
+            got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+            free = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
         same = [np.array_equal(a, b) for a, b in zip(got, free, strict=True)]
         assert same == (LOSS(evaluate_at(at)(LATENTS)) <= threshold).tolist() and any(same) and not all(same)
 
@@ -283,6 +365,43 @@ class TestKick:
             plain = run(solver="heun", eta=0.0, churn=churn)
         np.testing.assert_array_equal(guided, plain)
 
+    @pytest.mark.parametrize("method", ["dps", "dsg", "mpgd"])
+    def test_churn_of_one_image_leaves_the_others_alone(self, method):
+        """Boosting churns some images only: an image alone is what it is beside a boosted one."""
+
+        class First:
+            def init(self, batch):
+                return jnp.arange(batch) if batch > 1 else jnp.ones(1, jnp.int32)
+
+            def amounts(self, carry, info):
+                return jnp.where(carry == 0, 0.3, 0.0), jnp.ones_like(info.sigma)
+
+            def evaluate(self, denoise, carry, x, sigma, label, info):
+                return denoise(x, sigma, label), carry
+
+        def images(part):
+            loss = operators.measurement_loss(operators.inpaint(MASK), Y[part])
+            make = {"dps": dsg.posterior, "dsg": dsg.spherical, "mpgd": kicks.mpgd}[method]
+            keys = jax.random.split(jax.random.key(7), 3)[part]
+            run = lambda z: sample(DATA.denoise, z, GRID, "heun", keys, First(), kick=make(loss, 0.2))  # noqa: E731
+            return jax.jit(run)(LATENTS[part])
+
+        beside, alone = images(slice(None)), images(slice(1, 2))
+        np.testing.assert_allclose(beside[1], alone[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(alone, sample(DATA.denoise, LATENTS[1:2], GRID, "heun"), rtol=1e-5, atol=1e-6)
+
+    def test_clipping_and_smoothing_reach_the_sampler(self):
+        """A prior outside [-1, 1]: clipped for the transition, the images lie inside; for the loss, nothing pulls."""
+        far = Gaussian(1.5, 0.1)
+        free = run(dsg.spherical(LOSS, 0.3), far.denoise)
+        assert (free > 1).mean() > 0.9
+        assert (np.abs(run(dsg.spherical(LOSS, 0.3, clip_mean=True), far.denoise)) <= 1).all()
+        pulled, unmoved = (run(dsg.posterior(LOSS, 0.2, clip_loss=clip), far.denoise) for clip in (False, True))
+        np.testing.assert_allclose(unmoved[:, ::2], run(None, far.denoise)[:, ::2], atol=1e-4)
+        assert residual(pulled) < 0.9 * residual(unmoved)
+        smoothed, sharp = (run(dsg.spherical(LOSS, 0.4, samples=samples)) for samples in (2, 0))
+        assert residual(smoothed) < 0.8 * residual(run()) and np.abs(smoothed - sharp).max() > 1e-2
+
     def test_one_and_four_devices_agree(self):
         latents = jnp.tile(LATENTS, (3, 1, 1, 1))[:8]
         y = jax.random.normal(jax.random.key(1), latents.shape)
@@ -316,6 +435,7 @@ class TestKick:
         [
             (lambda: dsg.spherical(LOSS, 1.2), "rate=1.2"),
             (lambda: dsg.spherical(LOSS, interval=0), "interval=0"),
+            (lambda: run(dsg.spherical(LOSS, interval=5)), "interval=5 with 5 steps: leaves only the last step"),
             (lambda: dsg.spherical(LOSS, window=(2.0, 1.0)), "window="),
             (lambda: dsg.spherical(LOSS, repeats=0), "repeats=0"),
             (lambda: dsg.spherical(LOSS, strength=-1.0), "strength=-1.0"),

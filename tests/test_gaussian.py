@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from oracles import column
 
-from ogdm_jax.diffusion import grids, noise, precondition, process
+from ogdm_jax.diffusion import grids, noise, precondition, process, steps
 from ogdm_jax.diffusion.gaussian import Chain, gaussian_kl, pixel_log_likelihood
 from ogdm_jax.diffusion.sampling import plain_kick, sample
-from ogdm_jax.methods import cfg, dsg
+from ogdm_jax.methods import cfg, dg, dsg
 
 STD = 0.6  # of Gaussian data, whose exact eps is linear in x_t
 
@@ -153,19 +153,19 @@ def test_spherical_guidance_of_a_learned_variance_moves_on_its_sphere():
     denoise = precondition.adm(exact(process.Discrete.make(), learned=True), learned_variance=True)
     sigmas = np.array([2.0, 1.0])
     kick = dsg.spherical(lambda x0: jnp.sum(jnp.square(x0 - 0.3), axis=(1, 2, 3)), rate=1.0)
-    means = []
+    gaps = []
 
     def watched(evaluate, transition, x, noise, info):
         mean, std = transition(evaluate(x), x)
         assert std.shape == x.shape
         after, x0_hat = kick(evaluate, transition, x, noise, info)
         length = lambda v: jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3)))  # noqa: E731
-        means.append(jnp.abs(length(after - mean) / length(std) - 1).max())
+        gaps.append(jnp.abs(length(after - mean) / length(std) - 1).max())
         return after, x0_hat
 
     z = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     watched_run = sample(denoise, z, sigmas, "ancestral", key=jax.random.key(1), kick=watched)
-    assert np.isfinite(watched_run).all()
+    assert np.isfinite(watched_run).all() and len(gaps) == 1 and gaps[0] < 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -203,7 +203,30 @@ def test_ddpm_noise_law_is_uniform_over_the_table_and_weighs_eps():
     np.testing.assert_allclose(loss, jnp.sum(jnp.square(eps - eps_hat), axis=(1, 2, 3)), rtol=1e-4)
 
 
-def test_classifier_free_guidance_keeps_what_samplers_need():
-    denoise = precondition.adm(exact(process.Discrete.make(), learned=True), learned_variance=True)
-    guided = cfg.guide(denoise, 2.0)
-    assert guided.sigma_max == denoise.sigma_max and guided.round_sigma is denoise.round_sigma
+@pytest.mark.parametrize("method", ["cfg", "dg"])
+def test_guided_denoisers_keep_what_samplers_need(method):
+    """Range, rounding, and the learned variance: an ancestral step has the guided mean and the base's variance."""
+    model = exact(process.Discrete.make(), learned=True)
+    network = lambda x, t, label: model(x, t) + 0.1 * column(label, x)  # noqa: E731
+    denoise = precondition.adm(network, learned_variance=True)
+    guided = {
+        "cfg": lambda: cfg.guide(denoise, 2.0),
+        "dg": lambda: dg.guide(denoise, lambda x, sigma, label: jnp.sum(x, (1, 2, 3)), 0.5),
+    }[method]()
+    assert (guided.sigma_min, guided.sigma_max) == (denoise.sigma_min, denoise.sigma_max)
+    assert guided.round_sigma is denoise.round_sigma
+    z, eps = jax.random.normal(jax.random.key(0), (2, 2, 3, 3, 1))
+    label = jnp.asarray([0, 1])
+    levels = [denoise.round_sigma(jnp.full(2, v)) for v in (2.0, 1.0)]
+    x = z * levels[0][0]
+    plain, fraction = denoise.with_variance(x, levels[0], label)
+    moved = guided(x, levels[0], label)
+    mean, std = steps.ancestral_moments(x, moved, *levels, fraction)
+    assert np.abs(moved - plain).max() > 0.1
+    assert np.abs(std - column(steps.posterior_std(*levels), x)).max() > 0.1  # "small" is something else
+    grid = np.asarray([levels[0][0], levels[1][0]])
+    for variance in (None, "learned"):
+        settings = {"label": label, "variance": variance, "noise_fn": lambda step: eps}
+        np.testing.assert_allclose(sample(guided, z, grid, "ancestral", **settings), mean + std * eps, atol=1e-5)
+    fixed = precondition.adm(exact(process.Discrete.make()))
+    assert cfg.guide(fixed, 2.0).with_variance is None

@@ -37,9 +37,42 @@ class TestOtherMethods:
         np.testing.assert_allclose(self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5)
 
     def test_mpgd(self):
-        x0, _, std, _ = self.moments()
-        mean, _ = transition_at(self.at)(jnp.where(MASK > 0, Y, x0), LATENTS)  # half a gradient is the projection
-        np.testing.assert_allclose(self.next_of(kicks.mpgd(LOSS, 0.5)), mean + std[0] * self.eps, atol=1e-5)
+        """As published, in x_vp: x0 moves, the eps of the unguided prediction stays."""
+        x0, mean, std, _ = self.moments()
+        grad = 2 * MASK * (x0 - Y)
+        a, b = 1 / (1 + 1.0), 1 / (1 + 0.36)  # alpha bar of the levels 1 and 0.6
+        eps = (np.sqrt(a) * LATENTS - np.sqrt(a) * x0) / np.sqrt(1 - a)
+        s = np.sqrt(b) * std[0]
+        x_vp = np.sqrt(b) * (x0 - 0.3 * grad) + np.sqrt(1 - b - s**2) * eps + s * self.eps
+        got = self.next_of(kicks.mpgd(LOSS, 0.3))
+        np.testing.assert_allclose(got, x_vp / np.sqrt(b), atol=1e-5)
+        np.testing.assert_allclose(got, mean + std[0] * self.eps - 0.3 * grad, atol=1e-5)
+
+    def test_mpgd_takes_no_gradient_at_clipped_pixels(self):
+        far = 8 * LATENTS
+        clipped, got, plain = (
+            kick(evaluate_at(self.at), transition_at(self.at), far, self.eps, self.at)[0]
+            for kick in (kicks.mpgd(LOSS, 0.3, clip=True), kicks.mpgd(LOSS, 0.3), plain_kick)
+        )
+        within = np.abs(DATA.denoise(far, self.at.sigma)) < 1
+        assert 0.2 < within.mean() < 0.8 and np.abs(got - plain)[~within].max() > 0.1
+        np.testing.assert_allclose(clipped[within], got[within], atol=1e-5)
+        np.testing.assert_allclose(clipped[~within], plain[~within], atol=1e-5)
+
+    def test_mpgd_moves_churns_noise_and_others_refuse_it(self):
+        def run(kick):
+            settings = {"churn": 4.0, "key": jax.random.key(1), "kick": kick}
+            return sample(DATA.denoise, LATENTS, grids.edm(5, 0.02, 20.0), "heun", **settings)
+
+        assert (LOSS(run(kicks.mpgd(LOSS, 0.2))) < 0.7 * LOSS(run(None))).all()
+        op = operators.inpaint(MASK)
+        for name, kick in (("ddnm", kicks.ddnm(op, Y)), ("diffpir", kicks.diffpir(op, Y, 0.1))):
+            for wrapped in (kick, kicks.on_steps(kicks.time_travel(kick, 2), 2)):
+                with pytest.raises(
+                    ValueError, match=f"{name} under churn: .* expected no churn, with solver="
+                ) as error:
+                    run(wrapped)
+                assert "\n" not in str(error.value)
 
     def test_freedom_ignores_the_losss_scale_and_has_its_length(self):
         x0, mean, std, _ = self.moments()

@@ -1,16 +1,20 @@
 """The contract of methods/: every file alone and in pairs, in one train step; two owners of one slot are named."""
 
+import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from ogdm_jax.methods import slots
+from ogdm_jax import data
+from ogdm_jax.methods import slots, sp
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 
 TRAINING = slots.training_names()
 PAIRS = list(itertools.combinations(TRAINING, 2))
+SMALL = (tiny.ONE_LEVEL, "data.batch=8", "stf.n=32")
 
 
 def test_every_method_file_says_what_it_is():
@@ -23,24 +27,92 @@ def test_every_method_file_says_what_it_is():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A training folder for methods that start from one: fresh weights, saved as train.py saves them."""
+    """A training folder for methods that start from one: two steps with other weights, saved as train.py saves them."""
     folder = tmp_path_factory.mktemp("pretrained")
     run = tiny.build("methods=()", tiny.ONE_LEVEL)
+    state = run.init()
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, run.init(), about, {"step": 0})
+        checkpoints.save(0, state.replace(ema=jax.tree.map(lambda p: p + 0.01, state.ema)), about, {"step": 0})
+        checkpoints.save(1, state, about, {"step": 1})
     return folder
 
 
-@pytest.mark.parametrize(
-    "on", [(), *[(n,) for n in TRAINING], *PAIRS, tuple(TRAINING)], ids=lambda on: "+".join(on) or "none"
-)
+def proceed(run, compiled, frozen, state, steps, first=0):
+    """(state, metrics of each step) after some more steps, from the loader's position `first`."""
+    batches = data.batches(run.source, run.config.data.batch, run.config.seed, first, 0, 1, run.filled.references)
+    metrics = []
+    for _ in range(steps):
+        state, values = compiled(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        metrics.append({k: float(np.asarray(v)) for k, v in values.items()})
+    return state, metrics
+
+
+@functools.cache
+def trained(*flags, plan="pmap", devices=1):
+    """(run, state, metrics of each step) of 3 steps from scratch."""
+    run = tiny.build(*SMALL, *flags, plan=plan, devices=devices)
+    state = run.init()
+    state, metrics = proceed(run, run.compile(state), run.frozen(), state, 3)
+    return run, run.plan.local_copy(state), metrics
+
+
+# Every combination once, and each plan, source of references and kind of noise with some of them: a program takes
+# seconds to compile, longest under pmap on several devices (test_plans.py, test_resume.py). All three methods together:
+# test_all_methods_on_a_mesh_resume_bit_for_bit.
+CASES = {
+    (): ("pmap", 1),
+    ("ogdm",): ("pmap", 1),
+    ("sp",): ("mesh", 2),
+    ("stf",): ("mesh", 2, "stf.source=stream"),
+    ("ogdm", "sp"): ("mesh", 2, "noise.stratified=true"),
+    ("ogdm", "stf"): ("mesh", 2, "stf.source=gather"),
+    ("sp", "stf"): ("pmap", 1),
+}
+
+
+@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS], ids=lambda on: "+".join(on) or "none")
 def test_methods_train_in_every_combination(on, pretrained):
-    run = tiny.build(f"methods={on!r}", tiny.ONE_LEVEL, "data.batch=8", f"init.workdir={pretrained}", "stf.n=32")
-    state, metrics = tiny.train(run, 2)
-    assert np.isfinite([v for k, v in metrics.items() if k.startswith(("loss", "grad"))]).all(), metrics
-    assert metrics["grad_nonfinite"] == 0
+    plan, devices, *flags = CASES.get(on, ("mesh", 2))
+    teacher = [f"init.workdir={pretrained}"] if "sp" in on else []
+    run, state, metrics = trained(f"methods={on!r}", *flags, *teacher, plan=plan, devices=devices)
+    assert np.isfinite([v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]).all(), metrics
+    assert metrics[-1]["grad_nonfinite"] == 0
     assert set(state.companions) == {m.name for m in run.filled.companions}
+
+
+def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
+    """3 steps = 1 step, saved and restored, and 2 more; the teacher stays what it was (spec/sp.md 9.5, 9.11)."""
+    flags = (f"methods={tuple(TRAINING)!r}", f"init.workdir={pretrained}", "stf.source=stream")
+    run = tiny.build(*SMALL, *flags, plan="mesh", devices=2)
+    state = run.init()
+    compiled, frozen = run.compile(state), run.frozen()
+    state, _ = proceed(run, compiled, frozen, state, 1)
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state, describe(run.config, run.source.shape, run.source.num_classes), {"step": 1})
+    straight, metrics = proceed(run, compiled, frozen, state, 2, first=1)
+    assert np.isfinite([v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]).all(), metrics
+    assert set(straight.companions) == {"ogdm"} and set(straight.memory) == {"sp"}
+
+    with Checkpoints(tmp_path) as saved:
+        restored, position = saved.restore(1, jax.eval_shape(run.create, run.key), run.plan)
+    sp.verify(restored.memory["sp"], frozen["whole"]["sp"])
+    resumed, _ = proceed(run, compiled, frozen, restored, 2, first=position["step"])
+    tiny.assert_trees(resumed, straight)
+    teacher = jax.tree.map(np.asarray, frozen["whole"]["sp"])
+    now = sp.fingerprint({name: teacher[name] for name in ("params", "buffers")})
+    np.testing.assert_array_equal(now, run.memory["sp"]["teacher"])
+
+
+def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
+    first, newest = (
+        tiny.build("methods=('sp',)", *SMALL, f"sp.teacher={pretrained}", *more) for more in (["sp.teacher_step=0"], [])
+    )
+    assert first.memory["sp"]["teacher_step"] == 0 and newest.memory["sp"]["teacher_step"] == 1
+    frozen = slots.frozen_trees(newest.filled)["whole"]["sp"]
+    with pytest.raises(ValueError, match="other weights at step 1 .* config.sp.teacher_step=0"):
+        sp.verify(first.memory["sp"], frozen)
+    sp.verify(newest.memory["sp"], frozen)
 
 
 @pytest.mark.slow  # three programs of all methods; tests/test_stf_training.py divides the set in little
@@ -64,14 +136,18 @@ def test_all_methods_together_are_the_same_on_every_plan(pretrained):
 
 def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
     """The denoising loss of the first step depends on noise levels and noise alone: it must be the same number."""
-    runs = [tiny.build(f"methods={m!r}", tiny.ONE_LEVEL) for m in ((), ("ogdm",))]
-    plain, ogdm = (tiny.train(run, 1)[1]["loss/denoise"] for run in runs)
+    plain, ogdm = (trained(f"methods={on!r}")[2][0]["loss/denoise"] for on in ((), ("ogdm",)))
     np.testing.assert_allclose(ogdm, plain, rtol=1e-6)
 
 
-def test_gamma_zero_is_plain_training_bit_for_bit():
-    plain, _ = tiny.train(tiny.build("methods=()", tiny.ONE_LEVEL), 5)
-    zero, _ = tiny.train(tiny.build("methods=('ogdm',)", tiny.ONE_LEVEL, "ogdm.gamma=0.0"), 5)
+@pytest.mark.parametrize(
+    "on,flags", [(("ogdm",), ["ogdm.gamma=0.0"]), (("stf", "sp"), ["sp.weight=0.0", "stf.n=1"])], ids=["ogdm", "sp+stf"]
+)
+def test_weight_zero_is_plain_training_bit_for_bit(on, flags, pretrained):
+    """OGDM's gamma, SP's weight (spec/sp.md 9.10); and STF with the source alone as reference (spec/stf.md 10.1)."""
+    _, plain, _ = trained("methods=()")
+    teacher = [f"sp.teacher={pretrained}"] if "sp" in on else []
+    _, zero, _ = trained(f"methods={on!r}", *flags, *teacher)
     tiny.assert_trees(zero.params, plain.params)
     tiny.assert_trees(zero.ema, plain.ema)
 

@@ -95,7 +95,8 @@ def test_references_of_small_sets_repeat_as_late_as_possible():
     picked = reference_indices(10, 21, 0, 5, own)
     assert set(picked.tolist()) == {1, 2, 4, 5, 6, 7, 8}
     assert all(len(set(picked[i : i + 7].tolist())) == 7 for i in range(15))
-    assert sorted(reference_indices(4, 4, 0, 0, np.arange(4)).tolist()) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="the batch holds all 4 images"):
+        reference_indices(4, 4, 0, 0, np.arange(4))
     assert sorted(reference_indices(10, 7, 1, 0, own).tolist()) == [1, 2, 4, 5, 6, 7, 8]
 
 

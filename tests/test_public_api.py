@@ -31,6 +31,11 @@ PUBLIC = {
         "phase_retrieval": "oversample",
         "measurement_loss": "operator, y",
     },
+    "methods.dg": {
+        "vp_time": "sigma",
+        "vp_scale": "t",
+        "guide": "denoise, log_ratio, weight=1.0, sigma_min=0.0, sigma_max=float('inf')",
+    },
     "methods.dsg": {
         "spherical_step": "mean, std, eps, grad, rate",
         "dps_step": "mean, std, eps, grad, scale",
@@ -46,7 +51,9 @@ PUBLIC = {
         "discriminator_loss": "real_logits, fake_logits, kind='hinge'",
         "r1_penalty": "discriminate, images",
     },
-    "networks": {"SongUNet": None, "DhariwalUNet": None, "StyleGAN2Discriminator": None},
+    "networks": dict.fromkeys(
+        ("SongUNet", "DhariwalUNet", "ADMUNet", "ADMEncoder", "StyleGAN2Discriminator", "InceptionV3")
+    ),
     "interop": {"read_torch": "path", "from_torch": "state, kind", "load_pretrained": "path"},
     "evaluation": {
         "frechet_distance": "mu1, cov1, mu2, cov2",

@@ -64,9 +64,10 @@ def test_golden_values():
         def total(f):
             x0_hat = wide(skip) * x + wide(out) * f
             eps_hat = sp.predicted_noise(x, f, sigma, SD)
-            np.testing.assert_allclose(eps_hat, (x - x0_hat) / wide(sigma), atol=1e-13) if f is y else None
             return sp.self_perceptual_loss(squares, y, n, x0_hat, eps_hat, sigma_next)
 
+        x0_hat = wide(skip) * x + wide(out) * f
+        np.testing.assert_allclose(sp.predicted_noise(x, f, sigma, SD), (x - x0_hat) / wide(sigma), atol=1e-13)
         np.testing.assert_allclose(total(f), [0.15661065, 9.41716627], rtol=1e-6)
         grad = jax.grad(lambda f: jnp.mean(total(f)))(f).reshape(2, 4)
         truth = [
@@ -144,6 +145,36 @@ def test_stable_noise_at_small_sigma():
     norm = wide_sigma**2 + SD**2
     truth = wide_sigma / norm * x - SD / np.sqrt(norm) * f
     np.testing.assert_allclose(sp.predicted_noise(x, f, sigma, SD), truth, atol=1e-6)
+    x0_hat, eps_hat = precondition.edm(lambda *_: f, SD).with_noise(x, sigma)
+    np.testing.assert_allclose(eps_hat, truth, atol=1e-6)
+    assert np.abs(process.eps_from_x0(x, x0_hat, sigma) - truth).max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["edm", "vp", "ve", "iddpm", "adm"])
+def test_predicted_noise_of_every_preconditioning(kind):
+    rng = RNG(0)
+    x, f = rng.normal(size=(2, 4, 8, 8, 1)).astype(np.float32)
+    sigma = jnp.asarray([0.05, 0.5, 2.0, 20.0])
+    for more in ({}, {"predict": "x0"}, {"clip": True}) if kind == "adm" else ({},):
+        denoise = getattr(precondition, kind)(lambda *_: f, **more)
+        x0_hat, eps_hat = denoise.with_noise(x, sigma)
+        np.testing.assert_array_equal(x0_hat, denoise(x, sigma))
+        np.testing.assert_allclose(eps_hat, (x - x0_hat) / wide(sigma), atol=2e-5)
+
+
+def test_training_takes_the_stable_noise():
+    """The loss is that of example.eps_hat, and not of (x - x0_hat) / sigma."""
+    ex = predicted(example(sigma=np.full(6, 0.002, np.float32)))
+    slot = sp.training(sp.DEFAULTS | PAPER, context())
+    x0_hat, eps_hat = forward(network(), ex)
+    np.testing.assert_array_equal(eps_hat, ex.eps_hat)
+    kept = jax.jit(lambda ex, h: slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])
+    sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
+    features = lambda x, s: denoiser(network())(x, s, ex.label, augment=ex.augment, tap="mid")  # noqa: E731
+    of_noise = lambda noise: sp.self_perceptual_loss(features, ex.x0, ex.eps, x0_hat, noise, sigma_next)  # noqa: E731
+    np.testing.assert_allclose(kept(ex, x0_hat), of_noise(ex.eps_hat), rtol=1e-5)
+    moved = ex.replace(eps_hat=ex.eps_hat + 0.1)
+    np.testing.assert_allclose(kept(moved, x0_hat), of_noise(ex.eps_hat + 0.1), rtol=1e-5)
 
 
 def test_gradient_goes_through_the_prediction_alone():
@@ -198,9 +229,20 @@ def context(**more):
     fields = dict(
         image_shape=(8, 8, 1), label_dim=3, batch=6, device_batch=6, devices=1, axis=None, sigma_data=SD,
         sigma_min=0.002, sigma_max=80.0, weight=weight, denoiser=denoiser, learning_rate=1e-3, law=law,
-        weights=lambda folder, kind: (network(), {}),
+        weights=lambda folder, kind, step: (network(), {}, 7),
     )  # fmt: skip
     return types.SimpleNamespace(**fields | more)
+
+
+def forward(params, ex):
+    """(x0_hat, eps_hat) of the network in training."""
+    denoise = denoiser(params)
+    return denoise.with_noise(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+
+
+def predicted(ex, params=None):
+    """The example as the step hands it on."""
+    return ex.replace(eps_hat=forward(network() if params is None else params, ex)[1])
 
 
 def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
@@ -212,9 +254,9 @@ def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
 
     @jax.jit
     def loss(params, frozen, memory):
-        denoise = denoiser(params)
-        x0_hat = denoise(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
-        each, metrics = filled.distance(ex, x0_hat, target, denoise, frozen, memory)
+        x0_hat, eps_hat = forward(params, ex)
+        known = ex.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
+        each, metrics = filled.distance(known, x0_hat, target, denoiser(params), frozen, memory)
         return jnp.mean(each), (each, metrics)
 
     grads, (each, metrics) = jax.grad(loss, has_aux=True)(network() if params is None else params, frozen, memory)
@@ -227,7 +269,7 @@ PAPER = sp.PRESETS["paper"]
 def test_the_teachers_decoder_plays_no_part():
     broken = network() | {"dec_block": np.full((16, 64), np.nan, np.float32)}
     plain, _, _ = run(PAPER)
-    again, _, _ = run(PAPER, weights=lambda folder, kind: (broken, {}))
+    again, _, _ = run(PAPER, weights=lambda folder, kind, step: (broken, {}, 7))
     np.testing.assert_array_equal(again, plain)
 
 
@@ -248,7 +290,7 @@ def test_paper_preset_is_the_loss_of_the_definition():
 
 def test_zero_weight_is_the_squared_error():
     ex, params = example(), network()
-    loss, _, grads = run({"weight": 0.0, "auto": False})
+    loss, _, grads = run({"weight": 0.0})
     plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().weight))
     x0_hat = jax.jit(
         lambda p: denoiser(p)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
@@ -284,7 +326,19 @@ def test_normalised_jump_divides_by_the_sine():
     np.testing.assert_allclose(normalised, plain / np.maximum(sine**2, 0.05), rtol=1e-4)
 
 
-def test_remat_and_teacher_noise_change_nothing():
+def test_the_teacher_is_in_eval_mode():
+    """spec/sp.md 9.8: it never hears of dropout, while the trained network has it."""
+
+    def quiet(params, buffers=None):
+        def call(x, sigma, label, augment, tap):  # any other keyword, dropout_keys above all, is an error
+            return denoiser(params)(x, sigma, label, augment=augment, tap=tap)
+
+        return call
+
+    np.testing.assert_array_equal(run(PAPER, denoiser=quiet)[0], run(PAPER)[0])
+
+
+def test_remat_changes_nothing():
     plain, _, grads = run(PAPER)
     again, _, same = run(PAPER | {"remat": True})
     np.testing.assert_allclose(again, plain, rtol=1e-5)
@@ -294,9 +348,9 @@ def test_remat_and_teacher_noise_change_nothing():
 def test_another_teacher_is_noticed():
     filled = sp.training(sp.DEFAULTS, context())
     other = jax.tree.map(lambda p: p + 1e-3, network())
-    changed = sp.training(sp.DEFAULTS, context(weights=lambda folder, kind: (other, {})))
+    changed = sp.training(sp.DEFAULTS, context(weights=lambda folder, kind, step: (other, {}, 9)))
     sp.verify(filled.memory(), filled.frozen())
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="other weights at step 9 than this .*; expected .*config.sp.teacher_step=7$"):
         sp.verify(filled.memory(), changed.frozen())
     loss, _, _ = run(PAPER, memory=changed.memory())
     assert np.isnan(loss).all()
@@ -321,7 +375,8 @@ def test_calibration_reaches_the_share_and_freezes():
     def size(weight, mse_weight):
         settings = sp.DEFAULTS | {"auto": False, "weight": weight, "mse_weight": mse_weight}
         slot = sp.training(settings, context())
-        loss = lambda h: jnp.sum(slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])  # noqa: E731
+        known, (frozen, memory) = predicted(ex), (slot.frozen(), slot.memory())
+        loss = lambda h: jnp.sum(slot.distance(known, h, ex.x0, None, frozen, memory)[0])  # noqa: E731
         return float(jnp.linalg.norm(scale * jax.grad(loss)(x0_hat)))
 
     np.testing.assert_allclose(size(weights[1], 0.0) / size(0.0, 1.0), 0.2, rtol=1e-3)
@@ -374,11 +429,37 @@ def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teach
         ({"distance": "l1"}, "config.sp.distance"),
         ({"weight": -1.0}, "config.sp.weight: -1.0 given"),
         ({"auto": True, "mse_weight": 0.0}, "config.sp.auto"),
+        ({"auto": True, "calibration": 0}, "config.sp.calibration: 0 given"),
+        ({"tap": "emb"}, "config.sp.tap: 'emb' given; expected mid, or blocks among augment, dec_block, enc, label"),
+        ({"tap": "enc,map_noise"}, "config.sp.tap: 'enc,map_noise' given"),
+        ({"tap": ""}, "config.sp.tap: '' given"),
     ],
 )
 def test_wrong_settings_are_one_sentence(change, message):
+    weights = lambda folder, kind, step: (network() | {"map_noise": np.zeros(3)}, {}, 7)  # noqa: E731
     with pytest.raises(ValueError, match=message):
-        sp.training(sp.DEFAULTS | change, context())
+        sp.training(sp.DEFAULTS | change, context(weights=weights))
+
+
+def test_presets_are_whole_settings():
+    assert sp.preset("pixel_edm") == sp.DEFAULTS
+    assert sp.preset("paper") == sp.DEFAULTS | PAPER
+    assert tiny.config(name="cifar10_sp_paper").sp.to_dict() == sp.preset("paper")
+    with pytest.raises(ValueError, match="config.sp.preset: unknown 'edm'; expected one of paper, pixel_edm"):
+        sp.preset("edm")
+
+
+def test_what_the_run_tells_the_method(monkeypatch):
+    """Second levels lie where the teacher was trained, and are drawn one by one even where the first are stratified."""
+    told = []
+    monkeypatch.setattr(sp, "training", lambda settings, context: told.append(context) or slots.Slots("sp"))
+    run = tiny.build("methods=('sp',)", "precondition.kind=ve", "noise.law=ve", "noise.stratified=true")
+    assert run.law.stratified and (told[0].sigma_min, told[0].sigma_max) == (0.02, 80.0)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
+    for kind in sp.SIGMA_NEXT:
+        assert (sp.draw_sigma_next(kind, keys, told[0]) >= 0.02).all()
+    with pytest.raises(ValueError, match="config.init.workdir: '' given; expected a trained folder, .*config.sp.teach"):
+        told[0].weights("", "ema", None)
 
 
 def test_devices_agree():
@@ -389,9 +470,9 @@ def test_devices_agree():
 
     def loss(params, fields):
         part = ex.replace(**fields)
-        denoise = denoiser(params)
-        x0_hat = denoise(part.xt, part.sigma, part.label, augment=part.augment)
-        return jnp.mean(slot.distance(part, x0_hat, part.x0, denoise, frozen, memory)[0])
+        x0_hat, eps_hat = denoiser(params).with_noise(part.xt, part.sigma, part.label, augment=part.augment)
+        part = part.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
+        return jnp.mean(slot.distance(part, x0_hat, part.x0, None, frozen, memory)[0])
 
     fields = {n: getattr(ex, n) for n in names}
     cut = {n: a.reshape(4, 2, *a.shape[1:]) for n, a in fields.items()}
@@ -404,16 +485,19 @@ def test_devices_agree():
 def test_any_block_can_be_the_tap():
     """Blocks by name, several at once; what lies behind the deepest of them is not computed."""
     run = tiny.build("methods=()")
-    params, buffers = run.model.init(jax.random.key(0))
-    x, sigma = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.array([0.5, 2.0])
+    shapes, rng = jax.eval_shape(run.model.init, jax.random.key(0)), RNG(0)
+    params, buffers = jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+    x, sigma = rng.normal(size=(2, 8, 8, 1)).astype(np.float32), jnp.array([0.5, 2.0])
 
     def features(tap):
         return jax.jit(lambda p: run.model.denoiser(p, buffers)(x, sigma, tap=tap))
 
-    early, mid = features("enc_8x8_block0,dec_4x4_in1")(params)
+    both = "enc_8x8_block0,dec_4x4_in1"
+    compiled = {t: features(t).lower(params).compile() for t in ("enc_8x8_block0", "mid", both, None)}
+    early, mid = compiled[both](params)
     assert early.shape == (2, 8, 8, 8)
-    np.testing.assert_array_equal(mid, features("mid")(params))
-    flops = {t: features(t).lower(params).compile().cost_analysis()["flops"] for t in ("enc_8x8_block0", "mid", None)}
+    np.testing.assert_array_equal(mid, compiled["mid"](params))
+    flops = {t: program.cost_analysis()["flops"] for t, program in compiled.items()}
     assert flops["enc_8x8_block0"] < flops["mid"] / 2 < flops[None] / 4
     with pytest.raises(ValueError, match="no block 'enc_3x3'; expected 'mid', 'emb' or some of .*dec_4x4_in0"):
         features("dec_4x4_in1,enc_3x3")(params)

@@ -10,11 +10,15 @@ from test_stf import brute_force
 
 from ogdm_jax import randomness
 from ogdm_jax.data import augment as augmentation
+from ogdm_jax.data.sources import from_arrays
+from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import slots, stf
+from ogdm_jax.training import step
 
 RNG = np.random.default_rng
 SET = RNG(10).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
 CLASSES = RNG(11).integers(0, 3, 50).astype(np.int32)
+SOURCE = from_arrays("fifty", SET, CLASSES)
 
 
 def as_image(pixels):
@@ -43,8 +47,8 @@ def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
 
 def context(b=8, devices=1, axis=None, **more):
     fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis, "image_shape": (4, 4, 1)}
-    fields |= {"xflip": False, "augment": None, "mesh": None}
-    return types.SimpleNamespace(**fields | {"source": types.SimpleNamespace(images=SET, labels=CLASSES)} | more)
+    fields |= {"xflip": False, "augment": None, "mesh": None, "label_dim": 3, "source": SOURCE}
+    return types.SimpleNamespace(**fields | more)
 
 
 def fill(settings, ex, ctx=None):
@@ -66,7 +70,7 @@ def test_full_is_the_posterior_of_the_whole_set():
     target, metrics = fill({"source": "full", "chunk": 16}, ex)
     assert_target(target, ex, as_image(SET))
     values, weights = metrics["stf/moved/0.5-2"]
-    np.testing.assert_allclose(values, np.square(target - ex.x0).mean((1, 2, 3)), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(values, np.sqrt(np.square(target - ex.x0).sum((1, 2, 3))), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(weights, (ex.sigma > 0.5) & (ex.sigma <= 2))
     assert set(metrics) == {
         f"stf/{n}/{b}" for n in ("ess", "active", "moved") for b in ("0-0.5", "0.5-2", "2-10", "10-inf")
@@ -90,6 +94,40 @@ def test_stream_is_the_batch_and_what_the_loader_brought():
     assert_target(fill({"source": "stream", "n": 8}, ex)[0], ex, as_image(SET[:8]))
 
 
+@pytest.mark.parametrize("source,count", [("stream", 20), ("cache", 20), ("gather", 8), ("full", 50)])
+def test_the_source_is_a_reference_exactly_once(source, count):
+    """spec/stf.md 10.7. At very high noise all references weigh the same, so the effective sample size counts them."""
+    given = {"reference": jnp.asarray(SET[20:32]), "reference_label": jnp.asarray(CLASSES[20:32])}
+    ex = example(references=given if source == "stream" else None, low=0.01)
+    target, _ = fill({"source": source, "n": 20}, ex)
+    np.testing.assert_allclose(target[0], ex.x0[0], atol=1e-6)  # it is there
+    ex = ex.replace(sigma=jnp.full((8,), 1e5), xt=ex.x0 + 1e5 * ex.eps)
+    target, metrics = fill({"source": source, "n": 20}, ex)
+    np.testing.assert_allclose(metrics["stf/ess/10-inf"][0], count, rtol=1e-4)
+    known = {"stream": [*range(8), *range(20, 32)], "gather": range(8), "full": range(50)}.get(source)
+    if known:
+        np.testing.assert_allclose(target, np.broadcast_to(as_image(SET[list(known)]).mean(0), target.shape), atol=1e-3)
+
+
+def test_loss_is_zero_at_the_target_and_edms_without_stf():
+    """spec/stf.md 10.12, in the step's own words: nothing but the target changes, and no gradient passes through it."""
+    ex, law = example(), noise.edm()
+    slot = stf.training(stf.DEFAULTS | {"source": "full"}, context())
+    on, off, frozen = slots.combine([slot]), slots.combine([]), {"stf": arrays(slot)}
+
+    def loss(filled, ex, x0_hat):
+        return step._denoising_loss(filled, law, ex, x0_hat, None, frozen, {})[0]
+
+    at_target = jax.jit(lambda ex: loss(on, ex, slot.target(ex, frozen["stf"])[0]))
+    np.testing.assert_allclose(at_target(ex), 0, atol=1e-9)
+    weight = (np.square(ex.sigma) + 0.25) / np.square(0.5 * ex.sigma)
+    for filled, target in ((off, ex.x0), (on, fill({"source": "full"}, ex)[0])):
+        truth = weight * np.square(0.9 * ex.xt - target).sum((1, 2, 3))
+        slope = (2 * weight * ((0.9 * ex.xt - target) * ex.xt).sum((1, 2, 3))).sum()
+        total = jax.jit(jax.value_and_grad(lambda c, f=filled: jnp.sum(loss(f, ex, c * ex.xt))))
+        np.testing.assert_allclose(total(0.9), (truth.sum(), slope), rtol=1e-5)
+
+
 def test_cache_is_the_source_and_independent_draws():
     ex = example()
     np.testing.assert_array_equal(fill({"source": "cache", "n": 1}, ex)[0], ex.x0)
@@ -98,6 +136,13 @@ def test_cache_is_the_source_and_independent_draws():
     rows = np.asarray(jax.random.randint(key, (19,), 0, 50))
     mask = np.concatenate([np.eye(8, dtype=bool), np.ones((8, 19), bool)], 1)
     assert_target(target, ex, as_image(np.concatenate([SET[:8], SET[rows]])), mask)
+    # Another accumulation round: other draws, known by the group's first example.
+    later = ex.replace(index=ex.index + 8)
+    key = randomness.fold_in_name(jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 8), "rows")
+    others = np.asarray(jax.random.randint(key, (19,), 0, 50))
+    assert (others != rows).any()
+    target, _ = fill({"source": "cache", "n": 20}, later)
+    assert_target(target, ex, as_image(np.concatenate([SET[:8], SET[others]])), mask)
     low = example(low=0.01)
     np.testing.assert_allclose(fill({"source": "cache", "n": 20}, low)[0][0], low.x0[0], atol=1e-6)
 
@@ -162,8 +207,6 @@ def test_dsm_and_official_augmentation():
     assert_target(target, ex, as_image(SET), rows=~acted)
     target, _ = fill({"source": "gather", "augment": "official"}, ex)
     assert_target(target, ex, np.asarray(ex.x0))
-    with pytest.raises(ValueError, match="cannot augment a full set"):
-        fill({"source": "full", "augment": "official"}, ex)
     ex = example(augment=np.zeros((8, 9), np.float32))
     settings = {"source": "cache", "n": 20, "augment": "official"}
     same, _ = fill(settings, ex, context(augment=lambda keys, images: images))
@@ -187,11 +230,50 @@ def test_dropped_labels_see_every_class():
         ({"source": "bank"}, "config.stf.source: unknown 'bank'"),
         ({"augment": "all"}, "config.stf.augment: unknown 'all'"),
         ({"source": "stream", "n": 7}, "config.stf.n: 7 given; expected at least 8"),
+        ({"source": "stream", "n": 51}, "config.stf.n: 51 given; expected at most 50 with stream, as the set has 50 "),
         ({"source": "cache", "n": 0}, "config.stf.n: 0 given"),
+        ({"source": "full", "augment": "official"}, "config.stf.augment: 'official' given; expected matched or dsm"),
     ],
 )
 def test_wrong_settings_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message):
-        stf.training(stf.DEFAULTS | change, context())
-    with pytest.raises(ValueError, match="data set in memory"):
+        stf.training(stf.DEFAULTS | change, context(augment=lambda keys, images: images))
+
+
+def test_sources_of_data_that_do_not_fit_are_one_sentence():
+    with pytest.raises(ValueError, match="config.stf.source: 'full' given; expected stream or gather.*not in memory"):
         stf.training(stf.DEFAULTS | {"source": "full"}, context(source=types.SimpleNamespace(images=None)))
+    vectors = context(source=from_arrays("vectors", SET, RNG(0).normal(size=(50, 3)).astype(np.float32)))
+    with pytest.raises(ValueError, match="config.stf.class_mask: True given; expected false"):
+        stf.training(stf.DEFAULTS, vectors)
+    stf.training(stf.DEFAULTS | {"class_mask": False}, vectors)
+
+
+def test_stream_refuses_sets_without_enough_other_images():
+    """Per device: its images and as many others as are not in the global batch; devices may share those."""
+    stream = {"source": "stream", "n": 46}
+    assert stf.training(stf.DEFAULTS | stream, context(devices=2)).references == 2 * 42
+    with pytest.raises(ValueError, match="config.stf.n: 47 given; expected at most 46 with stream"):
+        stf.training(stf.DEFAULTS | stream | {"n": 47}, context(devices=2))
+    stf.training(stf.DEFAULTS | stream | {"n": 60}, context(b=60))  # nothing besides the batch
+    with pytest.raises(ValueError, match="config.stf.n: 61 given; expected at most 60 with stream"):
+        stf.training(stf.DEFAULTS | stream | {"n": 61}, context(b=60))
+
+
+@pytest.mark.parametrize("source", ["cache", "stream"])
+def test_training_holds_no_float_copy_of_the_references(source):
+    """b 128, n 4096, 32x32x3: 32 MB of temporaries, mirrored images included; as float32 they alone would take 50."""
+    b, n, size = 128, 4096, (32, 32, 3)
+    big = from_arrays("big", np.broadcast_to(np.uint8(0), (5000, *size)))
+    ctx = context(b, image_shape=size, source=big, xflip=True, label_dim=0)
+    slot = stf.training(stf.DEFAULTS | {"source": source, "n": n}, ctx)
+    abstract = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    pixels, row, key = abstract(b, *size), abstract(b), jax.eval_shape(jax.random.key, 0)
+    given = {"reference": abstract(n - b, *size, dtype=jnp.uint8), "reference_label": abstract(n - b, dtype=jnp.int32)}
+    ex = slots.Example(
+        x0=pixels, image=pixels, label=None, augment=None, sigma=row, eps=pixels, xt=pixels,
+        index=abstract(b, dtype=jnp.int32), key=key, noise_key=key, references=given if source == "stream" else None,
+    )  # fmt: skip
+    frozen = {"image": abstract(50_000, *size, dtype=jnp.uint8), "label": abstract(50_000, dtype=jnp.int32)}
+    program = jax.jit(lambda ex, frozen: slot.target(ex, frozen)[0]).lower(ex, frozen).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 32e6

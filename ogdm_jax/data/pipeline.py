@@ -46,15 +46,19 @@ def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray
     """Rows [size] int64 of a set of n: images of step `step` besides those of its batch, drawn without replacement.
 
     So a batch's image meets itself among the references exactly once: as itself. Where the set has fewer than `size`
-    other images, their random order is repeated, and any run of as many neighbours as there are others is still without
-    repeats (a device's share, say). Where the batch holds the whole set, its images have to serve.
+    other images, their random order is repeated, for several devices: any run of as many neighbours as there are others
+    is still without repeats, and a device's share has to be no longer than that (`methods.stf.training` sees to it).
 
     Args:
       batch: rows of the step's global batch.
+
+    Raises:
+      ValueError: the batch holds the whole set.
     """
     own = np.unique(batch)
-    own = own if len(own) < n else own[:0]
     others = n - len(own)
+    if others < 1:
+        raise ValueError(f"reference_indices: the batch holds all {n} images; expected a smaller batch, or size 0")
     rng = np.random.default_rng((seed, step, zlib.crc32(b"references")))
     rank = rng.choice(others, min(size, others), replace=False)
     # The r-th row that is not in `own`: r and the number of own rows in front of it.

@@ -16,13 +16,17 @@ from ogdm_jax.typing import Array, Denoise, PyTree
 
 
 class Info(NamedTuple):
-    """Where a sampler stands: step (int32 scalar) of steps, sigma and sigma_next [B], key [B] typed keys or None."""
+    """Where a sampler stands: step (int32 scalar) of steps, sigma and sigma_next [B], key [B] typed keys or None.
+
+    churned (static): a kick is asked to bend churn's noise, from sigma up to sigma_next, not a step downwards.
+    """
 
     step: Array
     steps: int
     sigma: Array
     sigma_next: Array
     key: Array | None
+    churned: bool = False
 
 
 class ChurnRule(Protocol):
@@ -105,8 +109,14 @@ def as_rule(churn: Any) -> ChurnRule | None:
     return churn
 
 
+def added_std(sigma: Array, sigma_hat: Array, noise_scale: Array) -> Array:
+    """sqrt(sigma_hat^2 - sigma^2) noise_scale, what churn adds between two levels (arXiv 2206.00364 algorithm 2); [B].
+
+    Factored: where gamma is 0 a fused multiply-add would leave the rounding of sigma^2, whose root is visible noise.
+    """
+    return jnp.sqrt(jnp.maximum((sigma_hat - sigma) * (sigma_hat + sigma), 0.0)) * noise_scale
+
+
 def raise_noise(x: Array, sigma: Array, sigma_hat: Array, noise_scale: Array, noise: Array) -> Array:
     """x + sqrt(sigma_hat^2 - sigma^2) noise_scale noise: x at sigma_hat >= sigma. sigmas and noise_scale: [B]."""
-    # Factored: where gamma is 0 a fused multiply-add would leave the rounding of sigma^2, whose root is visible noise.
-    added = jnp.sqrt(jnp.maximum((sigma_hat - sigma) * (sigma_hat + sigma), 0.0)) * noise_scale
-    return x + per_example(added, x) * noise
+    return x + per_example(added_std(sigma, sigma_hat, noise_scale), x) * noise

@@ -20,7 +20,7 @@ from ogdm_jax import randomness
 from ogdm_jax.diffusion.churn import Info
 from ogdm_jax.diffusion.operators import Operator, Spectrum
 from ogdm_jax.diffusion.solvers import Kick, plain_kick
-from ogdm_jax.diffusion.steps import per_example
+from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.typing import Array
 
 Evaluate = Callable[[Array], Array]
@@ -39,7 +39,7 @@ def through_network(loss: Loss, clip: bool = False) -> Direction:
     clip: the loss sees x0_hat clipped to [-1, 1], as in DPS's and DSG's code for linear problems; the gradient of
     clipped pixels is 0.
     """
-    return _pulled(lambda x0_hat, info: loss(_clipped(x0_hat, clip)))
+    return _pulled(lambda x0_hat, info: loss(clipped(x0_hat, clip)))
 
 
 def at_x0(loss: Loss, clip: bool = False) -> Direction:
@@ -47,7 +47,7 @@ def at_x0(loss: Loss, clip: bool = False) -> Direction:
 
     def direction(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
         x0_hat = evaluate(x)
-        values, pull = jax.vjp(lambda x0: loss(_clipped(x0, clip)), x0_hat)
+        values, pull = jax.vjp(lambda x0: loss(clipped(x0, clip)), x0_hat)
         return x0_hat, values, pull(jnp.ones_like(values))[0]
 
     return direction
@@ -69,12 +69,12 @@ def smoothed(loss: Loss, samples: int = 8, clip: bool = False) -> Direction:
     def total(x0_hat: Array, info: Info) -> Array:
         if info.key is None:
             raise ValueError("key=None; expected a key, because Monte-Carlo guidance draws noise")
-        spread = info.sigma / jnp.sqrt(1 + info.sigma**2)
+        width = info.sigma / jnp.sqrt(1 + info.sigma**2)
 
         def one(sample: Array) -> Array:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(randomness.fold_in_each(info.key, "lgd"), sample)
             z = randomness.normal(keys, x0_hat.shape[1:], x0_hat.dtype)
-            return loss(_clipped(x0_hat + per_example(spread, x0_hat) * z, clip))
+            return loss(clipped(x0_hat + per_example(width, x0_hat) * z, clip))
 
         values = jax.vmap(one)(jnp.arange(samples))
         return jnp.log(float(samples)) - jax.nn.logsumexp(-values, axis=0)
@@ -97,14 +97,9 @@ def _pulled(total: Callable[[Array, Info], Array]) -> Direction:
     return direction
 
 
-def _clipped(x0_hat: Array, clip: bool) -> Array:
+def clipped(x0_hat: Array, clip: bool) -> Array:
+    """x0_hat, in [-1, 1] if clip."""
     return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
-
-
-def spread(std: Array, x: Array) -> Array:
-    """A transition's std, a number, [B] or like x, so that it multiplies x without implicit broadcasting."""
-    std = jnp.asarray(std)
-    return per_example(std, x) if std.ndim <= 1 else std.astype(x.dtype)
 
 
 def on_steps(
@@ -205,11 +200,11 @@ def vp_factor(info: Info) -> Array:
 
 
 def descend(direction: Direction, scale: Callable[[Array, Array, Array, Info], Array], clip_mean: bool = False) -> Kick:
-    """The kick x' = mean + std noise - scale(grad, x, x0_hat, info) grad, scale [B]."""
+    """The kick x' = mean + std noise - scale(grad, x, x0_hat, info) grad, scale a number or [B]."""
 
     def kick(evaluate, transition, x, noise, info):
         x0_hat, _, grad = direction(evaluate, x, info)
-        mean, std = transition(_clipped(x0_hat, clip_mean), x)
+        mean, std = transition(clipped(x0_hat, clip_mean), x)
         return dps_step(mean, std, noise, grad, scale(grad, x, x0_hat, info)), x0_hat
 
     return kick
@@ -262,17 +257,22 @@ def rms(v: Array) -> Array:
 def mpgd(
     loss: Loss, scale: float, interval: int = 1, window: tuple[float, float] | None = None, clip: bool = False
 ) -> Kick:
-    """MPGD without autoencoder (arXiv 2311.16424): x0_hat <- x0_hat - scale grad_x0 loss, then the usual transition.
+    """MPGD without autoencoder (arXiv 2311.16424): x' = mean + std noise - scale grad_x0 loss(x0_hat).
 
-    No backward pass through the network: the cheapest guidance of all.
+    x0_hat moves and the eps of the unguided prediction stays, as in the released code for linear problems (that for
+    faces and style keeps x instead): x_vp' = sqrt(abar') (x0_hat - scale grad) + sqrt(1 - abar' - s^2) eps + s noise.
+    So the state moves by the whole of scale grad. No backward pass through the network: the cheapest guidance of all.
+    clip: the loss sees x0_hat clipped to [-1, 1].
     """
+    return on_steps(descend(at_x0(loss, clip), lambda grad, x, x0_hat, info: scale), interval, window)
 
-    def kick(evaluate, transition, x, noise, info):
-        x0_hat, _, grad = at_x0(loss, clip)(evaluate, x, info)
-        x0_hat = x0_hat - scale * grad
-        return plain_kick(lambda _: x0_hat, transition, x, noise, info)
 
-    return on_steps(kick, interval, window)
+def _refuse_churn(method: str, info: Info) -> None:
+    if info.churned:
+        raise ValueError(
+            f"{method} under churn: noise that is only added has no x0_hat to replace; expected no churn, with "
+            "solver='ancestral', or solver='ddim' or 'heun' and eta > 0"
+        )
 
 
 def _spectrum(operator: Operator, shape: tuple[int, ...], method: str) -> Spectrum:
@@ -295,10 +295,11 @@ def ddnm(operator: Operator, y: Array, std: float = 0.0) -> Kick:
       operator: with a known spectrum.   y: measurements.   std: their noise.
 
     Raises:
-      ValueError: an operator without spectrum.
+      ValueError: an operator without spectrum; at the call, churn.
     """
 
     def kick(evaluate, transition, x, noise, info):
+        _refuse_churn("ddnm", info)
         basis = _spectrum(operator, x.shape[1:], "ddnm")
         x0_hat = evaluate(x)
         _, spread_of = transition(x0_hat, x)
@@ -330,12 +331,13 @@ def diffpir(operator: Operator, y: Array, std: float, strength: float = 8.0, ran
       strength: the published lambda, 8.   randomness_share: the published zeta, near 1.
 
     Raises:
-      ValueError: an operator without spectrum, or a share outside [0, 1].
+      ValueError: an operator without spectrum, or a share outside [0, 1]; at the call, churn.
     """
     if not 0 <= randomness_share <= 1:
         raise ValueError(f"randomness_share={randomness_share}; expected a number from 0 to 1")
 
     def kick(evaluate, transition, x, noise, info):
+        _refuse_churn("diffpir", info)
         basis = _spectrum(operator, x.shape[1:], "diffpir")
         d = basis.to(evaluate(x))
         s = jnp.asarray(basis.values, x.dtype)

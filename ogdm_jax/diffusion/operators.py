@@ -65,7 +65,7 @@ class Operator:
         Raises:
           ValueError: the operator is not linear.
         """
-        if self.transpose is None:
+        if not self.linear:
             raise ValueError(f"operator {self.name!r} has no adjoint; expected a linear operator")
         return self.transpose(y)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ogdm_jax.diffusion import steps
-from ogdm_jax.diffusion.churn import ChurnRule, Info, raise_noise
+from ogdm_jax.diffusion.churn import ChurnRule, Info, added_std, raise_noise
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 Body = Callable[[Array, PyTree, Info], tuple[Array, PyTree, Array]]
@@ -62,7 +62,7 @@ def plain_kick(
     """The unguided stochastic step: mean + std * noise. Returns (x_next, x0_hat)."""
     x0_hat = evaluate(x)
     mean, std = transition(x0_hat, x)
-    return mean + (steps.per_example(std, x) if std.ndim <= 1 else std) * noise, x0_hat
+    return mean + steps.spread(std, x) * noise, x0_hat
 
 
 def _kicked(p: Problem, transition: Callable[[Array, Array, Info], tuple[Array, Array]]) -> Body:
@@ -91,12 +91,14 @@ def _churned(p: Problem, x: Array, memory: PyTree, info: Info) -> tuple[Array, A
 
 def _kicked_up(p: Problem, x: Array, sigma_hat: Array, noise_scale: Array, info: Info) -> Array:
     """Churn's noise under a kick: x -> x_hat is N(x, std^2 I), a transition as good as another. One more evaluation, at
-    sigma, on those steps that add noise."""
-    added = jnp.sqrt(jnp.maximum((sigma_hat - info.sigma) * (sigma_hat + info.sigma), 0.0)) * noise_scale
+    sigma, on those steps that add noise; images to which the rule adds none stay where they are, whoever is beside
+    them."""
+    added = added_std(info.sigma, sigma_hat, noise_scale)
 
     def up(x: Array) -> Array:
-        evaluate, at = partial(p.x0, sigma=info.sigma), info._replace(sigma_next=sigma_hat)
-        return p.kick(evaluate, lambda x0, x: (x, added), x, p.noise(info.step), at)[0]
+        evaluate, at = partial(p.x0, sigma=info.sigma), info._replace(sigma_next=sigma_hat, churned=True)
+        kicked, _ = p.kick(evaluate, lambda x0, x: (x, added), x, p.noise(info.step), at)
+        return jnp.where(steps.per_example(added, x) > 0, kicked, x)
 
     return jax.lax.cond(jnp.any(added > 0), up, lambda x: x, x)
 

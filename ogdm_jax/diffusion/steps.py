@@ -28,6 +28,12 @@ def per_example(v: Array, x: Array) -> Array:
     return jnp.asarray(v, x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
+def spread(std: Array, x: Array) -> Array:
+    """A transition's std, a number, [B] or like x, so that it multiplies x without implicit broadcasting."""
+    std = jnp.asarray(std)
+    return per_example(std, x) if std.ndim <= 1 else std.astype(x.dtype)
+
+
 def _sqrt(v: Array) -> Array:
     """sqrt(max(v, 0)) whose gradient at v <= 0 is 0 and not infinite."""
     positive = v > 0
@@ -229,7 +235,7 @@ def ancestral(
     mean, std = ancestral_moments(x, x0_hat, sigma, sigma_next, variance)
     if noise is None:
         return mean
-    return mean + (per_example(std, x) if std.ndim <= 1 else std) * noise
+    return mean + spread(std, x) * noise
 
 
 def heun_moments(

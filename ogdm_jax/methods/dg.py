@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion.churn import Churn, Info
+from ogdm_jax.diffusion.precondition import hand_on
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.slots import Guidance
@@ -144,7 +145,8 @@ def guide(
 
     Args:
       denoise: the denoiser; a classifier-free-guided one is fine, and so is one guided by another discriminator. Its
-        sigma_min, sigma_max (range of levels) and round_sigma are handed on; its `corrector` is guided too.
+        sigma_min, sigma_max (range of levels), round_sigma and with_variance are handed on; its `corrector` is guided
+        too.
       log_ratio: (x, sigma [B], label) -> [B], log p_data - log p_model (see `log_ratio`, or any closed form).
       weight: number, array (traced ones can change without a new compilation), or function of sigma [B].
       sigma_min, sigma_max: window of guided levels, per example. The authors' time_min = 0.01 is 0.044688.
@@ -164,19 +166,14 @@ def guide(
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
     window = (sigma_min, sigma_max, gating)
+    guided = hand_on(denoise, _guided(denoise, log_ratio, weight, window))
     base = getattr(denoise, "corrector", denoise)
     if corrector_weight is None and base is denoise:
-        guided = second = _guided(denoise, log_ratio, weight, window)
-    else:
-        second_weight = weight if corrector_weight is None else corrector_weight
-        if _is_zero(weight) and _is_zero(second_weight):
-            return denoise
-        guided = _guided(denoise, log_ratio, weight, window)
-        second = base if _is_zero(second_weight) else _guided(base, log_ratio, second_weight, window)
-    guided.corrector = second
-    for name in ("sigma_min", "sigma_max", "round_sigma"):
-        if hasattr(denoise, name):
-            setattr(guided, name, getattr(denoise, name))
+        return guided  # one denoiser for both evaluations; a corrector that is itself would let decorators recurse
+    second_weight = weight if corrector_weight is None else corrector_weight
+    if _is_zero(weight) and _is_zero(second_weight):
+        return denoise
+    guided.corrector = base if _is_zero(second_weight) else _guided(base, log_ratio, second_weight, window)
     return guided
 
 

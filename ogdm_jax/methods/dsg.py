@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from ogdm_jax.diffusion import kicks
 from ogdm_jax.diffusion.kicks import Direction, Loss, dps_step
 from ogdm_jax.diffusion.solvers import Kick
+from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.methods.slots import Guidance
 from ogdm_jax.typing import Array, PyTree
 
@@ -63,7 +64,7 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
         raise ValueError(f"rate={rate}; expected a number from 0 to 1")
     wide = jnp.promote_types(mean.dtype, jnp.float32)
     mean_, eps, grad = (v.astype(wide) for v in (mean, eps, grad))
-    std = kicks.spread(std, mean_)
+    std = spread(std, mean_)
     root_n = math.sqrt(math.prod(mean.shape[1:]))
     if std.shape == mean.shape:
         radius = jnp.sqrt(jnp.sum(jnp.square(std), tuple(range(1, mean.ndim)), keepdims=True))
@@ -71,7 +72,7 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
     else:
         radius = root_n * std
     downhill, known = _unit(grad)
-    rate = jnp.where(known, kicks.spread(rate, mean_), 0.0)
+    rate = jnp.where(known, spread(rate, mean_), 0.0)
     d, moved = _unit((1 - rate) * eps - rate * root_n * downhill)  # std cancels: nothing is divided by it
     return (mean_ + radius * jnp.where(moved, d, _unit(eps)[0])).astype(mean.dtype)
 
@@ -117,7 +118,8 @@ def spherical(
     Args:
       loss: any differentiable x0_hat [B,H,W,C] -> [B]; of measurements: `operators.measurement_loss`.
       rate: of `spherical_step`.
-      interval: every how many steps are guided, counted back from the last; the others cost no gradient.
+      interval: every how many steps are guided, counted back from the last as released (the last itself, a step
+        without noise, is not guided but under churn); the others cost no gradient.
       window: (low, high) noise levels that are guided; None: all.
       strength: replaces rate, see `rate_of_strength`.
       repeats, repeat_window: time travel (`kicks.time_travel`).
@@ -127,7 +129,8 @@ def spherical(
       clip_loss, clip_mean: clip x0_hat to [-1, 1] for the loss, for the transition (released code: both, where linear).
 
     Raises:
-      ValueError: a setting out of range; rate and samples that exclude each other.
+      ValueError: a setting out of range; samples without a backward pass; at the call, an interval that leaves no
+        step to guide.
     """
     if isinstance(rate, int | float) and not 0 <= rate <= 1:
         raise ValueError(f"rate={rate}; expected a number from 0 to 1")
@@ -135,17 +138,40 @@ def spherical(
     if strength is not None:
         rate_of_strength(strength, 1)  # refuses bad numbers now
 
-    def kick(evaluate, transition, x, noise, info):
+    def guided(evaluate, transition, x, noise, info):
         x0_hat, values, grad = direction(evaluate, x, info)
-        mean, std = transition(jnp.clip(x0_hat, -1, 1) if clip_mean else x0_hat, x)
+        mean, std = transition(kicks.clipped(x0_hat, clip_mean), x)
         g = rate if strength is None else rate_of_strength(strength, info.steps, interval)
         x_next = spherical_step(mean, std, noise, grad, g)
         if stop is not None:
-            guided = (values > stop).reshape((-1,) + (1,) * (x.ndim - 1))
-            x_next = jnp.where(guided, x_next, mean + kicks.spread(std, x) * noise)
+            x_next = jnp.where(per_example(values > stop, x) > 0, x_next, mean + spread(std, x) * noise)
         return x_next, x0_hat
 
-    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
+    def noiseless(evaluate, transition, x):
+        x0_hat = evaluate(x)
+        return transition(kicks.clipped(x0_hat, clip_mean), x)[0], x0_hat
+
+    def kick(evaluate, transition, x, noise, info):
+        # The step to 0 has no noise, so a sphere of radius 0: nothing to guide, and no gradient to pay for.
+        return jax.lax.cond(
+            info.sigma_next[0] > 0,
+            lambda x, noise: guided(evaluate, transition, x, noise, info),
+            lambda x, noise: noiseless(evaluate, transition, x),
+            x,
+            noise,
+        )
+
+    on_steps = kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
+
+    def checked(evaluate, transition, x, noise, info):
+        if interval > 1 and interval >= info.steps and not info.churned:
+            raise ValueError(
+                f"interval={interval} with {info.steps} steps: leaves only the last step, which has no noise to guide; "
+                "expected an interval below the number of steps"
+            )
+        return on_steps(evaluate, transition, x, noise, info)
+
+    return checked
 
 
 def _direction(loss: Loss, backward: bool, samples: int, clip: bool) -> Direction:

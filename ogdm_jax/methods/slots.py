@@ -18,6 +18,8 @@ Metrics are dicts name -> [b] values, or name -> (values [b], weights [b]) for a
 
 import dataclasses
 import importlib
+import itertools
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,6 +47,8 @@ class Example:
       key: the step's key for draws made once per step.   noise_key: the key of this example's noise.
       references: {"reference": uint8 [n,h,w,c], "reference_label": [n]}, this device's share of the reference batch
         of a method that asked for one; else None.
+      eps_hat: [b,h,w,c] the noise that the denoiser predicts, (xt - x0_hat) / sigma without that form's cancellation at
+        small sigma. A constant: no gradient goes through it. None for companions.
     """
 
     x0: Array
@@ -58,6 +62,7 @@ class Example:
     key: Array
     noise_key: Array
     references: PyTree | None = None
+    eps_hat: Array | None = None
 
     def keys(self, purpose: str) -> Array:
         """[b] keys of a named purpose: the same whatever other methods are on and however many devices there are."""
@@ -72,14 +77,15 @@ class Context:
       image_shape: (h, w, c).   label_dim: number of classes, 0 if unconditional.
       batch: images per optimiser step over all devices.   device_batch: images per device and accumulation round.
       devices: number of devices.   axis: name of the mapped axis inside the step, or None.
-      sigma_data: standard deviation of the data in [-1, 1].   sigma_min, sigma_max: range of the model's noise levels.
+      sigma_data: standard deviation of the data in [-1, 1].   sigma_min, sigma_max: range of noise levels, within both
+        the sampler's and those that the denoiser is made for.
       weight: sigma [b] -> lambda(sigma) [b], the noise law's loss weight.
       denoiser: (params, buffers) -> denoise, the model as a pure function of its parameters.
       learning_rate: learning rate of the denoiser (a companion's default).
       source: the opened data source (ogdm_jax.data), for methods that keep it on the devices.
-      law: the noise law (diffusion/noise.py), for methods that draw a second noise level.
-      weights: (training folder, "ema" | "params") -> (params, buffers) of its newest checkpoint, as host arrays; the
-        folder "" is the one that the run is fine-tuned from.
+      law: the noise law (diffusion/noise.py), for methods that draw a second noise level; never stratified.
+      weights: (training folder, "ema" | "params", step) -> (params, buffers, step) of its checkpoint of that step (of
+        the newest for None), as host arrays; the folder "" is the one that the run is fine-tuned from.
       xflip: whether images are mirrored at random without a label.
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels; None if off.
       mesh: the devices, where arrays inside the step are global (axis is None): for collectives of a method's own.
@@ -99,7 +105,7 @@ class Context:
     learning_rate: float
     source: Any = None
     law: Any = None
-    weights: Callable[[str, str], tuple[PyTree, PyTree]] | None = None
+    weights: Callable[[str, str, int | None], tuple[PyTree, PyTree, int]] | None = None
     xflip: bool = False
     augment: Callable[[Array, Array], Array] | None = None
     mesh: jax.sharding.Mesh | None = None
@@ -249,6 +255,19 @@ def per_method(filled: Filled, attribute: str) -> dict[str, PyTree]:
 def frozen_trees(filled: Filled) -> dict[str, dict[str, PyTree]]:
     """The step's frozen argument on the host: {"whole": by method, "divided": by method}."""
     return {"whole": per_method(filled, "frozen"), "divided": per_method(filled, "divided")}
+
+
+def noise_bins(values: Mapping[str, Array], sigma: Array, edges: Sequence[float]) -> Metrics:
+    """Metrics "name/low-high" of values [b] by name: their means over the examples with low < sigma <= high.
+
+    Args:
+      edges: between the bins; the first bin begins at 0 and the last one is open.
+    """
+    metrics: Metrics = {}
+    for low, high in itertools.pairwise((0.0, *edges, math.inf)):
+        inside = ((sigma > low) & (sigma <= high)).astype(sigma.dtype)
+        metrics |= {f"{name}/{low:g}-{high:g}": (value, inside) for name, value in values.items()}
+    return metrics
 
 
 def squared_error(example: Example, x0_hat: Array, target: Array, weight: Callable[[Array], Array]) -> Array:

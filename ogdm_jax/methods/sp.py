@@ -11,6 +11,9 @@ at every pair of levels.
 
 The authors published no training code. Our own additions, off in the preset `paper`: a pixel-space anchor (the squared
 error stays), a noise gate, and a weight calibrated once. The fine-tuned network is no posterior mean any more.
+
+The teacher is saved by reference: the configuration names its folder, the state its step and the hash of its weights,
+and no run goes on with other weights than it began with.
 """
 
 import functools
@@ -22,21 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax import randomness
+from ogdm_jax.config import choose, require
+from ogdm_jax.diffusion import noise, precondition
 from ogdm_jax.diffusion.process import eps_from_x0
 from ogdm_jax.methods import slots
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
 from ogdm_jax.typing import Array, Denoise, Features, PyTree
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's loss: nothing but features, at every noise level (with learning rate 3e-5 and EMA 0.9995, 50k steps).
+    # The paper's loss: nothing but features, at every noise level.
     "paper": {"mse_weight": 0.0, "weight": 1.0, "auto": False, "sigma_next": "sd_uniform", "sigma_max": float("inf")},
     # Pixels have no decoder that hides high-frequency drift: keep the squared error, stay where x0_hat is an image.
     "pixel_edm": {"mse_weight": 1.0, "weight": 1.0, "auto": True, "sigma_next": "same", "sigma_max": 2.3},
 }
 DEFAULTS: dict[str, Any] = PRESETS["pixel_edm"] | {
     "teacher": "",  # training folder of the frozen copy; "" = init.workdir
-    "teacher_weights": "ema",  # ema or params of its newest checkpoint
+    "teacher_step": None,  # step of the checkpoint it is; None = the newest (a resumed run may have to name it)
+    "teacher_weights": "ema",  # ema or params of that checkpoint
     "tap": "mid",  # which features of the teacher: mid = output of the middle block, or blocks' names with commas
     "feature_norm": "none",  # none (paper) or relative: divided by the real features' mean square
     "distance": "mse",  # mse or mae of the features
@@ -53,6 +58,19 @@ FEATURE_NORMS = ("none", "relative")
 # Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma / sigma_data.
 _SD_MEAN, _SD_STD = 0.776, 1.587
 _SMALLEST_JUMP = 0.05
+
+
+def preset(name: str) -> dict[str, Any]:
+    """All settings of a published recipe's loss, "paper" or "pixel_edm" (for config.sp.update).
+
+    What else the paper's recipe has lies in other groups of the configuration; configs/cifar10_sp_paper.py sets it: the
+    law of t as wide as that of t' (noise.mean, noise.std), learning rate 3e-5 (optim), EMA of 0.9995 per step (ema),
+    50,000 steps (train) of 896 images (data).
+
+    Raises:
+      ValueError: another name.
+    """
+    return DEFAULTS | choose("sp.preset", name, PRESETS)
 
 
 def self_perceptual_loss(
@@ -91,7 +109,7 @@ def predicted_noise(xt: Array, network_output: Array, sigma: Array, sigma_data: 
     """eps_hat from EDM's raw output F, exact at small sigma and safe for a half-precision F (spec/sp.md 1).
 
     eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) / sigma without its
-    cancellation.
+    cancellation. Training gets it with x0_hat from `precondition.Preconditioned.with_noise`, for every preconditioning.
 
     Args:
       xt, network_output: [B,H,W,C].   sigma: [B].
@@ -99,9 +117,7 @@ def predicted_noise(xt: Array, network_output: Array, sigma: Array, sigma_data: 
     Returns:
       [B,H,W,C].
     """
-    sigma = _wide(sigma, xt)
-    square = jnp.square(sigma) + sigma_data**2
-    return sigma / square * xt - sigma_data / jnp.sqrt(square) * network_output
+    return precondition.edm(lambda *_, **__: network_output, sigma_data).with_noise(xt, sigma)[1]
 
 
 def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array:
@@ -111,7 +127,7 @@ def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array
 
 
 def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
-    """The noise levels s' [B] of typed keys [B], clipped to the model's range.
+    """The noise levels s' [B] of typed keys [B], clipped to the context's range.
 
     kind  "same": the training law again.   "sd_uniform": log-normal fitted to the paper's uniform t (much noisier).
           "angle_uniform": theta' uniform between the range's ends.
@@ -120,16 +136,14 @@ def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
       ValueError: an unknown kind.
     """
     low, high, data = context.sigma_min, context.sigma_max, context.sigma_data
+    choose("sp.sigma_next", kind, SIGMA_NEXT)
     if kind == "same":
-        sigma = context.law.sample(keys)
+        law = context.law
     elif kind == "sd_uniform":
-        sigma = data * jnp.exp(_SD_MEAN + _SD_STD * randomness.normal(keys))
-    elif kind == "angle_uniform":
-        first, last = np.arctan(low / data), np.arctan(high / data)
-        sigma = data * jnp.tan(first + (last - first) * randomness.uniform(keys))
+        law = noise.edm(float(np.log(data)) + _SD_MEAN, _SD_STD, data)
     else:
-        raise ValueError(f"config.sp.sigma_next: unknown {kind!r}; expected one of {', '.join(SIGMA_NEXT)}")
-    return jnp.clip(sigma, low, high)
+        law = noise.angle_uniform(low, high, data)
+    return jnp.clip(law.sample(keys), low, high)
 
 
 def calibration() -> dict[str, Array]:
@@ -162,7 +176,11 @@ def fingerprint(variables: PyTree) -> np.ndarray:
 def verify(memory: Mapping[str, Array], frozen: Mapping[str, Any]) -> None:
     """Raises ValueError if a run resumes with another teacher than the one it began with."""
     if not np.array_equal(np.asarray(memory["teacher"]), np.asarray(frozen["fingerprint"])):
-        raise ValueError("config.sp.teacher: holds other weights than when this run began; expected the same teacher")
+        began, now = int(memory["teacher_step"]), int(frozen["step"])
+        raise ValueError(
+            f"config.sp.teacher: holds other weights at step {now} than this run began with; "
+            f"expected the teacher of then, with config.sp.teacher_step={began}"
+        )
 
 
 def _wide(v: Array, x: Array) -> Array:
@@ -179,9 +197,8 @@ def _both(features: Features, x0, eps, x0_hat, eps_hat, sigma_next) -> tuple[lis
 
 
 def _distance(predicted: list[Array], real: list[Array], distance: str, feature_norm: str) -> Array:
-    for key, value, options in (("distance", distance, DISTANCES), ("feature_norm", feature_norm, FEATURE_NORMS)):
-        if value not in options:
-            raise ValueError(f"config.sp.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+    choose("sp.distance", distance, DISTANCES)
+    choose("sp.feature_norm", feature_norm, FEATURE_NORMS)
     size = jnp.square if distance == "mse" else jnp.abs
     parts = [jnp.mean(size(p - r), axis=1) for p, r in zip(predicted, real, strict=True)]
     if feature_norm == "relative":
@@ -194,29 +211,29 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
 
     STF may replace the target of the squared error; SP compares with the features of the actual image and noise. The
     teacher is read from settings["teacher"] when the run starts, and its fingerprint travels with the state: resuming
-    with another teacher makes the loss nan, and `verify` says why.
+    with another teacher makes the loss nan, and `verify` says why. A weight of 0 is plain training, bit for bit.
 
     Raises:
-      ValueError: an unknown name or a number out of range.
+      ValueError: an unknown name, a number out of range, or no teacher.
     """
     for key, options in (("sigma_next", SIGMA_NEXT), ("distance", DISTANCES), ("feature_norm", FEATURE_NORMS)):
-        if settings[key] not in options:
-            raise ValueError(f"config.sp.{key}: unknown {settings[key]!r}; expected one of {', '.join(options)}")
+        choose(f"sp.{key}", settings[key], options)
     for key in ("mse_weight", "weight", "share", "sigma_max"):
-        if not settings[key] >= 0:
-            raise ValueError(f"config.sp.{key}: {settings[key]!r} given; expected a number of at least 0")
-    if settings["auto"] and (settings["mse_weight"] == 0 or settings["calibration"] < 1):
-        raise ValueError(
-            "config.sp.auto: measures against the squared error; expected mse_weight > 0 and calibration >= 1"
-        )
+        require(settings[key] >= 0, f"sp.{key}", settings[key], "a number of at least 0")
+    # Nothing to calibrate for a weight of 0.
+    settings = dict(settings) | {"auto": settings["auto"] and settings["weight"] > 0}
+    if settings["auto"]:
+        require(settings["mse_weight"] > 0, "sp.auto", True, "mse_weight > 0: it measures against the squared error")
+        require(settings["calibration"] >= 1, "sp.calibration", settings["calibration"], "at least 1 step with auto")
     teacher = functools.cache(functools.partial(_teacher, settings, context))
+    _check_tap(settings["tap"], teacher()["params"])
 
     def memory() -> dict[str, Array]:
-        return calibration() | {"teacher": jnp.asarray(teacher()["fingerprint"])}
+        known = {"teacher": teacher()["fingerprint"], "teacher_step": teacher()["step"]}
+        return calibration() | jax.tree.map(jnp.asarray, known)
 
     def remember(memory: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
-        measured = calibrate(memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"])
-        return measured | {"teacher": memory["teacher"]}
+        return memory | calibrate(memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"])
 
     return Slots(
         name="sp",
@@ -229,12 +246,23 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
 
 
 def _teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    params, buffers = context.weights(settings["teacher"], settings["teacher_weights"])
+    params, buffers, step = context.weights(*(settings[f"teacher{part}"] for part in ("", "_weights", "_step")))
     variables = jax.tree.map(np.asarray, {"params": params, "buffers": buffers})
-    return variables | {"fingerprint": fingerprint(variables)}
+    return variables | {"fingerprint": fingerprint(variables), "step": np.int32(step)}
+
+
+def _check_tap(tap: str, params: Mapping[str, Any]) -> None:
+    """Refuses what is no block, and the embedding ("emb", map_*): it does not see the image, so the loss would be 0."""
+    blocks = sorted(name for name in params if not name.startswith("map_"))
+    known = tap == "mid" or all(name in blocks for name in tap.split(","))
+    require(known, "sp.tap", tap, f"mid, or blocks among {', '.join(blocks)} with commas between them")
 
 
 def _fill(settings, context: Context, example: Example, x0_hat, target, denoise: Denoise, frozen, memory):
+    squared = slots.squared_error(example, x0_hat, target, context.weight)
+    same_teacher = jnp.all(memory["teacher"] == frozen["fingerprint"])
+    if settings["weight"] == 0:  # bitwise the plain denoiser's gradient
+        return jnp.where(same_teacher, settings["mse_weight"] * squared, jnp.nan), {"loss/mse": squared}
     teacher = context.denoiser(frozen["params"], frozen["buffers"])
 
     def features(x: Array, sigma: Array) -> Array:
@@ -247,28 +275,26 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoise:
     if settings["normalize_jump"]:
         sine = jump_sine(sigma, sigma_next, context.sigma_data)
         gate = gate / jnp.maximum(jnp.square(sine), _SMALLEST_JUMP)
+    # The gradient takes the way through x0_hat, which is exact; the value is the stable one of example.eps_hat.
+    rounding = jax.lax.stop_gradient(example.eps_hat - eps_from_x0(example.xt, x0_hat, sigma))
 
     def gated(x0_hat: Array) -> tuple[Array, Array]:
-        eps_hat = eps_from_x0(example.xt, x0_hat, sigma)
+        eps_hat = eps_from_x0(example.xt, x0_hat, sigma) + rounding
         predicted, real = _both(features, example.x0, example.eps, x0_hat, eps_hat, sigma_next)
         return gate * _distance(predicted, real, settings["distance"], settings["feature_norm"]), _cosine(
             predicted, real
         )
 
     perceptual, cosine = gated(x0_hat)
-    squared = slots.squared_error(example, x0_hat, target, context.weight)
     weight, norms = jnp.asarray(settings["weight"], jnp.float32), {}
     if settings["auto"]:
         weight = weight * calibrated_weight(memory, settings["share"])
         norms = _gradient_norms(settings, context, example, x0_hat, target, gated, memory)
     loss = settings["mse_weight"] * squared + weight * perceptual
-    loss = jnp.where(jnp.all(memory["teacher"] == frozen["fingerprint"]), loss, jnp.nan)
+    loss = jnp.where(same_teacher, loss, jnp.nan)
     each = jnp.ones_like(loss)
     metrics: Metrics = {"loss/mse": squared, "loss/sp": perceptual, "sp/cosine": cosine, "sp/weight": weight * each}
-    edges = (0.0, *settings["bins"], np.inf)
-    for low, high in zip(edges[:-1], edges[1:]):
-        inside = ((sigma > low) & (sigma <= high)).astype(loss.dtype)
-        metrics[f"sp/loss/{low:g}-{high:g}"] = (perceptual, inside)
+    metrics |= slots.noise_bins({"sp/loss": perceptual}, sigma, settings["bins"])
     return loss, metrics | norms
 
 

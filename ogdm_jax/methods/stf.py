@@ -11,8 +11,7 @@ augmentation can enter the weights; no in-place writes; works for every noise la
 """
 
 import functools
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.config import choose
+from ogdm_jax.config import choose, require
 from ogdm_jax.data.augment import flip, isometric
-from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
+from ogdm_jax.methods.slots import Context, Example, Metrics, Slots, noise_bins
 from ogdm_jax.typing import Array, PyTree
 
 DEFAULTS: dict[str, Any] = {
@@ -51,10 +50,17 @@ class _Partial(NamedTuple):
     total: Array  # [B,D] weighted sum of references
 
 
+class OnDemand(NamedTuple):
+    """References that are made chunk by chunk, so that they never lie in memory together."""
+
+    shape: tuple[int, ...]  # [n, ...]
+    make: Callable[[Array], Array]  # indices [k] int32, 0 <= index < n -> images [k, ...], uint8 or float
+
+
 def stable_target(
     xt: Array,
     sigma: Array,
-    references: Array,
+    references: Array | OnDemand,
     mask: Array | None = None,
     chunk: int | None = None,
     axis_name: str | None = None,
@@ -72,7 +78,7 @@ def stable_target(
     Args:
       xt: [B, ...] noisy images.   sigma: [B] or scalar, > 0.
       references: [n, ...] float in [-1, 1] or uint8, which is scaled like training images chunk by chunk. They must
-        hold each query's clean image exactly once, unless `source` does.
+        hold each query's clean image exactly once, unless `source` does. OnDemand: made when needed.
       mask: bool, which references count: [n] for all queries, or [B, n].
       chunk: references per pass; None chooses it.
       axis_name: a mapped axis over which the references are divided: this device holds n of them. The queries are
@@ -90,13 +96,14 @@ def stable_target(
     Raises:
       ValueError: shapes that do not fit, no references, or a chunk below 1.
     """
-    xt, references = jnp.asarray(xt), jnp.asarray(references)
+    xt = jnp.asarray(xt)
+    if not isinstance(references, OnDemand):
+        references = jax.lax.stop_gradient(jnp.asarray(references))
     _check_shapes(xt, sigma, references, chunk, source, label, reference_label)
     batch, own = xt.shape[0], None
     dtype = jnp.promote_types(xt.dtype, jnp.float32)
     x = jax.lax.stop_gradient(xt).astype(dtype).reshape(batch, -1)
     sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
-    references = jax.lax.stop_gradient(references).reshape(references.shape[0], -1)
     if source is not None:
         own = _alone(x, _to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
     queries, levels, same = x, sigma, None
@@ -255,7 +262,9 @@ def _spread(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Arr
 
 def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial:
     """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so nothing is padded."""
-    n, width = references.shape
+    n, width = references.shape[0], x.shape[1]
+    if not isinstance(references, OnDemand):
+        references = references.reshape(n, width)
     if not chunk:
         count = -(-n * (width + x.shape[0]) // _NUMBERS)
         chunk = -(-n // count)
@@ -272,7 +281,11 @@ def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial
         if label is not None:
             allowed.append(class_mask(label, take(reference_label)))
         every = functools.reduce(jnp.logical_and, allowed) if allowed else None
-        return _partial(x, sigma, _to_float(take(references), x.dtype), every)
+        if isinstance(references, OnDemand):
+            images = jax.lax.stop_gradient(references.make(start + jnp.arange(chunk))).reshape(chunk, width)
+        else:
+            images = take(references)
+        return _partial(x, sigma, _to_float(images, x.dtype), every)
 
     # The first chunk stands outside: it starts the sums, and with them their type on a device mesh.
     sums = part(0, hide=False)
@@ -285,8 +298,10 @@ def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
     """Fills the target slot: the clean image becomes a posterior mean, where the reference batch is
 
-      stream: this device's images and n - b more that the loader brings (the authors' convention).
-      cache: each image and n - 1 independent draws from the set, which lies on the devices as uint8.
+      stream: this device's images and n - b more that the loader brings (the authors' convention). The loader's are
+        none of the step's batch and, on one device, different images: a set without as many others is refused.
+      cache: each image and n - 1 independent draws from the set, which lies on the devices as uint8; other draws for
+        every device and accumulation round.
       gather: the global batch; the images of other devices stay there, the queries travel.
       full: the whole set: the exact posterior mean of the data, without variance. The batch is not appended.
 
@@ -295,26 +310,43 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     target. "dsm" keeps it for every augmented image. "official" weighs references augmented at random, whatever their
     labels: a leak that the authors accept.
 
+    In all of them the source is a reference exactly once, and exchangeable with the others: only then is the target
+    without bias. (A stream batch that runs over the end of an epoch may hold an image twice, as two examples.)
+
     Raises:
-      ValueError: an unknown source or mode, n below the images of a device, or a set that is not in memory.
+      ValueError: an unknown source or mode; n too small, or for stream too large for the set; a set that is not in
+        memory; "official" with a full set; class masks for label vectors.
     """
     source = choose("stf.source", settings["source"], SOURCES)
     n, mode = settings["n"], choose("stf.augment", settings["augment"], AUGMENT_MODES)
-    least = context.device_batch if source == "stream" else 1
-    if source in ("stream", "cache") and n < least:
-        raise ValueError(f"config.stf.n: {n} given; expected at least {least} references per device")
-    if source in ("cache", "full") and getattr(context.source, "images", None) is None:
-        instead = "expected stream or gather, or a larger data.memory_limit"
-        raise ValueError(f"config.stf.source: {source!r} needs a data set in memory; {instead}")
-
-    def fill(example: Example, frozen: PyTree | None) -> tuple[Array, Metrics]:
-        if mode == "official" and source == "full" and example.augment is not None:
-            raise ValueError("config.stf.augment: 'official' cannot augment a full set; expected matched or dsm")
-        return _target(settings, context, example, frozen)
+    if source in ("cache", "full"):
+        require(
+            getattr(context.source, "images", None) is not None,
+            "stf.source",
+            source,
+            "stream or gather, or a larger data.memory_limit: the data set is not in memory",
+        )
+    if source in ("stream", "cache"):
+        least = context.device_batch if source == "stream" else 1
+        require(n >= least, "stf.n", n, f"at least {least} references per device")
+    if source == "stream" and n > context.device_batch:
+        # References of other devices may be the same images; of one device they may not, nor any of the global batch.
+        size, batch = len(context.source), context.batch
+        require(
+            n <= context.device_batch + size - batch,
+            "stf.n",
+            n,
+            f"at most {context.device_batch + max(size - batch, 0)} with stream, as the set has {size} images of which "
+            f"a batch takes {batch}; or stf.source cache or full",
+        )
+    leaks = context.augment is not None and mode == "official"
+    require(not (leaks and source == "full"), "stf.augment", mode, "matched or dsm with stf.source full")
+    vectors = context.label_dim > 0 and getattr(context.source, "label_size", 0) > 0
+    require(not (vectors and settings["class_mask"]), "stf.class_mask", True, "false for a source of label vectors")
 
     return Slots(
         name="stf",
-        target=fill,
+        target=functools.partial(_target, settings, context),
         references=(n - context.device_batch) * context.devices if source == "stream" else 0,
         frozen=functools.partial(_resident, context) if source == "cache" else None,
         divided=functools.partial(_whole_set, context) if source == "full" else None,
@@ -357,8 +389,6 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
     """Target and effective sample size [b] for queries xt whose sources are `clean`, by the kind of reference batch."""
     kind, chunk = settings["source"], settings["chunk"] or None
     label = example.label if settings["class_mask"] else None
-    if label is not None and label.ndim != 1:
-        raise ValueError("config.stf.class_mask: needs integer labels; expected false for a source of label vectors")
     if kind == "gather":
         return stable_target(xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label)
     if kind == "full":
@@ -367,25 +397,33 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
     # Where arrays are global (a mesh), each device's images still meet references of their own, as under pmap.
     batch = xt.shape[0]
     groups = batch // context.device_batch if context.axis is None and batch % context.device_batch == 0 else 1
-    references, reference_label = _references(settings, context, example, frozen, groups, plain)
+    given, reference_label = _references(settings, context, example, frozen, groups, plain)
 
-    def of_group(xt, sigma, clean, label, references, reference_label):
-        own, known = clean, label
-        if kind == "stream":  # the authors' convention: all images of the device are references
-            own, references = None, jnp.concatenate([clean, references])
-            reference_label = None if label is None else jnp.concatenate([label, reference_label])
-        elif references.shape[0] == 0:
-            return clean, jnp.ones_like(sigma)
-        return stable_target(
-            xt, sigma, references, None, chunk, source=own, label=known, reference_label=reference_label
-        )
+    def of_group(xt, sigma, clean, label, given, reference_label):
+        b, more = clean.shape[0], next(iter(given.values())).shape[0]
+        known = {"label": label, "reference_label": reference_label}
+        if kind == "cache":
+            if more == 0:
+                return clean, jnp.ones_like(sigma)
+            references = OnDemand((more, *clean.shape[1:]), lambda k: _images(frozen, given, k))
+            return stable_target(xt, sigma, references, None, chunk, source=clean, **known)
+
+        def make(k: Array) -> Array:
+            loaded = _to_float(_images(frozen, given, jnp.maximum(k - b, 0)), clean.dtype)
+            return jnp.where((k < b)[:, None, None, None], clean[jnp.minimum(k, b - 1)], loaded)
+
+        # The authors' convention: all images of the device are references.
+        references = OnDemand((b + more, *clean.shape[1:]), make) if more else clean
+        if label is not None:
+            known["reference_label"] = jnp.concatenate([label, reference_label])
+        return stable_target(xt, sigma, references, None, chunk, **known)
 
     split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])  # noqa: E731
     parts = jax.tree.map(split, (xt, example.sigma, clean, label))
     if groups == 1:
-        first = jax.tree.map(lambda a: a[0], (*parts, references, reference_label))
+        first = jax.tree.map(lambda a: a[0], (*parts, given, reference_label))
         return of_group(*first)
-    mean, ess = jax.vmap(of_group)(*parts, references, reference_label)
+    mean, ess = jax.vmap(of_group)(*parts, given, reference_label)
     return mean.reshape(xt.shape), ess.reshape(batch)
 
 
@@ -406,39 +444,45 @@ def _over_devices(context, chunk, xt, sigma, label, rows) -> tuple[Array, Array]
     return mapped(xt, sigma, label, rows)
 
 
-def _references(settings, context, example, frozen, groups: int, plain: bool) -> tuple[Array, Array | None]:
-    """References besides the sources: float [groups, m, h,w,c] and, for class masks, their labels [groups, m]."""
-    key = randomness.fold_in_name(example.key, "stf")
-    devices = jnp.arange(groups) if context.axis is None else jax.lax.axis_index(context.axis)[None]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, devices)
+def _references(settings, context, example, frozen, groups: int, plain: bool) -> tuple[dict[str, Array], Array | None]:
+    """What `_images` makes the references besides the sources from, and their labels [groups, m] for class masks.
+
+    Rows of the set, or the loader's uint8 images, and which are mirrored: [groups, m, ...]. Float images (50 MB for
+    4,096 of 32x32x3) only where the augmentation acts on them.
+    """
+    # A group is known by its first example: another one on every device and in every round, the same on every plan.
+    keys = randomness.example_keys(example.key, "stf", example.index.reshape(groups, -1)[:, 0])
     if settings["source"] == "cache":
         draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])  # noqa: E731
-        rows = jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))
-        images, labels = (jnp.asarray(frozen[name])[rows] for name in ("image", "label"))
+        given = {"rows": jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))}
+        labels = jnp.asarray(frozen["label"])[given["rows"]]
     else:
-        nothing = {"reference": jnp.zeros((0, *context.image_shape)), "reference_label": jnp.zeros((0,), jnp.int32)}
-        given = nothing if example.references is None else example.references
+        nothing = jnp.zeros((0, *context.image_shape), jnp.uint8), jnp.zeros((0,), jnp.int32)
+        loaded = example.references or dict(zip(("reference", "reference_label"), nothing))
         split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])  # noqa: E731
-        images, labels = split(given["reference"]), split(given["reference_label"])
+        given, labels = {"image": split(loaded["reference"])}, split(loaded["reference_label"])
     if example.label is None or not settings["class_mask"]:
         labels = None
-    images = _to_float(images, jnp.float32)
-    count = jnp.arange(images.shape[1])
+    count = jnp.arange(next(iter(given.values())).shape[1])
     each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)  # noqa: E731
     if context.xflip:
-        heads = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
-        images = jnp.where(heads[:, :, None, None, None], images[:, :, :, ::-1], images)
+        given["mirrored"] = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
     if example.augment is not None and not plain:
-        images = jax.vmap(context.augment)(each("augment"), images)
-    return images, labels
+        images = jax.vmap(lambda given: _to_float(_images(frozen, given, count), jnp.float32))(given)
+        given = {"image": jax.vmap(context.augment)(each("augment"), images)}
+    return given, labels
+
+
+def _images(frozen: PyTree | None, given: dict[str, Array], k: Array) -> Array:
+    """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored where drawn."""
+    images = jnp.asarray(frozen["image"])[given["rows"][k]] if "rows" in given else given["image"][k]
+    if "mirrored" in given:
+        images = jnp.where(given["mirrored"][k][:, None, None, None], images[:, :, ::-1], images)
+    return images
 
 
 def _metrics(bins, example: Example, mean: Array, ess: Array) -> Metrics:
-    """Effective sample size, active share and squared distance to the clean image (per pixel), per noise bin."""
-    moved = jnp.mean(jnp.square(mean - example.x0), axis=(1, 2, 3))
-    values = {"ess": ess, "active": (ess > ACTIVE).astype(ess.dtype), "moved": moved}
-    metrics: Metrics = {}
-    for low, high in itertools.pairwise((0.0, *bins, np.inf)):
-        inside = ((example.sigma > low) & (example.sigma <= high)).astype(ess.dtype)
-        metrics |= {f"stf/{name}/{low:g}-{high:g}": (value, inside) for name, value in values.items()}
-    return metrics
+    """Per noise bin: effective sample size, share of active targets, and |target - x0| (over all pixels)."""
+    moved = jnp.sqrt(jnp.sum(jnp.square(mean - example.x0), axis=(1, 2, 3)))
+    values = {"stf/ess": ess, "stf/active": (ess > ACTIVE).astype(ess.dtype), "stf/moved": moved}
+    return noise_bins(values, example.sigma, bins)

@@ -13,7 +13,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import model as models
 from ogdm_jax import parallel, randomness
 from ogdm_jax.data import Source, augment
-from ogdm_jax.diffusion import noise
+from ogdm_jax.diffusion import grids, noise
 from ogdm_jax.methods import slots
 from ogdm_jax.training import checkpoint, optim, state, step
 from ogdm_jax.typing import PyTree
@@ -67,14 +67,18 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
     for key in ("data.label_dropout", "data.augment"):
         share = configs.flatten(config)[key]
         configs.require(0 <= share <= 1, key, share, "a probability")
+    configs.require(config.seed >= 0, "seed", config.seed, "a whole number of at least 0")
     tx, rate = optim.optimiser(config)
     device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
 
-    def weights(folder: str, which: str) -> tuple[PyTree, PyTree]:
-        snapshot = checkpoint.find(folder or config.init.workdir)
+    def weights(folder: str, which: str, at: int | None = None) -> tuple[PyTree, PyTree, int]:
+        folder = folder or config.init.workdir
+        configs.require(bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher")
+        snapshot = checkpoint.find(folder, at)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which))
+        return *jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which)), snapshot.step
 
+    levels = grids.clip_range(model.denoiser({}), config.sample.sigma_min, config.sample.sigma_max)
     pipe = augment.AugmentPipe(p=config.data.augment) if config.data.augment > 0 else None
     context = slots.Context(
         image_shape=source.shape,
@@ -84,13 +88,13 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
         devices=len(plan.devices),
         axis=plan.axis,
         sigma_data=config.precondition.sigma_data,
-        sigma_min=config.sample.sigma_min,
-        sigma_max=config.sample.sigma_max,
+        sigma_min=levels[0],
+        sigma_max=levels[1],
         weight=law.weight,
         denoiser=model.denoiser,
         learning_rate=config.optim.learning_rate,
         source=source,
-        law=law,
+        law=dataclasses.replace(law, stratified=False),  # the same strata twice would tie a second level to the first
         weights=weights,
         xflip=config.data.xflip,
         augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),

@@ -93,7 +93,7 @@ def make_step(
     """
     rounds, batch_size = config.optim.accumulate, config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
-    rampup = 0.0 if config.init.workdir else config.ema.rampup  # an average that starts at good weights (EDM --transfer)
+    rampup = 0.0 if config.init.workdir else config.ema.rampup  # the average starts at good weights (EDM --transfer)
 
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
