@@ -22,6 +22,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="", help="FIRST-LAST, both included; replaces --num (default: 0 to num - 1)")
     parser.add_argument("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     parser.add_argument("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
+    parser.add_argument("--grid", default="", help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad")
     parser.add_argument("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
     parser.add_argument("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler")
     parser.add_argument("--label", type=int, default=None, help="class of all images (default: drawn from each seed)")
@@ -48,7 +49,8 @@ def main() -> None:
         seeds = generate.parse_seeds(args.seeds, args.num)
         out = files.check_output(args.out)
         run = finish.open_workdir(args.workdir, args.step, args.weights)
-        settings = run.settings(solver=args.solver, steps=args.steps, num=len(seeds), eta=args.eta)
+        chosen = {"solver": args.solver, "steps": args.steps, "eta": args.eta, "grid": guided.grid_of(args, run)}
+        settings = run.settings(num=len(seeds), **chosen)
         churn = generate.parse_churn(args.churn, settings.solver)
         extra = guided.build(args, run, settings, seeds)
         seeds = seeds if extra.restoration is None else extra.restoration.seeds
@@ -64,7 +66,7 @@ def main() -> None:
         bar.close()
         floats = np.concatenate(done)
         pictures = report.to_uint8(floats)
-        how = {"solver": settings.solver, "steps": settings.steps}
+        how = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
         if extra.restoration is None:
             files.write(out, pictures, seeds, extra.labels)
         else:

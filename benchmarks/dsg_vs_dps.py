@@ -19,10 +19,10 @@ from ogdm_jax import startup
 
 TASKS = ("inpaint", "super_resolution", "deblur")
 SIZES = {
-    "dsg": (0.05, 0.1, 0.2, 0.4, 0.6),
-    "dps": (0.3, 1.0, 3.0, 6.0, 12.0),
-    "mpgd": (0.2, 0.5, 0.7, 0.9),
-    "diffpir": (0.3, 1.0, 3.0, 8.0),
+    "dsg": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95),
+    "dps": (0.3, 1.0, 3.0, 6.0, 12.0, 24.0),
+    "mpgd": (0.05, 0.1, 0.2, 0.5, 0.7, 1.0, 2.0, 4.0),
+    "diffpir": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 8.0),
     "ddnm": (1.0,),
     "none": (1.0,),
 }
@@ -38,23 +38,17 @@ def write_data(path: str) -> None:
     np.savez_compressed(path, image=rows["image"], label=rows["label"], row=np.arange(len(source)))
 
 
-def make_kick(method: str, operator, y, noise: float):
-    """size -> kick, the size a traced number."""
-    from ogdm_jax.diffusion import kicks, operators
-    from ogdm_jax.diffusion.solvers import plain_kick
-    from ogdm_jax.methods import dsg
+def guidance(method: str, restoration, size: float) -> tuple:
+    """sample.py's kick of this name; the size is an argument of the compiled sampler, so that a sweep compiles once."""
+    import numpy as np
 
-    squared = operators.measurement_loss(operator, y)
-    return {
-        "dsg": lambda size: dsg.spherical(squared, size),
-        "dps": lambda size: dsg.posterior(
-            operators.measurement_loss(operator, y, squared=False), size, coordinate="vp"
-        ),
-        "mpgd": lambda size: kicks.mpgd(squared, size),
-        "diffpir": lambda size: kicks.diffpir(operator, y, noise, size),
-        "ddnm": lambda size: kicks.ddnm(operator, y, noise),
-        "none": lambda size: plain_kick,
-    }[method]
+    from ogdm_jax import guided
+    from ogdm_jax.methods.slots import Guidance
+
+    if method == "none":
+        return ()
+    kick = lambda size, given: guided.kick(method, restoration, given, size)  # noqa: E731
+    return (Guidance(method, kick=kick, frozen=np.float32(size), given=restoration.given),)
 
 
 def main() -> None:
@@ -78,17 +72,14 @@ def main() -> None:
         return write_data(args.data)
     startup.prepare()
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from ogdm_jax import generate, randomness, restore
-    from ogdm_jax.diffusion import grids
-    from ogdm_jax.diffusion.sampling import sample
+    from ogdm_jax import generate, restore
     from ogdm_jax.evaluation import report
     from ogdm_jax.training import finish
 
     trained = finish.open_workdir(args.workdir)
-    shape, settings = trained.model.image_shape, trained.config.sample
+    shape = trained.model.image_shape
     total = args.tune + args.num
     source = restore.open_input(args.input, shape)
     clean = source.take(np.arange(total))["image"].astype(np.float32) / 127.5 - 1
@@ -98,18 +89,6 @@ def main() -> None:
     methods = args.methods.split(",")
     if args.solver != "ddim":
         methods = [m for m in methods if m not in ("ddnm", "diffpir")]  # they bring a transition of their own
-
-    def compiled(task, n: int, method: str):
-        def images(params, buffers, seeds, given, size):
-            keys = generate.seed_keys(seeds)
-            latents = randomness.normal(randomness.fold_in_each(keys, "latent"), shape)
-            denoise = trained.model.denoiser(params, buffers)
-            kick = make_kick(method, task.operator(given["rows"]), given["y"], args.noise)(size)
-            levels = grids.edm(n, settings.sigma_min, settings.sigma_max, settings.rho)
-            key = randomness.fold_in_each(keys, "steps")
-            return sample(denoise, latents, levels, args.solver, key=key, kick=kick, eta=1.0)
-
-        return jax.jit(images)
 
     for n, name in itertools.product(map(int, args.steps.split(",")), args.tasks.split(",")):
         if time.perf_counter() - started > 60 * args.minutes:
@@ -123,18 +102,16 @@ def main() -> None:
         )
         runs, best, restored = {}, {}, {}
         for method in methods:
-            call = compiled(task, n, method)
+            settings = trained.settings(solver=args.solver, steps=n, eta=1.0)
+            images = generate.sampler(
+                trained.model, settings, jax.devices()[:1], guidance=guidance(method, tune, SIZES[method][0])
+            )
 
-            def run(measured, size, call=call):
-                given = jax.tree.map(jnp.asarray, measured.given)
-                seeds = jnp.asarray(measured.seeds, jnp.uint32)
-                return np.asarray(call(trained.params, trained.buffers, seeds, given, jnp.float32(size)))
+            def run(measured, size, images=images, method=method):
+                weights, given = (trained.params, trained.buffers), guidance(method, measured, size)
+                return np.concatenate([*generate.generate(images, *weights, measured.seeds, None, args.num, given)])
 
-            # Tuned and judged sets are padded to one size, so that there is one compilation a method.
-            tuned = {}
-            for size in SIZES[method]:
-                figures = tune.judge(run(_repeat(tune, args.num), size)[: args.tune])
-                tuned[size] = float(np.mean(figures["psnr"]))
+            tuned = {size: float(np.mean(tune.judge(run(tune, size))["psnr"])) for size in SIZES[method]}
             finite = {s: v for s, v in tuned.items() if np.isfinite(v)}
             best[method] = max(finite, key=finite.get)
             runs[method], restored[method] = run, run(held, best[method])
@@ -158,32 +135,18 @@ def main() -> None:
             out / f"{name}_{n}.png", report.grid(grid, columns.shape[1], padding=2, scale=max(1, 48 // shape[0]))
         )
         (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-        print(table(rows[-len(methods) :]), flush=True)
+        print(f"{table(rows[-len(methods) :])}\n\n{sweep(rows[-len(methods) :])}\n", flush=True)
     print(f"{table(rows)}\n\n{sweep(rows)}")
 
 
-def _repeat(measured, n: int):
-    """The same measurements, repeated to n rows."""
-    import dataclasses
-
-    import jax
-    import numpy as np
-
-    at = np.resize(np.arange(len(measured.seeds)), n)
-    take = lambda v: v[at]  # noqa: E731
-    return dataclasses.replace(
-        measured, seeds=take(measured.seeds), images=take(measured.images), y=take(measured.y),
-        rows=jax.tree.map(take, measured.rows),
-    )  # fmt: skip
-
-
 def sweep(rows: list[dict]) -> str:
-    """Markdown: PSNR on the tuning images at every step size."""
-    lines = ["| task | steps | method | PSNR by step size |", "|" + "---|" * 4]
+    """Markdown: PSNR on the tuning images at every step size, and whether the best one is the list's first or last."""
+    lines = ["| task | steps | method | PSNR by step size | best |", "|" + "---|" * 5]
     for r in rows:
         sizes = ", ".join(f"{size:g}: {value:.1f}" for size, value in r["tuned"].items())
+        edge = ", at the edge of its list" if r["size"] in (min(r["tuned"]), max(r["tuned"])) else ""
         if len(r["tuned"]) > 1:
-            lines.append(f"| {r['task']} | {r['steps']} | {r['method']} | {sizes} |")
+            lines.append(f"| {r['task']} | {r['steps']} | {r['method']} | {sizes} | {r['size']:g}{edge} |")
     return "\n".join(lines)
 
 

@@ -38,4 +38,5 @@ def get_config():
     config.train.save_every = "10000 steps"
     config.sample.solver = "ddim"
     config.sample.steps = 20
+    config.sample.grid = "ddim"
     return config

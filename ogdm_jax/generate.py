@@ -20,6 +20,15 @@ from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
 Images = Callable[[PyTree, PyTree, Array, Array | None, PyTree, PyTree], Array]
+# Names of config.sample.grid. Continuous ones lie within the sampler's and the model's range of levels, the others are
+# steps of a discrete model's own process: guided-diffusion's respacing, and DDIM's two (arXiv 2010.02502 D.2).
+CONTINUOUS = {
+    "edm": lambda n, low, high, rho: grids.edm(n, low, high, rho),
+    "vp": lambda n, low, high, rho: grids.vp(n, low, high),
+    "ve": lambda n, low, high, rho: grids.ve(n, low, high),
+    "iddpm": lambda n, low, high, rho: grids.iddpm(n, low, high),
+}
+DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad"}
 
 
 def seed_keys(seeds: Array) -> Array:
@@ -75,17 +84,44 @@ def parse_churn(text: str, solver: str) -> Churn | None:
     return Churn(*numbers)
 
 
-def check_settings(settings: ConfigDict) -> None:
-    """Raises ConfigError for an unknown solver, steps < 1 or a noise range that is not 0 < min < max."""
+def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
+    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last one 0.
+
+    Raises:
+      ConfigError: an unknown grid, one that the model has no steps for, or that has fewer steps than wanted.
+    """
+    name, steps = settings.get("grid", "edm"), settings.steps  # older folders have no grid
+    require(name in (*CONTINUOUS, *DISCRETE), "sample.grid", name, f"one of {', '.join([*CONTINUOUS, *DISCRETE])}")
+    table = getattr(model, "table", None)
+    discrete = name in DISCRETE
+    fits = table is not None or not discrete
+    require(fits, "sample.grid", name, f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one")
+    try:
+        if discrete:
+            kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
+            return np.append(table.sigma[kept][::-1], 0.0)
+        low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
+        return CONTINUOUS[name](steps, low, high, settings.rho)
+    except ValueError as error:
+        raise ConfigError(f"config.sample.steps: {steps} given for the grid {name!r}: {error}") from None
+
+
+def check_settings(settings: ConfigDict, model: Model | None = None) -> None:
+    """Raises ConfigError for an unknown solver or grid, too few steps, or an eta, rho or range that cannot be."""
     require(settings.solver in SOLVERS, "sample.solver", settings.solver, f"one of {', '.join(sorted(SOLVERS))}")
-    require(settings.steps >= 1, "sample.steps", settings.steps, "at least 1")
+    least = {"spndm": 2, "fpndm": 4}.get(settings.solver, 1)  # multistep rules need their first steps
+    require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
     require(settings.num >= 1, "sample.num", settings.num, "at least 1")
     require(
         settings.eta == 0 or settings.solver in ("ddim", "heun"), "sample.eta", settings.eta, "0 but with ddim or heun"
     )
+    require(0 <= settings.eta <= 1, "sample.eta", settings.eta, "a number from 0 to 1")
+    require(settings.rho > 0, "sample.rho", settings.rho, "a positive number")
     require(
         0 < settings.sigma_min < settings.sigma_max, "sample.sigma_min", settings.sigma_min, "0 < sigma_min < sigma_max"
     )
+    if model is not None:
+        noise_levels(model, settings)
 
 
 def sampler(
@@ -94,7 +130,7 @@ def sampler(
     """A compiled (params, buffers, seeds [b], labels [b] | None, frozen, given) -> images [b,h,w,c] in [-1, 1].
 
     Args:
-      settings: solver, steps, sigma_min, sigma_max, rho, eta of config.sample.
+      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta of config.sample.
       devices: b must be a multiple of their number; each samples its share.
       churn: slot of `sample`, where no method fills it.
       guidance: sampling methods; their arrays come with each call, see `generate`.
@@ -103,6 +139,7 @@ def sampler(
       ConfigError, ValueError: settings out of range; two owners of one slot.
     """
     check_settings(settings)
+    levels = noise_levels(model, settings)
     owners = {"kick": [g for g in guidance if g.kick], "churn": [g for g in guidance if g.churn]}
     slots.check_guidance([*guidance, *([Guidance("--churn", churn=lambda _: churn)] if churn is not None else [])])
 
@@ -110,7 +147,6 @@ def sampler(
         keys = seed_keys(seeds)
         latents = randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape)
         denoise = model.denoiser(params, buffers)
-        levels = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
         for method in guidance:
             if method.shift is not None:
                 denoise = method.shift(denoise, frozen[method.name])
@@ -119,7 +155,7 @@ def sampler(
         return sample(
             denoise,
             latents,
-            grids.edm(settings.steps, *levels, settings.rho),
+            levels,
             solver=settings.solver,
             key=randomness.fold_in_each(keys, "steps"),
             churn=rules[0] if rules else churn,

@@ -20,11 +20,17 @@ from ogdm_jax.methods.slots import Guidance, check_guidance
 from ogdm_jax.typing import PyTree
 
 DPS_SCALE = {"inpaint": 0.5, "phase_retrieval": 1.0}  # of the released code; 0.3 for the other tasks
+CFG_WEIGHT = 1.5
 _DDIM, _DDPM = {"solver": "ddim", "eta": 1.0}, {"solver": "ancestral"}
 
 
+_RELEASED = {"clip": True, "discrete_grid": "respaced"}  # of linear problems; the grid where the model has steps
+_STEERING = {"clip": None, "discrete_grid": "ddim"}
+_OWN_TRANSITION = ("ddnm", "diffpir")
+
+
 def _dsg(task: str, steps: int, rate: float, interval: int = 1) -> dict[str, Any]:
-    how = _DDPM if steps == 1000 else _DDIM
+    how = (_DDPM if steps == 1000 else _DDIM) | _RELEASED
     return {"guidance": "dsg", "task": task, "steps": steps, "rate": rate, "interval": interval, **how}
 
 
@@ -42,10 +48,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inpaint_20": _dsg("inpaint", 20, 0.2),
     "super_resolution_20": _dsg("super_resolution", 20, 0.2),
     "deblur_20": _dsg("deblur", 20, 0.1),
-    "face_id": _dsg("embedding", 100, 0.05) | {"window": "face_id"},
-    "style": _dsg("style", 100, 0.1) | {"window": "style", "repeats": 3, "repeat_window": "style_repeats"},
+    "face_id": _dsg("embedding", 100, 0.05) | _STEERING | {"window": "face_id"},
+    "style": _dsg("style", 100, 0.1) | _STEERING | {"window": "style", "repeats": 3, "repeat_window": "style_repeats"},
     **{
-        f"dps_{task}": {"guidance": "dps", "task": task, "steps": 1000, "scale": DPS_SCALE.get(task, 0.3), **_DDPM}
+        f"dps_{task}": {"guidance": "dps", "task": task, "steps": 1000, "scale": DPS_SCALE.get(task, 0.3)}
+        | _DDPM
+        | _RELEASED
         for task in ("inpaint", "super_resolution", "deblur", "motion_deblur", "nonlinear_deblur", "phase_retrieval")
     },
 }
@@ -69,24 +77,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", default="", help=f"published settings: {', '.join(PRESETS)}; for dg: {', '.join(dg.PRESETS)}")
     add("--discriminator", default="", help="dg: training folder of the discriminator")
     add("--discriminator-weight", type=float, default=None, help="dg: weight (default: the folder's)")
-    add("--guidance-weight", type=float, default=1.5, help="cfg: 1 is the conditional model alone")
+    add("--guidance-weight", type=float, default=None, help="cfg: 1 is the conditional model alone (default 1.5)")
     add("--guidance-window", default="", help="cfg: LOW,HIGH noise levels (default: all)")
     add("--task", default="", help=f"what was measured: {', '.join(restore.TASKS)}")
     add("--input", default="", help="picture, folder or data source to measure; or to follow (style, embedding, ...)")
-    add("--measurement-noise", type=float, default=0.05, help="standard deviation, images in [-1, 1]")
-    add("--poisson", type=float, default=0.0, help="Poisson noise of so many counts per grey level instead")
-    add("--mask", default="random", help="inpaint: random, box, or a picture of which black pixels are hidden")
-    add("--factor", type=int, default=4, help="super_resolution: reduction")
+    add("--measurement-noise", type=float, default=None, help="standard deviation, images in [-1, 1] (default 0.05)")
+    add("--poisson", type=float, default=None, help="Poisson noise of so many counts per grey level instead")
+    add("--mask", default="", help="inpaint: random (default), box, or a picture of which black pixels are hidden")
+    add("--factor", type=int, default=None, help="super_resolution: reduction (default 4)")
     add("--blur", type=float, default=None, help="deblur: standard deviation; motion: kernel size (default: by size)")
     add("--network", default="", help="FILE.py:FUNCTION, images [n,h,w,c] in [-1, 1] to features")
     add("--rate", type=float, default=None, help="dsg: 0 to 1 (default 0.2)")
     add("--strength", type=float, default=None, help="dsg: replaces --rate, about equal over numbers of steps; try 1")
-    add("--scale", type=float, default=None, help="step size of the other kicks")
+    add("--scale", type=float, default=None, help="step size of the other kicks (ddnm has none)")
+    clip = "dsg, dps: x0_hat clipped to [-1, 1] for the loss and the guided step, as released for linear problems"
+    add("--clip", action=argparse.BooleanOptionalAction, default=None, help=clip)
     add("--interval", type=int, default=None, help="guide every so many steps")
     add("--window", default="", help="LOW,HIGH noise levels that are guided")
     add("--repeats", type=int, default=None, help="time travel: passes of each guided step")
     add("--repeat-window", default="", help="LOW,HIGH noise levels with time travel")
-    add("--stop", type=float, default=0.0, help="dsg: no guidance once the residual ratio is at most this")
+    add("--stop", type=float, default=None, help="dsg: no guidance once the residual ratio is at most this")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +114,7 @@ def prepare(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
       ValueError: an unknown preset, guidance or task; two kicks; options that do not belong together.
     """
-    args = argparse.Namespace(**vars(args), dg_preset="")
-    for name in filter(None, args.preset.split(",")):
-        if name not in PRESETS and name not in dg.PRESETS:
-            raise ValueError(f"--preset: {name!r} given; expected one of {', '.join([*PRESETS, *dg.PRESETS])}")
-        if name in dg.PRESETS:
-            args.dg_preset = name
-            continue
-        for key, value in PRESETS[name].items():
-            if getattr(args, key) in (None, ""):
-                setattr(args, key, value)
+    args = _with_presets(args)
     names = [n.strip() for n in args.guidance.split(",") if n.strip()]
     unknown = [n for n in names if n not in (*KICKS, "dg", "cfg")]
     if unknown:
@@ -131,10 +132,85 @@ def prepare(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--discriminator: not given; expected the training folder of a discriminator")
     if args.discriminator and "dg" not in names:
         raise ValueError("--discriminator: expected --guidance dg with it")
+    args.names, args.kick = names, kick[0] if kick else ""
+    _refuse_unheard(args)
     if kick and not args.solver and args.eta is None and not args.churn:
         args.solver, args.eta = "ddim", 1.0
-    args.names, args.kick = names, kick[0] if kick else ""
     return args
+
+
+def _with_presets(args: argparse.Namespace) -> argparse.Namespace:
+    """The presets' values where none were given; a preset says --guidance, too. Raises ValueError, see `prepare`."""
+    args = argparse.Namespace(**vars(args), dg_preset="", discrete_grid="")
+    chosen = [name.strip() for name in args.preset.split(",") if name.strip()]
+    for name in chosen:
+        if name not in PRESETS and name not in dg.PRESETS:
+            raise ValueError(f"--preset: {name!r} given; expected one of {', '.join([*PRESETS, *dg.PRESETS])}")
+    methods = ["dg" if name in dg.PRESETS else PRESETS[name]["guidance"] for name in chosen]
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"--preset: {args.preset!r} holds two of one method; expected at most one for each")
+    args.guidance = args.guidance or ",".join(methods)
+    for name, method in zip(chosen, methods, strict=True):
+        if method not in [n.strip() for n in args.guidance.split(",")]:
+            raise ValueError(f"--preset: {name!r} is for {method}; expected --guidance {method} with it, or none")
+        if method == "dg":
+            args.dg_preset = name
+        for key, value in PRESETS.get(name, {}).items():
+            if getattr(args, key) in (None, ""):
+                setattr(args, key, value)
+    return args
+
+
+def _heard_by() -> dict[str, tuple[str, ...]]:
+    """Which methods or tasks listen to an option; the others refuse it."""
+    blurs = ("deblur", "motion_deblur", "nonlinear_deblur")
+    return {
+        "discriminator_weight": ("dg",),
+        **dict.fromkeys(("guidance_weight", "guidance_window"), ("cfg",)),
+        **dict.fromkeys(("rate", "strength", "stop"), ("dsg",)),
+        "clip": ("dsg", "dps"),
+        "scale": ("dps", "mpgd", "diffpir", "freedom", "lgd"),
+        **dict.fromkeys(("interval", "window", "repeats", "repeat_window"), tuple(KICKS)),
+        **dict.fromkeys(("measurement_noise", "poisson"), restore.RESTORING),
+        "mask": ("inpaint",),
+        "factor": ("super_resolution",),
+        "blur": blurs,
+        "network": ("nonlinear_deblur", *restore.STEERING),
+    }
+
+
+def _refuse_unheard(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that nothing listens to, and for two that exclude each other."""
+    for name, owners in _heard_by().items():
+        value = getattr(args, name)
+        if value not in (None, "") and not {*args.names, args.task} & {*owners}:
+            asked = " ".join(filter(None, [",".join(args.names), args.task])) or "plain sampling"
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: {value} given, but {asked} does not use it; expected {' or '.join(owners)}")
+    if args.poisson and args.measurement_noise is not None:
+        raise ValueError(f"--measurement-noise: {args.measurement_noise:g} given with --poisson; expected one of them")
+    if args.repeat_window and (args.repeats or 1) == 1:
+        raise ValueError(f"--repeat-window: {args.repeat_window!r} given; expected --repeats of at least 2 with it")
+    if args.kick in _OWN_TRANSITION:
+        if args.poisson:
+            raise ValueError(
+                f"--poisson: {args.poisson:g} given for {args.kick}, which knows Gaussian noise of one size only; "
+                "expected --measurement-noise, or --guidance dsg"
+            )
+        if args.churn:
+            raise ValueError(
+                f"--churn: {args.churn!r} given for {args.kick}, which brings a transition of its own; expected "
+                "--solver ddim with --eta 1, or --solver ancestral"
+            )
+    if args.stop is not None:
+        noisy = args.task in restore.RESTORING and (args.poisson or args.measurement_noise != 0)
+        if not (args.stop >= 0 and noisy):
+            raise ValueError(f"--stop: {args.stop:g} given; expected at least 0, and a task with measurement noise")
+
+
+def grid_of(args: argparse.Namespace, run: Any) -> str:
+    """Grid to sample on, "" for the configuration's: as asked for, else the preset's where the model has its steps."""
+    return args.grid or (args.discrete_grid if run.model.table is not None else "")
 
 
 def window(text: str, option: str) -> tuple[float, float] | None:
@@ -162,11 +238,11 @@ def build(args: argparse.Namespace, run: Any, settings: ConfigDict, seeds: np.nd
       ValueError: see `prepare`; a deterministic sampler under a kick; nothing to measure; a model without classes.
     """
     methods, restoration, labels = [], None, None
-    for name in args.names:
-        if name == "dg":
-            methods.append(_discriminator(args, run, settings))
-        elif name == "cfg":
-            methods.append(_classifier_free(args, run))
+    # CFG inside DG in whatever order they are named: the discriminator then sees each image once, with its class.
+    if "cfg" in args.names:
+        methods.append(_classifier_free(args, run))
+    if "dg" in args.names:
+        methods.append(_discriminator(args, run, settings))
     if args.kick:
         if settings.solver != "ancestral" and not settings.eta and not args.churn:
             raise ValueError(
@@ -177,6 +253,8 @@ def build(args: argparse.Namespace, run: Any, settings: ConfigDict, seeds: np.nd
         methods.append(dsg.guidance(_kick_of(args, restoration), restoration.given, args.kick))
     elif run.model.label_dim or args.label is not None:
         labels = generate.labels_for(seeds, run.model.label_dim, args.label)
+    if "dg" in args.names and labels is not None and (labels < 0).any():
+        _refuse_no_class(args.discriminator)
     check_guidance(methods)
     if any(m.churn for m in methods) and (settings.solver not in ("heun", "euler") or settings.eta):
         raise ValueError(
@@ -189,9 +267,24 @@ def build(args: argparse.Namespace, run: Any, settings: ConfigDict, seeds: np.nd
 def _discriminator(args: argparse.Namespace, run: Any, settings: ConfigDict) -> Guidance:
     from ogdm_jax.training import discriminator  # its many imports only where it is asked for
 
+    weight = args.guidance_weight if args.guidance_weight is not None else CFG_WEIGHT
+    around = {"churn": args.churn, "cfg": 1.0 if "cfg" not in args.names else None if args.guidance_window else weight}
     return discriminator.open_guidance(
-        args.discriminator, run=run, settings=settings, preset=args.dg_preset, weight=args.discriminator_weight
+        args.discriminator,
+        run=run,
+        settings=settings,
+        preset=args.dg_preset,
+        around=around,
+        weight=args.discriminator_weight,
     )
+
+
+def _refuse_no_class(folder: str) -> None:
+    """Raises ValueError for a conditional discriminator: its head knows no "no class"."""
+    from ogdm_jax.training import checkpoint
+
+    if checkpoint.find(folder).config.data.conditional:
+        raise ValueError("--label: no class given, but the discriminator is conditional; expected the images' class")
 
 
 def _classifier_free(args: argparse.Namespace, run: Any) -> Guidance:
@@ -200,7 +293,7 @@ def _classifier_free(args: argparse.Namespace, run: Any) -> Guidance:
     if not run.config.data.label_dropout:
         raise ValueError("--guidance cfg: the model never saw hidden labels; expected data.label_dropout above 0")
     levels = window(args.guidance_window, "--guidance-window") or (0.0, float("inf"))
-    return cfg.guidance(args.guidance_weight, *levels)
+    return cfg.guidance(CFG_WEIGHT if args.guidance_weight is None else args.guidance_weight, *levels)
 
 
 def _measure(args: argparse.Namespace, run: Any, seeds: np.ndarray) -> tuple[restore.Restoration, np.ndarray | None]:
@@ -209,7 +302,9 @@ def _measure(args: argparse.Namespace, run: Any, seeds: np.ndarray) -> tuple[res
     source = restore.open_input(args.input, shape)
     if len(source) < len(seeds):
         seeds = seeds[: len(source)]
-    settings = restore.Settings(args.measurement_noise, args.poisson, args.mask, args.factor, args.blur, args.network)
+    words = {"noise": args.measurement_noise}
+    words |= {name: getattr(args, name) for name in ("poisson", "mask", "factor", "blur", "network")}
+    settings = restore.Settings(**{name: value for name, value in words.items() if value not in (None, "")})
     task = restore.make_task(args.task, settings, shape)
     taken = source.take(np.arange(len(seeds)))
     images = taken["image"].astype(np.float32) / 127.5 - 1
@@ -226,23 +321,23 @@ def _measure(args: argparse.Namespace, run: Any, seeds: np.ndarray) -> tuple[res
 
 def _kick_of(args: argparse.Namespace, restoration: restore.Restoration) -> Callable[[PyTree], Kick]:
     """given -> kick; every setting is checked here, on a kick that is thrown away."""
-    settings = {
+    place = {
         "interval": 1 if args.interval is None else args.interval,
         "window": window(args.window, "--window"),
-    }
-    travel = {
         "repeats": 1 if args.repeats is None else args.repeats,
         "repeat_window": window(args.repeat_window, "--repeat-window"),
     }
-    scale, noise = args.scale, restoration.settings.noise
-    chosen = KICKS[args.kick]
+    more = {"clip": bool(args.clip)} if args.kick in ("dsg", "dps") else {}
+    if args.kick == "dsg":
+        more |= {"strength": args.strength, "stop": args.stop}
 
     def kick_of(given: PyTree) -> Kick:
-        return chosen(args, restoration, given, scale, noise, settings, travel)
+        size = args.rate if args.kick == "dsg" else args.scale
+        return kick(args.kick, restoration, given, size, place, **more)
 
     one = {"rows": {k: v[:1] for k, v in restoration.rows.items()}, "y": restoration.y[:1]}
     kick_of(one)
-    if args.kick in ("ddnm", "diffpir") and restoration.operator(one).spectrum is None:
+    if args.kick in _OWN_TRANSITION and restoration.operator(one).spectrum is None:
         raise ValueError(
             f"--guidance {args.kick} with --task {args.task}: needs known singular values; expected inpaint, "
             "super_resolution, deblur or denoise, or --guidance dsg"
@@ -250,49 +345,69 @@ def _kick_of(args: argparse.Namespace, restoration: restore.Restoration) -> Call
     return kick_of
 
 
+def kick(
+    name: str,
+    restoration: restore.Restoration,
+    given: PyTree,
+    size: Any = None,
+    place: dict[str, Any] | None = None,
+    **more: Any,
+) -> Kick:
+    """A kick of KICKS on measurements.
+
+    Args:
+      given: rows of restoration.given.   size: dsg's rate, the others' scale; None: the default.
+      place: interval, window, repeats, repeat_window.   more: dsg's and dps's clip; dsg's strength and stop.
+
+    Raises:
+      ValueError: a setting out of range.
+    """
+    default = {"dps": DPS_SCALE.get(restoration.task.name, 0.3)} | _SIZES
+    return KICKS[name](restoration, given, default[name] if size is None else size, place or {}, **more)
+
+
 def _loss(restoration, given, squared: bool = True, whitened: bool = False) -> Callable:
     std = restoration.std(given["y"]) if whitened or restoration.settings.poisson else None
     return operators.measurement_loss(restoration.operator(given), given["y"], squared, std)
 
 
-def _dsg_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    operator, stop = restoration.operator(given), None
-    if args.stop:
-        stop = (args.stop * restoration.settings.noise) ** 2 * operator.count(given["y"])
-    rate = 0.2 if args.rate is None else args.rate
-    loss = _loss(restoration, given)
-    return dsg.spherical(loss, rate, **settings, strength=args.strength, stop=stop, **travel)
+def _dsg_kick(restoration, given, size, place, strength=None, stop=None, clip=False) -> Kick:
+    if stop is not None:
+        noise = 1.0 if restoration.settings.poisson else restoration.settings.noise  # Poisson's loss is in units of it
+        stop = (stop * noise) ** 2 * restoration.operator(given).count(given["y"])
+    more = {"strength": strength, "stop": stop, "clip_loss": clip, "clip_mean": clip}
+    return dsg.spherical(_loss(restoration, given), size, **place, **more)
 
 
-def _dps_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    scale = DPS_SCALE.get(args.task, 0.3) if scale is None else scale
-    return dsg.posterior(_loss(restoration, given, squared=False), scale, **settings, coordinate="vp", **travel)
+def _dps_kick(restoration, given, size, place, clip=False) -> Kick:
+    loss = _loss(restoration, given, squared=False)
+    return dsg.posterior(loss, size, **place, coordinate="vp", clip_loss=clip, clip_mean=clip)
 
 
-def _mpgd_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    return _placed(kicks.mpgd(_loss(restoration, given), 0.4 if scale is None else scale), settings, travel)
+def _mpgd_kick(restoration, given, size, place) -> Kick:
+    return _placed(kicks.mpgd(_loss(restoration, given), size), **place)
 
 
-def _lgd_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
+def _lgd_kick(restoration, given, size, place) -> Kick:
     loss = _loss(restoration, given, whitened=True)
-    return _placed(kicks.lgd(lambda x0: loss(x0) / 2, 1e-3 if scale is None else scale), settings, travel)
+    return _placed(kicks.lgd(lambda x0: loss(x0) / 2, size), **place)
 
 
-def _freedom_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    return _placed(kicks.freedom(_loss(restoration, given), 0.2 if scale is None else scale), settings, travel)
+def _freedom_kick(restoration, given, size, place) -> Kick:
+    return _placed(kicks.freedom(_loss(restoration, given), size), **place)
 
 
-def _ddnm_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    return kicks.ddnm(restoration.operator(given), given["y"], noise)
+def _ddnm_kick(restoration, given, size, place) -> Kick:
+    return _placed(kicks.ddnm(restoration.operator(given), given["y"], restoration.settings.noise), **place)
 
 
-def _diffpir_kick(args, restoration, given, scale, noise, settings, travel) -> Kick:
-    return kicks.diffpir(restoration.operator(given), given["y"], noise, 8.0 if scale is None else scale)
+def _diffpir_kick(restoration, given, size, place) -> Kick:
+    return _placed(kicks.diffpir(restoration.operator(given), given["y"], restoration.settings.noise, size), **place)
 
 
-def _placed(kick: Kick, settings: dict[str, Any], travel: dict[str, Any]) -> Kick:
+def _placed(kick: Kick, interval=1, window=None, repeats=1, repeat_window=None) -> Kick:
     """The kick on its steps, as often as asked for."""
-    return kicks.on_steps(kicks.time_travel(kick, travel["repeats"], travel["repeat_window"]), **settings)
+    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
 
 
 KICKS: dict[str, Callable[..., Kick]] = {
@@ -304,6 +419,7 @@ KICKS: dict[str, Callable[..., Kick]] = {
     "freedom": _freedom_kick,
     "lgd": _lgd_kick,
 }
+_SIZES = {"dsg": 0.2, "mpgd": 0.5, "ddnm": None, "diffpir": 8.0, "freedom": 0.2, "lgd": 1e-3}
 
 
 def figures(guided: Guided, restored: np.ndarray, **more: Any) -> dict[str, Any]:

@@ -90,12 +90,15 @@ def make_task(name: str, settings: Settings, shape: tuple[int, int, int]) -> Tas
     if name == "super_resolution":
         return _fixed(name, operators.super_resolution(settings.factor, side))
     if name == "deblur":
-        std = settings.blur or max(3 * large, 1.0)
-        if not std > 0:
+        std = max(3 * large, 1.0) if settings.blur is None else settings.blur
+        if not 0 < std < np.inf:
             raise ValueError(f"--blur: {std} given; expected a positive standard deviation")
         return _fixed(name, operators.gaussian_blur(2 * round(10 * std) + 1, std))
     if name in ("motion_deblur", "nonlinear_deblur"):
-        size = int(settings.blur or max(round(61 * large), 7)) // 2 * 2 + 1
+        wide = max(round(61 * large), 7) if settings.blur is None else settings.blur
+        if not 2 <= wide < np.inf:
+            raise ValueError(f"--blur: {wide} given; expected a kernel's side of at least 2 pixels")
+        size = int(wide) // 2 * 2 + 1
         kernel = degrade.motion_kernel(np.random.default_rng(0), size)
         if name == "motion_deblur":
             return _fixed(name, operators.motion_blur(kernel))
@@ -253,8 +256,9 @@ def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarra
     Raises:
       ValueError: noise out of range.
     """
-    if settings.noise < 0 or settings.poisson < 0:
-        raise ValueError(f"--measurement-noise: {settings.noise}, {settings.poisson} given; expected at least 0")
+    for option, value in (("--measurement-noise", settings.noise), ("--poisson", settings.poisson)):
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{option}: {value} given; expected a number of at least 0")
     images, rows = np.asarray(images, np.float32), task.draw(seeds)
     operator = task.operator(rows)
     keys = randomness.fold_in_each(generate.seed_keys(jnp.asarray(seeds, jnp.uint32)), "measurement")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from oracles import Mixture
+from PIL import Image
 
 from ogdm_jax import config as configs
-from ogdm_jax import generate, parallel
+from ogdm_jax import generate, guided, parallel
 from ogdm_jax.data import open_source
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.sampling import sample
@@ -288,7 +291,12 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     with pytest.raises(ValueError, match="expects the classes"):
         ratio(x, sigma)
     discriminator.open_guidance(folder, run=model, settings=model.settings(solver="heun", steps=9), warn=heard.append)
-    assert len(heard) == 1 and "differ in steps" in heard[0]
+    assert len(heard) == 1 and heard[0].endswith("differ in steps")
+    other = model.settings(solver="heun", steps=3, eta=0.5, grid="vp")
+    other.sigma_max, other.rho = 50.0, 5.0
+    around = {"churn": "1,0,9,1", "cfg": 2.0}
+    discriminator.open_guidance(folder, run=model, settings=other, warn=heard.append, around=around)
+    assert heard[1].endswith("differ in eta, grid, sigma_max, rho, churn, cfg")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +328,11 @@ def test_folders_of_the_other_kind_are_named(trained, prior):
         discriminator.open_guidance(prior)
 
 
+def test_a_conditional_discriminator_asks_for_classes(trained):
+    with pytest.raises(ValueError, match="--label: no class given, but the discriminator is conditional"):
+        guided._refuse_no_class(str(trained[0]))
+
+
 @pytest.mark.parametrize(
     "text,words",
     [
@@ -345,9 +358,37 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
     assert discriminator.open_guidance(folder, weight=0.3).frozen["weight"] == np.float32(0.3)
     assert discriminator.open_guidance(folder, preset="second").frozen["corrector_weight"] == 1.0
     assert any("unguided" in line for line in lines)
+    assert json.loads((folder / "evaluation.json").read_text()) == reports[4]  # with its weight, whichever came last
 
 
-def test_four_devices_train_as_one(trained, prior):
+def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
+    _, run, state, _ = trained
+    run = dataclasses.replace(run, config=ConfigDict(run.config).unlock())
+    run.config.dg.weight, run.config.dg.weights = 3.0, (1.0, 2.0)
+    monkeypatch.setattr(finish, "distance_report", lambda space, images, real: {"fd": float(images[0, 0, 0, 0] != 50)})
+    monkeypatch.setattr(discriminator.Evaluator, "_space", None)
+    monkeypatch.setattr(discriminator.Evaluator, "_reference", None)
+    draw = lambda self, state: np.full((70, 8, 8, 1), int(50 * self._weight), np.uint8)  # noqa: E731
+    monkeypatch.setattr(discriminator.Evaluator, "_samples", draw)
+    report = discriminator.Evaluator(run, tmp_path)(state)
+    assert (report["weight"], report["fd"], report["unguided"]) == (1.0, 0.0, 1.0)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+    assert 50 in np.asarray(Image.open(tmp_path / "samples.png"))
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):
+    folder, run, state, _ = trained
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "4")  # as if it had been killed after step 2
+    more = (f"dg.extractor={extractor}", "data.conditional=true", "dg.weights=(50.0,)")
+    lines: list[str] = []
+    resumed, last = discriminator.train(config(prior, *more), again, lines.append)
+    assert any("resumed from step 2" in line for line in lines) and not any("drawing" in line for line in lines)
+    tiny.assert_trees(resumed.plan.local_copy(last), run.plan.local_copy(state))
+
+
+@pytest.mark.parametrize("plan", ["pmap", "mesh"])
+def test_four_devices_train_as_one(trained, prior, plan):
     folder, run, _, _ = trained
     more = (f"dg.samples={folder / 'samples.npz'}", f"dg.extractor={folder / 'extractor.safetensors'}")
     settings = config(prior, *more, "data.conditional=true", "parallel.devices=0")
@@ -360,7 +401,7 @@ def test_four_devices_train_as_one(trained, prior):
         return run.plan.local_copy(state.params), {k: float(np.asarray(v)) for k, v in metrics.items()}
 
     one, expected = two_steps(run)
-    many, found = two_steps(discriminator.build(settings, parallel.make_plan("pmap", 4), folder))
+    many, found = two_steps(discriminator.build(settings, parallel.make_plan(plan, 4), folder))
     for name in ("loss", "accuracy", "grad_norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, err_msg=name)
     # Adam makes a full step of a gradient that is float noise (biases in front of a norm): typical weights must agree.

@@ -16,11 +16,14 @@ import pytest
 import tiny
 from PIL import Image
 
-from ogdm_jax import guided, restore, startup
+from ogdm_jax import config as configs
+from ogdm_jax import guided, parallel, restore, startup
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.churn import Info
 from ogdm_jax.diffusion.solvers import plain_kick
 from ogdm_jax.evaluation import metrics
+from ogdm_jax.methods import cfg, dg
+from ogdm_jax.training import discriminator, fakes
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
@@ -31,7 +34,10 @@ SPEC.loader.exec_module(sample)
 
 def save(folder, *more: str):
     """A training folder with fresh weights, as train.py saves them."""
-    run = tiny.build("methods=()", *more)
+    return _saved(folder, tiny.build("methods=()", *more))
+
+
+def _saved(folder, run):
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
         checkpoints.save(0, run.init(), about, {"step": 0})
@@ -46,6 +52,17 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     return save(tmp_path_factory.mktemp("conditional"), *SMALL, "data.conditional=true")
+
+
+@pytest.fixture(scope="module")
+def judge(workdir, tmp_path_factory):
+    """The folder of a discriminator with fresh weights, whose samples are the workdir's by its own sampler."""
+    folder = tmp_path_factory.mktemp("judge")
+    more = (*SMALL, "dg.num=4", "sample.steps=3", f"dg.prior={workdir}", "evaluate.features=", "evaluate.every=0 steps")
+    settings = configs.load(tiny.ROOT / "configs" / "digits_dg.py", more)
+    about = json.dumps(fakes.origin(settings, discriminator.open_prior(settings), 4))
+    np.savez(folder / "samples.npz", image=np.zeros((4, 8, 8, 1), np.uint8), label=np.full(4, -1), about=about)
+    return _saved(folder, discriminator.build(settings, parallel.make_plan("pmap", 1), folder))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +211,12 @@ def test_presets_are_the_published_settings():
         low, high = guided.window(name, "--window")
         assert 0.3 < low < high < 6
     assert parse("--preset", "style").repeats == 3
+    assert parse("--preset", "deblur_20").clip and not parse("--preset", "style").clip
+    discrete, continuous = (types.SimpleNamespace(model=types.SimpleNamespace(table=t)) for t in ("steps", None))
+    for name, grid in (("inpaint_20", "respaced"), ("dps_deblur", "respaced"), ("face_id", "ddim")):
+        args = parse("--preset", name)
+        assert (guided.grid_of(args, discrete), guided.grid_of(args, continuous)) == (grid, "")
+    assert guided.grid_of(parse("--preset", "inpaint_20", "--grid", "quad"), discrete) == "quad"
     with pytest.raises(ValueError, match="--preset: 'best' given; expected one of inpaint_1000"):
         parse("--preset", "best")
 
@@ -202,7 +225,7 @@ def _arguments(*argv: str):
     import argparse
 
     parser = argparse.ArgumentParser()
-    for option, default in (("--solver", ""), ("--churn", "")):
+    for option, default in (("--solver", ""), ("--churn", ""), ("--grid", "")):
         parser.add_argument(option, default=default)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--eta", type=float, default=None)
@@ -240,6 +263,26 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
         (("--discriminator", "x"), "expected --guidance dg"),
         (("--guidance", "cfg"), "the model is unconditional"),
         (("--preset", "best"), "--preset: 'best'"),
+        (("--preset", "cifar10"), "--discriminator: not given"),
+        (("--preset", "cifar10", "--guidance", "dsg", "--task", "inpaint"), "'cifar10' is for dg; expected --guidance"),
+        (("--preset", "inpaint_20,deblur_20"), "holds two of one method"),
+        (("--rate", "0.5"), "--rate: 0.5 given, but plain sampling does not use it; expected dsg"),
+        (("--guidance", "dps", "--task", "inpaint", "--rate", "0.5"), "but dps inpaint does not use it"),
+        (("--guidance", "mpgd", "--task", "inpaint", "--strength", "1"), "--strength: 1.0 given, but mpgd"),
+        ((*INPAINT, "--scale", "1"), "--scale: 1.0 given, but dsg inpaint does not use it; expected dps or mpgd"),
+        ((*INPAINT, "--factor", "2"), "--factor: 2 given"),
+        ((*INPAINT, "--repeat-window", "1,2"), "expected --repeats of at least 2"),
+        ((*INPAINT, "--stop", "-1"), "--stop: -1 given; expected at least 0"),
+        ((*INPAINT, "--stop", "1", "--measurement-noise", "0"), "a task with measurement noise"),
+        ((*INPAINT, "--poisson", "1", "--measurement-noise", "0.1"), "given with --poisson; expected one of them"),
+        (("--guidance", "ddnm", "--task", "inpaint", "--poisson", "1"), "--poisson: 1 given for ddnm"),
+        (("--guidance", "diffpir", "--task", "inpaint", "--churn", "1,0,9,1"), "brings a transition of its own"),
+        (("--guidance", "dsg", "--task", "deblur", "--input", "digits", "--blur", "0"), "--blur: 0.0 given"),
+        (("--guidance", "dsg", "--task", "motion_deblur", "--input", "digits", "--blur", "0"), "--blur: 0.0 given"),
+        (("--guidance-weight", "2"), "--guidance-weight: 2.0 given, but plain sampling"),
+        (("--discriminator-weight", "2"), "--discriminator-weight: 2.0 given"),
+        (("--grid", "respaced"), "config.sample.grid: 'respaced' given; expected one of edm, vp, ve, iddpm: the model"),
+        (("--grid", "log"), "config.sample.grid: 'log' given; expected one of edm"),
     ],
     ids=lambda v: " ".join(v)[-40:] if isinstance(v, tuple) else "",
 )
@@ -272,6 +315,84 @@ def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictur
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.strip().splitlines()[-1])
     assert said["images"] == 1 and said["solver"] == "heun" and (out / "img00000000.png").is_file()
+
+
+def test_a_discriminator_guides_by_the_command(command, judge, tmp_path):
+    words = ("--preset", "cifar10", "--discriminator", str(judge), "--num", "2", "--out", str(tmp_path / "x.npz"))
+    assert "wrote 2 images of step 0 (euler, 3 steps)" in command(*words)
+    guided = np.load(tmp_path / "x.npz")["images"]
+    command(*words, "--discriminator-weight", "30000")
+    assert (guided != np.load(tmp_path / "x.npz")["images"]).any()
+
+
+@pytest.mark.parametrize(
+    "words,differ",
+    [
+        ((), ""),
+        (("--solver", "heun", "--steps", "2"), "solver, steps"),
+        (("--grid", "vp"), "grid"),
+        (("--churn", "1,0,inf,1"), "churn"),
+    ],
+)
+def test_a_discriminator_of_another_sampler_is_told(command, judge, monkeypatch, capsys, words, differ):
+    monkeypatch.setattr("ogdm_jax.generate.sampler", _not_compiled)
+    with pytest.raises(RuntimeError, match="enough"):
+        command("--guidance", "dg", "--discriminator", str(judge), "--num", "2", *words)
+    assert capsys.readouterr().out.partition("differ in ")[2].strip() == differ
+
+
+def _not_compiled(*_, **__):
+    raise RuntimeError("enough")
+
+
+def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
+    words = ("--preset", "inpaint_20,second", "--discriminator", str(judge), "--input", "digits", "--num", "2")
+    words += ("--steps", "2", "--out", str(tmp_path / "x.npz"))
+    found = []
+    for weight in ("0", "30000"):
+        said = command(*words, "--discriminator-weight", weight)
+        assert (said["guidance"], said["task"], said["solver"], said["grid"]) == ("dsg,dg", "inpaint", "ddim", "edm")
+        assert said["steps"] == 2 and np.isfinite(said["psnr"])
+        found.append(np.load(tmp_path / "x.npz")["result"])
+    assert np.isfinite(found[1]).all() and np.abs(found[1] - found[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("names", ["dg,cfg", "cfg,dg"])
+def test_cfg_is_inside_dg_whatever_comes_first(monkeypatch, names):
+    """The discriminator sees each image once, and never the label of no class (spec/dg.md 8)."""
+    asked = []
+
+    def ratio(x, sigma, label):
+        asked.append((x.shape[0], label))
+        return -(x**2).sum((1, 2, 3))
+
+    monkeypatch.setattr(guided, "_discriminator", lambda *_: dg.guidance(lambda frozen: ratio, weight=1.0))
+    monkeypatch.setattr(guided, "_classifier_free", lambda *_: cfg.guidance(3.0))
+    run = types.SimpleNamespace(model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10))
+    args = guided.prepare(_arguments("--guidance", names, "--discriminator", "x"))
+    extra = guided.build(args, run, types.SimpleNamespace(solver="heun", eta=0.0), np.arange(2))
+    denoise = lambda x, sigma, label: x * (1 + label[:, None, None, None].astype(x.dtype))  # noqa: E731
+    for method in extra.guidance:
+        denoise = method.shift(denoise, method.frozen)
+    x, label = jnp.ones((2, 8, 8, 1)), jnp.asarray([1, 4])
+    out = denoise(x, jnp.ones(2), label)
+    assert [rows for rows, _ in asked] == [2] and asked[0][1] is label
+    np.testing.assert_allclose(out[:, 0, 0, 0], 3 * (1 + label) - 2, rtol=1e-6)  # and the ratio adds -2 sigma^2 x
+
+
+def test_stopping_knows_the_size_of_poisson_noise():
+    words = ("--guidance", "dsg", "--task", "inpaint", "--input", "digits", "--poisson", "1", "--stop")
+    x_next, free, _ = one_step(*words, "200")
+    np.testing.assert_allclose(x_next, free, atol=1e-6)
+    x_next, free, _ = one_step(*words, "0.1")
+    assert np.abs(x_next - free).max() > 0.01
+
+
+@pytest.mark.parametrize("kick", ["ddnm", "diffpir"])
+def test_a_window_holds_for_kicks_with_a_transition_of_their_own(kick):
+    words = ("--guidance", kick, "--task", "inpaint", "--input", "digits")
+    x_next, free, _ = one_step(*words, "--window", "2,5")  # the step is at 0.5
+    np.testing.assert_allclose(x_next, free, atol=1e-6)
 
 
 def test_unguided_sampling_is_as_before(command, tmp_path):

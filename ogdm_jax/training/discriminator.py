@@ -11,7 +11,7 @@ This is not OGDM's discriminator: that one is trained beside the denoiser and ne
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def build(
     generate.check_settings(config.sample)
     parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
     prior = open_prior(config)
+    generate.check_settings(config.sample, prior.model)
     source = finish.open_source(config if config.data.source else prior.config)
     if source.shape != prior.model.image_shape:
         raise configs.ConfigError(
@@ -181,31 +182,30 @@ def training_loss(config: ConfigDict, network: FeatureDiscriminator, xflip: bool
 
     def loss(params: PyTree, state: Any, frozen: PyTree, batch: steps.Batch, key: Array):
         keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])  # noqa: E731
-        image, real = steps.to_float(batch["image"]), batch["real"]
+        image = steps.to_float(batch["image"])
         if xflip:
             mirrored = augment.xflip(keys("xflip"), image)
-            image = jnp.where((real == 1)[:, None, None, None], mirrored, image)
-        sigma = dg.training_sigma(randomness.uniform(keys("sigma")), config.dg.t_min, config.dg.importance)
-        eps = randomness.normal(keys("noise"), image.shape[1:])
-        noisy = _noisy(config, image, sigma, eps)
-        logit = network.logit(params, frozen["dg"]["extractor"], *noisy, batch["label"], keys("dropout"))
-        value, right = cross_entropy(logit, real)
+            image = jnp.where((batch["real"] == 1)[:, None, None, None], mirrored, image)
+        ratio = ratio_of(network, config.dg.clock, 0.0, keys("dropout"))
+        ratio = ratio({"params": params, "extractor": frozen["dg"]["extractor"]})
+        value, right = _judge(config, ratio, image, batch, key)
         return jnp.mean(value), steps.sums({"loss": value, "accuracy": right})
 
     return loss
+
+
+def _judge(config: ConfigDict, ratio: LogRatio, image: Array, batch: steps.Batch, key: Array) -> tuple[Array, Array]:
+    """`cross_entropy` of a log ratio at x = image + sigma eps, both drawn from the key, each example for itself."""
+    keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])  # noqa: E731
+    sigma = dg.training_sigma(randomness.uniform(keys("sigma")), config.dg.t_min, config.dg.importance)
+    x = image + sigma[:, None, None, None] * randomness.normal(keys("noise"), image.shape[1:])
+    return cross_entropy(ratio(x, sigma, batch["label"]), batch["real"])
 
 
 def cross_entropy(logit: Array, real: Array) -> tuple[Array, Array]:
     """(-log d where real is 1, -log(1 - d) where it is 0, and whether the logit's sign is right), [b] each."""
     value = optax.sigmoid_binary_cross_entropy(logit, real.astype(logit.dtype))
     return value, ((logit > 0) == (real == 1)).astype(logit.dtype)
-
-
-def _noisy(config: ConfigDict, image: Array, sigma: Array, eps: Array) -> tuple[Array, Array]:
-    """(x_vp, time): image + sigma eps as the network sees it."""
-    x_vp = jax.lax.rsqrt(1 + sigma**2)[:, None, None, None] * (image + sigma[:, None, None, None] * eps)
-    time = dg.vp_time(sigma)
-    return x_vp, dg.cosine_time(time) if config.dg.clock == "cosine" else time
 
 
 class HeldOut:
@@ -232,12 +232,8 @@ class HeldOut:
         run = self._run
 
         def values(params, extractor, batch):
-            keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["index"])  # noqa: E731
-            sigma = dg.training_sigma(randomness.uniform(keys("sigma")), run.config.dg.t_min, run.config.dg.importance)
-            image = steps.to_float(batch["image"])
-            eps = randomness.normal(keys("noise"), image.shape[1:])
-            noisy = _noisy(run.config, image, sigma, eps)
-            return cross_entropy(run.model.logit(params, extractor, *noisy, batch["label"]), batch["real"])
+            ratio = ratio_of(run.model, run.config.dg.clock, 0.0)({"params": params, "extractor": extractor})
+            return _judge(run.config, ratio, steps.to_float(batch["image"]), batch, jax.random.key(0))
 
         return jax.jit(values)
 
@@ -250,16 +246,21 @@ class Evaluator(finish.Evaluator):
         self._weight, self._unguided = run.config.dg.weight, None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The report of the best weight, with "weight" and "unguided", the distance without guidance."""
+        """The report of the best weight, with "weight" and "unguided", the distance without guidance.
+
+        Only that report and its images are written.
+        """
         if self._unguided is None:
-            self._unguided = self._at(state, 0.0)["fd"]
+            self._unguided = self._at(state, 0.0)[0]["fd"]
         weights = dict.fromkeys((self.run.config.dg.weight, *self.run.config.dg.weights))
         tried = [self._at(state, weight) for weight in weights]
-        return min(tried, key=lambda report: report["fd"]) | {"unguided": self._unguided}
+        report, images = min(tried, key=lambda found: found[0]["fd"])
+        return self._write(report | {"unguided": self._unguided}, images)
 
-    def _at(self, state: TrainState, weight: float) -> dict[str, Any]:
+    def _at(self, state: TrainState, weight: float) -> tuple[dict[str, Any], np.ndarray]:
         self._weight = weight  # an array of the compiled sampler: no weight compiles anything
-        return super().__call__(state) | {"weight": weight}
+        report, images = self._measure(state)
+        return report | {"weight": weight}, images
 
     @property
     def _model(self) -> Model:
@@ -302,12 +303,20 @@ def train(config: ConfigDict, workdir: str | Path, say: Callable[[str], None] = 
     return loop.train(config, workdir, say, TASK)
 
 
-def ratio_of(network: FeatureDiscriminator, clock: str) -> Callable[[PyTree], LogRatio]:
-    """{"params", "extractor"} -> log_ratio(x, sigma, label) in x = x0 + sigma eps."""
+def ratio_of(
+    network: FeatureDiscriminator, clock: str, clip: float = 1e-5, dropout: Array | None = None
+) -> Callable[[PyTree], LogRatio]:
+    """{"params", "extractor"} -> log_ratio(x, sigma, label) in x = x0 + sigma eps: what is trained is what guides.
+
+    Args:
+      clock, clip: of dg.log_ratio; training does not clip.   dropout: keys [B], while training.
+    """
 
     def make(frozen: PyTree) -> LogRatio:
-        logit = lambda x, t, label: network.logit(frozen["params"], frozen["extractor"], x, t, label)  # noqa: E731
-        return dg.log_ratio(logit, clock=clock)
+        def logit(x_vp: Array, time: Array, label: Array | None) -> Array:
+            return network.logit(frozen["params"], frozen["extractor"], x_vp, time, label, dropout)
+
+        return dg.log_ratio(logit, clip, clock)
 
     return make
 
@@ -328,6 +337,7 @@ def open_guidance(
     settings: ConfigDict | None = None,
     preset: str = "",
     warn: Callable[[str], None] = print,
+    around: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> slots.Guidance:
     """A trained discriminator as a sampling method: `generate.sampler(..., guidance=(open_guidance(DIR),))`.
@@ -336,6 +346,7 @@ def open_guidance(
       workdir: what training wrote.   step: its checkpoint; None = the best of its evaluations, else the newest.
       run, settings: the model that will be guided and its sampler; a discriminator of another one is told to `warn`.
       preset: a name of dg.PRESETS.
+      around: "churn" (text) and "cfg" (weight) of the sampling to come, where they are to be compared, too.
       overrides: arguments of dg.guidance that are not None: weight, corrector_weight, time_min, time_max, boost, churn.
         The default weight is the one that the checkpoint's evaluation found best, else config.dg.weight.
 
@@ -356,19 +367,22 @@ def open_guidance(
     chosen = {"weight": found["weight"]} if "weight" in found else {}
     if preset:
         chosen = configs.choose("dg.preset", preset, dg.PRESETS)
-    if run is not None:
-        _compare(config, workdir, run, settings, warn)
     host = jax.tree.map(np.asarray, (params, extractor))
-    return guidance_of(config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None})
-
-
-def _compare(config: ConfigDict, workdir, run: finish.Trained, settings: ConfigDict | None, warn) -> None:
-    """Says where the discriminator's samples differ from what it is about to guide."""
+    method = guidance_of(config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None})
     path = Path(config.dg.samples or Path(workdir) / "samples.npz")
-    if not path.is_file():
-        return
-    there = fakes.about(path)
-    here = {"weights": fakes.digest(run)} | ({k: settings[k] for k in ("solver", "steps")} if settings else {})
+    if run is not None and path.is_file():
+        sampler = ({k: settings[k] for k in fakes.SAMPLER} if settings else {}) | dict(around or {})
+        if method.churn:
+            sampler.pop("churn", None)  # boosting churns by design, and over the folder's own churn
+        _compare(fakes.about(path), {"weights": fakes.digest(run)} | sampler, workdir, warn)
+    return method
+
+
+def _compare(there: Mapping[str, Any], here: Mapping[str, Any], workdir, warn) -> None:
+    """Says where the discriminator's samples differ from what it is about to guide."""
+    numbers = lambda text: [float(part) for part in text.split(",") if part]  # noqa: E731
+    plain = lambda about: about | ({"churn": numbers(about["churn"])} if "churn" in about else {})  # noqa: E731
+    there, here = plain(dict(there)), plain(dict(here))
     differ = [k for k, v in here.items() if there.get(k) != v]
     if differ:
         warn(f"note: the discriminator of {workdir} was trained on samples that differ in {', '.join(differ)}")

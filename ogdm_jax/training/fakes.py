@@ -30,6 +30,7 @@ from ogdm_jax.methods.sp import fingerprint
 from ogdm_jax.training.finish import Trained
 
 FIRST_SEED = 2**31  # far from the seeds of sample.py and of evaluations: a sample to be judged was never trained on
+SAMPLER = ("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho")  # of config.sample
 
 
 def digest(prior: Trained) -> str:
@@ -39,12 +40,11 @@ def digest(prior: Trained) -> str:
 
 def origin(config: ConfigDict, prior: Trained, num: int) -> dict[str, Any]:
     """What identifies a set of samples: the weights that made it and every setting of the sampler."""
-    sampler = {k: config.sample[k] for k in ("solver", "steps", "eta", "sigma_min", "sigma_max", "rho")}
     return {
         "weights": digest(prior),
         "step": prior.step,
-        **sampler,
-        "nfe": nfe(sampler["solver"], sampler["steps"]),
+        **{k: config.sample[k] for k in SAMPLER},
+        "nfe": nfe(config.sample.solver, config.sample.steps),
         "churn": config.dg.churn,
         "cfg": float(config.dg.cfg),
         "num": num,
@@ -88,7 +88,8 @@ def about(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     try:
         with np.load(path) as archive:
-            return archive["image"], archive["label"], json.loads(str(archive["about"]))
+            about = {"eta": 0.0, "grid": "edm"} | json.loads(str(archive["about"]))  # older files have neither
+            return archive["image"], archive["label"], about
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"config.dg.samples: {path} holds no samples of a discriminator's run ({type(error).__name__}); "

@@ -28,6 +28,8 @@ from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
 from ogdm_jax.typing import PyTree
 
+SHOWN = 64  # images of an evaluation's samples.png
+
 
 def open_source(config: ConfigDict) -> Source:
     """The data source of a configuration. Raises ConfigError or SourceError for what cannot be."""
@@ -51,16 +53,22 @@ class Trained:
     step: int
 
     def settings(
-        self, solver: str = "", steps: int | None = None, num: int | None = None, eta: float | None = None
+        self,
+        solver: str = "",
+        steps: int | None = None,
+        num: int | None = None,
+        eta: float | None = None,
+        grid: str = "",
     ) -> ConfigDict:
         """config.sample with some entries replaced. Raises ConfigError where they are out of range."""
-        settings = ConfigDict(self.config.sample)
+        settings = ConfigDict(self.config.sample).unlock()  # older folders have neither eta nor grid
         settings.solver = solver or settings.solver
         settings.steps = settings.steps if steps is None else steps
         settings.num = settings.num if num is None else num
-        settings.eta = settings.get("eta", 0.0) if eta is None else eta  # older folders have none
-        generate.check_settings(settings)
-        return settings
+        settings.eta = settings.get("eta", 0.0) if eta is None else eta
+        settings.grid = grid or settings.get("grid", "edm")
+        generate.check_settings(settings, self.model)
+        return settings.lock()
 
 
 def open_workdir(workdir: str | Path, step: int | str | None = None, weights: str = "ema") -> Trained:
@@ -124,15 +132,27 @@ class Evaluator:
 
         Writes workdir/samples.png and, as evaluation.json, the report.
         """
+        return self._write(*self._measure(state))
+
+    def _measure(self, state: states.TrainState) -> tuple[dict[str, Any], np.ndarray]:
+        """(report, the first images) in every process of the run, which all have to call it; nothing is written."""
         images = self._samples(state)
+        shown = images[:SHOWN].copy()  # not a view that keeps all of them
         report = self._report(images, int(state.step)) if jax.process_index() == 0 else {}
         if jax.process_count() == 1:
-            return report
+            return report, shown
         text = np.zeros(1 << 14, np.uint8)
         said = np.frombuffer(json.dumps(report).encode(), np.uint8)
         text[: len(said)] = said
         text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-        return json.loads(text.tobytes().rstrip(b"\0"))
+        return json.loads(text.tobytes().rstrip(b"\0")), shown
+
+    def _write(self, report: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
+        """The report, which the lead process writes beside its images."""
+        if jax.process_index() == 0:
+            pictures.save_png(self._workdir / "samples.png", pictures.sheet(images, columns=8))
+            (self._workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+        return report
 
     def _samples(self, state: states.TrainState) -> np.ndarray:
         """uint8 images of seeds 0 to num - 1."""
@@ -165,10 +185,8 @@ class Evaluator:
     def _report(self, images: np.ndarray, step: int) -> dict[str, Any]:
         settings = self.run.config.sample
         report = {"step": step} | distance_report(self._space, images, self._reference)
-        report |= {"solver": settings.solver, "steps": settings.steps, "nfe": nfe(settings.solver, settings.steps)}
-        pictures.save_png(self._workdir / "samples.png", pictures.sheet(images[:64], columns=8))
-        (self._workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-        return report
+        evaluations = nfe(settings.solver, settings.steps)
+        return report | {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
 
     # What another kind of run samples with: DG's discriminator guides its prior (training/discriminator.py).
 

@@ -1,0 +1,77 @@
+"""Sampling grids by the configuration's words."""
+
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+
+from ogdm_jax import generate
+from ogdm_jax import model as models
+from ogdm_jax.config import ConfigError
+from ogdm_jax.diffusion import grids
+from ogdm_jax.training import finish
+
+ADM = ("network.kind=openai", "precondition.kind=adm")
+
+
+@pytest.fixture(scope="module", params=["edm", "adm"])
+def model(request):
+    return models.build(tiny.config(*(ADM if request.param == "adm" else ())), (8, 8, 1), 0)
+
+
+def _settings(grid: str | None, steps: int = 20) -> ml_collections.ConfigDict:
+    said = {} if grid is None else {"grid": grid}
+    return ml_collections.ConfigDict({"steps": steps, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0} | said)
+
+
+def test_every_grid(model):
+    low, high = (0.002, 80.0) if model.table is None else (float(model.table.sigma[0]), 80.0)
+    expected = {
+        None: grids.edm(20, low, high),  # folders from before the setting
+        "edm": grids.edm(20, low, high),
+        "vp": grids.vp(20, low, high),
+        "ve": grids.ve(20, low, high),
+        "iddpm": grids.iddpm(20, low, high),
+    }
+    if model.table is not None:  # exact to the steps, whatever config.sample.sigma_max
+        expected |= {"respaced": grids.respaced("20"), "ddim": grids.ddim(20), "quad": grids.ddim(20, spacing="quad")}
+    for name, levels in expected.items():
+        np.testing.assert_allclose(generate.noise_levels(model, _settings(name)), levels, rtol=1e-12, err_msg=str(name))
+
+
+def test_grids_that_cannot_be_are_one_sentence(model):
+    discrete = model.table is not None
+    words = "steps: 1001 given for the grid 'respaced'" if discrete else "grid: 'respaced' given; expected one of edm"
+    with pytest.raises(ConfigError, match=words) as error:
+        generate.noise_levels(model, _settings("respaced", 1001))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="sample.grid: 'log' given; expected one of edm, vp, ve, iddpm, respaced"):
+        generate.noise_levels(model, _settings("log"))
+
+
+def test_folders_from_before_the_settings_open_again():
+    config = ml_collections.ConfigDict(tiny.config()).unlock()
+    del config.sample.eta, config.sample.grid
+    trained = finish.Trained(config.lock(), models.build(tiny.config(), (8, 8, 1), 0), {}, {}, 0)
+    settings = trained.settings(steps=5)
+    assert (settings.eta, settings.grid, settings.steps) == (0.0, "edm", 5)
+    assert trained.settings(grid="vp").grid == "vp"
+    with pytest.raises(ConfigError, match="sample.grid: 'quad'"):
+        trained.settings(grid="quad")
+
+
+@pytest.mark.parametrize(
+    "said,words",
+    [
+        ({"solver": "spndm", "steps": 1}, "sample.steps: 1 given; expected at least 2"),
+        ({"solver": "fpndm", "steps": 3}, "sample.steps: 3 given; expected at least 4"),
+        ({"solver": "ddim", "eta": 2.0}, "sample.eta: 2.0 given; expected a number from 0 to 1"),
+        ({"rho": 0.0}, "sample.rho: 0.0 given; expected a positive number"),
+        ({"sigma_min": 0.0}, "sample.sigma_min: 0.0 given"),
+    ],
+)
+def test_settings_are_refused_before_any_grid(said, words):
+    settings = tiny.config().sample.unlock()
+    settings.update(said)
+    with pytest.raises(ConfigError, match=words):
+        generate.check_settings(settings)
