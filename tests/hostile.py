@@ -1,17 +1,23 @@
 """Malicious and damaged checkpoints: name -> (bytes, a fragment of the sentence that refuses them).
 
-`python tests/hostile.py` prints a table: file, peak memory of reading it, exit code of the command line, sentence.
+`python tests/hostile.py` prints a table: file, peak memory and time of reading it, exit code of the command line,
+sentence.
 """
 
 import io
 import json
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch_files as tf
-from torch_files import Book, Call, Name, Raw, Reference, legacy_file, pickled, view, zip_file
+from hostile_costs import costly
+from torch_files import Book, Call, Name, Raw, Reference, legacy_file, pickled, safetensors_file, view, zip_file
 
 ONES = np.ones(16, np.float32)
 
@@ -222,10 +228,6 @@ def containers() -> dict[str, tuple[bytes, str]]:
     def renamed(name):
         return _rewritten(lambda n, d: (name if n.endswith("/0") else n, d))
 
-    def header(items, body=b"\0" * 8) -> bytes:
-        text = items if isinstance(items, bytes) else json.dumps(items).encode()
-        return struct.pack("<Q", len(text)) + text + body
-
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     return {
         "zip_bomb.pt": (_zip({"w": 1}, extra={"archive/data/0": zeros}, compress=True), "is compressed"),
@@ -250,24 +252,110 @@ def containers() -> dict[str, tuple[bytes, str]]:
         "gzip.pt": (b"\x1f\x8b" + b"\0" * 30, "gzip-compressed"),
         "lone_tensor.pkl": (pickled(tf.pickled_tensor(ONES)), "no dictionary of tensors"),
         "header_long.safetensors": (struct.pack("<Q", 2**62) + b"{}" + b" " * 20, "unknown kind"),
-        "header_not_json.safetensors": (header(b'{"a": nonsense}'), "not valid JSON"),
-        "header_deep.safetensors": (header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not valid JSON"),
+        "header_not_json.safetensors": (safetensors_file(b'{"a": nonsense}'), "not valid JSON"),
+        "header_deep.safetensors": (
+            safetensors_file(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+            "not valid JSON",
+        ),
         "header_twice.safetensors": (
-            header(b'{"a":%b,"a":%b}' % ((json.dumps(entry).encode(),) * 2)),
+            safetensors_file(b'{"a":%b,"a":%b}' % ((json.dumps(entry).encode(),) * 2)),
             "something twice",
         ),
-        "header_type.safetensors": (header({"a": entry | {"dtype": "OBJECT"}}), "lacks a known dtype"),
-        "header_shape.safetensors": (header({"a": entry | {"shape": [2**20, 2**20]}}), "does not fit"),
-        "header_negative.safetensors": (header({"a": entry | {"shape": [-1, -2]}}), "impossible sizes"),
-        "header_outside.safetensors": (header({"a": entry | {"data_offsets": [2**33, 2**33 + 8]}}), "does not fit"),
-        "overlap.safetensors": (header({"a": entry, "b": entry}), "overlap"),
-        "gap.safetensors": (header({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12), "overlap or leave a gap"),
-        "left_over.safetensors": (header({"a": entry}, b"\0" * 20), "bytes follow its last tensor"),
+        "header_type.safetensors": (safetensors_file({"a": entry | {"dtype": "OBJECT"}}), "lacks a known dtype"),
+        "header_shape.safetensors": (safetensors_file({"a": entry | {"shape": [2**20, 2**20]}}), "does not fit"),
+        "header_negative.safetensors": (safetensors_file({"a": entry | {"shape": [-1, -2]}}), "impossible sizes"),
+        "header_outside.safetensors": (
+            safetensors_file({"a": entry | {"data_offsets": [2**33, 2**33 + 8]}}),
+            "does not fit",
+        ),
+        "overlap.safetensors": (safetensors_file({"a": entry, "b": entry}), "overlap"),
+        "gap.safetensors": (
+            safetensors_file({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12),
+            "overlap or leave a gap",
+        ),
+        "left_over.safetensors": (safetensors_file({"a": entry}, b"\0" * 20), "bytes follow its last tensor"),
     }
 
 
 def table() -> dict[str, tuple[bytes, str]]:
-    return code() | sizes() | containers()
+    return code() | sizes() | containers() | costly()
+
+
+def unrecognised() -> dict[str, dict[str, np.ndarray]]:
+    """State dicts whose names look like a known network's and whose tensors are not its."""
+
+    def zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+    conv, layer, block = "enc.8x8_conv.weight", "map_layer0.weight", "enc.8x8_block0.conv0.weight"
+    edm = zeros(
+        **{conv: (8, 1, 3, 3), layer: (32, 8), block: (8, 8, 3, 3), "enc.8x8_block0.conv1.weight": (8, 8, 3, 3)}
+    )
+    edm |= zeros(**{"dec.8x8_aux_conv.weight": (1, 8, 3, 3)})
+    adm = {"time_embed.0.weight": (32, 8), "input_blocks.0.0.weight": (8, 1, 3, 3), "input_blocks.1.0.x": (1,)}
+    adm = zeros(**adm, **{"output_blocks.0.0.in_layers.0.weight": (8,), "out.2.weight": (1, 8, 3, 3)})
+    first, mapping = "b8.fromrgb.weight", {"mapping.embed.weight": (8, 2), "b4.out.weight": (1, 8)}
+    inception = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3)}
+    taps, row = "enc.8x8_block0.resample_filter", zeros(x=(1, 1, 1, 100_000))["x"] + 1
+    return {
+        "no_first_conv": edm | zeros(**{"enc.8x16_conv.weight": (8, 1, 3, 3), "enc.16x16_block0.norm0.weight": (8,)}),
+        "conv_of_no_dimension": edm | zeros(**{conv: ()}),
+        "conv_of_one_dimension": edm | zeros(**{conv: (8,)}),
+        "layer_of_one_dimension": edm | zeros(**{layer: (8,)}),
+        "layer_of_no_width": edm | zeros(**{layer: (32, 0), conv: (0, 1, 3, 3)}),
+        "filter_of_one_dimension": edm | zeros(**{taps: (4,)}),
+        "filter_of_one_row": edm | {taps: row},
+        "label_of_one_dimension": edm | zeros(**{"map_label.weight": (8,)}),
+        "side_of_many_digits": zeros(**{f"enc.{'9' * 100}x{'9' * 100}_conv.weight": (8, 1, 3, 3), layer: (32, 8)}),
+        "no_blocks": edm | {"enc.4x4_conv.weight": edm[conv]},
+        "adm_embedding_of_no_dimension": adm | zeros(**{"time_embed.0.weight": ()}),
+        "adm_embedding_of_no_width": adm | zeros(**{"time_embed.0.weight": (32, 0)}),
+        "adm_out_of_no_dimension": adm | zeros(**{"out.2.weight": ()}),
+        "encoder_of_positions": zeros(
+            **{
+                "time_embed.0.weight": (32, 8),
+                "input_blocks.0.0.weight": (8, 1, 3, 3),
+                "out.2.positional_embedding": (5,),
+            }
+        ),
+        "discriminator_without_a_block": zeros(**mapping, **{first: (8, 1, 1, 1)}),
+        "discriminator_of_no_dimension": zeros(**mapping, **{first: (), "b8.conv0.weight": ()}),
+        "discriminator_without_a_side": zeros(**mapping, **{"bx.fromrgb.weight": (8, 1, 1, 1)}),
+        "inception_bias_of_no_dimension": zeros(**inception, **{"fc.bias": ()}),
+        "escape\x1b[2J": zeros(**{"\x1b[2J\nb": (2,), "a": (1,)}),
+    }
+
+
+_READER = """
+import json, os, resource, sys
+from ogdm_jax.interop import read_torch
+for name in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    before, said = resource.getrusage(resource.RUSAGE_SELF), None
+    try:
+        read_torch(name)
+    except ValueError as error:
+        said = str(error)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    peak = 1024 * (after.ru_maxrss - before.ru_maxrss)
+    print(json.dumps([name, said, peak, after.ru_utime - before.ru_utime]), flush=True)
+    os._exit(0)
+"""
+
+
+def read_apart(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, int, float]]:
+    """name -> (sentence, peak memory beyond the program's own in bytes, seconds): every file in a process of its own.
+
+    A process's peak never falls, so one process cannot measure several files. Linux only.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _READER, *names], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    rows = map(json.loads, done.stdout.splitlines())
+    return {name: (said, peak, seconds) for name, said, peak, seconds in rows}
 
 
 def good() -> dict[str, bytes]:
@@ -285,30 +373,32 @@ def good() -> dict[str, bytes]:
 
 def main() -> None:
     import contextlib
-    import sys
     import tempfile
-    import tracemalloc
-    from pathlib import Path
 
-    from ogdm_jax.interop import UnsafeFileError, __main__, read_torch
+    from safetensors.numpy import save_file
+
+    from ogdm_jax.interop import __main__
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        print("| file | bytes | peak kB | exit code | sentence |\n|---|---|---|---|---|")
         for name, (data, _) in table().items():
             Path(name).write_bytes(data)
-            tracemalloc.start()
-            with contextlib.suppress(UnsafeFileError):
-                read_torch(name)
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            said, sys.argv = io.StringIO(), ["interop", "show", name]
+        odd = [f"unrecognised_{i}.safetensors" for i in range(len(unrecognised()))]
+        for name, state in zip(odd, unrecognised().values(), strict=True):
+            save_file(state, name)
+        names = [*table(), *odd]
+        measured = read_apart(Path(folder), names)
+        print("| file | bytes | peak kB | seconds | exit code | sentence |\n|---|---|---|---|---|---|")
+        for name in names:
+            said, sys.argv = io.StringIO(), ["interop", "convert", name, "--out", "made"]
             try:
                 with contextlib.redirect_stderr(said):
                     code = __main__.main()
             except SystemExit as stop:
                 code = stop.code
-            assert not Path("executed").exists()
-            print(f"| {name} | {len(data)} | {peak / 1000:.0f} | {code} | {said.getvalue().strip()} |", flush=True)
+            assert not Path("executed").exists() and not Path("made").exists()
+            _, peak, seconds = measured[name]
+            figures = f"{Path(name).stat().st_size} | {peak / 1000:.0f} | {seconds:.2f} | {code}"
+            print(f"| {name} | {figures} | {said.getvalue().strip()} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,18 @@ def test_statistics_that_are_none_are_refused(tmp_path):
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(4))
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.eye(1))
     (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "counts.npz", mu=np.zeros(3), sigma=np.eye(3), count=np.arange(2))
+    np.savez_compressed(tmp_path / "flipped.npz", mu=np.random.default_rng(0).normal(size=500), sigma=np.eye(500))
+    damaged = bytearray((tmp_path / "flipped.npz").read_bytes())
+    damaged[100:400] = b"\xff" * 300
+    (tmp_path / "flipped.npz").write_bytes(damaged)
     for name, message in {
         "images": "has images; expected",
         "shape": r"mu \(3,\) and sigma \(4, 4\)",
         "pickled": "expected an .npz",
         "text": "expected an .npz",
+        "counts": "expected an .npz",
+        "flipped": "expected an .npz",
         "missing": "does not exist",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -89,6 +96,24 @@ def test_command_line_against_images_then_against_their_statistics(capsys, folde
     report = _run(capsys, *words, "--num", 400)
     assert len(report["sets"]) == 2 and report["sets"][0]["n_samples"] == 400
     assert 0 < report["fd_all_min"] == report["sets"][0]["fd_all"] < 3  # a subset against its whole
+    assert report["n_samples"] == 400 and report["n_reference"] == 500 and report["floor"] is None
+    words = ("--samples", folder / "noisy.npz", folder / "noisy.npz", "--reference", "digits", "--num", 300)
+    report = _run(capsys, *words)
+    assert report["fd_all_min"] == report["sets"][0]["fd_all"] and report["floor"] == report["sets"][0]["floor"] > 0
+    assert (report["features"], report["n"], report["n_samples"], report["n_reference"]) == (
+        "fd_digits",
+        300,
+        300,
+        1797,
+    )
+
+
+def test_a_folder_called_like_a_source_is_no_set_of_images(monkeypatch, tmp_path):
+    """A training folder that is called like its data must not be taken for images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    words = {"digits": "digits", "./digits": "folder:./digits", "a.npz?x=1": "npz:a.npz?x=1", "b.zip": "zip:b.zip"}
+    assert {word: source_name(word) for word in words} == words
 
 
 def test_equal_images_leave_json_valid():

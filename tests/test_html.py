@@ -171,3 +171,10 @@ def test_one_point_and_constant_curves_are_drawn():
     for line in (charts.Line("a", [5], [3.0]), charts.Line("a", [1, 2], [0.0, 0.0])):
         assert "NaN" not in (svg := charts.line_chart([line], "x", "y")) and svg.count("<circle") == len(line.x)
     assert "nan" not in charts.line_chart([charts.Line("a", [1, 2], [7.0, 7.0])], "x", "y", log_y=True).lower()
+
+
+def test_a_floor_known_once_is_a_line_across_the_chart():
+    both = [charts.Line("samples", [5], [9.0]), charts.Line("floor", [5], [3.0], dashed=True)]
+    last = re.findall(r'<path class="dashed" d="M([\d.]+) ([\d.]+)H([\d.]+)">', charts.line_chart(both, "x", "y"))[-1]
+    left, height, right = map(float, last)
+    assert right - left > charts.LARGE[0] / 2 and 0 < height < charts.LARGE[1]

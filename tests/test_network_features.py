@@ -61,6 +61,23 @@ def test_missing_weights_are_told_in_one_sentence(monkeypatch, tmp_path):
         feature_space("lite0")
 
 
+def test_inception_weights_are_verified_by_their_whole_hash(monkeypatch, tmp_path):
+    """The file's name carries its first eight digits only."""
+    path = tmp_path / networks.INCEPTION_FILE
+    path.write_bytes(b"weights")
+    assert len(networks.INCEPTION_SHA256) == 64 and networks.INCEPTION_SHA256[:8] in networks.INCEPTION_FILE
+    asked = {}
+    monkeypatch.setattr(
+        networks, "load_pretrained", lambda *args, **more: asked.update(args=args, **more) or (None, {})
+    )
+    digest = networks._sha256(path)
+    for known, verified in ((digest, True), (digest[:8] + "0" * 56, False)):
+        monkeypatch.setattr(networks, "INCEPTION_SHA256", known)
+        space = feature_space("inception", weights=path)
+        assert (space.name, space.verified, space.weights_sha256) == ("fid", verified, digest)
+    assert asked == {"args": (path, "inception"), "num_classes": 1008}
+
+
 def _forward(variables, images):
     flat = images.reshape(len(images), -1).astype(jnp.float32)
     return flat @ variables, flat[:, :3]

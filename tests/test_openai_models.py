@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, generate, parallel
-from ogdm_jax.interop import load_pretrained, names_adm
+from ogdm_jax.interop import load_pretrained, names_adm, recognise
 from ogdm_jax.networks import ADMUNet
 from ogdm_jax.training import checkpoint, finish
 from ogdm_jax.training import run as runs
@@ -62,6 +62,21 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     again = load_pretrained(folder / "out.safetensors")
     assert (again.kind, again.network, again.schedule) == ("adm", network, "cosine")
     jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
+
+
+def test_an_export_says_the_order_it_was_written_in(openai, monkeypatch):
+    """Also where the table of published networks has one of this size in the other order, as 64x64_diffusion.pt."""
+    folder, network, _ = openai
+    key = (network.model_channels, network.channel_mult, network.num_blocks, (2,), network.img_channels)
+    hidden = {"img_resolution": 8, "num_heads": 2, "qkv_order": "new"}
+    monkeypatch.setitem(recognise._PUBLISHED, key, hidden)
+    original = load_pretrained(folder / "model.safetensors")
+    assert original.network == network
+    done = interop(folder, "export", "work", "--out", "ordered.safetensors")
+    assert done.returncode == 0, done.stderr
+    again = load_pretrained(folder / "ordered.safetensors")
+    assert again.network == network
+    jax.tree.map(np.testing.assert_array_equal, again.variables, original.variables)
 
 
 @pytest.mark.slow  # tests/test_pretrained.py walks the same way with an EDM checkpoint

@@ -8,7 +8,7 @@ import tiny
 
 from ogdm_jax import startup
 from ogdm_jax.data import open_source
-from ogdm_jax.evaluation import Statistics, frechet_distance, protocol
+from ogdm_jax.evaluation import Statistics, commands, frechet_distance, protocol
 from ogdm_jax.evaluation.__main__ import main
 from ogdm_jax.training import loop
 
@@ -107,14 +107,14 @@ def workdir(tmp_path_factory):
     loop.train(tiny.config(*settings), folder, lambda _: None)
     lines = [{"step": n, "kimg": n * 0.032, "loss": 9 / n, "learning_rate": 1e-3} for n in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "object.json").write_text('{"features": "fd_pixels"}')
+    (folder / "partial.json").write_text('[{"features": "fd_pixels", "solver": "heun", "steps": 2, "nfe": "3"}]')
     return folder
 
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
     """The test's process has its own settings, and pixels are features enough."""
-    from ogdm_jax.evaluation import commands
-
     monkeypatch.setattr(startup, "prepare", lambda: None)
     monkeypatch.setattr(commands, "open_space", lambda *_: Pixels())
 
@@ -145,6 +145,14 @@ def test_report_command(workdir, capsys):
     ] > 0
 
 
+def test_lines_of_a_killed_run_are_left_out(tmp_path):
+    """Its last line is cut, in the middle of a letter of several bytes here; the next run went on behind it."""
+    lines = b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n{"step": 4}\n7\n{"step": 5, "\xc3'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    assert [line["step"] for line in commands._metrics(str(tmp_path))] == [1, 4]
+    assert commands._metrics(str(tmp_path / "nothing")) == []
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -154,6 +162,10 @@ def test_report_command(workdir, capsys):
         ("protocol --workdir WORK --step newest", "a number or best"),
         ("protocol --workdir WORK --ranges 0", "--ranges"),
         ("protocol --workdir nowhere", "holds no checkpoint"),
+        ("report --workdir WORK --distances WORK/nothing.json", "nothing.json cannot be read (FileNotFoundError)"),
+        ("report --workdir WORK --distances WORK/metrics.jsonl", "cannot be read (JSONDecodeError)"),
+        ("report --workdir WORK --distances WORK/object.json", "object.json is no list of distances; expected"),
+        ("report --workdir WORK --distances WORK/partial.json", "partial.json has no nfe of the right type"),
     ],
 )
 def test_commands_refuse_in_one_sentence(workdir, capsys, words, message):

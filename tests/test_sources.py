@@ -284,6 +284,9 @@ def test_prepare_keeps_missing_labels_or_refuses(tmp_path):
         prepare(source, tmp_path / "a.zip")
     name = prepare(source, tmp_path / "out", name="five")
     np.testing.assert_array_equal(open_source(name, data_dir=tmp_path / "out").labels, source.labels)
+    lazy = open_source(name, data_dir=tmp_path / "out", memory_limit=0)  # whose number of classes is not known
+    again = prepare(lazy, tmp_path / "again", name="five")
+    np.testing.assert_array_equal(open_source(again, data_dir=tmp_path / "again").labels, source.labels)
 
 
 def _bad(root: Path) -> dict[str, str]:
@@ -342,6 +345,11 @@ def _bad(root: Path) -> dict[str, str]:
         bad[f"npz:{root}/{key}.npz"] = word
     bad[f"npz:{root}/low.npz?size=3"] = "cannot select by 'size=3'"
     bad[f"npz:{root}/text.zip"] = "no readable .npz"
+    np.savez_compressed(root / "flipped.npz", image=picture(20, 16, 16, 3))
+    damaged = bytearray((root / "flipped.npz").read_bytes())
+    damaged[100:400] = b"\xff" * 300
+    (root / "flipped.npz").write_bytes(damaged)
+    bad[f"npz:{root}/flipped.npz"] = "no readable .npz"
     return bad
 
 

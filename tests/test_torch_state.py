@@ -10,7 +10,7 @@ import pytest
 import torch_files as tf
 from safetensors.numpy import save_file
 
-from ogdm_jax.interop import UnsafeFileError, read_torch
+from ogdm_jax.interop import UnsafeFileError, export, read_torch
 from ogdm_jax.interop.torch_state import open_torch
 
 MADE = Path(__file__).parent / "fixtures" / "torch"
@@ -162,6 +162,17 @@ def test_safetensors_written_by_their_library(tmp_path):
     read = read_torch(tmp_path / "x.safetensors")
     assert_same({name: read[name] for name in state}, state)
     assert set(read) == set(state)
+
+
+def test_safetensors_whose_header_length_begins_as_a_pickle_does(tmp_path):
+    """The first byte of a header of 128, 384, ... bytes is a pickle's, 0x80."""
+    path, seen = tmp_path / "x.safetensors", set()
+    for length in range(60, 80):
+        for write in (save_file, lambda state, path: export.write(path, state, {})):
+            write({"a" * length: np.ones(2, np.float32)}, path)
+            seen.add(path.read_bytes()[0])
+            assert_same(read_torch(path), {"a" * length: np.ones(2, np.float32)})
+    assert 0x80 in seen
 
 
 def test_several_parts(tmp_path):

@@ -1,6 +1,7 @@
 """Writes PyTorch's file layouts byte by byte, without torch: for the tests of the reader, friendly and hostile."""
 
 import io
+import json
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -168,3 +169,9 @@ def network(state: dict[str, np.ndarray], tensor: Any, name: str = "EDMPrecond",
             children.setdefault(head, {})[rest] = value
     modules = {key: network(value, tensor, "Part") for key, value in children.items()}
     return persistent(name, module_state(own, {}, modules, **attributes))
+
+
+def safetensors_file(header: dict | bytes, body: bytes = b"\0" * 8) -> bytes:
+    """Of a header as a dictionary or as text."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body

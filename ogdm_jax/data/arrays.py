@@ -1,5 +1,6 @@
 """Image sets that are arrays: two that ship inside Python packages, .npz files, and CIFAR-10's own archive."""
 
+import lzma
 import operator
 import re
 import tarfile
@@ -14,6 +15,9 @@ from ogdm_jax.data.sources import Source, SourceError, from_arrays
 DIGIT_NAMES = tuple("0123456789")
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
+# What numpy raises for an .npz that is cut, altered, encrypted, of an unknown compression or of impossible sizes.
+DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zlib.error, lzma.LZMAError)
+DAMAGED += (zipfile.BadZipFile,)
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
 
@@ -52,7 +56,7 @@ def npz(name: str, path: str, resolution: int | None, channels: int | None) -> S
     try:
         with np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, AttributeError) as error:
         raise SourceError(f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})") from None
     key = next((key for key in _IMAGE_KEYS if key in arrays), None)
     if key is None:

@@ -57,7 +57,8 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[in
     # tensorflow-datasets takes name and version from the last two folders, so the parts lie in folders of these names.
     final, parts = out / name / VERSION, out / f"{name}.parts" / name / VERSION
     features = {"image": tfds.features.Image(shape=source.shape, encoding_format="png")}
-    has_label = source.num_classes > 0
+    # Labels that are read with their images do not show ahead how many classes there are.
+    has_label = source.num_classes > 0 or bool(getattr(source.reader, "has_label", False))
     if has_label and (source.labels is None or source.labels.min() < 0):
         features["label"] = tfds.features.Scalar(np.int64)  # a ClassLabel cannot say "no class"
     elif has_label:

@@ -10,10 +10,8 @@ HTML page: samples, curves, distance against network evaluations, trajectories).
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,8 @@ import numpy as np
 from ogdm_jax import startup
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.evaluation import features as spaces
-from ogdm_jax.evaluation import metrics
-from ogdm_jax.evaluation.files import source_name
+from ogdm_jax.evaluation import metrics, protocol
+from ogdm_jax.evaluation.files import print_json, source_name, weights_of
 from ogdm_jax.evaluation.statistics import Statistics, is_statistics, load_statistics, save_statistics
 
 
@@ -137,21 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for word, source in zip(args.samples, sets, strict=True):
             samples = _images(source, args.num, args.seed)
             result = {"samples": word, "reference": args.reference} | score(samples, space, against, args)
-            if getattr(space, "weights_sha256", ""):
-                result |= {"weights_sha256": space.weights_sha256, "weights_verified": space.verified}
+            result |= weights_of(space)
             if args.paired:
                 if pictures is None:
                     raise ValueError("--paired: the reference is mu and sigma; expected images")
                 result |= paired(samples["image"], pictures)
             results.append(result)
-        whole = results[0]
-        if len(results) > 1:
-            whole = {"fd_all_min": min(r["fd_all"] for r in results), "sets": results}
-        text = json.dumps(whole, indent=1)
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(text + "\n")
-        print(text)
+        print_json(results[0] if len(results) == 1 else protocol.smallest(space, results), args.out)
 
 
 if __name__ == "__main__":

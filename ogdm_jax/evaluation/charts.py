@@ -113,6 +113,8 @@ def line_chart(
     colour, legend = 0, []
     for line, points in drawn:
         path = "M" + "L".join(f"{horizontal(x)} {vertical(y)}" for x, y in points)
+        if line.dashed and len({x for x, _ in points}) == 1:  # a reference known once: a line to compare with
+            path = f"M{_LEFT} {vertical(points[0][1])}H{width - _RIGHT}"
         if line.dashed:
             kind, key = "dashed", '<svg viewBox="0 0 18 10"><path class="dashed" d="M0 5H18"/></svg>'
         else:

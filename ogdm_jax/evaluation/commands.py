@@ -5,6 +5,7 @@ python -m ogdm_jax.evaluation report --workdir DIR [--solvers euler,heun --steps
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,16 +21,16 @@ from ogdm_jax import config as configs
 from ogdm_jax import data, generate, parallel, randomness, startup
 from ogdm_jax import model as models
 from ogdm_jax.data import Source
-from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.sampling import nfe, sample
 from ogdm_jax.evaluation import html, protocol
 from ogdm_jax.evaluation import report as pictures
 from ogdm_jax.evaluation.features import FeatureSpace, distance_report, feature_space
-from ogdm_jax.evaluation.files import source_name
+from ogdm_jax.evaluation.files import print_json, source_name, weights_of
 from ogdm_jax.evaluation.statistics import is_statistics, load_statistics
 from ogdm_jax.training import checkpoint, finish
 
 SHOWN, TRACED, NEIGHBOURS = 64, 3, 5  # images of the grid, seeds of the trajectories, nearest images of each sample
+_DISTANCES = "expected distances.json, which report writes into the training folder"
 MOST = 5000  # samples for each distance of a report, unless --num says otherwise
 
 
@@ -152,27 +153,21 @@ def run_protocol(args: argparse.Namespace) -> dict[str, Any]:
     evaluations = nfe(settings.solver, settings.steps)
     how = {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations, "step": trained.step}
     result = protocol.smallest(space, sets) | how | {"workdir": str(args.workdir)}
-    if getattr(space, "weights_sha256", ""):
-        result |= {"weights_sha256": space.weights_sha256, "weights_verified": space.verified}
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(text + "\n")
-    print(text)
+    result |= weights_of(space)
+    print_json(result, args.out)
     return result
 
 
 def run_report(args: argparse.Namespace) -> Path:
     """Collects what the page shows, writes it, prints where."""
+    reports = read_distances(args.distances) if args.distances else None
     trained = open_run(args)
     source = open_reference(args, trained)
     space = open_space(args, trained, source)
     real = source.take(np.arange(min(len(source), 50_000)))["image"]
     values = space(real)
     settings = trained.settings()
-    if args.distances:
-        reports = json.loads(Path(args.distances).read_text())
-    else:
+    if reports is None:
         reports = measure(args, trained, space, values)
         if reports:
             (Path(args.workdir) / "distances.json").write_text(json.dumps(reports, indent=1) + "\n")
@@ -255,8 +250,7 @@ def trajectory(
         keys = generate.seed_keys(seeds)
         latents = randomness.normal(randomness.fold_in_each(keys, "latent"), trained.model.image_shape)
         denoise = trained.model.denoiser(params, buffers)
-        levels = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
-        sigmas = grids.edm(settings.steps, *levels, settings.rho)
+        sigmas = generate.noise_levels(trained.model, settings)
         steps = randomness.fold_in_each(keys, "steps")
         more = {"label": labels, "eta": settings.eta, "trajectory": True}
         return sigmas, sample(denoise, latents, sigmas, solver=settings.solver, key=steps, **more)[1]
@@ -268,8 +262,30 @@ def trajectory(
 
 
 def _metrics(workdir: str) -> list[dict[str, Any]]:
-    path = Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of metrics.jsonl, without those that a killed run cut short (the next run's first may hang on one)."""
+    path, found = Path(workdir) / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "step" in line]
+
+
+def read_distances(path: str) -> list[dict[str, Any]]:
+    """A file of distances as `report` writes it. Raises ValueError where it is missing or another file."""
+    texts = ("features", "solver")
+    numbers = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all", "n_samples", "n_reference")
+    try:
+        reports = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--distances: {path} cannot be read ({type(error).__name__}); {_DISTANCES}") from None
+    for report in reports if isinstance(reports, list) else [None]:
+        if not isinstance(report, dict):
+            raise ValueError(f"--distances: {path} is no list of distances; {_DISTANCES}")
+        for names, kind in ((texts, str), (numbers, float | int)):
+            wrong = next((name for name in names if not isinstance(report.get(name), kind)), None)
+            if wrong:
+                raise ValueError(f"--distances: {path} has no {wrong} of the right type; {_DISTANCES}")
+    return reports
 
 
 def _steps(workdir: str) -> list[int]:

@@ -110,9 +110,7 @@ def statistics_report(features: FeatureSpace, samples, reference: Statistics) ->
     Raises:
       ValueError: the statistics have another number of features, or say that they are of another feature space.
     """
-    if reference.dim != features.dim or reference.features not in (None, features.name):
-        what = f"{reference.dim} features of {reference.features or 'an unnamed space'}"
-        raise ValueError(f"reference: {what}; {features.name} has {features.dim}.")
+    reference.require(features, "reference")
     y = _extracted(features, samples, "samples").astype(np.float64)
     return {
         "features": features.name,

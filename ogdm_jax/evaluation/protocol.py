@@ -41,9 +41,7 @@ def seed_ranges(num: int, ranges: int, first: int = 0) -> list[range]:
 
 def of_statistics(space: FeatureSpace, published: Statistics) -> Reference:
     """Published moments: nothing to split, so no floor. Raises ValueError where they are of another feature space."""
-    if published.dim != space.dim or published.features not in (None, space.name):
-        what = f"{published.dim} features of {published.features or 'an unnamed space'}"
-        raise ValueError(f"--reference: {what}; {space.name} has {space.dim}.")
+    published.require(space, "--reference")
     return Reference((published.mu, published.cov), published.count)
 
 
@@ -102,8 +100,8 @@ def score(space: FeatureSpace, batches: Iterable[np.ndarray], reference: Referen
 
 
 def smallest(space: FeatureSpace, sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The protocol's figure with its conditions, and every set's beside it."""
+    """The protocol's figure with its conditions (None where a set has none), and every set's beside it."""
     best = min(sets, key=lambda report: report["fd_all"])
     keys = ("n_samples", "n_reference", "n", "fd", "floor", "fd_over_floor")
-    figure = {"features": space.name, "fd_all_min": best["fd_all"]} | {key: best[key] for key in keys}
+    figure = {"features": space.name, "fd_all_min": best["fd_all"]} | {key: best.get(key) for key in keys}
     return figure | {"sets": list(sets)}

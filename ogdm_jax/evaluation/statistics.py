@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
-import zipfile
+from typing import Any
 
 import numpy as np
 
+from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.evaluation.metrics import Moments
+from ogdm_jax.interop.restricted_pickle import quote
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,13 +24,19 @@ class Statistics:
     def dim(self) -> int:
         return len(self.mu)
 
+    def require(self, features: Any, where: str) -> None:
+        """Raises ValueError, in a sentence that begins with where, unless these can be of that feature space."""
+        if self.dim != features.dim or self.features not in (None, features.name):
+            what = f"{self.dim} features of {self.features or 'an unnamed space'}"
+            raise ValueError(f"{where}: {what}; {features.name} has {features.dim}.")
+
 
 def is_statistics(path: str | os.PathLike) -> bool:
     """Whether a file is an .npz with mu and sigma."""
     try:
         with np.load(path) as archive:
             return isinstance(archive, np.lib.npyio.NpzFile) and {"mu", "sigma"} <= set(archive.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         return False
 
 
@@ -48,12 +56,12 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
             if not {"mu", "sigma"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(sorted(archive.files)[:5])}")
             mu, cov = np.asarray(archive["mu"], np.float64), np.asarray(archive["sigma"], np.float64)
-            count = int(archive["count"]) if "count" in archive.files else None
-            features = str(archive["features"]) if "features" in archive.files else None
+            count = int(archive["count"].item()) if "count" in archive.files else None
+            features = str(archive["features"].item()) if "features" in archive.files else None
     except FileNotFoundError:
         raise ValueError(f"statistics: {path} does not exist; expected an .npz file with mu and sigma.") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"statistics: {path} {str(error)[:80]}; expected an .npz file with mu and sigma.") from None
+    except (*DAMAGED, AttributeError, TypeError) as error:
+        raise ValueError(f"statistics: {path} {quote(str(error))}; expected an .npz file with mu and sigma.") from None
     if mu.ndim != 1 or cov.shape != (len(mu), len(mu)):
         raise ValueError(f"statistics: {path} has mu {mu.shape} and sigma {cov.shape}; expected [d] and [d, d].")
     return Statistics(mu, cov, count, features)

@@ -52,8 +52,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def _load(args: argparse.Namespace):
-    """The Pretrained of the command's SRC."""
+def _load(args: argparse.Namespace, file: Any = None):
+    """The Pretrained of the command's SRC. file: what open_torch gave, if it was called already."""
     from ogdm_jax.interop import load_pretrained
 
     settings: dict[str, Any] = {}
@@ -63,26 +63,29 @@ def _load(args: argparse.Namespace):
             raise ValueError(f"--set {text}: no value given; expected NAME=VALUE")
         try:
             settings[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[name] = value
         if isinstance(settings[name], list):
             settings[name] = tuple(settings[name])
     if args.precondition:
         settings["precondition"] = args.precondition
-    return load_pretrained(args.source, entry=args.entry, **settings)
+    return load_pretrained(file or args.source, entry=args.entry, **settings)
 
 
 def show(args: argparse.Namespace) -> None:
-    from ogdm_jax.interop import export, pretrained, read_torch, recognise
+    from ogdm_jax.interop import export, pretrained, recognise
+    from ogdm_jax.interop.restricted_pickle import quote
+    from ogdm_jax.interop.torch_state import open_torch, tensors
 
-    state = read_torch(args.source, args.entry)
+    file = open_torch(args.source)
+    state = tensors(file, args.entry)
     numbers = sum(value.size for value in state.values())
     print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers")
     if args.tensors:
         for name, value in state.items():
-            print(f"  {name}  {value.dtype}  {list(value.shape)}")
+            print(f"  {quote(name)}  {value.dtype}  {list(value.shape)}")
     try:
-        found = _load(args)
+        found = _load(args, file)
     except recognise.UnrecognisedError as error:
         print(f"network: {error}")
         return
@@ -91,7 +94,7 @@ def show(args: argparse.Namespace) -> None:
     known |= {"schedule": found.schedule} if found.precondition == "adm" else {}
     for name, value in (export.network_settings(found.network) | known).items():
         print(f"  {name}: {'not said by the file' if value is None and name in known else value}")
-    say = pretrained.describe(args.source, args.entry)
+    say = pretrained.describe(file, args.entry)
     print(f"from the file itself: {', '.join(sorted(say)) or 'only names and shapes'}")
 
 
@@ -192,6 +195,8 @@ def export_(args: argparse.Namespace) -> None:
     kind = "adm" if run.config.network.kind == "openai" else "edm"
     if kind == "edm":
         settings["model_type"] = type(run.model.network).__name__
+    else:
+        settings["qkv_order"] = "legacy"  # as to_torch writes it; published networks of these sizes may be "new"
     about = {
         "kind": kind,
         "settings": settings,

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
+from ogdm_jax.interop.settings import check_about
 from ogdm_jax.networks import ADMEncoder, ADMUNet, DhariwalUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.typing import PyTree
 
@@ -44,19 +45,20 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
     """The JSON file beside an exported .safetensors file, None where there is none.
 
     Raises:
-      ValueError: it is not JSON of this format.
+      ValueError: it is not JSON of this format, or one of its values is out of range.
     """
     if Path(path).suffix != ".safetensors" or not about_path(path).is_file():
         return None
     try:
         about = json.loads(about_path(path).read_text())
-        known = about.pop("format") == FORMAT
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+        known = dict.pop(about, "format") == FORMAT
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f'{about_path(path)}: is not what export writes; expected JSON with "format": {FORMAT}'
         ) from error
     if not known:
         raise ValueError(f'{about_path(path)}: is of another format; expected "format": {FORMAT}')
+    check_about(about, f"{about_path(path)}: ")
     return about
 
 

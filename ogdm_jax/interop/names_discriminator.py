@@ -1,6 +1,7 @@
 """PyTorch names of OGDM's discriminator (both released repositories) <-> the parameters of StyleGAN2Discriminator."""
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -85,7 +86,7 @@ def discriminator_settings(state: Mapping[str, np.ndarray], t_dim: int = 2) -> d
     Raises:
       ValueError: no b{side}.fromrgb.weight, so this is no such discriminator.
     """
-    first = [name for name in state if name.startswith("b") and name.endswith(".fromrgb.weight")]
+    first = [name for name in state if re.fullmatch(r"b\d{1,6}\.fromrgb\.weight", name)]
     if len(first) != 1:
         raise ValueError(f"state: {len(first)} tensors b*.fromrgb.weight found; expected one in an OGDM discriminator")
     side = int(first[0].split(".")[0][1:])

@@ -3,23 +3,29 @@
 import dataclasses
 import functools
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.interop import export, names_adm, names_discriminator, names_edm, names_inception, recognise
-from ogdm_jax.interop.restricted_pickle import UnsafeFileError
+from ogdm_jax.interop.restricted_pickle import UnsafeFileError, quote
+from ogdm_jax.interop.settings import check_about, check_settings
 from ogdm_jax.interop.torch_records import Module
-from ogdm_jax.interop.torch_state import open_torch, read_torch, select
-from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, StyleGAN2Discriminator
+from ogdm_jax.interop.torch_state import TorchFile, open_torch, select, tensors
+from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.typing import Denoise, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _LISTED = 6  # names of each kind of mismatch that a message shows
+_MOST_TENSORS = 5000  # of a network; the published ones have fewer than 1,000, and each layer is traced
+# What a network that cannot be raises, here or in JAX, where names promise what shapes do not keep.
+_MISFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, flax.errors.FlaxError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +92,31 @@ def match(
     kind = kind or recognise.kind_of(shapes)
     if kind not in _BUILD:
         raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
-    network, expected, optional, convert = _BUILD[kind](state, shapes, settings)
+    if len(shapes) > _MOST_TENSORS:
+        raise recognise.UnrecognisedError(f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}")
+    cls, build = _BUILD[kind]
+    check_settings(cls, settings)
+    try:
+        network, expected, optional, convert = build(state, shapes, settings)
+    except _MISFIT as error:
+        if isinstance(error, ValueError) and _raised_here(error):
+            raise
+        what = "shapes, or the settings given," if settings else "shapes"
+        raise recognise.UnrecognisedError(
+            f"state: has names of the {kind} network, but its {what} make none ({type(error).__name__})"
+        ) from error
     _compare(kind, shapes, expected, optional)
     return network, convert
 
 
+def _raised_here(error: Exception) -> bool:
+    """Whether this package wrote the sentence, rather than a library or Python."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].startswith("ogdm_jax.")
+
+
 def load_pretrained(
-    path: str | os.PathLike, kind: str | None = None, entry: str | None = None, **settings: Any
+    path: str | os.PathLike | TorchFile, kind: str | None = None, entry: str | None = None, **settings: Any
 ) -> Pretrained:
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
 
@@ -101,26 +125,23 @@ def load_pretrained(
     U-Nets are "adm" with the published schedule, linear for unknown ones.
 
     Args:
-      path, entry: see read_torch.   kind, **settings: see from_torch; also precondition, sigma_data and schedule.
+      path, entry: see read_torch; also what open_torch gives.
+      kind, **settings: see from_torch; also precondition, sigma_data and schedule.
 
     Raises:
       UnsafeFileError: the file is refused.   ValueError: see from_torch.
     """
-    about = describe(path, entry)
-    state = read_torch(path, entry)
+    file = path if isinstance(path, TorchFile) else open_torch(path)
+    about, state = describe(file, entry), tensors(file, entry)
     for name in ("precondition", "sigma_data", "schedule"):
         about[name] = settings.pop(name, about.get(name))
-    for name, options in (("precondition", (*_CLASSES.values(), "adm")), ("schedule", ("linear", "cosine"))):
-        if about[name] not in (None, *options):
-            raise ValueError(f"{name}: {about[name]!r} given; expected one of {', '.join(options)}")
+    check_about(about)
     if about["precondition"] is None and ("u" in state or "model.u" in state):
         about["precondition"] = "iddpm"
     kind = kind or about.get("kind")
-    network, variables = from_torch(state, kind, **about.get("settings", {}) | settings)
+    network, variables = from_torch(state, kind, **(about.get("settings") or {}) | settings)
     kind = kind or recognise.kind_of({name: value.shape for name, value in _plain(state).items()})
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
-    if not (isinstance(sigma_data, float | int) and sigma_data > 0):
-        raise ValueError(f"sigma_data: {sigma_data!r} given; expected a positive number")
     if kind == "adm":
         about["precondition"] = about["precondition"] or "adm"
         about["schedule"] = about["schedule"] or recognise.schedule_of(network)
@@ -128,15 +149,15 @@ def load_pretrained(
     return Pretrained(kind, network, variables, about["precondition"], sigma_data, about.get("dropout"), schedule)
 
 
-def describe(path: str | os.PathLike, entry: str | None = None) -> dict[str, Any]:
+def describe(file: TorchFile, entry: str | None = None) -> dict[str, Any]:
     """What a file says beside the tensors: any of kind, settings, precondition, sigma_data, dropout."""
-    about = export.read_about(path)
+    about = export.read_about(file.path)
     if about is not None:
         return about
     try:
-        part = select(open_torch(path).root, entry)
+        part = select(file.root, entry)
     except UnsafeFileError:
-        return {}  # read_torch says why
+        return {}  # tensors() says why
     if not isinstance(part, Module) or part.name not in _CLASSES:
         return {}
     arguments = part.state.get("_init_kwargs")
@@ -153,7 +174,7 @@ def _plain(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _compare(kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, optional: set[str]) -> None:
     """Raises ValueError listing what is missing, unexpected or misshapen."""
     missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected and name not in optional]
+    unexpected = [quote(name) for name in shapes if name not in expected and name not in optional]
     wrong = [
         f"{n} {shapes[n]} instead of {e}" for n, e in expected.items() if n in shapes and tuple(shapes[n]) != tuple(e)
     ]
@@ -246,10 +267,11 @@ def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 
 
-_BUILD: dict[str, Callable[..., _Built]] = {
-    "edm": _edm,
-    "adm": _adm,
-    "adm_encoder": _adm_encoder,
-    "ogdm_discriminator": _discriminator,
-    "inception": _inception,
+# With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.
+_BUILD: dict[str, tuple[type[nn.Module], Callable[..., _Built]]] = {
+    "edm": (SongUNet, _edm),
+    "adm": (ADMUNet, _adm),
+    "adm_encoder": (ADMEncoder, _adm_encoder),
+    "ogdm_discriminator": (StyleGAN2Discriminator, _discriminator),
+    "inception": (InceptionV3, _inception),
 }

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ogdm_jax.interop.restricted_pickle import quote
+
 Shapes = Mapping[str, tuple[int, ...]]
+_MOST_TAPS = 64  # of a resampling filter
 KINDS = ("edm", "adm", "adm_encoder", "ogdm_discriminator", "inception")
 
 # (model_channels, channel_mult, blocks a level, downsampling factors with attention, input channels) -> the hidden.
@@ -47,7 +50,7 @@ class UnrecognisedError(ValueError):
 def kind_of(shapes: Shapes) -> str:
     """One of KINDS. Raises UnrecognisedError naming a few of the tensors."""
     names = list(shapes)
-    if any(re.fullmatch(r"(model\.)?enc\.\d+x\d+_conv\.weight", name) for name in names):
+    if any(re.fullmatch(r"(model\.)?enc\.\d{1,6}x\d{1,6}_conv\.weight", name) for name in names):
         return "edm"
     if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes:
         return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
@@ -55,7 +58,7 @@ def kind_of(shapes: Shapes) -> str:
         return "ogdm_discriminator"
     if any(re.match(r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed)\.", name) for name in names):
         return "inception"
-    some = ", ".join(sorted(names)[:3])
+    some = ", ".join(quote(name) for name in sorted(names)[:3])
     raise UnrecognisedError(
         f"state: {len(names)} tensors ({some}, ...) of no known network; expected {', '.join(KINDS)}"
     )
@@ -69,14 +72,14 @@ def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """
     state = {name.removeprefix("model."): value for name, value in state.items()}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    sides = sorted({int(s) for s in _all(shapes, r"enc\.(\d+)x\d+_.*")}, reverse=True)
+    sides = sorted({int(s) for s in _all(shapes, r"enc\.(\d{1,6})x\d+_.*")}, reverse=True)
     song = "out_conv.weight" not in shapes
     variant = [name for name in shapes if re.search(r"_aux_(down|skip|up)\.", name)]
     if variant or sides != [sides[0] >> i for i in range(len(sides))]:
-        odd = f"{variant[0]}: a 'skip' variant" if variant else f"the encoder's sides {sides}"
+        odd = f"{quote(variant[0])}: a 'skip' variant" if variant else f"the encoder's sides {sides}"
         raise UnrecognisedError(f"state: {odd} is not offered; expected EDM's published encoders and decoders")
     first = shapes[f"enc.{sides[0]}x{sides[0]}_conv.weight"]
-    emb, noise = _get(shapes, "map_layer0.weight")
+    emb, noise = _get(shapes, "map_layer0.weight", 2)
     blocks = len(_all(shapes, rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.conv0\.weight"))
     width = first[0] if song else noise
     widths = [_get(shapes, f"enc.{side}x{side}_block{blocks - 1}.conv1.weight")[0] for side in sides]
@@ -173,7 +176,7 @@ def _finish(settings: dict[str, Any], hidden: Mapping[str, Any], given: Mapping[
 def _encoder(shapes: Shapes, depth: int) -> dict[str, Any]:
     """What OpenAI's input_blocks, embeddings and middle block show."""
     blocks = _blocks(shapes, "input_blocks")
-    emb, width = _get(shapes, "time_embed.0.weight")
+    emb, width = _get(shapes, "time_embed.0.weight", 2)
     starts = range(1, len(blocks), depth + 1)
     widths = [_get(shapes, f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in starts]
     attended = tuple(2**level for level, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes)
@@ -228,9 +231,11 @@ def _all(shapes: Shapes, pattern: str) -> list[str]:
     return [match[1] for name in shapes if (match := re.fullmatch(pattern, name))]
 
 
-def _get(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _get(shapes: Shapes, name: str, rank: int | None = None) -> tuple[int, ...]:
     if name not in shapes:
         raise UnrecognisedError(f"state: {name} is missing, without which the network's size is unknown")
+    if rank not in (None, len(shapes[name])):
+        raise UnrecognisedError(f"state: {name} has shape {shapes[name]}; expected {rank} dimensions")
     return shapes[name]
 
 
@@ -240,6 +245,11 @@ def _ratio(value: int, unit: int) -> int | float:
 
 def _taps(resample_filter: np.ndarray) -> tuple[int, ...]:
     """[1,1,k,k] = outer(f, f) / sum(f)^2 -> f in whole numbers."""
+    shape = np.shape(resample_filter)
+    if len(shape) != 4 or shape[:2] != (1, 1) or shape[2] != shape[3] or not 0 < shape[2] <= _MOST_TAPS:
+        raise UnrecognisedError(
+            f"resample_filter: the state's has shape {shape}; expected (1, 1, k, k) with k to {_MOST_TAPS}"
+        )
     row = np.asarray(resample_filter, np.float64)[0, 0].sum(axis=0)
     taps = np.round(row / row.min()).astype(int) if row.min() > 0 else np.ones(len(row), int)
     if not np.allclose(np.outer(taps, taps) / taps.sum() ** 2, resample_filter[0, 0], atol=1e-3):

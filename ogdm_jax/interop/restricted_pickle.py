@@ -3,9 +3,9 @@
 The standard unpickler is a small machine whose GLOBAL and REDUCE instructions import and call whatever the file
 names. This one is written out instruction by instruction, imports nothing, and calls only functions that its caller
 listed (`Admit`), so a file cannot run code by construction. Memory is bounded by the file's size: declared lengths
-are compared with the bytes that are left before anything is allocated, byte strings are views into the file, the
-number of instructions is limited, and only plain scalars may be dictionary keys (hashing a tuple of tuples that share
-memory takes exponential time).
+are compared with the bytes that are left before anything is allocated, byte strings are views into the file, one Budget
+for the whole file limits the instructions and what calls may copy, and only plain scalars may be dictionary keys
+(hashing a tuple of tuples that share memory takes exponential time).
 """
 
 import struct
@@ -16,11 +16,29 @@ from typing import Any
 MAX_INSTRUCTIONS = 1_000_000  # a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
 MAX_INT_BYTES = 64
 MAX_LINE = 4096
+MAX_MEMO = 2**32  # the format's own limit in binary; memo entries written as text could have keys that all collide
+_PER_ITEM = 100  # bytes of an item of a dictionary or set, about
 _MARK = object()
 
 
 class UnsafeFileError(ValueError):
     """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one sentence."""
+
+
+class Budget:
+    """What one file may still cost, pickles inside pickles included: instructions, and bytes beside those of the file.
+
+    A few bytes of a pickle can name a long text, list or array again and again; whoever copies is charged first.
+    """
+
+    def __init__(self, file_size: int):
+        self.instructions, self.bytes = MAX_INSTRUCTIONS, 4 * file_size + (16 << 20)
+
+    def charge(self, count: int, what: str = "contents unfold", where: str = "") -> None:
+        self.bytes -= count
+        if self.bytes < 0:
+            place = f" (at {quote(where)})" if where else ""
+            raise UnsafeFileError(f"its {what} to more than 4 times the file's size{place}")
 
 
 @dataclass(frozen=True)
@@ -53,13 +71,22 @@ def _type(value: Any) -> str:
     return f"type {type(value).__name__}"
 
 
-def load(data: memoryview, start: int, admit: Admit, persistent: Persistent | None = None) -> tuple[Any, int]:
+def _weight(value: Any) -> int:
+    """Bytes that a call may spend on an argument; what lies deeper in it is only referred to."""
+    if isinstance(value, str | bytes | memoryview):
+        return len(value)
+    return _PER_ITEM * len(value) if isinstance(value, list | tuple | dict | set | frozenset) else 0
+
+
+def load(
+    data: memoryview, start: int, admit: Admit, budget: Budget, persistent: Persistent | None = None
+) -> tuple[Any, int]:
     """Reads the one pickle that begins at data[start]; returns the object and the position after its STOP.
 
     admit(module, name) gives the Global or raises UnsafeFileError; persistent(id) resolves torch's storage references.
-    Raises UnsafeFileError for every instruction, global or length that is not admitted.
+    Raises UnsafeFileError for every instruction, global or length that is not admitted, and beyond the file's budget.
     """
-    machine = _Machine(data, start, admit, persistent)
+    machine = _Machine(data, start, admit, budget, persistent)
     try:
         return machine.run(), machine.at
     except UnsafeFileError:
@@ -71,13 +98,14 @@ def load(data: memoryview, start: int, admit: Admit, persistent: Persistent | No
 
 
 class _Machine:
-    def __init__(self, data: memoryview, start: int, admit: Admit, persistent: Persistent | None):
-        self.data, self.at, self.admit, self.persistent = data, start, admit, persistent
+    def __init__(self, data: memoryview, start: int, admit: Admit, budget: Budget, persistent: Persistent | None):
+        self.data, self.at, self.admit, self.budget, self.persistent = data, start, admit, budget, persistent
         self.stack: list = []
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for _ in range(MAX_INSTRUCTIONS):
+        while self.budget.instructions > 0:
+            self.budget.instructions -= 1
             code = self.take(1)[0]
             if code == 0x2E:  # STOP
                 return self.stack.pop()
@@ -145,11 +173,12 @@ class _Machine:
         if len(items) % 2:
             raise UnsafeFileError("its pickle is corrupt: a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_scalar(key)] = value
+            target[scalar(key)] = value
 
     def find(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise UnsafeFileError("its pickle is corrupt: the name of a global is not a text")
+        self.budget.charge(len(module) + len(name))
         self.push(self.admit(module, name))
 
     def reduce(self) -> None:
@@ -158,6 +187,7 @@ class _Machine:
             raise UnsafeFileError(
                 f"it calls {quote(getattr(function, 'name', function))}, which is not admitted as a function"
             )
+        self.charge(args)
         self.push(function.call(*args))
 
     def new_object(self, args: Any, cls: Any) -> None:
@@ -165,11 +195,17 @@ class _Machine:
             raise UnsafeFileError(
                 f"it makes an object of {quote(getattr(cls, 'name', cls))}, which is not admitted as a class"
             )
+        self.charge(args)
         self.push(cls.call(*args))
+
+    def charge(self, args: tuple) -> None:
+        self.budget.charge(8 * len(args))
+        self.budget.charge(sum(map(_weight, args)))
 
     def build(self) -> None:
         state = self.pop()
         target = self.stack[-1]
+        self.charge(state if isinstance(state, tuple) else (state,))
         if isinstance(target, Inert):
             target.build(state)
         elif not isinstance(target, dict):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
@@ -197,7 +233,7 @@ class _Machine:
         self.push(text[1:-1])
 
     def store(self, index: int) -> None:
-        if index < 0 or self.stack[-1] is _MARK:
+        if not 0 <= index < MAX_MEMO or self.stack[-1] is _MARK:
             raise UnsafeFileError("its pickle is corrupt: a wrong memo entry")
         self.memo[index] = self.stack[-1]
 
@@ -206,12 +242,18 @@ class _Machine:
             raise UnsafeFileError(f"its pickle protocol {version} is unknown")
 
     def add_to_set(self, target: set, items: list) -> None:
-        target.update(_scalar(item) for item in items)
+        target.update(scalar(item) for item in items)
 
 
-def _scalar(key: Any) -> Any:
+def scalar(key: Any) -> Any:
+    """A dictionary key or an item of a set.
+
+    Python hashes integers modulo 2^61 - 1: without a limit a file could choose keys that all collide.
+    """
     if not isinstance(key, str | int | float | None):
         raise UnsafeFileError(f"its pickle has a key of {_type(key)}")
+    if isinstance(key, int) and not -(2**63) <= key < 2**64:
+        raise UnsafeFileError("its pickle has a whole number of more than 64 bits as a key")
     return key
 
 
@@ -300,7 +342,7 @@ def _table() -> dict[int, Callable[[_Machine], Any]]:
         ord("u"): set_items,
         0x8F: lambda m: m.push(set()),
         0x90: lambda m: extend(m, set, m.add_to_set),
-        0x91: lambda m: m.push(frozenset(_scalar(item) for item in m.since_mark())),
+        0x91: lambda m: m.push(frozenset(scalar(item) for item in m.since_mark())),
         ord("0"): lambda m: m.stack.pop(),
         ord("1"): lambda m: m.since_mark(),
         ord("2"): lambda m: m.push(m.stack[-1]),

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ogdm_jax.interop.restricted_pickle import Global, Inert, UnsafeFileError, quote
+from ogdm_jax.interop.restricted_pickle import Global, Inert, UnsafeFileError, quote, scalar
 
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype("f8"),
@@ -59,6 +59,7 @@ _STORAGES = {
     "UntypedStorage": "uint8",
 }
 MAX_DIMENSIONS = 32
+MAX_COUNT = 2**48  # of numbers; also where a dimension of 0 leaves none, because numpy multiplies the others
 
 
 @dataclass
@@ -71,14 +72,13 @@ class Storage(Inert):
     byteorder: str = "<"
 
     def array(self, dtype: np.dtype) -> np.ndarray:
-        """The numbers as native dtype: a view of the file's bytes, except for big-endian files."""
+        """A view of the file's bytes; of a big-endian file the bytes of every number are still in its order."""
         if self.data is None or len(self.data) != self.count * self.dtype.itemsize:
             have = "no" if self.data is None else len(self.data)
             raise UnsafeFileError(f"a storage of {self.count} {self.dtype} numbers has {have} bytes")
         if len(self.data) % dtype.itemsize:
             raise UnsafeFileError(f"a storage of {len(self.data)} bytes does not hold whole {dtype} numbers")
-        flat = np.frombuffer(self.data, dtype)
-        return flat.byteswap() if self.byteorder == ">" else flat
+        return np.frombuffer(self.data, dtype)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Tensor(Inert):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.ndarray:
-        """A bounds-checked view of the storage (a scalar or empty tensor included)."""
+        """A bounds-checked view of the storage (a scalar or empty tensor included), or a copy in native byte order."""
         flat = self.storage.array(self.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         if 0 in self.shape:
@@ -107,7 +107,8 @@ class Tensor(Inert):
         if last >= len(flat):
             raise UnsafeFileError(f"a tensor of shape {self.shape} reaches element {last} of a storage of {len(flat)}")
         steps = [s * self.dtype.itemsize if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+        return view.byteswap() if self.storage.byteorder == ">" else view
 
 
 @dataclass
@@ -172,7 +173,7 @@ class NumpyArray(Inert):
 def _numpy_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not (isinstance(dtype, NumpyType) and isinstance(data, memoryview | bytes)):
         raise UnsafeFileError("a numpy array is not stored as plain numbers")
-    shape = _dims(shape, "shape")
+    shape = shape_of(shape)
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise UnsafeFileError(f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes")
     return np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("=")).reshape(shape, order=order)
@@ -182,9 +183,17 @@ def _dims(value: Any, what: str) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
     good = isinstance(value, tuple | list) and len(value) <= MAX_DIMENSIONS
-    if not good or not all(type(n) is int and 0 <= n < 2**48 for n in value):
+    if not good or not all(type(n) is int and 0 <= n < MAX_COUNT for n in value):
         raise UnsafeFileError(f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up")
     return tuple(value)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """A declared shape, if numpy can hold it at all."""
+    shape = _dims(value, "shape")
+    if math.prod(n for n in shape if n) >= MAX_COUNT:
+        raise UnsafeFileError(f"an array has the impossible shape {quote(str(shape))}")
+    return shape
 
 
 def _need(value: Any, kind: type, what: str) -> Any:
@@ -209,7 +218,7 @@ def _tensor_v3(
 
 
 def _strided(storage: Storage, offset: Any, shape: Any, strides: Any, dtype: np.dtype) -> Tensor:
-    shape, strides, (offset,) = _dims(shape, "shape"), _dims(strides, "strides"), _dims(offset, "offset")
+    shape, strides, (offset,) = shape_of(shape), _dims(strides, "strides"), _dims(offset, "offset")
     if len(shape) != len(strides):
         raise UnsafeFileError(f"a tensor has {len(shape)} sizes and {len(strides)} strides")
     return Tensor(storage, offset, shape, strides, dtype)
@@ -224,15 +233,13 @@ def _ordered_dict(pairs: Any = ()) -> dict:
     for pair in _need(pairs, list | tuple, "the content of an ordered dictionary"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)):
             raise UnsafeFileError("an ordered dictionary holds something else than pairs of name and value")
-        result[pair[0]] = pair[1]
+        result[scalar(pair[0])] = pair[1]
     return result
 
 
 def _set_of(items: Any = ()) -> set:
     items = _need(items, list | tuple, "the content of a set")
-    if not all(isinstance(item, str | int | float | None) for item in items):
-        raise UnsafeFileError("a set holds something else than texts and numbers")
-    return set(items)
+    return {scalar(item) for item in items}
 
 
 def _persistent_object(meta: Any) -> Module:
@@ -271,8 +278,10 @@ def _latin1(text: Any, encoding: Any) -> bytes:
     return _need(text, str, "a text to encode").encode("latin1")
 
 
-def _device(*names: Any) -> str:
-    return ":".join(str(name)[:16] for name in names)
+def _device(*parts: Any) -> str:
+    if len(parts) > 2 or not all(isinstance(part, str | int) for part in parts):
+        raise UnsafeFileError("a torch.device is something else than a name and a number")
+    return ":".join(str(part)[:16] for part in parts)
 
 
 def _calls(load_nested: Callable[[Any], Storage]) -> dict[str, tuple[Callable[..., Any] | None, bool]]:

@@ -4,10 +4,14 @@ Five layouts, told apart by their first bytes: torch.save's zip archive (torch >
 weights, never the program) and its older stream of pickles, plain pickles (EDM's network-snapshot-*.pkl, whose official
 reader executes Python source found inside), and safetensors. All go through restricted_pickle, so the worst that a
 hostile file can do is to be refused. Bytes are mapped, not loaded; every declared size is compared with the real one
-before an array is made, and all arrays together may take at most 4 times the file's size + 16 MiB.
+before an array is made. What parsing copies and all arrays together may take at most 4 times the file's size + 16 MiB,
+beside about 200 bytes an instruction of a pickle, of which a file may have a million (restricted_pickle.Budget).
 """
 
+import contextlib
+import functools
 import json
+import math
 import mmap
 import os
 import re
@@ -20,14 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from ogdm_jax.interop.restricted_pickle import UnsafeFileError, load, quote
-from ogdm_jax.interop.torch_records import DTYPES, Module, NumpyArray, Storage, Tensor, admit_with
+from ogdm_jax.interop.restricted_pickle import Budget, UnsafeFileError, load, quote
+from ogdm_jax.interop.torch_records import DTYPES, MAX_COUNT, Module, NumpyArray, Storage, Tensor, admit_with, shape_of
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 MAX_ENTRIES = 50_000
 MAX_DEPTH = 64
-MAX_HEADER = 64 << 20
+MAX_NAME = 512  # characters of a tensor's, module's or archive member's name
+MAX_HEADER = 8 << 20
+_PER_MEMBER, _PER_VALUE = 16, 128  # memory, at most: of a zip directory per byte of it, of parsed JSON per value
 # Where a checkpoint of several parts keeps the weights to use: averaged ones first.
 PREFERRED = ("ema", "ema_model", "params_ema", "state_dict", "model_state_dict", "model", "net", "network")
 _SAFETENSORS = {
@@ -45,7 +51,7 @@ class TorchFile:
 
     path: Path
     layout: str  # "zip", "legacy", "pickle" or "safetensors"
-    size: int
+    left: int  # bytes that its arrays may take
     root: Any
 
 
@@ -58,11 +64,26 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
     back as one array. Nothing from the file is executed; a file that would need it, or whose sizes contradict each
     other, raises UnsafeFileError (a ValueError) with one sentence naming the file and the reason. Needs no torch.
     """
-    file = open_torch(path)
+    return tensors(open_torch(path), entry)
+
+
+def tensors(file: TorchFile, entry: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a parsed file, as read_torch gives them."""
+    with _naming(file.path):
+        budget = Budget(0)
+        budget.bytes = file.left
+        return _materialise(leaves(select(file.root, entry)), budget)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Completes the sentence of a refusal, and refuses where memory runs out."""
     try:
-        return _materialise(dict(leaves(select(file.root, entry))), file.size)
+        yield
     except UnsafeFileError as error:
-        raise UnsafeFileError(f"{file.path}: cannot be read: {error}.") from error.__cause__
+        raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error.__cause__
+    except MemoryError as error:
+        raise UnsafeFileError(f"{path}: cannot be read: it needs more memory than there is.") from error
 
 
 def open_torch(path: str | os.PathLike) -> TorchFile:
@@ -70,25 +91,25 @@ def open_torch(path: str | os.PathLike) -> TorchFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file.")
-    try:
-        size = path.stat().st_size
-        if size == 0:
+    with _naming(path):
+        if path.stat().st_size == 0:
             raise UnsafeFileError("it is empty")
         with path.open("rb") as handle:
             data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
-            layout, root = _parse(data, handle)
-        return TorchFile(path, layout, size, root)
-    except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error.__cause__
+            budget = Budget(len(data))
+            layout, root = _parse(data, handle, budget)
+        return TorchFile(path, layout, budget.bytes, root)
 
 
-def _parse(data: memoryview, handle: Any) -> tuple[str, Any]:
+def _parse(data: memoryview, handle: Any, budget: Budget) -> tuple[str, Any]:
     if data[:4] == b"PK\x03\x04":
-        return "zip", _read_zip(data, handle)
-    if data[0] == 0x80:
-        return _read_pickles(data)
+        return "zip", _read_zip(data, handle, budget)
+    # Before pickles, whose first byte 0x80 may be that of a header's length. No pickle passes: its bytes 5 to 7 are not
+    # all 0 in front of a brace unless a length in it exceeds the file.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
-        return "safetensors", _read_safetensors(data)
+        return "safetensors", _read_safetensors(data, budget)
+    if data[0] == 0x80:
+        return _read_pickles(data, budget)
     known = {
         b"\x1f\x8b": "gzip-compressed",
         b"BZ": "bzip2-compressed",
@@ -102,18 +123,35 @@ def _parse(data: memoryview, handle: Any) -> tuple[str, Any]:
 # zip archives
 
 
-def _members(data: memoryview, handle: Any) -> dict[str, memoryview]:
+class _Charged:
+    """A file whose reads are charged: zipfile reads the directory at once and makes an object of every entry."""
+
+    def __init__(self, handle: Any, budget: Budget):
+        self.seek, self.tell, self._handle, self._budget = handle.seek, handle.tell, handle, budget
+
+    def read(self, size: int = -1) -> bytes:
+        self._budget.charge(max(size, 0) * _PER_MEMBER)
+        return self._handle.read(size)
+
+
+def _members(data: memoryview, handle: Any, budget: Budget) -> dict[str, memoryview]:
     """Member name -> its bytes. Only uncompressed members are admitted: nothing inflates.
 
     torch writes no others but the program of a TorchScript archive, code/, which is left out.
     """
     try:
-        infos = zipfile.ZipFile(handle).infolist()
+        infos = zipfile.ZipFile(_Charged(handle, budget)).infolist()
+    except UnsafeFileError:
+        raise
     except Exception as error:  # the directory parser raises many kinds; all mean the same here
         raise UnsafeFileError(f"its zip directory is damaged or truncated ({quote(str(error))})") from error
+    if sum(info.compress_size for info in infos) > len(data):  # before any is read
+        raise UnsafeFileError("its members overlap: together they are longer than the file")
     found: dict[str, memoryview] = {}
     for info in infos:
         name = info.filename
+        if len(name) > MAX_NAME:
+            raise UnsafeFileError(f"its member {quote(name)} has a name of more than {MAX_NAME} characters")
         if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name.split("/")[0]:
             raise UnsafeFileError(f"its member {quote(name)} points outside the archive")
         if name in found:
@@ -137,8 +175,8 @@ def _members(data: memoryview, handle: Any) -> dict[str, memoryview]:
     return found
 
 
-def _read_zip(data: memoryview, handle: Any) -> Any:
-    members = _members(data, handle)
+def _read_zip(data: memoryview, handle: Any, budget: Budget) -> Any:
+    members = _members(data, handle, budget)
     pickles = [name for name in members if re.fullmatch(r"[^/]*/data\.pkl|data\.pkl", name)]
     if len(pickles) != 1:
         raise UnsafeFileError(f"it is a zip archive with {len(pickles)} data.pkl members, where torch.save writes one")
@@ -160,14 +198,15 @@ def _read_zip(data: memoryview, handle: Any) -> Any:
             raise UnsafeFileError(f"its storage {quote(key)} is declared twice with different sizes")
         return storages[key]
 
-    root = _load_all(members[pickles[0]], persistent, scripted)
+    root = _load_all(members[pickles[0]], budget, persistent, scripted)
     if scripted and not isinstance(root, Module):
         raise UnsafeFileError("it is a TorchScript archive, but its data.pkl holds no module")
     return root
 
 
-def _load_all(data: memoryview, persistent: Any = None, scripted: bool = False) -> Any:
-    root, end = load(data, 0, admit_with(_read_nested, scripted), persistent)
+def _load_all(data: memoryview, budget: Budget, persistent: Any = None, scripted: bool = False) -> Any:
+    admit = admit_with(functools.partial(_read_nested, budget), scripted)
+    root, end = load(data, 0, admit, budget, persistent)
     _expect_end(data, end)
     return root
 
@@ -181,6 +220,8 @@ def _reference(reference: Any) -> tuple[Storage, str, int]:
     good = isinstance(reference, tuple) and len(reference) >= 5 and reference[0] == "storage"
     if not good or not isinstance(reference[1], Storage) or not isinstance(reference[2], str):
         raise UnsafeFileError("its pickle refers to something else than a storage")
+    if len(reference[2]) > MAX_NAME:
+        raise UnsafeFileError(f"its storage {quote(reference[2])} has a key of more than {MAX_NAME} characters")
     count = reference[4]
     if type(count) is not int or not 0 <= count < 2**48:
         raise UnsafeFileError(f"its storage {quote(reference[2])} has no sensible size")
@@ -190,14 +231,14 @@ def _reference(reference: Any) -> tuple[Storage, str, int]:
 # pickles: plain, and the stream of pickles and raw storages that torch wrote before 1.6
 
 
-def _read_pickles(data: memoryview) -> tuple[str, Any]:
+def _read_pickles(data: memoryview, budget: Budget) -> tuple[str, Any]:
     first = bytes(data[:14])
     if LEGACY_MAGIC.to_bytes(10, "little") in first:
-        return "legacy", _read_legacy(data)
-    return "pickle", _load_all(data)
+        return "legacy", _read_legacy(data, budget, functools.partial(_read_nested, budget))
+    return "pickle", _load_all(data, budget)
 
 
-def _read_nested(data: Any) -> Storage:
+def _read_nested(budget: Budget, data: Any) -> Storage:
     """The torch file inside a pickled tensor: a legacy stream that holds one storage and nothing nested further."""
     if not isinstance(data, memoryview | bytes):
         raise UnsafeFileError("a nested storage is not a byte string")
@@ -205,18 +246,18 @@ def _read_nested(data: Any) -> Storage:
     def no_deeper(_: Any) -> Storage:
         raise UnsafeFileError("a nested storage holds another nested storage")
 
-    storage = _read_legacy(memoryview(data), no_deeper)
+    storage = _read_legacy(memoryview(data), budget, no_deeper)
     if not isinstance(storage, Storage):
         raise UnsafeFileError("a nested storage holds something else than a storage")
     return storage
 
 
-def _read_legacy(data: memoryview, nested: Any = _read_nested) -> Any:
+def _read_legacy(data: memoryview, budget: Budget, nested: Any) -> Any:
     """Five pickles (magic, version, system, object, list of storage keys); then per key its count and numbers."""
     admit = admit_with(nested)
-    magic, at = load(data, 0, admit)
-    version, at = load(data, at, admit)
-    system, at = load(data, at, admit)
+    magic, at = load(data, 0, admit, budget)
+    version, at = load(data, at, admit, budget)
+    system, at = load(data, at, admit, budget)
     if magic != LEGACY_MAGIC or version != LEGACY_VERSION or not isinstance(system, dict):
         raise UnsafeFileError("it is not torch.save's stream of pickles")
     order = "<" if system.get("little_endian", True) else ">"
@@ -240,8 +281,8 @@ def _read_legacy(data: memoryview, nested: Any = _read_nested) -> Any:
         views.append((Storage(kind.dtype, view[2], None, order), key, view[1]))
         return views[-1][0]
 
-    content, at = load(data, at, admit, persistent)
-    keys, at = load(data, at, admit)
+    content, at = load(data, at, admit, budget, persistent)
+    keys, at = load(data, at, admit, budget)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(roots):
         raise UnsafeFileError("its list of storages does not match the storages in use")
     for key in keys:
@@ -264,7 +305,7 @@ def _read_legacy(data: memoryview, nested: Any = _read_nested) -> Any:
 # safetensors: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the numbers
 
 
-def _read_safetensors(data: memoryview) -> dict[str, Tensor]:
+def _read_safetensors(data: memoryview, budget: Budget) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8], "little")
     if length > min(MAX_HEADER, len(data) - 8):
         raise UnsafeFileError(f"its header of {length} bytes is too long")
@@ -274,8 +315,10 @@ def _read_safetensors(data: memoryview) -> dict[str, Tensor]:
             raise UnsafeFileError("its header names something twice")
         return dict(pairs)
 
+    text = bytes(data[8 : 8 + length])
+    budget.charge(length + _PER_VALUE * sum(map(text.count, (b",", b"[", b"{"))))
     try:
-        header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=unique)
+        header = json.loads(text, object_pairs_hook=unique)
     except UnsafeFileError:
         raise
     except (ValueError, RecursionError) as error:
@@ -284,13 +327,14 @@ def _read_safetensors(data: memoryview) -> dict[str, Tensor]:
     body, result, spans = data[8 + length :], {}, []
     for name, item in header.items():
         try:
-            dtype, shape, (begin, end) = DTYPES[_SAFETENSORS[item["dtype"]]], tuple(item["shape"]), item["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES[_SAFETENSORS[item["dtype"]]], item["shape"], item["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise UnsafeFileError(f"the header of {quote(name)} lacks a known dtype, shape or data_offsets") from error
-        if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)):
+        if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < MAX_COUNT for n in (*shape, begin, end))):
             raise UnsafeFileError(f"the header of {quote(name)} holds impossible sizes")
-        strides = tuple(int(np.prod(shape[i + 1 :], dtype=object)) for i in range(len(shape)))
-        count = int(np.prod(shape, dtype=object))
+        shape = shape_of(shape)
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        count = math.prod(shape)
         if not begin <= end <= len(body) or end - begin != count * dtype.itemsize:
             raise UnsafeFileError(f"{quote(name)} of shape {shape} does not fit its data_offsets ({begin}, {end})")
         result[name] = Tensor(Storage(dtype, count, body[begin:end]), 0, shape, strides, dtype)
@@ -316,7 +360,11 @@ def select(root: Any, entry: str | None = None) -> Module | dict:
         return root[entry]
     if _holds_tensors(root):
         return root
-    parts = {key: value for key, value in root.items() if _holds_tensors(value)} if isinstance(root, dict) else {}
+    parts = {}
+    if isinstance(root, dict):
+        distinct = {id(value): value for value in root.values()}  # a file can name one part many times
+        holding = {place for place, value in distinct.items() if _holds_tensors(value)}
+        parts = {key: value for key, value in root.items() if id(value) in holding}
     for key in PREFERRED:
         if key in parts:
             return parts[key]
@@ -343,51 +391,53 @@ def leaves(part: Module | dict) -> Iterator[tuple[str, Leaf]]:
     if isinstance(part, dict):
         for name, value in part.items():
             if isinstance(value, Leaf):
-                if not isinstance(name, str):
-                    raise UnsafeFileError(f"a tensor is named by a {quote(name)} instead of a text")
+                if not isinstance(name, str) or len(name) > MAX_NAME:
+                    raise UnsafeFileError(f"a tensor is named by a {quote(name)}, no text of {MAX_NAME} letters")
                 yield name, value
         return
-    visited = 0
-    pending: list[tuple[str, Any, int]] = [("", part, 0)]
+    seen = 0  # modules and what they name: shared ones count each time, as their tensors would
+    pending: list[tuple[str, str, Any, int]] = [("", "", part, 0)]
     while pending:
-        prefix, module, depth = pending.pop()
-        visited += 1
-        if visited > MAX_ENTRIES or depth > MAX_DEPTH:
-            raise UnsafeFileError("its modules are nested too deeply or in a circle")
+        parent, own, module, depth = pending.pop()
+        prefix = f"{parent}{own}." if depth else ""
+        groups = {group: _named(module, group) for group in ("_parameters", "_buffers", "_modules")}
+        seen += 1 + sum(map(len, groups.values()))
+        if seen > MAX_ENTRIES or depth > MAX_DEPTH:
+            raise UnsafeFileError(f"its modules are nested too deeply or in a circle, or more than {MAX_ENTRIES}")
+        for group, items in groups.items():
+            if not all(isinstance(name, str) and len(prefix) + len(name) <= MAX_NAME for name in items):
+                what = f"of at most {MAX_NAME} letters"
+                raise UnsafeFileError(f"the {group} of {quote(module.name)} are not a dictionary by name {what}")
         skipped = module.state.get("_non_persistent_buffers_set")
         for group in ("_parameters", "_buffers"):
-            for name, value in _named(module, group):
+            for name, value in groups[group].items():
                 if isinstance(value, Leaf) and not (
                     group == "_buffers" and isinstance(skipped, set) and name in skipped
                 ):
                     yield f"{prefix}{name}", value
-        children = [
-            (f"{prefix}{name}.", c, depth + 1) for name, c in _named(module, "_modules") if isinstance(c, Module)
-        ]
+        children = [(prefix, name, c, depth + 1) for name, c in groups["_modules"].items() if isinstance(c, Module)]
         pending.extend(reversed(children))
 
 
-def _named(module: Module, group: str) -> list[tuple[str, Any]]:
+def _named(module: Module, group: str) -> dict[Any, Any]:
     items = module.state.get(group, {})
-    if not isinstance(items, dict) or not all(isinstance(name, str) for name in items):
+    if not isinstance(items, dict):
         raise UnsafeFileError(f"the {group} of {quote(module.name)} are not a dictionary by name")
-    return list(items.items())
+    return items
 
 
-def _materialise(named: dict[str, Leaf], file_size: int) -> dict[str, np.ndarray]:
-    budget = 4 * file_size + (16 << 20)
+def _materialise(named: Iterator[tuple[str, Leaf]], budget: Budget) -> dict[str, np.ndarray]:
     made: dict[tuple, np.ndarray] = {}
     result: dict[str, np.ndarray] = {}
-    if len(named) > MAX_ENTRIES:
-        raise UnsafeFileError(f"it has more than {MAX_ENTRIES} tensors")
-    for name, leaf in named.items():
+    for name, leaf in named:
+        if len(result) >= MAX_ENTRIES:
+            raise UnsafeFileError(f"it has more than {MAX_ENTRIES} tensors")
+        budget.charge(len(name), "names unfold")
         key = (id(leaf),)
         if isinstance(leaf, Tensor):
             key = (id(leaf.storage), leaf.offset, leaf.shape, leaf.strides, leaf.dtype)
         if key not in made:
-            budget -= leaf.nbytes
-            if budget < 0:
-                raise UnsafeFileError(f"its tensors unfold to more than 4 times the file's size (at {quote(name)})")
+            budget.charge(leaf.nbytes, "tensors unfold", name)
             made[key] = np.array(leaf.array(), order="C")
         result[name] = made[key]
     return result
