@@ -11,8 +11,8 @@ augmentation can enter the weights; no in-place writes; works for every noise la
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ import numpy as np
 from ogdm_jax import randomness
 from ogdm_jax.config import choose, require
 from ogdm_jax.data.augment import flip, isometric
+from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, spread, to_float, weighted_sums
+from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots, noise_bins
 from ogdm_jax.typing import Array, PyTree
 
@@ -34,27 +36,6 @@ DEFAULTS: dict[str, Any] = {
 }
 SOURCES, AUGMENT_MODES = ("stream", "cache", "gather", "full"), ("official", "matched", "dsm")
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
-
-_HIGHEST = jax.lax.Precision.HIGHEST  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
-_DIRECT = 16  # up to this many numbers an image, exact differences are used: points in the plane need their accuracy
-_BLOCK = 256  # pixels summed up by one matrix product
-_NUMBERS = 2**21  # float32 numbers that a chunk may hold by default
-
-
-class _Partial(NamedTuple):
-    """Softmax sums over some of the references, relative to their largest log weight: merges like a log-sum-exp."""
-
-    top: Array  # [B] largest sigma^2 log weight, -inf if none is allowed; the difference to it is taken exactly
-    mass: Array  # [B] sum of weights
-    squares: Array  # [B] sum of squared weights
-    total: Array  # [B,D] weighted sum of references
-
-
-class OnDemand(NamedTuple):
-    """References that are made chunk by chunk, so that they never lie in memory together."""
-
-    shape: tuple[int, ...]  # [n, ...]
-    make: Callable[[Array], Array]  # indices [k] int32, 0 <= index < n -> images [k, ...], uint8 or float
 
 
 def stable_target(
@@ -105,11 +86,11 @@ def stable_target(
     x = jax.lax.stop_gradient(xt).astype(dtype).reshape(batch, -1)
     sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
     if source is not None:
-        own = _alone(x, _to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
+        own = alone(x, to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
     queries, levels, same = x, sigma, None
     if axis_name is not None:
         if mask is not None and mask.ndim == 2:
-            mask, same = _spread(mask, x, references.shape[0], axis_name)
+            mask, same = spread(mask, x, references.shape[0], axis_name)
         gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
         queries, levels, label = gather(x), gather(sigma), None if label is None else gather(label)
     if mask is not None and mask.shape not in ((references.shape[0],), (queries.shape[0], references.shape[0])):
@@ -117,11 +98,11 @@ def stable_target(
             f"stable_target: mask has shape {mask.shape}; expected [{references.shape[0]}] or "
             f"[{queries.shape[0]}, {references.shape[0]}] (references, or queries x references)"
         )
-    part = _scan(queries, levels, references, mask, chunk, label, reference_label)
+    part = weighted_sums(queries, levels, references, mask, chunk, label, reference_label)
     if axis_name is not None:
-        part = _across(part, levels, axis_name)
+        part = across(part, levels, axis_name)
     if own is not None:
-        part = _merge(part, own, sigma)
+        part = merge(part, own, sigma)
     target = part.total / part.mass[:, None]
     if same is not None:
         target = jnp.where(same, target, jnp.nan)
@@ -161,14 +142,6 @@ def target(kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float =
     raise ValueError(f"target: kind is {kind!r}; expected x0, eps, score, v, flow or F")
 
 
-def class_mask(label: Array, reference_label: Array) -> Array:
-    """[B, n] bool: references of each query's class; all of them where the query's label is -1 (none, or dropped).
-
-    A reference whose own label was dropped (-1) only serves queries without a label. A query's own source always stays.
-    """
-    return (label[:, None] == reference_label[None, :]) | (label[:, None] < 0)
-
-
 def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) -> None:
     if references.shape[1:] != xt.shape[1:] or references.shape[0] < 1:
         raise ValueError(
@@ -184,115 +157,6 @@ def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) 
         if (label is None) != (reference_label is None) or (value is not None and value.shape != (size,)):
             given = None if value is None else value.shape
             raise ValueError(f"stable_target: {name} has shape {given}; expected [{size}], with its partner given too")
-
-
-def _to_float(images: Array, dtype) -> Array:
-    return images.astype(dtype) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images.astype(dtype)
-
-
-def _partial(x: Array, sigma: Array, references: Array, allowed: Array | None) -> _Partial:
-    """The sums over references [m,D] in one pass; allowed [B,m] bool or None."""
-    if x.shape[1] <= _DIRECT:
-        columns = range(x.shape[1])
-        logits = -0.5 * sum(jnp.square(x[:, d][:, None] - references[:, d][None]) for d in columns)
-    else:
-        logits = _product(x, references) - 0.5 * jnp.sum(jnp.square(references), axis=1)[None]
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    # Computed once: a compiler that computes them twice, rounding otherwise, would spoil exp(0) = 1 for the nearest.
-    logits = jax.lax.optimization_barrier(logits)
-    top = jnp.max(logits, axis=1)
-    weights = jnp.exp((logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None]) / jnp.square(sigma)[:, None])
-    total = jnp.dot(weights, references, precision=_HIGHEST)
-    return _Partial(top, jnp.sum(weights, axis=1), jnp.sum(jnp.square(weights), axis=1), total)
-
-
-def _product(x: Array, references: Array) -> Array:
-    """x @ references.T in blocks of pixels: one long float32 sum has 10 times the error, which near-duplicates feel."""
-    block = max(_BLOCK, -(-x.shape[1] // 16))
-    starts = range(0, x.shape[1], block)
-    dot = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), precision=_HIGHEST)
-    return sum(dot(x[:, i : i + block], references[:, i : i + block]) for i in starts)
-
-
-def _alone(x: Array, source: Array) -> _Partial:
-    """The sums over one reference per query; its log weight in the same form as the others'."""
-    if x.shape[1] <= _DIRECT:
-        top = -0.5 * jnp.sum(jnp.square(x - source), axis=1)
-    else:
-        top = jnp.sum(x * source, axis=1) - 0.5 * jnp.sum(jnp.square(source), axis=1)
-    one = jnp.ones_like(top)
-    return _Partial(top, one, one, source)
-
-
-def _rescale(part: _Partial, top: Array, sigma: Array) -> _Partial:
-    # -inf - -inf (nothing allowed so far) must give weight 0, not nan.
-    scale = jnp.where(jnp.isfinite(part.top), jnp.exp((part.top - top) / jnp.square(sigma)), 0.0)
-    return _Partial(top, part.mass * scale, part.squares * jnp.square(scale), part.total * scale[:, None])
-
-
-def _merge(a: _Partial, b: _Partial, sigma: Array) -> _Partial:
-    top = jnp.maximum(a.top, b.top)
-    a, b = _rescale(a, top, sigma), _rescale(b, top, sigma)
-    return _Partial(top, a.mass + b.mass, a.squares + b.squares, a.total + b.total)
-
-
-def _across(part: _Partial, sigma: Array, axis_name: str) -> _Partial:
-    """Merges all devices' sums and leaves each device the rows of its own queries."""
-    top = jax.lax.pmax(part.top, axis_name)
-    part = _rescale(part, top, sigma)
-    batch = top.shape[0] // jax.lax.axis_size(axis_name)
-    mine = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axis_name) * batch, batch)
-    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True)
-    return _Partial(mine, scatter(part.mass), scatter(part.squares), scatter(part.total))
-
-
-def _spread(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Array, Array | None]:
-    """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask, the same queries."""
-    devices, batch = jax.lax.axis_size(axis_name), x.shape[0]
-    if mask.shape == (batch, devices * references) and devices > 1:
-        everyone = jax.lax.all_gather(mask, axis_name, tiled=True)
-        start = jax.lax.axis_index(axis_name) * references
-        return jax.lax.dynamic_slice_in_dim(everyone, start, references, axis=1), None
-    if mask.shape == (batch, references) and devices > 1:
-        same = jnp.all(jax.lax.pmax(x, axis_name) == jax.lax.pmin(x, axis_name))
-        return jnp.tile(mask, (devices, 1)), same
-    return mask, None
-
-
-def _scan(x, sigma, references, mask, chunk, label, reference_label) -> _Partial:
-    """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so nothing is padded."""
-    n, width = references.shape[0], x.shape[1]
-    if not isinstance(references, OnDemand):
-        references = references.reshape(n, width)
-    if not chunk:
-        count = -(-n * (width + x.shape[0]) // _NUMBERS)
-        chunk = -(-n // count)
-    chunk = min(chunk, n)
-
-    def part(first: Array | int, hide: bool) -> _Partial:
-        start = jnp.minimum(first, n - chunk) if hide else first
-        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
-        allowed = []
-        if hide and n % chunk:
-            allowed.append((start + jnp.arange(chunk) >= first)[None])
-        if mask is not None:
-            allowed.append(take(mask, axis=mask.ndim - 1) if mask.ndim == 2 else take(mask)[None])
-        if label is not None:
-            allowed.append(class_mask(label, take(reference_label)))
-        every = functools.reduce(jnp.logical_and, allowed) if allowed else None
-        if isinstance(references, OnDemand):
-            images = jax.lax.stop_gradient(references.make(start + jnp.arange(chunk))).reshape(chunk, width)
-        else:
-            images = take(references)
-        return _partial(x, sigma, _to_float(images, x.dtype), every)
-
-    # The first chunk stands outside: it starts the sums, and with them their type on a device mesh.
-    sums = part(0, hide=False)
-    if chunk == n:
-        return sums
-    starts = jnp.arange(chunk, n, chunk)
-    return jax.lax.scan(lambda carry, first: (_merge(carry, part(first, hide=True), sigma), None), sums, starts)[0]
 
 
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
@@ -409,7 +273,7 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
             return stable_target(xt, sigma, references, None, chunk, source=clean, **known)
 
         def make(k: Array) -> Array:
-            loaded = _to_float(_images(frozen, given, jnp.maximum(k - b, 0)), clean.dtype)
+            loaded = to_float(_images(frozen, given, jnp.maximum(k - b, 0)), clean.dtype)
             return jnp.where((k < b)[:, None, None, None], clean[jnp.minimum(k, b - 1)], loaded)
 
         # The authors' convention: all images of the device are references.
@@ -468,7 +332,7 @@ def _references(settings, context, example, frozen, groups: int, plain: bool) ->
     if context.xflip:
         given["mirrored"] = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
     if example.augment is not None and not plain:
-        images = jax.vmap(lambda given: _to_float(_images(frozen, given, count), jnp.float32))(given)
+        images = jax.vmap(lambda given: to_float(_images(frozen, given, count), jnp.float32))(given)
         given = {"image": jax.vmap(context.augment)(each("augment"), images)}
     return given, labels
 
