@@ -21,7 +21,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
-        raise RuntimeError(f"{self._process.args}: ended without an answer")
+        sys.exit(f"{self._process.args[0]} stopped; expected an interpreter with what it runs, and enough memory")
 
     def seconds(self) -> float:
         self._process.stdin.write("go\n")

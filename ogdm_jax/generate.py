@@ -13,6 +13,7 @@ from ogdm_jax import randomness
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.sampling import SOLVERS, Churn, sample
+from ogdm_jax.diffusion.solvers import FEWEST_STEPS
 from ogdm_jax.methods import slots
 from ogdm_jax.methods.slots import Guidance
 from ogdm_jax.model import Model
@@ -23,7 +24,7 @@ Images = Callable[[PyTree, PyTree, Array, Array | None, PyTree, PyTree], Array]
 # Names of config.sample.grid. Continuous ones lie within the sampler's and the model's range of levels, the others are
 # steps of a discrete model's own process: guided-diffusion's respacing, and DDIM's two (arXiv 2010.02502 D.2).
 CONTINUOUS = {
-    "edm": lambda n, low, high, rho: grids.edm(n, low, high, rho),
+    "edm": grids.edm,
     "vp": lambda n, low, high, rho: grids.vp(n, low, high),
     "ve": lambda n, low, high, rho: grids.ve(n, low, high),
     "iddpm": lambda n, low, high, rho: grids.iddpm(n, low, high),
@@ -92,8 +93,7 @@ def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
     """
     name, steps = settings.get("grid", "edm"), settings.steps  # older folders have no grid
     require(name in (*CONTINUOUS, *DISCRETE), "sample.grid", name, f"one of {', '.join([*CONTINUOUS, *DISCRETE])}")
-    table = getattr(model, "table", None)
-    discrete = name in DISCRETE
+    discrete, table = name in DISCRETE, model.table
     fits = table is not None or not discrete
     require(fits, "sample.grid", name, f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one")
     try:
@@ -109,7 +109,7 @@ def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
 def check_settings(settings: ConfigDict, model: Model | None = None) -> None:
     """Raises ConfigError for an unknown solver or grid, too few steps, or an eta, rho or range that cannot be."""
     require(settings.solver in SOLVERS, "sample.solver", settings.solver, f"one of {', '.join(sorted(SOLVERS))}")
-    least = {"spndm": 2, "fpndm": 4}.get(settings.solver, 1)  # multistep rules need their first steps
+    least = FEWEST_STEPS.get(settings.solver, 1)
     require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
     require(settings.num >= 1, "sample.num", settings.num, "at least 1")
     require(

@@ -134,6 +134,8 @@ def prepare(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--discriminator: expected --guidance dg with it")
     args.names, args.kick = names, kick[0] if kick else ""
     _refuse_unheard(args)
+    if args.guidance_weight is None:
+        args.guidance_weight = CFG_WEIGHT
     if kick and not args.solver and args.eta is None and not args.churn:
         args.solver, args.eta = "ddim", 1.0
     return args
@@ -267,8 +269,8 @@ def build(args: argparse.Namespace, run: Any, settings: ConfigDict, seeds: np.nd
 def _discriminator(args: argparse.Namespace, run: Any, settings: ConfigDict) -> Guidance:
     from ogdm_jax.training import discriminator  # its many imports only where it is asked for
 
-    weight = args.guidance_weight if args.guidance_weight is not None else CFG_WEIGHT
-    around = {"churn": args.churn, "cfg": 1.0 if "cfg" not in args.names else None if args.guidance_window else weight}
+    weight = None if args.guidance_window else args.guidance_weight  # samples to train on have no window
+    around = {"churn": args.churn, "cfg": weight if "cfg" in args.names else 1.0}
     return discriminator.open_guidance(
         args.discriminator,
         run=run,
@@ -293,7 +295,7 @@ def _classifier_free(args: argparse.Namespace, run: Any) -> Guidance:
     if not run.config.data.label_dropout:
         raise ValueError("--guidance cfg: the model never saw hidden labels; expected data.label_dropout above 0")
     levels = window(args.guidance_window, "--guidance-window") or (0.0, float("inf"))
-    return cfg.guidance(CFG_WEIGHT if args.guidance_weight is None else args.guidance_weight, *levels)
+    return cfg.guidance(args.guidance_weight, *levels)
 
 
 def _measure(args: argparse.Namespace, run: Any, seeds: np.ndarray) -> tuple[restore.Restoration, np.ndarray | None]:

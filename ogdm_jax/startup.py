@@ -35,13 +35,14 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if not _raised_here(error):
+        if not raised_here(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def _raised_here(error: Exception) -> bool:
+def raised_here(error: Exception) -> bool:
+    """Whether this package wrote the sentence, rather than a library or Python."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].split(".")[0] in ("ogdm_jax", "__main__")
 

@@ -105,7 +105,7 @@ def across(part: Sums, sigma: Array, axis_name: str) -> Sums:
     return Sums(mine, scatter(part.mass), scatter(part.squares), scatter(part.total))
 
 
-def spread(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Array, Array | None]:
+def shard_mask(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Array, Array | None]:
     """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask, the same queries."""
     devices, batch = jax.lax.axis_size(axis_name), x.shape[0]
     if mask.shape == (batch, devices * references) and devices > 1:

@@ -16,6 +16,7 @@ from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.churn import ChurnRule, Info, added_std, raise_noise
 from ogdm_jax.typing import Array, Denoise, PyTree
 
+FEWEST_STEPS = {"spndm": 2, "fpndm": 4}  # of a grid: their first steps are one-step rules; 1 for the others
 Body = Callable[[Array, PyTree, Info], tuple[Array, PyTree, Array]]
 Kick = Callable[..., tuple[Array, Array]]
 
@@ -195,7 +196,7 @@ def _multistep_body(p: Problem) -> Body:
 
 def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """First step Heun, then Adams-Bashforth 2: n + 1 evaluations (arXiv 2202.09778; OGDM's sampler of EDM models)."""
-    if n < 2:
+    if n < FEWEST_STEPS["spndm"]:
         raise ValueError(f"solver 'spndm' with {n} step; expected at least 2: the first is a Heun step")
 
     def start(x, memory, info):
@@ -208,7 +209,7 @@ def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
 
 def fpndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """Three Runge-Kutta steps, then Adams-Bashforth 4: n + 9 evaluations (arXiv 2202.09778)."""
-    if n < 4:
+    if n < FEWEST_STEPS["fpndm"]:
         raise ValueError(f"solver 'fpndm' with {n} steps; expected at least 4: the first three are Runge-Kutta steps")
 
     def start(x, memory, info):

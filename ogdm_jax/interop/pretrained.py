@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from ogdm_jax.interop.settings import check_about, check_settings
 from ogdm_jax.interop.torch_records import Module
 from ogdm_jax.interop.torch_state import TorchFile, open_torch, select, tensors
 from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Denoise, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -99,7 +99,7 @@ def match(
     try:
         network, expected, optional, convert = build(state, shapes, settings)
     except _MISFIT as error:
-        if isinstance(error, ValueError) and _raised_here(error):
+        if isinstance(error, ValueError) and raised_here(error):
             raise
         what = "shapes, or the settings given," if settings else "shapes"
         raise recognise.UnrecognisedError(
@@ -107,12 +107,6 @@ def match(
         ) from error
     _compare(kind, shapes, expected, optional)
     return network, convert
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether this package wrote the sentence, rather than a library or Python."""
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].startswith("ogdm_jax.")
 
 
 def load_pretrained(

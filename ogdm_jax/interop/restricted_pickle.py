@@ -25,14 +25,19 @@ class UnsafeFileError(ValueError):
     """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one sentence."""
 
 
+@dataclass
 class Budget:
     """What one file may still cost, pickles inside pickles included: instructions, and bytes beside those of the file.
 
     A few bytes of a pickle can name a long text, list or array again and again; whoever copies is charged first.
     """
 
-    def __init__(self, file_size: int):
-        self.instructions, self.bytes = MAX_INSTRUCTIONS, 4 * file_size + (16 << 20)
+    bytes: int
+    instructions: int = MAX_INSTRUCTIONS
+
+    @classmethod
+    def of(cls, file_size: int) -> "Budget":
+        return cls(4 * file_size + (16 << 20))
 
     def charge(self, count: int, what: str = "contents unfold", where: str = "") -> None:
         self.bytes -= count

@@ -70,9 +70,7 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
 def tensors(file: TorchFile, entry: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of a parsed file, as read_torch gives them."""
     with _naming(file.path):
-        budget = Budget(0)
-        budget.bytes = file.left
-        return _materialise(leaves(select(file.root, entry)), budget)
+        return _materialise(leaves(select(file.root, entry)), Budget(file.left))
 
 
 @contextlib.contextmanager
@@ -96,7 +94,7 @@ def open_torch(path: str | os.PathLike) -> TorchFile:
             raise UnsafeFileError("it is empty")
         with path.open("rb") as handle:
             data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
-            budget = Budget(len(data))
+            budget = Budget.of(len(data))
             layout, root = _parse(data, handle, budget)
         return TorchFile(path, layout, budget.bytes, root)
 

@@ -21,7 +21,7 @@ import numpy as np
 from ogdm_jax import randomness
 from ogdm_jax.config import choose, require
 from ogdm_jax.data.augment import flip, isometric
-from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, spread, to_float, weighted_sums
+from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, to_float, weighted_sums
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots, noise_bins
 from ogdm_jax.typing import Array, PyTree
@@ -90,7 +90,7 @@ def stable_target(
     queries, levels, same = x, sigma, None
     if axis_name is not None:
         if mask is not None and mask.ndim == 2:
-            mask, same = spread(mask, x, references.shape[0], axis_name)
+            mask, same = shard_mask(mask, x, references.shape[0], axis_name)
         gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
         queries, levels, label = gather(x), gather(sigma), None if label is None else gather(label)
     if mask is not None and mask.shape not in ((references.shape[0],), (queries.shape[0], references.shape[0])):

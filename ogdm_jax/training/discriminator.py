@@ -94,7 +94,6 @@ def build(
     configs.require(batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated")
     configs.require(0 <= settings.held_out < 1, "dg.held_out", settings.held_out, "a share from 0 to below 1")
     configs.choose("dg.clock", settings.clock, dg.CLOCKS)
-    generate.check_settings(config.sample)
     parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
     prior = open_prior(config)
     generate.check_settings(config.sample, prior.model)
@@ -380,9 +379,7 @@ def open_guidance(
 
 def _compare(there: Mapping[str, Any], here: Mapping[str, Any], workdir, warn) -> None:
     """Says where the discriminator's samples differ from what it is about to guide."""
-    numbers = lambda text: [float(part) for part in text.split(",") if part]  # noqa: E731
-    plain = lambda about: about | ({"churn": numbers(about["churn"])} if "churn" in about else {})  # noqa: E731
-    there, here = plain(dict(there)), plain(dict(here))
-    differ = [k for k, v in here.items() if there.get(k) != v]
+    value = lambda about, k: generate.parse_churn(about.get(k, ""), "heun") if k == "churn" else about.get(k)  # noqa: E731
+    differ = [k for k in here if value(here, k) != value(there, k)]
     if differ:
         warn(f"note: the discriminator of {workdir} was trained on samples that differ in {', '.join(differ)}")
