@@ -33,7 +33,7 @@ def write_data(path: str) -> None:
 
     from ogdm_jax import data
 
-    source = data.open_source("mnist5k")
+    source = data.open_source("mnist5k", resolution=28)
     rows = source.take(np.random.default_rng(0).permutation(len(source)))
     np.savez_compressed(path, image=rows["image"], label=rows["label"], row=np.arange(len(source)))
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ogdm_jax import data
+from ogdm_jax import data, generate, parallel
 from ogdm_jax.methods import slots, sp
+from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 
 TRAINING = slots.training_names()
@@ -113,6 +114,32 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
     with pytest.raises(ValueError, match="other weights at step 1 .* config.sp.teacher_step=0"):
         sp.verify(first.memory["sp"], frozen)
     sp.verify(newest.memory["sp"], frozen)
+
+
+def test_sp_overfits_eight_images(tmp_path):
+    """spec/sp.md 9.12: phase 1, then features alone: their loss goes down, nothing overflows, the colour is logged."""
+    digits = data.open_source("digits")
+    np.savez(tmp_path / "eight.npz", image=digits.images[:8])
+    source = data.open_source(f"npz:{tmp_path}/eight.npz")
+    plain = (tiny.ONE_LEVEL, "data.batch=8", "data.source=digits", "optim.learning_rate=2e-3")
+
+    def phase(steps, *flags):
+        run = runs.build(tiny.config(*plain, *flags), source, parallel.make_plan("mesh", 1))
+        state = run.init()
+        return run, *proceed(run, run.compile(state), run.frozen(), state, steps)
+
+    run, state, _ = phase(100, "methods=()")
+    with Checkpoints(tmp_path / "base") as saved:
+        saved.save(100, state, describe(run.config, source.shape, source.num_classes), {"step": 100})
+    paper = [f"sp.{key}={value}" for key, value in sp.PRESETS["paper"].items()]
+    _, state, metrics = phase(150, "methods=('sp',)", f"init.workdir={tmp_path}/base", *paper)
+    loss = np.asarray([m["loss/sp"] for m in metrics])
+    assert loss[-50:].mean() < 0.8 * loss[:50].mean()
+    for key in ("loss", "loss/sp", "grad_norm", "sp/colour"):
+        assert np.isfinite([m[key] for m in metrics]).all(), key
+    images = generate.sampler(run.model, run.config.sample, jax.devices()[:1])
+    drawn = np.concatenate([*generate.generate(images, state.ema, state.buffers, np.arange(4), None, 4)])
+    assert np.isfinite(drawn).all() and np.abs(drawn).max() < 5
 
 
 @pytest.mark.slow  # three programs of all methods; tests/test_stf_training.py divides the set in little

@@ -53,6 +53,21 @@ def test_predictions_convert_back_and_forth():
         close(process.score_from_x0(x, g.denoise(x, sigma), sigma), g.score(x, sigma))
 
 
+def test_zero_terminal_snr_is_the_limit_of_high_noise():
+    """spec/sp.md 1 and 9.9: where nothing is left of the image, x0 = -v and eps = x_vp, and nothing overflows."""
+    x0, eps = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1)).astype(np.float32)
+    sigma = jnp.full(3, 1e12, jnp.float32)
+    x = jnp.asarray(x0 + np.float32(1e12) * eps)
+    v = process.v_from_x0(x, x0, sigma)
+    np.testing.assert_allclose(v, -x0, atol=1e-6)
+    np.testing.assert_allclose(process.x0_from_v(x, v, sigma), x0, atol=1e-6)
+    np.testing.assert_allclose(process.vp_scale(sigma)[:, None, None, None] * x, eps, atol=1e-6)
+    schedule = np.append(process.betas("linear", 100)[:-1], 1.0)
+    with pytest.raises(ValueError, match="alpha_bar is 0 at .99.; expected steps of finite noise level"):
+        process.Discrete.make(schedule)
+    assert np.isfinite(process.Discrete.make(schedule, keep=range(99)).sigma).all()
+
+
 def test_discrete_tables():
     linear, cosine = process.Discrete.make("linear"), process.Discrete.make("cosine")
     np.testing.assert_allclose(linear.alpha_bar[[500, 999]], [0.0777967, 4.0358e-5], rtol=1e-5)

@@ -353,7 +353,7 @@ def test_no_array_of_batch_by_references_by_pixels():
     assert max(sizes(jax.make_jaxpr(stf.stable_target)(*toy).jaxpr)) < 50 * 300 * 2
 
 
-def near_duplicates(n=256, width=3072):
+def near_duplicates(n=1024, width=3072):
     """uint8 images, among them copies that differ by one grey level here and there, as float32."""
     rng = RNG(0)
     half = rng.integers(0, 255, (n // 2, width))

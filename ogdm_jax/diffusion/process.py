@@ -203,11 +203,19 @@ class Discrete:
 
     @classmethod
     def make(cls, schedule: str | Sequence[float] = "linear", steps: int = 1000, keep: Sequence[int] | None = None):
-        """The process of `betas(schedule, steps)` on the kept original indices (None: all)."""
+        """The process of `betas(schedule, steps)` on the kept original indices (None: all).
+
+        Raises:
+          ValueError: an index outside 0..T-1, or a kept step of pure noise (alpha_bar 0, zero terminal SNR), whose
+            level sigma is infinite; the steps before it can be kept.
+        """
         bar = np.cumprod(1 - betas(schedule, steps))
         kept = np.arange(len(bar)) if keep is None else np.unique(np.asarray(keep, np.int64))
         if kept.size == 0 or kept[0] < 0 or kept[-1] >= len(bar):
             raise ValueError(f"keep: {kept.tolist()}; expected indices from 0 to {len(bar) - 1}")
+        if not bar[kept].all():
+            pure = kept[bar[kept] == 0].tolist()
+            raise ValueError(f"keep: alpha_bar is 0 at {pure}; expected steps of finite noise level, before these")
         return cls(bar[kept], kept)
 
     @property

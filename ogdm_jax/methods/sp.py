@@ -294,6 +294,9 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoise:
     loss = jnp.where(same_teacher, loss, jnp.nan)
     each = jnp.ones_like(loss)
     metrics: Metrics = {"loss/mse": squared, "loss/sp": perceptual, "sp/cosine": cosine, "sp/weight": weight * each}
+    # What no teacher may notice: a prediction whose mean colour is off, without the squared error as an anchor.
+    colour = jnp.mean(jax.lax.stop_gradient(x0_hat) - example.x0, axis=(1, 2))
+    metrics["sp/colour"] = jnp.mean(jnp.abs(colour), axis=-1)
     metrics |= slots.noise_bins({"sp/loss": perceptual}, sigma, settings["bins"])
     return loss, metrics | norms
 
