@@ -121,6 +121,35 @@ def test_groupnorm_of_a_constant_is_its_bias():
         layers.GroupNorm(1e-5, 4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 10)))
 
 
+@pytest.mark.parametrize("groups", [1, 4, 24])
+def test_groupnorms_closed_gradient_is_autodiffs(groups):
+    """In float64 to rounding, the gradient of the gradient too; with a mean 1000 times the spread; in bfloat16."""
+    with jax.enable_x64(True):
+        x, along = (jnp.asarray(normal(2, 5, 4, 24, seed=s), jnp.float64) for s in (0, 1))
+        scale, bias = (jnp.asarray(normal(1, 1, 1, 24, seed=s), jnp.float64) for s in (2, 3))
+
+        def both(of, atol):
+            rules = (layers._closed_form, layers._normalise)
+            ours, truth = (jax.jit(of(lambda *a, r=r: r(*a, groups, 1e-5)))(x, scale, bias) for r in rules)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), ours, truth)
+
+        total = lambda norm: lambda *a: jnp.sum(jnp.sin(norm(*a)) * along)  # noqa: E731
+        first = lambda norm: jax.grad(total(norm), (0, 1, 2))  # noqa: E731
+        both(first, 1e-12)
+        both(lambda norm: jax.grad(lambda *a: jnp.sum(jnp.cos(first(norm)(*a)[0]) * along), (0, 1, 2)), 1e-10)
+        x = x + 1000
+        both(first, 1e-9)
+        truth = first(lambda *a: layers._normalise(*a, groups, 1e-5))(x, scale, bias)[0]
+    narrow = [jnp.asarray(a, jnp.float32) for a in (x, scale, bias)]
+    ours = jax.grad(lambda *a: jnp.sum(jnp.sin(layers._closed_form(*a, groups, 1e-5)) * along.astype(jnp.float32)))(
+        *narrow
+    )
+    np.testing.assert_allclose(ours, truth, atol=2e-3 * np.abs(truth).max())
+    half = [narrow[0].astype(jnp.bfloat16), *narrow[1:]]
+    grads = jax.grad(lambda *a: jnp.sum(layers._closed_form(*a, groups, 1e-5).astype(jnp.float32)), (0, 1, 2))(*half)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
 @pytest.mark.parametrize("mode,variance", [("xavier_uniform", 2 / 90), ("kaiming_normal", 1 / 36)])
 def test_initialisers(mode, variance):
     """Variance of a 3x3 kernel 4 -> 6: fans 36 and 54; a bias follows its kernel's fans."""

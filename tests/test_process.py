@@ -147,3 +147,14 @@ def test_ddpm_variances():
         assert steps.posterior_std(jnp.ones(1), jnp.zeros(1), variance)[0] == 0
     with pytest.raises(ValueError, match="variance='medium'; expected small, large, diffusion"):
         steps.posterior_std(jnp.ones(1), jnp.zeros(1), "medium")
+
+
+def test_stable_diffusions_ddim_levels():
+    """spec/dsg.md G5: linear in sqrt(beta), 100 steps from index 1, the last of them to index 0."""
+    table = process.Discrete.make(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    kept = np.arange(100) * 10 + 1
+    before = np.append(0, kept[:-1])
+    with jax.enable_x64(True):
+        _, std = steps.split_sigma(jnp.asarray(table.sigma[kept]), jnp.asarray(table.sigma[before]))
+    std = np.asarray(std) * np.sqrt(table.alpha_bar[before])  # in x_vp
+    np.testing.assert_allclose(std[[0, 69]], [0.02064832, 0.26171692], rtol=1e-6)

