@@ -57,18 +57,43 @@ def _conv_backward(padding: Pads, residuals, dy: Array):
 
 
 @jax.custom_jvp
-def _settled(dy: Array, kernel: Array) -> Array:
-    """dy, written to memory once.
+def _settled(x: Array, witness: Array) -> Array:
+    """x, written to memory once.
 
-    XLA's CPU backend copies chains of cheap operations into every operation that reads them. The gradient along a
-    network's skip connections is such a chain: every block would add up all later blocks again, in each of its three
-    gradients, one of them with strided reads. The branch is decided at run time, so no compiler can look through it.
+    XLA's CPU backend copies chains of cheap operations into every operation that reads them. What travels along a
+    network's skip connections is such a chain: every block would add up all earlier blocks again (in the gradient all
+    later ones) in each of its operations, some of them with strided reads. The branch is decided at run time by a
+    number of the witness that is always finite, so no compiler can look through it.
     """
-    known = jnp.isfinite(kernel[(0,) * kernel.ndim])
-    return lax.cond(known, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), dy)
+    known = jnp.isfinite(witness[(0,) * witness.ndim])
+    return lax.cond(known, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
 
 
 _settled.defjvp(lambda primals, tangents: (_settled(*primals), tangents[0]))
+
+
+@jax.custom_vjp
+def _settled_with_gradient(x: Array, witness: Array) -> Array:
+    return _settled(x, witness)
+
+
+_settled_with_gradient.defvjp(
+    lambda x, witness: (_settled(x, witness), witness),
+    lambda witness, dx: (_settled(dx, witness), jnp.zeros_like(witness)),
+)
+
+
+def settled(x: Array, witness: Array) -> Array:
+    """x itself; on CPU x and its gradient are computed once, not by every operation that reads them (`_settled`)."""
+    return _settled_with_gradient(x, witness) if on_cpu() else x
+
+
+def on_cpu() -> bool:
+    """Whether programs are traced for CPU, whose compiler needs rules of its own; one process runs on one platform.
+
+    Looked up while tracing, never at import.
+    """
+    return jax.default_backend() == "cpu"
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -117,8 +142,7 @@ def conv2d(x: Array, kernel: Array, padding: int | Pads | None = None, stride: i
     elif isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
     padding = tuple((int(low), int(high)) for low, high in padding)
-    # The platform is looked up while tracing, never at import. One process runs its networks on one platform.
-    if stride == 1 and jax.default_backend() == "cpu":
+    if stride == 1 and on_cpu():
         return _conv(x, kernel, padding)
     return _plain(x, kernel, stride, padding)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import randomness
-from ogdm_jax.networks.convolution import conv2d, downsample, fir, mean_pool, nearest, upsample
+from ogdm_jax.networks.convolution import conv2d, downsample, fir, mean_pool, nearest, on_cpu, settled, upsample
 from ogdm_jax.typing import Array
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "one_hot",
     "positional_embedding",
     "scaled_init",
+    "settled",
     "upsample",
 ]
 
@@ -150,7 +151,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        rule = _closed_form if jax.default_backend() == "cpu" else _normalise
+        rule = _closed_form if on_cpu() else _normalise
         return rule(x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps)
 
 
