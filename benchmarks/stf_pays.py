@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--every", type=int, default=200)
+    parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--out", default="runs/stf_pays")
     args, rest = parser.parse_known_args()
     startup.prepare()

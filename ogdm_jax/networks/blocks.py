@@ -47,7 +47,8 @@ class UNetBlock(nn.Module):
         resample = {"up": self.up, "down": self.down, "taps": self.taps}
         norm = lambda name: GroupNorm(self.eps, self.groups, name=name)  # noqa: E731
 
-        x = settled(x, emb)
+        if not self.is_initializing():
+            x = settled(x, self.variables["params"]["norm0"]["scale"])
         h = nn.silu(norm("norm0")(x))
         h = Conv(self.out, 3, self.kernel_init, name="conv0", **resample, **common)(h)
         width = self.out * (2 if self.adaptive_scale else 1)

@@ -63,7 +63,8 @@ def _settled(x: Array, witness: Array) -> Array:
     XLA's CPU backend copies chains of cheap operations into every operation that reads them. What travels along a
     network's skip connections is such a chain: every block would add up all earlier blocks again (in the gradient all
     later ones) in each of its operations, some of them with strided reads. The branch is decided at run time by a
-    number of the witness that is always finite, so no compiler can look through it.
+    number of the witness that is always finite, so no compiler can look through it: a parameter, which every device
+    has.
     """
     known = jnp.isfinite(witness[(0,) * witness.ndim])
     return lax.cond(known, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
