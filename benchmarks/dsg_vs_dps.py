@@ -20,7 +20,7 @@ from ogdm_jax import startup
 TASKS = ("inpaint", "super_resolution", "deblur")
 SIZES = {
     "dsg": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95),
-    "dps": (0.3, 1.0, 3.0, 6.0, 12.0, 24.0),
+    "dps": (0.3, 1.0, 3.0, 6.0, 12.0, 24.0, 48.0),
     "mpgd": (0.05, 0.1, 0.2, 0.5, 0.7, 1.0, 2.0, 4.0),
     "diffpir": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 8.0),
     "ddnm": (1.0,),
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="none,dps,dsg,mpgd,ddnm,diffpir")
     parser.add_argument("--noise", type=float, default=0.05)
-    parser.add_argument("--factor", type=int, default=2)
+    parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--solver", default="ddim", help="ddim or heun, with eta 1")
     parser.add_argument("--clock", default="wall", help="wall or cpu")
     parser.add_argument("--minutes", type=float, default=15, help="no new task or number of steps after this time")

@@ -55,6 +55,18 @@ def test_convolution_in_loops_and_batches():
     assert half(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_settled_is_the_identity_of_every_order():
+    x, witness = normal(2, 3, 3, 4), jnp.ones(4)
+    cube = lambda f: lambda x: jnp.sum(f(x) ** 3)  # noqa: E731
+    settled = lambda x: convolution.settled(x, witness)  # noqa: E731
+    identity = lambda x: x  # noqa: E731
+    hessian = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(cube(f))(x))))  # noqa: E731
+    for of in (cube, lambda f: jax.grad(cube(f)), hessian):
+        np.testing.assert_allclose(jax.jit(of(settled))(x), of(identity)(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(jax.vmap(settled)(x[:, None]), x[:, None])
+    np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(convolution.settled(x, w)))(witness), 0)
+
+
 def test_strided_convolution_and_errors():
     x, kernel = normal(1, 6, 6, 2), normal(3, 3, 2, 4, seed=1)
     np.testing.assert_allclose(
