@@ -370,6 +370,7 @@ class Toy:
 
     image_shape = (2, 2, 1)
     label_dim = 2
+    table = None
 
     def denoiser(self, params, buffers=None):
         return by_class

@@ -11,7 +11,7 @@ from ogdm_jax.methods.slots import Guidance
 
 
 class _Model:
-    image_shape, label_dim = (4, 4, 1), 0
+    image_shape, label_dim, table = (4, 4, 1), 0, None
 
     def denoiser(self, params, buffers):
         return lambda x, sigma, label=None: x * params / (params + sigma[:, None, None, None] ** 2)

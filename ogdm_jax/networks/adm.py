@@ -122,7 +122,7 @@ class DhariwalUNet(nn.Module):
         h = middle(h, block, sides[-1])
         if tap == "mid":
             return h
-        h = decode(h, skips, *plan)
+        h = layers.settle(self, decode(h, skips, *plan), "out_norm")
         h = nn.silu(layers.GroupNorm(1e-5, name="out_norm")(h))
         features = self.img_channels if self.out_channels is None else self.out_channels
         h = layers.Conv(features, 3, zero, name="out_conv", dtype=self.dtype)(h)

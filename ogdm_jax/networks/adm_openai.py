@@ -162,6 +162,7 @@ class ADMUNet(_Trunk):
         if tap == "mid":
             return h
         h = decode(h, skips, block, self.sides, self.widths, self.num_blocks, self.attn_resolutions)
+        h = layers.settle(self, h, "out_norm")
         h = nn.silu(layers.GroupNorm(_EPS, _GROUPS, name="out_norm")(h))
         features = self.img_channels if self.out_channels is None else self.out_channels
         h = layers.Conv(features, 3, _ZERO, name="out_conv", dtype=self.dtype)(h)

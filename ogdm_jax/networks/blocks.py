@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ogdm_jax.networks.layers import Conv, Dense, GroupNorm, Initializer, attention, dropout, settled
+from ogdm_jax.networks.layers import Conv, Dense, GroupNorm, Initializer, attention, dropout, settle
 from ogdm_jax.typing import Array
 
 
@@ -47,8 +47,7 @@ class UNetBlock(nn.Module):
         resample = {"up": self.up, "down": self.down, "taps": self.taps}
         norm = lambda name: GroupNorm(self.eps, self.groups, name=name)  # noqa: E731
 
-        if not self.is_initializing():
-            x = settled(x, self.variables["params"]["norm0"]["scale"])
+        x = settle(self, x, "norm0")
         h = nn.silu(norm("norm0")(x))
         h = Conv(self.out, 3, self.kernel_init, name="conv0", **resample, **common)(h)
         width = self.out * (2 if self.adaptive_scale else 1)

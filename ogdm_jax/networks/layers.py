@@ -34,7 +34,7 @@ __all__ = [
     "one_hot",
     "positional_embedding",
     "scaled_init",
-    "settled",
+    "settle",
     "upsample",
 ]
 
@@ -215,6 +215,13 @@ def _normalise_backward(groups: int, eps: float, residuals, dy: Array):
 
 
 _closed_form.defvjp(_normalise_forward, _normalise_backward)
+
+
+def settle(module: nn.Module, x: Array, norm: str) -> Array:
+    """x before the module's norm of this name and whatever else reads it: see `convolution.settled`."""
+    if module.is_initializing():
+        return x
+    return settled(x, module.variables["params"][norm]["scale"])
 
 
 def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) -> Array:

@@ -169,6 +169,7 @@ class SongUNet(nn.Module):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), f"{at}block{i}", width, attend)
 
         at = f"dec_{self.img_resolution}x{self.img_resolution}_"
+        h = layers.settle(self, h, at + "aux_norm")
         h = nn.silu(layers.GroupNorm(1e-6, name=at + "aux_norm")(h))
         features = self.img_channels if self.out_channels is None else self.out_channels
         return conv(at + "aux_conv", features, almost_zero)(h).astype(out_type)
