@@ -5,7 +5,7 @@
 The authors' formulation, re-stated from the paper's code description: an explicit difference array (batch, references,
 pixels), its squares summed, a softmax, and the weights times a repeated copy of the references. It runs in a second
 process (PYTHON: an interpreter with PyTorch; default this one), one call a round, in turn with ours; both get the same
-numbers. Printed: median and fastest times, their ratio, memory beyond the inputs, and the error against float64.
+numbers. --official DIR runs the authors' own function from a checkout of their repository instead. Printed: median and fastest times, their ratio, memory beyond the inputs, and the error against float64.
 The default size needs about 2 GB for the PyTorch side; batch 128 with 4096 references needs 12 GB.
 
 --step adds a train step of benchmarks/train_step.py's network of that name to the turns, and prints the target's share
@@ -62,6 +62,11 @@ def serve_torch(args: argparse.Namespace) -> None:
         weights = weights / weights.sum(dim=1, keepdim=True)
         return torch.sum(weights.unsqueeze(2) * known.unsqueeze(0).repeat(len(x), 1, 1), dim=1)
 
+    if args.official:
+        sys.path.insert(0, args.official)
+        from training.loss import EDMLoss
+
+        target = lambda: EDMLoss().stf_targets(sigma, x, known)  # noqa: E731
     with torch.no_grad():
         np.save(args.worker, target().numpy())
         workers.serve(target, {"megabytes": peak_mb() - before})
@@ -72,6 +77,7 @@ def main() -> None:
     for name, value in (("batch", 32), ("references", 1024), ("side", 32), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--torch", default=sys.executable, help="interpreter with PyTorch; empty = ours alone")
+    parser.add_argument("--official", default="", help="checkout of Newbeeer/stf, run there instead of our restatement")
     parser.add_argument("--step", default="", help="network of benchmarks/train_step.py; empty = no step")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -99,7 +105,7 @@ def main() -> None:
     if args.torch:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "target.npy"
-            sizes = [f"--{n}={getattr(args, n)}" for n in ("batch", "references", "side")]
+            sizes = [f"--{n}={getattr(args, n)}" for n in ("batch", "references", "side", "official")]
             others["PyTorch"] = workers.Worker([args.torch, __file__, *sizes, f"--worker={saved}"])
             errors["PyTorch"] = np.abs(np.load(saved) - truth).max()
         megabytes["PyTorch"] = others["PyTorch"].about["megabytes"]
