@@ -5,8 +5,9 @@
 The authors' formulation, re-stated from the paper's code description: an explicit difference array (batch, references,
 pixels), its squares summed, a softmax, and the weights times a repeated copy of the references. It runs in a second
 process (PYTHON: an interpreter with PyTorch; default this one), one call a round, in turn with ours; both get the same
-numbers. --official DIR runs the authors' own function from a checkout of their repository instead. Printed: median and fastest times, their ratio, memory beyond the inputs, and the error against float64.
-The default size needs about 2 GB for the PyTorch side; batch 128 with 4096 references needs 12 GB.
+numbers. --official DIR runs the authors' own function from a checkout of their repository instead. Printed: median and
+fastest times, their ratio, memory beyond the inputs, and the error against float64. The default size needs about 2 GB
+for the PyTorch side; batch 128 with 4096 references needs 12 GB.
 
 --step adds a train step of benchmarks/train_step.py's network of that name to the turns, and prints the target's share
 of the step for --batch images (the step runs on few images; its time is taken to grow with their number).
