@@ -76,13 +76,14 @@ def main() -> None:
 
     from ogdm_jax import generate, restore
     from ogdm_jax.evaluation import report
+    from ogdm_jax.pixels import to_float
     from ogdm_jax.training import finish
 
     trained = finish.open_workdir(args.workdir)
     shape = trained.model.image_shape
     total = args.tune + args.num
     source = restore.open_input(args.input, shape)
-    clean = source.take(np.arange(total))["image"].astype(np.float32) / 127.5 - 1
+    clean = to_float(source.take(np.arange(total))["image"])
     seeds = np.arange(total)
     out, started = Path(args.out), time.perf_counter()
     rows: list[dict] = []

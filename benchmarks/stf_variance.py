@@ -32,7 +32,7 @@ def main() -> None:
 
     from ogdm_jax import data
     from ogdm_jax.methods.stf import stable_target
-    from ogdm_jax.training.step import to_float
+    from ogdm_jax.pixels import to_float
 
     digits = to_float(jnp.asarray(data.open_source("digits").images)).reshape(-1, 64)
     centres = jax.random.normal(jax.random.key(7), (8, 64))  # eight modes of the digits' size, well apart

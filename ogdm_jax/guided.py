@@ -17,6 +17,7 @@ from ogdm_jax.diffusion import kicks, operators, process
 from ogdm_jax.diffusion.solvers import Kick
 from ogdm_jax.methods import cfg, dg, dsg
 from ogdm_jax.methods.slots import Guidance, check_guidance
+from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import PyTree
 
 DPS_SCALE = {"inpaint": 0.5, "phase_retrieval": 1.0}  # of the released code; 0.3 for the other tasks
@@ -309,7 +310,7 @@ def _measure(args: argparse.Namespace, run: Any, seeds: np.ndarray) -> tuple[res
     settings = restore.Settings(**{name: value for name, value in words.items() if value not in (None, "")})
     task = restore.make_task(args.task, settings, shape)
     taken = source.take(np.arange(len(seeds)))
-    images = taken["image"].astype(np.float32) / 127.5 - 1
+    images = to_float(taken["image"])
     if not classes or args.label is not None:
         labels = generate.labels_for(seeds, classes, args.label)
     elif source.num_classes == classes and not source.label_size:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
@@ -41,11 +42,6 @@ def class_mask(label: Array, reference_label: Array) -> Array:
     A reference whose own label was dropped (-1) only serves queries without a label. A query's own source always stays.
     """
     return (label[:, None] == reference_label[None, :]) | (label[:, None] < 0)
-
-
-def to_float(images: Array, dtype) -> Array:
-    """Images of dtype in [-1, 1]: uint8 as image / 127.5 - 1, numbers as they are."""
-    return images.astype(dtype) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images.astype(dtype)
 
 
 def _one_pass(x: Array, sigma: Array, references: Array, allowed: Array | None) -> Sums:

@@ -196,8 +196,8 @@ def _multistep_body(p: Problem) -> Body:
 
 def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """First step Heun, then Adams-Bashforth 2: n + 1 evaluations (arXiv 2202.09778; OGDM's sampler of EDM models)."""
-    if n < FEWEST_STEPS["spndm"]:
-        raise ValueError(f"solver 'spndm' with {n} step; expected at least 2: the first is a Heun step")
+    if n < (least := FEWEST_STEPS["spndm"]):
+        raise ValueError(f"solver 'spndm' with {n} step; expected at least {least}: the first is a Heun step")
 
     def start(x, memory, info):
         x0_hat = p.x0(x, info.sigma)
@@ -209,8 +209,8 @@ def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
 
 def fpndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """Three Runge-Kutta steps, then Adams-Bashforth 4: n + 9 evaluations (arXiv 2202.09778)."""
-    if n < FEWEST_STEPS["fpndm"]:
-        raise ValueError(f"solver 'fpndm' with {n} steps; expected at least 4: the first three are Runge-Kutta steps")
+    if n < (least := FEWEST_STEPS["fpndm"]):
+        raise ValueError(f"solver 'fpndm' with {n} steps; expected at least {least}: the first three are Runge-Kutta")
 
     def start(x, memory, info):
         sigma, middle, end = info.sigma, (info.sigma + info.sigma_next) / 2, info.sigma_next

@@ -1,4 +1,4 @@
-"""Images for people: the 8-bit rounding every file shares, grids, PNG and animation files."""
+"""Images for people: grids, PNG and animation files."""
 
 import math
 import os
@@ -7,21 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-
-def to_uint8(images) -> np.ndarray:
-    """[-1, 1] -> 0..255 as EDM's generate.py: x * 127.5 + 128, clipped, the fraction cut off. uint8 passes unchanged.
-
-    Cutting after adding 128 (not 127.5) is rounding to the nearest level of x * 127.5 + 127.5, so the inverse
-    uint8 / 127.5 - 1 comes back to the same integer.
-    """
-    images = np.asarray(images)
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        images = images.astype(np.float32)  # bfloat16 and integers in [-1, 1]
-    if np.isnan(images).any():
-        raise ValueError("images: contain NaN; expected numbers in [-1, 1].")
-    return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8)
+from ogdm_jax.pixels import to_uint8
 
 
 def grid(images, columns: int | None = None, padding: int = 0, scale: int = 1) -> np.ndarray:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
 HIDDEN = 64
@@ -137,7 +138,7 @@ def _init(rng: np.random.Generator, shape: tuple[int, int, int], classes: int) -
 
 def _forward(params: PyTree, images: Array) -> tuple[Array, Array]:
     """uint8 images -> (raw features, logits)."""
-    x = images.astype(jnp.float32) / 127.5 - 1
+    x = to_float(images)
     pooled = []
     for stride, layer in zip(_strides(max(images.shape[1:3])), params["convolutions"], strict=True):
         x = jax.lax.conv_general_dilated(

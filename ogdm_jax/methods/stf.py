@@ -21,9 +21,10 @@ import numpy as np
 from ogdm_jax import randomness
 from ogdm_jax.config import choose, require
 from ogdm_jax.data.augment import flip, isometric
-from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, to_float, weighted_sums
+from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, weighted_sums
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
 from ogdm_jax.methods.slots import Context, Example, Metrics, Slots, noise_bins
+from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
 DEFAULTS: dict[str, Any] = {

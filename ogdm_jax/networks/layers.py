@@ -168,19 +168,23 @@ def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
     squaring: it cancels in the result, and unlike E[x^2] - E[x]^2 nothing is lost where a channel's mean is large
     against its spread.
     """
-    b, h, w, channels = x.shape
+    h, w = x.shape[1:3]
     x = x.astype(wide(x.dtype))
     anchor = lax.stop_gradient(x[:, h // 2 : h // 2 + 1, w // 2 : w // 2 + 1])
     centred = x - anchor
-    first = jnp.mean(centred, axis=(1, 2))
-    spread = jnp.mean(jnp.square(centred), axis=(1, 2)) - jnp.square(first)
-    per_group = (b, groups, channels // groups)
-    mean_c = (first + anchor[:, 0, 0]).reshape(per_group)
-    mean = jnp.mean(mean_c, axis=2, keepdims=True)
-    variance = jnp.mean(spread.reshape(per_group) + jnp.square(mean_c - mean), axis=2, keepdims=True)
-    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
-    per_channel = lambda s: jnp.broadcast_to(s, per_group).reshape(b, 1, 1, channels)  # noqa: E731
-    return per_channel(mean), per_channel(inverse)
+    first = jnp.mean(centred, axis=(1, 2), keepdims=True)
+    spread = jnp.mean(jnp.square(centred), axis=(1, 2), keepdims=True) - jnp.square(first)
+    mean_c = first + anchor
+    mean = _group_mean(mean_c, groups)
+    variance = _group_mean(spread + jnp.square(mean_c - mean), groups)
+    return mean, lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
+
+
+def _group_mean(v: Array, groups: int) -> Array:
+    """The mean over a group's channels, at each of them: [B,1,1,C] -> [B,1,1,C]."""
+    b, channels = v.shape[0], v.shape[-1]
+    mean = jnp.mean(v.reshape(b, groups, -1), axis=2, keepdims=True)
+    return jnp.broadcast_to(mean, (b, groups, channels // groups)).reshape(v.shape)
 
 
 _closed_form = jax.custom_vjp(_normalise, nondiff_argnums=(3, 4))
@@ -198,18 +202,12 @@ def _normalise_backward(groups: int, eps: float, residuals, dy: Array):
     Two passes over x and dy, one for the sums and one for dx; differentiable again like any other function.
     """
     x, scale, mean, inverse = residuals
-    b, h, w, channels = x.shape
+    pixels = x.shape[1] * x.shape[2]
     centred, dy = x.astype(mean.dtype) - mean, dy.astype(mean.dtype)
     sum_dy = jnp.sum(dy, axis=(1, 2), keepdims=True)
     sum_dyz = jnp.sum(dy * centred, axis=(1, 2), keepdims=True) * inverse
-
-    def group_mean(v: Array) -> Array:
-        total = jnp.sum(v.reshape(b, groups, channels // groups), axis=2, keepdims=True)
-        each = jnp.broadcast_to(total / (h * w * (channels // groups)), (b, groups, channels // groups))
-        return each.reshape(b, 1, 1, channels)
-
-    along = inverse * group_mean(sum_dyz * scale)
-    dx = inverse * (dy * scale - group_mean(sum_dy * scale) - centred * along)
+    along = inverse * _group_mean(sum_dyz * scale / pixels, groups)
+    dx = inverse * (dy * scale - _group_mean(sum_dy * scale / pixels, groups) - centred * along)
     parameters = (jnp.sum(v, axis=0, keepdims=True).astype(scale.dtype) for v in (sum_dyz, sum_dy))
     return dx.astype(x.dtype), *parameters
 

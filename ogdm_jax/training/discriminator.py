@@ -30,6 +30,7 @@ from ogdm_jax.methods import dg, slots
 from ogdm_jax.model import Model
 from ogdm_jax.networks import feature_discriminator
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
+from ogdm_jax.pixels import to_float
 from ogdm_jax.training import checkpoint, fakes, finish, loop, metrics, optim
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import step as steps
@@ -181,7 +182,7 @@ def training_loss(config: ConfigDict, network: FeatureDiscriminator, xflip: bool
 
     def loss(params: PyTree, state: Any, frozen: PyTree, batch: steps.Batch, key: Array):
         keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])  # noqa: E731
-        image = steps.to_float(batch["image"])
+        image = to_float(batch["image"])
         if xflip:
             mirrored = augment.xflip(keys("xflip"), image)
             image = jnp.where((batch["real"] == 1)[:, None, None, None], mirrored, image)
@@ -232,7 +233,7 @@ class HeldOut:
 
         def values(params, extractor, batch):
             ratio = ratio_of(run.model, run.config.dg.clock, 0.0)({"params": params, "extractor": extractor})
-            return _judge(run.config, ratio, steps.to_float(batch["image"]), batch, jax.random.key(0))
+            return _judge(run.config, ratio, to_float(batch["image"]), batch, jax.random.key(0))
 
         return jax.jit(values)
 

@@ -19,17 +19,13 @@ from ogdm_jax.data import augment as augmentation
 from ogdm_jax.diffusion.noise import NoiseLaw
 from ogdm_jax.methods import slots
 from ogdm_jax.model import Model
+from ogdm_jax.pixels import to_float
 from ogdm_jax.training import optim
 from ogdm_jax.training.state import CompanionState, TrainState, companion_optimiser
 from ogdm_jax.typing import Array, PyTree
 
 Batch = dict[str, Any]
 Step = Callable[[TrainState, PyTree, Batch, Array], tuple[TrainState, dict[str, Array]]]
-
-
-def to_float(images: Array) -> Array:
-    """uint8 [0, 255] -> float32 [-1, 1]: image / 127.5 - 1."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def draw_example(
