@@ -76,6 +76,17 @@ def test_strided_convolution_and_errors():
         convolution.conv2d(x, kernel[:, :, :1])
 
 
+@pytest.mark.parametrize("side,size,stride", [(6, 3, 1), (6, 3, 2), (7, 5, 2), (5, 5, 1), (2, 5, 2), (3, 1, 2)])
+def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size, stride):
+    x, kernel = normal(2, side, side + 1, 3), normal(size, size, 1, 3, seed=1)
+    weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))  # noqa: E731
+    run = lambda: (convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel))  # noqa: E731
+    shifted = run()
+    monkeypatch.setattr(convolution, "on_cpu", lambda: False)
+    for a, b in zip(shifted, run(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("up,down,padding", [(1, 1, 0), (2, 1, (2, 1)), (1, 2, 1), (2, 2, (3, -1)), (3, 1, (0, 2))])
 def test_fir_is_upfirdn(up, down, padding):
     """Against NumPy: insert up - 1 zeros after each pixel, pad, convolve with the outer product, keep every down-th."""

@@ -173,6 +173,5 @@ def distance_report(
     }
     a, b, generated = (part[:MOST_NEIGHBOURS] for part in first)
     for ending, part in (("", generated), ("_floor", b)):
-        result["precision" + ending], result["recall" + ending] = metrics.precision_recall(a, part, k)
-        result["density" + ending], result["coverage" + ending] = metrics.density_coverage(a, part, k)
+        result |= {name + ending: value for name, value in metrics.manifolds(a, part, k).items()}
     return result

@@ -173,66 +173,53 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np
         yield slice(i, i + len(rows)), np.maximum(distances, 0)
 
 
-class _Neighbours:
-    """Squared k-th neighbour radii of both sets, the sets centred so that the matrix products cancel little.
-
-    A generated image that is a copy of a training image lies exactly on spheres; `tie` is how far the rounding of a
-    matrix product can move it, so that <= and < mean what they say.
-    """
-
-    def __init__(self, x, y, k: int):
-        x, y = _pair(x, y, 2)
-        if not 1 <= k < min(len(x), len(y)):
-            raise ValueError(f"k: {k}; expected between 1 and {min(len(x), len(y)) - 1}, below the smaller set.")
-        centre = x.mean(0)[None]
-        self.x, self.y = x - centre, y - centre
-        self.tie = 1e-12 * max(float((self.x**2).sum(1).max()), float((self.y**2).sum(1).max()))
-        self.work = (len(x) + len(y)) ** 2 * x.shape[1]
-        with _threads(self.work):
-            self.x_radii, self.y_radii = self._radii(self.x, k), self._radii(self.y, k)
-
-    def rows(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows of x, their squared distances to all y), chunk by chunk."""
-        with _threads(self.work):
-            yield from _squared_distances(self.x, self.y)
-
-    @staticmethod
-    def _radii(x: np.ndarray, k: int) -> np.ndarray:
-        radii = np.empty(len(x))
-        for rows, distances in _squared_distances(x, x):
-            distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1  # itself is not a neighbour
-            radii[rows] = np.partition(distances, k, axis=1)[:, k]
-        return radii
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th neighbour."""
+    radii = np.empty(len(x))
+    for rows, distances in _squared_distances(x, x):
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1  # itself is not a neighbour
+        radii[rows] = np.partition(distances, k, axis=1)[:, k]
+    return radii
 
 
-def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
-    """(precision, recall) of generated y [m, d] against real x [n, d] with k-nearest-neighbour manifolds.
+def manifolds(x, y, k: int = 5) -> dict[str, float]:
+    """{"precision", "recall", "density", "coverage"} of generated y [m, d] against real x [n, d], from one pass.
 
     precision = share of y within the ball of some x_i, whose radius is the distance to x_i's k-th neighbour in x
     (borders count); recall = the same with the sets exchanged. Source: Kynkaanniemi et al., arXiv 1904.06991, eq. 1-2.
+    density = 1/(k m) * the number of pairs with y_j inside the open ball of x_i (1 on average for equal laws, may
+    exceed 1); coverage = share of the open balls that hold some y_j. Source: Naeem et al., arXiv 2002.09797, eq. 3-4.
     """
-    near = _Neighbours(x, y, k)
-    in_real, in_fake = np.zeros(len(near.y), bool), np.zeros(len(near.x), bool)
-    for rows, distances in near.rows():
-        in_real |= (distances <= near.x_radii[rows, None] + near.tie).any(0)
-        in_fake[rows] = (distances <= near.y_radii[None] + near.tie).any(1)
-    return float(in_real.mean()), float(in_fake.mean())
+    x, y = _pair(x, y, 2)
+    if not 1 <= k < min(len(x), len(y)):
+        raise ValueError(f"k: {k}; expected between 1 and {min(len(x), len(y)) - 1}, below the smaller set.")
+    centre = x.mean(0)[None]
+    x, y = x - centre, y - centre  # so that the matrix products cancel little
+    # A copy of a training image lies exactly on spheres; this is how far the rounding of a matrix product can move it.
+    tie = 1e-12 * max(float((x**2).sum(1).max()), float((y**2).sum(1).max()))
+    in_real, in_fake, covered, pairs = np.zeros(len(y), bool), np.zeros(len(x), bool), np.zeros(len(x), bool), 0
+    with _threads((len(x) + len(y)) ** 2 * x.shape[1]):
+        x_radii, y_radii = _radii(x, k), _radii(y, k)
+        for rows, distances in _squared_distances(x, y):
+            in_real |= (distances <= x_radii[rows, None] + tie).any(0)
+            in_fake[rows] = (distances <= y_radii[None] + tie).any(1)
+            inside = distances < x_radii[rows, None] - tie
+            covered[rows] = inside.any(1)
+            pairs += int(inside.sum())
+    found = {"precision": in_real.mean(), "recall": in_fake.mean(), "density": pairs / (k * len(y))}
+    return {name: float(value) for name, value in (found | {"coverage": covered.mean()}).items()}
+
+
+def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
+    """(precision, recall) of generated y [m, d] against real x [n, d]: see `manifolds`."""
+    found = manifolds(x, y, k)
+    return found["precision"], found["recall"]
 
 
 def density_coverage(x, y, k: int = 5) -> tuple[float, float]:
-    """(density, coverage) of generated y [m, d] against real x [n, d].
-
-    density = 1/(k m) * the number of pairs with y_j inside the open k-neighbour ball of x_i (1 on average for equal
-    laws, may exceed 1); coverage = share of real balls that hold at least one y_j.
-    Source: Naeem et al., arXiv 2002.09797, eq. 3-4.
-    """
-    near = _Neighbours(x, y, k)
-    pairs, covered = 0, 0
-    for rows, distances in near.rows():
-        inside = distances < near.x_radii[rows, None] - near.tie
-        pairs += int(inside.sum())
-        covered += int(inside.any(1).sum())
-    return pairs / (k * len(near.y)), covered / len(near.x)
+    """(density, coverage) of generated y [m, d] against real x [n, d]: see `manifolds`."""
+    found = manifolds(x, y, k)
+    return found["density"], found["coverage"]
 
 
 def inception_score(probabilities, splits: int = 10) -> tuple[float, float]:

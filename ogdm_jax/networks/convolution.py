@@ -56,9 +56,9 @@ def _conv_backward(padding: Pads, residuals, dy: Array):
     return dx, _kernel_gradient(x, dy, padding)
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def _settled(x: Array, witness: Array) -> Array:
-    """x, written to memory once.
+    """x, written to memory once; its gradient likewise.
 
     XLA's CPU backend copies chains of cheap operations into every operation that reads them. What travels along a
     network's skip connections is such a chain: every block would add up all earlier blocks again (in the gradient all
@@ -70,15 +70,7 @@ def _settled(x: Array, witness: Array) -> Array:
     return lax.cond(known, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
 
 
-_settled.defjvp(lambda primals, tangents: (_settled(*primals), tangents[0]))
-
-
-@jax.custom_vjp
-def _settled_with_gradient(x: Array, witness: Array) -> Array:
-    return _settled(x, witness)
-
-
-_settled_with_gradient.defvjp(
+_settled.defvjp(
     lambda x, witness: (_settled(x, witness), witness),
     lambda witness, dx: (_settled(dx, witness), jnp.zeros_like(witness)),
 )
@@ -86,7 +78,7 @@ _settled_with_gradient.defvjp(
 
 def settled(x: Array, witness: Array) -> Array:
     """x itself; on CPU x and its gradient are computed once, not by every operation that reads them (`_settled`)."""
-    return _settled_with_gradient(x, witness) if on_cpu() else x
+    return _settled(x, witness) if on_cpu() else x
 
 
 def on_cpu() -> bool:
@@ -146,6 +138,30 @@ def conv2d(x: Array, kernel: Array, padding: int | Pads | None = None, stride: i
     if stride == 1 and on_cpu():
         return _conv(x, kernel, padding)
     return _plain(x, kernel, stride, padding)
+
+
+def depthwise(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Cross-correlation of every channel with a filter of its own, padded to "SAME" (H' = H / stride, rounded up).
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, 1, C], the dtype of x.
+
+    On CPU a sum of shifted slices, a twentieth of the time of XLA's grouped convolution there.
+    """
+    b, *sides, channels = x.shape
+    pads = tuple(lax.padtype_to_pads(sides, kernel.shape[:2], (stride, stride), "SAME"))
+    if not on_cpu():
+        with jax.default_matmul_precision("highest"):
+            return _plain(x, kernel, stride, pads, channels)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = (((side - 1) // stride) * stride + 1 for side in sides)
+
+    def shifted(i: int, j: int) -> Array:
+        seen = lax.slice(x, (0, i, j, 0), (b, i + height, j + width, channels), (1, stride, stride, 1))
+        return seen * kernel[i : i + 1, j : j + 1]
+
+    return functools.reduce(jnp.add, (shifted(i, j) for i, j in np.ndindex(*kernel.shape[:2])))
 
 
 def fir(x: Array, taps: Sequence[float], up: int = 1, down: int = 1, padding: int | tuple[int, int] = 0) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.networks.convolution import depthwise
 from ogdm_jax.networks.inception import FrozenNorm
 from ogdm_jax.typing import Array
 
@@ -18,11 +19,21 @@ _LAST = (3, 1, 6, 320, 1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1]: what the weights were trained on
 
 
-def _conv(features: int, kernel: int, stride: int, name: str, groups: int = 1) -> nn.Conv:
+def _conv(features: int, kernel: int, stride: int, name: str) -> nn.Conv:
     size, strides, highest = (kernel, kernel), (stride, stride), jax.lax.Precision.HIGHEST
-    return nn.Conv(
-        features, size, strides, "SAME", feature_group_count=groups, use_bias=False, precision=highest, name=name
-    )
+    return nn.Conv(features, size, strides, "SAME", use_bias=False, precision=highest, name=name)
+
+
+class Depthwise(nn.Module):
+    """One k x k filter a channel."""
+
+    kernel: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = self.kernel, self.kernel, 1, x.shape[-1]
+        return depthwise(x, self.param("kernel", nn.initializers.lecun_normal(), shape), self.stride)
 
 
 class InvertedResidual(nn.Module):
@@ -38,7 +49,7 @@ class InvertedResidual(nn.Module):
         h, width = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
             h = nn.relu6(FrozenNorm(name="_bn0")(_conv(width, 1, 1, "_expand_conv")(h)))
-        h = nn.relu6(FrozenNorm(name="_bn1")(_conv(width, self.kernel, self.stride, "_depthwise_conv", width)(h)))
+        h = nn.relu6(FrozenNorm(name="_bn1")(Depthwise(self.kernel, self.stride, name="_depthwise_conv")(h)))
         h = FrozenNorm(name="_bn2")(_conv(self.features, 1, 1, "_project_conv")(h))
         return x + h if h.shape == x.shape else h
 
