@@ -129,8 +129,16 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    dim = x.shape[1]
-    return sum(float(((x[i : i + _CHUNK] @ y.T / dim + 1) ** 3).sum()) for i in range(0, len(x), _CHUNK))
+    """Sum of the kernel over all pairs; of a set with itself, each pair of chunks is computed once."""
+    same, total = x is y, 0.0
+    for i in range(0, len(x), _CHUNK):
+        rows = x[i : i + _CHUNK]
+        for j in range(i if same else 0, len(y), _CHUNK):
+            kernel = rows @ y[j : j + _CHUNK].T
+            kernel /= x.shape[1]
+            kernel += 1
+            total += (2 if same and j > i else 1) * float(np.vdot(kernel, kernel * kernel))
+    return total
 
 
 def _kernel_diagonal(x: np.ndarray) -> float:
