@@ -144,8 +144,8 @@ def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> 
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON; from_json gives it back (tuples are restored)."""
-    return json.dumps(_plain(config), indent=1, sort_keys=True)
+    """The configuration as JSON, infinity as "inf"; from_json gives it back (tuples are restored)."""
+    return json.dumps(_plain(config), indent=1, sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> ConfigDict:
@@ -156,13 +156,17 @@ def from_json(text: str) -> ConfigDict:
 def _plain(value: Any) -> Any:
     if isinstance(value, (ConfigDict, dict)):
         return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_tuples(v) for v in value)
+    return float(value) if value in ("inf", "-inf") else value
 
 
 def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:

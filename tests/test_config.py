@@ -1,5 +1,6 @@
 """Configurations: every file builds, every wrong setting is one sentence."""
 
+import json
 import types
 
 import jax
@@ -20,6 +21,7 @@ NAMES = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem no
 def test_every_configuration_loads_and_survives_json(name):
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py")
     again = configs.from_json(configs.to_json(config))
+    json.loads(configs.to_json(config), parse_constant=pytest.fail)  # Infinity and NaN are no JSON
     assert configs.flatten(again) == configs.flatten(config)
     with pytest.raises(AttributeError):
         config.no_such_group = 1
