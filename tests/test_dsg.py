@@ -223,6 +223,17 @@ class TestKick:
         windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
         assert [is_plain(windowed, info_at(i, 6, sigma)) for i, sigma in ((0, 1.0), (1, 0.5))] == [True, False]
 
+    @pytest.mark.parametrize("make", [dsg.spherical, dsg.posterior])
+    def test_unguided_steps_are_clipped_as_the_guided_ones(self, make):
+        at, eps, far = info_at(0, 6), draws(9)[1], 8 * LATENTS
+        x0_hat = np.clip(evaluate_at(at)(far), -1, 1)
+        mean, std = transition_at(at)(x0_hat, far)
+        kick = make(LOSS, 0.5, interval=3, clip_mean=True)
+        assert np.abs(plain_kick(evaluate_at(at), transition_at(at), far, eps, at)[0] - mean - std[0] * eps).max() > 0.1
+        np.testing.assert_allclose(
+            kick(evaluate_at(at), transition_at(at), far, eps, at)[0], mean + std[0] * eps, atol=1e-5
+        )
+
     @pytest.mark.parametrize("settings", [{"interval": 2}, {"window": (0.5, 4.0)}], ids=str)
     @pytest.mark.parametrize("solver", ["ddim", "heun", "ancestral"])
     def test_unguided_steps_of_a_whole_run_are_those_of_the_base_sampler(self, solver, settings):

@@ -102,14 +102,13 @@ def clipped(x0_hat: Array, clip: bool) -> Array:
     return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
 
 
-def on_steps(
-    kick: Kick, interval: int = 1, window: tuple[float, float] | None = None, plain: Kick = plain_kick
-) -> Kick:
+def on_steps(kick: Kick, interval: int = 1, window: tuple[float, float] | None = None, clip_mean: bool = False) -> Kick:
     """The kick on some steps, the plain transition on the others: a real branch, so that those cost no gradient.
 
     Args:
       interval: guided are the steps whose index, counted down to 0 at the last step, is a multiple of it (as released).
       window: (low, high): guided are noise levels with low <= sigma <= high; None: all.
+      clip_mean: the other steps' transitions see x0_hat clipped to [-1, 1].
 
     Raises:
       ValueError: interval < 1, or an empty window.
@@ -121,13 +120,14 @@ def on_steps(
         return kick
 
     def sometimes(evaluate, transition, x, noise, info):
+        clipping = lambda x0_hat, x: transition(clipped(x0_hat, clip_mean), x)  # noqa: E731
         guided = (info.steps - 1 - info.step) % interval == 0
         if window is not None:
             guided &= inside(window, info)
         return jax.lax.cond(
             guided,
             lambda x, noise: kick(evaluate, transition, x, noise, info),
-            lambda x, noise: plain(evaluate, transition, x, noise, info),
+            lambda x, noise: plain_kick(evaluate, clipping, x, noise, info),
             x,
             noise,
         )

@@ -126,7 +126,8 @@ def spherical(
       stop: images whose loss is at most this take the plain step (the discrepancy principle: m std^2 of y's noise).
       backward: False takes the gradient at x0_hat, without a backward pass through the network.
       samples: > 0 smooths the gradient by so many draws (`kicks.smoothed`).
-      clip_loss, clip_mean: clip x0_hat to [-1, 1] for the loss, for the transition (released code: both, where linear).
+      clip_loss, clip_mean: clip x0_hat to [-1, 1] for the loss, for the transition of every step, guided or not
+        (released code: both, where linear).
 
     Raises:
       ValueError: a setting out of range; samples without a backward pass; at the call, an interval that leaves no
@@ -161,7 +162,7 @@ def spherical(
             noise,
         )
 
-    on_steps = kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
+    on_steps = kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window, clip_mean)
 
     def checked(evaluate, transition, x, noise, info):
         if interval > 1 and interval >= info.steps and not info.churned:
@@ -215,7 +216,7 @@ def posterior(
         return size * kicks.vp_factor(info) if coordinate == "vp" else size
 
     kick = kicks.descend(kicks.through_network(loss, clip_loss), step_size, clip_mean)
-    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window)
+    return kicks.on_steps(kicks.time_travel(kick, repeats, repeat_window), interval, window, clip_mean)
 
 
 def guidance(kick_of: Callable[[PyTree], Kick], given: PyTree, name: str = "dsg") -> Guidance:
