@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import compiling
@@ -31,11 +33,20 @@ def inside(folder: Path):
 
 def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
     """python -m ogdm_jax.interop WORDS, without the start of a process."""
+    return _here(folder, __main__.main, "interop", *words)
+
+
+def entry(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
+    """python NAME WORDS, without the start of a process."""
+    return _here(folder, lambda: runpy.run_path(str(tiny.ROOT / name), run_name="__main__"), name, *words)
+
+
+def _here(folder: Path, main: Callable[[], object], *argv: str) -> subprocess.CompletedProcess:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with inside(folder) as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["interop", *words])
+        patch.setattr(sys, "argv", [*argv])
         try:
-            __main__.main()
+            main()
         except SystemExit as stop:
             code = stop.code
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

@@ -10,6 +10,7 @@ import compiling
 import numpy as np
 import pytest
 import tiny
+from commands import entry
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
@@ -26,7 +27,13 @@ def run(script: str, *args: str, devices: int = 1) -> subprocess.CompletedProces
 def workdir(tmp_path_factory):
     """A trained folder: class-conditional, so that labels are tested too."""
     folder = tmp_path_factory.mktemp("cli")
-    more = ("train.duration=6 steps", "sample.every=3 steps", "log.tensorboard=true", "data.conditional=true")
+    more = (
+        "train.duration=6 steps",
+        "sample.every=3 steps",
+        "log.tensorboard=true",
+        "data.conditional=true",
+        "methods=",
+    )
     done = run("train.py", "--workdir", str(folder), *tiny.flags(tiny.ONE_LEVEL, *more))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -104,7 +111,7 @@ def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
     ],
 )
 def test_sample_refuses_with_one_sentence(workdir, args, words):
-    done = run("sample.py", "--workdir", str(workdir), *args)
+    done = entry(tiny.ROOT, "sample.py", "--workdir", str(workdir), *args)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
 
@@ -121,20 +128,20 @@ def test_sample_refuses_with_one_sentence(workdir, args, words):
         (("--config.data.batch=31", "--config.parallel.devices=2"), "data.batch"),
         (("--config.methods=ogdn",), "methods"),
         (("--config.sample.solver=magic",), "sample.solver"),
-        (("--config.init.workdir=/no/such/run",), "/no/such/run"),
+        (("--config.init.workdir=/no/such/run",), "config.init.workdir: '/no/such/run'"),
+        (("--config.methods=sp", "--config.sp.teacher=/no/such/run"), "config.sp.teacher: '/no/such/run'"),
     ],
 )
 def test_train_refuses_with_one_sentence(tmp_path, args, words):
-    done = run("train.py", "--workdir", str(tmp_path / "new"), *tiny.flags(), *args, devices=2)
+    done = entry(tiny.ROOT, "train.py", "--workdir", str(tmp_path / "new"), *tiny.flags(), *args)
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
-    assert "compiled" not in done.stdout
+    assert "compiled" not in done.stdout and not (tmp_path / "new").exists()
 
 
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
-    done = run(
-        "train.py", "--workdir", str(tmp_path), *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", "methods=")
-    )
+    words = ("--workdir", str(tmp_path))
+    done = entry(tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", "methods="))
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "--workdir", str(tmp_path), "--label", "3")
+    done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1

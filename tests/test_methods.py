@@ -72,7 +72,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("on", [(), *[(n,) for n in TRAINING], *PAIRS], ids=lambda on: "+".join(on) or "none")
+def _combinations():
+    """Those of one method that no test below needs are slow: the pairs hold them."""
+    for on in [(), *[(n,) for n in TRAINING], *PAIRS]:
+        marks = [pytest.mark.slow] if on in (("sp",), ("stf",)) else []
+        yield pytest.param(on, id="+".join(on) or "none", marks=marks)
+
+
+@pytest.mark.parametrize("on", _combinations())
 def test_methods_train_in_every_combination(on, pretrained):
     plan, devices, *flags = CASES.get(on, ("mesh", 2))
     teacher = [f"init.workdir={pretrained}"] if "sp" in on else []

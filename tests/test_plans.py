@@ -20,7 +20,8 @@ def one_device():
 @pytest.mark.parametrize(
     "plan,devices,more",
     [
-        ("pmap", 2, ()),
+        # without accumulation also in test_two_processes.py, on two processes of two devices
+        pytest.param("pmap", 2, (), marks=pytest.mark.slow),
         pytest.param("pmap", 8, (), marks=pytest.mark.slow),
         pytest.param("mesh", 4, (), marks=pytest.mark.slow),
         ("sharded", 8, ()),

@@ -14,7 +14,7 @@ import tiny
 
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find, load_weights
 
 ENV = os.environ | {"XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
 PLAIN = "methods="  # where the discriminator adds nothing but its compilation
@@ -121,6 +121,12 @@ def test_missing_or_other_networks_are_named(trained, tmp_path):
         find(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
         find(trained, 7)
+    wider = tiny.build(tiny.ONE_LEVEL, PLAIN, "network.model_channels=16")
+    shapes = jax.eval_shape(wider.create, wider.key)
+    with pytest.raises(
+        CheckpointError, match=r"of another network \(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; "
+    ):
+        load_weights(find(trained), shapes.params, shapes.buffers)
 
 
 def test_fine_tuning_starts_from_the_moving_average(trained, tmp_path):

@@ -192,7 +192,7 @@ class Snapshot:
     path: Path
 
 
-def find(workdir: str | Path, step: int | str | None = None) -> Snapshot:
+def find(workdir: str | Path, step: int | str | None = None, field: str = "workdir") -> Snapshot:
     """The newest checkpoint of a training folder, that of a given step, or the "best" of its evaluations.
 
     Raises:
@@ -201,7 +201,9 @@ def find(workdir: str | Path, step: int | str | None = None) -> Snapshot:
     folder = Path(workdir).absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
-        raise CheckpointError(f"{str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote")
+        raise CheckpointError(
+            f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote"
+        )
     if step == "best":
         best = ranked(evaluations(workdir), steps)
         if not best:
@@ -231,6 +233,7 @@ def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str
       CheckpointError: damaged files, or a network of other shapes.
     """
     configs.choose("init.weights", which, ("ema", "params"))
+    _same_network(snapshot, {"params": params, "buffers": buffers})
     with ocp.StandardCheckpointer() as reader:
         ema = _guard(
             snapshot.path,
@@ -239,6 +242,22 @@ def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str
         if which == "params":
             ema["params"] = _guard(snapshot.path, lambda: reader.restore(snapshot.path / "params", _shapes(params)))
     return ema["params"], ema["buffers"]
+
+
+def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
+    """Compares names and shapes before anything is read: orbax says of a misfit less, and that in several threads."""
+    stored = _guard(snapshot.path, lambda: ocp.StandardCheckpointHandler().metadata(snapshot.path / "ema").tree)
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, wanted))
+    )
+    differ = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    if differ:
+        first = f"{differ[0]} is {there.get(differ[0], 'missing')} there, {here.get(differ[0], 'missing')} here"
+        raise CheckpointError(
+            f"checkpoint {snapshot.path}: of another network ({first}; {len(differ)} of {len(here)} differ); "
+            "expected the network settings of its config.json"
+        )
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -27,6 +27,7 @@ from ogdm_jax.training import metrics as logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
+from ogdm_jax.typing import PyTree
 
 Say = Callable[[str], None]
 
@@ -70,9 +71,11 @@ def train(
     task, workdir = task or DENOISER, Path(workdir)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
     finish.check_evaluation(config)
-    if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+    resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
+    if resumes:
         configs.check_same_run(find(workdir).config, config, slots.training_names())
     run = task.build(config, plan, workdir, say)
+    given = _given(run) if config.init.workdir and not resumes else None  # before anything is written
     lead = jax.process_index() == 0
     batch = config.data.batch
     with (
@@ -83,29 +86,40 @@ def train(
         _stop_signals() as stopped,
     ):
         batches = task.batches(run)
-        state = _start(run, saved, batches, say)
+        state = _start(run, saved, batches, given, say)
         if lead:
             (workdir / "config.json").write_text(configs.to_json(config))
         state = _steps(task, run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
     return run, state
 
 
-def _start(run: runs.Run, saved: Checkpoints, batches, say: Say) -> states.TrainState:
-    """The state to begin with, by resume priority."""
-    config, plan = run.config, run.plan
-    latest = saved.latest()
+def _given(run: runs.Run) -> tuple[PyTree, PyTree, Path]:
+    """(params, buffers) that fine-tuning starts from, where the plan wants them, and their checkpoint."""
+    init = run.config.init
+    snapshot = find(init.workdir, field="config.init.workdir")
     shapes = jax.eval_shape(run.create, run.key)
+    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
+    params, buffers = (
+        jax.tree.map(place, tree, run.plan.state_shardings(tree)) for tree in (shapes.params, shapes.buffers)
+    )
+    return *load_weights(snapshot, params, buffers, init.weights), snapshot.path
+
+
+def _start(
+    run: runs.Run, saved: Checkpoints, batches, given: tuple[PyTree, PyTree, Path] | None, say: Say
+) -> states.TrainState:
+    """The state to begin with, by resume priority."""
+    latest = saved.latest()
     if latest is not None:
-        state, position = saved.restore(latest, shapes, plan)
+        state, position = saved.restore(latest, jax.eval_shape(run.create, run.key), run.plan)
         batches.set_state(position)
         say(f"resumed from step {latest}")
         return state
     state = run.init()
-    if config.init.workdir:
-        snapshot = find(config.init.workdir)
-        params, buffers = load_weights(snapshot, state.params, state.buffers, config.init.weights)
+    if given is not None:
+        params, buffers, path = given
         state = state.replace(params=params, ema=states.copy(params), buffers=buffers)
-        say(f"fine-tuning the {config.init.weights} weights of {snapshot.path}")
+        say(f"fine-tuning the {run.config.init.weights} weights of {path}")
     return state
 
 

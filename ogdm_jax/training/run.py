@@ -72,9 +72,10 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
     device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
 
     def weights(folder: str, which: str, at: int | None = None) -> tuple[PyTree, PyTree, int]:
+        field = "config.sp.teacher" if folder else "config.init.workdir"
         folder = folder or config.init.workdir
         configs.require(bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher")
-        snapshot = checkpoint.find(folder, at)
+        snapshot = checkpoint.find(folder, at, field)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         return *jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which)), snapshot.step
 
