@@ -42,7 +42,8 @@ def main() -> None:
         from tqdm import tqdm
 
         from ogdm_jax import generate, parallel
-        from ogdm_jax.evaluation import files, report
+        from ogdm_jax.evaluation import files
+        from ogdm_jax.pixels import to_uint8
         from ogdm_jax.training import finish
 
         args = guided.prepare(args)
@@ -65,7 +66,7 @@ def main() -> None:
             bar.update(len(part))
         bar.close()
         floats = np.concatenate(done)
-        pictures = report.to_uint8(floats)
+        pictures = to_uint8(floats)
         how = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
         if extra.restoration is None:
             files.write(out, pictures, seeds, extra.labels)

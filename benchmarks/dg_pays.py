@@ -36,8 +36,8 @@ def main() -> None:
 
     from ogdm_jax import config as configs
     from ogdm_jax import generate
-    from ogdm_jax.evaluation import report
     from ogdm_jax.evaluation.features import distance_report
+    from ogdm_jax.pixels import to_uint8
     from ogdm_jax.training import discriminator, fakes, finish
 
     out = Path(args.out)
@@ -59,7 +59,7 @@ def main() -> None:
             seeds = FIRST_SEED * (repeat + 1) + np.arange(num)
             labels = generate.labels_for(seeds, model.model.label_dim, None)
             parts = generate.generate(sampler, model.params, model.buffers, seeds, labels, 256, guidance)
-            images = np.concatenate([report.to_uint8(part) for part in parts])
+            images = np.concatenate([to_uint8(part) for part in parts])
             found.append(distance_report(space, images, finish.references(source)))
         return found
 

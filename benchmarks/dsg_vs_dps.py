@@ -76,7 +76,7 @@ def main() -> None:
 
     from ogdm_jax import generate, restore
     from ogdm_jax.evaluation import report
-    from ogdm_jax.pixels import to_float
+    from ogdm_jax.pixels import to_float, to_uint8
     from ogdm_jax.training import finish
 
     trained = finish.open_workdir(args.workdir)
@@ -129,7 +129,7 @@ def main() -> None:
         for row in rows[-len(methods) :]:
             row["ms_per_image"] = 1000 * min(clock[row["method"]]) / args.num
         shown = [held.pictures(restored["none" if "none" in restored else methods[0]])[:8, :2]]
-        shown += [report.to_uint8(np.clip(restored[m][:8], -1, 1))[:, None] for m in methods]
+        shown += [to_uint8(np.clip(restored[m][:8], -1, 1))[:, None] for m in methods]
         columns = np.concatenate(shown, axis=1)
         grid = columns.reshape(-1, *shape)
         report.save_png(

@@ -11,8 +11,9 @@ import numpy as np
 from ogdm_jax import config as configs
 from ogdm_jax import data, generate
 from ogdm_jax.diffusion import sampling
-from ogdm_jax.evaluation import metrics, report
+from ogdm_jax.evaluation import metrics
 from ogdm_jax.evaluation.features import feature_space
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.training import finish, loop
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -54,7 +55,7 @@ class Measure:
         seeds = np.arange(self._num) + 100_000 * seed
         labels = generate.labels_for(seeds, model.model.label_dim, None)
         parts = generate.generate(self._samplers[key], model.params, model.buffers, seeds, labels, 256)
-        return self._features(np.concatenate([report.to_uint8(part) for part in parts]))
+        return self._features(np.concatenate([to_uint8(part) for part in parts]))
 
     def __call__(self, model: finish.Trained, solver: str, steps: int, seed: int) -> dict[str, float]:
         """fd, precision, recall of `num` images against the whole set."""

@@ -33,7 +33,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
       The locked configuration.
 
     Raises:
-      ConfigError: the file is missing or defines no get_config, a key is unknown, a value has the wrong type.
+      ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN or of another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,6 +49,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     config = loaded.get_config().lock()
     for text in overrides:
         override(config, text)
+    for key, value in flatten(config).items():
+        require(not (isinstance(value, float) and math.isnan(value)), key, value, "a number")
     return config
 
 
@@ -144,13 +146,13 @@ def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> 
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON, infinity as "inf"; from_json gives it back (tuples are restored)."""
+    """The configuration as JSON, which has no infinity: {"float": "inf"}. from_json gives it back, tuples too."""
     return json.dumps(_plain(config), indent=1, sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> ConfigDict:
     """A locked configuration from to_json's text."""
-    return ConfigDict(_tuples(json.loads(text))).lock()
+    return ConfigDict(_restored(json.loads(text))).lock()
 
 
 def _plain(value: Any) -> Any:
@@ -158,15 +160,16 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
+    return {"float": str(value)} if isinstance(value, float) and math.isinf(value) else value
 
 
-def _tuples(value: Any) -> Any:
+def _restored(value: Any) -> Any:
+    """What _plain was given."""
     if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return tuple(_tuples(v) for v in value)
-    return float(value) if value in ("inf", "-inf") else value
+        if set(value) == {"float"}:
+            return float(value["float"])
+        return {k: _restored(v) for k, v in value.items()}
+    return tuple(_restored(v) for v in value) if isinstance(value, list) else value
 
 
 def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
@@ -186,7 +189,7 @@ def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]
     Raises:
       ConfigError: naming the first settings that differ, with both values.
     """
-    old, new = (flatten(_tuples(_plain(c))) for c in (saved, config))
+    old, new = (flatten(_restored(_plain(c))) for c in (saved, config))
     used = set(config.methods) | set(saved.methods)
     idle = set(methods) - used
     differ = [

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=None, help="dsg: 0 to 1 (default 0.2)")
     add("--strength", type=float, default=None, help="dsg: replaces --rate, about equal over numbers of steps; try 1")
     add("--scale", type=float, default=None, help="step size of the other kicks (ddnm has none)")
-    clip = "dsg, dps: x0_hat clipped to [-1, 1] for the loss and the guided step, as released for linear problems"
+    clip = "dsg, dps: x0_hat clipped to [-1, 1] for the loss and every step, as released for linear problems"
     add("--clip", action=argparse.BooleanOptionalAction, default=None, help=clip)
     add("--interval", type=int, default=None, help="guide every so many steps")
     add("--window", default="", help="LOW,HIGH noise levels that are guided")
@@ -286,7 +286,7 @@ def _refuse_no_class(folder: str) -> None:
     """Raises ValueError for a conditional discriminator: its head knows no "no class"."""
     from ogdm_jax.training import checkpoint
 
-    if checkpoint.find(folder).config.data.conditional:
+    if checkpoint.find(folder, field="--discriminator").config.data.conditional:
         raise ValueError("--label: no class given, but the discriminator is conditional; expected the images' class")
 
 

@@ -65,6 +65,11 @@ class Plan:
             return jax.tree.map(lambda _: self.sharding(), state)
         return jax.tree.map(lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state)
 
+    def shapes(self, state: PyTree) -> PyTree:
+        """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is read into."""
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, state, self.state_shardings(state))
+
     def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
         """Runs create(key) compiled, each leaf made where it will live."""
         shardings = self.state_shardings(jax.eval_shape(create, key))

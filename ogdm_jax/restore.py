@@ -20,6 +20,7 @@ from ogdm_jax.data.sources import Source, from_arrays
 from ogdm_jax.diffusion import degrade, operators
 from ogdm_jax.diffusion.operators import Operator
 from ogdm_jax.evaluation import metrics, report
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.typing import Array, PyTree
 
 RESTORING = (
@@ -228,7 +229,7 @@ class Restoration:
     def pictures(self, restored: np.ndarray) -> np.ndarray:
         """[n,3,H,W,C] uint8: input, measurement and result of each image."""
         shown = _as_pictures(self.y, self.images.shape) if self.task.restores else self.images
-        return np.stack([report.to_uint8(np.clip(v, -1, 1)) for v in (self.images, shown, restored)], axis=1)
+        return np.stack([to_uint8(np.clip(v, -1, 1)) for v in (self.images, shown, restored)], axis=1)
 
     def write(self, path: Path, restored: np.ndarray) -> None:
         """Input, measurement and result side by side: one grid (FILE.png), a picture an image (folder), or FILE.npz

@@ -13,6 +13,7 @@ import compiling
 import pytest
 import tiny
 
+from ogdm_jax import parallel, startup
 from ogdm_jax.interop import __main__
 
 
@@ -27,7 +28,8 @@ def inside(folder: Path):
     """The command line in this process: its folder, and none of its process-wide settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(__main__.startup, "prepare", lambda: None)
+        patch.setattr(startup, "prepare", lambda: None)
+        patch.setattr(parallel, "initialise", lambda *_: None)  # JAX runs already, wherever the tests run
         yield patch
 
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ogdm_jax.config import ConfigError
 from ogdm_jax.training import state as states
-from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe, find, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -47,5 +46,5 @@ def test_weights_come_as_trained_or_as_their_average(saved, which, value):
 
 def test_other_weights_are_refused(saved):
     folder, shapes = saved
-    with pytest.raises(ConfigError, match="init.weights: unknown 'best'; expected one of ema, params"):
+    with pytest.raises(CheckpointError, match="--weights: 'best' given; expected ema or params"):
         load_weights(find(folder), shapes.params, shapes.buffers, "best")

@@ -101,7 +101,7 @@ def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
         (("--num", "0"), "--num"),
         (("--seeds", "9-2"), "--seeds"),
         (("--step", "5"), "--step"),
-        (("--weights", "best"), "init.weights"),
+        (("--weights", "best"), "--weights"),
         (("--label", "11"), "--label"),
         (("--churn", "1,2"), "--churn"),
         (("--churn", "40,0.05,50,1.003", "--solver", "ddim"), "--churn"),
@@ -114,6 +114,11 @@ def test_sample_refuses_with_one_sentence(workdir, args, words):
     done = entry(tiny.ROOT, "sample.py", "--workdir", str(workdir), *args)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_process_refuses_with_one_line(workdir):
+    done = run("sample.py", "--workdir", str(workdir), "--step", "5")
+    assert done.returncode == 1 and done.stderr.startswith("error: --step: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,8 @@ def test_train_refuses_with_one_sentence(tmp_path, args, words):
 
 
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
-    words = ("--workdir", str(tmp_path))
-    done = entry(tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", "methods="))
+    words, alone = ("--workdir", str(tmp_path)), ("methods=", "parallel.devices=1")
+    done = entry(tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", *alone))
     assert done.returncode == 0, done.stderr
     done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1

@@ -147,4 +147,8 @@ def test_locked(tmp_path):
         configs.load(file)
     with pytest.raises(configs.ConfigError, match="is no file"):
         configs.load(tmp_path / "none.py")
+    base = "from configs import base\n\ndef get_config():\n    config = base.get_config()\n"
+    file.write_text(base + "    config.optim.learning_rate = float('nan')\n    return config\n")
+    with pytest.raises(configs.ConfigError, match="config.optim.learning_rate: nan given; expected a number"):
+        configs.load(file)
     assert isinstance(tiny.config(), ConfigDict)

@@ -324,7 +324,7 @@ def test_samples_of_other_weights_are_refused(trained, prior):
 def test_folders_of_the_other_kind_are_named(trained, prior):
     with pytest.raises(CheckpointError, match="holds a discriminator; expected the folder of a denoiser"):
         finish.open_workdir(trained[0])
-    with pytest.raises(CheckpointError, match="holds no discriminator"):
+    with pytest.raises(CheckpointError, match="--discriminator: .* holds no discriminator"):
         discriminator.open_guidance(prior)
 
 
@@ -337,6 +337,7 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
     "text,words",
     [
         ("dg.prior=", "dg.prior"),
+        ("dg.prior=/no/such/run", "config.dg.prior: '/no/such/run' holds no checkpoint"),
         ("data.batch=7", "data.batch.*even"),
         ("dg.held_out=1.0", "dg.held_out"),
         ("dg.clock=sine", "dg.clock"),

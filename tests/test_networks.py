@@ -85,6 +85,8 @@ def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size
     monkeypatch.setattr(convolution, "on_cpu", lambda: False)
     for a, b in zip(shifted, run(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+    with pytest.raises(ValueError, match="depthwise: x .* and kernel .*: expected"):
+        convolution.depthwise(x, kernel[..., :1])
 
 
 @pytest.mark.parametrize("up,down,padding", [(1, 1, 0), (2, 1, (2, 1)), (1, 2, 1), (2, 2, (3, -1)), (3, 1, (0, 2))])

@@ -121,12 +121,24 @@ def test_missing_or_other_networks_are_named(trained, tmp_path):
         find(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
         find(trained, 7)
-    wider = tiny.build(tiny.ONE_LEVEL, PLAIN, "network.model_channels=16")
-    shapes = jax.eval_shape(wider.create, wider.key)
-    with pytest.raises(
-        CheckpointError, match=r"of another network \(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; "
+    with pytest.raises(CheckpointError, match="config.sp.teacher_step: no checkpoint of step 7"):
+        find(trained, 7, "config.sp.teacher")
+    for setting, misfit in (
+        ("network.model_channels=16", r"\(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; 69 of 70 tensors"),
+        ("network.num_blocks=2", r"\(params/\S+ is missing there, \(.*\) here; 22 of 92 tensors"),
     ):
-        load_weights(find(trained), shapes.params, shapes.buffers)
+        other = tiny.build(tiny.ONE_LEVEL, PLAIN, setting)
+        shapes = jax.eval_shape(other.create, other.key)
+        with pytest.raises(CheckpointError, match=rf"sp.teacher: checkpoint .* is of another network {misfit}"):
+            load_weights(find(trained, field="config.sp.teacher"), shapes.params, shapes.buffers)
+    with pytest.raises(CheckpointError, match="config.sp.teacher_weights: 'best' given; expected ema or params"):
+        load_weights(find(trained, field="config.sp.teacher"), shapes.params, shapes.buffers, "best")
+
+
+def test_a_misfit_to_fine_tune_is_one_sentence_of_the_process_and_leaves_nothing(trained, tmp_path):
+    out = finish(start(tmp_path / "new", f"init.workdir={trained}", "network.model_channels=16", PLAIN), code=1)
+    assert out.startswith("error: config.init.workdir: checkpoint ") and out.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_fine_tuning_starts_from_the_moving_average(trained, tmp_path):

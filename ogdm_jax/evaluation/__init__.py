@@ -13,7 +13,8 @@ with the number of images and the real-against-real floor at that number.
 On features x (real) [n, d] and y (generated) [m, d], in float64 on the host:
     frechet_distance(mu1, cov1, mu2, cov2)              moments from Moments().update(features).finalize()
     kernel_distance(x, y), kernel_distance_subsets(x, y, subsets, size, seed)
-    precision_recall(x, y, k), density_coverage(x, y, k), inception_score(probabilities, splits)
+    precision_recall(x, y, k), density_coverage(x, y, k), or all four at once: manifolds(x, y, k)
+    inception_score(probabilities, splits)
 On images: psnr(a, b, data_range=2.0), ssim(a, b, data_range=2.0, window="gaussian"), one number an image.
 Streams of images, a batch at a time: protocol.of_source, protocol.score (EDM's three times 50,000 images).
 For people: html.page (a training folder as one page), charts.line_chart; to_uint8(images),
@@ -28,13 +29,15 @@ from ogdm_jax.evaluation.metrics import (
     inception_score,
     kernel_distance,
     kernel_distance_subsets,
+    manifolds,
     precision_recall,
     psnr,
     ssim,
 )
-from ogdm_jax.evaluation.report import grid, save_animation, save_png, sheet, to_uint8
+from ogdm_jax.evaluation.report import grid, save_animation, save_png, sheet
 from ogdm_jax.evaluation.statistics import Statistics, load_statistics, save_statistics
 from ogdm_jax.evaluation.trained import train_features
+from ogdm_jax.pixels import to_uint8
 
 __all__ = [
     "Moments",
@@ -49,6 +52,7 @@ __all__ = [
     "kernel_distance",
     "kernel_distance_subsets",
     "load_statistics",
+    "manifolds",
     "precision_recall",
     "psnr",
     "save_animation",

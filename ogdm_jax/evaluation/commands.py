@@ -23,10 +23,10 @@ from ogdm_jax import model as models
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.sampling import nfe, sample
 from ogdm_jax.evaluation import html, protocol
-from ogdm_jax.evaluation import report as pictures
 from ogdm_jax.evaluation.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.evaluation.files import print_json, source_name, weights_of
 from ogdm_jax.evaluation.statistics import is_statistics, load_statistics
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.training import checkpoint, finish
 
 SHOWN, TRACED, NEIGHBOURS = 64, 3, 5  # images of the grid, seeds of the trajectories, nearest images of each sample
@@ -122,7 +122,7 @@ def stream(
     seeds = np.asarray(seeds)
     labels = generate.labels_for(seeds, trained.model.label_dim, None)
     for part in generate.generate(images, trained.params, trained.buffers, seeds, labels, batch):
-        yield pictures.to_uint8(part)
+        yield to_uint8(part)
 
 
 def _bar(total: int, about: str) -> tqdm:

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from ogdm_jax.evaluation import metrics
-from ogdm_jax.evaluation.report import to_uint8
 from ogdm_jax.evaluation.statistics import Statistics
 from ogdm_jax.evaluation.trained import TrainedFeatures, train_features
+from ogdm_jax.pixels import to_uint8
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
 

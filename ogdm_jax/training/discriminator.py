@@ -132,10 +132,9 @@ def build(
 
 def open_prior(config: ConfigDict) -> finish.Trained:
     """The model to guide. Raises CheckpointError where the folder holds none."""
-    wanted = config.dg.prior_step
-    return finish.open_workdir(
-        config.dg.prior, int(wanted) if wanted.isdigit() else wanted or None, config.dg.prior_weights
-    )
+    settings = config.dg
+    step = int(settings.prior_step) if settings.prior_step.isdigit() else settings.prior_step or None
+    return finish.open_workdir(settings.prior, step, settings.prior_weights, "config.dg.prior")
 
 
 def open_network(
@@ -355,11 +354,11 @@ def open_guidance(
     """
     if step is None and checkpoint.evaluations(workdir):
         step = "best"
-    snapshot = checkpoint.find(workdir, step)
+    snapshot = checkpoint.find(workdir, step, "--discriminator")
     config = snapshot.config
     if "dg" not in config:
         raise checkpoint.CheckpointError(
-            f"{str(workdir)!r} holds no discriminator; expected a folder of configs/*_dg.py"
+            f"--discriminator: {str(workdir)!r} holds no discriminator; expected a folder of configs/*_dg.py"
         )
     network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
     params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))

@@ -23,10 +23,10 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source
 from ogdm_jax.data.sources import Reader, from_arrays
 from ogdm_jax.diffusion.sampling import nfe
-from ogdm_jax.evaluation import report
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.slots import Guidance
 from ogdm_jax.methods.sp import fingerprint
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.training.finish import Trained
 
 FIRST_SEED = 2**31  # far from the seeds of sample.py and of evaluations: a sample to be judged was never trained on
@@ -122,7 +122,7 @@ def _draw(config: ConfigDict, prior: Trained, num: int, devices: Sequence[Any]) 
     labels = generate.labels_for(seeds, prior.model.label_dim, None)
     batch = len(devices) * min(256, -(-num // len(devices)))
     parts = generate.generate(images, prior.params, prior.buffers, seeds, labels, batch, guidance)
-    pictures = np.concatenate([report.to_uint8(part) for part in parts])
+    pictures = np.concatenate([to_uint8(part) for part in parts])
     return pictures, np.full(num, -1, np.int32) if labels is None else labels
 
 

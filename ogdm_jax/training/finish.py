@@ -22,6 +22,7 @@ from ogdm_jax.diffusion.sampling import nfe
 from ogdm_jax.evaluation import report as pictures
 from ogdm_jax.evaluation.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.methods import slots
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.training import checkpoint
 from ogdm_jax.training import metrics as logs
 from ogdm_jax.training import run as runs
@@ -71,18 +72,23 @@ class Trained:
         return settings.lock()
 
 
-def open_workdir(workdir: str | Path, step: int | str | None = None, weights: str = "ema") -> Trained:
+def open_workdir(
+    workdir: str | Path, step: int | str | None = None, weights: str = "ema", field: str = "--workdir"
+) -> Trained:
     """Reads a training folder: configuration and weights, never the optimiser.
 
     Args:
       step: which checkpoint; None = the newest, "best" = that of the smallest distance.   weights: "ema" or "params".
+      field: the setting that named the folder, for messages.
 
     Raises:
       CheckpointError: no such checkpoint, or a damaged one.
     """
-    snapshot = checkpoint.find(workdir, step)
+    snapshot = checkpoint.find(workdir, step, field)
     if "precondition" not in snapshot.config:
-        raise checkpoint.CheckpointError(f"{str(workdir)!r} holds a discriminator; expected the folder of a denoiser")
+        raise checkpoint.CheckpointError(
+            f"{field}: {str(workdir)!r} holds a discriminator; expected the folder of a denoiser"
+        )
     model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))
     params, buffers = checkpoint.load_weights(snapshot, params, buffers, weights)
@@ -176,7 +182,7 @@ class Evaluator:
         labels = generate.labels_for(mine, self._model.label_dim, None)
         batch = len(devices) * min(256, -(-len(mine) // len(devices)))
         parts = generate.generate(sampler, params, buffers, mine, labels, batch, guidance)
-        images = np.concatenate([pictures.to_uint8(part) for part in parts])
+        images = np.concatenate([to_uint8(part) for part in parts])
         if count == 1:
             return images
         everything = np.asarray(multihost_utils.process_allgather(images))  # [processes, share, ...]

@@ -75,7 +75,7 @@ def train(
     if resumes:
         configs.check_same_run(find(workdir).config, config, slots.training_names())
     run = task.build(config, plan, workdir, say)
-    given = _given(run) if config.init.workdir and not resumes else None  # before anything is written
+    given = _given(run) if config.init.workdir and not resumes else None  # before the loop writes anything
     lead = jax.process_index() == 0
     batch = config.data.batch
     with (
@@ -97,12 +97,8 @@ def _given(run: runs.Run) -> tuple[PyTree, PyTree, Path]:
     """(params, buffers) that fine-tuning starts from, where the plan wants them, and their checkpoint."""
     init = run.config.init
     snapshot = find(init.workdir, field="config.init.workdir")
-    shapes = jax.eval_shape(run.create, run.key)
-    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
-    params, buffers = (
-        jax.tree.map(place, tree, run.plan.state_shardings(tree)) for tree in (shapes.params, shapes.buffers)
-    )
-    return *load_weights(snapshot, params, buffers, init.weights), snapshot.path
+    shapes = run.plan.shapes(jax.eval_shape(run.create, run.key))
+    return *load_weights(snapshot, shapes.params, shapes.buffers, init.weights), snapshot.path
 
 
 def _start(
