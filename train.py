@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ogdm_jax import config as configs
 from ogdm_jax import startup
+from ogdm_jax.planning import command as planning
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -21,6 +22,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--process", type=int, default=-1)
+    planning.add_arguments(parser)
     return parser.parse_known_args()
 
 
@@ -28,9 +30,13 @@ def main() -> None:
     args, rest = parse()
     with startup.one_sentence():
         startup.prepare()
+        planning.check(args)
         config = configs.load(args.config, startup.split_overrides(rest))
         workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
 
+        if args.plan_for:
+            planning.run(args, config, Path(args.config).stem)
+            return
         from ogdm_jax import parallel  # JAX may only start after startup.prepare() and initialise()
         from ogdm_jax.training import discriminator, loop
 

@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     config.train.keep_every = "0 steps"  # also keep one checkpoint per this length; 0 = none
 
     config.parallel = ConfigDict()
-    config.parallel.plan = "pmap"  # pmap, mesh (data-parallel) or sharded (mesh; parameters, EMA, Adam state divided)
+    config.parallel.plan = "mesh"  # mesh (data-parallel), sharded (parameters, EMA, Adam state divided too) or pmap
     config.parallel.devices = 0  # 0 = all
 
     config.log = ConfigDict()

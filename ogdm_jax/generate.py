@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ogdm_jax import randomness
+from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.sampling import SOLVERS, Churn, sample
@@ -166,6 +166,7 @@ def sampler(
 
     mesh = Mesh(np.asarray(devices), (AXIS,))
     whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    images = platforms.traced_for(devices[0].platform, images)
     return jax.jit(images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided)
 
 

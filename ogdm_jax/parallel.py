@@ -1,8 +1,8 @@
 """Plans: one pure step over one device, many devices, or many processes.
 
-pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged inside the step.
-mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives.
+mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives. The default.
 sharded  the same with parameters, moving average and optimiser state divided over the devices as well.
+pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged inside the step.
 
 All three compute what one device computes on the whole batch, to float tolerance.
 """
@@ -10,7 +10,7 @@ All three compute what one device computes on the whole batch, to float toleranc
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ogdm_jax import platforms
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.typing import PyTree
 
 AXIS = "data"
-PLANS = ("pmap", "mesh", "sharded")
+PLANS = ("mesh", "sharded", "pmap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Plan:
     def axis(self) -> str | None:
         """The mapped axis that the step sees; None where arrays are global."""
         return AXIS if self.kind == "pmap" else None
+
+    @property
+    def platform(self) -> str:
+        """What programs are compiled for: "cpu", "gpu" or "tpu". The host may have no such device."""
+        return self.devices[0].platform
 
     @property
     def ravel(self) -> bool:
@@ -73,10 +79,10 @@ class Plan:
     def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
         """Runs create(key) compiled, each leaf made where it will live."""
         shardings = self.state_shardings(jax.eval_shape(create, key))
-        lowered = jax.jit(create, out_shardings=shardings).lower(key)
+        lowered = jax.jit(platforms.traced_for(self.platform, create), out_shardings=shardings).lower(key)
         # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times what they save.
-        cpu = self.devices[0].platform == "cpu"
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0} if cpu else None)(key)
+        quick = {"xla_backend_optimization_level": 0} if self.platform == "cpu" else None
+        return lowered.compile(compiler_options=quick)(key)
 
     def place(self, tree: PyTree) -> PyTree:
         """Puts a host tree that every process holds in full on all devices (frozen networks, resident data)."""
@@ -95,8 +101,16 @@ class Plan:
             return {k: jax.make_array_from_process_local_data(self.sharding(AXIS), v) for k, v in batch.items()}
         return self._per_device(batch)
 
+    def row_shapes(self, tree: PyTree) -> PyTree:
+        """Shapes of what place_rows and place_batch make of arrays (or shapes) of rows over all processes."""
+        local = len(self.local_devices)
+        cut = lambda rows: (local, rows // len(self.devices)) if self.kind == "pmap" else (rows,)  # noqa: E731
+        shape = lambda leaf: (*cut(leaf.shape[0]), *leaf.shape[1:])  # noqa: E731
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape(leaf), leaf.dtype), tree)
+
     def compile(self, step: Callable, state: PyTree) -> Callable:
         """The compiled step(state, frozen, batch, key); the state given to it is donated."""
+        step = platforms.traced_for(self.platform, step)
         if self.kind == "pmap":
             return jax.pmap(
                 step,
@@ -158,6 +172,12 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     )
     chosen = found[: devices or len(found)]
     return Plan(kind=kind, devices=tuple(chosen), processes=jax.process_count())
+
+
+def plan_of(kind: str, devices: Sequence[Any]) -> Plan:
+    """The plan of a run on devices that need not be here: to compile for them. Raises ConfigError: unknown kind."""
+    require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
+    return Plan(kind=kind, devices=tuple(devices), processes=len({d.process_index for d in devices}))
 
 
 def check_batch(batch: int, accumulate: int, devices: int) -> int:

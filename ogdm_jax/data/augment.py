@@ -106,7 +106,7 @@ class AugmentPipe:
         are standard normal, `v` are uniform angles, `aniso_ur` < 0.5 keeps the stretch's direction. Shapes [B] except
         trans_w [2,B] and trans_u [1,B].
         """
-        draws = {}
+        draws, keys = {}, randomness.quick(keys)
         for name in (name for op in self.ops for name in _DRAWS[op]):
             own = randomness.fold_in_each(keys, f"augment_{name}")
             if name == "trans_w":

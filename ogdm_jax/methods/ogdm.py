@@ -393,6 +393,7 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
         label_dim=context.label_dim,
         channel_base=settings.channel_base,
         channel_max=settings.channel_max,
+        dtype=context.dtype,
         mbstd_batch=chunk,  # under a mesh the network sees the global batch: its own "all" would cross devices
     )
 

@@ -88,6 +88,7 @@ class Context:
         the newest for None), as host arrays; the folder "" is the one that the run is fine-tuned from.
       xflip: whether images are mirrored at random without a label.
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels; None if off.
+      dtype: compute type of the run's networks (config.network.dtype); None: that of their inputs.
       mesh: the devices, where arrays inside the step are global (axis is None): for collectives of a method's own.
     """
 
@@ -109,6 +110,7 @@ class Context:
     xflip: bool = False
     augment: Callable[[Array, Array], Array] | None = None
     mesh: jax.sharding.Mesh | None = None
+    dtype: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

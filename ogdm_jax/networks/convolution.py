@@ -7,15 +7,19 @@ a gradient) stay on the fast path. GPU and TPU keep autodiff.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ogdm_jax import platforms
+
 Array = jax.Array
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+CPU_RULE = "cpu_rule"
 
 
 def _plain(x: Array, kernel: Array, stride: int, padding: Pads, groups: int = 1, precision=None) -> Array:
@@ -79,15 +83,17 @@ _settled.defvjp(
 
 def settled(x: Array, witness: Array) -> Array:
     """x itself; on CPU x and its gradient are computed once, not by every operation that reads them (`_settled`)."""
-    return _settled(x, witness) if on_cpu() else x
+    return cpu_rule(_settled)(x, witness) if on_cpu() else x
 
 
 def on_cpu() -> bool:
-    """Whether programs are traced for CPU, whose compiler needs rules of its own; one process runs on one platform.
+    """Whether the program now traced is for a CPU, whose compiler needs rules of its own. Never asked at import."""
+    return platforms.current() == "cpu"
 
-    Looked up while tracing, never at import.
-    """
-    return jax.default_backend() == "cpu"
+
+def cpu_rule(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Names what a CPU-only rule computes, so that a test can look for it in programs of other platforms."""
+    return jax.named_scope(CPU_RULE)(function)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -137,7 +143,7 @@ def conv2d(x: Array, kernel: Array, padding: int | Pads | None = None, stride: i
         padding = ((padding, padding), (padding, padding))
     padding = tuple((int(low), int(high)) for low, high in padding)
     if stride == 1 and on_cpu():
-        return _conv(x, kernel, padding)
+        return cpu_rule(_conv)(x, kernel, padding)
     return _plain(x, kernel, stride, padding)
 
 
@@ -167,7 +173,8 @@ def depthwise(x: Array, kernel: Array, stride: int = 1) -> Array:
         seen = lax.slice(x, (0, i, j, 0), (b, i + height, j + width, channels), (1, stride, stride, 1))
         return seen * kernel[i : i + 1, j : j + 1]
 
-    return functools.reduce(jnp.add, (shifted(i, j) for i, j in np.ndindex(*kernel.shape[:2])))
+    with jax.named_scope(CPU_RULE):
+        return functools.reduce(jnp.add, (shifted(i, j) for i, j in np.ndindex(*kernel.shape[:2])))
 
 
 def fir(x: Array, taps: Sequence[float], up: int = 1, down: int = 1, padding: int | tuple[int, int] = 0) -> Array:

@@ -2,7 +2,8 @@
 
 2310.04041 trains it beside the denoiser, on (noised real image, projected image) pairs. The layers are those of
 StyleGAN2-ADA's "resnet" discriminator (2006.06676, no augmentation, no half precision, no clamping) whose label input
-is widened by the two numbers that say from which level to which level the projection went.
+is widened by the two numbers that say from which level to which level the projection went. Images are judged in the
+compute type that the network is given; the condition, the minibatch statistics and the logit stay float32.
 """
 
 import math
@@ -12,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ogdm_jax.networks.layers import conv2d, fir, one_hot
+from ogdm_jax.networks.layers import conv2d, fir, one_hot, wide
 from ogdm_jax.typing import Array
 
 _TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)  # the binomial low-pass in front of every halving
@@ -111,10 +112,11 @@ class Epilogue(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cmap: Array) -> Array:
-        x = jnp.concatenate([x, minibatch_deviation(x, self.mbstd_group, self.mbstd_batch)], axis=-1)
+        deviation = minibatch_deviation(x.astype(wide(x.dtype)), self.mbstd_group, self.mbstd_batch)
+        x = jnp.concatenate([x, deviation.astype(x.dtype)], axis=-1)
         x = _leaky(EqualConv(self.features, 3, padding=1, name="conv")(x))
         x = _leaky(EqualDense(self.features, name="fc")(x.reshape(x.shape[0], -1)))
-        x = EqualDense(cmap.shape[-1], name="out")(x)
+        x = EqualDense(cmap.shape[-1], name="out")(x).astype(cmap.dtype)
         return jnp.sum(x * cmap, axis=1) / math.sqrt(cmap.shape[-1])
 
 
@@ -164,6 +166,8 @@ class StyleGAN2Discriminator(nn.Module):
       mbstd_group: group of the minibatch standard deviation.
       mbstd_batch: see minibatch_deviation; None is the authors' behaviour (statistics over a device's batch), a number
         makes the result independent of the number of devices.
+      dtype: compute type of the convolutions and of the layers behind them; None = that of the images. Parameters are
+        float32.
     """
 
     img_resolution: int
@@ -174,6 +178,7 @@ class StyleGAN2Discriminator(nn.Module):
     channel_max: int = 512
     mbstd_group: int = 4
     mbstd_batch: int | None = None
+    dtype: jnp.dtype | None = None
 
     def channels(self, side: int) -> int:
         return min(self.channel_base // side, self.channel_max)
@@ -209,9 +214,11 @@ class StyleGAN2Discriminator(nn.Module):
         cmap = Mapping(self.channels(4), name="mapping")(cond)
         if tap == "mapping":
             return cmap
+        out_type = cmap.dtype
+        x = x if self.dtype is None else x.astype(self.dtype)
         while side > 4:
             x = ResidualBlock(
                 self.channels(side), self.channels(side // 2), side == self.img_resolution, name=f"b{side}"
             )(x)
             side //= 2
-        return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap)
+        return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap).astype(out_type)

@@ -15,7 +15,17 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import randomness
-from ogdm_jax.networks.convolution import conv2d, downsample, fir, mean_pool, nearest, on_cpu, settled, upsample
+from ogdm_jax.networks.convolution import (
+    conv2d,
+    cpu_rule,
+    downsample,
+    fir,
+    mean_pool,
+    nearest,
+    on_cpu,
+    settled,
+    upsample,
+)
 from ogdm_jax.typing import Array
 
 __all__ = [
@@ -151,7 +161,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        rule = _closed_form if on_cpu() else _normalise
+        rule = cpu_rule(_closed_form) if on_cpu() else _normalise
         return rule(x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps)
 
 
@@ -250,10 +260,15 @@ class FourierEmbedding(nn.Module):
 
 
 def dropout(x: Array, rate: float, keys: Array | None, site: str) -> Array:
-    """Inverted dropout, one mask per example from its own key and the site's name; the identity where keys is None."""
+    """Inverted dropout, one mask per example from its own key and the site's name; the identity where keys is None.
+
+    The masks come from `randomness.quick` keys: of the network's own size and dozens a step, they would be a third of
+    all element-wise work with threefry.
+    """
     if keys is None or rate == 0:
         return x
-    masks = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(randomness.fold_in_each(keys, site))
+    own = randomness.fold_in_each(randomness.quick(keys), site)
+    masks = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(own)
     return jnp.where(masks, x / (1 - rate), jnp.zeros((), x.dtype))
 
 

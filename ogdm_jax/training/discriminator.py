@@ -76,6 +76,10 @@ class DiscriminatorRun(runs.Run):
     held_out: tuple[Source, Source] = ()
     frozen_network: PyTree = None
 
+    def example_batch(self) -> dict[str, PyTree]:
+        batch = super().example_batch()
+        return batch | {"real": jnp.zeros_like(batch["index"])}
+
 
 def _batches(run: DiscriminatorRun) -> fakes.Pairs:
     index, count = jax.process_index(), jax.process_count()
@@ -112,6 +116,23 @@ def build(
     (real, real_out), (fake, fake_out) = (fakes.split(s, settings.held_out) for s in (source, drawn))
     for side, images in (("real", real), ("generated", fake)):
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, f"a share that leaves {side} images")
+    fixed = _assemble(config, plan, source, network, frozen, prior.config.data.xflip)
+    return DiscriminatorRun(
+        *fixed, prior=prior, kept=(real, fake), held_out=(real_out, fake_out), frozen_network=frozen
+    )
+
+
+def planned(config: ConfigDict, source: Source, plan: parallel.Plan) -> DiscriminatorRun:
+    """The run without its prior, samples and data, for whoever only compiles: nothing but an extractor is read."""
+    network, frozen = open_network(config, source.shape, source.num_classes, "")
+    return DiscriminatorRun(*_assemble(config, plan, source, network, frozen, xflip=False), frozen_network=frozen)
+
+
+def _assemble(
+    config: ConfigDict, plan: parallel.Plan, source: Source, network: FeatureDiscriminator, frozen: PyTree, xflip: bool
+) -> tuple[Any, ...]:
+    """What every run has, as runs.Run lists it."""
+    batch = config.data.batch
     rate = optim.learning_rate(
         config.optim.learning_rate,
         configs.duration(config.optim.ramp, batch, "config.optim.ramp"),
@@ -121,13 +142,10 @@ def build(
     tx = optim.adam(rate, tuple(config.optim.betas), config.optim.eps)
     tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), tx)
     filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": frozen})])
-    loss = training_loss(config, network, prior.config.data.xflip)
+    loss = training_loss(config, network, xflip)
     pure = steps.make_step(config, network, None, filled, tx, rate, plan.axis, plan.ravel, loss=loss)
     duration = configs.duration(config.train.duration, batch, "config.train.duration")
-    fixed = (config, source, network, None, filled, tx, plan, pure, duration, {})  # of every run
-    return DiscriminatorRun(
-        *fixed, prior=prior, kept=(real, fake), held_out=(real_out, fake_out), frozen_network=frozen
-    )
+    return config, source, network, None, filled, tx, plan, pure, duration, {}
 
 
 def open_prior(config: ConfigDict) -> finish.Trained:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -51,12 +52,41 @@ class Run:
         trees = slots.frozen_trees(self.filled)
         return {"whole": self.plan.place(trees["whole"]), "divided": self.plan.place_rows(trees["divided"])}
 
+    def shapes(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """The step's arguments as shapes, laid out as the plan wants them: all that compiling ahead of time needs."""
+        given = jax.eval_shape(self.create, jax.random.key(0))
+        trees = slots.frozen_trees(self.filled)
+        frozen = {"whole": jax.tree.map(_shape, trees["whole"]), "divided": self.plan.row_shapes(trees["divided"])}
+        batch = self.plan.row_shapes(jax.eval_shape(lambda: self.example_batch()))
+        return given, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))
+
+    def example_batch(self) -> dict[str, PyTree]:
+        """A batch of the run's sizes, all zeros, over all processes."""
+        n, source = self.config.data.batch, self.source
+        wide = (source.label_size,) if source.label_size else ()
+        kind = jnp.float32 if source.label_size else jnp.int32
+        images = lambda n: jnp.zeros((n, *source.shape), jnp.uint8)  # noqa: E731
+        labels = lambda n: jnp.zeros((n, *wide), kind)  # noqa: E731
+        batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
+        if more := self.filled.references:
+            batch |= {"reference": images(more), "reference_label": labels(more)}
+        return batch
+
     def compile(self, like: state.TrainState) -> Callable[..., Any]:
         return self.plan.compile(self.step, like)
 
 
-def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+
+
+def build(
+    config: ConfigDict, source: Source, plan: parallel.Plan, stand_in: Callable[[PyTree], PyTree] | None = None
+) -> Run:
     """Builds and checks a run.
+
+    Args:
+      stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint: for whoever only compiles.
 
     Raises:
       ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices or another setting.
@@ -72,11 +102,13 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
     device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
 
     def weights(folder: str, which: str, at: int | None = None) -> tuple[PyTree, PyTree, int]:
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        if stand_in is not None:
+            return *stand_in(shapes), 0
         field = "config.sp.teacher" if folder else "config.init.workdir"
         folder = folder or config.init.workdir
         configs.require(bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher")
         snapshot = checkpoint.find(folder, at, field)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
         return *jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which)), snapshot.step
 
     levels = grids.clip_range(model.denoiser({}), config.sample.sigma_min, config.sample.sigma_max)
@@ -100,6 +132,7 @@ def build(config: ConfigDict, source: Source, plan: parallel.Plan) -> Run:
         xflip=config.data.xflip,
         augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
         mesh=None if plan.axis else plan.mesh,
+        dtype=model.network.dtype,
     )
     filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
     steps = configs.duration(config.train.duration, batch, "config.train.duration")

@@ -1,0 +1,101 @@
+"""Published figures of accelerators. They bound a step's time from below; nobody reaches them."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from typing import Any
+
+import jax
+
+from ogdm_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    Attributes:
+      bfloat16: operations a second of its matrix units.   hbm: bytes of memory.   bandwidth: bytes a second of it.
+      link: bytes a second that it sends to its neighbours (half of the published sum of both directions).
+      source: where the figures are published.
+    """
+
+    bfloat16: float
+    hbm: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+_TPU = "cloud.google.com/tpu/docs/{}, table of key specifications, read 2026-11"
+_GPU = "NVIDIA's data sheet of the {}, dense bfloat16"
+CHIPS = {
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, _TPU.format("v5e")),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, _TPU.format("v5p")),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 400e9, _TPU.format("v6e")),
+    "H100": Chip(989e12, 80e9, 3.35e12, 450e9, _GPU.format("H100 SXM")),
+    "H200": Chip(989e12, 141e9, 4.8e12, 450e9, _GPU.format("H200 SXM")),
+    "A100": Chip(312e12, 80e9, 2.039e12, 300e9, _GPU.format("A100 80GB SXM")),
+}
+TPUS = tuple(name for name in CHIPS if name.startswith("v"))
+_ACCELERATOR = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # as TPU_ACCELERATOR_TYPE spells them
+_CORES = {"v5p": 2}  # that name counts cores there
+
+
+def topology(words: str) -> tuple[str, tuple[Any, ...]]:
+    """(chip, devices) of words such as "v5e:4x4": devices to compile for, on a machine that has none of them.
+
+    Sets the environment variables without which libtpu would ask a TPU machine's metadata for them.
+
+    Raises:
+      ConfigError: no such chip or shape, or no libtpu (the extra "tpu").
+    """
+    chip, colon, shape = words.partition(":")
+    sides = shape.split("x")
+    if chip not in TPUS or not colon or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(
+            f"--plan-for: {words!r} given; expected a chip ({', '.join(TPUS)}) and a shape, such as v5e:4x4, v5p:2x2x1"
+        )
+    chips = math.prod(map(int, sides))
+    known = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{_ACCELERATOR[chip]}-{chips * _CORES.get(chip, 1)}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so nothing is shared
+    }
+    for name, value in known.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=words)
+    except Exception as error:  # jaxlib raises whatever libtpu says
+        if importlib.util.find_spec("libtpu") is None:
+            raise ConfigError(
+                f"--plan-for: {words!r} needs libtpu, which is not installed; pip install 'ogdm_jax[tpu]'"
+            ) from None
+        raise ConfigError(f"--plan-for: {words!r} is no topology that libtpu knows: {_line(error)}") from None
+    return chip, tuple(found.devices)
+
+
+def here() -> tuple[str, tuple[Any, ...]]:
+    """(chip, devices) of this machine; the chip is "" where the table has no figures of it, as for CPUs."""
+    devices = tuple(jax.devices())
+    kind = devices[0].device_kind.replace(" lite", "e")
+    return next((name for name in CHIPS if name in kind), ""), devices
+
+
+def memory(chip: str, devices: tuple[Any, ...]) -> int | None:
+    """Bytes of one device's memory: what a device that is here says, else the published figure; None: unknown."""
+    try:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    except Exception:  # a device that is only compiled for; jaxlib's error class has no public name
+        limit = None
+    known = CHIPS.get(chip)
+    return limit or (int(known.hbm) if known else None)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,49 @@
+"""Which data a compiled program sends between devices: read from the text of its HLO."""
+
+import math
+import re
+from typing import Any
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_OPERATION = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_BITS = re.compile(r"[a-z]+(\d+)")
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """{kind: {"count": n, "bytes": b}}: operations of the program and the size of their results on one device.
+
+    An operation on a tuple of arrays counts once, with the bytes of all of them. The asynchronous forms name their
+    operand first and their result behind it (all-reduce: the result alone).
+    """
+    found: dict[str, dict[str, int]] = {}
+    for match in _OPERATION.finditer(hlo):
+        shapes, kind, start = match.groups()
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += _bytes(shapes, halved=bool(start) and kind != "all-reduce")
+    return found
+
+
+def _bytes(shapes: str, halved: bool) -> int:
+    arrays = _ARRAY.findall(shapes)
+    if halved:  # (operands, results), and scalars that keep count
+        arrays = [(kind, sides) for kind, sides in arrays if sides]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_size(kind, sides) for kind, sides in arrays)
+
+
+def _size(kind: str, sides: str) -> int:
+    bits = 8 if kind == "pred" else int(_BITS.match(kind).group(1))
+    return math.prod(int(side) for side in filter(None, sides.split(","))) * bits // 8
+
+
+def seconds(found: dict[str, dict[str, Any]], devices: int, link: float) -> float:
+    """At least so long do these take over links of `link` bytes a second, each device sending at that rate.
+
+    A ring sends 2 (n-1)/n of an all-reduce's bytes, (n-1)/n of what an all-gather makes, and (n-1) times what a
+    reduce-scatter leaves.
+    """
+    share = (devices - 1) / devices
+    factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1.0, "collective-permute": 1.0}
+    return sum(entry["bytes"] * factor.get(kind, share) for kind, entry in found.items()) / link

@@ -1,0 +1,141 @@
+"""The full-size train step of a configuration, compiled for devices that need not be here, without data or weights."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ogdm_jax import data, parallel
+from ogdm_jax.config import ConfigError
+from ogdm_jax.planning import flops
+from ogdm_jax.planning.collectives import collectives
+from ogdm_jax.training import discriminator
+from ogdm_jax.training import run as runs
+
+# (image shape, classes, images) of the sources that the configurations name.
+SHAPES = {
+    "digits": ((8, 8, 1), 10, 1797),
+    "mnist5k": ((32, 32, 1), 10, 5000),
+    "tfds:cifar10": ((32, 32, 3), 10, 50_000),
+    "tfds:mnist": ((28, 28, 1), 10, 60_000),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "zip:imagenet-64x64.zip": ((64, 64, 3), 1000, 1_281_167),
+    "zip:ffhq-64x64.zip": ((64, 64, 3), 0, 70_000),
+    "folder:data/celeba64": ((64, 64, 3), 0, 162_770),
+}
+_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program; bytes are those of one device.
+
+    Attributes:
+      parameters: of the denoiser.   arguments, temporaries, peak: HBM.   moved: bytes read and written, or None.
+      operations: {type: operations of convolutions and matrix products, over all devices}.
+      sent: see planning.collectives.   seconds: that the compiler took.   fits: whether its own limit was kept.
+    """
+
+    parameters: int
+    arguments: int
+    temporaries: int
+    peak: int
+    moved: float | None
+    operations: dict[str, float]
+    sent: dict[str, dict[str, int]]
+    seconds: float
+    fits: bool = True
+
+
+def source_like(config: ConfigDict, image_shape: str = "", classes: int = -1, images: int = 0) -> data.Source:
+    """A source of the configuration's sizes without its images: zeros that take no memory.
+
+    Args:
+      image_shape: "H,W,C" or "" for the table's.   classes, images: of the set; -1 and 0 for the table's.
+
+    Raises:
+      ConfigError: a source that is not in the table and no image_shape, or a malformed one.
+    """
+    name = config.data.source or "tfds:cifar10"  # a discriminator's is its prior's
+    known = next((SHAPES[key] for key in SHAPES if name == key or name.startswith((f"{key}/", f"{key}:"))), None)
+    shape, labels, count = known or (None, 0, 50_000)
+    if image_shape:
+        sides = image_shape.split(",")
+        if len(sides) != 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+            raise ConfigError(f"--image-shape: {image_shape!r} given; expected H,W,C such as 32,32,3")
+        shape = tuple(int(side) for side in sides)
+    if shape is None:
+        raise ConfigError(f"config.data.source: {name!r} has no known size; give --image-shape H,W,C, such as 32,32,3")
+    side, channels = config.data.resolution, config.data.channels
+    shape = (side or shape[0], side or shape[1], channels or shape[2])
+    labels, count = labels if classes < 0 else classes, images or count
+    resident = count * int(np.prod(shape)) <= config.data.memory_limit * 2**30
+    zeros = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
+    return data.Source(
+        name=name,
+        shape=shape,
+        num_classes=labels,
+        images=zeros if resident else None,
+        labels=np.broadcast_to(np.zeros((), np.int32), (count,)) if labels else None,
+        reader=None if resident else range(count),
+    )
+
+
+def build(config: ConfigDict, source: data.Source, plan: parallel.Plan) -> runs.Run:
+    """The run of a configuration; weights that it would read (a teacher's) are zeros of their shape."""
+    if "dg" in config:
+        return discriminator.planned(config, source, plan)
+    return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
+
+
+def compile_step(run: runs.Run) -> Compiled:
+    """Traces, lowers and compiles the step; nothing runs.
+
+    Returns:
+      What the compiler says; where it refuses for want of memory, what it says it would need.
+    """
+    arguments = run.shapes()
+    state = arguments[0]
+    step = run.compile(state)
+    operations = flops.matmul_flops(flops.trace(step, *arguments))
+    if run.plan.axis:  # the mapped program is one device's
+        operations = {dtype: n * len(run.plan.devices) for dtype, n in operations.items()}
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+    lowered = step.lower(*arguments)
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # jaxlib's own class has no public name
+        used = _MEMORY.search(str(error))
+        if not used:
+            raise
+        return Compiled(
+            parameters, 0, 0, _size(*used.groups()[:2]), None, operations, {}, time.monotonic() - began, fits=False
+        )
+    seconds = time.monotonic() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments become results
+    return Compiled(
+        parameters=parameters,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=peak,
+        moved=cost.get("bytes accessed"),
+        operations=operations,
+        sent=collectives(compiled.as_text()),
+        seconds=seconds,
+    )
+
+
+def _zeros(leaf: Any) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** ("KMGT".index(unit.upper()) + 1))

@@ -1,0 +1,174 @@
+"""Plans: operations counted against formulas, messages read from text, sizes without data, refusals in one sentence."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax import lax
+
+from ogdm_jax import config as configs
+from ogdm_jax import data, parallel
+from ogdm_jax.config import ConfigError
+from ogdm_jax.planning import chips, collectives, command, flops, program, report
+
+
+def convolve(x, kernel, stride):
+    pads = ((1, 1), (1, 1))
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_convolution_and_its_two_gradients_cost_the_same(stride, dtype):
+    x, kernel = jnp.ones((2, 8, 8, 4), dtype), jnp.ones((3, 3, 4, 6), dtype)
+    once = 2 * 2 * (8 // stride) ** 2 * 6 * 9 * 4
+    value = lambda x, k: jnp.sum(jnp.square(convolve(x, k, stride)))  # noqa: E731
+    assert flops.matmul_flops(jax.make_jaxpr(value)(x, kernel)) == {dtype: once}
+    assert flops.matmul_flops(jax.make_jaxpr(jax.grad(value, (0, 1)))(x, kernel)) == {dtype: 3 * once}
+
+
+def test_loops_branches_and_dead_results():
+    x = jnp.ones((4, 4))
+    once = 2 * 4**3
+
+    def f(x):
+        looped, _ = lax.scan(lambda c, _: (c @ c, None), x, None, length=5)
+        unused = x @ x @ x
+        half = x.astype(jnp.bfloat16)
+        either = lax.cond(looped[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x)
+        del unused
+        return either, half @ half, jax.jit(jax.checkpoint(lambda y: (y @ y, y @ y)))(x)[0]
+
+    assert flops.matmul_flops(flops.trace(jax.jit(f), x)) == {"float32": (5 + 2 + 1) * once, "bfloat16": once}
+    assert flops.share({"float32": 1.0, "bfloat16": 3.0}, "bfloat16") == 0.75
+
+
+def test_a_mapped_program_counts_all_devices():
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    f = jax.jit(jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec))
+    assert flops.matmul_flops(flops.trace(f, jnp.ones((8, 16)))) == {"float32": 4 * 2 * 2 * 2 * 16}
+
+
+def test_messages_of_every_spelling_are_read():
+    hlo = """
+  %all-reduce.1 = (f32[3,3,4]{2,1,0:T(8,128)}, bf16[8]{0}, pred[]{:T(512)}) all-reduce(%a, %b, %c), to_apply=%add
+  %ars = f32[10]{0} all-reduce-start(%x), channel_id=1
+  %ard = f32[10]{0} all-reduce-done(%ars)
+  %ags = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
+  %agd = f32[32]{0} all-gather-done(%ags)
+  %agt = ((f32[4]{0}, bf16[2]{0}), (f32[32]{0}, bf16[16]{0})) all-gather-start(%x, %y), dimensions={0}
+  %rs = f32[4]{0} reduce-scatter(%x), dimensions={0}
+  %cps = (s32[6]{0}, s32[6]{0}, u32[], u32[]) collective-permute-start(%x)
+  %f = f32[9]{0} fusion(%all-reduce.1), kind=kLoop
+"""
+    assert collectives.collectives(hlo) == {
+        "all-reduce": {"count": 2, "bytes": 144 + 16 + 1 + 40},
+        "all-gather": {"count": 2, "bytes": 128 + 128 + 32},
+        "reduce-scatter": {"count": 1, "bytes": 16},
+        "collective-permute": {"count": 1, "bytes": 24},
+    }
+    ring = {"all-reduce": {"count": 1, "bytes": 800}, "reduce-scatter": {"count": 1, "bytes": 100}}
+    assert collectives.seconds(ring, 8, 100.0) == pytest.approx((2 * 7 / 8 * 800 + 7 * 100) / 100)
+
+
+@pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
+def test_the_plan_of_eight_devices(plan):
+    """Under sharded a device holds about an eighth of the state; mesh and pmap send the gradient once."""
+    config = tiny.config("methods=()", "network.model_channels=32", f"parallel.plan={plan}")
+    source = program.source_like(config)
+    kept = parallel.plan_of(plan, jax.devices()[:8])
+    compiled = program.compile_step(program.build(config, source, kept))
+    one = program.compile_step(program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1])))
+    assert compiled.parameters == one.parameters and compiled.peak > compiled.arguments > 0
+    assert sum(compiled.operations.values()) == pytest.approx(sum(one.operations.values()), rel=0.01)
+    state = 16 * compiled.parameters  # parameters, average, two moments, in float32
+    share = state / 8 if plan == "sharded" else state
+    assert share < compiled.arguments < 1.2 * share + 50_000
+    if plan != "sharded":
+        gradient = 4 * compiled.parameters
+        assert gradient <= compiled.sent["all-reduce"]["bytes"] < 1.02 * gradient + 10_000
+    figures = report.figures(config, compiled, "v5e", 8, 16 * 2**30, "digits")
+    assert figures["tflop_per_device"] == pytest.approx(sum(one.operations.values()) / 8e12, rel=0.01)
+    assert figures["seconds_lower_bound"] == max(figures["seconds_bounds"].values()) > 0
+    assert figures["images_per_second"] == pytest.approx(32 / figures["seconds_lower_bound"])
+    json.loads(json.dumps(figures, allow_nan=False))
+    assert f"{compiled.parameters:,} parameters" in report.text(figures)
+
+
+def test_sizes_come_from_the_table_or_the_command_line():
+    named = lambda name, **more: program.source_like(configs.load(tiny.ROOT / "configs" / f"{name}.py", ()), **more)  # noqa: E731
+    real = data.open_source("digits")
+    assert (named("digits").shape, named("digits").num_classes, len(named("digits"))) == (real.shape, 10, len(real))
+    assert named("cifar10_edm").shape == (32, 32, 3) and len(named("cifar10_edm")) == 50_000
+    big = named("imagenet64_edm")
+    assert (big.shape, big.num_classes, big.in_memory, len(big)) == ((64, 64, 3), 1000, False, 1_281_167)
+    other = named("imagenet64_edm", image_shape="32, 32,1", classes=0, images=100)
+    assert (other.shape, other.num_classes, len(other)) == ((32, 32, 1), 0, 100)
+    config = configs.load(tiny.ROOT / "configs" / "digits.py", ["data.source=folder:nowhere"])
+    with pytest.raises(ConfigError, match="--image-shape H,W,C"):
+        program.source_like(config)
+    with pytest.raises(ConfigError, match="--image-shape: '32x32' given"):
+        program.source_like(config, "32x32")
+
+
+@pytest.mark.parametrize("words", ["v5e", "v9:2x2", "v5e:", "v5e:2y2", "v5e:0x4", "cpu"])
+def test_unknown_chips_are_refused(words):
+    with pytest.raises(ConfigError, match="--plan-for"):
+        chips.topology(words)
+
+
+def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
+    """The advice is compiled, too: what it says is what fits."""
+    config = tiny.config("methods=()", "data.batch=64")
+    source = program.source_like(config)
+    found = program.compile_step(program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1])))
+    small = chips.Chip(1e12, found.arguments + 0.7 * found.temporaries, 1e9, 1e9, "made up")
+    monkeypatch.setitem(chips.CHIPS, "cpu8", small)
+    monkeypatch.setattr(chips, "memory", lambda *_: int(small.hbm))
+    monkeypatch.setattr(chips, "here", lambda: ("cpu8", tuple(jax.devices()[:1])))
+    args = command.argparse.Namespace(plan_for="here", plan_out="", image_shape="", classes=-1, images=0)
+    plan = command.run(args, config, "digits")
+    assert not plan["fits"] and plan["advice"].startswith("--config.optim.accumulate=")
+    again = command.run(args, tiny.config("methods=()", "data.batch=64", plan["advice"].split()[0][9:]), "digits")
+    assert again["fits"]
+
+
+def test_the_command_prints_and_writes_a_plan_and_leaves_no_folder(tmp_path):
+    out = tmp_path / "plan.json"
+    words = [
+        sys.executable,
+        str(tiny.ROOT / "train.py"),
+        "--plan-for",
+        "--plan-out",
+        str(out),
+        *tiny.flags("methods=()"),
+    ]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(out.read_text())
+    assert plan["parameters"] > 0 and plan["chip"] == "cpu" and plan["fits"] and plan["days"] is None
+    assert f"{plan['parameters']:,} parameters" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    lost = subprocess.run(
+        [*words[:2], "--plan-out", "x.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert lost.returncode == 1 and lost.stderr == "error: --plan-out: needs --plan-for, such as --plan-for v5e:4x4\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape,chips_", [("v5e:2x4", 8), ("v5e:16x16", 256)])
+def test_digits_on_tpus(shape, chips_, tmp_path):
+    """The whole command, compiled by libtpu; skipped where it is not installed."""
+    pytest.importorskip("libtpu", reason="libtpu (extra tpu) is not installed")
+    out = tmp_path / "plan.json"
+    words = [sys.executable, str(tiny.ROOT / "train.py"), "--plan-for", shape, "--plan-out", str(out)]
+    words += ["--config.data.batch=256", "--config.network.dtype=bfloat16"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(out.read_text())
+    assert plan["devices"] == chips_ and plan["fits"] and plan["hbm_bytes"]["peak"] < 2**30
+    assert plan["collectives"]["all-reduce"]["bytes"] >= 4 * plan["parameters"] and plan["bfloat16_share"] > 0.9
