@@ -127,7 +127,7 @@ def make_step(
         grads, sums = _accumulate(loss or denoiser_loss, state.params, rounds, batch, state, frozen, step_key)
         grads, bad = optim.sanitise(_average(grads, axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         beta = optim.ema_beta(state.step, batch_size, halflife, rampup)
         seen = state.step
         state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
