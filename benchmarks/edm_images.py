@@ -65,7 +65,8 @@ def ours(folder: Path, name: str) -> dict:
     from ogdm_jax.interop import load_pretrained
     from ogdm_jax.model import parameter_count
 
-    given = np.load(folder / f"{name}.npz")
+    with np.load(folder / f"{name}.npz") as saved:
+        given = dict(saved)
     latents, truth = (given[key].transpose(0, 2, 3, 1) for key in ("latents", "images"))
     found = load_pretrained(folder / f"{name}.pkl")
     denoise = found.denoiser()

@@ -130,7 +130,8 @@ def _masks(kind: str, side: int) -> Callable[[np.ndarray], PyTree]:
     if not path.is_file():
         raise ValueError(f"--mask: {kind!r} given; expected random, box or a picture of which black pixels are hidden")
     try:
-        picture = np.asarray(Image.open(path).convert("L").resize((side, side), Image.Resampling.NEAREST))
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("L").resize((side, side), Image.Resampling.NEAREST))
     except OSError:
         raise ValueError(f"--mask: {kind!r} is no readable picture") from None
     mask = (picture > 127).astype(np.float32)[None, ..., None]

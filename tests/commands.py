@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compiling
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.interop import __main__
@@ -41,6 +43,18 @@ def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
 def entry(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
     """python NAME WORDS, without the start of a process."""
     return _here(folder, lambda: runpy.run_path(str(tiny.ROOT / name), run_name="__main__"), name, *words)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """What an npz holds; the file is closed."""
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture; the file is closed."""
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def _here(folder: Path, main: Callable[[], object], *argv: str) -> subprocess.CompletedProcess:

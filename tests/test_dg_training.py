@@ -374,7 +374,8 @@ def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
     report = discriminator.Evaluator(run, tmp_path)(state)
     assert (report["weight"], report["fd"], report["unguided"]) == (1.0, 0.0, 1.0)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
-    assert 50 in np.asarray(Image.open(tmp_path / "samples.png"))
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert 50 in np.asarray(picture)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):

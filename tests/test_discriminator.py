@@ -170,7 +170,9 @@ def test_chunked_statistics_do_not_know_the_number_of_devices(devices):
 @pytest.mark.parametrize("size,group,batch", [(6, 4, None), (10, 4, 4), (12, 4, 6)])
 def test_batches_that_cannot_be_grouped_are_refused(size, group, batch):
     with pytest.raises(ValueError, match=f"discriminator batch: {size} examples given; expected a multiple of"):
-        jax.eval_shape(lambda x: minibatch_deviation(x, group, batch), jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.float32))
+        jax.eval_shape(
+            lambda x: minibatch_deviation(x, group, batch), jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.float32)
+        )
 
 
 def test_a_batch_smaller_than_a_group_is_one_group():

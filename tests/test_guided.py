@@ -14,6 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import tiny
+from commands import arrays, picture_size
 from PIL import Image
 
 from ogdm_jax import config as configs
@@ -98,7 +99,7 @@ def test_a_kick_restores_and_reports(command, pictures, tmp_path, kick):
     said = command("--guidance", kick, "--task", "inpaint", "--input", str(pictures), "--steps", "3", "--out", str(out))
     assert said["task"] == "inpaint" and said["guidance"] == kick and said["images"] == 3
     assert said["solver"] == "ddim" and np.isfinite([said["psnr"], said["residual_ratio"], said["residual"]]).all()
-    assert Image.open(out).size == (9 * 66 - 2, 64)  # three triples, each pixel 8 x 8
+    assert picture_size(out) == (9 * 66 - 2, 64)  # three triples, each pixel 8 x 8
     each = json.loads(out.with_suffix(".json").read_text())
     np.testing.assert_allclose(np.mean(each["psnr"]), said["psnr"], atol=1e-3)
 
@@ -148,7 +149,7 @@ def test_results_do_not_depend_on_batch_or_devices(command, pictures, tmp_path):
     for i, (batch, devices) in enumerate(((3, 1), (1, 2))):
         out = tmp_path / f"{i}.npz"
         said = command(*args, "--batch", str(batch), "--out", str(out), devices=devices)
-        found.append(np.load(out))
+        found.append(arrays(out))
     for name in ("input", "measurement", "result", "seeds"):
         np.testing.assert_allclose(found[1][name], found[0][name], atol=1e-4, err_msg=name)
     x, y, result = (found[0][name] for name in ("input", "measurement", "result"))
@@ -320,9 +321,9 @@ def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictur
 def test_a_discriminator_guides_by_the_command(command, judge, tmp_path):
     words = ("--preset", "cifar10", "--discriminator", str(judge), "--num", "2", "--out", str(tmp_path / "x.npz"))
     assert "wrote 2 images of step 0 (euler, 3 steps)" in command(*words)
-    guided = np.load(tmp_path / "x.npz")["images"]
+    guided = arrays(tmp_path / "x.npz")["images"]
     command(*words, "--discriminator-weight", "30000")
-    assert (guided != np.load(tmp_path / "x.npz")["images"]).any()
+    assert (guided != arrays(tmp_path / "x.npz")["images"]).any()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
         said = command(*words, "--discriminator-weight", weight)
         assert (said["guidance"], said["task"], said["solver"], said["grid"]) == ("dsg,dg", "inpaint", "ddim", "edm")
         assert said["steps"] == 2 and np.isfinite(said["psnr"])
-        found.append(np.load(tmp_path / "x.npz")["result"])
+        found.append(arrays(tmp_path / "x.npz")["result"])
     assert np.isfinite(found[1]).all() and np.abs(found[1] - found[0]).max() > 1e-4
 
 
@@ -397,5 +398,5 @@ def test_a_window_holds_for_kicks_with_a_transition_of_their_own(kick):
 
 def test_unguided_sampling_is_as_before(command, tmp_path):
     assert "wrote 2 images" in command("--num", "2", "--steps", "2", "--out", str(tmp_path / "x.npz"))
-    assert np.load(tmp_path / "x.npz")["images"].shape == (2, 8, 8, 1)
+    assert arrays(tmp_path / "x.npz")["images"].shape == (2, 8, 8, 1)
     assert jax.device_count() == 8
