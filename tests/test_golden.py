@@ -34,7 +34,7 @@ def _cases():
         yield pytest.param(path, built, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path,prefix", _cases())
+@pytest.mark.parametrize("path,prefix", list(_cases()))
 def test_golden(path, prefix):
     assert prefix is not None, f"{path.name}: no check for this family yet"
     golden_support.FAMILIES[prefix](golden_support.load(str(path)))

@@ -79,7 +79,7 @@ def _combinations():
         yield pytest.param(on, id="+".join(on) or "none", marks=marks)
 
 
-@pytest.mark.parametrize("on", _combinations())
+@pytest.mark.parametrize("on", list(_combinations()))
 def test_methods_train_in_every_combination(on, pretrained):
     plan, devices, *flags = CASES.get(on, ("mesh", 2))
     teacher = [f"init.workdir={pretrained}"] if "sp" in on else []
