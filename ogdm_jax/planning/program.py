@@ -102,8 +102,6 @@ def compile_step(run: runs.Run) -> Compiled:
     state = arguments[0]
     step = run.compile(state)
     operations = flops.matmul_flops(flops.trace(step, *arguments))
-    if run.plan.axis:  # the mapped program is one device's
-        operations = {dtype: n * len(run.plan.devices) for dtype, n in operations.items()}
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     lowered = step.lower(*arguments)
     began = time.monotonic()
