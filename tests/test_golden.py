@@ -17,7 +17,7 @@ for _module in pkgutil.iter_modules(families.__path__):
 PLANNED: dict[str, int] = {}
 # One or two of each part, for -m fast.
 FAST = ("augment_all_p05", "dg_vp_clock", "dsg_step_4", "edm_ddpmpp_a", "gd_respacing")
-FAST += ("ogdm_disc_r8", "ogdm_edm_step", "precond_vp", "sampler_edm", "stf_targets_a")
+FAST += ("ogdm_edm_step", "precond_vp", "sampler_edm", "stf_targets_a")
 
 
 def _longest(prefixes, name: str) -> str | None:
