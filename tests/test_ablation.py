@@ -10,6 +10,8 @@ from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.ablation import ablation
 from ogdm_jax.diffusion.sampling import Churn, sample
 
+pytestmark = pytest.mark.fast
+
 DATA = Gaussian(0.0, 0.5)
 
 

@@ -8,6 +8,8 @@ import tiny
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe, find, load_weights
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

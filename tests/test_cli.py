@@ -48,6 +48,7 @@ def events(folder):
         at += size + 16
 
 
+@pytest.mark.fast
 def test_training_writes_what_it_promises(workdir):
     names = {p.name for p in workdir.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "events", "samples", "config.json"} <= names
@@ -120,6 +121,7 @@ def test_a_process_refuses_with_one_line(workdir):
     assert done.returncode == 1 and done.stderr.startswith("error: --step: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "args,words",
     [

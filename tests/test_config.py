@@ -17,6 +17,7 @@ from ogdm_jax.training import run as runs
 NAMES = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__"))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_loads_and_survives_json(name):
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py")
@@ -53,6 +54,7 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "text,words",
     [
@@ -73,6 +75,7 @@ def test_wrong_overrides_are_one_sentence(text, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fast
 def test_overrides_keep_types():
     config = tiny.config("optim.learning_rate=1", "network.channel_mult=1,2,2", "methods=", "data.source=npz:a=b.npz")
     assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
@@ -82,6 +85,7 @@ def test_overrides_keep_types():
     assert tiny.config("sp.sigma_max=inf").sp.sigma_max == float("inf")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "text,steps", [("10 steps", 10), ("640 images", 10), ("1 kimg", 16), ("1.28 kimg", 20), ("7", 7), ("0 Mimg", 0)]
 )
@@ -89,12 +93,14 @@ def test_durations(text, steps):
     assert configs.duration(text, 64) == steps
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["ten steps", "10 parsecs", "-1 steps", "nan kimg"])
 def test_wrong_durations(text):
     with pytest.raises(configs.ConfigError, match="train.duration.*no duration"):
         configs.duration(text, 64, "train.duration")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "text,field",
     [
@@ -140,6 +146,7 @@ def test_a_run_may_be_lengthened_but_not_changed():
     configs.check_same_run(plain, tiny.config("methods=", "ogdm.gamma=3.0"), ["ogdm"])  # a method that is off
 
 
+@pytest.mark.fast
 def test_locked(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("x = 1\n")

@@ -40,6 +40,7 @@ def test_times_of_the_table():
     np.testing.assert_allclose(dg.cosine_time(jnp.asarray([0.01, 0.1, 0.5, 0.9])), cosine, rtol=1e-4)
 
 
+@pytest.mark.fast
 def test_time_and_sigma_invert_each_other_in_float32():
     sigma = jnp.logspace(-3, 2, 200, dtype=jnp.float32)
     np.testing.assert_allclose(dg.vp_sigma(dg.vp_time(sigma)), sigma, rtol=1e-5)
@@ -52,6 +53,7 @@ def test_cosine_time_has_the_same_signal_to_noise():
         np.testing.assert_allclose(abar(dg.cosine_time(t)) / abar(0.0), dg.vp_scale(t) ** 2, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.fast
 def test_training_levels_are_log_uniform():
     u = jax.random.uniform(jax.random.key(0), (200_000,))
     log = np.sort(np.log(np.asarray(dg.training_sigma(u), np.float64)))
@@ -253,6 +255,7 @@ def test_a_misspecified_mixture_recovers_the_data():
     assert draw._cache_size() == 1  # weights are data
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("solver", ["euler", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"])
 def test_every_solver_is_guided(solver):
     latents = jax.random.normal(jax.random.key(3), (256, 1, 1, 1))
@@ -294,6 +297,7 @@ def test_boosting_needs_a_guided_denoiser():
         jax.eval_shape(lambda z: draw(MODEL.denoise, z, grids.edm(3)), jnp.zeros((1, 1, 1, 1)))
 
 
+@pytest.mark.fast
 def test_wrong_arguments_are_one_sentence():
     for call, words in (
         (lambda: dg.guide(MODEL.denoise, ratio, 1.0, 2.0, 1.0), "sigma_min <= sigma_max"),

@@ -81,6 +81,7 @@ def trained(prior, extractor, tmp_path_factory):
 # The loss
 
 
+@pytest.mark.fast
 def test_cross_entropy_is_that_of_the_sigmoid():
     logit, real = jnp.asarray([-2.0, 0.5, 3.0]), jnp.asarray([1, 0, 1])
     d = jax.nn.sigmoid(logit)
@@ -104,6 +105,7 @@ def test_logistic_regression_finds_the_ratio_of_gaussians():
     np.testing.assert_allclose(p, [0.5, 0.0], atol=0.02)
 
 
+@pytest.mark.fast
 def test_coupled_l2_is_pytorchs_adam():
     """torch.optim.Adam(weight_decay): the decay joins the gradient before the moments."""
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.01))
@@ -166,6 +168,7 @@ def test_a_trained_ratio_moves_the_samples_to_the_data():
 # The data
 
 
+@pytest.mark.fast
 def test_pairs_alternate_and_resume():
     images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
     source = open_source("digits")
@@ -333,6 +336,7 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
         guided._refuse_no_class(str(trained[0]))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "text,words",
     [

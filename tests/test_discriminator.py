@@ -18,6 +18,8 @@ from ogdm_jax.interop.names_discriminator import (
 )
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator, minibatch_deviation
 
+pytestmark = pytest.mark.fast
+
 SMALL = {"img_resolution": 8, "img_channels": 3, "channel_base": 64, "channel_max": 8}
 FULL = sorted((FOLDER / "fullsize").glob("ogdm-*-discriminator-*.json.gz"))
 

@@ -24,6 +24,7 @@ def draws(seed: int = 0, shape=SHAPE):
     return [jax.random.normal(k, shape) for k in jax.random.split(jax.random.key(seed), 3)]
 
 
+@pytest.mark.fast
 class TestStep:
     @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 0.5, 1.0])
     def test_it_lands_on_the_sphere(self, rate):

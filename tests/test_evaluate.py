@@ -11,6 +11,8 @@ from ogdm_jax.evaluation import Moments, Statistics, load_statistics, save_stati
 from ogdm_jax.evaluation.__main__ import main, paired, source_name
 from ogdm_jax.evaluation.statistics import is_statistics
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

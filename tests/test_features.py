@@ -10,6 +10,8 @@ from ogdm_jax.data import open_source
 from ogdm_jax.evaluation import distance_report, feature_space, frechet_distance, metrics, train_features
 from ogdm_jax.evaluation.features import short_name
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def features():

@@ -168,6 +168,7 @@ def test_spherical_guidance_of_a_learned_variance_moves_on_its_sphere():
     assert np.isfinite(watched_run).all() and len(gaps) == 1 and gaps[0] < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_is_ddim_sample(eta):
     table, spacing = process.Discrete.make(), "ddim10"

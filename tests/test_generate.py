@@ -11,6 +11,8 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion import grids
 from ogdm_jax.training import finish
 
+pytestmark = pytest.mark.fast
+
 ADM = ("network.kind=openai", "precondition.kind=adm")
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from ogdm_jax.diffusion import grids, process
 
+pytestmark = pytest.mark.fast
+
 EDM18 = """80 57.58598 40.78557 28.37458 19.35245 12.91008 8.400935 5.315195 3.256822 1.923340 1.088171 .5853481
 .2964423 .1395165 .05994731 .02293452 .00752802 .002 0"""
 EIGHT = {

@@ -9,6 +9,8 @@ import pytest
 from ogdm_jax import generate
 from ogdm_jax.methods.slots import Guidance
 
+pytestmark = pytest.mark.fast
+
 
 class _Model:
     image_shape, label_dim, table = (4, 4, 1), 0, None

@@ -396,6 +396,7 @@ def test_a_window_holds_for_kicks_with_a_transition_of_their_own(kick):
     np.testing.assert_allclose(x_next, free, atol=1e-6)
 
 
+@pytest.mark.fast
 def test_unguided_sampling_is_as_before(command, tmp_path):
     assert "wrote 2 images" in command("--num", "2", "--steps", "2", "--out", str(tmp_path / "x.npz"))
     assert arrays(tmp_path / "x.npz")["images"].shape == (2, 8, 8, 1)

@@ -46,6 +46,7 @@ def read_watched(path) -> tuple[Exception | None, list[str]]:
     return error, events
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_refused_with_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

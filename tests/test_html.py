@@ -10,6 +10,8 @@ from PIL import Image
 
 from ogdm_jax.evaluation import charts, html
 
+pytestmark = pytest.mark.fast
+
 
 def findings(channels: int = 1, side: int = 8) -> html.Findings:
     """A page's worth of made-up figures."""

@@ -8,6 +8,8 @@ import pytest
 
 import ogdm_jax
 
+pytestmark = pytest.mark.fast
+
 MODULES = [m.name for m in pkgutil.walk_packages(ogdm_jax.__path__, "ogdm_jax.") if not m.name.endswith("__main__")]
 
 CHECK = """

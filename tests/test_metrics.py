@@ -7,6 +7,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ogdm_jax.evaluation import metrics
 
+pytestmark = pytest.mark.fast
+
 
 def _stats(rng, dim, examples=400):
     x = rng.normal(size=(examples, dim)) @ rng.normal(size=(dim, dim)) / np.sqrt(dim) + rng.normal(size=(1, dim))

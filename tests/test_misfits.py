@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 from ogdm_jax.interop import from_torch, load_pretrained
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("name", hostile.unrecognised())
 def test_state_dicts_of_no_network_are_refused_in_one_sentence(name, tmp_path):

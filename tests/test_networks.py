@@ -89,6 +89,7 @@ def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size
         convolution.depthwise(x, kernel[..., :1])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("up,down,padding", [(1, 1, 0), (2, 1, (2, 1)), (1, 2, 1), (2, 2, (3, -1)), (3, 1, (0, 2))])
 def test_fir_is_upfirdn(up, down, padding):
     """Against NumPy: insert up - 1 zeros after each pixel, pad, convolve with the outer product, keep every down-th."""
@@ -123,6 +124,7 @@ def test_resampling(taps):
 # Norm, embeddings, initialisers, attention, dropout
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("channels,groups,expected", [(8, 0, 2), (96, 0, 24), (256, 0, 32), (64, 32, 32)])
 def test_groupnorm(channels, groups, expected):
     """Biased statistics of min(32, C/4) groups, also where the mean is 1000 times the spread."""
@@ -175,6 +177,7 @@ def test_groupnorms_closed_gradient_is_autodiffs(groups):
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode,variance", [("xavier_uniform", 2 / 90), ("kaiming_normal", 1 / 36)])
 def test_initialisers(mode, variance):
     """Variance of a 3x3 kernel 4 -> 6: fans 36 and 54; a bias follows its kernel's fans."""
@@ -190,6 +193,7 @@ def test_initialisers(mode, variance):
         layers.scaled_init("he_uniform")
 
 
+@pytest.mark.fast
 def test_embeddings():
     c = jnp.asarray([0.0, 1.5, 999.0])
     for endpoint in (False, True):

@@ -11,6 +11,8 @@ from scipy import stats
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import noise, process
 
+pytestmark = pytest.mark.fast
+
 N = 4096
 
 

@@ -42,6 +42,7 @@ def wide(v):
 LEVELS = [0.002, 0.01, 0.1, 0.5, 1, 5, 20, 80]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("x64,rtol", [(False, 1e-5), (True, 1e-7)])
 def test_table_of_levels(x64, rtol):
     with jax.enable_x64(x64):
@@ -117,6 +118,7 @@ def test_discrete_law_finds_levels_of_its_table():
 # -- the projection (P5, P6, P7, P8, P18, tables 9.2, 9.4) ----------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_table_of_projections():
     with jax.enable_x64(True):
         sigma, x = jnp.asarray([40.0, 3, 0.5, 0.05]), wide(jnp.asarray([10.0, -2, 0.7, 1.3]))
@@ -221,6 +223,7 @@ def test_projection_uses_a_known_output_instead_of_a_call():
 # -- losses (P7, P11, P12, P13, P19) --------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_losses_are_their_formulas_and_come_in_pairs():
     real, fake = jnp.asarray([2.0, 0.5, -1.0]), jnp.asarray([-3.0, 0.0, 2.0])
     np.testing.assert_allclose(ogdm.discriminator_loss(real, fake, "hinge"), [0, 1.5, 5])
@@ -464,6 +467,7 @@ def test_each_network_call_has_dropout_of_its_own():
     assert len(seen) == 5 and len(set(seen)) == 5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "settings,changes,message",
     [

@@ -6,6 +6,8 @@ import pytest
 
 from ogdm_jax.training import optim
 
+pytestmark = pytest.mark.fast
+
 
 def test_learning_rate_ramp_starts_at_zero_and_is_full_at_its_end():
     rate = optim.learning_rate(1e-3, ramp_steps=100, decay_steps=0)

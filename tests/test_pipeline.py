@@ -10,6 +10,8 @@ from ogdm_jax.data.pipeline import reference_indices
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import from_arrays
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def source():

@@ -60,6 +60,7 @@ def test_replicated_state_is_equal_on_every_device(plan):
         assert len(copies) == 4 and all(np.array_equal(c, copies[0]) for c in copies[1:])
 
 
+@pytest.mark.fast
 def test_sharded_plan_divides_the_state():
     run = tiny.build(*SMALL, plan="sharded", devices=8)
     state = run.init()
@@ -105,6 +106,7 @@ def test_steady_state_traces_nothing(caplog):
     assert not caplog.records
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text,field", [("data.batch=30", "data.batch"), ("optim.accumulate=3", "data.batch")])
 def test_uneven_batches_are_refused(text, field):
     with pytest.raises(ValueError, match=f"config.{field}"):

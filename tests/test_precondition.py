@@ -8,6 +8,8 @@ import pytest
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import noise, precondition, process
 
+pytestmark = pytest.mark.fast
+
 SIGMAS = jnp.asarray([0.003, 0.05, 0.5, 2.0, 20.0, 75.0])
 ALL = [precondition.edm, precondition.vp, precondition.ve, precondition.iddpm]
 

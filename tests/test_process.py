@@ -8,6 +8,8 @@ from oracles import Gaussian
 
 from ogdm_jax.diffusion import process, steps
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("clock", [process.VP(), process.VE(), process.EDM(), process.VP.between(0.02, 90.0)])
 def test_time_inverts_sigma_and_derivative_is_the_slope(clock):

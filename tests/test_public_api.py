@@ -5,6 +5,8 @@ import inspect
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 PUBLIC = {
     "diffusion.precondition": {
         "edm": "network_fn, sigma_data=0.5",

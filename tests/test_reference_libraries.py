@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
+pytestmark = pytest.mark.fast
+
 _FILE = Path(__file__).parent.parent / "ogdm_jax" / "evaluation" / "metrics.py"
 _SPEC = importlib.util.spec_from_file_location("metrics_alone", _FILE)
 metrics = importlib.util.module_from_spec(_SPEC)

@@ -6,6 +6,8 @@ from PIL import Image
 
 from ogdm_jax.evaluation import report
 
+pytestmark = pytest.mark.fast
+
 
 def test_rounding_is_edms_and_inverts_the_way_images_enter():
     levels = np.arange(256, dtype=np.uint8)

@@ -26,6 +26,7 @@ def number(x) -> float:
 # Published numbers
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "solver, n, want", [("heun", 8, 0.69699380), ("heun", 18, 0.52762464), ("heun", 256, 0.50009542),
                         ("euler", 15, 0.4081489), ("euler", 128, 0.48892261), ("spndm", 14, 0.4794465)],
@@ -122,6 +123,7 @@ def test_nfe(solver, settings, n=5):
     assert min(calls) > 0  # the network never sees sigma 0
 
 
+@pytest.mark.fast
 def test_nfe_numbers():
     assert [nfe("euler", 15), nfe("spndm", 14), nfe("heun", 8), nfe("heun", 18)] == [15, 15, 15, 35]
     assert [nfe("fpndm", 41), nfe("fpndm", 11)] == [50, 20]
@@ -359,6 +361,7 @@ def test_a_single_step_is_the_denoised_image(solver):
     np.testing.assert_allclose(x, DATA.denoise(80 * z, jnp.full(2, 80.0)), rtol=1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "settings, words",
     [

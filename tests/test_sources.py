@@ -19,6 +19,8 @@ from ogdm_jax.data.__main__ import describe, main
 from ogdm_jax.data.files import decode, encode
 from ogdm_jax.data.prepare import prepare
 
+pytestmark = pytest.mark.fast
+
 RNG = np.random.default_rng(0)
 
 

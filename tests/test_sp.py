@@ -55,6 +55,7 @@ def loss_of(features, x0, eps, x0_hat, sigma, sigma_next, **more):
     return sp.self_perceptual_loss(features, x0, eps, x0_hat, eps_hat, sigma_next, **more)
 
 
+@pytest.mark.fast
 def test_golden_values():
     with jax.enable_x64(True):
         y, n, f, sigma, sigma_next = (jnp.asarray(a) for a in golden())
@@ -96,6 +97,7 @@ def test_an_equal_level_costs_nothing_whatever_is_predicted():
     assert true_noise.max() > 0.1  # the public re-implementation's variant fails this
 
 
+@pytest.mark.fast
 def test_jump_is_the_sampler_step_and_the_identities_hold():
     """Section 3: predicted - real = (1 - s'/s)(D - y), = sin(theta - theta') (F - F*) in the network's scale."""
     with jax.enable_x64(True):
@@ -422,6 +424,7 @@ def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teach
     np.testing.assert_allclose(g @ truth / np.linalg.norm(g) / np.linalg.norm(truth), 1, rtol=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "change,message",
     [

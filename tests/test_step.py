@@ -32,6 +32,7 @@ def test_images_levels_and_noise():
     np.testing.assert_allclose([eps.mean(), eps.std()], [0, 1], atol=0.03)
 
 
+@pytest.mark.fast
 def test_draws_belong_to_images_and_not_to_places():
     given = batch(8)
     order = np.random.default_rng(1).permutation(8)

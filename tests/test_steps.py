@@ -8,6 +8,8 @@ from oracles import Gaussian, column
 
 from ogdm_jax.diffusion import steps
 
+pytestmark = pytest.mark.fast
+
 SIGMA = np.array([40, 3, 0.5, 0.05])
 NEXT = np.array([21.296772, 1.1811935, 0.14627306, 0.0084905196])
 X = np.array([10, -2, 0.7, 1.3]).reshape(4, 1, 1, 1)

@@ -60,6 +60,7 @@ def test_float64_is_exact():
             np.testing.assert_allclose(ess, truth_ess, rtol=1e-10)
 
 
+@pytest.mark.fast
 def test_golden_case_of_the_authors_code():
     """spec/stf.md 11, case A: output of EDMLoss.stf_targets."""
     references = np.sin(0.37 * np.arange(20) + 0.1).reshape(5, 2, 2, 1).astype(np.float32)
@@ -88,6 +89,7 @@ def test_golden_case_b_of_the_authors_code():
     np.testing.assert_allclose(ess, [1, 1.000143, 1.101911, 7.999807], rtol=2e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "x,sigma,truth",
     [
@@ -396,6 +398,7 @@ def test_flips_undo_themselves_and_isometric_sees_the_rest():
     np.testing.assert_array_equal(augmentation.isometric(jnp.asarray(augment)), [1, 1, 1, 1, 0])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 from ogdm_jax.interop import UnsafeFileError, export, read_torch
 from ogdm_jax.interop.torch_state import open_torch
 
+pytestmark = pytest.mark.fast
+
 MADE = Path(__file__).parent / "fixtures" / "torch"
 TYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 bool complex64 float8_e4m3fn".split()
 
