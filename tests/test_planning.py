@@ -21,6 +21,7 @@ def convolve(x, kernel, stride):
     return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_convolution_and_its_two_gradients_cost_the_same(stride, dtype):
@@ -31,6 +32,7 @@ def test_a_convolution_and_its_two_gradients_cost_the_same(stride, dtype):
     assert flops.matmul_flops(jax.make_jaxpr(jax.grad(value, (0, 1)))(x, kernel)) == {dtype: 3 * once}
 
 
+@pytest.mark.fast
 def test_loops_branches_and_dead_results():
     x = jnp.ones((4, 4))
     once = 2 * 4**3
@@ -47,6 +49,7 @@ def test_loops_branches_and_dead_results():
     assert flops.share({"float32": 1.0, "bfloat16": 3.0}, "bfloat16") == 0.75
 
 
+@pytest.mark.fast
 def test_a_mapped_program_counts_all_devices():
     mesh = jax.sharding.Mesh(jax.devices()[:4], ("d",))
     spec = jax.sharding.PartitionSpec("d")
@@ -54,6 +57,7 @@ def test_a_mapped_program_counts_all_devices():
     assert flops.matmul_flops(flops.trace(f, jnp.ones((8, 16)))) == {"float32": 4 * 2 * 2 * 2 * 16}
 
 
+@pytest.mark.fast
 def test_messages_of_every_spelling_are_read():
     hlo = """
   %all-reduce.1 = (f32[3,3,4]{2,1,0:T(8,128)}, bf16[8]{0}, pred[]{:T(512)}) all-reduce(%a, %b, %c), to_apply=%add
@@ -92,7 +96,7 @@ def test_the_plan_of_eight_devices(plan):
     assert share < compiled.arguments < 1.2 * share + 50_000
     if plan != "sharded":
         gradient = 4 * compiled.parameters
-        assert gradient <= compiled.sent["all-reduce"]["bytes"] < 1.02 * gradient + 10_000
+        assert 0.99 * gradient < compiled.sent["all-reduce"]["bytes"] < 1.02 * gradient + 10_000
     figures = report.figures(config, compiled, "v5e", 8, 16 * 2**30, "digits")
     assert figures["tflop_per_device"] == pytest.approx(alone / 8e12, rel=0.01)
     assert figures["seconds_lower_bound"] == max(figures["seconds_bounds"].values()) > 0
@@ -101,6 +105,7 @@ def test_the_plan_of_eight_devices(plan):
     assert f"{compiled.parameters:,} parameters" in report.text(figures)
 
 
+@pytest.mark.fast
 def test_sizes_come_from_the_table_or_the_command_line():
     named = lambda name, **more: program.source_like(configs.load(tiny.ROOT / "configs" / f"{name}.py", ()), **more)  # noqa: E731
     real = data.open_source("digits")
@@ -117,6 +122,7 @@ def test_sizes_come_from_the_table_or_the_command_line():
         program.source_like(config, "32x32")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("words", ["v5e", "v9:2x2", "v5e:", "v5e:2y2", "v5e:0x4", "cpu"])
 def test_unknown_chips_are_refused(words):
     with pytest.raises(ConfigError, match="--plan-for"):

@@ -82,6 +82,7 @@ def test_the_cpus_own_program_has_them():
     assert text.count(convolution.CPU_RULE) > 100
 
 
+@pytest.mark.fast
 def test_the_devices_of_the_plan_decide_not_the_host():
     chip = types.SimpleNamespace(platform="tpu", process_index=0)
     assert jax.default_backend() == "cpu" and parallel.plan_of("mesh", [chip]).platform == "tpu"
@@ -104,6 +105,7 @@ def test_bfloat16_reaches_every_network(name):
     assert counts["bfloat16"] > 0 and flops.share(counts, "float32") < 0.01, counts
 
 
+@pytest.mark.fast
 def test_no_file_but_the_platforms_asks_for_the_backend():
     package = Path(program.__file__).parent.parent
     asking = [p.name for p in package.rglob("*.py") if "default_backend()" in p.read_text()]

@@ -9,6 +9,7 @@ from scipy import stats
 from ogdm_jax import randomness
 from ogdm_jax.networks import layers
 
+pytestmark = pytest.mark.fast
 SHAPE = (16, 16, 32)
 
 

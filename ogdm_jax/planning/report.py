@@ -108,4 +108,6 @@ def text(plan: dict[str, Any]) -> str:
 
 
 def _days(days: float) -> str:
-    return f"{days:.2g} days" if days >= 1 else f"{math.ceil(days * 24 * 60)} minutes"
+    if days >= 1:
+        return f"{days:.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{math.ceil(days * 24 * 60)} minutes"
