@@ -99,9 +99,7 @@ def main() -> None:
             readers = args.readers.split(",")
             turns = [{r: turn(source, r, args.batch, args.batches) for r in readers} for _ in range(args.repeats)]
             for reader in readers:
-                figures = {
-                    key: round(statistics.median(t[reader][key] for t in turns), 4) for key in turns[0][reader]
-                }
+                figures = {key: round(statistics.median(t[reader][key] for t in turns), 4) for key in turns[0][reader]}
                 figures["images_per_second"] = round(figures["images_per_second"])
                 about = {"source": kind, "side": args.side, "batch": args.batch, "reader": reader}
                 print(json.dumps(about | figures | {"cores": os.cpu_count(), "repeats": args.repeats}), flush=True)
