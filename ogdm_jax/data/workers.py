@@ -48,7 +48,7 @@ def default_count() -> int:
 class Workers:
     """An iterator over the batches of steps first, first + 1, ..., read by `count` processes in turn.
 
-    At most two batches a process are held ahead: one that is written, one that has arrived.
+    Two batches a process are held ahead, one that is written and one that has arrived, and what else a pipe holds.
 
     Raises (from next):
       SourceError: as reading in this process would.
@@ -91,8 +91,6 @@ class Workers:
 
 def serve() -> None:
     """The reading process: a pickled (steps, first, stride) comes in; (batch, None) or (None, error) go out."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the batches
     try:
@@ -136,7 +134,12 @@ def _start() -> subprocess.Popen:
     # Reading needs no linear algebra: without this every process would keep a thread a core for it.
     env = {"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-P", "-c", _COMMAND]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    # A process inherits which signals are held back, so these never reach it, not even while it starts.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(process: subprocess.Popen, job: bytes = b"") -> Any:
