@@ -99,7 +99,7 @@ def serve_jax(size: str, dropout: float, augment: float) -> None:
     config = configs.load(Path(__file__).parent.parent / "configs" / "base.py", flags)
     pictures = np.random.default_rng(0).integers(0, 255, (batch, side, side, channels)).astype(np.uint8)
     source = data.Source(name="random", shape=(side, side, channels), images=pictures)
-    run = runs.build(config, source, parallel.make_plan("pmap"))
+    run = runs.build(config, source, parallel.make_plan(config.parallel.plan))
     holder = [run.init()]
     step, frozen = run.compile(holder[0]), run.frozen()
     placed = run.plan.place_batch(

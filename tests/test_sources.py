@@ -1,5 +1,6 @@
 """Every kind of image source: what it reads, and that each failure is one sentence that names it."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -18,6 +19,7 @@ from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.__main__ import describe, main
 from ogdm_jax.data.files import decode, encode
 from ogdm_jax.data.prepare import prepare
+from ogdm_jax.data.sources import Rows
 
 pytestmark = pytest.mark.fast
 
@@ -179,6 +181,15 @@ def test_a_damaged_zip_member_is_named(tmp_path, compressed):
     assert lost.take(np.array([1]))["image"].shape == (1, 8, 8, 3)
     with pytest.raises(SourceError, match=r"a.png is no readable image \(FileNotFoundError\)"):
         pickle.loads(pickle.dumps(lost))[0]
+
+
+def test_rows_of_a_reader(tmp_path):
+    source = open_source(prepare(open_source("digits"), tmp_path), tmp_path, memory_limit=0)
+    some = dataclasses.replace(source, reader=Rows(source.reader, np.array([9, 2, 5])))
+    whole, part = source.take(np.array([5, 9])), some.take(np.array([2, 0]))
+    assert len(some) == 3 and all(np.array_equal(whole[k], part[k]) for k in ("image", "label"))
+    np.testing.assert_array_equal(some[1]["image"], source[2]["image"])
+    assert some.reader.where(0) == "record 9"
 
 
 def test_a_damaged_record_is_named_among_the_good_ones_of_its_batch(tmp_path):

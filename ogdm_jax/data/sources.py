@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,32 @@ class Reader(Protocol):
 
     def where(self, i: int) -> str:
         """Words that name item i in a message."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """A reader of some rows of another one, in the order of `rows`."""
+
+    reader: Reader
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray | None]:
+        return self.reader.read(int(self.rows[i]))
+
+    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | np.ndarray | None]]:
+        return read_many(self.reader, self.rows[np.asarray(rows)].tolist())
+
+    def where(self, i: int) -> str:
+        return self.reader.where(int(self.rows[i]))
+
+
+def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | np.ndarray | None]]:
+    """What `reader.read` returns for each of rows, by its own `read_many` where it has one."""
+    many = getattr(reader, "read_many", None)
+    return map(reader.read, rows) if many is None else many(rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,9 +109,7 @@ class Source:
         if self.images is not None:
             return {"image": self.images[rows], "label": label}
         images, rows = np.empty((len(rows), *self.shape), np.uint8), [int(i) for i in rows]
-        read_many = getattr(self.reader, "read_many", None)
-        items = map(self.reader.read, rows) if read_many is None else read_many(rows)
-        for place, (row, (image, own)) in enumerate(zip(rows, items)):
+        for place, (row, (image, own)) in enumerate(zip(rows, read_many(self.reader, rows))):
             images[place] = _checked(self, image, row)
             if self.labels is None and own is not None:
                 label[place] = own
