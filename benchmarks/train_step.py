@@ -81,7 +81,8 @@ def serve_torch(size: str, edm: str, variant: str, dropout: float, augment: floa
     workers.serve(work, {"parameters": parameters, "first_call_s": round(time.perf_counter() - began, 2)})
 
 
-def serve_jax(size: str, dropout: float, augment: float) -> None:
+def jax_step(size: str, dropout: float, augment: float) -> tuple:
+    """(run, advance) for random pictures; advance(batch on the devices) does one step and waits for it."""
     from ogdm_jax import startup
 
     startup.prepare()
@@ -89,7 +90,7 @@ def serve_jax(size: str, dropout: float, augment: float) -> None:
     import numpy as np
 
     from ogdm_jax import config as configs
-    from ogdm_jax import data, model, parallel
+    from ogdm_jax import data, parallel
     from ogdm_jax.training import run as runs
 
     side, channels, batch, settings = SIZES[size]
@@ -102,19 +103,30 @@ def serve_jax(size: str, dropout: float, augment: float) -> None:
     run = runs.build(config, source, parallel.make_plan(config.parallel.plan))
     holder = [run.init()]
     step, frozen = run.compile(holder[0]), run.frozen()
-    placed = run.plan.place_batch(
-        {"image": pictures, "label": np.full(batch, -1, np.int32), "index": np.arange(batch, dtype=np.int32)}
-    )
 
-    def work():
+    def advance(placed):
         holder[0], metrics = step(holder[0], frozen, placed, run.key)
         jax.block_until_ready((holder[0], metrics))
+        return holder[0]
 
+    return run, advance
+
+
+def serve_jax(size: str, dropout: float, augment: float) -> None:
+    run, advance = jax_step(size, dropout, augment)
+    import numpy as np
+
+    from ogdm_jax import model
+
+    images = run.source.images
+    about = {"label": np.full(len(images), -1, np.int32), "index": np.arange(len(images), dtype=np.int32)}
+    placed = run.plan.place_batch({"image": images} | about)
     began = time.perf_counter()
-    work()
+    state = advance(placed)
     compiled = time.perf_counter() - began
-    about = {"parameters": model.parameter_count(holder[0].params), "compile_s": round(compiled, 2), "batch": batch}
-    workers.serve(work, about | {"devices": len(run.plan.devices)})
+    about = {"parameters": model.parameter_count(state.params), "compile_s": round(compiled, 2), "batch": len(images)}
+    del state
+    workers.serve(lambda: advance(placed), about | {"devices": len(run.plan.devices)})
 
 
 def main() -> None:
