@@ -58,13 +58,16 @@ class Workers:
 
     def __init__(self, steps: Steps, first: int, count: int):
         try:
-            jobs = [pickle.dumps((steps, first + k, count)) for k in range(count)]
+            what = pickle.dumps(steps)  # once: it may hold the names of a million files
         except Exception as error:  # pickle passes on what the object's own code raises
             raise RuntimeError(_not_handed_over(error)) from None
         self._processes = [_start() for _ in range(count)]
         self._pool = concurrent.futures.ThreadPoolExecutor(count)
         self._turns = enumerate(itertools.cycle(self._processes), first)
-        self._coming = collections.deque(map(self._pool.submit, itertools.repeat(_receive), self._processes, jobs))
+        self._coming = collections.deque(
+            self._pool.submit(_receive, process, pickle.dumps((first + k, count)), what)
+            for k, process in enumerate(self._processes)
+        )
         self._stop = weakref.finalize(self, _stop, self._processes, self._pool)
 
     def __iter__(self) -> "Workers":
@@ -90,17 +93,16 @@ class Workers:
 
 
 def serve() -> None:
-    """The reading process: a pickled (steps, first, stride) comes in; (batch, None) or (None, error) go out."""
+    """The reading process: (first, stride) and steps come in, pickled; (batch, None) or (None, error) go out."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the batches
     try:
         try:
-            steps, first, stride = pickle.load(sys.stdin.buffer)
+            (step, stride), steps = (pickle.load(sys.stdin.buffer) for _ in range(2))
         except Exception as error:
             _send(out, (None, RuntimeError(_not_handed_over(error))))
         else:
             threading.Thread(target=_end_with_input, daemon=True).start()
-            step = first
             while _send(out, _read(steps, step)):
                 step += stride
     except BrokenPipeError:
@@ -142,10 +144,10 @@ def _start() -> subprocess.Popen:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _receive(process: subprocess.Popen, job: bytes = b"") -> Any:
+def _receive(process: subprocess.Popen, *job: bytes) -> Any:
     """The process's next message, after telling it its job; None where it has ended."""
     try:
-        process.stdin.write(job)
+        process.stdin.writelines(job)
         process.stdin.flush()
         return pickle.load(process.stdout)
     except (OSError, ValueError, EOFError, pickle.UnpicklingError):
