@@ -62,7 +62,7 @@ def torch_guided(net, work: str, latents, levels, y, mask, noise: Callable):
     x = latents * levels[0]
     for step, (sigma, after) in enumerate(itertools.pairwise(levels)):
         std, down = after * (1 - (after / sigma) ** 2).clamp(min=0).sqrt(), after**2 / sigma
-        guided = work == "dps" or after > 0
+        guided = work == "dps" or bool(after > 0)
         with torch.set_grad_enabled(guided):
             x = x.requires_grad_(guided)
             x0_hat = net(x, sigma)
