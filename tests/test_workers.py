@@ -233,3 +233,19 @@ def test_number_of_processes_is_checked_and_follows_the_cores(sets, monkeypatch)
     for cores, count in ((1, 1), (2, 1), (5, 2), (16, 8), (112, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
         assert default_count() == batches(sets["zip"], 4, 0, workers=-1).workers == count
+
+
+def test_the_setting_is_checked_and_reaches_the_batches(sets):
+    from types import SimpleNamespace
+
+    import tiny
+
+    from ogdm_jax.config import ConfigError
+    from ogdm_jax.training import finish, loop
+
+    with pytest.raises(ConfigError, match=r"data.workers: -2 given; expected a number of processes, 0 for threads"):
+        finish.open_source(tiny.config("data.workers=-2"))
+    for given, count in ((-1, default_count()), (0, 0), (3, 3)):
+        config = tiny.config(f"data.workers={given}", "data.batch=8")
+        run = SimpleNamespace(config=config, source=sets["zip"], filled=SimpleNamespace(references=0))
+        assert loop._batches(run).workers == count
