@@ -1,51 +1,88 @@
-"""One optimiser step (forward, backward, Adam) of ours against the same network of EDM's published PyTorch code.
+"""One optimiser step of ours against EDM's published PyTorch code: the same network, the same work.
 
-    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes tiny8,mnist,cifar64] [--rounds 7]
+    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes tiny8,mnist,cifar64,ddpmpp] [--rounds 7]
+        [--torch eager,channels_last,compile] [--dropout P] [--augment P] [--devices N]
 
-PY is a Python with torch; DIR a checkout of NVlabs/edm (read and run there, nothing of it is part of this package).
-Prints one JSON line per size: the median over interleaved rounds of ours / theirs (below 1: ours is faster).
+PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (read and run there, nothing
+of it is part of this package). A step is what both training loops do: augmentation where the recipe has it, forward,
+backward, gradients made finite, Adam, moving average. cifar64 and ddpmpp have the dropout and the augmentation of
+CIFAR-10's recipe unless the options say otherwise; ddpmpp is its network of full size. Prints one JSON line per size
+and way of running PyTorch: the median over interleaved rounds of ours / theirs (below 1: ours is faster), in wall time
+and in processor time. "compile" needs a C++ compiler; its first call takes minutes.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import workers
 
+CIFAR10 = {"dropout": 0.13, "augment": 0.12}
+PLAIN = {"dropout": 0.0, "augment": 0.0}
 SIZES = {  # side, channels, batch, EDM's network settings
     "tiny8": (8, 1, 64, dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4])),
     "mnist": (28, 1, 64, dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[14])),
     "cifar64": (32, 3, 16, dict(model_channels=64, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])),
     "ddpmpp": (32, 3, 4, dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])),
 }
+RECIPES = {"tiny8": PLAIN, "mnist": PLAIN, "cifar64": CIFAR10, "ddpmpp": CIFAR10}
+PIPE = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)  # of EDM's train.py
+VARIANTS = ("eager", "channels_last", "compile")
 
 
-def serve_torch(size: str, edm: str) -> None:
-    sys.path.insert(0, edm)
+def as_variant(net, variant: str):
+    """A PyTorch network as it is, with its channels innermost, or compiled."""
     import torch
+
+    if variant == "channels_last":
+        return net.to(memory_format=torch.channels_last)
+    return torch.compile(net) if variant == "compile" else net
+
+
+def serve_torch(size: str, edm: str, variant: str, dropout: float, augment: float) -> None:
+    sys.path.insert(0, edm)
+    import copy
+
+    import torch
+    from training.augment import AugmentPipe
     from training.loss import EDMLoss
     from training.networks import EDMPrecond
 
     torch.set_num_threads(2)
     side, channels, batch, settings = SIZES[size]
-    net = EDMPrecond(side, channels, model_type="SongUNet", dropout=0.0, **settings)
+    pipe = AugmentPipe(p=augment, **PIPE) if augment else None
+    settings = settings | {"dropout": dropout, "augment_dim": 9 if augment else 0}
+    net = EDMPrecond(side, channels, model_type="SongUNet", **settings)
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    parameters = sum(p.numel() for p in net.parameters())
     optimiser, loss = torch.optim.Adam(net.parameters(), lr=1e-3), EDMLoss()
     images = torch.rand(batch, channels, side, side) * 2 - 1
+    called = as_variant(net, variant)
+    if variant == "channels_last":
+        images = images.to(memory_format=torch.channels_last)
 
     def work():
         optimiser.zero_grad(set_to_none=True)
-        loss(net=net, images=images).sum().mul(1 / batch).backward()
+        loss(net=called, images=images, augment_pipe=pipe).sum().mul(1 / batch).backward()
+        for p in net.parameters():
+            if p.grad is not None:
+                p.grad.nan_to_num_(0.0, 1e5, -1e5)
         optimiser.step()
+        with torch.no_grad():
+            for p, mean in zip(net.parameters(), average.parameters()):
+                mean.lerp_(p, 1e-3)
 
-    workers.serve(work, {"parameters": sum(p.numel() for p in net.parameters())})
+    began = time.perf_counter()
+    work()
+    workers.serve(work, {"parameters": parameters, "first_call_s": round(time.perf_counter() - began, 2)})
 
 
-def serve_jax(size: str) -> None:
-    import time
-
+def jax_step(size: str, dropout: float, augment: float) -> tuple:
+    """(run, advance) for random pictures; advance(batch on the devices) does one step and waits for it."""
     from ogdm_jax import startup
 
     startup.prepare()
@@ -53,31 +90,43 @@ def serve_jax(size: str) -> None:
     import numpy as np
 
     from ogdm_jax import config as configs
-    from ogdm_jax import data, model, parallel
+    from ogdm_jax import data, parallel
     from ogdm_jax.training import run as runs
 
     side, channels, batch, settings = SIZES[size]
-    flags = ["methods=", f"data.batch={batch}", "data.augment=0.0", "network.dropout=0.0", "data.source=digits"]
+    flags = ["methods=", f"data.batch={batch}", f"data.augment={augment}", f"network.dropout={dropout}"]
+    flags += ["data.source=digits"]
     flags += [f"network.{k}={tuple(v) if isinstance(v, list) else v}" for k, v in settings.items()]
     config = configs.load(Path(__file__).parent.parent / "configs" / "base.py", flags)
     pictures = np.random.default_rng(0).integers(0, 255, (batch, side, side, channels)).astype(np.uint8)
     source = data.Source(name="random", shape=(side, side, channels), images=pictures)
-    run = runs.build(config, source, parallel.make_plan("pmap"))
+    run = runs.build(config, source, parallel.make_plan(config.parallel.plan))
     holder = [run.init()]
     step, frozen = run.compile(holder[0]), run.frozen()
-    placed = run.plan.place_batch(
-        {"image": pictures, "label": np.full(batch, -1, np.int32), "index": np.arange(batch, dtype=np.int32)}
-    )
 
-    def work():
+    def advance(placed):
         holder[0], metrics = step(holder[0], frozen, placed, run.key)
         jax.block_until_ready((holder[0], metrics))
+        return holder[0]
 
+    return run, advance
+
+
+def serve_jax(size: str, dropout: float, augment: float) -> None:
+    run, advance = jax_step(size, dropout, augment)
+    import numpy as np
+
+    from ogdm_jax import model
+
+    images = run.source.images
+    about = {"label": np.full(len(images), -1, np.int32), "index": np.arange(len(images), dtype=np.int32)}
+    placed = run.plan.place_batch({"image": images} | about)
     began = time.perf_counter()
-    work()
+    state = advance(placed)
     compiled = time.perf_counter() - began
-    about = {"parameters": model.parameter_count(holder[0].params), "compile_s": round(compiled, 2), "batch": batch}
-    workers.serve(work, about | {"devices": len(run.plan.devices)})
+    about = {"parameters": model.parameter_count(state.params), "compile_s": round(compiled, 2), "batch": len(images)}
+    del state
+    workers.serve(lambda: advance(placed), about | {"devices": len(run.plan.devices)})
 
 
 def main() -> None:
@@ -86,23 +135,34 @@ def main() -> None:
     parser.add_argument("--edm", default="")
     parser.add_argument("--sizes", default="tiny8,mnist,cifar64")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch", default="eager", help=f"ways of running PyTorch: {', '.join(VARIANTS)}")
+    parser.add_argument("--dropout", type=float, help="on both sides, in place of the recipe's")
+    parser.add_argument("--augment", type=float, help="on both sides, in place of the recipe's")
     parser.add_argument("--devices", type=int, default=1, help="host devices that ours uses")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    given = {name: getattr(args, name) for name in PLAIN if getattr(args, name) is not None}
     if args.serve:
         kind, size = args.serve.split(":")
-        return serve_torch(size, args.edm) if kind == "torch" else serve_jax(size)
+        recipe = RECIPES[size] | given
+        return serve_torch(size, args.edm, args.torch, **recipe) if kind == "torch" else serve_jax(size, **recipe)
     this = str(Path(__file__).resolve())
     env = dict(os.environ)
     if args.devices > 1:
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
     for size in args.sizes.split(","):
-        ours = workers.Worker([sys.executable, this, "--serve", f"jax:{size}"], env)
-        theirs = workers.Worker([args.torch_python, this, "--serve", f"torch:{size}", "--edm", args.edm])
-        assert ours.about["parameters"] == theirs.about["parameters"], (ours.about, theirs.about)
-        print(json.dumps({"size": size} | workers.ratio(ours, theirs, args.rounds) | ours.about), flush=True)
+        recipe = RECIPES[size] | given
+        same = [f"--{name}={value}" for name, value in recipe.items()]
+        ours = workers.Worker([sys.executable, this, "--serve", f"jax:{size}", *same], env)
+        for variant in args.torch.split(","):
+            command = [args.torch_python, this, "--serve", f"torch:{size}", "--edm", args.edm, "--torch", variant]
+            theirs = workers.Worker([*command, *same])
+            assert ours.about["parameters"] == theirs.about["parameters"], (ours.about, theirs.about)
+            about = {"size": size, "torch": variant} | recipe
+            first = {"torch_first_call_s": theirs.about["first_call_s"]}
+            print(json.dumps(about | workers.ratio(ours, theirs, args.rounds) | ours.about | first), flush=True)
+            theirs.close()
         ours.close()
-        theirs.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Two programs timed against each other, each in its own process, taking turns: a noisy machine hits both."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,9 +24,15 @@ class Worker:
                 return line
         sys.exit(f"{self._process.args[0]} stopped; expected an interpreter with what it runs, and enough memory")
 
-    def seconds(self) -> float:
+    def turn(self) -> tuple[float, float]:
+        """Works once: (seconds that passed, seconds of processor time over all threads)."""
         self._process.stdin.write("go\n")
-        return float(self._line("seconds ").split()[1])
+        wall, processor = self._line("seconds ").split()[1:3]
+        return float(wall), float(processor)
+
+    def seconds(self) -> float:
+        """Works once: seconds that passed."""
+        return self.turn()[0]
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -38,24 +45,32 @@ def serve(work: Callable[[], None], about: dict) -> None:
     work()
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         work()
-        print(f"seconds {time.perf_counter() - began}", flush=True)
+        print(f"seconds {time.perf_counter() - began} {time.process_time() - spent}", flush=True)
 
 
 def ratio(first: Worker, second: Worker, rounds: int) -> dict[str, float]:
-    """Median over rounds of first / second, with both medians and the range of the ratio."""
+    """Median over rounds of first / second, with both medians and the range of the ratio.
+
+    The same of processor time, which neighbours on the machine disturb less; `load` is the machine's over one minute.
+    """
     pairs = []
     for i in range(rounds):
         order = (first, second) if i % 2 == 0 else (second, first)
-        times = {w: w.seconds() for w in order}
-        pairs.append((times[first], times[second]))
-    ratios = sorted(a / b for a, b in pairs)
+        turns = {w: w.turn() for w in order}
+        pairs.append((turns[first], turns[second]))
+    ratios = sorted(a / b for (a, _), (b, _) in pairs)
+    processor = [a / b for (_, a), (_, b) in pairs]
     return {
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(ratios[0], 3),
         "highest": round(ratios[-1], 3),
-        "first_ms": round(1000 * statistics.median(a for a, _ in pairs), 1),
-        "second_ms": round(1000 * statistics.median(b for _, b in pairs), 1),
+        "first_ms": round(1000 * statistics.median(a for (a, _), _ in pairs), 1),
+        "second_ms": round(1000 * statistics.median(b for _, (b, _) in pairs), 1),
+        "processor_ratio": round(statistics.median(processor), 3),
+        "first_processor_ms": round(1000 * statistics.median(a for (_, a), _ in pairs), 1),
+        "second_processor_ms": round(1000 * statistics.median(b for _, (_, b) in pairs), 1),
         "rounds": rounds,
+        "load": round(os.getloadavg()[0], 1),
     }

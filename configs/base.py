@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.data.resolution = 0  # crop images to squares and resize them to this side; 0 = as stored
     config.data.channels = 0  # 1 or 3; 0 = as stored
     config.data.memory_limit = 2.0  # GiB; smaller sets are kept in memory as one array
+    config.data.workers = -1  # processes that read larger sets; -1 = half the cores (1 to 8), 0 = threads instead
 
     config.network = ConfigDict()
     config.network.kind = "song"  # song (DDPM++, NCSN++), dhariwal (EDM's ADM) or openai (ADM as OpenAI has it)

@@ -14,7 +14,17 @@ from ml_collections import ConfigDict
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 
 # What may differ between a workdir's saved configuration and the one that resumes it: length, bookkeeping, hardware.
-RESUMABLE = ("train.", "log.", "sample.", "evaluate.", "parallel.", "data.data_dir", "data.memory_limit", "sp.teacher")
+RESUMABLE = (
+    "train.",
+    "log.",
+    "sample.",
+    "evaluate.",
+    "parallel.",
+    "data.data_dir",
+    "data.memory_limit",
+    "data.workers",
+    "sp.teacher",
+)
 _TRAINED_WITH = ("sample.sigma_min", "sample.sigma_max")  # they also clip the training levels
 
 

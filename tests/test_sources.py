@@ -1,5 +1,6 @@
 """Every kind of image source: what it reads, and that each failure is one sentence that names it."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -18,6 +19,7 @@ from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.__main__ import describe, main
 from ogdm_jax.data.files import decode, encode
 from ogdm_jax.data.prepare import prepare
+from ogdm_jax.data.sources import Rows
 
 pytestmark = pytest.mark.fast
 
@@ -119,6 +121,89 @@ def test_decode_modes():
     assert decode(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif)).shape == (4, 2, 3)
     with pytest.raises(ValueError, match="8 bits"):
         decode(saved(Image.fromarray(np.zeros((2, 2), np.uint16))))
+
+
+def test_what_turns_or_clears_a_picture_is_seen_wherever_it_stands():
+    """The quick way past Pillow's copies is taken by plain pictures only."""
+    image, exif, turned = picture(4, 2, 3), Image.Exif(), {}
+    exif[0x0112] = 6
+    for kind in ("PNG", "TIFF", "WEBP"):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        turned[kind] = buffer.getvalue()
+    png = turned["PNG"]
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4])  # length, name and checksum around the data
+    rest = png[:start] + png[end:]
+    for name in (b"IDAT", b"IEND"):  # before and behind the pixels
+        at = rest.index(name) - 4
+        turned[name] = rest[:at] + png[start:end] + rest[at:]
+    for name, content in turned.items():
+        np.testing.assert_array_equal(decode(content), np.rot90(image, -1), err_msg=str(name))
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2, 3), 7, np.uint8)).save(buffer, "PNG", transparency=(7, 7, 7))
+    assert decode(buffer.getvalue()).min() == 255
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_of_every_compression_behind_other_bytes(tmp_path, method):
+    images = {f"{i}.png": picture(4, 4, 1) for i in range(5)}
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w", method) as archive:
+        for name, image in images.items():
+            info = zipfile.ZipInfo(name)
+            info.extra, info.compress_type = b"\xff\xff" + (600).to_bytes(2, "little") + bytes(600), method
+            archive.writestr(info, encode(image))
+    (tmp_path / "a.zip").write_bytes(b"#!/bin/sh\n" * 9 + (tmp_path / "plain.zip").read_bytes())
+    source = pickle.loads(pickle.dumps(open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)))
+    for _ in range(2):
+        np.testing.assert_array_equal(source.take(np.arange(5))["image"], np.stack(list(images.values())))
+
+
+@pytest.mark.parametrize("compressed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_zip_member_is_named(tmp_path, compressed):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", compressed) as archive:
+        for name in ("a.png", "b.png"):
+            archive.writestr(name, encode(picture(8, 8, 3)))
+    good = (tmp_path / "a.zip").read_bytes()
+    second = good.index(b"PK\x03\x04", 4)
+    pixel = second + 30 + 5 + 80
+    for changed in (pixel, second):  # its data, its header
+        bad = bytearray(good)
+        bad[changed] ^= 1
+        (tmp_path / "a.zip").write_bytes(bad)
+        source = open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)
+        source[0]
+        with pytest.raises(SourceError, match=r"b.png is no readable image \(\w+\)"):
+            source[1]
+    (tmp_path / "a.zip").write_bytes(good)
+    lost = open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)
+    (tmp_path / "a.zip").unlink()  # the first image was read when it was opened: the file is still held
+    assert lost.take(np.array([1]))["image"].shape == (1, 8, 8, 3)
+    with pytest.raises(SourceError, match=r"a.png is no readable image \(FileNotFoundError\)"):
+        pickle.loads(pickle.dumps(lost))[0]
+
+
+def test_rows_of_a_reader(tmp_path):
+    source = open_source(prepare(open_source("digits"), tmp_path), tmp_path, memory_limit=0)
+    some = dataclasses.replace(source, reader=Rows(source.reader, np.array([9, 2, 5])))
+    whole, part = source.take(np.array([5, 9])), some.take(np.array([2, 0]))
+    assert len(some) == 3 and all(np.array_equal(whole[k], part[k]) for k in ("image", "label"))
+    np.testing.assert_array_equal(some[1]["image"], source[2]["image"])
+    assert some.reader.where(0) == "record 9"
+
+
+def test_a_damaged_record_is_named_among_the_good_ones_of_its_batch(tmp_path):
+    name = prepare(open_source("digits"), tmp_path, shard_images=600)
+    source = open_source(name, tmp_path, memory_limit=0)
+    assert source.take(np.array([1500, 3, 1500]))["label"].tolist() == source.take([1500, 3, 1500])["label"].tolist()
+    shard = sorted((tmp_path / "digits" / "1.0.0").glob("*array_record*"))[1]
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"IDAT", len(content) // 2) + 8
+    content[at : at + 8] = bytes(8)
+    shard.write_bytes(content)
+    with pytest.raises(SourceError, match=r"record (\d+) cannot be read") as error:
+        open_source(name, tmp_path, memory_limit=0).take(np.arange(1797))
+    assert 600 <= int(str(error.value).split("record ")[1].split()[0]) < 1200
 
 
 def test_zip_is_sorted_by_name_with_integer_labels(tmp_path):

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import struct
 import threading
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +18,10 @@ from ogdm_jax.data.sources import SourceError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
 _UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, RuntimeError)
+# What Pillow notes of an image that is not to be taken as it lies: turned or transparent. TIFF notes it elsewhere.
+_CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
+_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field close it
+_UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
 
 
 class FolderReader:
@@ -29,13 +36,14 @@ class FolderReader:
     def where(self, i: int) -> str:
         return self.names[i]
 
-    def content(self, name: str) -> bytes:
-        return Path(self.root, name).read_bytes()
+    def content(self, i: int) -> bytes:
+        with open(os.path.join(self.root, self.names[i]), "rb", buffering=0) as file:
+            return file.read()
 
     def read(self, i: int) -> tuple[np.ndarray, None]:
         """(uint8 [h,w,1 or 3], None): labels are known ahead."""
         try:
-            return decode(self.content(self.names[i])), None
+            return decode(self.content(i)), None
         except _UNREADABLE as error:
             raise SourceError(
                 f"{self.source}: {self.names[i]} is no readable image ({type(error).__name__}); replace or remove it"
@@ -43,19 +51,53 @@ class FolderReader:
 
 
 class ZipReader(FolderReader):
-    """Members of a zip archive; each thread and each unpickled copy opens its own handle."""
+    """Members of a zip archive at `places`, an index read once: threads and processes share it, none parses its own.
 
-    def __init__(self, *settings):
-        super().__init__(*settings)
-        self._local = threading.local()
+    Args:
+      places: int64 [N, 5]: where a member's header begins, its stored and its true number of bytes, its checksum and
+        its method (-1: one that only zipfile reads: encrypted, or compressed by bzip2 or lzma).
+    """
+
+    def __init__(self, source: str, root: str, names: list[str], labels: np.ndarray | None, places: np.ndarray):
+        super().__init__(source, root, names, labels)
+        self.places, self._lock = places, threading.Lock()
+        self._file: int | None = None
+        self._archive: zipfile.ZipFile | None = None
 
     def __reduce__(self):
-        return ZipReader, (self.source, self.root, self.names, self.labels)
+        return ZipReader, (self.source, self.root, self.names, self.labels, self.places)
 
-    def content(self, name: str) -> bytes:
-        if not hasattr(self._local, "archive"):
-            self._local.archive = zipfile.ZipFile(self.root)
-        return self._local.archive.read(name)
+    def content(self, i: int) -> bytes:
+        """A member's bytes. Reading at a place moves no file position, so threads need no turns."""
+        start, stored, size, checksum, method = self.places[i].tolist()
+        if method < 0:
+            return self._slowly(self.names[i])
+        file = self._opened()
+        block = os.pread(file, _HEADER.size + stored + 512, start)  # 512: the name and what else stands before the data
+        if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
+            raise zipfile.BadZipFile("no member begins where the archive's directory says")
+        begin = _HEADER.size + sum(_HEADER.unpack_from(block))
+        data = block[begin : begin + stored]
+        if len(data) < stored:
+            data = os.pread(file, stored, start + begin)
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))
+        if len(data) != size or zlib.crc32(data) != checksum:
+            raise zipfile.BadZipFile("a member is cut short or its checksum is wrong")
+        return data
+
+    def _opened(self) -> int:
+        with self._lock:
+            if self._file is None:
+                self._file = os.open(self.root, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._file)
+            return self._file
+
+    def _slowly(self, name: str) -> bytes:
+        with self._lock:
+            if self._archive is None:
+                self._archive = zipfile.ZipFile(self.root)
+            return self._archive.read(name)
 
 
 def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
@@ -93,7 +135,7 @@ def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+            members = {member.filename: member for member in archive.infolist()}
             table = archive.read("dataset.json") if "dataset.json" in members else None
     except _UNREADABLE as error:
         raise SourceError(f"{source}: {path} is no readable zip archive ({type(error).__name__})") from None
@@ -101,7 +143,14 @@ def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
     if not names:
         raise SourceError(f"{source}: has no images; expected files such as 00000/img00000000.png in it")
     labels = None if table is None else _json_labels(source, table, names)
-    return ZipReader(source, path, names, labels), ()
+    places = np.array([_place(members[n]) for n in names], np.int64)
+    return ZipReader(source, path, names, labels, places), ()
+
+
+def _place(member: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
+    plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not member.flag_bits & _UNUSUAL
+    method = member.compress_type if plain else -1
+    return member.header_offset, member.compress_size, member.file_size, member.CRC, method
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -109,13 +158,19 @@ def decode(content: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a channel")
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        grey = image.mode in ("L", "1")
-        array = np.asarray(image.convert("L" if grey else "RGB"))
-    return array[:, :, None] if grey else array
+        image.load()  # a PNG may say behind its pixels how it is to be turned
+        plain = image.mode in ("L", "RGB") and image.format != "TIFF" and _CHANGES.isdisjoint(image.info)
+        array = np.asarray(image if plain else _upright(image))
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say, without transparency, in grey or RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 
 def encode(image: np.ndarray, compress_level: int = 6) -> bytes:

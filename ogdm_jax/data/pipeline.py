@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ogdm_jax.data.sources import Source
+from ogdm_jax.data.workers import Workers, default_count
 
 _STEPS = 2**40  # the length that the endless stream of steps has for grain
 
@@ -74,8 +75,9 @@ class Batches:
     "reference" uint8 [n / process_count,H,W,C] and "reference_label": this process's share of n more images, none of
     them in the step's global batch and none twice (`reference_indices` says what small sets allow).
 
-    Sets on disk are read ahead by grain's threads. `get_state()` is {"step": the next step} in both cases, the same in
-    every process and for every process count; `set_state` takes it back. `at(step)` is the batch of any step.
+    Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is {"step": the next
+    step} in every case, the same in every process and for every process count; `set_state` takes it back. `at(step)` is
+    the batch of any step.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Batches:
         process_count: int = 1,
         extra_references: int = 0,
         threads: int = 8,
+        workers: int = 0,
     ):
         sizes = (("batch_size", batch_size, 1), ("extra_references", extra_references, 0), ("threads", threads, 1))
         for what, value, least in sizes + (
@@ -97,6 +100,8 @@ class Batches:
         ):
             if value < least:
                 raise ValueError(f"batches: {what} is {value}; expected an integer >= {least}")
+        if workers < -1:
+            raise ValueError(f"batches: workers is {workers}; expected a number of processes, 0 for threads, or -1")
         if not 0 <= process_index < process_count:
             raise ValueError(f"batches: process_index is {process_index}; expected 0 to {process_count - 1}")
         for what, value in (("batch_size", batch_size), ("extra_references", extra_references)):
@@ -104,6 +109,7 @@ class Batches:
                 raise ValueError(f"batches: {what} is {value}; expected a multiple of the {process_count} processes")
         self.source, self.batch_size, self.seed, self.extra_references = source, batch_size, seed, extra_references
         self.process_index, self.process_count, self.threads = process_index, process_count, threads
+        self.workers = default_count() if workers < 0 else workers
         self._step, self._ahead = start_step, None
 
     def at(self, step: int) -> dict[str, np.ndarray]:
@@ -124,11 +130,18 @@ class Batches:
         if self.source.in_memory:
             batch = self.at(self._step)
         else:
-            if self._ahead is None:
-                self._ahead = _read_ahead(self, self._step, self.threads)
-            batch = next(self._ahead)
+            try:
+                if self._ahead is None:
+                    self._ahead = _read_ahead(self, self._step)
+                batch = next(self._ahead)
+            except BaseException:
+                self.close()  # whoever goes on after an error or Ctrl-C gets this step's batch
+                raise
         self._step += 1
         return batch
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_ahead": None}
 
     def get_state(self) -> dict[str, int]:
         """{"step": the step that the next item belongs to}: plain JSON, for the checkpoint."""
@@ -143,7 +156,7 @@ class Batches:
         self._step = int(step)
 
     def close(self) -> None:
-        """Ends the threads that read ahead; the iterator can still be used and starts them again."""
+        """Ends the threads or processes that read ahead; the iterator can still be used and starts them again."""
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
@@ -162,6 +175,7 @@ def batches(
     process_count: int = 1,
     extra_references: int = 0,
     threads: int = 8,
+    workers: int = 0,
 ) -> Batches:
     """This process's share of the endless stream of global batches: see Batches.
 
@@ -174,11 +188,13 @@ def batches(
       process_count: how many there are, as jax.process_count().
       extra_references: images per step, over all processes, besides the batch (STF's reference batch); 0 for none.
       threads: batches that are read at once where the source is not in memory.
+      workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1 to 8).
 
     Raises:
       ValueError: a size below 1, or one that the process count does not divide.
     """
-    return Batches(source, batch_size, seed, start_step, process_index, process_count, extra_references, threads)
+    shares = (process_index, process_count, extra_references)
+    return Batches(source, batch_size, seed, start_step, *shares, threads, workers)
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -202,11 +218,13 @@ class _Steps:
         return self._owner.at(int(step))
 
 
-def _read_ahead(owner: Batches, step: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from `step` on, read by grain's threads; at most 2 a thread wait in memory."""
+def _read_ahead(owner: Batches, step: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches from `step` on, read by processes or by grain's threads; at most 2 of each wait in memory."""
+    if owner.workers:
+        return Workers(owner, step, owner.workers)
     import grain
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    options = grain.ReadOptions(num_threads=owner.threads, prefetch_buffer_size=2 * owner.threads)
     iterator = iter(grain.MapDataset.source(_Steps(owner)).to_iter_dataset(options))
     iterator.set_state({"next_index": step})
     return iterator

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,11 @@ class SourceError(ValueError):
 
 
 class Reader(Protocol):
-    """Random access to stored images: what a kind of source implements."""
+    """Random access to stored images: what a kind of source implements.
+
+    A reader that is faster at many items than one by one also has `read_many(rows)`, an iterator over what `read`
+    returns for each of them.
+    """
 
     def __len__(self) -> int: ...
 
@@ -29,6 +33,32 @@ class Reader(Protocol):
 
     def where(self, i: int) -> str:
         """Words that name item i in a message."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """A reader of some rows of another one, in the order of `rows`."""
+
+    reader: Reader
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray | None]:
+        return self.reader.read(int(self.rows[i]))
+
+    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | np.ndarray | None]]:
+        return read_many(self.reader, self.rows[np.asarray(rows)].tolist())
+
+    def where(self, i: int) -> str:
+        return self.reader.where(int(self.rows[i]))
+
+
+def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | np.ndarray | None]]:
+    """What `reader.read` returns for each of rows, by its own `read_many` where it has one."""
+    many = getattr(reader, "read_many", None)
+    return map(reader.read, rows) if many is None else many(rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,11 +105,15 @@ class Source:
 
     def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The images and labels of rows [n]: {"image": uint8 [n,H,W,C], "label": int32 [n] or float32 [n,k]}."""
-        if self.images is None:
-            items = [self[int(i)] for i in rows]
-            return {key: np.stack([item[key] for item in items]) for key in ("image", "label")}
         label = np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[rows]
-        return {"image": self.images[rows], "label": label}
+        if self.images is not None:
+            return {"image": self.images[rows], "label": label}
+        images, rows = np.empty((len(rows), *self.shape), np.uint8), [int(i) for i in rows]
+        for place, (row, (image, own)) in enumerate(zip(rows, read_many(self.reader, rows))):
+            images[place] = _checked(self, image, row)
+            if self.labels is None and own is not None:
+                label[place] = own
+        return {"image": images, "label": label}
 
     def _label(self, label) -> np.ndarray:
         if self.label_size:
@@ -190,16 +224,17 @@ def collect(
         return source
     images, read_labels = np.empty((len(reader), *first.shape), np.uint8), np.full(len(reader), -1, np.int32)
 
-    def load(i: int) -> None:
-        image, label = reader.read(i)
-        images[i] = _checked(source, image, i)
-        if label is not None and known is None:
-            read_labels[i] = label
+    def load(start: int) -> None:
+        rows = np.arange(start, min(start + 128, len(reader)))
+        part = source.take(rows)
+        images[rows] = part["image"]
+        if known is None:
+            read_labels[rows] = part["label"]
 
     # Decoding leaves Python's lock; blocks keep the queue of pending reads short.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for start in tqdm(range(0, len(reader), 1024), desc=name, unit="block", leave=False, disable=None):
-            list(pool.map(load, range(start, min(start + 1024, len(reader)))))
+            list(pool.map(load, range(start, min(start + 1024, len(reader)), 128)))
     if labels is None and (class_names or np.any(read_labels >= 0)):
         labels = read_labels
     count = label_size or count_classes(labels, class_names)
@@ -254,6 +289,8 @@ def count_classes(labels: np.ndarray | None, class_names: Sequence[str]) -> int:
 
 
 def _checked(source: Source, image: np.ndarray, i: int) -> np.ndarray:
+    if image.shape == source.shape and source.resolution in (None, image.shape[0]):
+        return image
     where = f"{source.name} ({source.reader.where(i)})"
     image = with_channels(fit(image, source.resolution), source.shape[-1], where)
     if image.shape != source.shape:

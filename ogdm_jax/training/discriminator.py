@@ -83,7 +83,8 @@ class DiscriminatorRun(runs.Run):
 
 def _batches(run: DiscriminatorRun) -> fakes.Pairs:
     index, count = jax.process_index(), jax.process_count()
-    return fakes.Pairs(*run.kept, run.config.data.batch, run.config.seed, index, count)
+    workers = run.config.data.get("workers", -1)  # older runs do not say
+    return fakes.Pairs(*run.kept, run.config.data.batch, run.config.seed, index, count, workers)
 
 
 def build(

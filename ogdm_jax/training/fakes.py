@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ogdm_jax import data, generate
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source
-from ogdm_jax.data.sources import Reader, from_arrays
+from ogdm_jax.data.sources import Rows, from_arrays
 from ogdm_jax.diffusion.sampling import nfe
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.slots import Guidance
@@ -126,23 +126,6 @@ def _draw(config: ConfigDict, prior: Trained, num: int, devices: Sequence[Any]) 
     return pictures, np.full(num, -1, np.int32) if labels is None else labels
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Some rows of a reader."""
-
-    reader: Reader
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, i: int):
-        return self.reader.read(int(self.rows[i]))
-
-    def where(self, i: int) -> str:
-        return self.reader.where(int(self.rows[i]))
-
-
 def split(source: Source, share: float) -> tuple[Source, Source]:
     """(kept, held out): a fixed random division, the same whatever the run's seed."""
     rows = np.random.default_rng(0).permutation(len(source))
@@ -154,7 +137,7 @@ def _subset(source: Source, rows: np.ndarray) -> Source:
     labels = None if source.labels is None else source.labels[rows]
     if source.images is not None:
         return dataclasses.replace(source, images=source.images[rows], labels=labels)
-    return dataclasses.replace(source, labels=labels, reader=_Rows(source.reader, rows))
+    return dataclasses.replace(source, labels=labels, reader=Rows(source.reader, rows))
 
 
 class Pairs:
@@ -163,9 +146,18 @@ class Pairs:
     Both streams run through permutations of their own; a resumed run goes on exactly where it stopped.
     """
 
-    def __init__(self, real: Source, fake: Source, batch: int, seed: int, process_index: int, process_count: int):
+    def __init__(
+        self,
+        real: Source,
+        fake: Source,
+        batch: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        workers: int = 0,
+    ):
         make = lambda source, seed: data.batches(  # noqa: E731
-            source, batch // 2, seed, process_index=process_index, process_count=process_count
+            source, batch // 2, seed, process_index=process_index, process_count=process_count, workers=workers
         )
         self._real, self._fake = make(real, seed), make(fake, seed + 2**32)
 

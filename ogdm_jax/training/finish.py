@@ -37,6 +37,8 @@ def open_source(config: ConfigDict) -> Source:
     settings = config.data
     resolution, channels = settings.get("resolution", 0), settings.get("channels", 0)  # older runs do not say
     require(settings.memory_limit >= 0, "data.memory_limit", settings.memory_limit, "GiB, at least 0")
+    workers = "a number of processes, 0 for threads, or -1 for half of the cores"
+    require(settings.get("workers", -1) >= -1, "data.workers", settings.get("workers", -1), workers)
     require(resolution >= 0, "data.resolution", resolution, "a number of pixels, or 0 for images as stored")
     require(channels in (0, 1, 3), "data.channels", channels, "1, 3, or 0 for images as stored")
     limit = int(settings.memory_limit * 2**30)

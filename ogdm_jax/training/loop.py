@@ -225,6 +225,7 @@ def _batches(run: runs.Run) -> data.Batches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         extra_references=run.filled.references,
+        workers=run.config.data.get("workers", -1),  # older runs do not say
     )
 
 
