@@ -197,8 +197,7 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "--wor
     Raises:
       CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable configuration.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    folder, steps = Path(workdir).absolute() / "checkpoints", complete(workdir)
     if not steps:
         raise CheckpointError(
             f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote"
@@ -223,6 +222,12 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "--wor
         path=path,
         field=field,
     )
+
+
+def complete(workdir: str | Path) -> list[int]:
+    """The steps whose checkpoints are written to their end, in order."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
 
 
 def _beside(field: str, what: str) -> str:

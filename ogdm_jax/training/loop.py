@@ -18,15 +18,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ogdm_jax import cluster, data, generate, parallel
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate, parallel
 from ogdm_jax.evaluation import report
 from ogdm_jax.methods import slots
 from ogdm_jax.training import finish
 from ogdm_jax.training import metrics as logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
-from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
+from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
 from ogdm_jax.typing import PyTree
 
 Say = Callable[[str], None]
@@ -69,6 +69,7 @@ def train(
       NotFinite: a loss is not finite; the last good checkpoint is kept.
     """
     task, workdir = task or DENOISER, Path(workdir)
+    cluster.compare(_shared(config, workdir))
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
     finish.check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
@@ -78,6 +79,7 @@ def train(
     given = _given(run) if config.init.workdir and not resumes else None  # before the loop writes anything
     lead = jax.process_index() == 0
     batch = config.data.batch
+    cluster.keep_safe(lambda: _safe(workdir))
     with (
         Checkpoints(
             workdir, config.train.keep, configs.duration(config.train.keep_every, batch), config.evaluate.keep_best
@@ -91,6 +93,21 @@ def train(
             (workdir / "config.json").write_text(configs.to_json(config))
         state = _steps(task, run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
     return run, state
+
+
+def _shared(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """What every process of a run has to have alike; their data may lie at different places."""
+    flat = configs.flatten(config).items()
+    settings = {f"config.{key}": value for key, value in flat if key != "data.data_dir"}
+    return settings | {"--workdir": str(workdir), "the version of jax": jax.__version__}
+
+
+def _safe(workdir: Path) -> str:
+    """How a run goes on after one of its processes died, for the last sentence of the others."""
+    steps = complete(workdir)
+    if not steps:
+        return f"no checkpoint in {workdir} is complete yet; the same command in all processes starts afresh"
+    return f"step {steps[-1]} in {workdir} is safe; the same command in all processes goes on from there"
 
 
 def _given(run: runs.Run) -> tuple[PyTree, PyTree, Path]:
