@@ -5,12 +5,13 @@ import json
 import threading
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ogdm_jax.data.sources import SourceError
+from ogdm_jax.places import files_below, is_local, place
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
@@ -30,7 +31,7 @@ class FolderReader:
         return self.names[i]
 
     def content(self, name: str) -> bytes:
-        return Path(self.root, name).read_bytes()
+        return (place(self.root) / name).read_bytes()
 
     def read(self, i: int) -> tuple[np.ndarray, None]:
         """(uint8 [h,w,1 or 3], None): labels are known ahead."""
@@ -54,7 +55,8 @@ class ZipReader(FolderReader):
 
     def content(self, name: str) -> bytes:
         if not hasattr(self._local, "archive"):
-            self._local.archive = zipfile.ZipFile(self.root)
+            file = place(self.root)
+            self._local.archive = zipfile.ZipFile(file if is_local(file) else file.open("rb"))
         return self._local.archive.read(name)
 
 
@@ -65,12 +67,10 @@ def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
       (reader, class names). Images directly in the folder and in sub-folders at once are refused: the former would
       have no class.
     """
-    root = Path(path)
+    root = place(path)
     if not root.is_dir():
         raise SourceError(f"{source}: there is no folder {path}; expected a folder of images, one sub-folder a class")
-    names = sorted(
-        p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-    )
+    names = sorted(name for name in files_below(root) if PurePath(name).suffix.lower() in SUFFIXES)
     if not names:
         raise SourceError(f"{source}: has no images; expected files such as CLASS/NAME.png or NAME.png in it")
     if (root / "dataset.json").is_file():
@@ -87,17 +87,17 @@ def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
 
 def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
     """EDM's archive: images sorted by name; dataset.json {"labels": [[name, integer or float vector], ...] or null}."""
-    if not Path(path).is_file():
+    if not place(path).is_file():
         raise SourceError(
             f"{source}: there is no file {path}; make one by python -m ogdm_jax.data prepare folder:DIR --out {path}"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with place(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             members = archive.namelist()
             table = archive.read("dataset.json") if "dataset.json" in members else None
     except _UNREADABLE as error:
         raise SourceError(f"{source}: {path} is no readable zip archive ({type(error).__name__})") from None
-    names = sorted(n for n in members if Path(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX"))
+    names = sorted(n for n in members if PurePath(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX"))
     if not names:
         raise SourceError(f"{source}: has no images; expected files such as 00000/img00000000.png in it")
     labels = None if table is None else _json_labels(source, table, names)
