@@ -102,14 +102,13 @@ def join(folder: str | os.PathLike | None, rest: str) -> str:
 
 def workdir(text: str | os.PathLike, field: str = "--workdir") -> epath.Path:
     """As `place`, for a folder with checkpoints. Raises PlaceError for schemes that orbax cannot write to, as well."""
-    path = place(text, field)
-    scheme = str(path).partition("://")[0]
-    if not is_local(path) and scheme not in TRAINING:
+    scheme = os.fspath(text).partition("://")[0]
+    if scheme in LIBRARIES and scheme not in TRAINING:
         raise PlaceError(
-            f"{field}: {str(path)!r} cannot hold checkpoints (orbax has no {scheme}://); expected a local folder or "
-            f"{_schemes(TRAINING)}"
+            f"{field}: {os.fspath(text)!r} cannot hold checkpoints (orbax has no {scheme}://); "
+            f"expected a local folder or {_schemes(TRAINING)}"
         )
-    return path
+    return place(text, field)
 
 
 def writable(path: epath.Path, field: str, file: bool = False, keep: bool = False) -> epath.Path:
@@ -137,7 +136,7 @@ def writable(path: epath.Path, field: str, file: bool = False, keep: bool = Fals
             probe.unlink(missing_ok=True)
         for parent in () if keep else made:
             with suppress(OSError):
-                parent.rmdir()
+                os.rmdir(parent)
     return path
 
 

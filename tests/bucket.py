@@ -36,9 +36,8 @@ class Bucket(DirFileSystem):
         return super().open(path, mode, **more)
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch) -> Path:
-    """The folder behind gs://bucket."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lets gs://bucket be a folder of this machine, which is returned, until monkeypatch ends."""
     folder = tmp_path / "storage"
     (folder / "bucket").mkdir(parents=True)
     monkeypatch.setattr(Bucket, "root", str(folder))
