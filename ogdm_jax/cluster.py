@@ -34,6 +34,13 @@ _BEAT, _ENDED, _VERDICT = "ogdm_jax/beat/", "ogdm_jax/ended/", "ogdm_jax/verdict
 _LEFT = "left"
 
 
+class Stopped(SystemExit):
+    """The run was told to stop, and has saved: exit code 0, unless who started it asked for another."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the processes of a run. Call it before anything else of JAX.
 

@@ -68,7 +68,7 @@ def train(
       profile: the (first, last) step of which a trace is written to workdir/profile.
 
     Returns:
-      The run and its last state. After SIGTERM or Ctrl-C the state is saved and SystemExit(0) raised.
+      The run and its last state. After SIGTERM or Ctrl-C the state is saved, and cluster.Stopped raised.
 
     Raises:
       ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything is compiled.
@@ -181,7 +181,7 @@ def _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir,
         if stop:
             say(f"stopped at step {step}; saved, the same command goes on from here")
             saved.close()
-            raise SystemExit(0)
+            raise cluster.Stopped
         if due["evaluate"] or done:
             evaluate(state)
         if done:
