@@ -8,6 +8,7 @@ key-value store of process 0; process 0 judges, and all end with one sentence an
 import ctypes
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -183,6 +184,7 @@ class _Watch:
     def start(self, process: int, processes: int) -> None:
         self._process, self._processes, self.running = process, processes, True
         self._seen = {other: ("", time.monotonic()) for other in range(processes) if other != process}
+        logging.getLogger("absl").addFilter(self._adds_something)
         if process:
             self._catch_abort()
         threading.Thread(target=self._run, daemon=True, name="ogdm_jax.cluster").start()
@@ -263,6 +265,10 @@ class _Watch:
         if self._process == 0:
             time.sleep(3 * PERIOD)  # the others read the verdict here
         _exit(1)
+
+    def _adds_something(self, record: logging.LogRecord) -> bool:
+        """Whether an entry of the log says more than the sentence: a save that waits for a lost process does not."""
+        return not (record.exc_info and (self._once.locked() or (self._process and not _reachable())))
 
     def _catch_abort(self) -> None:
         """Process 0 keeps JAX's coordination service: without it, C++ ends this process by SIGABRT within a second.

@@ -1,5 +1,6 @@
 """How processes find each other and end together, without starting any; tests/test_two_processes.py starts them."""
 
+import logging
 import re
 import time
 
@@ -94,7 +95,7 @@ class Store(dict):
 @pytest.fixture
 def watch(monkeypatch):
     """make(process) -> a watch of three processes that start beating now, with its clock in your hands."""
-    store, clock = Store(), [time.monotonic()]
+    store, clock, filters = Store(), [time.monotonic()], len(logging.getLogger("absl").filters)
 
     def leave(code):
         raise SystemExit(code)
@@ -112,7 +113,9 @@ def watch(monkeypatch):
         made.safe = lambda: "step 5 is safe"
         return made, store, clock
 
-    return make
+    yield make
+    for left in logging.getLogger("absl").filters[filters:]:
+        logging.getLogger("absl").removeFilter(left)
 
 
 def test_process_0_names_the_one_that_fell_silent(watch, capsys):
@@ -159,6 +162,15 @@ def test_the_sentence_comes_although_the_storage_fails(watch, capsys):
     with pytest.raises(SystemExit):
         lead._mourn(1)
     assert "its checkpoints cannot be listed (ZeroDivisionError)" in capsys.readouterr().err
+
+
+def test_a_background_save_that_fails_with_a_lost_process_says_nothing_more(watch, monkeypatch):
+    follower, *_ = watch(1)
+    record = logging.LogRecord("absl", logging.ERROR, "", 0, "save failed", None, (ValueError, ValueError(), None))
+    monkeypatch.setattr(cluster, "_reachable", lambda: True)
+    assert follower._adds_something(record)
+    monkeypatch.setattr(cluster, "_reachable", lambda: False)
+    assert not follower._adds_something(record)
 
 
 def test_a_difference_names_the_setting_and_both_values():

@@ -55,7 +55,8 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
 
     done = entry(tmp_path, "sample.py", "--workdir", uri, "--num", "3", "--steps", "2", "--out", "gs://bucket/a/b.npz")
     assert done.returncode == 0 and "to gs://bucket/a/b.npz" in done.stdout, done.stderr
-    assert np.load(bucket / "a" / "b.npz")["images"].shape == (3, 8, 8, 1)
+    with np.load(bucket / "a" / "b.npz") as archive:
+        assert archive["images"].shape == (3, 8, 8, 1)
 
 
 def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
@@ -67,7 +68,8 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
         files.write(places.place(f"gs://bucket/folder/{labels[i]}"), image[None], np.array([i]), None)
 
     files.write(places.place("gs://bucket/grids/grid.png"), images, np.arange(12), None)
-    assert Image.open(bucket / "grids" / "grid.png").size[0] > 4 * 8
+    with Image.open(bucket / "grids" / "grid.png") as picture:
+        assert picture.size[0] > 4 * 8
     prepare(data.open_source("npz:gs://bucket/set.npz"), tmp_path / "set.zip")
     (bucket / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes())
     for name in ("npz:gs://bucket/set.npz", "zip:gs://bucket/set.zip"):
