@@ -26,10 +26,9 @@ import jax
 from ogdm_jax.config import ConfigError
 
 PERIOD = 1.0  # seconds between beats
-SILENCE = 30.0  # seconds without a beat after which a process is lost
+SILENCE = 40.0  # seconds without a beat after which a process is lost; JAX's own limit is 100
 SUSPECTED = 8.0  # the same once an exchange with it has failed
 GRACE = 4.0  # seconds for every process to print its own error, before it is told of another's
-JAX_SILENCE = 50  # seconds after which JAX's own heartbeats, which also see a process 0 that hangs, end everything
 PATIENCE = 600_000  # milliseconds to wait for the settings of the other processes, which may still be starting
 _BEAT, _ENDED, _VERDICT = "ogdm_jax/beat/", "ogdm_jax/ended/", "ogdm_jax/verdict"
 _LEFT = "left"
@@ -57,7 +56,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     check(coordinator, processes, process)
     if coordinator is None and not detected():
         return
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=JAX_SILENCE)
+    jax.distributed.initialize(coordinator, processes, process)
     state = _state()
     if state.num_processes > 1:
         _watch.start(state.process_id, state.num_processes)
@@ -183,11 +182,13 @@ class _Watch:
 
     def start(self, process: int, processes: int) -> None:
         self._process, self._processes, self.running = process, processes, True
+        self._heard = time.monotonic()
         self._seen = {other: ("", time.monotonic()) for other in range(processes) if other != process}
         logging.getLogger("absl").addFilter(self._adds_something)
         if process:
             self._catch_abort()
-        threading.Thread(target=self._run, daemon=True, name="ogdm_jax.cluster").start()
+        for task in (self._run, self._wait_for_process_0)[: 1 + bool(process)]:
+            threading.Thread(target=task, daemon=True, name="ogdm_jax.cluster").start()
 
     def leave(self) -> None:
         """The normal end: this process stops beating, and no one misses it."""
@@ -225,9 +226,22 @@ class _Watch:
             try:
                 _client().key_value_set(f"{_BEAT}{self._process}", str(count), allow_overwrite=True)
                 self._judge() if self._process == 0 else self._listen()
+                self._heard = time.monotonic()
             except Exception:  # JAX's errors of a store that is gone have no common class
                 if self._process and not self._stopped.is_set() and not _reachable():
                     self._mourn(0)
+
+    def _wait_for_process_0(self) -> None:
+        """A process 0 that hangs answers nothing, and no call to its store ends by itself.
+
+        Ticks are counted, not time: where one call kept Python from running, nobody was silent.
+        """
+        heard, ticks = self._heard, 0
+        while not self._stopped.wait(PERIOD):
+            ticks = ticks + 1 if heard == self._heard else 0
+            heard = self._heard
+            if ticks * PERIOD >= SILENCE:
+                self._mourn(0)
 
     def _judge(self) -> None:
         now, beats, ended = time.monotonic(), self._keys(_BEAT), self._keys(_ENDED)
@@ -278,7 +292,8 @@ class _Watch:
         """
 
         def aborted(_number: int) -> None:
-            if not self._stopped.is_set() and not _reachable():
+            silent = time.monotonic() - self._heard > SUSPECTED  # a machine that hangs may still accept connections
+            if not self._stopped.is_set() and (silent or not _reachable()):
                 self._mourn(0)
             if self._once.locked():
                 time.sleep(60)  # another thread is printing, and ends the process

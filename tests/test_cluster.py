@@ -120,12 +120,12 @@ def watch(monkeypatch):
 
 def test_process_0_names_the_one_that_fell_silent(watch, capsys):
     lead, store, clock = watch(0)
-    for beat in range(60):  # a minute in which 2 stops at once
+    for beat in range(60):  # a minute; 2 says nothing from the start
         clock[0] += 1
         store["ogdm_jax/beat/1"] = str(beat)
         if beat < cluster.SILENCE:
             lead._judge()
-        if beat == 32:
+        if beat > cluster.SILENCE:
             with pytest.raises(SystemExit) as ended:
                 lead._judge()
             break
@@ -135,6 +135,23 @@ def test_process_0_names_the_one_that_fell_silent(watch, capsys):
     with pytest.raises(SystemExit):
         other._listen()
     assert capsys.readouterr().err == "error: process 2 of 3 is lost; step 5 is safe\n"
+
+
+def test_a_process_0_that_hangs_is_noticed_though_its_store_never_answers(watch, monkeypatch, capsys):
+    follower, *_ = watch(1)
+    ticks = []
+
+    def wait(_):
+        ticks.append(1)
+        if len(ticks) == 20:
+            follower._heard += 1  # it answered once more
+        return False
+
+    monkeypatch.setattr(follower._stopped, "wait", wait)
+    with pytest.raises(SystemExit):
+        follower._wait_for_process_0()
+    assert 20 + cluster.SILENCE <= len(ticks) <= 22 + cluster.SILENCE
+    assert capsys.readouterr().err == "error: process 0 of 3 is lost; step 5 is safe\n"
 
 
 def test_one_that_ended_with_an_error_is_named_after_a_moment_and_one_that_left_never(watch, capsys):
