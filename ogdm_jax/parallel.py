@@ -8,10 +8,7 @@ All three compute what one device computes on the whole batch, to float toleranc
 """
 
 import dataclasses
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogdm_jax import platforms
-from ogdm_jax.config import ConfigError, require
+from ogdm_jax.config import require
 from ogdm_jax.typing import PyTree
 
 AXIS = "data"
@@ -202,44 +199,3 @@ def _divide(shape: tuple[int, ...], parts: int) -> tuple[str | None, ...]:
         return ()
     longest = max(axes, key=lambda i: shape[i])
     return tuple(AXIS if i == longest else None for i in range(longest + 1))
-
-
-def initialise(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Joins the processes of a pod. Call it before anything else of JAX.
-
-    With no arguments it joins only where a cluster is detected that JAX can join by itself (Cloud TPU, Slurm's srun,
-    Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
-
-    Raises:
-      ConfigError: an incomplete set of arguments.
-    """
-    if coordinator:
-        if processes < 1 or not 0 <= process < processes:
-            raise ConfigError(
-                f"--coordinator {coordinator}: needs --processes N and --process 0..N-1, got {processes} and {process}"
-            )
-        jax.distributed.initialize(coordinator, processes, process)
-    elif _cluster_detected():
-        jax.distributed.initialize()
-
-
-def _cluster_detected() -> bool:
-    """Whether this is, or on a TPU VM may be, one of several processes."""
-    env = os.environ
-    hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
-    return (
-        len(hosts) > 1
-        or _tpu_vm()
-        or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # of srun; salloc alone starts one process
-        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "JAX_COORDINATOR_ADDRESS" in env
-    )
-
-
-def _tpu_vm() -> bool:
-    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the other hosts.
-
-    A single one may initialise as well: it becomes one process of one.
-    """
-    chips = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
-    return importlib.util.find_spec("libtpu") is not None and bool(chips)

@@ -6,6 +6,7 @@ sampler what it needs to go back. Settings that depend on the size follow the pu
 
 import dataclasses
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from ogdm_jax import data, generate, randomness
+from ogdm_jax import data, generate, places, randomness
 from ogdm_jax.data.sources import Source, from_arrays
 from ogdm_jax.diffusion import degrade, operators
 from ogdm_jax.diffusion.operators import Operator
@@ -126,11 +128,11 @@ def _masks(kind: str, side: int) -> Callable[[np.ndarray], PyTree]:
     if kind == "box":
         box, margin = side // 2, side // 16
         return lambda seeds: {"mask": np.stack([degrade.box_mask(_rng(s), side, box, margin) for s in seeds])}
-    path = Path(kind)
+    path = places.place(kind, "--mask")
     if not path.is_file():
         raise ValueError(f"--mask: {kind!r} given; expected random, box or a picture of which black pixels are hidden")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             picture = np.asarray(image.convert("L").resize((side, side), Image.Resampling.NEAREST))
     except OSError:
         raise ValueError(f"--mask: {kind!r} is no readable picture") from None
@@ -163,15 +165,18 @@ def open_input(where: str, shape: tuple[int, int, int]) -> Source:
     """
     if not where:
         raise ValueError("--input: not given; expected the picture or the folder of pictures to measure")
-    path = Path(where)
+    source = "://" in where and not places.is_uri(where)  # folder:gs://bucket/images
+    path = places.place("" if source else where, "--input")
     if path.is_file() and path.suffix.lower() not in (".npz", ".zip"):
         try:
-            with Image.open(path) as picture:
+            with Image.open(io.BytesIO(path.read_bytes())) as picture:
                 pixels = np.asarray(picture.convert("L" if shape[2] == 1 else "RGB"))
         except OSError:
             raise ValueError(f"--input: {where!r} is no readable picture") from None
         return from_arrays(where, pixels.reshape(1, *pixels.shape[:2], -1), resolution=shape[0], channels=shape[2])
-    name = f"folder:{where}" if path.is_dir() else f"{path.suffix[1:]}:{where}" if path.is_file() else where
+    name = where
+    if not source:
+        name = f"folder:{where}" if path.is_dir() else f"{path.suffix[1:]}:{where}" if path.is_file() else where
     if ":" not in name and name not in ("digits", "mnist5k"):
         raise ValueError(f"--input: {where!r} is no file, folder or data source; expected pictures to measure")
     return data.open_source(name, resolution=shape[0], channels=shape[2])
@@ -232,7 +237,7 @@ class Restoration:
         shown = _as_pictures(self.y, self.images.shape) if self.task.restores else self.images
         return np.stack([to_uint8(np.clip(v, -1, 1)) for v in (self.images, shown, restored)], axis=1)
 
-    def write(self, path: Path, restored: np.ndarray) -> None:
+    def write(self, path: epath.Path, restored: np.ndarray) -> None:
         """Input, measurement and result side by side: one grid (FILE.png), a picture an image (folder), or FILE.npz
         with the float arrays input, measurement, result and the seeds. Figures per image go beside it as JSON."""
         n, _, h, w, c = (triples := self.pictures(restored)).shape
@@ -240,9 +245,9 @@ class Restoration:
         text = json.dumps({"seeds": self.seeds.tolist(), **figures}) + "\n"
         scale = max(1, 64 // h)
         if path.suffix == ".npz":
-            path.parent.mkdir(parents=True, exist_ok=True)
             arrays = {"input": self.images, "measurement": self.y, "result": restored, "seeds": self.seeds}
-            np.savez_compressed(path, **arrays)
+            with places.written(path) as new:
+                np.savez_compressed(new, **arrays)
         elif path.suffix == ".png":
             columns = 3 * min(n, 4)
             report.save_png(path, report.grid(triples.reshape(3 * n, h, w, c), columns, padding=2, scale=scale))

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from ogdm_jax import parallel, startup
+from ogdm_jax import cluster, startup
 from ogdm_jax.interop import __main__
 
 
@@ -31,7 +31,7 @@ def inside(folder: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(startup, "prepare", lambda: None)
-        patch.setattr(parallel, "initialise", lambda *_: None)  # JAX runs already, wherever the tests run
+        patch.setattr(cluster, "join", cluster.check)  # JAX runs already, wherever the tests run
         yield patch
 
 

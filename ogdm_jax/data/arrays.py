@@ -6,11 +6,12 @@ import re
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 
 from ogdm_jax.data.sources import Source, SourceError, from_arrays
+from ogdm_jax.places import files_below, place
 
 DIGIT_NAMES = tuple("0123456789")
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -49,12 +50,12 @@ def npz(name: str, path: str, resolution: int | None, channels: int | None) -> S
     `FILE?KEY=VALUE&KEY<VALUE&KEY>=VALUE` keeps the rows on which the file's arrays KEY [N] meet all conditions.
     """
     file, _, conditions = path.partition("?")
-    if not Path(file).is_file():
+    if not place(file).is_file():
         raise SourceError(
             f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under 'image'"
         )
     try:
-        with np.load(file) as archive:
+        with place(file).open("rb") as handle, np.load(handle) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (*DAMAGED, AttributeError) as error:
         raise SourceError(f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})") from None
@@ -82,11 +83,13 @@ def cifar10(name: str, path: str, resolution: int | None, channels: int | None) 
         raise SourceError(f"{name}: has no split {split!r}; expected train or test")
     wanted = ["test_batch.bin"] if split == "test" else [f"data_batch_{k}.bin" for k in range(1, 6)]
     try:
-        if Path(file).is_dir():
-            found = {p.name: p.read_bytes() for p in Path(file).rglob("*.bin") if p.name in wanted}
+        root = place(file)
+        if root.is_dir():
+            paths = {PurePath(path).name: root / path for path in files_below(root)}
+            found = {n: paths[n].read_bytes() for n in wanted if n in paths}
         else:
-            with tarfile.open(file) as archive:
-                members = {Path(m.name).name: m for m in archive if m.isfile()}
+            with root.open("rb") as handle, tarfile.open(fileobj=handle) as archive:
+                members = {PurePath(m.name).name: m for m in archive if m.isfile()}
                 found = {n: archive.extractfile(members[n]).read() for n in wanted if n in members}
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise SourceError(

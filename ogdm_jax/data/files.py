@@ -8,12 +8,13 @@ import threading
 import weakref
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ogdm_jax.data.sources import SourceError
+from ogdm_jax.places import files_below, is_local, local, place
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
@@ -37,6 +38,8 @@ class FolderReader:
         return self.names[i]
 
     def content(self, i: int) -> bytes:
+        if not is_local(self.root):
+            return (place(self.root) / self.names[i]).read_bytes()
         with open(os.path.join(self.root, self.names[i]), "rb", buffering=0) as file:
             return file.read()
 
@@ -70,7 +73,7 @@ class ZipReader(FolderReader):
     def content(self, i: int) -> bytes:
         """A member's bytes. Reading at a place moves no file position, so threads need no turns."""
         start, stored, size, checksum, method = self.places[i].tolist()
-        if method < 0:
+        if method < 0 or not is_local(self.root):
             return self._slowly(self.names[i])
         file = self._opened()
         block = os.pread(file, _HEADER.size + stored + 512, start)  # 512: the name and what else stands before the data
@@ -96,7 +99,7 @@ class ZipReader(FolderReader):
     def _slowly(self, name: str) -> bytes:
         with self._lock:
             if self._archive is None:
-                self._archive = zipfile.ZipFile(self.root)
+                self._archive = zipfile.ZipFile(place(self.root).open("rb"))
             return self._archive.read(name)
 
 
@@ -107,12 +110,10 @@ def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
       (reader, class names). Images directly in the folder and in sub-folders at once are refused: the former would
       have no class.
     """
-    root = Path(path)
+    root, path = place(path), _plain(path)
     if not root.is_dir():
         raise SourceError(f"{source}: there is no folder {path}; expected a folder of images, one sub-folder a class")
-    names = sorted(
-        p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-    )
+    names = sorted(name for name in files_below(root) if PurePath(name).suffix.lower() in SUFFIXES)
     if not names:
         raise SourceError(f"{source}: has no images; expected files such as CLASS/NAME.png or NAME.png in it")
     if (root / "dataset.json").is_file():
@@ -129,22 +130,27 @@ def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
 
 def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
     """EDM's archive: images sorted by name; dataset.json {"labels": [[name, integer or float vector], ...] or null}."""
-    if not Path(path).is_file():
+    if not place(path).is_file():
         raise SourceError(
             f"{source}: there is no file {path}; make one by python -m ogdm_jax.data prepare folder:DIR --out {path}"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with place(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member for member in archive.infolist()}
             table = archive.read("dataset.json") if "dataset.json" in members else None
     except _UNREADABLE as error:
         raise SourceError(f"{source}: {path} is no readable zip archive ({type(error).__name__})") from None
-    names = sorted(n for n in members if Path(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX"))
+    names = sorted(n for n in members if PurePath(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX"))
     if not names:
         raise SourceError(f"{source}: has no images; expected files such as 00000/img00000000.png in it")
     labels = None if table is None else _json_labels(source, table, names)
     places = np.array([_place(members[n]) for n in names], np.int64)
-    return ZipReader(source, path, names, labels, places), ()
+    return ZipReader(source, _plain(path), names, labels, places), ()
+
+
+def _plain(path: str) -> str:
+    """A local path without file://, which open() does not know; a URI as it is."""
+    return str(local(path)) if is_local(path) else path
 
 
 def _place(member: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ogdm_jax import places
 from ogdm_jax.data.files import encode
 from ogdm_jax.data.sources import Source, SourceError
 
@@ -36,7 +37,10 @@ def prepare(source: Source, out: str | Path, name: str | None = None, shard_imag
     """
     size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
     bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
-    out = Path(out)
+    try:
+        out = places.local(out, "--out")
+    except places.PlaceError as error:
+        raise SourceError(f"{error}: prepare it there, then copy it") from None
     if out.suffix == ".zip":
         return _prepare_zip(source, out, bounds)
     return _prepare_records(source, out, name or _default_name(source.name), bounds)

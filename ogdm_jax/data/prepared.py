@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ogdm_jax import places
 from ogdm_jax.data.files import decode
 from ogdm_jax.data.sources import SourceError
 
@@ -61,6 +62,10 @@ def open_tfds(source: str, spec: str, data_dir: str | Path | None) -> tuple[Tfds
 
     if not spec:
         raise SourceError("data source 'tfds:' names no data set; expected for example tfds:cifar10/train")
+    try:
+        data_dir = places.local(data_dir, "data_dir") if data_dir else data_dir  # array_record maps its files
+    except places.PlaceError as error:
+        raise SourceError(f"{source}: {error}, or the bucket mounted (gcsfuse)") from None
     where = str(data_dir) if data_dir else str(tfds.core.constants.DATA_DIR)
     if re.match(r"\w+:[a-zA-Z]", spec):  # tensorflow-datasets would ask the network about these
         raise SourceError(

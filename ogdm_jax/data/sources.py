@@ -3,13 +3,15 @@
 import concurrent.futures
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from ogdm_jax import places
 
 KINDS = ("digits", "mnist5k", "tfds:NAME[/SPLIT]", "folder:DIR", "zip:FILE", "npz:FILE", "cifar10:FILE[?test]")
 MEMORY_LIMIT = 2 << 30
@@ -123,7 +125,7 @@ class Source:
 
 def open_source(
     name: str,
-    data_dir: str | Path | None = None,
+    data_dir: str | os.PathLike | None = None,
     resolution: int | None = None,
     channels: int | None = None,
     memory_limit: int = MEMORY_LIMIT,
@@ -301,7 +303,12 @@ def _checked(source: Source, image: np.ndarray, i: int) -> np.ndarray:
     return image
 
 
-def _path(name: str, rest: str, data_dir: str | Path | None) -> str:
+def _path(name: str, rest: str, data_dir: str | os.PathLike | None) -> str:
     if not rest:
         raise SourceError(f"data source {name!r} names no path; expected for example {name.partition(':')[0]}:PATH")
-    return str(Path(data_dir, rest)) if data_dir else rest
+    try:
+        path = places.join(data_dir, rest)
+        places.place(path.partition("?")[0], name)
+    except places.PlaceError as error:
+        raise SourceError(str(error)) from None
+    return path

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ogdm_jax import startup
+from ogdm_jax import places, startup
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.evaluation import features as spaces
 from ogdm_jax.evaluation import metrics, protocol
@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     with startup.one_sentence():
         startup.prepare()
+        for option, file in (("--out", args.out), ("--save_statistics", args.save_statistics)):
+            if file:
+                places.writable(places.place(file, option), option, file=True)
         sets = [open_source(source_name(word), args.data_dir) for word in args.samples]
         shape = sets[0].shape
         if any(other.shape != shape for other in sets):

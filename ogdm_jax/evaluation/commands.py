@@ -7,18 +7,19 @@ python -m ogdm_jax.evaluation report --workdir DIR [--solvers euler,heun --steps
 import argparse
 import contextlib
 import json
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate, parallel, randomness, startup
+from ogdm_jax import data, generate, parallel, places, randomness, startup
 from ogdm_jax import model as models
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.sampling import nfe, sample
@@ -132,6 +133,8 @@ def _bar(total: int, about: str) -> tqdm:
 def run_protocol(args: argparse.Namespace) -> dict[str, Any]:
     """Samples every range of seeds, measures it while it is sampled, prints the JSON."""
     ranges = protocol.seed_ranges(args.num, args.ranges, args.first)
+    if args.out:
+        places.writable(places.place(args.out, "--out"), "--out", file=True)
     trained = open_run(args)
     settings = trained.settings(args.solver, args.steps, args.num, args.eta)
     churn = generate.parse_churn(args.churn, settings.solver)
@@ -158,9 +161,12 @@ def run_protocol(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def run_report(args: argparse.Namespace) -> Path:
+def run_report(args: argparse.Namespace) -> epath.Path:
     """Collects what the page shows, writes it, prints where."""
     reports = read_distances(args.distances) if args.distances else None
+    out = places.place(args.out, "--out") if args.out else places.workdir(args.workdir) / "report.html"
+    if args.out or out.parent.is_dir():  # a training folder that is not there has a sentence of its own
+        places.writable(out, "--out" if args.out else "--workdir", file=True)
     trained = open_run(args)
     source = open_reference(args, trained)
     space = open_space(args, trained, source)
@@ -170,10 +176,11 @@ def run_report(args: argparse.Namespace) -> Path:
     if reports is None:
         reports = measure(args, trained, space, values)
         if reports:
-            (Path(args.workdir) / "distances.json").write_text(json.dumps(reports, indent=1) + "\n")
+            with places.written(places.place(args.workdir) / "distances.json") as new:
+                new.write_text(json.dumps(reports, indent=1) + "\n")
     samples = np.concatenate(list(stream(args, trained, settings, range(SHOWN))))
     found = html.Findings(
-        title=f"{Path(args.workdir).resolve().name}: {' + '.join(trained.config.methods) or 'plain'} on {source.name}",
+        title=f"{_name(args.workdir)}: {' + '.join(trained.config.methods) or 'plain'} on {source.name}",
         facts=facts(trained, settings),
         distances=reports,
         metrics=_metrics(args.workdir),
@@ -186,11 +193,15 @@ def run_report(args: argparse.Namespace) -> Path:
         trajectory=trajectory(trained, settings, np.arange(TRACED)),
         config=configs.flatten(trained.config),
     )
-    out = Path(args.out or Path(args.workdir) / "report.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html.page(found), encoding="utf-8")
-    print(f"wrote {out} ({out.stat().st_size / 1000:.0f} kB)")
+    page = html.page(found).encode()
+    with places.written(out) as new:
+        new.write_bytes(page)
+    print(f"wrote {out} ({len(page) / 1000:.0f} kB)")
     return out
+
+
+def _name(workdir: str) -> str:
+    return (pathlib.Path(workdir).resolve() if places.is_local(workdir) else places.place(workdir)).name
 
 
 def measure(
@@ -263,8 +274,8 @@ def trajectory(
 
 def _metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without those that a killed run cut short (the next run's first may hang on one)."""
-    path, found = Path(workdir) / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    path, found = places.place(workdir) / "metrics.jsonl", []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and "step" in line]
@@ -275,7 +286,7 @@ def read_distances(path: str) -> list[dict[str, Any]]:
     texts = ("features", "solver")
     numbers = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all", "n_samples", "n_reference")
     try:
-        reports = json.loads(Path(path).read_text())
+        reports = json.loads(places.place(path, "--distances").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--distances: {path} cannot be read ({type(error).__name__}); {_DISTANCES}") from None
     for report in reports if isinstance(reports, list) else [None]:
@@ -289,11 +300,11 @@ def read_distances(path: str) -> list[dict[str, Any]]:
 
 
 def _steps(workdir: str) -> list[int]:
-    return [int(path.name) for path in (Path(workdir) / "checkpoints").iterdir() if path.name.isdigit()]
+    return checkpoint.complete(workdir)
 
 
 def _progress(workdir: str, most: int = 4) -> list[tuple[int, bytes]]:
     """At most so many of the grids that training wrote, evenly over the steps."""
-    paths = sorted((Path(workdir) / "samples").glob("*.png"))
+    paths = sorted((places.place(workdir) / "samples").glob("*.png"))
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), most)).round().astype(int)) if paths else []
     return [(int(paths[i].stem), paths[i].read_bytes()) for i in chosen if paths[i].stem.isdigit()]

@@ -16,6 +16,7 @@ import scipy.special
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from ogdm_jax import places
 from ogdm_jax.interop.names_lite0 import lite0_to_flax
 from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.interop.torch_state import read_torch
@@ -102,7 +103,7 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
     Raises:
       ValueError: no file, a file that is refused, or one of another network.
     """
-    if weights is None or not Path(weights).is_file():
+    if weights is None or not places.local(weights, "--weights").is_file():
         found = "none given" if weights is None else f"{weights} is no file"
         raise ValueError(f"weights: {found}; expected {INCEPTION_FILE} from {INCEPTION_URL}.")
     if route not in ("tf", "pytorch_fid"):

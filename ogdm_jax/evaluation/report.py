@@ -1,5 +1,6 @@
 """Images for people: grids, PNG and animation files."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ogdm_jax import places
 from ogdm_jax.pixels import to_uint8
 
 
@@ -47,8 +49,11 @@ def _pillow(image: np.ndarray) -> Image.Image:
 def save_png(path: str | os.PathLike, image) -> None:
     """Writes one image [h, w] or [h, w, c] (uint8, or floats in [-1, 1]); makes the folder if needed."""
     picture = _pillow(np.asarray(image))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    picture.save(path, format="PNG")
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    path = places.place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.getvalue())
 
 
 def save_animation(path: str | os.PathLike, frames: Sequence, milliseconds: int = 80) -> None:
@@ -59,5 +64,5 @@ def save_animation(path: str | os.PathLike, frames: Sequence, milliseconds: int 
         raise ValueError(
             f"path, frames: '{path}', {len(pictures)}; expected .webp, .gif or .png and at least one frame."
         )
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    with places.written(places.place(path)) as new:
+        pictures[0].save(new, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ogdm_jax import places
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.evaluation.metrics import Moments
 from ogdm_jax.interop.restricted_pickle import quote
@@ -34,7 +35,7 @@ class Statistics:
 def is_statistics(path: str | os.PathLike) -> bool:
     """Whether a file is an .npz with mu and sigma."""
     try:
-        with np.load(path) as archive:
+        with places.place(path).open("rb") as file, np.load(file) as archive:
             return isinstance(archive, np.lib.npyio.NpzFile) and {"mu", "sigma"} <= set(archive.files)
     except DAMAGED:
         return False
@@ -52,7 +53,7 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
       ValueError: no such file, no mu and sigma, or shapes that do not belong together.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with places.place(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not {"mu", "sigma"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(sorted(archive.files)[:5])}")
             mu, cov = np.asarray(archive["mu"], np.float64), np.asarray(archive["sigma"], np.float64)
@@ -70,6 +71,5 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
 def save_statistics(path: str | os.PathLike, moments: Moments, features: str) -> None:
     """Writes `mu`, `sigma` (EDM's fid.py and pytorch-fid read them) and, for us, `count` and `features`."""
     mu, cov = moments.finalize()
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "wb") as file:  # np.savez would add .npz to another ending
+    with places.written(places.place(path)) as new, new.open("wb") as file:  # np.savez would add .npz to another ending
         np.savez(file, mu=mu, sigma=cov, count=moments.count, features=features)

@@ -13,14 +13,14 @@ python train.py --config.init.workdir=WORKDIR --workdir NEW and the settings tha
 import argparse
 import json
 import os
+import pathlib
 import shlex
-from pathlib import Path
 from typing import Any
 
 from ogdm_jax import config as configs
-from ogdm_jax import startup
+from ogdm_jax import places, startup
 
-_BASE = Path(__file__).resolve().parent.parent.parent / "configs" / "base.py"
+_BASE = pathlib.Path(__file__).resolve().parent.parent.parent / "configs" / "base.py"
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -105,8 +105,10 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from ogdm_jax.interop import export
     from ogdm_jax.training import checkpoint, optim, state
 
-    if (Path(args.out) / "checkpoints").exists():
+    out = places.workdir(args.out, "--out")
+    if (out / "checkpoints").exists():
         raise ValueError(f"--out: {args.out!r} already holds checkpoints; expected a new folder")
+    places.writable(out, "--out")
     found = _load(args)
     network = found.network
     if found.kind not in ("edm", "adm"):
@@ -215,7 +217,7 @@ def export_(args: argparse.Namespace) -> None:
 def main() -> None:
     args, rest = parse()
     with startup.one_sentence():
-        if args.command != "export" and not Path(args.source).is_file():
+        if args.command != "export" and not places.local(args.source, args.command).is_file():
             raise ValueError(f"{args.source}: there is no such file; expected .pt, .pth, .pkl or .safetensors")
         startup.prepare()
         overrides = startup.split_overrides(rest)

@@ -7,13 +7,14 @@ The tensor names are those of the official code, so that its load_state_dict tak
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from etils import epath
 from safetensors.numpy import save_file
 
+from ogdm_jax import places
 from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
 from ogdm_jax.interop.settings import check_about
 from ogdm_jax.networks import ADMEncoder, ADMUNet, DhariwalUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
@@ -22,22 +23,23 @@ from ogdm_jax.typing import PyTree
 FORMAT = 1
 
 
-def about_path(path: str | os.PathLike) -> Path:
-    return Path(path).with_suffix(".json")
+def about_path(path: str | os.PathLike) -> epath.Path:
+    return places.place(path).with_suffix(".json")
 
 
-def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Path:
+def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> epath.Path:
     """Writes state as path (.safetensors) and about beside it. Returns the path.
 
     Raises:
       ValueError: path does not end in .safetensors.
     """
-    path = Path(path)
+    path = places.place(path, "--out")
     if path.suffix != ".safetensors":
         raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in .safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path)
-    about_path(path).write_text(json.dumps({"format": FORMAT, **about}, indent=1, sort_keys=True) + "\n")
+    with places.written(path) as new:
+        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
+    with places.written(about_path(path)) as new:
+        new.write_text(json.dumps({"format": FORMAT, **about}, indent=1, sort_keys=True) + "\n")
     return path
 
 
@@ -47,7 +49,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       ValueError: it is not JSON of this format, or one of its values is out of range.
     """
-    if Path(path).suffix != ".safetensors" or not about_path(path).is_file():
+    if places.place(path).suffix != ".safetensors" or not about_path(path).is_file():
         return None
     try:
         about = json.loads(about_path(path).read_text())

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ogdm_jax import places
 from ogdm_jax.interop.restricted_pickle import Budget, UnsafeFileError, load, quote
 from ogdm_jax.interop.torch_records import DTYPES, MAX_COUNT, Module, NumpyArray, Storage, Tensor, admit_with, shape_of
 
@@ -86,7 +87,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def open_torch(path: str | os.PathLike) -> TorchFile:
     """Parses a checkpoint into inert records without making any array. Errors as in read_torch."""
-    path = Path(path)
+    path = places.local(path, "checkpoint")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file.")
     with _naming(path):

@@ -18,15 +18,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ogdm_jax import config as configs
+from ogdm_jax import places
 from ogdm_jax.parallel import Plan
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.typing import PyTree
@@ -43,8 +44,8 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one training folder. Close it (or use it in a `with`), so that the last save is finished."""
 
-    def __init__(self, workdir: str | Path, keep: int = 3, keep_every: int = 0, keep_best: int = 0):
-        self.folder = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: str | os.PathLike, keep: int = 3, keep_every: int = 0, keep_best: int = 0):
+        self.folder = places.absolute(places.workdir(workdir)) / "checkpoints"
         self.reports = evaluations(workdir)
         kept = [policies.LatestN(max(keep, 1)), _Best(self.reports, keep_best)]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
@@ -75,9 +76,8 @@ class Checkpoints:
         self.reports[report["step"]] = dict(report)
         if jax.process_index() == 0:
             path = self.folder.parent / RECORD
-            new = path.with_suffix(".new")  # replaced in one go: whoever stops the run here leaves a whole file
-            new.write_text(json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1) + "\n")
-            os.replace(new, path)
+            with places.written(path) as new:  # in one go: whoever stops the run here leaves a whole file
+                new.write_text(json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1) + "\n")
         return ranked(self.reports, [*self._manager.all_steps(), report["step"]])[:1] == [report["step"]]
 
     def preempted(self, step: int) -> bool:
@@ -153,9 +153,9 @@ class _Best(policies.PreservationPolicy):
         return [info.step in best for info in checkpoints]
 
 
-def evaluations(workdir: str | Path) -> dict[int, dict[str, Any]]:
+def evaluations(workdir: str | os.PathLike) -> dict[int, dict[str, Any]]:
     """{step: report} of the evaluations of a training folder; {} where there were none."""
-    path = Path(workdir) / RECORD
+    path = places.place(workdir) / RECORD
     return {report["step"]: report for report in json.loads(path.read_text())} if path.is_file() else {}
 
 
@@ -185,11 +185,11 @@ class Snapshot:
     image_shape: tuple[int, int, int]
     num_classes: int
     step: int
-    path: Path
+    path: epath.Path
     field: str = "--workdir"
 
 
-def find(workdir: str | Path, step: int | str | None = None, field: str = "--workdir") -> Snapshot:
+def find(workdir: str | os.PathLike, step: int | str | None = None, field: str = "--workdir") -> Snapshot:
     """The newest checkpoint of a training folder, that of a given step, or the "best" of its evaluations.
 
     field: the setting that named the folder, for messages.
@@ -197,8 +197,7 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "--wor
     Raises:
       CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable configuration.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    folder, steps = places.absolute(places.workdir(workdir, field)) / "checkpoints", complete(workdir)
     if not steps:
         raise CheckpointError(
             f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote"
@@ -223,6 +222,15 @@ def find(workdir: str | Path, step: int | str | None = None, field: str = "--wor
         path=path,
         field=field,
     )
+
+
+def complete(workdir: str | os.PathLike) -> list[int]:
+    """The steps whose checkpoints are written to their end, in order."""
+    folder = places.place(workdir) / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not places.is_local(folder):  # no folder can be renamed in a bucket: a file in it says that it is complete
+        found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
+    return sorted(int(path.name) for path in found)
 
 
 def _beside(field: str, what: str) -> str:
@@ -277,7 +285,7 @@ def _shapes(tree: PyTree) -> PyTree:
     )
 
 
-def _guard(path: Path, read):
+def _guard(path: epath.Path, read):
     """Runs a read; whatever goes wrong inside the storage library becomes one sentence with the path."""
     try:
         return read()

@@ -11,18 +11,19 @@ This is not OGDM's discriminator: that one is trained beside the denoiser and ne
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
-from ogdm_jax import generate, parallel, randomness
+from ogdm_jax import generate, parallel, places, randomness
 from ogdm_jax.data import Source, augment
 from ogdm_jax.interop import export
 from ogdm_jax.interop.pretrained import load_pretrained
@@ -88,7 +89,7 @@ def _batches(run: DiscriminatorRun) -> fakes.Pairs:
 
 
 def build(
-    config: ConfigDict, plan: parallel.Plan, workdir: Path, say: Callable[[str], None] = print
+    config: ConfigDict, plan: parallel.Plan, workdir: epath.Path, say: Callable[[str], None] = print
 ) -> DiscriminatorRun:
     """Opens the prior, draws or reads its samples, and builds the run.
 
@@ -112,7 +113,7 @@ def build(
     if network.label_dim and not prior.model.label_dim:
         raise configs.ConfigError("config.data.conditional: True given; expected a prior with classes for it")
     _keep_extractor(network, frozen, workdir)
-    path = Path(settings.samples or Path(workdir) / "samples.npz")
+    path = samples_of(settings, workdir)
     drawn = fakes.obtain(config, prior, settings.num or len(source), path, plan.local_devices, say)
     (real, real_out), (fake, fake_out) = (fakes.split(s, settings.held_out) for s in (source, drawn))
     for side, images in (("real", real), ("generated", fake)):
@@ -149,6 +150,13 @@ def _assemble(
     return config, source, network, None, filled, tx, plan, pure, duration, {}
 
 
+def samples_of(settings: Mapping[str, Any], workdir: str | os.PathLike) -> epath.Path:
+    """The file of the prior's samples: that of config.dg.samples, or the training folder's own."""
+    if settings["samples"]:
+        return places.place(settings["samples"], "config.dg.samples")
+    return places.place(workdir) / "samples.npz"
+
+
 def open_prior(config: ConfigDict) -> finish.Trained:
     """The model to guide. Raises CheckpointError where the folder holds none."""
     settings = config.dg
@@ -157,7 +165,7 @@ def open_prior(config: ConfigDict) -> finish.Trained:
 
 
 def open_network(
-    config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, workdir: str | Path
+    config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, workdir: str | os.PathLike
 ) -> tuple[FeatureDiscriminator, PyTree]:
     """(network, params of its extractor or None) of a configuration; the training folder's own copy comes first.
 
@@ -166,9 +174,11 @@ def open_network(
     """
     extractor = params = None
     if config.dg.extractor:
-        copy = Path(workdir) / "extractor.safetensors"
-        path = copy if copy.is_file() else Path(config.dg.extractor)
-        found = load_pretrained(path, "adm_encoder")
+        copy = places.place(workdir) / "extractor.safetensors"
+        kept = (copy, export.about_path(copy)) if copy.is_file() else ()
+        with places.fetched(*kept) as files:
+            path = files[0] if files else places.local(config.dg.extractor, "config.dg.extractor")
+            found = load_pretrained(path, "adm_encoder")
         extractor, params = found.network, found.variables["params"]
     conditional = config.data.conditional
     configs.require(not conditional or num_classes > 0, "data.conditional", conditional, "a source with class labels")
@@ -180,9 +190,9 @@ def open_network(
     return feature_discriminator.build(image_shape[0], image_shape[2], labels, extractor, **settings), params
 
 
-def _keep_extractor(network: FeatureDiscriminator, params: PyTree, workdir: Path) -> None:
+def _keep_extractor(network: FeatureDiscriminator, params: PyTree, workdir: epath.Path) -> None:
     """Copies the extractor into the training folder, once: sampling must not depend on a file elsewhere."""
-    path = Path(workdir) / "extractor.safetensors"
+    path = places.place(workdir) / "extractor.safetensors"
     if network.extractor is None or path.is_file() or jax.process_index() != 0:
         return
     about = {"kind": "adm_encoder", "settings": export.network_settings(network.extractor)}
@@ -259,7 +269,7 @@ class HeldOut:
 class Evaluator(finish.Evaluator):
     """Distance of the guided prior's samples to the data at config.dg.weight and .weights; the best counts."""
 
-    def __init__(self, run: DiscriminatorRun, workdir: Path):
+    def __init__(self, run: DiscriminatorRun, workdir: epath.Path):
         super().__init__(run, workdir)
         self._weight, self._unguided = run.config.dg.weight, None
 
@@ -301,7 +311,7 @@ class Evaluator(finish.Evaluator):
         return *fakes.base_guidance(run.config), dataclasses.replace(method, frozen=arrays)
 
 
-def _watch(run: DiscriminatorRun, workdir: Path, writer: metrics.Writer) -> Callable[[int, TrainState], None]:
+def _watch(run: DiscriminatorRun, workdir: epath.Path, writer: metrics.Writer) -> Callable[[int, TrainState], None]:
     """Writes held-out loss and accuracy of the moving average."""
     held_out = HeldOut(run) if all(map(len, run.held_out)) else None
 
@@ -316,9 +326,14 @@ def _watch(run: DiscriminatorRun, workdir: Path, writer: metrics.Writer) -> Call
 TASK = loop.Task(build=build, batches=_batches, watch=_watch, evaluator=Evaluator)
 
 
-def train(config: ConfigDict, workdir: str | Path, say: Callable[[str], None] = print):
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    say: Callable[[str], None] = print,
+    profile: tuple[int, int] | None = None,
+):
     """As loop.train, which says what is returned and raised, for a configuration with a group dg."""
-    return loop.train(config, workdir, say, TASK)
+    return loop.train(config, workdir, say, TASK, profile)
 
 
 def ratio_of(
@@ -349,7 +364,7 @@ def guidance_of(config: ConfigDict, network: FeatureDiscriminator, params: PyTre
 
 
 def open_guidance(
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     step: int | str | None = None,
     run: finish.Trained | None = None,
     settings: ConfigDict | None = None,
@@ -387,7 +402,7 @@ def open_guidance(
         chosen = configs.choose("dg.preset", preset, dg.PRESETS)
     host = jax.tree.map(np.asarray, (params, extractor))
     method = guidance_of(config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None})
-    path = Path(config.dg.samples or Path(workdir) / "samples.npz")
+    path = samples_of(config.dg, workdir)
     if run is not None and path.is_file():
         sampler = ({k: settings[k] for k in fakes.SAMPLER} if settings else {}) | dict(around or {})
         if method.churn:

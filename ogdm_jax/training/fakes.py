@@ -7,18 +7,17 @@ through the same 8 bits; otherwise the discriminator would learn to tell floats 
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ogdm_jax import data, generate
+from ogdm_jax import data, generate, places
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source
 from ogdm_jax.data.sources import Rows, from_arrays
@@ -57,7 +56,7 @@ def base_guidance(config: ConfigDict) -> tuple[Guidance, ...]:
     return (cfg.guidance(config.dg.cfg),) if config.dg.cfg != 1 else ()
 
 
-def obtain(config: ConfigDict, prior: Trained, num: int, path: Path, devices: Sequence[Any], say=print) -> Source:
+def obtain(config: ConfigDict, prior: Trained, num: int, path: epath.Path, devices: Sequence[Any], say=print) -> Source:
     """The samples of a run, from the file where it has them, else drawn and stored. All processes call it together.
 
     Args:
@@ -71,23 +70,21 @@ def obtain(config: ConfigDict, prior: Trained, num: int, path: Path, devices: Se
     if jax.process_index() == 0 and not path.exists():
         say(f"drawing {num} samples of step {prior.step} ({wanted['solver']}, {wanted['nfe']} network evaluations)")
         images, labels = _draw(config, prior, num, devices)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.stem + ".new.npz")
-        np.savez_compressed(new, image=images, label=labels, about=json.dumps(wanted))
-        os.replace(new, path)  # in one go: a run that is stopped here leaves no half file
+        with places.written(path) as new:  # in one go: a run that is stopped here leaves no half file
+            np.savez_compressed(new, image=images, label=labels, about=json.dumps(wanted))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples for the discriminator")
     return read(path, wanted)
 
 
-def about(path: Path) -> dict[str, Any]:
+def about(path: epath.Path) -> dict[str, Any]:
     """Where stored samples come from, see `origin`. Raises ConfigError where the file holds none."""
     return _load(path)[2]
 
 
-def _load(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             about = {"eta": 0.0, "grid": "edm"} | json.loads(str(archive["about"]))  # older files have neither
             return archive["image"], archive["label"], about
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -97,7 +94,7 @@ def _load(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         ) from None
 
 
-def read(path: Path, wanted: dict[str, Any] | None = None) -> Source:
+def read(path: epath.Path, wanted: dict[str, Any] | None = None) -> Source:
     """A stored set of samples. Raises ConfigError where it is none, or not the wanted one."""
     images, labels, found = _load(path)
     for key, value in (wanted or {}).items():

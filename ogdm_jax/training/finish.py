@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate
+from ogdm_jax import data, generate, places
 from ogdm_jax import model as models
 from ogdm_jax.config import require
 from ogdm_jax.data import Source
@@ -75,7 +76,7 @@ class Trained:
 
 
 def open_workdir(
-    workdir: str | Path, step: int | str | None = None, weights: str = "ema", field: str = "--workdir"
+    workdir: str | os.PathLike, step: int | str | None = None, weights: str = "ema", field: str = "--workdir"
 ) -> Trained:
     """Reads a training folder: configuration and weights, never the optimiser.
 
@@ -120,7 +121,7 @@ def check_evaluation(config: ConfigDict) -> None:
     require(settings.keep_best >= 0, "evaluate.keep_best", settings.keep_best, "at least 0")
     require(settings.num >= 0, "evaluate.num", settings.num, "at least 0")
     if settings.features == "inception":
-        found = Path(settings.weights).is_file()
+        found = places.local(settings.weights, "config.evaluate.weights").is_file()
         require(found, "evaluate.weights", settings.weights, "the weights file of Inception")
 
 
@@ -132,7 +133,7 @@ class Evaluator:
     alone, so one run's evaluations see the same noise at every step.
     """
 
-    def __init__(self, run: runs.Run, workdir: Path):
+    def __init__(self, run: runs.Run, workdir: epath.Path):
         self.run, self._workdir, self._sampler = run, workdir, None
 
     def __call__(self, state: states.TrainState) -> dict[str, Any]:
@@ -159,7 +160,8 @@ class Evaluator:
         """The report, which the lead process writes beside its images."""
         if jax.process_index() == 0:
             pictures.save_png(self._workdir / "samples.png", pictures.sheet(images, columns=8))
-            (self._workdir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+            with places.written(self._workdir / "evaluation.json") as new:
+                new.write_text(json.dumps(report, indent=1) + "\n")
         return report
 
     def _samples(self, state: states.TrainState) -> np.ndarray:
@@ -222,7 +224,11 @@ class Evaluator:
 
 
 def evaluations(
-    evaluator: Evaluator, workdir: Path, saved: checkpoint.Checkpoints, writer: logs.Writer, say: Callable[[str], None]
+    evaluator: Evaluator,
+    workdir: epath.Path,
+    saved: checkpoint.Checkpoints,
+    writer: logs.Writer,
+    say: Callable[[str], None],
 ) -> Callable[[states.TrainState], None]:
     """What the loop calls to evaluate: measures, logs, and notes in `saved` which checkpoint is the best."""
     run = evaluator.run

@@ -11,22 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from ogdm_jax import cluster, data, generate, parallel, places
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate, parallel
 from ogdm_jax.evaluation import report
 from ogdm_jax.methods import slots
 from ogdm_jax.training import finish
 from ogdm_jax.training import metrics as logs
+from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
-from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights
+from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
 from ogdm_jax.typing import PyTree
 
 Say = Callable[[str], None]
@@ -47,53 +48,79 @@ class Task:
       evaluator: (run, workdir) -> evaluate(state) -> report with "fd", called every config.evaluate.every.
     """
 
-    build: Callable[[ConfigDict, parallel.Plan, Path, Say], runs.Run]
+    build: Callable[[ConfigDict, parallel.Plan, epath.Path, Say], runs.Run]
     batches: Callable[[runs.Run], Any]
-    watch: Callable[[runs.Run, Path, logs.Writer], Callable[[int, states.TrainState], None]]
-    evaluator: Callable[[runs.Run, Path], finish.Evaluator]
+    watch: Callable[[runs.Run, epath.Path, logs.Writer], Callable[[int, states.TrainState], None]]
+    evaluator: Callable[[runs.Run, epath.Path], finish.Evaluator]
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, say: Say = print, task: Task | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    say: Say = print,
+    task: Task | None = None,
+    profile: profiles.Steps | None = None,
 ) -> tuple[runs.Run, states.TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
 
     Args:
-      task: what is trained; None = a denoiser.
+      workdir: local, or gs://.   task: what is trained; None = a denoiser.
+      profile: the (first, last) step of which a trace is written to workdir/profile.
 
     Returns:
-      The run and its last state. After SIGTERM or Ctrl-C the state is saved and SystemExit(0) raised.
+      The run and its last state. After SIGTERM or Ctrl-C the state is saved, and cluster.Stopped raised.
 
     Raises:
       ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything is compiled.
       NotFinite: a loss is not finite; the last good checkpoint is kept.
     """
-    task, workdir = task or DENOISER, Path(workdir)
+    task, workdir = task or DENOISER, places.workdir(workdir)
+    cluster.compare(_shared(config, workdir))
+    places.writable(workdir, "--workdir", keep=jax.process_count() > 1)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
     finish.check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
         configs.check_same_run(find(workdir).config, config, slots.training_names())
     run = task.build(config, plan, workdir, say)
+    profiles.check(profile, run.steps)
     given = _given(run) if config.init.workdir and not resumes else None  # before the loop writes anything
     lead = jax.process_index() == 0
     batch = config.data.batch
+    cluster.keep_safe(lambda: _safe(workdir))
     with (
         Checkpoints(
             workdir, config.train.keep, configs.duration(config.train.keep_every, batch), config.evaluate.keep_best
         ) as saved,
         logs.Writer(workdir, config.log.tensorboard, lead) as writer,
+        profiles.Profiler(profile if lead else None, workdir, say) as profiler,
         _stop_signals() as stopped,
     ):
         batches = task.batches(run)
         state = _start(run, saved, batches, given, say)
         if lead:
-            (workdir / "config.json").write_text(configs.to_json(config))
-        state = _steps(task, run, state, saved, batches, writer, stopped, workdir, say if lead else _silent)
+            with places.written(workdir / "config.json") as new:
+                new.write_text(configs.to_json(config))
+        state = _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir, say if lead else _silent)
     return run, state
 
 
-def _given(run: runs.Run) -> tuple[PyTree, PyTree, Path]:
+def _shared(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+    """What every process of a run has to have alike; their data may lie at different places."""
+    flat = configs.flatten(config).items()
+    settings = {f"config.{key}": value for key, value in flat if key != "data.data_dir"}
+    return settings | {"--workdir": str(workdir), "the version of jax": jax.__version__}
+
+
+def _safe(workdir: epath.Path) -> str:
+    """How a run goes on after one of its processes died, for the last sentence of the others."""
+    steps = complete(workdir)
+    if not steps:
+        return f"no checkpoint in {workdir} is complete yet; the same command in all processes starts afresh"
+    return f"step {steps[-1]} in {workdir} is safe; the same command in all processes goes on from there"
+
+
+def _given(run: runs.Run) -> tuple[PyTree, PyTree, epath.Path]:
     """(params, buffers) that fine-tuning starts from, where the plan wants them, and their checkpoint."""
     init = run.config.init
     snapshot = find(init.workdir, field="config.init.workdir")
@@ -102,7 +129,7 @@ def _given(run: runs.Run) -> tuple[PyTree, PyTree, Path]:
 
 
 def _start(
-    run: runs.Run, saved: Checkpoints, batches, given: tuple[PyTree, PyTree, Path] | None, say: Say
+    run: runs.Run, saved: Checkpoints, batches, given: tuple[PyTree, PyTree, epath.Path] | None, say: Say
 ) -> states.TrainState:
     """The state to begin with, by resume priority."""
     latest = saved.latest()
@@ -119,7 +146,7 @@ def _start(
     return state
 
 
-def _steps(task, run, state, saved, batches, writer, stopped, workdir, say) -> states.TrainState:
+def _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir, say) -> states.TrainState:
     config, plan, batch = run.config, run.plan, run.config.data.batch
     every = {
         "save": configs.duration(config.train.save_every, batch),
@@ -135,6 +162,7 @@ def _steps(task, run, state, saved, batches, writer, stopped, workdir, say) -> s
     about = describe(config, run.source.shape, run.source.num_classes)
     first = int(state.step)
     interval, began, count = logs.Interval(), time.monotonic(), 0
+    profiler.skipped(first)
     bar = _progress(first, run.steps, say)
     watch = task.watch(run, workdir, writer)
     evaluate = finish.evaluations(task.evaluator(run, workdir), workdir, saved, writer, say)
@@ -153,13 +181,15 @@ def _steps(task, run, state, saved, batches, writer, stopped, workdir, say) -> s
         if stop:
             say(f"stopped at step {step}; saved, the same command goes on from here")
             saved.close()
-            raise SystemExit(0)
+            raise cluster.Stopped
         if due["evaluate"] or done:
             evaluate(state)
         if done:
             return state
         began += time.monotonic() - paused  # speed is that of training
+        profiler.before(step + 1)
         state, metrics = compiled(state, frozen, plan.place_batch(next(batches)), run.key)
+        profiler.after(step + 1, metrics)
         if step == first:
             jax.block_until_ready(metrics)
             say(f"compiled in {time.monotonic() - began:.1f} s")
@@ -189,7 +219,7 @@ def _check_finite(step: int, interval: logs.Interval, saved: Checkpoints) -> Non
         )
 
 
-def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, states.TrainState], None]:
+def _grids(run: runs.Run, workdir: epath.Path, writer: logs.Writer) -> Callable[[int, states.TrainState], None]:
     """Writes samples/STEP.png of the moving average, from the same seeds every time."""
     settings = run.config.sample
     compiled = []
@@ -211,7 +241,7 @@ def _grids(run: runs.Run, workdir: Path, writer: logs.Writer) -> Callable[[int, 
     return write
 
 
-def _build(config: ConfigDict, plan: parallel.Plan, workdir: Path, say: Say) -> runs.Run:
+def _build(config: ConfigDict, plan: parallel.Plan, workdir: epath.Path, say: Say) -> runs.Run:
     run = runs.build(config, finish.open_source(config), plan)
     generate.check_settings(config.sample, run.model)
     return run

@@ -2,10 +2,17 @@
 
 import json
 import math
+import pathlib
+import tempfile
+import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+from etils import epath
+
+from ogdm_jax import places
+
+UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to
 
 # Shown on the log line, in this order, where present; everything else is in the files.
 _LINE = ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "loss/sp", "accuracy")
@@ -46,18 +53,27 @@ class Interval:
 
 
 class Writer:
-    """Writes one interval's numbers. Use it in a `with`, or close it."""
+    """Writes one interval's numbers. Use it in a `with`, or close it.
 
-    def __init__(self, workdir: Path, tensorboard: bool, lead: bool):
-        self._file = self._events = None
+    For a bucket, files grow on this machine and are copied there every UPLOAD seconds and at the end.
+    """
+
+    def __init__(self, workdir: epath.Path, tensorboard: bool, lead: bool):
+        self._file = self._events = self._local = None
         if not lead:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._file = open(workdir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
+        folder = pathlib.Path(workdir)
+        if not places.is_local(workdir):
+            self._local, self._target, self._copied = tempfile.TemporaryDirectory(), workdir, time.monotonic()
+            folder = pathlib.Path(self._local.name)
+            if (workdir / "metrics.jsonl").exists():
+                (workdir / "metrics.jsonl").copy(epath.Path(folder) / "metrics.jsonl")
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         if tensorboard:
             from tensorboardX import SummaryWriter  # only where events are wanted
 
-            self._events = SummaryWriter(str(workdir / "events"), flush_secs=10)
+            self._events = SummaryWriter(str(folder / "events"), flush_secs=10)
 
     def __enter__(self) -> "Writer":
         return self
@@ -73,6 +89,8 @@ class Writer:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if self._local is not None and time.monotonic() - self._copied > UPLOAD:
+            self._copy()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [h,w,c] picture for TensorBoard."""
@@ -84,7 +102,16 @@ class Writer:
             self._events.close()
         if self._file is not None:
             self._file.close()
-        self._file = self._events = None
+        if self._local is not None:
+            self._copy()
+            self._local.cleanup()
+        self._file = self._events = self._local = None
+
+    def _copy(self) -> None:
+        if self._events is not None:
+            self._events.flush()
+        places.mirror(pathlib.Path(self._local.name), self._target)
+        self._copied = time.monotonic()
 
 
 def line(step: int, values: Mapping[str, float]) -> str:

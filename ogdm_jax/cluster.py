@@ -1,0 +1,333 @@
+"""The processes of one run: how they find each other, agree on their settings, and end when one of them dies.
+
+A step of several processes waits for all of them. Where one dies, JAX ends the others after minutes, by SIGABRT under a
+C++ stack, and one that refuses its settings leaves the others waiting. Here every process beats once a second in the
+key-value store of process 0; process 0 judges, and all end with one sentence and exit code 1.
+"""
+
+import ctypes
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ogdm_jax.config import ConfigError
+
+PERIOD = 1.0  # seconds between beats
+SILENCE = 40.0  # seconds without a beat after which a process is lost; JAX's own limit is 100
+SUSPECTED = 8.0  # the same once an exchange with it has failed
+GRACE = 4.0  # seconds for every process to print its own error, before it is told of another's
+PATIENCE = 600_000  # milliseconds to wait for the settings of the other processes, which may still be starting
+_BEAT, _ENDED, _VERDICT = "ogdm_jax/beat/", "ogdm_jax/ended/", "ogdm_jax/verdict"
+_LEFT = "left"
+
+
+class Stopped(SystemExit):
+    """The run was told to stop, and has saved: exit code 0, unless who started it asked for another."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the processes of a run. Call it before anything else of JAX.
+
+    With no arguments it joins only where a cluster is detected that JAX can join by itself (Cloud TPU, Slurm's srun,
+    Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0.   processes: their number.   process: which one this is, from 0.
+
+    Raises:
+      ConfigError: an incomplete set of arguments, or numbers that are none.
+    """
+    check(coordinator, processes, process)
+    if coordinator is None and not detected():
+        return
+    jax.distributed.initialize(coordinator, processes, process)
+    state = _state()
+    if state.num_processes > 1:
+        _watch.start(state.process_id, state.num_processes)
+
+
+def check(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Raises ConfigError unless all three are given, or none, and they fit together."""
+    values = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    given = [name for name, value in values.items() if value is not None]
+    if not given:
+        return
+    missing = [name for name in values if name not in given]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(given)}: given without {' and '.join(missing)}; expected --coordinator HOST:PORT, --processes "
+            "N and --process 0..N-1 together, or none of them where JAX finds the cluster by itself"
+        )
+    port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if not port or not 0 < int(port[1]) < 65536:
+        raise ConfigError(
+            f"--coordinator: {coordinator!r} given; expected HOST:PORT of process 0, such as 10.0.0.2:1234"
+        )
+    if processes < 1:
+        raise ConfigError(f"--processes: {processes} given; expected their number, at least 1")
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process: {process} given; expected 0 to {processes - 1}, as --processes is {processes}")
+
+
+def detected() -> bool:
+    """Whether this is, or on a TPU VM may be, one of several processes that JAX can join by itself."""
+    env = os.environ
+    hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+    return (
+        len(hosts) > 1
+        or _tpu_vm()
+        or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # of srun; salloc alone starts one process
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "JAX_COORDINATOR_ADDRESS" in env
+    )
+
+
+def _tpu_vm() -> bool:
+    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the other hosts.
+
+    A single one may join as well: it becomes one process of one.
+    """
+    chips = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return importlib.util.find_spec("libtpu") is not None and bool(chips)
+
+
+def compare(settings: Mapping[str, object]) -> None:
+    """Refuses processes of different settings: they would train different functions on one batch. All call it.
+
+    Nothing is compiled for it: the settings go through the key-value store as text.
+
+    Raises:
+      ConfigError, the same in every process: the first setting that differs, with both values.
+    """
+    if jax.process_count() == 1:
+        return
+    client, process = _client(), jax.process_index()
+    _compared.append(None)
+    key = f"ogdm_jax/settings/{len(_compared)}/"  # a process may train more than once
+    mine = {name: repr(value) for name, value in settings.items()}
+    client.key_value_set(f"{key}{process}", json.dumps(mine))
+    if process == 0:
+        read = lambda other: json.loads(client.blocking_key_value_get(f"{key}{other}", PATIENCE))  # noqa: E731
+        found = (_difference(mine, read(other), other) for other in range(1, jax.process_count()))
+        client.key_value_set(f"{key}verdict", next(filter(None, found), "alike"))
+    verdict = client.blocking_key_value_get(f"{key}verdict", PATIENCE)
+    if verdict != "alike":
+        raise ConfigError(verdict)
+
+
+_compared: list[None] = []  # one entry for each comparison, counted alike in all processes
+
+
+def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:
+    """The sentence on the first setting that differs, or ""."""
+    for name in (*mine, *theirs):
+        here, there = (texts.get(name, "missing") for texts in (mine, theirs))
+        if here != there:
+            alike = "expected the same settings in all processes of a run"
+            return f"{name}: {here} in process 0, {there} in process {other}; {alike}"
+    return ""
+
+
+def keep_safe(describe: Callable[[], str]) -> None:
+    """What the last sentence says after the name of a lost process: describe() -> "step 50 in DIR is safe; ..."."""
+    _watch.safe = describe
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Around the main function of a process: where it ends with an error, the others are told, and no one waits.
+
+    A failed exchange of the step, which one process's death causes in all others, becomes a sentence that names it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not _watch.running or code in (None, 0):
+            _watch.leave()
+            raise
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            _watch.wait_for_verdict()  # does not return where another process is lost
+            sys.excepthook(type(error), error, error.__traceback__)
+        _watch.fail(code if isinstance(code, int) else 1)
+    else:
+        _watch.leave()
+
+
+class _Watch:
+    """Beats for this process and, in process 0, notices who stopped. One thread; nothing in a run of one process."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self.safe: Callable[[], str] = lambda: "the same command goes on from the newest checkpoint"
+        self._stopped = threading.Event()
+        self._once = threading.Lock()
+        self._limit = SILENCE
+
+    def start(self, process: int, processes: int) -> None:
+        self._process, self._processes, self.running = process, processes, True
+        self._heard = time.monotonic()
+        self._seen = {other: ("", time.monotonic()) for other in range(processes) if other != process}
+        logging.getLogger("absl").addFilter(self._adds_something)
+        if process:
+            self._catch_abort()
+        for task in (self._run, self._wait_for_process_0)[: 1 + bool(process)]:
+            threading.Thread(target=task, daemon=True, name="ogdm_jax.cluster").start()
+
+    def leave(self) -> None:
+        """The normal end: this process stops beating, and no one misses it."""
+        if self.running:
+            self._stopped.set()
+            with suppress(Exception):
+                _client().key_value_set(f"{_BEAT}{self._process}", _LEFT, allow_overwrite=True)
+
+    def fail(self, code: int) -> None:
+        """Ends this process, whose error is printed, without waiting at JAX's barriers for those it leaves behind."""
+        self._stopped.set()
+        with suppress(Exception):
+            _client().key_value_set(f"{_ENDED}{self._process}", "1", allow_overwrite=True)
+            if self._process == 0:  # they hang on its key-value store
+                end = time.monotonic() + GRACE + 4 * PERIOD
+                while time.monotonic() < end and len(self._keys(_ENDED)) < self._processes:
+                    time.sleep(PERIOD / 4)
+        _exit(code)
+
+    def wait_for_verdict(self) -> None:
+        """After a failed exchange: who is lost? Returns where nobody is."""
+        self._limit = SUSPECTED
+        end = time.monotonic() + (SUSPECTED if self._process == 0 else SILENCE) + 3 * PERIOD
+        while (
+            time.monotonic() < end or self._once.locked()
+        ):  # locked: the other thread is printing, and ends the process
+            if self._process and not _reachable():
+                self._mourn(0)
+            time.sleep(PERIOD / 4)
+
+    def _run(self) -> None:
+        count = 0
+        while not self._stopped.wait(PERIOD):
+            count += 1
+            try:
+                _client().key_value_set(f"{_BEAT}{self._process}", str(count), allow_overwrite=True)
+                self._judge() if self._process == 0 else self._listen()
+                self._heard = time.monotonic()
+            except Exception:  # JAX's errors of a store that is gone have no common class
+                if self._process and not self._stopped.is_set() and not _reachable():
+                    self._mourn(0)
+
+    def _wait_for_process_0(self) -> None:
+        """A process 0 that hangs answers nothing, and no call to its store ends by itself.
+
+        Ticks are counted, not time: where one call kept Python from running, nobody was silent.
+        """
+        heard, ticks = self._heard, 0
+        while not self._stopped.wait(PERIOD):
+            ticks = ticks + 1 if heard == self._heard else 0
+            heard = self._heard
+            if ticks * PERIOD >= SILENCE:
+                self._mourn(0)
+
+    def _judge(self) -> None:
+        now, beats, ended = time.monotonic(), self._keys(_BEAT), self._keys(_ENDED)
+        for other, (value, since) in self._seen.items():
+            beat = f"ended {ended[other]}" if other in ended else beats.get(other, "")
+            if beat != value:
+                self._seen[other] = (beat, now)
+            elif beat != _LEFT and now - since > (GRACE if other in ended else self._limit):
+                why = "ended with an error of its own" if other in ended else "is lost"
+                _client().key_value_set(_VERDICT, f"{other} {why}", allow_overwrite=True)
+                self._mourn(other, why)
+
+    def _listen(self) -> None:
+        found = self._keys(_ENDED)
+        if 0 in found:
+            self._stopped.wait(GRACE) or self._mourn(0, "ended with an error of its own")
+        with suppress(Exception):  # no verdict: the usual case is an error
+            other, why = _client().key_value_try_get(_VERDICT).split(" ", 1)
+            if int(other) != self._process:
+                self._mourn(int(other), why)
+
+    def _keys(self, prefix: str) -> dict[int, str]:
+        return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(prefix)}
+
+    def _mourn(self, other: int, why: str = "is lost") -> None:
+        """Prints the sentence, once, and ends the process."""
+        if not self._once.acquire(blocking=False):
+            time.sleep(60)  # another thread is at it
+        self._stopped.set()
+        try:
+            safe = self.safe()
+        except Exception as error:  # a storage that fails, too, must not keep the process
+            safe = f"its checkpoints cannot be listed ({type(error).__name__})"
+        print(f"error: process {other} of {self._processes} {why}; {safe}", file=sys.stderr, flush=True)
+        if self._process == 0:
+            time.sleep(3 * PERIOD)  # the others read the verdict here
+        _exit(1)
+
+    def _adds_something(self, record: logging.LogRecord) -> bool:
+        """Whether an entry of the log says more than the sentence: a save that waits for a lost process does not."""
+        return not (record.exc_info and (self._once.locked() or (self._process and not _reachable())))
+
+    def _catch_abort(self) -> None:
+        """Process 0 keeps JAX's coordination service: without it, C++ ends this process by SIGABRT within a second.
+
+        Python's own handlers never run then, as abort() does not return; a C function as handler does run, in the
+        thread that aborts.
+        """
+
+        def aborted(_number: int) -> None:
+            silent = time.monotonic() - self._heard > SUSPECTED  # a machine that hangs may still accept connections
+            if not self._stopped.is_set() and (silent or not _reachable()):
+                self._mourn(0)
+            if self._once.locked():
+                time.sleep(60)  # another thread is printing, and ends the process
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default: it was another abort
+
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept: C holds no reference
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+
+_watch = _Watch()
+
+
+def _exit(code: int) -> None:
+    """Ends the process at once: the usual way out waits for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _state() -> Any:
+    from jax._src import distributed  # it has no public name; orbax reads it here, too
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
+
+
+def _reachable() -> bool:
+    """Whether process 0 still answers at its address."""
+    host, _, port = _state().coordinator_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,213 @@
+"""Where files are: the one door from a user's words to a path, local or in a bucket.
+
+`place("runs/x")` and `place("gs://bucket/runs/x")` are paths of the same class (etils.epath, as in orbax and
+tensorflow-datasets), with pathlib's methods. What has to be a file of this machine (memory-mapped weights,
+array_record) asks `local`, which refuses a URI; `written` gives code that can only write local files one, and puts it
+where it belongs, whole or not at all.
+"""
+
+import errno
+import importlib.util
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from etils import epath
+
+# What reads and writes a scheme: the module that epath asks for, and how it is installed.
+LIBRARIES = {
+    "gs": ("gcsfs", "pip install 'ogdm_jax[gcs]'"),
+    "s3": ("s3fs", "pip install s3fs"),
+    "az": ("adlfs", "pip install adlfs"),
+    "hf": ("huggingface_hub", "pip install huggingface_hub"),
+}
+TRAINING = ("gs",)  # of the schemes above: where orbax can write checkpoints
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class PlaceError(ValueError):
+    """A path cannot be used; the message is one sentence that names the setting and the path."""
+
+
+def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
+    """The path that a user's words mean.
+
+    Args:
+      text: a local path, or a URI with a scheme of LIBRARIES (file:// is local).   field: the setting, for messages.
+
+    Raises:
+      PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, or a URI that went
+        through pathlib.Path and lost a slash.
+    """
+    words = os.fspath(text)
+    scheme, separator, rest = words.partition("://")
+    if not separator:
+        first = words.partition(":/")[0]
+        if first in LIBRARIES and not pathlib.Path(f"{first}:").exists():
+            raise PlaceError(
+                f"{field}: {words!r} has one slash (pathlib.Path takes the other away); expected {first}://"
+            )
+        return epath.Path(words)
+    if scheme == "file":
+        return epath.Path(rest)
+    if scheme not in LIBRARIES:
+        raise PlaceError(f"{field}: {words!r} has an unknown scheme; expected a local path or {_schemes(LIBRARIES)}")
+    library, remedy = LIBRARIES[scheme]
+    if importlib.util.find_spec(library) is None and not _tensorflow():
+        raise PlaceError(f"{field}: {words!r} needs the package {library}; expected it to be installed: {remedy}")
+    if not rest.partition("/")[0]:
+        raise PlaceError(f"{field}: {words!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
+    return epath.Path(words)
+
+
+def _schemes(names) -> str:
+    return ", ".join(f"{name}://" for name in names)
+
+
+def _tensorflow() -> bool:
+    """Whether epath reads buckets through TensorFlow, which it prefers where that is installed."""
+    return os.environ.get("EPATH_USE_TF", "") not in ("0", "false") and bool(importlib.util.find_spec("tensorflow"))
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    words = os.fspath(path)
+    return "://" not in words or words.startswith("file://")
+
+
+def local(text: str | os.PathLike, field: str = "path") -> pathlib.Path:
+    """A path on this machine. Raises PlaceError for a URI: what reads this file needs it here."""
+    if not is_local(text):
+        raise PlaceError(f"{field}: {os.fspath(text)!r} is read on this machine only; expected a local copy of it")
+    return pathlib.Path(os.fspath(text).removeprefix("file://"))
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """As pathlib's: the working folder before a relative path; a URI is absolute."""
+    return epath.Path(pathlib.Path(path).absolute()) if is_local(path) else path
+
+
+def is_uri(word: str) -> bool:
+    """Whether a word is a URI, rather than a local path or a data source such as folder:gs://bucket/images."""
+    scheme, separator, _ = word.partition("://")
+    return bool(separator) and ":" not in scheme
+
+
+def join(folder: str | os.PathLike | None, rest: str) -> str:
+    """rest below a folder; alone where there is no folder, or where it is absolute or a URI itself."""
+    return str(place(folder) / rest) if folder and is_local(rest) else rest
+
+
+def workdir(text: str | os.PathLike, field: str = "--workdir") -> epath.Path:
+    """As `place`, for a folder with checkpoints. Raises PlaceError for schemes that orbax cannot write to, as well."""
+    scheme = os.fspath(text).partition("://")[0]
+    if scheme in LIBRARIES and scheme not in TRAINING:
+        raise PlaceError(
+            f"{field}: {os.fspath(text)!r} cannot hold checkpoints (orbax has no {scheme}://); "
+            f"expected a local folder or {_schemes(TRAINING)}"
+        )
+    return place(text, field)
+
+
+def writable(path: epath.Path, field: str, file: bool = False, keep: bool = False) -> epath.Path:
+    """The path, once a file could be written there: whoever computes for hours tries first.
+
+    Args:
+      path: a folder, or the file itself with file=True; neither has to exist.   field: the setting, for messages.
+      keep: leave the folders that were made for it (for several processes that try at once).
+
+    Raises:
+      PlaceError: a file where a folder is needed or the other way round, no permission, no space, or an error of the
+        bucket.
+    """
+    folder = path.parent if file else path
+    probe, made = folder / f".ogdm_jax_{os.uname().nodename}_{os.getpid()}", []
+    try:
+        if file and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        made = _make(folder)
+        probe.write_bytes(bytes(4096))
+    except Exception as error:  # bucket libraries raise classes of their own
+        raise PlaceError(f"{field}: {str(path)!r} {_reason(error, path, file)}") from None
+    finally:
+        with suppress(Exception):
+            probe.unlink(missing_ok=True)
+        for parent in () if keep else made:
+            with suppress(OSError):
+                os.rmdir(parent)
+    return path
+
+
+def _make(folder: epath.Path) -> list[epath.Path]:
+    """Makes a folder; returns those that were not there, the deepest first. Buckets have none."""
+    if not is_local(folder):
+        return []
+    missing, at = [], absolute(folder)
+    while not at.exists() and at != at.parent:
+        missing.append(at)
+        at = at.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _reason(error: Exception, path: epath.Path, file: bool) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.EISDIR:
+        return "is a folder; expected a file"
+    if isinstance(error, NotADirectoryError | FileExistsError) or code in _NO_FOLDER:
+        return "is a file, or lies below one; expected a folder that can be written"
+    if code in _NO_SPACE:
+        return "is on a full disk (4 kB could not be written); expected free space"
+    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"cannot be written ({what}); expected a {'file' if file else 'folder'} that this user may write"
+
+
+@contextmanager
+def written(path: epath.Path) -> Iterator[pathlib.Path]:
+    """Yields a local file to write. When the block ends without an error, `path` is that file, whole."""
+    if is_local(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
+        yield new
+        os.replace(new, path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = pathlib.Path(folder) / path.name
+        yield new
+        path.parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(new).copy(path, overwrite=True)
+
+
+@contextmanager
+def fetched(*paths: epath.Path) -> Iterator[list[pathlib.Path]]:
+    """Yields local files of these names: themselves where they are local, else copies."""
+    if all(map(is_local, paths)):
+        yield [pathlib.Path(path) for path in paths]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield [pathlib.Path(path.copy(epath.Path(folder) / path.name)) for path in paths]
+
+
+def files_below(root: epath.Path) -> list[str]:
+    """The names of all files below a folder, relative to it, with slashes; in no order."""
+    if is_local(root):
+        root = pathlib.Path(root)
+        return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    found, top = [], None
+    for at, _, names in root.walk():
+        at = str(at)
+        top = at if top is None else top  # with or without gs://, as the library has it
+        found += [f"{at}/{name}"[len(top) :].lstrip("/") for name in names]
+    return found
+
+
+def mirror(folder: pathlib.Path, target: epath.Path) -> None:
+    """Copies the files below a local folder to the same names below target."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = pathlib.Path(root, name)
+            copy = target / file.relative_to(folder).as_posix()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(file).copy(copy, overwrite=True)
