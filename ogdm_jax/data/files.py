@@ -99,7 +99,11 @@ class ZipReader(FolderReader):
     def _slowly(self, name: str) -> bytes:
         with self._lock:
             if self._archive is None:
-                self._archive = zipfile.ZipFile(place(self.root).open("rb"))
+                file = self.root
+                if not is_local(file):
+                    file = place(file).open("rb")
+                    weakref.finalize(self, file.close)  # zipfile closes only what it has opened itself
+                self._archive = zipfile.ZipFile(file)
             return self._archive.read(name)
 
 
