@@ -68,6 +68,19 @@ class Plan:
             return jax.tree.map(lambda _: self.sharding(), state)
         return jax.tree.map(lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state)
 
+    def gather(self, tree: PyTree) -> PyTree:
+        """Inside the step: parameters, whole on every device while a network uses them.
+
+        Without it the compiler divides the convolutions as their kernels are divided, and sends activations about.
+        """
+        if self.kind != "sharded":
+            return tree
+        return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: self.sharding(), tree))
+
+    def scatter(self, tree: PyTree) -> PyTree:
+        """Inside the step: gradients, each device with its share of the sum, as the parameters are kept."""
+        return jax.lax.with_sharding_constraint(tree, self.state_shardings(tree)) if self.kind == "sharded" else tree
+
     def shapes(self, state: PyTree) -> PyTree:
         """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is read into."""
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731

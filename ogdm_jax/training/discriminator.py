@@ -145,7 +145,8 @@ def _assemble(
     tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), tx)
     filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": frozen})])
     loss = training_loss(config, network, xflip)
-    pure = steps.make_step(config, network, None, filled, tx, rate, plan.axis, plan.ravel, loss=loss)
+    spread = {"gather": plan.gather, "scatter": plan.scatter}
+    pure = steps.make_step(config, network, None, filled, tx, rate, plan.axis, plan.ravel, loss=loss, **spread)
     duration = configs.duration(config.train.duration, batch, "config.train.duration")
     return config, source, network, None, filled, tx, plan, pure, duration, {}
 

@@ -1,7 +1,7 @@
 """The train step: step(state, frozen, batch, key) -> (state, metrics), pure, the same under pmap, mesh and one device.
 
 Order of updates (OGDM's official code, 2310.04041): the denoiser on its loss, then every companion on its own loss with
-the updated denoiser, then the moving average. `axis` is the step's only word about devices.
+the updated denoiser, then the moving average. Of devices the step knows `axis`, `gather` and `scatter`.
 """
 
 from collections.abc import Callable
@@ -78,6 +78,8 @@ def make_step(
     axis: str | None,
     ravel: bool = False,
     loss: Callable[..., tuple[Array, dict]] | None = None,
+    gather: Callable[[PyTree], PyTree] = lambda params: params,
+    scatter: Callable[[PyTree], PyTree] = lambda grads: grads,
 ) -> Step:
     """Builds the step of a configuration.
 
@@ -86,6 +88,8 @@ def make_step(
       ravel: average gradients as one vector: between processes that is many times cheaper than leaf by leaf.
       loss: (params, state, frozen, batch, key) -> (mean loss, `sums` of metrics), in place of the denoiser's: the step
         of another kind of network (DG's discriminator); then model and law are not used.
+      gather, scatter: of a plan that divides parameters: they are gathered where a network uses them, and gradients
+        scattered before anything is done with them.
     """
     rounds, batch_size = config.optim.accumulate, config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
@@ -105,7 +109,7 @@ def make_step(
         loss, metrics = _denoising_loss(filled, law, example, x0_hat, denoise, frozen, state.memory)
         metrics |= {"loss/denoise": loss}
         for method in filled.penalties:
-            companion = state.companions[method.name].params if method.companion else None
+            companion = gather(state.companions[method.name].params) if method.companion else None
             # Its own lookup: a penalty sees its frozen tree and memory, never another method's.
             added, more = method.penalty(
                 example, x0_hat, denoise, companion, frozen.get(method.name), state.memory.get(method.name)
@@ -117,15 +121,15 @@ def make_step(
     def companion_loss(params, method: slots.Slots, state: TrainState, frozen, batch: Batch, key: Array):
         fresh = randomness.fold_in_name(key, f"{method.name}/companion")
         example = draw_example(config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh)
-        denoise = model.denoiser(jax.lax.stop_gradient(state.params), state.buffers)
+        denoise = model.denoiser(jax.lax.stop_gradient(gather(state.params)), state.buffers)
         loss, metrics = method.companion.loss(params, example, denoise, frozen.get(method.name), state.step)
         return jnp.mean(loss), sums(metrics | {f"loss/{method.name}_companion": loss})
 
     def step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)
         frozen = frozen["whole"] | frozen["divided"]  # by method; which devices hold what is settled by now
-        grads, sums = _accumulate(loss or denoiser_loss, state.params, rounds, batch, state, frozen, step_key)
-        grads, bad = optim.sanitise(_average(grads, axis, ravel))
+        grads, sums = _accumulate(loss or denoiser_loss, gather(state.params), rounds, batch, state, frozen, step_key)
+        grads, bad = optim.sanitise(_average(scatter(grads), axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         norm = optax.tree.norm(grads)
         beta = optim.ema_beta(state.step, batch_size, halflife, rampup)
@@ -135,8 +139,8 @@ def make_step(
         for method in filled.companions:
             before = state.companions[method.name]
             own = lambda p, s, f, b, k, m=method: companion_loss(p, m, s, f, b, k)  # noqa: E731
-            grads, more = _accumulate(own, before.params, rounds, batch, state, frozen, step_key)
-            grads, worse = optim.sanitise(_average(grads, axis, ravel))
+            grads, more = _accumulate(own, gather(before.params), rounds, batch, state, frozen, step_key)
+            grads, worse = optim.sanitise(_average(scatter(grads), axis, ravel))
             updates, opt_state = companion_optimiser(method.companion).update(grads, before.opt_state, before.params)
             after = CompanionState(optax.apply_updates(before.params, updates), opt_state)
             state = state.replace(companions=state.companions | {method.name: after})
