@@ -102,6 +102,9 @@ def compile_step(run: runs.Run) -> Compiled:
     state = arguments[0]
     step = run.compile(state)
     operations = flops.matmul_flops(flops.trace(step, *arguments))
+    if run.plan.axis:  # the mapped program is that of one process's devices
+        hosts = len(run.plan.devices) / len(run.plan.local_devices)
+        operations = {dtype: n * hosts for dtype, n in operations.items()}
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
     lowered = step.lower(*arguments)
     began = time.monotonic()
