@@ -1,0 +1,283 @@
+"""Everything worth knowing of one accelerator in one call, within a given time.
+
+    python benchmarks/accelerator.py --minutes 9 --out DIR [--edm DIR] [--images FILE] [--only PARTS] [--rehearse]
+
+Parts: exact (golden files, accumulation, resuming), train (steps beside EDM's code in PyTorch), sampling, images (EDM
+and OGDM on real pictures), profile. What need not be timed, and every compilation, runs side by side first; then one
+case after the other is timed alone. A case that fails, is killed or overruns is one entry of the table, and the others
+go on; what had no time is listed. --out gets PART.json as results come, images.png, log.txt, and at the end
+results.json with the table. benchmarks/README.md says how to bring this to a machine without a network.
+"""
+
+import argparse
+import fnmatch
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from accelerator_parts import Case, Options, machine, pool, table  # noqa: E402
+
+# Shares of --minutes: what one part leaves goes to those after it. "prepare" compiles, and checks what is exact.
+SHARES = {"prepare": 0.36, "train": 0.30, "sampling": 0.12, "images": 0.18, "profile": 0.04}
+PARTS = {"exact": "exact", "train": "train", "sampling": "sampling", "images": "images", "profile": "profiling"}
+CLOSING = 4.0  # seconds kept for the table
+
+
+class Clock:
+    """What is left of the whole run and of each of its phases."""
+
+    def __init__(self, minutes: float, phases: Sequence[str]):
+        self._until = time.monotonic() + 60 * minutes - min(CLOSING, 6 * minutes)
+        self._phases = list(phases)
+
+    def left(self) -> float:
+        return self._until - time.monotonic()
+
+    def begin(self, phase: str) -> float:
+        """time.monotonic() until which a phase may run: its share of what is left, all phases before it being over."""
+        rest = self._phases[self._phases.index(phase) :]
+        return time.monotonic() + max(self.left(), 0) * SHARES[phase] / sum(SHARES[name] for name in rest)
+
+
+class Results:
+    """Answers by part and case, each written to PART.json the moment it comes."""
+
+    def __init__(self, out: Path):
+        self.out, self.found, self.not_run = out, {}, {}
+        self._lock = threading.Lock()
+
+    def add(self, case: Case, answer: Mapping[str, Any]) -> None:
+        with self._lock:
+            self.found.setdefault(case.part, {})[case.name] = plain(answer)
+            write(self.out / f"{case.part}.json", self.found[case.part])
+        say(f"{case.part}.{case.name}: {table._figures(case.part, case.name, answer, self.found) or answer}")
+
+    def skip(self, case: Case, why: str) -> None:
+        self.not_run[f"{case.part}.{case.name}"] = why
+
+
+def say(text: str) -> None:
+    print(text[:300], file=sys.stderr, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: a number that is not finite becomes its name."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(path: Path, value: Any) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    new.replace(path)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="after this time the table is there")
+    parser.add_argument("--out", required=True, help="folder for results; it is made where it is missing")
+    parser.add_argument("--only", default="", help="PART or PART.CASE with commas between them; * stands for anything")
+    parser.add_argument("--edm", default="", help="checkout of NVlabs/edm, which PyTorch's figures come from")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
+    parser.add_argument("--images", default="", help=".npz of real pictures (`image` [N,H,W,3], `skin_tone` [N])")
+    parser.add_argument("--rehearse", action="store_true", help="the same in tiny form, on whatever device there is")
+    parser.add_argument("--lanes", type=int, default=0, help="compilations side by side; 0: by the number of cores")
+    args = parser.parse_args()
+    for fits, text in (
+        (0 < args.minutes < math.inf, f"--minutes: {args.minutes:g} given; expected a positive number"),
+        (args.lanes >= 0, f"--lanes: {args.lanes} given; expected at least 0"),
+        (_edm(args.edm), f"--edm: {args.edm!r} has no training/networks.py; expected a checkout of NVlabs/edm"),
+        (_file(args.images), f"--images: {args.images!r} is no file; expected an .npz of uint8 pictures"),
+        (shutil.which(args.torch_python), f"--torch-python: {args.torch_python!r} cannot be run; expected a Python"),
+    ):
+        if not fits:
+            raise SystemExit(f"error: {text}")
+    return args
+
+
+def _edm(folder: str) -> bool:
+    return not folder or (Path(folder) / "training" / "networks.py").is_file()
+
+
+def _file(path: str) -> bool:
+    return not path or Path(path).is_file()
+
+
+def choose(options: Options, only: str) -> list[Case]:
+    """The cases that --only names, in the order of the parts. Ends with one sentence where a word names none."""
+    cases = [c for m in PARTS.values() for c in importlib.import_module(f"accelerator_parts.{m}").cases(options)]
+    words = [word.strip() for word in only.split(",") if word.strip()] or list(PARTS)
+    patterns = [word if "." in word else f"{word}.*" for word in words]
+    for word, pattern in zip(words, patterns):
+        if not any(fnmatch.fnmatch(f"{case.part}.{case.name}", pattern) for case in cases):
+            raise SystemExit(
+                f"error: --only: {word!r} given; expected PART or PART.CASE, PART among {', '.join(PARTS)}"
+            )
+    return [c for c in cases if any(fnmatch.fnmatch(f"{c.part}.{c.name}", pattern) for pattern in patterns)]
+
+
+class Runner:
+    """The chosen cases, their processes and their clock."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path, results: Results):
+        self.args, self.scratch, self.results = args, scratch, results
+        self.card = machine.card()
+        golden = os.environ.get("OGDM_GOLDEN") or str(ROOT / "tests" / "golden")
+        edm, images = (str(Path(path).resolve()) if path else "" for path in (args.edm, args.images))
+        memory = 0 if args.rehearse else self.card.get("memory_bytes", 0)
+        self.options = Options(args.rehearse, str(scratch), str(results.out), edm, images, golden, memory)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.lanes = args.lanes or (1 if args.rehearse else max(1, min(5, cores // 3)))
+        self.processes: list[pool.Process] = []
+        chosen = choose(self.options, args.only)
+        self.cases = [case for case in chosen if not case.needs or getattr(self.options, case.needs)]
+        for case in chosen:
+            if case not in self.cases:
+                results.skip(case, f"--{case.needs} was not given")
+        parts = {case.part for case in self.cases if case.timed}
+        self.clock = Clock(args.minutes, ["prepare", *(name for name in SHARES if name in parts)])
+
+    def process(self, side: str, share: float, flags: str = "") -> pool.Process:
+        """A worker that may use this share of the device's memory."""
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), env.get("PYTHONPATH")]))
+        env.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.scratch / "xla"))  # and its memory of quick algorithms
+        env |= {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "torch"),
+        }
+        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true" if share > 0.5 else "false"
+        if self.args.rehearse:
+            env.setdefault("JAX_PLATFORMS", "cpu")
+            flags = f"{flags} --xla_backend_optimization_level=0"
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
+        env["PYTHONWARNINGS"] = "ignore"
+        python = self.args.torch_python if side == "torch" else sys.executable
+        made = pool.Process(python, env, self.scratch / f"log-{len(self.processes)}.txt")
+        self.processes.append(made)
+        return made
+
+    def ask(self, process: pool.Process, case: Case, action: str, name: str, until: float, report=None) -> dict:
+        seconds = max(until - time.monotonic(), 0.1)
+        options = Options(**self.options.to_dict() | {"seconds": seconds - 1.0})
+        request = {"module": case.module, "action": action, "name": name, "options": options.to_dict()}
+        return process.ask(request, seconds, report or (lambda _: None))
+
+    def look(self) -> dict[str, Any]:
+        """Card, driver and versions. Ends with one sentence where there is no accelerator and nobody rehearses."""
+        about = dict(self.card)
+        for side in sorted({case.side for case in self.cases} | {"jax"}):
+            case = Case("machine", side, "machine", side=side)
+            process = self.process(side, 0.15)
+            about |= self.ask(process, case, "run", side, time.monotonic() + min(120, self.clock.left()))
+            process.close()
+        if about.get("platform") == "cpu" and not self.args.rehearse:
+            raise SystemExit("error: JAX finds no accelerator here; expected one, or --rehearse")
+        return about
+
+    def prepare(self) -> None:
+        """Compiles every program and runs every case that is not timed, side by side."""
+        until = self.clock.begin("prepare")
+        untimed = [case for case in self.cases if not case.timed]
+        named = {name: case for case in reversed(self.cases) for name in case.programs}
+        programs = [(case, name) for case in self.cases for name in case.programs if named[name] is case]
+        exact = importlib.import_module("accelerator_parts.exact").ENV if not self.args.rehearse else ""
+        checking = min(2, self.lanes - 1) if untimed and programs else self.lanes * bool(untimed)
+        share = min(0.15, 0.75 / self.lanes)
+
+        def compile_one(process: pool.Process, job: tuple[Case, str]) -> None:
+            answer = self.ask(process, job[0], "prepare", job[1], until)
+            say(f"compiled {job[1]}: {answer.get('error') or answer.get('compile_s')}")
+
+        def check_one(process: pool.Process, case: Case) -> None:
+            self.results.add(case, self.ask(process, case, "run", case.name, until))
+
+        compilers = [self.process("jax", share) for _ in range(max(self.lanes - checking, 1))]
+        checkers = [self.process("jax", share, exact) for _ in range(checking or bool(untimed))]
+        left: list[Case] = []
+        checks = threading.Thread(
+            target=lambda: left.extend(pool.side_by_side(untimed, checkers, check_one, until)), daemon=True
+        )
+        if self.lanes > 1:
+            checks.start()
+        pool.side_by_side(programs, compilers, compile_one, until)
+        if self.lanes == 1:
+            checks.start()
+        checks.join()
+        for case in left:
+            self.results.skip(case, "no time left")
+
+    def measure(self) -> None:
+        """Times the rest, one case after the other, one process on the device."""
+        process, side = None, ""
+        for part in [name for name in SHARES if name in {case.part for case in self.cases if case.timed}]:
+            until = self.clock.begin(part)
+            for case in [case for case in self.cases if case.timed and case.part == part]:
+                if until - time.monotonic() < (case.seconds if not self.args.rehearse else 0.1):
+                    self.results.skip(case, "no time left")
+                    continue
+                if case.side != side:
+                    if process is not None:
+                        process.close()
+                    process, side = self.process(case.side, 0.92), case.side
+                so_far: dict[str, Any] = {}
+                answer = self.ask(process, case, "run", case.name, until, so_far.update)
+                self.results.add(case, so_far | answer)
+        if process is not None:
+            process.close()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
+        logs = sorted(self.scratch.glob("log-*.txt"), key=lambda path: int(path.stem.split("-")[1]))
+        text = "".join(f"==== {path.stem}\n{path.read_text(errors='replace')[-40_000:]}\n" for path in logs)
+        (self.results.out / "log.txt").write_text(text)
+
+
+def main() -> None:
+    args, began = parse(), time.monotonic()
+    out = Path(args.out).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "results.json", {"finished": False})
+    except OSError as error:
+        raise SystemExit(f"error: --out: {args.out} cannot be written ({error.strerror}); expected a folder") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C: the table of what is there is written
+    results, about, finished = Results(out), {}, False
+    with tempfile.TemporaryDirectory(prefix="accelerator-", ignore_cleanup_errors=True) as scratch:
+        runner = Runner(args, Path(scratch), results)
+        try:
+            about = runner.look()
+            runner.prepare()
+            runner.measure()
+            finished = True
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            runner.close()
+            rows = table.lines(results.found, results.not_run)
+            taken = {"minutes": (time.monotonic() - began) / 60, "rehearsal": args.rehearse, "finished": finished}
+            ratios = table.ratios(results.found)
+            more = {"ratios": ratios, "not_run": results.not_run, "table": rows}
+            write(out / "results.json", taken | {"machine": about, "parts": results.found} | more)
+            print("\n".join([f"{about.get('card', 'no card')}; {json.dumps(plain(about))}", "", *rows]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The train step: DDPM++ on CIFAR-10's recipe (dropout and augmentation on), every method over it, ADM at 64 pixels.
+
+One call is forward, backward, Adam, moving average and every method's own networks, on a batch that lies on the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerator_parts import ROOT, Case, Options, clock, programs, sizes
+
+# name: (configuration, variant of benchmarks/method_cost.py, type of the network)
+STEPS = {
+    "plain-bfloat16": ("cifar10_edm", "baseline", "bfloat16"),
+    "plain-float32": ("cifar10_edm", "baseline", "float32"),
+    "ogdm-euler": ("cifar10_edm", "ogdm euler, shared denoiser output", "bfloat16"),
+    "ogdm-heun": ("cifar10_edm", "ogdm heun, shared denoiser output", "bfloat16"),
+    "stf-full": ("cifar10_edm", "stf, the whole set as references", "bfloat16"),
+    "sp": ("cifar10_edm", "sp", "bfloat16"),
+    "adm64-bfloat16": ("imagenet64_edm", "baseline", "bfloat16"),
+}
+TORCH = (
+    "torch-product",
+    "torch-eager-float32",
+    "torch-compile-autocast",
+    "torch-channels_last-autocast",
+    "torch-channels_last-float32",
+    "torch-compile-bfloat16",
+    "torch-compile-float32",
+    "torch-adm64-autocast",
+)
+
+
+def cases(options: Options) -> list[Case]:
+    ours = [Case("train", name, "train", programs=(name,)) for name in STEPS]
+    theirs = [Case("train", name, "torch_train", side="torch", needs="edm") for name in TORCH]
+    return [Case("train", "product", "train"), *ours[:2], *theirs[:3], *ours[2:], *theirs[3:]]
+
+
+def prepare(name: str, options: Options, report: Callable[[dict], None], rounds: int = 1) -> dict[str, Any]:
+    """Compiles the step of a name, with as few accumulation rounds (at least `rounds`) as the memory allows."""
+    jax = programs.start()
+    while True:
+        run = build(name, options, rounds)
+        batch = run.config.data.batch
+        state = jax.eval_shape(run.create, run.key)
+        about = {"batch": batch, "accumulate": rounds, "parameters": _count(state.params)}
+        found = programs.save(name, options, run.compile(state), (state, *step_arguments(run)), **about)
+        if programs.fits(found, options) or rounds >= 8:
+            return found
+        rounds *= 2
+
+
+def step_arguments(run: Any) -> tuple[Any, Any, Any]:
+    """Shapes of a step's (frozen, batch, key)."""
+    import jax
+    import numpy as np
+
+    from ogdm_jax.methods import slots
+
+    batch = run.config.data.batch
+    row = lambda shape, kind: jax.ShapeDtypeStruct((batch, *shape), kind)  # noqa: E731
+    images = {"image": row(run.source.shape, np.uint8), "label": row((), np.int32), "index": row((), np.int32)}
+    frozen = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, slots.frozen_trees(run.filled)))
+    return frozen, images, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def build(name: str, options: Options, rounds: int) -> Any:
+    """The run behind a name, on one device and on random images."""
+    import method_cost
+
+    from ogdm_jax import config as configs
+    from ogdm_jax import parallel
+    from ogdm_jax.training import run as runs
+
+    size, (config, variant, dtype) = sizes.of(options.rehearse), STEPS[name]
+    adm = config == "imagenet64_edm"
+    flags = [*(size.adm_flags if adm else size.flags), f"network.dtype={dtype}", f"optim.accumulate={rounds}"]
+    flags.append(f"data.batch={size.adm_batch if adm else size.batch}")
+    if variant == "sp":
+        flags += ["methods=sp", f"sp.teacher={teacher(options)}", "sp.calibration=1"]
+    else:
+        flags += method_cost.VARIANTS[variant]
+    source = random_images(size.adm_shape if adm else size.shape, size.references, size.classes if adm else 0)
+    return runs.build(configs.load(ROOT / "configs" / f"{config}.py", flags), source, parallel.make_plan("mesh", 1))
+
+
+def random_images(shape: tuple[int, int, int], count: int, classes: int = 0) -> Any:
+    """A source of noise pictures: what they show does not matter for the time."""
+    import numpy as np
+
+    from ogdm_jax.data.sources import from_arrays
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.int32) % classes if classes else None
+    return from_arrays("random", rng.integers(0, 256, (count, *shape), np.uint8), labels)
+
+
+def teacher(options: Options) -> str:
+    """A training folder with the untrained network: what SP's teacher costs does not depend on its weights."""
+    from pathlib import Path
+
+    from ogdm_jax.training.checkpoint import Checkpoints, describe
+
+    folder = Path(options.scratch) / "teacher"
+    with Checkpoints(folder) as saved:
+        if saved.latest() is None:
+            run = build("plain-bfloat16", options, 1)
+            saved.save(0, run.init(), describe(run.config, run.source.shape, 0), {"step": 0})
+    return str(folder)
+
+
+def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
+    if name == "product":
+        return product(options)
+    rounds = 1
+    while True:
+        try:
+            return measure(name, options)
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or rounds >= 8:
+                raise
+        rounds *= 2  # the compiler's estimate was too low
+        prepare(name, options, report, rounds)
+
+
+def measure(name: str, options: Options) -> dict[str, Any]:
+    jax = programs.start()
+    import numpy as np
+
+    program = programs.load(name, options, prepare)
+    state, *rest = program.arguments()
+    holder, metrics = [state], {}
+
+    def work() -> None:
+        holder[0], found = program.run(holder[0], *rest)
+        metrics.update(found)
+
+    del state
+    found = clock.timed(work, lambda: jax.block_until_ready(holder[0]), sizes.of(options.rehearse).timing)
+    seconds, about = found["ms"] / 1000, program.about
+    stats = jax.devices()[0].memory_stats() or {}
+    finite = bool(np.isfinite(float(metrics["loss"])))
+    return found | about | {
+        "images_per_second": about["batch"] / seconds,
+        "tflop_per_second": about["tflop"] / seconds,
+        "peak_bytes": stats.get("peak_bytes_in_use", 0),
+        "finite": finite,
+    }  # fmt: skip
+
+
+def product(options: Options) -> dict[str, Any]:
+    """TFLOP/s of one large matrix product in both types: the ceiling that the steps are held against."""
+    jax = programs.start()
+    import jax.numpy as jnp
+
+    size = sizes.of(options.rehearse)
+    n, found = size.product, {"size": size.product}
+    multiply = jax.jit(jnp.matmul)
+    for dtype in ("bfloat16", "float32"):
+        a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
+        last = []
+
+        def work(a=a, b=b, last=last) -> None:
+            last[:] = [multiply(a, b)]
+
+        seconds = clock.timed(work, lambda last=last: jax.block_until_ready(last), size.timing / 2)["ms"] / 1000
+        found[f"{dtype}_tflop_per_second"] = 2 * n**3 / seconds / 1e12
+    return found
+
+
+def _count(params: Any) -> int:
+    from ogdm_jax.model import parameter_count
+
+    return parameter_count(params)
