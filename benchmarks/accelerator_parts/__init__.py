@@ -25,7 +25,7 @@ class Case:
       part, name: what --only calls it, PART.NAME.   module: of this package, which measures it.
       side: jax or torch, whose interpreter runs it.   timed: whether nothing else may run beside it.
       programs: names that the module's `prepare` compiles for it.   needs: an option without which it cannot run.
-      seconds: it is not started with less time left.
+      seconds: it is not started with less time left.   rank: PyTorch's cases of all parts are timed in this order.
     """
 
     part: str
@@ -36,6 +36,13 @@ class Case:
     programs: tuple[str, ...] = ()
     needs: str = ""
     seconds: float = 5.0
+    rank: int = 0
+
+    @property
+    def phase(self) -> str:
+        """The share of the time that it is timed in. PyTorch's cases come together: two programs of a kind that takes
+        all of a device's memory cannot wait for each other there, and starting one takes ten seconds."""
+        return "torch" if self.side == "torch" else self.part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,22 @@ def load(folder: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(torch=torch, device=device, **parts)
 
 
+class _StandIn(types.ModuleType):
+    """A module that is imported and decorates functions, but is never called: every attribute leaves them alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: lambda function: function
+
+
 def _stand_ins() -> None:
-    """What the code imports but never calls here: distutils left Python in 3.12, requests only downloads."""
-    if importlib.util.find_spec("distutils") is None:
-        util = types.ModuleType("distutils.util")
-        util.strtobool = lambda text: text.lower() in ("y", "yes", "t", "true", "on", "1")
-        sys.modules |= {"distutils": types.ModuleType("distutils"), "distutils.util": util}
-    if importlib.util.find_spec("requests") is None:
-        sys.modules["requests"] = types.ModuleType("requests")
+    """What the code imports at its top, where it is missing: distutils left Python in 3.12, the rest is not needed."""
+    for name in ("distutils", "requests", "tqdm", "click", "PIL"):
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = _StandIn(name)
+            for part in {"distutils": ("util",), "PIL": ("Image",)}.get(name, ()):
+                sys.modules[f"{name}.{part}"] = _StandIn(f"{name}.{part}")
 
 
 def variant(code: Any, net: Any, name: str) -> Any:

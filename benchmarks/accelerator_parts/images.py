@@ -91,8 +91,7 @@ def _sample_batch(options: Options) -> int:
 
 def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
     began = time.monotonic()
-    jax = programs.start()
-
+    programs.start()
     size, run = sizes.of(options.rehearse), build("edm", options)
     found: dict[str, Any] = {"batch": size.images_batch, "set": len(run.source)}
     trained, told = _train(run, options, began)
@@ -113,23 +112,22 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
             _grid(rows, Path(options.out) / "images.png")
             report(found)
     found["grid_rows"] = ["real", *(f"{c['method']} {c['solver']} {c['nfe']}" for c in found["cells"])]
-    del jax
     return found
 
 
 def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state by method, what it took): turns of `block` steps until the part's time, less that of judging, is up."""
     import jax
+    import numpy as np
 
     from ogdm_jax import data
-    from ogdm_jax.training import state as states
 
     size = sizes.of(options.rehearse)
     steps = {m: programs.load(f"images-step-{m}", options, prepare) for m in METHODS}
     trained = {m: programs.load(f"images-init-{m}", options, prepare).run(jax.random.key(0)) for m in METHODS}
     # Equal by construction (the same key); made equal bit for bit, whatever the two compiled programs round.
-    start = trained["edm"].params
-    trained["ogdm"] = trained["ogdm"].replace(params=states.copy(start), ema=states.copy(start))
+    start = jax.tree.map(np.asarray, trained["edm"].params)
+    trained["ogdm"] = trained["ogdm"].replace(params=jax.device_put(start), ema=jax.device_put(start))
     frozen = run.frozen()
     batches = data.batches(run.source, size.images_batch, 0)
     reserve = min(max(25.0, 0.25 * options.seconds), 75.0) if not options.rehearse else options.seconds - 3.0

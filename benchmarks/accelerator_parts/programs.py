@@ -8,11 +8,14 @@ import dataclasses
 import math
 import pickle
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerator_parts import Options, flops
+
+COMPILED: dict[str, Any] = {}  # by this process, for where an executable cannot be written or read; cleared by worker
 
 
 def start() -> Any:
@@ -70,7 +73,12 @@ def save(name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], *
     work = flops.count(traced.jaxpr)
     about |= {"tflop": work.total() / 1e12, "bfloat16_share": work["bfloat16"] / max(work.total(), 1)}
     about |= {"memory_bytes": _needed(compiled)} | more
-    payload, tree, out_tree = serialize(compiled)
+    COMPILED[name] = compiled
+    try:
+        payload, tree, out_tree = serialize(compiled)
+    except Exception:  # whatever a platform raises that cannot: this process has the program
+        traceback.print_exc()
+        payload, tree, out_tree = None, compiled.in_tree, None
     paths = jax.tree_util.tree_leaves_with_path((arguments, {}))
     file = path_of(name, options)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,13 +96,23 @@ def fits(about: dict[str, Any], options: Options) -> bool:
 
 def load(name: str, options: Options, prepare: Callable[..., dict]) -> Program:
     """The program of a file, compiled here and now if nobody did before."""
+    import jax
     from jax.experimental.serialize_executable import deserialize_and_load
 
     file = path_of(name, options)
     if not file.exists():
         prepare(name, options, lambda _: None)
     payload, tree, out_tree, leaves, about = pickle.loads(file.read_bytes())
-    return Program(deserialize_and_load(payload, tree, out_tree), leaves, tree, about)
+    run = COMPILED.get(name)
+    if run is None and payload is not None:
+        try:
+            run = deserialize_and_load(payload, tree, out_tree, execution_devices=jax.devices()[:1])
+        except Exception:
+            traceback.print_exc()
+    if run is None:
+        prepare(name, options, lambda _: None)
+        run = COMPILED[name]
+    return Program(run, leaves, tree, about)
 
 
 def _needed(compiled: Any) -> int:

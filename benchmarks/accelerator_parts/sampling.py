@@ -18,8 +18,8 @@ TORCH = ("torch-heun-float32", "torch-heun-autocast", "torch-heun-compile-autoca
 
 def cases(options: Options) -> list[Case]:
     ours = [Case("sampling", name, "sampling", programs=(name,)) for name in SAMPLERS]
-    theirs = [Case("sampling", name, "torch_sampling", side="torch", needs="edm") for name in TORCH]
-    return [*ours[:2], *theirs[:2], *ours[2:], *theirs[2:]]
+    theirs = [Case("sampling", n, "torch_sampling", side="torch", needs="edm", rank=i) for i, n in enumerate(TORCH)]
+    return [*ours, *theirs]
 
 
 def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ FULL = Size(
     sample_steps=18,
     guided_batch=256,
     guided_steps=10,
-    timing=4.0,
+    timing=3.0,
     images_flags=("network.model_channels=64",),
     images_batch=256,
     evaluations=(("euler", 5), ("euler", 10), ("euler", 18), ("euler", 35), ("heun", 35)),

@@ -32,8 +32,8 @@ TORCH = (
 
 def cases(options: Options) -> list[Case]:
     ours = [Case("train", name, "train", programs=(name,)) for name in STEPS]
-    theirs = [Case("train", name, "torch_train", side="torch", needs="edm") for name in TORCH]
-    return [Case("train", "product", "train"), *ours[:2], *theirs[:3], *ours[2:], *theirs[3:]]
+    theirs = [Case("train", n, "torch_train", side="torch", needs="edm", rank=i) for i, n in enumerate(TORCH)]
+    return [Case("train", "product", "train"), *ours, *theirs]
 
 
 def prepare(name: str, options: Options, report: Callable[[dict], None], rounds: int = 1) -> dict[str, Any]:

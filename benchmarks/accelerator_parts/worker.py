@@ -34,6 +34,8 @@ def answer(request: dict[str, Any], report: Callable[[dict], None]) -> dict[str,
 
 def forget() -> None:
     """Gives a finished case's memory back to the next one."""
+    if "accelerator_parts.programs" in sys.modules:
+        sys.modules["accelerator_parts.programs"].COMPILED.clear()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()
