@@ -168,7 +168,8 @@ class Runner:
         if self.args.rehearse:
             env.setdefault("JAX_PLATFORMS", "cpu")
             env["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # on a CPU, a program out of that cache cannot be written again
-            flags = f"{flags} --xla_backend_optimization_level=0"
+            sys.path.append(str(ROOT / "tests"))
+            flags = f"{flags} {importlib.import_module('compiling').FLAGS}"  # compiles far more than it computes
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
         env["PYTHONWARNINGS"] = "ignore"
         python = self.args.torch_python if side == "torch" else sys.executable

@@ -8,7 +8,7 @@ from typing import Any
 class Size:
     """Attributes:
     shape: of the images of CIFAR-10's network.   batch: of its train step.   flags: changes of configs/cifar10_edm.py.
-    torch: the same network as settings of EDM's SongUNet.
+    method_flags: more changes where a method is on.   torch: the same network as settings of EDM's SongUNet.
     adm_shape, adm_batch, adm_flags, adm_torch: of configs/imagenet64_edm.py.   classes: of its labels.
     references: STF's reference set.   product: side of the matrix product that measures the device's rate.
     sample_batch, sample_steps: of the unguided sampler.   guided_batch, guided_steps: of DSG and DPS.
@@ -21,6 +21,7 @@ class Size:
     shape: tuple[int, int, int]
     batch: int
     flags: tuple[str, ...]
+    method_flags: tuple[str, ...]
     torch: dict[str, Any]
     adm_shape: tuple[int, int, int]
     adm_batch: int
@@ -45,6 +46,7 @@ FULL = Size(
     shape=(32, 32, 3),
     batch=512,
     flags=(),
+    method_flags=(),
     torch=dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16]),
     adm_shape=(64, 64, 3),
     adm_batch=128,
@@ -67,11 +69,13 @@ FULL = Size(
 
 _TINY = ("network.channel_mult=(1,)", "network.num_blocks=1", "network.attn_resolutions=(8,)")
 _DISCRIMINATOR = ("ogdm.channel_base=64", "ogdm.channel_max=8")
+_NO_DRAWS = ("data.augment=0.0", "network.dropout=0.0")  # they take half of a tiny step's compilation
 _TORCH = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8])
 REHEARSAL = Size(
     shape=(8, 8, 3),
     batch=8,
     flags=(*_TINY, *_DISCRIMINATOR, "network.model_channels=8"),
+    method_flags=_NO_DRAWS,
     torch=dict(model_channels=8, **_TORCH),
     adm_shape=(8, 8, 3),
     adm_batch=4,
@@ -85,7 +89,7 @@ REHEARSAL = Size(
     guided_batch=4,
     guided_steps=3,
     timing=0.2,
-    images_flags=(*_TINY, *_DISCRIMINATOR, "network.model_channels=8"),
+    images_flags=(*_TINY, *_DISCRIMINATOR, *_NO_DRAWS, "network.model_channels=8"),
     images_batch=16,
     evaluations=(("euler", 2), ("heun", 3)),
     samples=32,

@@ -76,6 +76,7 @@ def build(name: str, options: Options, rounds: int) -> Any:
     adm = config == "imagenet64_edm"
     flags = [*(size.adm_flags if adm else size.flags), f"network.dtype={dtype}", f"optim.accumulate={rounds}"]
     flags.append(f"data.batch={size.adm_batch if adm else size.batch}")
+    flags += () if variant == "baseline" else size.method_flags
     if variant == "sp":
         flags += ["methods=sp", f"sp.teacher={teacher(options)}", "sp.calibration=1"]
     else:
