@@ -32,7 +32,7 @@ from accelerator_parts import Case, Options, machine, pool, table  # noqa: E402
 
 # Shares of --minutes, in the order of what happens: what one phase leaves goes to those after it. "prepare" compiles,
 # and checks what is exact; "torch" has the cases of train and sampling that PyTorch runs.
-SHARES = {"prepare": 0.36, "train": 0.16, "sampling": 0.08, "profile": 0.03, "torch": 0.22, "images": 0.15}
+SHARES = {"prepare": 0.34, "train": 0.15, "sampling": 0.07, "profile": 0.03, "torch": 0.21, "images": 0.20}
 PARTS = {"exact": "exact", "train": "train", "sampling": "sampling", "images": "images", "profile": "profiling"}
 CLOSING = 4.0  # seconds kept for the table
 
@@ -64,7 +64,7 @@ class Results:
         with self._lock:
             self.found.setdefault(case.part, {})[case.name] = plain(answer)
             write(self.out / f"{case.part}.json", self.found[case.part])
-        say(f"{case.part}.{case.name}: {table._figures(case.part, case.name, answer, self.found) or answer}")
+        say(f"{case.part}.{case.name}: {table.figures(case.part, case.name, answer, self.found) or answer}")
 
     def skip(self, case: Case, why: str) -> None:
         self.not_run[f"{case.part}.{case.name}"] = why
@@ -158,7 +158,9 @@ class Runner:
     def process(self, side: str, share: float, flags: str = "") -> pool.Process:
         """A worker that may use this share of the device's memory."""
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), env.get("PYTHONPATH")]))
+        python = self.args.torch_python if side == "torch" else sys.executable
+        inherited = env.get("PYTHONPATH") if python == sys.executable else None  # packages there are of one interpreter
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), inherited]))
         env["JAX_COMPILATION_CACHE_DIR"] = str(self.scratch / "xla")  # with it the memory of which algorithms are quick
         env |= {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
@@ -172,7 +174,6 @@ class Runner:
             flags = f"{flags} {importlib.import_module('compiling').FLAGS}"  # compiles far more than it computes
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
         env["PYTHONWARNINGS"] = "ignore"
-        python = self.args.torch_python if side == "torch" else sys.executable
         made = pool.Process(python, env, self.scratch / f"log-{len(self.processes)}.txt")
         self.processes.append(made)
         return made
@@ -185,18 +186,22 @@ class Runner:
 
     def look(self) -> dict[str, Any]:
         """Card, driver and versions. Ends with one sentence where there is no accelerator and nobody rehearses."""
-        about, until = dict(self.card), time.monotonic() + min(120, self.clock.left())
+        until, found = time.monotonic() + min(120, self.clock.left()), {}
         sides = sorted({case.side for case in self.cases} | {"jax"})
 
         def ask(process: pool.Process, side: str) -> None:
-            about.update(self.ask(process, Case("machine", side, "machine", side=side), "run", side, until))
+            found[side] = self.ask(process, Case("machine", side, "machine", side=side), "run", side, until)
 
         asking = [threading.Thread(target=ask, args=(self.process(side, 0.15), side)) for side in sides]
         for thread in asking:
             thread.start()
         for thread in asking:
             thread.join()
-        self.close_processes()
+        self.end_processes()
+        if "error" in found["jax"]:
+            raise SystemExit(f"error: JAX does not start here: {found['jax']['error']}")
+        torch = found.get("torch", {})
+        about = {**found["jax"], **self.card, **({"torch": torch["error"]} if "error" in torch else torch)}
         if about.get("platform") == "cpu" and not self.args.rehearse:
             raise SystemExit("error: JAX finds no accelerator here; expected one, or --rehearse")
         return about
@@ -222,18 +227,12 @@ class Runner:
 
         compilers = [self.process("jax", share) for _ in range(max(self.lanes - checking, 1))]
         checkers = [self.process("jax", share, exact) for _ in range(checking or bool(untimed))]
-        left: list[Case] = []
-        checks = threading.Thread(
-            target=lambda: left.extend(pool.side_by_side(untimed, checkers, check_one, until)), daemon=True
-        )
-        if self.lanes > 1:
-            checks.start()
-        pool.side_by_side(programs, compilers, compile_one, until)
+        checks = threading.Thread(target=pool.side_by_side, args=(untimed, checkers, check_one, until), daemon=True)
+        checks.start()
         if self.lanes == 1:
-            checks.start()
+            checks.join()
+        pool.side_by_side(programs, compilers, compile_one, until)
         checks.join()
-        for case in left:
-            self.results.skip(case, "no time left")
 
     def measure(self) -> None:
         """Times the rest, one case after the other, one process on the device."""
@@ -243,7 +242,6 @@ class Runner:
             ours = [case for case in self.cases if case.timed and case.phase == phase]
             for case in sorted(ours, key=lambda case: case.rank):
                 if until - time.monotonic() < (case.seconds if not self.args.rehearse else 0.1):
-                    self.results.skip(case, "no time left")
                     continue
                 if case.side != side:
                     if process is not None:
@@ -255,13 +253,13 @@ class Runner:
         if process is not None:
             process.close()
 
-    def close_processes(self) -> None:
+    def end_processes(self) -> None:
         for process in self.processes:
-            process.close()
+            process.end()
 
     def close(self) -> None:
         """Ends all processes and gathers what they said."""
-        self.close_processes()
+        self.end_processes()
         logs = sorted(self.scratch.glob("log-*.txt"), key=lambda path: int(path.stem.split("-")[1]))
         text = "".join(f"==== {path.stem}\n{path.read_text(errors='replace')[-40_000:]}\n" for path in logs)
         (self.results.out / "log.txt").write_text(text)
@@ -288,6 +286,12 @@ def main() -> None:
             raise SystemExit(130) from None
         finally:
             runner.close()
+            for case in runner.cases:
+                if (
+                    case.name not in results.found.get(case.part, {})
+                    and f"{case.part}.{case.name}" not in results.not_run
+                ):
+                    results.skip(case, "no time left" if finished else "the run was stopped")
             rows = table.lines(results.found, results.not_run)
             taken = {"minutes": (time.monotonic() - began) / 60, "rehearsal": args.rehearse, "finished": finished}
             ratios = table.ratios(results.found)

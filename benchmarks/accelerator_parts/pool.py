@@ -25,6 +25,7 @@ class Process:
         self._command = [python, "-m", "accelerator_parts.worker"]
         self._env, self._log = dict(env), log
         self._process: subprocess.Popen | None = None
+        self._over = False
         self._lines: queue.Queue[str | None] = queue.Queue()
 
     def ask(self, request: Mapping[str, Any], seconds: float, report: Report = lambda _: None) -> dict[str, Any]:
@@ -35,20 +36,20 @@ class Process:
         """
         until = time.monotonic() + max(seconds, 0.1)
         try:
-            self._start()
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            process, lines = self._start()
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
         except OSError as error:
             self.close()
-            return {"error": f"{self._command[0]} cannot be run: {error.strerror}"}
+            return {"error": f"{self._command[0]} cannot be run: {error.strerror or error}"}
         while True:
             try:
-                line = self._lines.get(timeout=max(until - time.monotonic(), 0.001))
+                line = lines.get(timeout=max(until - time.monotonic(), 0.001))
             except queue.Empty:
                 self.close()
                 return {"error": f"stopped: not done in its {seconds:.0f} s"}
             if line is None:
-                code = self._process.wait()
+                code = process.wait()
                 self.close()
                 return {"error": f"the process ended (exit code {code}): {_tail(self._log)}"}
             answer = json.loads(line)
@@ -57,32 +58,39 @@ class Process:
             report(answer["so_far"])
 
     def close(self) -> None:
-        """Ends the process and all that it started."""
-        if self._process is None:
+        """Ends the process and all that it started; another request starts it again."""
+        process, self._process = self._process, None
+        if process is None:
             return
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self._process.wait()
-        self._process = None
+        process.wait()
 
-    def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
+    def end(self) -> None:
+        """As close(), for good."""
+        self._over = True
         self.close()
-        with self._log.open("a") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,  # so that close() reaches its children, too
-            )
-        self._lines = queue.Queue()
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+
+    def _start(self) -> "tuple[subprocess.Popen, queue.Queue[str | None]]":
+        if self._over:
+            raise OSError("the run is over")
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            with self._log.open("a") as log:
+                self._process = subprocess.Popen(
+                    self._command,
+                    env=self._env,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,  # so that close() reaches its children, too
+                )
+            self._lines = queue.Queue()
+            threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+        return self._process, self._lines
 
 
 def _read(stream, lines: "queue.Queue[str | None]") -> None:
@@ -121,7 +129,7 @@ def side_by_side(
             work(process, job)
         process.close()
 
-    threads = [threading.Thread(target=lane, args=(process,)) for process in processes]
+    threads = [threading.Thread(target=lane, args=(process,), daemon=True) for process in processes]
     for thread in threads:
         thread.start()
     for thread in threads:

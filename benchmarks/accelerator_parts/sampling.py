@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from accelerator_parts import ROOT, Case, Options, clock, programs, sizes
+from accelerator_parts import ROOT, Case, Options, clock, programs, sizes, train
 
 # name: (solver, type of the network, guidance)
 SAMPLERS = {
@@ -17,8 +17,8 @@ TORCH = ("torch-heun-float32", "torch-heun-autocast", "torch-heun-compile-autoca
 
 
 def cases(options: Options) -> list[Case]:
-    ours = [Case("sampling", name, "sampling", programs=(name,)) for name in SAMPLERS]
-    theirs = [Case("sampling", n, "torch_sampling", side="torch", needs="edm", rank=i) for i, n in enumerate(TORCH)]
+    ours = [Case("sampling", name, "sampling", programs=(name,), seconds=8.0) for name in SAMPLERS]
+    theirs = [train.pytorch("sampling", name, "torch_sampling", i) for i, name in enumerate(TORCH)]
     return [*ours, *theirs]
 
 

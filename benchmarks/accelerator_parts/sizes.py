@@ -14,8 +14,8 @@ class Size:
     sample_batch, sample_steps: of the unguided sampler.   guided_batch, guided_steps: of DSG and DPS.
     timing: seconds that one figure is repeated for.
     images_flags: changes of configs/cifar10_ogdm.py for the real images.   images_batch: of its train step.
-    evaluations: (solver, network evaluations) at which the real images are compared.   samples: of each; 0 = half the
-      set.   block: train steps between two looks at the clock.
+    evaluations: (solver, network evaluations) at which the real images are compared, in this order.
+    samples: of each; 0 = half the set.   block: train steps between two looks at the clock.
     """
 
     shape: tuple[int, int, int]
@@ -62,7 +62,7 @@ FULL = Size(
     timing=3.0,
     images_flags=("network.model_channels=64",),
     images_batch=256,
-    evaluations=(("euler", 5), ("euler", 10), ("euler", 18), ("euler", 35), ("heun", 35)),
+    evaluations=(("euler", 10), ("euler", 35), ("euler", 5), ("euler", 18), ("heun", 35)),
     samples=0,
     block=50,
 )

@@ -12,7 +12,7 @@ def lines(results: Mapping[str, Cases], not_run: Mapping[str, str]) -> list[str]
     """Markdown of {part: {case: answer}} and {"part.case": why not}."""
     rows = [("part", "case", "figures"), ("---", "---", "---")]
     for part, found in results.items():
-        shown = _exact(found) if part == "exact" else [(n, _figures(part, n, v, results)) for n, v in found.items()]
+        shown = _exact(found) if part == "exact" else [(n, figures(part, n, v, results)) for n, v in found.items()]
         rows += [(part, name, text) for name, text in shown]
     rows += [("ratio", name, f"{value:.2f}") for name, value in ratios(results).items()]
     rows += [(*name.split(".", 1), f"not run: {why}") for name, why in not_run.items()]
@@ -73,7 +73,7 @@ def _exact(found: Cases) -> list[tuple[str, str]]:
     return rows + [(name, f"FAILED: {told(a)}") for name, a in found.items() if not a.get("passed")]
 
 
-def _figures(part: str, name: str, answer: Mapping[str, Any], results: Mapping[str, Cases]) -> str:
+def figures(part: str, name: str, answer: Mapping[str, Any], results: Mapping[str, Cases]) -> str:
     text = []
     if "images_per_second" in answer and "ms" in answer:
         text.append(f"{answer['images_per_second']:,.0f} images/s, {answer['ms']:.1f} ms of {answer['batch']}")
