@@ -144,7 +144,7 @@ class Runner:
         memory = 0 if args.rehearse else self.card.get("memory_bytes", 0)
         self.options = Options(args.rehearse, str(scratch), str(results.out), edm, images, golden, memory)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.lanes = args.lanes or (1 if args.rehearse else max(1, min(5, cores // 3)))
+        self.lanes = args.lanes or (1 if args.rehearse else max(1, min(6, cores // 2)))
         self.processes: list[pool.Process] = []
         chosen = choose(self.options, args.only)
         self.cases = [case for case in chosen if not case.needs or getattr(self.options, case.needs)]
@@ -241,7 +241,7 @@ class Runner:
             until = self.clock.begin(phase)
             ours = [case for case in self.cases if case.timed and case.phase == phase]
             for case in sorted(ours, key=lambda case: case.rank):
-                if until - time.monotonic() < (case.seconds if not self.args.rehearse else 0.1):
+                if until - time.monotonic() < (case.seconds if not self.args.rehearse else 1.0):
                     continue
                 if case.side != side:
                     if process is not None:
@@ -292,11 +292,11 @@ def main() -> None:
                     and f"{case.part}.{case.name}" not in results.not_run
                 ):
                     results.skip(case, "no time left" if finished else "the run was stopped")
-            rows = table.lines(results.found, results.not_run)
+            found = {part: results.found[part] for part in PARTS if part in results.found}
+            rows = table.lines(found, results.not_run)
             taken = {"minutes": (time.monotonic() - began) / 60, "rehearsal": args.rehearse, "finished": finished}
-            ratios = table.ratios(results.found)
-            more = {"ratios": ratios, "not_run": results.not_run, "table": rows}
-            write(out / "results.json", taken | {"machine": about, "parts": results.found} | more)
+            more = {"ratios": table.ratios(found), "not_run": results.not_run, "table": rows}
+            write(out / "results.json", taken | {"machine": about, "parts": found} | more)
             print("\n".join([f"{about.get('card', 'no card')}; {json.dumps(plain(about))}", "", *rows]), flush=True)
 
 

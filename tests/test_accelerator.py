@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,35 @@ def test_a_rehearsal(tmp_path):
     assert json.loads((tmp_path / "train.json").read_text()) == parts["train"]
     assert "| profile | plain-bfloat16 |" in said and found["table"][-1] in said
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_stopped_run_leaves_a_table_and_no_process(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(tiny.ROOT / "benchmarks" / "accelerator.py"), "--rehearse", "--out", str(out)]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    running = subprocess.Popen([*command, "--only", "train.product"], env=env, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not _workers(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert _workers(tmp_path)
+    running.terminate()
+    said, _ = running.communicate(timeout=30)
+    found = json.loads((out / "results.json").read_text())
+    assert running.returncode == 143 and not found["finished"]
+    assert found["not_run"] == {"train.product": "the run was stopped"} and found["table"][-1] in said
+    assert not _workers(tmp_path)
+
+
+def _workers(scratch):
+    """Processes whose environment names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [path] if f"{scratch}/accelerator-".encode() in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
 
 
 @pytest.mark.slow  # every part in tiny form: minutes

@@ -40,8 +40,9 @@ def source_of(options: Options) -> Any:
 
     if not options.images:
         return train.random_images(sizes.REHEARSAL.shape, 96)
-    small = sizes.REHEARSAL.shape[0] if options.rehearse else None
-    return data.open_source(f"npz:{options.images}?{SUBSET}", resolution=small)
+    if options.rehearse:
+        return data.open_source(f"npz:{options.images}?{SUBSET}&base<40", resolution=sizes.REHEARSAL.shape[0])
+    return data.open_source(f"npz:{options.images}?{SUBSET}")
 
 
 def build(method: str, options: Options) -> Any:
