@@ -173,7 +173,6 @@ class Runner:
             sys.path.append(str(ROOT / "tests"))
             flags = f"{flags} {importlib.import_module('compiling').FLAGS}"  # compiles far more than it computes
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
-        env["PYTHONWARNINGS"] = "ignore"
         made = pool.Process(python, env, self.scratch / f"log-{len(self.processes)}.txt")
         self.processes.append(made)
         return made

@@ -16,7 +16,7 @@ import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import accelerator
-from accelerator_parts import Case, Options, flops, pool, profiling, programs, table
+from accelerator_parts import Case, Options, pool, profiling, programs, table
 
 PRETEND = """
 import os, time
@@ -70,6 +70,7 @@ def test_an_interpreter_that_cannot_be_run_is_an_answer(tmp_path):
     assert "cannot be run" in ask(process, "good")["error"]
 
 
+@pytest.mark.fast
 def test_jobs_not_begun_in_time_are_left():
     processes = [types.SimpleNamespace(close=lambda: None) for _ in range(2)]
     done = []
@@ -82,6 +83,7 @@ def test_jobs_not_begun_in_time_are_left():
     assert sorted(done) == [1, 2] and left == [3, 4]
 
 
+@pytest.mark.fast
 def test_a_phase_gets_its_share_of_what_is_left(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(accelerator.time, "monotonic", lambda: now[0])
@@ -116,6 +118,7 @@ def test_bad_words_get_one_sentence(words, said, monkeypatch, tmp_path):
     assert str(stop.value.code).startswith("error: ") and said in str(stop.value.code)
 
 
+@pytest.mark.fast
 def test_the_parts_hold_what_they_promise():
     options = Options(False, "", "", golden=str(tiny.ROOT / "tests" / "golden"))
     names = {f"{case.part}.{case.name}" for case in accelerator.choose(options, "")}
@@ -125,18 +128,6 @@ def test_the_parts_hold_what_they_promise():
         assert name in names
     only = accelerator.choose(options, "profile, exact.stf_*")
     assert {case.part for case in only} == {"profile", "exact"} and len(only) == 3
-
-
-def test_operations_are_counted_by_type():
-    def f(x, kernel, w):
-        y = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), y.reshape(2, -1).astype(jnp.float32), None, length=5)
-        return jax.lax.cond(h[0, 0] > 0, lambda h: h @ w, lambda h: h, h)
-
-    shapes = ((2, 4, 4, 3), jnp.bfloat16), ((3, 3, 3, 8), jnp.bfloat16), ((32, 32), jnp.float32)
-    traced = jax.jit(f).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes))
-    convolution, product = 2 * (2 * 2 * 2 * 8) * (3 * 3 * 3), 2 * (2 * 32) * 32
-    assert flops.count(traced.jaxpr) == {"bfloat16": convolution, "float32": 6 * product}
 
 
 @pytest.fixture
@@ -175,6 +166,7 @@ def event(name, ms, **stats):
     return types.SimpleNamespace(name=name, duration_ns=1e6 * ms, stats=list(stats.items()))
 
 
+@pytest.mark.fast
 def test_a_profile_adds_up_the_kernels_of_the_device():
     stream = [event("k1", 2, hlo_op="fusion.1"), event("k1", 3, hlo_op="fusion.2"), event("memcpy", 1)]
     lines = [types.SimpleNamespace(name="Stream #1", events=stream)]
@@ -187,6 +179,7 @@ def test_a_profile_adds_up_the_kernels_of_the_device():
     assert [row["name"] for row in found["operations"]] == ["fusion.2", "fusion.1", "memcpy"]
 
 
+@pytest.mark.fast
 def test_ratios_and_table():
     speed = lambda value, **more: {"images_per_second": value, "ms": 1.0, "first_ms": 9.0, "batch": 8} | more  # noqa: E731
     train = {
@@ -274,6 +267,7 @@ def test_the_whole_rehearsal(tmp_path):
     assert (tmp_path / "images.png").exists() and len(list(tmp_path.iterdir())) <= 8
 
 
+@pytest.mark.fast
 def test_cases_are_named_once():
     options = Options(True, "", "", golden=str(tiny.ROOT / "tests" / "golden"))
     cases = accelerator.choose(options, "")

@@ -66,11 +66,10 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
     _, kind, which = name.split("-")
     if kind in ("step", "init"):
         run = build(which, options)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        state, *rest = run.shapes()
         if kind == "init":
-            return programs.save(name, options, jax.jit(run.create), (key,))
-        state = jax.eval_shape(run.create, run.key)
-        return programs.save(name, options, run.compile(state), (state, *train.step_arguments(run)))
+            return programs.save(name, options, jax.jit(run.create), (rest[-1],))
+        return programs.save(name, options, run.compile(state), (state, *rest))
     run = build("edm", options)
     if kind == "lite0":  # no program of ours: it goes into JAX's own cache on disk
         from ogdm_jax.evaluation import feature_space

@@ -1,5 +1,6 @@
 """Worker processes under a clock: a case that fails, is killed or overruns is one entry, and the others go on."""
 
+import contextlib
 import json
 import os
 import queue
@@ -62,11 +63,11 @@ class Process:
         process, self._process = self._process, None
         if process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
+        with contextlib.suppress(OSError):  # what was not sent yet
+            process.stdin.close()
 
     def end(self) -> None:
         """As close(), for good."""
@@ -94,8 +95,9 @@ class Process:
 
 
 def _read(stream, lines: "queue.Queue[str | None]") -> None:
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put(None)
 
 

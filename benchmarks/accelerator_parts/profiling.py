@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,10 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
         jax.block_until_ready(state)
     wall = time.perf_counter() - began
     (trace,) = folder.rglob("*.xplane.pb")
-    return top(jax.profiler.ProfileData.from_file(str(trace))) | {"steps": STEPS, "wall_ms": 1000 * wall}
+    with warnings.catch_warnings():  # jaxlib's iterator of a trace's events has no __module__, says Python 3.12
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = top(jax.profiler.ProfileData.from_file(str(trace)))
+    return found | {"steps": STEPS, "wall_ms": 1000 * wall}
 
 
 def top(trace: Any, most: int = 10) -> dict[str, Any]:

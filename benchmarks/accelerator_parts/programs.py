@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerator_parts import Options, flops
+from accelerator_parts import Options
 
 COMPILED: dict[str, Any] = {}  # by this process, for where an executable cannot be written or read; cleared by worker
 
@@ -62,6 +62,8 @@ def save(name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], *
     import jax
     from jax.experimental.serialize_executable import serialize
 
+    from ogdm_jax.planning import flops
+
     shapes = jax.eval_shape(lambda tree: tree, arguments)
     began = time.perf_counter()
     traced = jitted.trace(*shapes)
@@ -70,8 +72,8 @@ def save(name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], *
     began = time.perf_counter()
     compiled = lowered.compile()
     about = {"trace_s": round(traced_s, 2), "compile_s": round(time.perf_counter() - began, 2)}
-    work = flops.count(traced.jaxpr)
-    about |= {"tflop": work.total() / 1e12, "bfloat16_share": work["bfloat16"] / max(work.total(), 1)}
+    work = flops.matmul_flops(traced.jaxpr)
+    about |= {"tflop": sum(work.values()) / 1e12, "bfloat16_share": flops.share(work, "bfloat16")}
     about |= {"memory_bytes": _needed(compiled)} | more
     COMPILED[name] = compiled
     try:

@@ -44,55 +44,41 @@ def pytorch(part: str, name: str, module: str, rank: int) -> Case:
 
 def prepare(name: str, options: Options, report: Callable[[dict], None], rounds: int = 1) -> dict[str, Any]:
     """Compiles the step of a name, with as few accumulation rounds (at least `rounds`) as the memory allows."""
-    jax = programs.start()
+    programs.start()
+    from ogdm_jax.model import parameter_count
+
     while True:
         run = build(name, options, rounds)
-        batch = run.config.data.batch
-        state = jax.eval_shape(run.create, run.key)
-        about = {"batch": batch, "accumulate": rounds, "parameters": _count(state.params)}
-        found = programs.save(name, options, run.compile(state), (state, *step_arguments(run)), **about)
+        state, *rest = run.shapes()
+        about = {"batch": run.config.data.batch, "accumulate": rounds, "parameters": parameter_count(state.params)}
+        found = programs.save(name, options, run.compile(state), (state, *rest), **about)
         if programs.fits(found, options) or rounds >= 8:
             return found
         rounds *= 2
 
 
-def step_arguments(run: Any) -> tuple[Any, Any, Any]:
-    """Shapes of a step's (frozen, batch, key)."""
-    import jax
-    import numpy as np
-
-    from ogdm_jax.methods import slots
-
-    batch = run.config.data.batch
-    row = lambda shape, kind: jax.ShapeDtypeStruct((batch, *shape), kind)  # noqa: E731
-    images = {"image": row(run.source.shape, np.uint8), "label": row((), np.int32), "index": row((), np.int32)}
-    frozen = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, slots.frozen_trees(run.filled)))
-    return frozen, images, jax.eval_shape(lambda: jax.random.key(0))
-
-
-def build(name: str, options: Options, rounds: int, more: tuple[str, ...] = ()) -> Any:
-    """The run behind a name, on one device and on random images. more: changes of its configuration."""
+def build(name: str, options: Options, rounds: int) -> Any:
+    """The run behind a name, on one device; of data and of a teacher's weights there are shapes alone."""
     import method_cost
 
     from ogdm_jax import config as configs
     from ogdm_jax import parallel
-    from ogdm_jax.training import run as runs
+    from ogdm_jax.planning import program
 
     size, (config, variant, dtype) = sizes.of(options.rehearse), STEPS[name]
     adm = config == "imagenet64_edm"
     flags = [*(size.adm_flags if adm else size.flags), f"network.dtype={dtype}", f"optim.accumulate={rounds}"]
-    flags.append(f"data.batch={size.adm_batch if adm else size.batch}")
-    flags += more if variant == "baseline" else size.method_flags
-    if variant == "sp":
-        flags += ["methods=sp", f"sp.teacher={teacher(options)}", "sp.calibration=1"]
-    else:
-        flags += method_cost.VARIANTS[variant]
-    source = random_images(size.adm_shape if adm else size.shape, size.references, size.classes if adm else 0)
-    return runs.build(configs.load(ROOT / "configs" / f"{config}.py", flags), source, parallel.make_plan("mesh", 1))
+    flags += [f"data.batch={size.adm_batch if adm else size.batch}"]
+    flags += ["methods=sp", "sp.calibration=1"] if variant == "sp" else method_cost.VARIANTS[variant]
+    flags += () if variant == "baseline" else size.method_flags
+    loaded = configs.load(ROOT / "configs" / f"{config}.py", flags)
+    shape = ",".join(map(str, size.adm_shape if adm else size.shape))
+    source = program.source_like(loaded, shape, size.classes if adm else 0, size.references)
+    return program.build(loaded, source, parallel.make_plan("mesh", 1))
 
 
 def random_images(shape: tuple[int, int, int], count: int, classes: int = 0) -> Any:
-    """A source of noise pictures: what they show does not matter for the time."""
+    """A source of noise pictures."""
     import numpy as np
 
     from ogdm_jax.data.sources import from_arrays
@@ -100,20 +86,6 @@ def random_images(shape: tuple[int, int, int], count: int, classes: int = 0) -> 
     rng = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int32) % classes if classes else None
     return from_arrays("random", rng.integers(0, 256, (count, *shape), np.uint8), labels)
-
-
-def teacher(options: Options) -> str:
-    """A training folder with the untrained network: what SP's teacher costs does not depend on its weights."""
-    from pathlib import Path
-
-    from ogdm_jax.training.checkpoint import Checkpoints, describe
-
-    folder = Path(options.scratch) / "teacher"
-    with Checkpoints(folder) as saved:
-        if saved.latest() is None:
-            run = build("plain-bfloat16", options, 1, sizes.of(options.rehearse).method_flags)
-            saved.save(0, run.init(), describe(run.config, run.source.shape, 0), {"step": 0})
-    return str(folder)
 
 
 def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
@@ -173,9 +145,3 @@ def product(options: Options) -> dict[str, Any]:
         seconds = clock.timed(work, lambda last=last: jax.block_until_ready(last), size.timing / 2)["ms"] / 1000
         found[f"{dtype}_tflop_per_second"] = 2 * n**3 / seconds / 1e12
     return found
-
-
-def _count(params: Any) -> int:
-    from ogdm_jax.model import parameter_count
-
-    return parameter_count(params)
