@@ -16,7 +16,7 @@ import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import accelerator
-from accelerator_parts import Case, Options, pool, profiling, programs, table
+from accelerator_parts import Case, Options, pool, profiling, programs, table, train
 
 PRETEND = """
 import os, time
@@ -162,6 +162,27 @@ def test_a_program_survives_its_file(tmp_path, nothing_cached):
     assert np.abs(tree["w"]).min() > 0 and len(np.unique(tree["image"])) > 5  # no zeros
 
 
+def test_a_step_that_does_not_fit_is_cut_into_rounds(monkeypatch):
+    """By the compiler's estimate, and where that was too low, by what the device says."""
+    compiled, measured = [], []
+
+    def save(name, options, step, arguments, **about):
+        compiled.append(about["accumulate"])
+        return about | {"memory_bytes": 100 // about["accumulate"]}
+
+    def measure(name, options):
+        measured.append(name)
+        if len(measured) < 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return {"ms": 1}
+
+    monkeypatch.setattr(train.programs, "save", save)
+    monkeypatch.setattr(train, "measure", measure)
+    roomy, tight = (Options(True, "", "", memory=memory) for memory in (0, 60))
+    assert train.prepare("plain-float32", tight, None)["accumulate"] == 2 and compiled == [1, 2]
+    assert train.run("plain-float32", roomy, None) == {"ms": 1} and compiled == [1, 2, 2]
+
+
 def event(name, ms, **stats):
     return types.SimpleNamespace(name=name, duration_ns=1e6 * ms, stats=list(stats.items()))
 
@@ -204,10 +225,10 @@ def test_ratios_and_table():
 
 
 def rehearse(out, only, minutes=4.0):
-    command = [sys.executable, str(tiny.ROOT / "benchmarks" / "accelerator.py"), "--rehearse", "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--minutes", str(minutes), "--only", only], capture_output=True, text=True, timeout=60 * minutes + 60
-    )
+    script = str(tiny.ROOT / "benchmarks" / "accelerator.py")
+    words = ["--rehearse", "--lanes", "2", "--minutes", str(minutes), "--out", str(out), "--only", only]
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes + 60)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "results.json").read_text()), done.stdout
 

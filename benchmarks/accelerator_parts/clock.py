@@ -8,8 +8,8 @@ from collections.abc import Callable
 def timed(work: Callable[[], None], wait: Callable[[], None], seconds: float, least: int = 3) -> dict[str, float]:
     """Median time of `work` over rounds of as many calls as fill a third of a second, each closed by `wait`.
 
-    Two calls before them are not counted, nor is a call measured alone unless it is longer than that: the gap between
-    two calls belongs to neither in a long run.
+    Three calls before them are not counted; the first one is told apart. Calls of a round follow each other without
+    waiting, as in a long run.
 
     Args:
       work: enqueues one piece.   wait: returns when everything enqueued is done.

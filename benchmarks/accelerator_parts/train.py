@@ -122,7 +122,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     return found | about | {
         "images_per_second": about["batch"] / seconds,
         "tflop_per_second": about["tflop"] / seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use", 0),
+        "process_peak_bytes": stats.get("peak_bytes_in_use", 0),  # of all cases so far
         "finite": finite,
     }  # fmt: skip
 
