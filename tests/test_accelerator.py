@@ -283,7 +283,9 @@ def test_the_whole_rehearsal(tmp_path):
     for part, cases in found["parts"].items():
         for name, answer in cases.items():
             assert "error" not in answer and answer.get("passed", True) and answer.get("finite", True), (part, name)
-    cells = found["parts"]["images"]["edm-and-ogdm"]["cells"]
+    images = found["parts"]["images"]["edm-and-ogdm"]
+    assert images["loss"]["edm"] != images["loss"]["ogdm"] and images["images_seen"] > 0
+    cells = images["cells"]
     assert {cell["method"] for cell in cells} == {"edm", "ogdm"} and all(cell["floor"] > 0 for cell in cells)
     assert (tmp_path / "images.png").exists() and len(list(tmp_path.iterdir())) <= 8
 

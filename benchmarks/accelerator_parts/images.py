@@ -51,7 +51,7 @@ def build(method: str, options: Options) -> Any:
     from ogdm_jax.training import run as runs
 
     size = sizes.of(options.rehearse)
-    flags = (*size.images_flags, *_RECIPE, METHODS[method], f"data.batch={size.images_batch}")
+    flags = (*_RECIPE, *size.images_flags, METHODS[method], f"data.batch={size.images_batch}")
     config = configs.load(ROOT / "configs" / "cifar10_ogdm.py", flags)
     return runs.build(config, source_of(options), parallel.make_plan("mesh", 1))
 
@@ -142,7 +142,7 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
     until = began + options.seconds - reserve
     spent, done, losses = dict.fromkeys(METHODS, 0.0), 0, {}
     turn = 0.0
-    while done == 0 or (time.monotonic() + turn < until and max(spent.values()) < MOST):
+    while done < 2 * size.block or (time.monotonic() + turn < until and max(spent.values()) < MOST):
         block = [batches.at(done + i) for i in range(size.block)]
         turn = time.monotonic()
         for method, program in steps.items():

@@ -89,7 +89,7 @@ REHEARSAL = Size(
     guided_batch=4,
     guided_steps=3,
     timing=0.2,
-    images_flags=(*_TINY, *_DISCRIMINATOR, *_NO_DRAWS, "network.model_channels=8"),
+    images_flags=(*_TINY, *_DISCRIMINATOR, *_NO_DRAWS, "network.model_channels=8", "optim.ramp=0 steps"),
     images_batch=16,
     evaluations=(("euler", 2), ("heun", 3)),
     samples=32,
