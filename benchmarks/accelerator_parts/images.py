@@ -107,7 +107,7 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
     report(found)
     judge, floor = _judge(run.source, size.samples or len(run.source) // 2)
     found |= floor | {"cells": []}
-    rows = [run.source.take(np.arange(SHOWN))["image"]]
+    rows = [run.source.take(np.linspace(0, len(run.source) - 1, SHOWN).astype(int))["image"]]
     names = [f"images-{solver}-{evaluations}" for solver, evaluations in size.evaluations]
     with ThreadPoolExecutor(4) as pool:  # those that nobody compiled yet
         samplers = list(pool.map(lambda name: programs.load(name, options, prepare), names))
