@@ -296,3 +296,14 @@ def test_cases_are_named_once():
     cases = accelerator.choose(options, "")
     assert len({(case.part, case.name) for case in cases}) == len(cases)
     assert all(isinstance(case, Case) and case.phase in (*accelerator.SHARES, "exact") for case in cases)
+
+
+@pytest.mark.slow  # traces every network of the full sizes, without compiling
+@pytest.mark.parametrize("name", train.STEPS)
+def test_full_sizes_are_settings_that_exist(name):
+    run = train.build(name, Options(False, "", ""), 1)
+    state, _, batch, _ = run.shapes()
+    expected = {"adm64-bfloat16": (128, 64, 64, 3)}.get(name, (512, 32, 32, 3))
+    assert batch["image"].shape == expected
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert parameters == {"adm64-bfloat16": 295_899_267}.get(name, 55_733_891)  # EDM's own networks
