@@ -78,8 +78,13 @@ class Plan:
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: self.sharding(), tree))
 
     def scatter(self, tree: PyTree) -> PyTree:
-        """Inside the step: gradients, each device with its share of the sum, as the parameters are kept."""
-        return jax.lax.with_sharding_constraint(tree, self.state_shardings(tree)) if self.kind == "sharded" else tree
+        """Inside the step: gradients, each device with its share of the sum, as the parameters are kept.
+
+        Whole first: else the compiler divides the convolutions that make them, too, as it does without `gather`.
+        """
+        if self.kind != "sharded":
+            return tree
+        return jax.lax.with_sharding_constraint(self.gather(tree), self.state_shardings(tree))
 
     def shapes(self, state: PyTree) -> PyTree:
         """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is read into."""
