@@ -37,6 +37,7 @@ class Worker:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
 def serve(work: Callable[[], None], about: dict) -> None:
