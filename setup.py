@@ -14,6 +14,8 @@ TEST = [
     "pytest-xdist>=3.8",  # one worker per core: halves the suite's time
     "ruff>=0.17",  # lint
     "scikit-image>=0.26",  # reference PSNR and SSIM
+    "psutil",  # processes that must not outlive their parent
+    "pyyaml",  # the Kubernetes recipes are parsed
     "prdc>=0.2",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
 ]
 
