@@ -7,6 +7,7 @@ key-value store of process 0; process 0 judges, and all end with one sentence an
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -118,8 +119,7 @@ def compare(settings: Mapping[str, object]) -> None:
     if jax.process_count() == 1:
         return
     client, process = _client(), jax.process_index()
-    _compared.append(None)
-    key = f"ogdm_jax/settings/{len(_compared)}/"  # a process may train more than once
+    key = f"ogdm_jax/settings/{next(_comparisons)}/"  # a process may train more than once
     mine = {name: repr(value) for name, value in settings.items()}
     client.key_value_set(f"{key}{process}", json.dumps(mine))
     if process == 0:
@@ -131,7 +131,7 @@ def compare(settings: Mapping[str, object]) -> None:
         raise ConfigError(verdict)
 
 
-_compared: list[None] = []  # one entry for each comparison, counted alike in all processes
+_comparisons = itertools.count(1)  # counted alike in all processes
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:
@@ -212,9 +212,7 @@ class _Watch:
         """After a failed exchange: who is lost? Returns where nobody is."""
         self._limit = SUSPECTED
         end = time.monotonic() + (SUSPECTED if self._process == 0 else SILENCE) + 3 * PERIOD
-        while (
-            time.monotonic() < end or self._once.locked()
-        ):  # locked: the other thread is printing, and ends the process
+        while time.monotonic() < end or self._once.locked():  # locked: another thread is printing, and ends the process
             if self._process and not _reachable():
                 self._mourn(0)
             time.sleep(PERIOD / 4)

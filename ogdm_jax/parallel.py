@@ -68,6 +68,11 @@ class Plan:
             return jax.tree.map(lambda _: self.sharding(), state)
         return jax.tree.map(lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state)
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """All that the step is told of the devices: keywords of training.step.make_step."""
+        return {"axis": self.axis, "ravel": self.ravel, "gather": self.gather, "scatter": self.scatter}
+
     def gather(self, tree: PyTree) -> PyTree:
         """Inside the step: parameters, whole on every device while a network uses them.
 

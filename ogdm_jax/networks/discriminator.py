@@ -214,11 +214,10 @@ class StyleGAN2Discriminator(nn.Module):
         cmap = Mapping(self.channels(4), name="mapping")(cond)
         if tap == "mapping":
             return cmap
-        out_type = cmap.dtype
         x = x if self.dtype is None else x.astype(self.dtype)
         while side > 4:
             x = ResidualBlock(
                 self.channels(side), self.channels(side // 2), side == self.img_resolution, name=f"b{side}"
             )(x)
             side //= 2
-        return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap).astype(out_type)
+        return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap)

@@ -15,15 +15,7 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import randomness
-from ogdm_jax.networks.convolution import (
-    conv2d,
-    downsample,
-    fir,
-    mean_pool,
-    nearest,
-    settled,
-    upsample,
-)
+from ogdm_jax.networks.convolution import conv2d, downsample, fir, mean_pool, nearest, settled, upsample
 from ogdm_jax.typing import Array
 
 __all__ = [

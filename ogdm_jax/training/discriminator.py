@@ -145,8 +145,7 @@ def _assemble(
     tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), tx)
     filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": frozen})])
     loss = training_loss(config, network, xflip)
-    spread = {"gather": plan.gather, "scatter": plan.scatter}
-    pure = steps.make_step(config, network, None, filled, tx, rate, plan.axis, plan.ravel, loss=loss, **spread)
+    pure = steps.make_step(config, network, None, filled, tx, rate, **plan.words, loss=loss)
     duration = configs.duration(config.train.duration, batch, "config.train.duration")
     return config, source, network, None, filled, tx, plan, pure, duration, {}
 

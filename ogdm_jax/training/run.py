@@ -138,8 +138,7 @@ def build(
     steps = configs.duration(config.train.duration, batch, "config.train.duration")
     for key in ("train.save_every", "train.keep_every", "log.every", "sample.every", "evaluate.every"):
         configs.duration(configs.flatten(config)[key], batch, f"config.{key}")
-    spread = {"gather": plan.gather, "scatter": plan.scatter}
-    pure = step.make_step(config, model, law, filled, tx, rate, plan.axis, plan.ravel, **spread)
+    pure = step.make_step(config, model, law, filled, tx, rate, **plan.words)
     memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
     return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
 
