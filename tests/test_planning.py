@@ -123,6 +123,13 @@ def test_sizes_come_from_the_table_or_the_command_line():
 
 
 @pytest.mark.fast
+def test_a_device_is_known_by_the_name_that_jax_gives_it():
+    """TPU kinds are those that libtpu reports for v5e:2x2, v5p:2x2x1 and v6e:2x2."""
+    known = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "H100", "cpu": ""}
+    assert {kind: chips.chip_of(kind) for kind in known} == known
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("words", ["v5e", "v9:2x2", "v5e:", "v5e:2y2", "v5e:0x4", "cpu"])
 def test_unknown_chips_are_refused(words):
     with pytest.raises(ConfigError, match="--plan-for"):

@@ -40,6 +40,7 @@ CHIPS = {
 }
 TPUS = tuple(name for name in CHIPS if name.startswith("v"))
 _ACCELERATOR = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # as TPU_ACCELERATOR_TYPE spells them
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as jax spells them in device_kind
 _CORES = {"v5p": 2}  # that name counts cores there
 
 
@@ -83,8 +84,12 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
 def here() -> tuple[str, tuple[Any, ...]]:
     """(chip, devices) of this machine; the chip is "" where the table has no figures of it, as for CPUs."""
     devices = tuple(jax.devices())
-    kind = devices[0].device_kind.replace(" lite", "e")
-    return next((name for name in CHIPS if name in kind), ""), devices
+    return chip_of(devices[0].device_kind), devices
+
+
+def chip_of(kind: str) -> str:
+    """The name in CHIPS of a jax device_kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; "" for any other."""
+    return _KINDS.get(kind) or next((name for name in CHIPS if name in kind), "")
 
 
 def memory(chip: str, devices: tuple[Any, ...]) -> int | None:
