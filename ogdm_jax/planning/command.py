@@ -4,12 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ogdm_jax import parallel
+from ogdm_jax import parallel, places
 from ogdm_jax.config import ConfigError
 from ogdm_jax.planning import chips, program, report
 
@@ -35,14 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options of a plan without --plan-for, and a file that cannot be written."""
+    """Raises ConfigError for options of a plan without --plan-for, PlaceError for a file that cannot be written."""
     for name, unset in (("plan_out", ""), ("image_shape", ""), ("classes", -1), ("images", 0)):
         if not args.plan_for and getattr(args, name) != unset:
             raise ConfigError(f"--{name.replace('_', '-')}: needs --plan-for, such as --plan-for v5e:4x4")
     if args.plan_out:
-        folder = Path(args.plan_out).absolute().parent
-        if not folder.is_dir() or Path(args.plan_out).is_dir():
-            raise ConfigError(f"--plan-out: {args.plan_out!r} given; expected a file in a folder that exists")
+        places.writable(places.place(args.plan_out, "--plan-out"), "--plan-out", file=True)
 
 
 def run(args: argparse.Namespace, config: ConfigDict, name: str) -> dict[str, Any]:
@@ -54,7 +51,8 @@ def run(args: argparse.Namespace, config: ConfigDict, name: str) -> dict[str, An
         found["advice"] = _advice(config, source, chip, devices, name, found)
     print(report.text(found), flush=True)
     if args.plan_out:
-        Path(args.plan_out).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        with places.written(places.place(args.plan_out)) as new:
+            new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
 
 
