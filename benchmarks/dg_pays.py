@@ -1,12 +1,15 @@
-"""Does DG pay? Distances before and after, for every prior and sampler, with several discriminators each.
+"""Does DG pay? Distances before and after, for every prior and sampler, with several discriminators
+each.
 
-    python benchmarks/dg_pays.py --out runs/dg_pays                                  trains both priors on digits first
-    python benchmarks/dg_pays.py --prior edm=runs/edm --prior ogdm=runs/digits --sampler heun:18 --out runs/dg_pays
+    python benchmarks/dg_pays.py --out runs/dg_pays                                  trains both
+    priors on digits first python benchmarks/dg_pays.py --prior edm=runs/edm --prior
+    ogdm=runs/digits --sampler heun:18 --out runs/dg_pays
 
-A discriminator is trained on samples of that prior by that sampler; its checkpoint and its weight are chosen by the
-distance of images of seeds 0 to n - 1 (see the group dg of the configuration). What is reported comes from other seeds:
-per prior and sampler the distance without guidance, and the mean and standard deviation with it over discriminators.
---config.KEY=VALUE reaches the discriminators' configuration. Run again, it goes on where it stopped.
+A discriminator is trained on samples of that prior by that sampler; its checkpoint and its weight
+are chosen by the distance of images of seeds 0 to n - 1 (see the group dg of the configuration).
+What is reported comes from other seeds: per prior and sampler the distance without guidance, and
+the mean and standard deviation with it over discriminators. --config.KEY=VALUE reaches the
+discriminators' configuration. Run again, it goes on where it stopped.
 """
 
 import argparse
@@ -18,15 +21,27 @@ FIRST_SEED = 1_000_000  # of reported images: none of them was seen while traini
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--prior", action="append", default=[], help="NAME=DIR; default: baseline and ogdm, trained here"
+        "--prior",
+        action="append",
+        default=[],
+        help="NAME=DIR; default: baseline and ogdm, trained here",
     )
     parser.add_argument("--updates", type=int, default=800, help="of priors that are trained here")
-    parser.add_argument("--sampler", action="append", default=[], help="SOLVER:STEPS; default: euler:18 and heun:18")
+    parser.add_argument(
+        "--sampler", action="append", default=[], help="SOLVER:STEPS; default: euler:18 and heun:18"
+    )
     parser.add_argument("--config", default="digits_dg")
     parser.add_argument("--seeds", default="0,1,2", help="of the discriminators")
-    parser.add_argument("--repeats", type=int, default=2, help="sets of reported images, each as large as the data set")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        help="sets of reported images, each as large as the data set",
+    )
     parser.add_argument("--out", default="runs/dg_pays")
     args, rest = parser.parse_known_args()
     startup.prepare()
@@ -35,15 +50,21 @@ def main() -> None:
     import study
 
     from ogdm_jax import config as configs
-    from ogdm_jax import generate
-    from ogdm_jax.evaluation.features import distance_report
+    from ogdm_jax.discriminator import fakes
+    from ogdm_jax.discriminator import training as discriminator
+    from ogdm_jax.metrics.features import distance_report
     from ogdm_jax.pixels import to_uint8
-    from ogdm_jax.training import discriminator, fakes, finish
+    from ogdm_jax.sampling import generate
+    from ogdm_jax.training import workdir as finish
 
     out = Path(args.out)
     priors = dict(text.split("=", 1) for text in args.prior)
     if not priors:
-        length = (f"train.duration={args.updates} steps", f"optim.decay={args.updates} steps", "evaluate.features=")
+        length = (
+            f"train.duration={args.updates} steps",
+            f"optim.decay={args.updates} steps",
+            "evaluate.features=",
+        )
         for name, flags in (("baseline", ("methods=",)), ("ogdm", ())):
             study.trained(out / name, "digits", *length, *flags)
             priors[name] = str(out / name)
@@ -58,7 +79,9 @@ def main() -> None:
         for repeat in range(args.repeats):
             seeds = FIRST_SEED * (repeat + 1) + np.arange(num)
             labels = generate.labels_for(seeds, model.model.label_dim, None)
-            parts = generate.generate(sampler, model.params, model.buffers, seeds, labels, 256, guidance)
+            parts = generate.generate(
+                sampler, model.params, model.buffers, seeds, labels, 256, guidance
+            )
             images = np.concatenate([to_uint8(part) for part in parts])
             found.append(distance_report(space, images, finish.references(source)))
         return found
@@ -73,27 +96,49 @@ def main() -> None:
                 if (prior, sampler, seed) in done:
                     continue
                 flags = (f"dg.prior={folder}", f"sample.solver={solver}", f"sample.steps={steps}")
-                flags += (f"dg.samples={out / f'{prior}-{solver}{steps}.npz'}", f"seed={seed or 0}", *shared)
+                flags += (
+                    f"dg.samples={out / f'{prior}-{solver}{steps}.npz'}",
+                    f"seed={seed or 0}",
+                    *shared,
+                )
                 config = configs.load(study.CONFIGS / f"{args.config}.py", flags)
-                guidance, chosen = fakes.base_guidance(config), {"variant": "unguided", "weight": 0.0, "step": 0}
+                guidance, chosen = (
+                    fakes.base_guidance(config),
+                    {"variant": "unguided", "weight": 0.0, "step": 0},
+                )
                 if seed is not None:
                     workdir = out / f"{prior}-{solver}{steps}-{seed}"
                     discriminator.train(config, workdir, say=lambda line: print(line, flush=True))
-                    best = min(finish.checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"])
+                    best = min(
+                        finish.checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"]
+                    )
                     chosen = {"variant": "guided", "weight": best["weight"], "step": best["step"]}
-                    guidance = (*guidance, discriminator.open_guidance(workdir, best["step"], model, config.sample))
+                    guidance = (
+                        *guidance,
+                        discriminator.open_guidance(workdir, best["step"], model, config.sample),
+                    )
                 for found in measured(model, config, guidance):
                     keys = ("features", "n", "fd", "floor", "fd_all", "precision", "recall")
                     entry = {k: found[k] for k in keys}
-                    study.record(results, prior=prior, sampler=sampler, seed=seed, **chosen, **entry)
+                    study.record(
+                        results, prior=prior, sampler=sampler, seed=seed, **chosen, **entry
+                    )
     entries = study.read(results)
     for value in ("fd", "fd_all", "precision", "recall"):
         print(f"\n{value}\n\n" + study.table(entries, ("prior", "sampler"), "variant", value, 3))
-    print(f"\nreal against real (fd): {study.cell([e['floor'] for e in entries], 3)}, n = {entries[0]['n']}")
+    print(
+        f"\nreal against real (fd): {study.cell([e['floor'] for e in entries], 3)}, n = "
+        f"{entries[0]['n']}"
+    )
     weights = {
-        (e["prior"], e["sampler"], e["seed"]): (e["weight"], e["step"]) for e in entries if e["seed"] is not None
+        (e["prior"], e["sampler"], e["seed"]): (e["weight"], e["step"])
+        for e in entries
+        if e["seed"] is not None
     }
-    print("chosen (weight, step): " + "; ".join(f"{p} {s} seed {k}: {w}" for (p, s, k), w in weights.items()))
+    print(
+        "chosen (weight, step): "
+        + "; ".join(f"{p} {s} seed {k}: {w}" for (p, s, k), w in weights.items())
+    )
 
 
 if __name__ == "__main__":

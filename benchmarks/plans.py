@@ -1,10 +1,11 @@
-"""Plans of configurations on TPU chips, compiled one by one and kept: what benchmarks/plans/*.json and their table are.
+"""Plans of configurations on TPU chips, compiled one by one and kept: what benchmarks/plans/*.json
+and their table are.
 
-    JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on v5e:2x4 --plans mesh,sharded
-    python benchmarks/plans.py --table
+    JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on v5e:2x4
+    --plans mesh,sharded python benchmarks/plans.py --table
 
-A plan that is kept already is not compiled again: delete its file for that. Each is a process of its own, because
-libtpu keeps the memory of what it has compiled.
+A plan that is kept already is not compiled again: delete its file for that. Each is a process of
+its own, because libtpu keeps the memory of what it has compiled.
 """
 
 import argparse
@@ -24,20 +25,33 @@ def file_of(config: str, chips: str, plan: str, more: list[str]) -> Path:
 
 def compile_one(config: str, chips: str, plan: str, more: list[str], minutes: float) -> str:
     out = file_of(config, chips, plan, more)
-    words = [sys.executable, str(HERE.parent / "train.py"), "--config", str(HERE.parent / "configs" / f"{config}.py")]
+    words = [
+        sys.executable,
+        str(HERE.parent / "train.py"),
+        "--config",
+        str(HERE.parent / "configs" / f"{config}.py"),
+    ]
     words += ["--plan-for", chips, "--plan-out", str(out), f"--config.parallel.plan={plan}"]
     try:
         done = subprocess.run(
-            [*words, *(f"--config.{text}" for text in more)], capture_output=True, text=True, timeout=60 * minutes
+            [*words, *(f"--config.{text}" for text in more)],
+            capture_output=True,
+            text=True,
+            timeout=60 * minutes,
         )
     except subprocess.TimeoutExpired:
         return f"not compiled within {minutes:g} minutes"
-    return done.stdout if done.returncode == 0 else (done.stderr.strip() or "failed").splitlines()[-1]
+    return (
+        done.stdout if done.returncode == 0 else (done.stderr.strip() or "failed").splitlines()[-1]
+    )
 
 
 def row(plan: dict) -> list[str]:
     gib, hbm = 2**30, plan["hbm_bytes"]
-    sent = ", ".join(f"{v['count']} {k} {v['bytes'] / 2**20:,.0f} MiB" for k, v in sorted(plan["collectives"].items()))
+    sent = ", ".join(
+        f"{v['count']} {k} {v['bytes'] / 2**20:,.0f} MiB"
+        for k, v in sorted(plan["collectives"].items())
+    )
     return [
         plan["name"],
         f"{plan['devices']} x {plan['chip']}",
@@ -45,7 +59,8 @@ def row(plan: dict) -> list[str]:
         f"{plan['batch']:,}",
         f"{plan['parameters'] / 1e6:.1f} M",
         f"{hbm['arguments'] / gib:.2f}",
-        f"{hbm['peak'] / gib:.2f} of {hbm['available'] / gib:.0f}{'' if plan['fits'] else ': does not fit'}",
+        f"{hbm['peak'] / gib:.2f} of "
+        f"{hbm['available'] / gib:.0f}{'' if plan['fits'] else ': does not fit'}",
         f"{plan['tflop_per_device']:.3g}",
         f"{100 * plan['bfloat16_share']:.1f} %",
         sent or "none",
@@ -72,11 +87,19 @@ def table(plans: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--configs", default="digits")
     parser.add_argument("--on", default="v5e:2x4", help="topologies with commas between them")
     parser.add_argument("--plans", default="mesh")
-    parser.add_argument("--set", action="append", default=[], metavar="GROUP.KEY=VALUE", help="setting of all of them")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="GROUP.KEY=VALUE",
+        help="setting of all of them",
+    )
     parser.add_argument("--minutes", type=float, default=60, help="that one compilation may take")
     parser.add_argument("--table", action="store_true", help="print what is kept as a table")
     args = parser.parse_args()

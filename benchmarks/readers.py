@@ -1,18 +1,24 @@
-"""Images a second that sets on disk are read with: threads of the training process against reading processes.
+"""Images a second that sets on disk are read with: threads of the training process against reading
+processes.
 
-    python benchmarks/readers.py [--images 8192] [--side 32] [--batch 256] [--batches 40] [--repeats 5]
-        [--sources folder,zip,array_record] [--readers threads:1,threads:8,workers:1,workers:2] [--step mnist]
+    python benchmarks/readers.py [--images 8192] [--side 32] [--batch 256] [--batches 40] [--repeats
+    5]
+        [--sources folder,zip,array_record] [--readers threads:1,threads:8,workers:1,workers:2]
+        [--step mnist]
 
-Makes a temporary set of PNG files that compress like photographs, and from it EDM's zip and an array_record set by
-`python -m ogdm_jax.data prepare`. The readers take turns, --repeats times. Every turn opens the set anew as one larger
-than memory, takes a few batches (start of threads and processes), then times the following ones; nothing else is done
-with the batches. Prints one JSON line per source and reader, medians over the turns: images a second, seconds of
-processor time per 1,000 images (of the process that trains, and of it with its reading processes), and seconds until
-the first batch. The set lies in the file cache: what a disk or a network adds is not in these figures.
+Makes a temporary set of PNG files that compress like photographs, and from it EDM's zip and an
+array_record set by `python -m ogdm_jax data prepare`. The readers take turns, --repeats times.
+Every turn opens the set anew as one larger than memory, takes a few batches (start of threads and
+processes), then times the following ones; nothing else is done
+with the batches. Prints one JSON line per source and reader, medians over the turns: images a
+second, seconds of processor time per 1,000 images (of the process that trains, and of it with its
+reading processes), and seconds until
+the first batch. The set lies in the file cache: what a disk or a network adds is not in these
+  figures.
 
---step NAME measures instead what reading adds to training: the time of a train step (benchmarks/train_step.py's network
-of that name, pictures of its size) on batches from disk over that on one batch that stays on the devices; --batches
-steps a turn.
+--step NAME measures instead what reading adds to training: the time of a train step
+(benchmarks/train_step.py's network of that name, pictures of its size) on batches from disk over
+that on one batch that stays on the devices; --batches steps a turn.
 """
 
 import argparse
@@ -39,21 +45,29 @@ from ogdm_jax import data
 
 
 def write_folder(folder: Path, count: int, side: int, channels: int = 3) -> None:
-    """`count` smooth images with a little noise, in ten class folders: about 2.2 kB each at 32x32 in colour."""
+    """`count` smooth images with a little noise, in ten class folders: about 2.2 kB each at 32x32
+    in colour.
+    """
     rng = np.random.default_rng(0)
     for k in range(10):
         (folder / str(k)).mkdir(parents=True)
     for i in range(count):
-        coarse = np.clip(127 + 50 * rng.normal(size=(side // 4, side // 4, channels)), 0, 255).astype(np.uint8)
+        coarse = np.clip(
+            127 + 50 * rng.normal(size=(side // 4, side // 4, channels)), 0, 255
+        ).astype(np.uint8)
         coarse = coarse[..., 0] if channels == 1 else coarse
-        smooth = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), np.int16)
+        smooth = np.asarray(
+            Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), np.int16
+        )
         noisy = np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / str(i % 10) / f"{i:06d}.png")
 
 
 def prepare(source: str, out: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "ogdm_jax.data", "prepare", source, "--out", out], check=True, capture_output=True
+        [sys.executable, "-m", "ogdm_jax", "data", "prepare", source, "--out", out],
+        check=True,
+        capture_output=True,
     )
 
 
@@ -91,12 +105,16 @@ def turn(source: data.Source, reader: str, batch: int, batches: int) -> dict[str
     }
 
 
-def step_lines(sources: dict[str, data.Source], readers: list[str], size: str, steps: int, repeats: int) -> None:
+def step_lines(
+    sources: dict[str, data.Source], readers: list[str], size: str, steps: int, repeats: int
+) -> None:
     """Prints, per source and reader, a step's time from disk over its time on a resident batch."""
     run, advance = train_step.jax_step(size, **train_step.RECIPES[size])
     batch = len(run.source.images)
     streams = {
-        (kind, reader): data.batches(source, batch, 0, **{reader.split(":")[0]: int(reader.split(":")[1])})
+        (kind, reader): data.batches(
+            source, batch, 0, **{reader.split(":")[0]: int(reader.split(":")[1])}
+        )
         for kind, source in sources.items()
         for reader in readers
     }
@@ -117,15 +135,31 @@ def step_lines(sources: dict[str, data.Source], readers: list[str], size: str, s
             without = timed(lambda: resident)
             ratios[name].append((took[0] / without[0], took[1] / without[1], without[0] / steps))
         stream.close()
-        wall, processor, alone = (statistics.median(values) for values in zip(*ratios[name][1:]))  # first: the start
+        wall, processor, alone = (
+            statistics.median(values) for values in zip(*ratios[name][1:])
+        )  # first: the start
         line = {"step": size, "source": name[0], "reader": name[1], "over_resident": round(wall, 4)}
-        line |= {"processor_over_resident": round(processor, 4), "resident_ms": round(1000 * alone, 1)}
-        print(json.dumps(line | {"repeats": repeats, "load": round(os.getloadavg()[0], 1)}), flush=True)
+        line |= {
+            "processor_over_resident": round(processor, 4),
+            "resident_ms": round(1000 * alone, 1),
+        }
+        print(
+            json.dumps(line | {"repeats": repeats, "load": round(os.getloadavg()[0], 1)}),
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("images", 8192), ("side", 32), ("batch", 256), ("batches", 40), ("repeats", 5)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in (
+        ("images", 8192),
+        ("side", 32),
+        ("batch", 256),
+        ("batches", 40),
+        ("repeats", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--sources", default="folder,zip,array_record")
     parser.add_argument("--readers", default="threads:1,threads:8,workers:1,workers:2")
@@ -137,18 +171,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "set")
         write_folder(folder, args.images, side, channels)
-        names = {"folder": f"folder:{folder}", "zip": f"zip:{root}/set.zip", "array_record": "tfds:set"}
+        names = {
+            "folder": f"folder:{folder}",
+            "zip": f"zip:{root}/set.zip",
+            "array_record": "tfds:set",
+        }
         sources = {}
         for kind in args.sources.split(","):
             if kind != "folder":
                 prepare(names["folder"], Path(root, "set.zip" if kind == "zip" else ""))
-            sources[kind] = data.open_source(names[kind], root if kind == "array_record" else None, memory_limit=0)
+            sources[kind] = data.open_source(
+                names[kind], root if kind == "array_record" else None, memory_limit=0
+            )
         if args.step:
             return step_lines(sources, readers, args.step, args.batches, args.repeats)
         for kind, source in sources.items():
-            turns = [{r: turn(source, r, args.batch, args.batches) for r in readers} for _ in range(args.repeats)]
+            turns = [
+                {r: turn(source, r, args.batch, args.batches) for r in readers}
+                for _ in range(args.repeats)
+            ]
             for reader in readers:
-                figures = {key: round(statistics.median(t[reader][key] for t in turns), 4) for key in turns[0][reader]}
+                figures = {
+                    key: round(statistics.median(t[reader][key] for t in turns), 4)
+                    for key in turns[0][reader]
+                }
                 figures["images_per_second"] = round(figures["images_per_second"])
                 about = {"source": kind, "side": side, "batch": args.batch, "reader": reader}
                 about |= figures | {"cores": os.cpu_count(), "repeats": args.repeats}

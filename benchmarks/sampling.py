@@ -1,16 +1,20 @@
-"""Sampling against EDM's published sampler in PyTorch, and guided sampling against an equal loop in PyTorch.
+"""Sampling against EDM's published sampler in PyTorch, and guided sampling against an equal loop in
+PyTorch.
 
-    python benchmarks/sampling.py --torch-python PY --edm DIR [--sizes tiny8,mnist] [--work heun,dsg,dps] [--rounds 5]
+    python benchmarks/sampling.py --torch-python PY --edm DIR [--sizes tiny8,mnist] [--work
+    heun,dsg,dps] [--rounds 5]
         [--torch eager,channels_last,compile] [--guided-steps 10]
 
-PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (its network and its
-sampler are read and run there, nothing of it is part of this package). heun: 18 steps, 35 evaluations, the sampler of
-generate.py beside `sample(solver="heun")`. dsg, dps: DDIM steps with eta = 1 for half-hidden pictures, the gradient
-through the network at every step that has one, as one scan of ours and as a loop with autograd in PyTorch. The networks
-are those of train_step.py with random numbers in every tensor, handed over in a file that EDM's code pickled. Before
-the turns ours repeats the PyTorch side's images from the same latents and noise. Prints one JSON line per size, work
-and way of running PyTorch: that difference over the largest value, and the median over interleaved rounds of ours /
-theirs (below 1: ours is faster), in wall time and in processor time.
+PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (its
+network and its sampler are read and run there, nothing of it is part of this package). heun: 18
+steps, 35 evaluations, the sampler of generate.py beside `sample(solver="heun")`. dsg, dps: DDIM
+steps with eta = 1 for half-hidden pictures, the gradient through the network at every step that has
+one, as one scan of ours and as a loop with autograd in PyTorch. The networks are those of
+train_step.py with random numbers in every tensor, handed over in a file that EDM's code pickled.
+Before the turns ours repeats the PyTorch side's images from the same latents and noise. Prints one
+JSON line per size, work
+and way of running PyTorch: that difference over the largest value, and the median over interleaved
+rounds of ours / theirs (below 1: ours is faster), in wall time and in processor time.
 """
 
 import argparse
@@ -37,7 +41,9 @@ RATE, SCALE = 0.2, 0.5  # of DSG, of DPS
 def guided_levels(steps: int) -> np.ndarray:
     """EDM's grid, [steps + 1] with a final 0."""
     high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    return np.append((high + np.arange(steps) / (steps - 1) * (low - high)) ** 7, 0).astype(np.float32)
+    return np.append((high + np.arange(steps) / (steps - 1) * (low - high)) ** 7, 0).astype(
+        np.float32
+    )
 
 
 def torch_network(size: str):
@@ -56,7 +62,9 @@ def torch_network(size: str):
 
 
 def torch_guided(net, work: str, latents, levels, y, mask, noise: Callable):
-    """DSG (arXiv 2402.03201) or DPS (arXiv 2209.14687) on DDIM steps with eta = 1, as a loop with autograd."""
+    """DSG (arXiv 2402.03201) or DPS (arXiv 2209.14687) on DDIM steps with eta = 1, as a loop with
+    autograd.
+    """
     import torch
 
     x = latents * levels[0]
@@ -84,7 +92,9 @@ def torch_guided(net, work: str, latents, levels, y, mask, noise: Callable):
 
 
 def serve_torch(args: argparse.Namespace, size: str, work: str) -> None:
-    """Writes the network, the inputs and the images they give to args.folder, then works on demand."""
+    """Writes the network, the inputs and the images they give to args.folder, then works on
+    demand.
+    """
     sys.path.insert(0, args.edm)
     import pickle
 
@@ -110,16 +120,23 @@ def serve_torch(args: argparse.Namespace, size: str, work: str) -> None:
 
     arrays = {"latents": latents, "y": y, "noise": noise.flatten(0, 1), "images": images(net, True)}
     arrays = {name: a.numpy().transpose(0, 2, 3, 1) for name, a in arrays.items()}
-    np.savez(Path(args.folder, "images.npz"), mask=mask[0, 0].numpy(), levels=levels.numpy(), **arrays)
+    np.savez(
+        Path(args.folder, "images.npz"), mask=mask[0, 0].numpy(), levels=levels.numpy(), **arrays
+    )
     with open(Path(args.folder, "network.pkl"), "wb") as file:
         pickle.dump({"ema": net, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}, file)
     called = train_step.as_variant(net, args.torch)
     if args.torch == "channels_last":
-        latents, y, noise = (t.contiguous(memory_format=torch.channels_last) for t in (latents, y, noise.flatten(0, 1)))
+        latents, y, noise = (
+            t.contiguous(memory_format=torch.channels_last)
+            for t in (latents, y, noise.flatten(0, 1))
+        )
         noise = noise.view(args.guided_steps, *latents.shape)
     began = time.perf_counter()
     images(called, False)
-    workers.serve(lambda: images(called, False), {"torch_first_call_s": round(time.perf_counter() - began, 2)})
+    workers.serve(
+        lambda: images(called, False), {"torch_first_call_s": round(time.perf_counter() - began, 2)}
+    )
 
 
 def serve_jax(args: argparse.Namespace, work: str) -> None:
@@ -131,11 +148,11 @@ def serve_jax(args: argparse.Namespace, work: str) -> None:
     import jax.numpy as jnp
 
     from ogdm_jax.diffusion import grids
-    from ogdm_jax.diffusion.operators import inpaint, measurement_loss
-    from ogdm_jax.diffusion.sampling import sample
     from ogdm_jax.interop import load_pretrained
+    from ogdm_jax.inverse.operators import inpaint, measurement_loss
     from ogdm_jax.methods import dsg
-    from ogdm_jax.model import parameter_count
+    from ogdm_jax.models import parameter_count
+    from ogdm_jax.sampling.sampler import sample
 
     given = dict(np.load(Path(args.folder, "images.npz")))
     found = load_pretrained(Path(args.folder, "network.pkl"))
@@ -153,7 +170,9 @@ def serve_jax(args: argparse.Namespace, work: str) -> None:
         return sample(denoise, given["latents"], given["levels"], **settings)
 
     variables, given = jax.device_put((found.variables, given))
-    difference = np.abs(np.asarray(jax.jit(images)(variables, given, jax.random.key(0), jnp.asarray(noise))) - truth)
+    difference = np.abs(
+        np.asarray(jax.jit(images)(variables, given, jax.random.key(0), jnp.asarray(noise))) - truth
+    )
     began = time.perf_counter()
     run = jax.jit(images).lower(variables, given, jax.random.key(0)).compile()
     about = {"compile_s": round(time.perf_counter() - began, 2), "batch": len(truth)}
@@ -164,12 +183,18 @@ def serve_jax(args: argparse.Namespace, work: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", default="")
     parser.add_argument("--edm", default="")
     parser.add_argument("--sizes", default="tiny8,mnist")
     parser.add_argument("--work", default="heun,dsg,dps")
-    parser.add_argument("--torch", default="eager", help=f"ways of running PyTorch: {', '.join(train_step.VARIANTS)}")
+    parser.add_argument(
+        "--torch",
+        default="eager",
+        help=f"ways of running PyTorch: {', '.join(train_step.VARIANTS)}",
+    )
     parser.add_argument("--guided-steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
@@ -186,7 +211,9 @@ def main() -> None:
                 command = [args.torch_python, *more, "--folder", folder, "--torch", variant]
                 theirs = workers.Worker([*command, "--serve", f"torch:{size}:{work}"])
                 if ours is None:  # the PyTorch side writes what it starts from
-                    ours = workers.Worker([sys.executable, *more, "--folder", folder, "--serve", f"jax:{size}:{work}"])
+                    ours = workers.Worker(
+                        [sys.executable, *more, "--folder", folder, "--serve", f"jax:{size}:{work}"]
+                    )
                 about = {"size": size, "work": work, "torch": variant}
                 line = about | workers.ratio(ours, theirs, args.rounds) | ours.about | theirs.about
                 print(json.dumps(line), flush=True)

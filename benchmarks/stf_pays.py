@@ -1,10 +1,12 @@
-"""Does STF train faster? Distance against images seen, DSM and STF, under the EDM and the VE noise law, several seeds.
+"""Does STF train faster? Distance against images seen, DSM and STF, under the EDM and the VE noise
+law, several seeds.
 
     python benchmarks/stf_pays.py --out runs/stf_pays
 
-Both laws use EDM's preconditioning and sampler, so that only the noise levels trained on and the target differ. STF
-takes the whole set as references: the target is then the exact posterior mean. Same updates, seeds, noise draws and
-initial weights for both. Run again, it goes on where it stopped.
+Both laws use EDM's preconditioning and sampler, so that only the noise levels trained on and the
+target differ. STF
+takes the whole set as references: the target is then the exact posterior mean. Same updates, seeds,
+noise draws and initial weights for both. Run again, it goes on where it stopped.
 """
 
 import argparse
@@ -17,7 +19,9 @@ TARGETS = {"DSM": ("methods=",), "STF": ("methods=stf", "stf.source=full")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num", type=int, default=1000, help="images per distance")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--updates", type=int, default=400)
@@ -27,10 +31,14 @@ def main() -> None:
     startup.prepare()
     import study
 
-    from ogdm_jax.training import finish
+    from ogdm_jax.training import workdir as finish
 
     out, measure = Path(args.out), None
-    shared = (*startup.split_overrides(rest), f"train.duration={args.updates} steps", "optim.decay=0 steps")
+    shared = (
+        *startup.split_overrides(rest),
+        f"train.duration={args.updates} steps",
+        "optim.decay=0 steps",
+    )
     shared += (f"train.save_every={args.every} steps", "train.keep=100", "ema.halflife=2 kimg")
     for seed in map(int, args.seeds.split(",")):
         for law in LAWS:
@@ -42,7 +50,9 @@ def main() -> None:
                     if updates in done:
                         continue
                     model = finish.open_workdir(folder, updates)
-                    measure = measure or study.Measure("digits", finish.open_source(model.config), args.num)
+                    measure = measure or study.Measure(
+                        "digits", finish.open_source(model.config), args.num
+                    )
                     found = measure(model, "heun", 10, seed)
                     entry = {"law": law, "target": target, "updates": updates, "seed": seed} | found
                     study.record(folder.with_suffix(".jsonl"), **entry)

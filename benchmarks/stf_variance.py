@@ -1,12 +1,14 @@
-"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and STF.
+"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and
+STF.
 
     python benchmarks/stf_variance.py [--out runs/stf_variance.png]
 
-V(sigma) = E |T - E[y | x]|^2 per number of an image, T the target: the clean image y (denoising score matching), or the
-stable target over n references (2302.00670). E[y | x] is exact: for the shipped digits the posterior mean over the
-whole set, which is the distribution images are drawn from; for a Gaussian mixture in 64 dimensions its closed form.
-References are independent draws, the source among them; n = full uses every image of the set once (no variance).
-Prints the table as Markdown and draws the curves (extra `plots`).
+V(sigma) = E |T - E[y | x]|^2 per number of an image, T the target: the clean image y (denoising
+score matching), or the stable target over n references (2302.00670). E[y | x] is exact: for the
+shipped digits the posterior mean over the whole set, which is the distribution images are drawn
+from; for a Gaussian mixture in 64 dimensions its closed form. References are independent draws, the
+source among them; n = full uses every image of the set once (no variance). Prints the table as
+Markdown and draws the curves (extra `plots`).
 """
 
 import argparse
@@ -21,8 +23,12 @@ QUERIES = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=64, help="reference batches per noise level, 64 queries each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=64, help="reference batches per noise level, 64 queries each"
+    )
     parser.add_argument("--out", default="runs/stf_variance.png")
     args = parser.parse_args()
     startup.prepare()
@@ -35,7 +41,9 @@ def main() -> None:
     from ogdm_jax.pixels import to_float
 
     digits = to_float(jnp.asarray(data.open_source("digits").images)).reshape(-1, 64)
-    centres = jax.random.normal(jax.random.key(7), (8, 64))  # eight modes of the digits' size, well apart
+    centres = jax.random.normal(
+        jax.random.key(7), (8, 64)
+    )  # eight modes of the digits' size, well apart
     width = 0.1
 
     def mixture(key, n):
@@ -53,7 +61,11 @@ def main() -> None:
         return stable_target(x, sigma, digits)[0]
 
     cases = {
-        "digits": (lambda key, n: digits[jax.random.randint(key, (n,), 0, len(digits))], posterior, True),
+        "digits": (
+            lambda key, n: digits[jax.random.randint(key, (n,), 0, len(digits))],
+            posterior,
+            True,
+        ),
         "mixture": (mixture, mixture_mean, False),
     }
 
@@ -64,7 +76,9 @@ def main() -> None:
         clean = references[:QUERIES]
         x = clean + sigma * jax.random.normal(of_noise, clean.shape)
         exact = mean(x, sigma)
-        targets = {"DSM": clean} | {f"STF {n}": stable_target(x, sigma, references[:n])[0] for n in SIZES}
+        targets = {"DSM": clean} | {
+            f"STF {n}": stable_target(x, sigma, references[:n])[0] for n in SIZES
+        }
         if whole:
             targets["STF full"] = stable_target(x, sigma, digits, chunk=500)[0]
         return {name: jnp.mean((target - exact) ** 2) for name, target in targets.items()}
@@ -79,10 +93,15 @@ def main() -> None:
             rows.append({k: float(np.mean([r[k] for r in rounds])) for k in rounds[0]})
         found[name] = rows
         columns = [c for c in COLUMNS if c in rows[0]]
-        print(f"\n{name}: covariance trace of the target per number; in brackets DSM's divided by it\n")
+        print(
+            f"\n{name}: covariance trace of the target per number; in brackets DSM's divided by "
+            "it\n"
+        )
         print("| sigma | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
         for sigma, row in zip(SIGMAS, rows, strict=True):
-            gain = lambda k, row=row: f" ({row['DSM'] / row[k]:.0f})" if k != "DSM" and row[k] > 1e-9 else ""  # noqa: E731
+            gain = lambda k, row=row: (
+                f" ({row['DSM'] / row[k]:.0f})" if k != "DSM" and row[k] > 1e-9 else ""
+            )
             print(f"| {sigma} | " + " | ".join(f"{row[k]:.2e}{gain(k)}" for k in columns) + " |")
     draw_curves(found, Path(args.out))
 
@@ -93,7 +112,9 @@ def draw_curves(found: dict[str, list[dict[str, float]]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(10, 3.6), sharey=True, layout="constrained"
+    )
     for panel, (name, rows) in zip(axes, found.items(), strict=True):
         for column in (c for c in COLUMNS if c in rows[0]):
             values = [max(row[column], 1e-12) for row in rows]

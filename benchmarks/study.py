@@ -1,4 +1,6 @@
-"""What the studies share: train by the package's own loop, once per folder, and measure samples at several budgets."""
+"""What the studies share: train by the package's own loop, once per folder, and measure samples at
+several budgets.
+"""
 
 import json
 import statistics
@@ -9,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate
-from ogdm_jax.diffusion import sampling
-from ogdm_jax.evaluation import metrics
-from ogdm_jax.evaluation.features import feature_space
+from ogdm_jax import data
+from ogdm_jax.metrics import distances as metrics
+from ogdm_jax.metrics.features import feature_space
 from ogdm_jax.pixels import to_uint8
-from ogdm_jax.training import finish, loop
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling import sampler as sampling
+from ogdm_jax.training import loop
+from ogdm_jax.training import workdir as finish
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Constant recipe of every continuation: a decaying rate from the first step, and a moving average that starts warm.
+# Constant recipe of every continuation: a decaying rate from the first step, and a moving average
+# that starts warm.
 TUNING = ("optim.ramp=0 steps", "ema.rampup=0.0", "ema.halflife=2 kimg")
 
 
@@ -54,10 +59,14 @@ class Measure:
             self._samplers[key] = generate.sampler(model.model, settings, jax.devices()[:1])
         seeds = np.arange(self._num) + 100_000 * seed
         labels = generate.labels_for(seeds, model.model.label_dim, None)
-        parts = generate.generate(self._samplers[key], model.params, model.buffers, seeds, labels, 256)
+        parts = generate.generate(
+            self._samplers[key], model.params, model.buffers, seeds, labels, 256
+        )
         return self._features(np.concatenate([to_uint8(part) for part in parts]))
 
-    def __call__(self, model: finish.Trained, solver: str, steps: int, seed: int) -> dict[str, float]:
+    def __call__(
+        self, model: finish.Trained, solver: str, steps: int, seed: int
+    ) -> dict[str, float]:
         """fd, precision, recall of `num` images against the whole set."""
         drawn = self.features_of(model, solver, steps, seed)
         precision, recall = metrics.precision_recall(self._real, drawn, 3)
@@ -88,15 +97,28 @@ def cell(values: Iterable[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(entries: list[Mapping[str, Any]], rows: tuple[str, ...], column: str, value: str, digits: int = 2) -> str:
-    """Markdown: a row for each combination of `rows`, a column for each value of `column`, mean ± spread."""
-    unique = lambda names: list(dict.fromkeys(tuple(e[n] for n in names) for e in entries))  # noqa: E731
+def table(
+    entries: list[Mapping[str, Any]],
+    rows: tuple[str, ...],
+    column: str,
+    value: str,
+    digits: int = 2,
+) -> str:
+    """Markdown: a row for each combination of `rows`, a column for each value of `column`, mean ±
+    spread.
+    """
+    unique = lambda names: list(dict.fromkeys(tuple(e[n] for n in names) for e in entries))
     columns = [c[0] for c in unique((column,))]
-    lines = ["| " + " | ".join([*rows, *map(str, columns)]) + " |", "|" + "---|" * (len(rows) + len(columns))]
+    lines = [
+        "| " + " | ".join([*rows, *map(str, columns)]) + " |",
+        "|" + "---|" * (len(rows) + len(columns)),
+    ]
     for row in unique(rows):
         cells = []
         for name in columns:
-            values = [e[value] for e in entries if e[column] == name and tuple(e[r] for r in rows) == row]
+            values = [
+                e[value] for e in entries if e[column] == name and tuple(e[r] for r in rows) == row
+            ]
             cells.append(cell(values, digits) if values else "")
         lines.append("| " + " | ".join([*map(str, row), *cells]) + " |")
     return "\n".join(lines)

@@ -1,14 +1,17 @@
 """One optimiser step of ours against EDM's published PyTorch code: the same network, the same work.
 
-    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes tiny8,mnist,cifar64,ddpmpp] [--rounds 7]
+    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes tiny8,mnist,cifar64,ddpmpp]
+    [--rounds 7]
         [--torch eager,channels_last,compile] [--dropout P] [--augment P] [--devices N]
 
-PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (read and run there, nothing
-of it is part of this package). A step is what both training loops do: augmentation where the recipe has it, forward,
-backward, gradients made finite, Adam, moving average. cifar64 and ddpmpp have the dropout and the augmentation of
-CIFAR-10's recipe unless the options say otherwise; ddpmpp is its network of full size. Prints one JSON line per size
-and way of running PyTorch: the median over interleaved rounds of ours / theirs (below 1: ours is faster), in wall time
-and in processor time. "compile" needs a C++ compiler; its first call takes minutes.
+PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (read
+and run there, nothing of it is part of this package). A step is what both training loops do:
+augmentation where the recipe has it, forward, backward, gradients made finite, Adam, moving
+average. cifar64 and ddpmpp have the dropout and the augmentation of CIFAR-10's recipe unless the
+options say otherwise; ddpmpp is its network of full size. Prints one JSON line per size
+and way of running PyTorch: the median over interleaved rounds of ours / theirs (below 1: ours is
+faster), in wall time and in processor time. "compile" needs a C++ compiler; its first call takes
+minutes.
 """
 
 import argparse
@@ -24,13 +27,35 @@ import workers
 CIFAR10 = {"dropout": 0.13, "augment": 0.12}
 PLAIN = {"dropout": 0.0, "augment": 0.0}
 SIZES = {  # side, channels, batch, EDM's network settings
-    "tiny8": (8, 1, 64, dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4])),
-    "mnist": (28, 1, 64, dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[14])),
-    "cifar64": (32, 3, 16, dict(model_channels=64, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])),
-    "ddpmpp": (32, 3, 4, dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])),
+    "tiny8": (
+        8,
+        1,
+        64,
+        dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4]),
+    ),
+    "mnist": (
+        28,
+        1,
+        64,
+        dict(model_channels=32, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[14]),
+    ),
+    "cifar64": (
+        32,
+        3,
+        16,
+        dict(model_channels=64, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16]),
+    ),
+    "ddpmpp": (
+        32,
+        3,
+        4,
+        dict(model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16]),
+    ),
 }
 RECIPES = {"tiny8": PLAIN, "mnist": PLAIN, "cifar64": CIFAR10, "ddpmpp": CIFAR10}
-PIPE = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)  # of EDM's train.py
+PIPE = dict(
+    xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
+)  # of EDM's train.py
 VARIANTS = ("eager", "channels_last", "compile")
 
 
@@ -78,11 +103,15 @@ def serve_torch(size: str, edm: str, variant: str, dropout: float, augment: floa
 
     began = time.perf_counter()
     work()
-    workers.serve(work, {"parameters": parameters, "first_call_s": round(time.perf_counter() - began, 2)})
+    workers.serve(
+        work, {"parameters": parameters, "first_call_s": round(time.perf_counter() - began, 2)}
+    )
 
 
 def jax_step(size: str, dropout: float, augment: float) -> tuple:
-    """(run, advance) for random pictures; advance(batch on the devices) does one step and waits for it."""
+    """(run, advance) for random pictures; advance(batch on the devices) does one step and waits for
+    it.
+    """
     from ogdm_jax import startup
 
     startup.prepare()
@@ -94,11 +123,18 @@ def jax_step(size: str, dropout: float, augment: float) -> tuple:
     from ogdm_jax.training import run as runs
 
     side, channels, batch, settings = SIZES[size]
-    flags = ["methods=", f"data.batch={batch}", f"data.augment={augment}", f"network.dropout={dropout}"]
+    flags = [
+        "methods=",
+        f"data.batch={batch}",
+        f"data.augment={augment}",
+        f"network.dropout={dropout}",
+    ]
     flags += ["data.source=digits"]
     flags += [f"network.{k}={tuple(v) if isinstance(v, list) else v}" for k, v in settings.items()]
     config = configs.load(Path(__file__).parent.parent / "configs" / "base.py", flags)
-    pictures = np.random.default_rng(0).integers(0, 255, (batch, side, side, channels)).astype(np.uint8)
+    pictures = (
+        np.random.default_rng(0).integers(0, 255, (batch, side, side, channels)).astype(np.uint8)
+    )
     source = data.Source(name="random", shape=(side, side, channels), images=pictures)
     run = runs.build(config, source, parallel.make_plan(config.parallel.plan))
     holder = [run.init()]
@@ -116,26 +152,37 @@ def serve_jax(size: str, dropout: float, augment: float) -> None:
     run, advance = jax_step(size, dropout, augment)
     import numpy as np
 
-    from ogdm_jax import model
+    from ogdm_jax import models as model
 
     images = run.source.images
-    about = {"label": np.full(len(images), -1, np.int32), "index": np.arange(len(images), dtype=np.int32)}
+    about = {
+        "label": np.full(len(images), -1, np.int32),
+        "index": np.arange(len(images), dtype=np.int32),
+    }
     placed = run.plan.place_batch({"image": images} | about)
     began = time.perf_counter()
     state = advance(placed)
     compiled = time.perf_counter() - began
-    about = {"parameters": model.parameter_count(state.params), "compile_s": round(compiled, 2), "batch": len(images)}
+    about = {
+        "parameters": model.parameter_count(state.params),
+        "compile_s": round(compiled, 2),
+        "batch": len(images),
+    }
     del state
     workers.serve(lambda: advance(placed), about | {"devices": len(run.plan.devices)})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", default="")
     parser.add_argument("--edm", default="")
     parser.add_argument("--sizes", default="tiny8,mnist,cifar64")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--torch", default="eager", help=f"ways of running PyTorch: {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--torch", default="eager", help=f"ways of running PyTorch: {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--dropout", type=float, help="on both sides, in place of the recipe's")
     parser.add_argument("--augment", type=float, help="on both sides, in place of the recipe's")
     parser.add_argument("--devices", type=int, default=1, help="host devices that ours uses")
@@ -145,7 +192,11 @@ def main() -> None:
     if args.serve:
         kind, size = args.serve.split(":")
         recipe = RECIPES[size] | given
-        return serve_torch(size, args.edm, args.torch, **recipe) if kind == "torch" else serve_jax(size, **recipe)
+        return (
+            serve_torch(size, args.edm, args.torch, **recipe)
+            if kind == "torch"
+            else serve_jax(size, **recipe)
+        )
     this = str(Path(__file__).resolve())
     env = dict(os.environ)
     if args.devices > 1:
@@ -155,12 +206,27 @@ def main() -> None:
         same = [f"--{name}={value}" for name, value in recipe.items()]
         ours = workers.Worker([sys.executable, this, "--serve", f"jax:{size}", *same], env)
         for variant in args.torch.split(","):
-            command = [args.torch_python, this, "--serve", f"torch:{size}", "--edm", args.edm, "--torch", variant]
+            command = [
+                args.torch_python,
+                this,
+                "--serve",
+                f"torch:{size}",
+                "--edm",
+                args.edm,
+                "--torch",
+                variant,
+            ]
             theirs = workers.Worker([*command, *same])
-            assert ours.about["parameters"] == theirs.about["parameters"], (ours.about, theirs.about)
+            assert ours.about["parameters"] == theirs.about["parameters"], (
+                ours.about,
+                theirs.about,
+            )
             about = {"size": size, "torch": variant} | recipe
             first = {"torch_first_call_s": theirs.about["first_call_s"]}
-            print(json.dumps(about | workers.ratio(ours, theirs, args.rounds) | ours.about | first), flush=True)
+            print(
+                json.dumps(about | workers.ratio(ours, theirs, args.rounds) | ours.about | first),
+                flush=True,
+            )
             theirs.close()
         ours.close()
 

@@ -1,4 +1,6 @@
-"""Two programs timed against each other, each in its own process, taking turns: a noisy machine hits both."""
+"""Two programs timed against each other, each in its own process, taking turns: a noisy machine
+hits both.
+"""
 
 import json
 import os
@@ -10,7 +12,9 @@ from collections.abc import Callable
 
 
 class Worker:
-    """A process that says what it is, then answers every line on its input by working once and printing seconds."""
+    """A process that says what it is, then answers every line on its input by working once and
+    printing seconds.
+    """
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None):
         self._process = subprocess.Popen(
@@ -22,7 +26,10 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
-        sys.exit(f"{self._process.args[0]} stopped; expected an interpreter with what it runs, and enough memory")
+        sys.exit(
+            f"{self._process.args[0]} stopped; expected an interpreter with what it runs, and "
+            "enough memory"
+        )
 
     def turn(self) -> tuple[float, float]:
         """Works once: (seconds that passed, seconds of processor time over all threads)."""
@@ -48,14 +55,17 @@ def serve(work: Callable[[], None], about: dict) -> None:
     for _ in sys.stdin:
         began, spent = time.perf_counter(), time.process_time()
         work()
-        processor = time.process_time() - spent  # within the wall time: of one thread it is never more
+        processor = (
+            time.process_time() - spent
+        )  # within the wall time: of one thread it is never more
         print(f"seconds {time.perf_counter() - began} {processor}", flush=True)
 
 
 def ratio(first: Worker, second: Worker, rounds: int) -> dict[str, float]:
     """Median over rounds of first / second, with both medians and the range of the ratio.
 
-    The same of processor time, which neighbours on the machine disturb less; `load` is the machine's over one minute.
+    The same of processor time, which neighbours on the machine disturb less; `load` is the
+    machine's over one minute.
     """
     pairs = []
     for i in range(rounds):

@@ -1,11 +1,13 @@
-"""OGDM from scratch on CelebA at 64x64 with the ADM U-Net: the authors' guided-diffusion code, switch by switch.
+"""OGDM from scratch on CelebA at 64x64 with the ADM U-Net: the authors' guided-diffusion code,
+switch by switch.
 
-    python train.py --config configs/celeba64_ogdm.py --config.data.source=folder:DIR --workdir runs/celeba64_ogdm
+    python train.py --config configs/celeba64_ogdm.py --config.data.source=folder:DIR --workdir
+    runs/celeba64_ogdm
 
-DIR holds the images; they are cropped to squares and resized to 64x64. Aim: FID 11.92 -> 7.91 at DDIM-10 and 7.88 ->
-3.94 at DDIM-20 against the same training without OGDM (--config.methods=) [authors' logs; not reproduced here]. The
-authors' fine-tuning: --config.init.workdir=runs/BASELINE --config.ogdm.gamma=0.025 --config.ogdm.k=0.2 and 15,000
-steps in place of the three 300,000.
+DIR holds the images; they are cropped to squares and resized to 64x64. Aim: FID 11.92 -> 7.91 at
+DDIM-10 and 7.88 -> 3.94 at DDIM-20 against the same training without OGDM (--config.methods=)
+[authors' logs; not reproduced here]. The authors' fine-tuning: --config.init.workdir=runs/BASELINE
+--config.ogdm.gamma=0.025 --config.ogdm.k=0.2 and 15,000 steps in place of the three 300,000.
 """
 
 from configs import base
@@ -15,7 +17,9 @@ from ogdm_jax.methods import ogdm
 def get_config():
     config = base.get_config()
     config.methods = ("ogdm",)
-    config.ogdm.update(ogdm.preset("adm"))  # gamma 0.01, k 0.1, pairs of indices, one shared network call, R1 0.25
+    config.ogdm.update(
+        ogdm.preset("adm")
+    )  # gamma 0.01, k 0.1, pairs of indices, one shared network call, R1 0.25
     config.ogdm.decay = 300_000
     config.data.source = "folder:data/celeba64"
     config.data.resolution = 64

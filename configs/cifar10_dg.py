@@ -1,18 +1,22 @@
-"""DG's discriminator for CIFAR-10 (2211.17091): a shallow head on a frozen ADM classifier of noisy 32-pixel images.
+"""DG's discriminator for CIFAR-10 (2211.17091): a shallow head on a frozen ADM classifier of noisy
+32-pixel images.
 
-python train.py --config configs/cifar10_dg.py --workdir runs/cifar10_dg --config.dg.prior=runs/cifar10_edm \
+python train.py --config configs/cifar10_dg.py --workdir runs/cifar10_dg
+--config.dg.prior=runs/cifar10_edm \
     --config.dg.extractor=32x32_classifier.pt --config.evaluate.weights=INCEPTION
 
-The paper: FID 1.97 -> 1.77 of EDM at 35 evaluations, with 50,000 samples and weight 2 on Heun's first evaluation. The
-authors train without decay and average; both are added here, and half of every batch is real. Without an extractor the
-network is trained from scratch: give --config.network.channel_mult and the like the size of a whole encoder.
+The paper: FID 1.97 -> 1.77 of EDM at 35 evaluations, with 50,000 samples and weight 2 on Heun's
+first evaluation. The authors train without decay and average; both are added here, and half of
+every batch is real. Without an extractor the
+network is trained from scratch: give --config.network.channel_mult and the like the size of a whole
+  encoder.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
-from ogdm_jax.methods import slots
-from ogdm_jax.training import discriminator
+from ogdm_jax.discriminator import training as discriminator
+from ogdm_jax.methods import contract as slots
 
 
 def get_config():
@@ -25,7 +29,9 @@ def get_config():
     config.dg.num = 50_000
     config.data.source = ""  # "" = what the prior was trained on
     config.data.batch = 128  # half real, half generated
-    config.network = ConfigDict()  # of the head on the extractor's features, or of the whole encoder without one
+    config.network = (
+        ConfigDict()
+    )  # of the head on the extractor's features, or of the whole encoder without one
     config.network.model_channels = 128
     config.network.channel_mult = (1,)
     config.network.num_blocks = 2

@@ -1,4 +1,5 @@
-"""The default: OGDM on scikit-learn's 1,797 real digits, 8x8 grey. Minutes on two CPU cores, nothing to download.
+"""The default: OGDM on scikit-learn's 1,797 real digits, 8x8 grey. Minutes on two CPU cores,
+nothing to download.
 
 python train.py
 """
@@ -18,12 +19,13 @@ def get_config():
     config.network.attn_resolutions = (4,)
     config.network.dropout = 0.0
     config.noise.clip = True
-    config.precondition.sigma_data = 0.75  # measured: python -m ogdm_jax.data describe digits
+    config.precondition.sigma_data = 0.75  # measured: python -m ogdm_jax data describe digits
     config.optim.ramp = "6400 images"
     config.optim.decay = "800 steps"
     config.ema.halflife = "5 kimg"
-    # OGDM's published settings are for 3,072 numbers an image: R1 and the hinge loss both grow with them. These were
-    # chosen by distance on one seed (benchmarks/ogdm_pays.py measures them on three).
+    # OGDM's published settings are for 3,072 numbers an image: R1 and the hinge loss both grow with
+    # them. These were chosen by distance on one seed (benchmarks/ogdm_pays.py measures them on
+    # three).
     config.ogdm.r1 = 0.02
     config.ogdm.gamma = 0.4
     config.ogdm.k = 0.3

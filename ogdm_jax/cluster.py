@@ -1,8 +1,10 @@
-"""The processes of one run: how they find each other, agree on their settings, and end when one of them dies.
+"""The processes of one run: how they find each other, agree on their settings, and end when one of
+them dies.
 
-A step of several processes waits for all of them. Where one dies, JAX ends the others after minutes, by SIGABRT under a
-C++ stack, and one that refuses its settings leaves the others waiting. Here every process beats once a second in the
-key-value store of process 0; process 0 judges, and all end with one sentence and exit code 1.
+A step of several processes waits for all of them. Where one dies, JAX ends the others after
+minutes, by SIGABRT under a C++ stack, and one that refuses its settings leaves the others waiting.
+Here every process beats once a second in the key-value store of process 0; process 0 judges, and
+all end with one sentence and exit code 1.
 """
 
 import ctypes
@@ -30,26 +32,32 @@ PERIOD = 1.0  # seconds between beats
 SILENCE = 40.0  # seconds without a beat after which a process is lost; JAX's own limit is 100
 SUSPECTED = 8.0  # the same once an exchange with it has failed
 GRACE = 4.0  # seconds for every process to print its own error, before it is told of another's
-PATIENCE = 600_000  # milliseconds to wait for the settings of the other processes, which may still be starting
+# milliseconds to wait for the settings of the other processes, which may still be starting
+PATIENCE = 600_000
 _BEAT, _ENDED, _VERDICT = "ogdm_jax/beat/", "ogdm_jax/ended/", "ogdm_jax/verdict"
 _LEFT = "left"
 
 
 class Stopped(SystemExit):
-    """The run was told to stop, and has saved: exit code 0, unless who started it asked for another."""
+    """The run was told to stop, and has saved: exit code 0, unless who started it asked for
+    another.
+    """
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
     """Joins the processes of a run. Call it before anything else of JAX.
 
-    With no arguments it joins only where a cluster is detected that JAX can join by itself (Cloud TPU, Slurm's srun,
-    Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
+    With no arguments it joins only where a cluster is detected that JAX can join by itself (Cloud
+    TPU, Slurm's srun, Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
 
     Args:
-      coordinator: HOST:PORT of process 0.   processes: their number.   process: which one this is, from 0.
+      coordinator: HOST:PORT of process 0.   processes: their number.   process: which one this is,
+        from 0.
 
     Raises:
       ConfigError: an incomplete set of arguments, or numbers that are none.
@@ -72,22 +80,29 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
     missing = [name for name in values if name not in given]
     if missing:
         raise ConfigError(
-            f"{', '.join(given)}: given without {' and '.join(missing)}; expected --coordinator HOST:PORT, --processes "
+            f"{', '.join(given)}: given without {' and '.join(missing)}; expected --coordinator "
+            "HOST:PORT, --processes "
             "N and --process 0..N-1 together, or none of them where JAX finds the cluster by itself"
         )
     port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
     if not port or not 0 < int(port[1]) < 65536:
         raise ConfigError(
-            f"--coordinator: {coordinator!r} given; expected HOST:PORT of process 0, such as 10.0.0.2:1234"
+            f"--coordinator: {coordinator!r} given; expected HOST:PORT of process 0, such as "
+            "10.0.0.2:1234"
         )
     if processes < 1:
         raise ConfigError(f"--processes: {processes} given; expected their number, at least 1")
     if not 0 <= process < processes:
-        raise ConfigError(f"--process: {process} given; expected 0 to {processes - 1}, as --processes is {processes}")
+        raise ConfigError(
+            f"--process: {process} given; expected 0 to {processes - 1}, as --processes is "
+            f"{processes}"
+        )
 
 
 def detected() -> bool:
-    """Whether this is, or on a TPU VM may be, one of several processes that JAX can join by itself."""
+    """Whether this is, or on a TPU VM may be, one of several processes that JAX can join by
+    itself.
+    """
     env = os.environ
     hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     return (
@@ -100,7 +115,8 @@ def detected() -> bool:
 
 
 def _tpu_vm() -> bool:
-    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the other hosts.
+    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the
+    other hosts.
 
     A single one may join as well: it becomes one process of one.
     """
@@ -109,7 +125,8 @@ def _tpu_vm() -> bool:
 
 
 def compare(settings: Mapping[str, object]) -> None:
-    """Refuses processes of different settings: they would train different functions on one batch. All call it.
+    """Refuses processes of different settings: they would train different functions on one batch.
+    All call it.
 
     Nothing is compiled for it: the settings go through the key-value store as text.
 
@@ -123,7 +140,7 @@ def compare(settings: Mapping[str, object]) -> None:
     mine = {name: repr(value) for name, value in settings.items()}
     client.key_value_set(f"{key}{process}", json.dumps(mine))
     if process == 0:
-        read = lambda other: json.loads(client.blocking_key_value_get(f"{key}{other}", PATIENCE))  # noqa: E731
+        read = lambda other: json.loads(client.blocking_key_value_get(f"{key}{other}", PATIENCE))
         found = (_difference(mine, read(other), other) for other in range(1, jax.process_count()))
         client.key_value_set(f"{key}verdict", next(filter(None, found), "alike"))
     verdict = client.blocking_key_value_get(f"{key}verdict", PATIENCE)
@@ -145,15 +162,19 @@ def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], other: int) 
 
 
 def keep_safe(describe: Callable[[], str]) -> None:
-    """What the last sentence says after the name of a lost process: describe() -> "step 50 in DIR is safe; ..."."""
+    """What the last sentence says after the name of a lost process: describe() -> "step 50 in DIR
+    is safe; ...".
+    """
     _watch.safe = describe
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Around the main function of a process: where it ends with an error, the others are told, and no one waits.
+    """Around the main function of a process: where it ends with an error, the others are told, and
+    no one waits.
 
-    A failed exchange of the step, which one process's death causes in all others, becomes a sentence that names it.
+    A failed exchange of the step, which one process's death causes in all others, becomes a
+    sentence that names it.
     """
     try:
         yield
@@ -171,7 +192,9 @@ def ending_together() -> Iterator[None]:
 
 
 class _Watch:
-    """Beats for this process and, in process 0, notices who stopped. One thread; nothing in a run of one process."""
+    """Beats for this process and, in process 0, notices who stopped. One thread; nothing in a run
+    of one process.
+    """
 
     def __init__(self) -> None:
         self.running = False
@@ -183,7 +206,9 @@ class _Watch:
     def start(self, process: int, processes: int) -> None:
         self._process, self._processes, self.running = process, processes, True
         self._heard = time.monotonic()
-        self._seen = {other: ("", time.monotonic()) for other in range(processes) if other != process}
+        self._seen = {
+            other: ("", time.monotonic()) for other in range(processes) if other != process
+        }
         logging.getLogger("absl").addFilter(self._adds_something)
         if process:
             self._catch_abort()
@@ -198,7 +223,9 @@ class _Watch:
                 _client().key_value_set(f"{_BEAT}{self._process}", _LEFT, allow_overwrite=True)
 
     def fail(self, code: int) -> None:
-        """Ends this process, whose error is printed, without waiting at JAX's barriers for those it leaves behind."""
+        """Ends this process, whose error is printed, without waiting at JAX's barriers for those it
+        leaves behind.
+        """
         self._stopped.set()
         with suppress(Exception):
             _client().key_value_set(f"{_ENDED}{self._process}", "1", allow_overwrite=True)
@@ -212,7 +239,9 @@ class _Watch:
         """After a failed exchange: who is lost? Returns where nobody is."""
         self._limit = SUSPECTED
         end = time.monotonic() + (SUSPECTED if self._process == 0 else SILENCE) + 3 * PERIOD
-        while time.monotonic() < end or self._once.locked():  # locked: another thread is printing, and ends the process
+        while (
+            time.monotonic() < end or self._once.locked()
+        ):  # locked: another thread is printing, and ends the process
             if self._process and not _reachable():
                 self._mourn(0)
             time.sleep(PERIOD / 4)
@@ -262,7 +291,9 @@ class _Watch:
                 self._mourn(int(other), why)
 
     def _keys(self, prefix: str) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(prefix)}
+        return {
+            int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(prefix)
+        }
 
     def _mourn(self, other: int, why: str = "is lost") -> None:
         """Prints the sentence, once, and ends the process."""
@@ -273,24 +304,35 @@ class _Watch:
             safe = self.safe()
         except Exception as error:  # a storage that fails, too, must not keep the process
             safe = f"its checkpoints cannot be listed ({type(error).__name__})"
-        print(f"error: process {other} of {self._processes} {why}; {safe}", file=sys.stderr, flush=True)
+        print(
+            f"error: process {other} of {self._processes} {why}; {safe}",
+            file=sys.stderr,
+            flush=True,
+        )
         if self._process == 0:
             time.sleep(3 * PERIOD)  # the others read the verdict here
         _exit(1)
 
     def _adds_something(self, record: logging.LogRecord) -> bool:
-        """Whether an entry of the log says more than the sentence: a save that waits for a lost process does not."""
-        return not (record.exc_info and (self._once.locked() or (self._process and not _reachable())))
+        """Whether an entry of the log says more than the sentence: a save that waits for a lost
+        process does not.
+        """
+        return not (
+            record.exc_info and (self._once.locked() or (self._process and not _reachable()))
+        )
 
     def _catch_abort(self) -> None:
-        """Process 0 keeps JAX's coordination service: without it, C++ ends this process by SIGABRT within a second.
+        """Process 0 keeps JAX's coordination service: without it, C++ ends this process by SIGABRT
+        within a second.
 
-        Python's own handlers never run then, as abort() does not return; a C function as handler does run, in the
-        thread that aborts.
+        Python's own handlers never run then, as abort() does not return; a C function as handler
+        does run, in the thread that aborts.
         """
 
         def aborted(_number: int) -> None:
-            silent = time.monotonic() - self._heard > SUSPECTED  # a machine that hangs may still accept connections
+            silent = (
+                time.monotonic() - self._heard > SUSPECTED
+            )  # a machine that hangs may still accept connections
             if not self._stopped.is_set() and (silent or not _reachable()):
                 self._mourn(0)
             if self._once.locked():

@@ -1,4 +1,6 @@
-"""Configurations: loaded from a Python file, overridden on the command line, checked before anything is compiled."""
+"""Configurations: loaded from a Python file, overridden on the command line, checked before
+anything is compiled.
+"""
 
 import ast
 import importlib.util
@@ -13,7 +15,8 @@ from ml_collections import ConfigDict
 
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 
-# What may differ between a workdir's saved configuration and the one that resumes it: length, bookkeeping, hardware.
+# What may differ between a workdir's saved configuration and the one that resumes it: length,
+# bookkeeping, hardware.
 RESUMABLE = (
     "train.",
     "log.",
@@ -29,7 +32,9 @@ _TRAINED_WITH = ("sample.sigma_min", "sample.sigma_max")  # they also clip the t
 
 
 class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type, or out of range; the message is one sentence that names it."""
+    """A setting is unknown, of the wrong type, or out of range; the message is one sentence that
+    names it.
+    """
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -37,17 +42,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       path: a file that defines get_config() -> ConfigDict.
-      overrides: texts such as "train.duration=10 kimg", "network.channel_mult=(1,2)", "methods=ogdm,stf".
+      overrides: texts such as "train.duration=10 kimg", "network.channel_mult=(1,2)",
+        "methods=ogdm,stf".
 
     Returns:
       The locked configuration.
 
     Raises:
-      ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN or of another type.
+      ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN or
+      of another type.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"--config: {str(path)!r} is no file; expected a configuration such as configs/digits.py")
+        raise ConfigError(
+            f"--config: {str(path)!r} is no file; expected a configuration such as "
+            "configs/digits.py"
+        )
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)  # overlays import configs.base, wherever the command was started
@@ -55,7 +65,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     if not hasattr(loaded, "get_config"):
-        raise ConfigError(f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> ConfigDict")
+        raise ConfigError(
+            f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> "
+            "ConfigDict"
+        )
     config = loaded.get_config().lock()
     for text in overrides:
         override(config, text)
@@ -65,7 +78,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, text: str) -> None:
-    """Applies one "key.sub=value" to a configuration in place, keeping the type of the value that is there.
+    """Applies one "key.sub=value" to a configuration in place, keeping the type of the value that
+    is there.
 
     Raises:
       ConfigError: no "=", an unknown key, or a value of another type.
@@ -77,7 +91,8 @@ def override(config: ConfigDict, text: str) -> None:
     old = node[leaf]
     if isinstance(old, ConfigDict):
         raise ConfigError(
-            f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of its keys"
+            f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of "
+            "its keys"
         )
     node[leaf] = _parse(key, value, old)
 
@@ -95,7 +110,9 @@ def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    """Reads text as the type of old: bool, int, float, str or tuple; None-valued settings take any literal."""
+    """Reads text as the type of old: bool, int, float, str or tuple; None-valued settings take any
+    literal.
+    """
     if isinstance(old, str):
         return text
     if isinstance(old, bool):
@@ -105,18 +122,30 @@ def _parse(key: str, text: str, old: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(old, tuple) else text
+        value = (
+            tuple(part.strip() for part in text.split(",") if part.strip())
+            if isinstance(old, tuple)
+            else text
+        )
     if isinstance(old, tuple):
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         if old and value and not all(_number(v) == _number(old[0]) for v in value):
-            raise ConfigError(f"--config.{key}: {text!r} has entries of another type; expected something like {old!r}")
+            raise ConfigError(
+                f"--config.{key}: {text!r} has entries of another type; expected something like "
+                f"{old!r}"
+            )
         return value
-    if isinstance(old, float) and (_number(value) or text.strip().lower() in ("inf", "-inf")):  # no literal says inf
+    if isinstance(old, float) and (
+        _number(value) or text.strip().lower() in ("inf", "-inf")
+    ):  # no literal says inf
         return float(value)
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         value = int(value)
     if old is not None and type(value) is not type(old):
-        raise ConfigError(f"--config.{key}: {text!r} is of another type; expected {type(old).__name__} such as {old!r}")
+        raise ConfigError(
+            f"--config.{key}: {text!r} is of another type; expected {type(old).__name__} such as "
+            f"{old!r}"
+        )
     return value
 
 
@@ -125,7 +154,8 @@ def _number(value: Any) -> bool:
 
 
 def duration(text: str | int, batch: int, key: str = "duration") -> int:
-    """Optimiser steps of a duration such as "2000 steps", "500 kimg" or "200 Mimg" (images rounded up to whole steps).
+    """Optimiser steps of a duration such as "2000 steps", "500 kimg" or "200 Mimg" (images rounded
+    up to whole steps).
 
     Raises:
       ConfigError: not a number and a unit, or negative.
@@ -137,7 +167,9 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
     except ValueError:
         amount = math.nan
     if unit not in _UNITS or not math.isfinite(amount) or amount < 0:
-        raise ConfigError(f"{key}: {text!r} is no duration; expected a number and one of {', '.join(_UNITS)}")
+        raise ConfigError(
+            f"{key}: {text!r} is no duration; expected a number and one of {', '.join(_UNITS)}"
+        )
     per_unit = _UNITS[unit]
     return math.ceil(amount) if per_unit is None else math.ceil(amount * per_unit / batch)
 
@@ -156,7 +188,9 @@ def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> 
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON, which has no infinity: {"float": "inf"}. from_json gives it back, tuples too."""
+    """The configuration as JSON, which has no infinity: {"float": "inf"}. from_json gives it back,
+    tuples too.
+    """
     return json.dumps(_plain(config), indent=1, sort_keys=True, allow_nan=False)
 
 
@@ -186,15 +220,19 @@ def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
     """{"group.key": value} of every leaf."""
     out = {}
     for key, value in config.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, (ConfigDict, dict)) else {prefix + key: value}
+        out |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, (ConfigDict, dict))
+            else {prefix + key: value}
+        )
     return out
 
 
 def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]) -> None:
     """Refuses to resume a workdir with settings that would make it another run.
 
-    Settings of RESUMABLE may differ (but not the levels that also clip training), and so may those of a method (of all
-    `methods`) that neither run uses.
+    Settings of RESUMABLE may differ (but not the levels that also clip training), and so may those
+    of a method (of all `methods`) that neither run uses.
 
     Raises:
       ConfigError: naming the first settings that differ, with both values.

@@ -1,8 +1,9 @@
 """Plans: one pure step over one device, many devices, or many processes.
 
-mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives. The default.
-sharded  the same with parameters, moving average and optimiser state divided over the devices as well.
-pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged inside the step.
+mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives.
+The default. sharded  the same with parameters, moving average and optimiser state divided over the
+devices as well. pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients
+averaged inside the step.
 
 All three compute what one device computes on the whole batch, to float tolerance.
 """
@@ -28,7 +29,8 @@ class Plan:
     """Where arrays live and how the step is compiled. Made by make_plan.
 
     Attributes:
-      kind: one of PLANS.   devices: all devices of the run, over every process.   processes: their number.
+      kind: one of PLANS.   devices: all devices of the run, over every process.   processes: their
+        number.
     """
 
     kind: str
@@ -42,7 +44,9 @@ class Plan:
 
     @property
     def platform(self) -> str:
-        """What programs are compiled for: "cpu", "gpu" or "tpu". The host may have no such device."""
+        """What programs are compiled for: "cpu", "gpu" or "tpu". The host may have no such
+        device.
+        """
         return self.devices[0].platform
 
     @property
@@ -66,66 +70,92 @@ class Plan:
         """Where each leaf of a state (arrays or shapes) lives between steps and in checkpoints."""
         if self.kind != "sharded":
             return jax.tree.map(lambda _: self.sharding(), state)
-        return jax.tree.map(lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state)
+        return jax.tree.map(
+            lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state
+        )
 
     @property
     def words(self) -> dict[str, Any]:
         """All that the step is told of the devices: keywords of training.step.make_step."""
-        return {"axis": self.axis, "ravel": self.ravel, "gather": self.gather, "scatter": self.scatter}
+        return {
+            "axis": self.axis,
+            "ravel": self.ravel,
+            "gather": self.gather,
+            "scatter": self.scatter,
+        }
 
     def gather(self, tree: PyTree) -> PyTree:
         """Inside the step: parameters, whole on every device while a network uses them.
 
-        Without it the compiler divides the convolutions as their kernels are divided, and sends activations about.
+        Without it the compiler divides the convolutions as their kernels are divided, and sends
+        activations about.
         """
         if self.kind != "sharded":
             return tree
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: self.sharding(), tree))
 
     def scatter(self, tree: PyTree) -> PyTree:
-        """Inside the step: gradients, each device with its share of the sum, as the parameters are kept.
+        """Inside the step: gradients, each device with its share of the sum, as the parameters are
+        kept.
 
-        Whole first: else the compiler divides the convolutions that make them, too, as it does without `gather`.
+        Whole first: else the compiler divides the convolutions that make them, too, as it does
+        without `gather`.
         """
         if self.kind != "sharded":
             return tree
         return jax.lax.with_sharding_constraint(self.gather(tree), self.state_shardings(tree))
 
     def shapes(self, state: PyTree) -> PyTree:
-        """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is read into."""
-        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is
+        read into.
+        """
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.tree.map(place, state, self.state_shardings(state))
 
     def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
         """Runs create(key) compiled, each leaf made where it will live."""
         shardings = self.state_shardings(jax.eval_shape(create, key))
-        lowered = jax.jit(platforms.traced_for(self.platform, create), out_shardings=shardings).lower(key)
-        # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times what they save.
+        lowered = jax.jit(
+            platforms.traced_for(self.platform, create), out_shardings=shardings
+        ).lower(key)
+        # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times
+        # what they save.
         quick = {"xla_backend_optimization_level": 0} if self.platform == "cpu" else None
         return lowered.compile(compiler_options=quick)(key)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Puts a host tree that every process holds in full on all devices (frozen networks, resident data)."""
+        """Puts a host tree that every process holds in full on all devices (frozen networks,
+        resident data).
+        """
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), tree)
 
     def place_rows(self, tree: PyTree) -> PyTree:
         """Divides arrays of rows, which every process holds in full, over the devices."""
         if self.kind != "pmap":
-            return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding(AXIS)), tree)
-        share = lambda leaf: np.split(np.asarray(leaf), self.processes)[jax.process_index()]  # noqa: E731
+            return jax.tree.map(
+                lambda leaf: self._global(np.asarray(leaf), self.sharding(AXIS)), tree
+            )
+        share = lambda leaf: np.split(np.asarray(leaf), self.processes)[jax.process_index()]
         return self._per_device(jax.tree.map(share, tree))
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's share of a batch on its devices; under pmap with a leading device axis."""
+        """Puts this process's share of a batch on its devices; under pmap with a leading device
+        axis.
+        """
         if self.kind != "pmap":
-            return {k: jax.make_array_from_process_local_data(self.sharding(AXIS), v) for k, v in batch.items()}
+            return {
+                k: jax.make_array_from_process_local_data(self.sharding(AXIS), v)
+                for k, v in batch.items()
+            }
         return self._per_device(batch)
 
     def row_shapes(self, tree: PyTree) -> PyTree:
-        """Shapes of what place_rows and place_batch make of arrays (or shapes) of rows over all processes."""
+        """Shapes of what place_rows and place_batch make of arrays (or shapes) of rows over all
+        processes.
+        """
         local = len(self.local_devices)
-        cut = lambda rows: (local, rows // len(self.devices)) if self.kind == "pmap" else (rows,)  # noqa: E731
-        shape = lambda leaf: (*cut(leaf.shape[0]), *leaf.shape[1:])  # noqa: E731
+        cut = lambda rows: (local, rows // len(self.devices)) if self.kind == "pmap" else (rows,)
+        shape = lambda leaf: (*cut(leaf.shape[0]), *leaf.shape[1:])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape(leaf), leaf.dtype), tree)
 
     def compile(self, step: Callable, state: PyTree) -> Callable:
@@ -151,22 +181,28 @@ class Plan:
         )
 
     def globalise(self, state: PyTree) -> PyTree:
-        """A state as global arrays, which checkpoints need: pmap over several processes returns host-local ones."""
+        """A state as global arrays, which checkpoints need: pmap over several processes returns
+        host-local ones.
+        """
         if not self.ravel:
             return state
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
 
     def local_copy(self, tree: PyTree) -> PyTree:
-        """The tree in full on this process's first device. Every process of the run has to call it."""
+        """The tree in full on this process's first device. Every process of the run has to call
+        it.
+        """
         if self.kind == "sharded":
             tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _per_device(self, tree: PyTree) -> PyTree:
-        """This process's rows [n, ...] as [local devices, n / local devices, ...], one block on each device."""
+        """This process's rows [n, ...] as [local devices, n / local devices, ...], one block on
+        each device.
+        """
         local = self.local_devices
         sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
-        split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])  # noqa: E731
+        split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])
         return jax.tree.map(lambda v: jax.device_put(split(v), sharding), tree)
 
     def _global(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -185,19 +221,29 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
     found = jax.devices()
     require(
-        0 <= devices <= len(found), "parallel.devices", devices, f"at most the {len(found)} devices found (0 = all)"
+        0 <= devices <= len(found),
+        "parallel.devices",
+        devices,
+        f"at most the {len(found)} devices found (0 = all)",
     )
     require(
-        devices in (0, len(found)) or jax.process_count() == 1, "parallel.devices", devices, "0 with several processes"
+        devices in (0, len(found)) or jax.process_count() == 1,
+        "parallel.devices",
+        devices,
+        "0 with several processes",
     )
     chosen = found[: devices or len(found)]
     return Plan(kind=kind, devices=tuple(chosen), processes=jax.process_count())
 
 
 def plan_of(kind: str, devices: Sequence[Any]) -> Plan:
-    """The plan of a run on devices that need not be here: to compile for them. Raises ConfigError: unknown kind."""
+    """The plan of a run on devices that need not be here: to compile for them. Raises ConfigError:
+    unknown kind.
+    """
     require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
-    return Plan(kind=kind, devices=tuple(devices), processes=len({d.process_index for d in devices}))
+    return Plan(
+        kind=kind, devices=tuple(devices), processes=len({d.process_index for d in devices})
+    )
 
 
 def check_batch(batch: int, accumulate: int, devices: int) -> int:

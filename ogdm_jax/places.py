@@ -1,9 +1,9 @@
 """Where files are: the one door from a user's words to a path, local or in a bucket.
 
-`place("runs/x")` and `place("gs://bucket/runs/x")` are paths of the same class (etils.epath, as in orbax and
-tensorflow-datasets), with pathlib's methods. What has to be a file of this machine (memory-mapped weights,
-array_record) asks `local`, which refuses a URI; `written` gives code that can only write local files one, and puts it
-where it belongs, whole or not at all.
+`place("runs/x")` and `place("gs://bucket/runs/x")` are paths of the same class (etils.epath, as in
+orbax and tensorflow-datasets), with pathlib's methods. What has to be a file of this machine
+(memory-mapped weights, array_record) asks `local`, which refuses a URI; `written` gives code that
+can only write local files one, and puts it where it belongs, whole or not at all.
 """
 
 import errno
@@ -36,10 +36,12 @@ def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
     """The path that a user's words mean.
 
     Args:
-      text: a local path, or a URI with a scheme of LIBRARIES (file:// is local).   field: the setting, for messages.
+      text: a local path, or a URI with a scheme of LIBRARIES (file:// is local).   field: the
+        setting, for messages.
 
     Raises:
-      PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, or a URI that went
+      PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, or
+      a URI that went
         through pathlib.Path and lost a slash.
     """
     words = os.fspath(text)
@@ -48,16 +50,22 @@ def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
         first = words.partition(":/")[0]
         if first in LIBRARIES and not pathlib.Path(f"{first}:").exists():
             raise PlaceError(
-                f"{field}: {words!r} has one slash (pathlib.Path takes the other away); expected {first}://"
+                f"{field}: {words!r} has one slash (pathlib.Path takes the other away); expected "
+                f"{first}://"
             )
         return epath.Path(words)
     if scheme == "file":
         return epath.Path(rest)
     if scheme not in LIBRARIES:
-        raise PlaceError(f"{field}: {words!r} has an unknown scheme; expected a local path or {_schemes(LIBRARIES)}")
+        raise PlaceError(
+            f"{field}: {words!r} has an unknown scheme; expected a local path or "
+            f"{_schemes(LIBRARIES)}"
+        )
     library, remedy = LIBRARIES[scheme]
     if importlib.util.find_spec(library) is None and not _tensorflow():
-        raise PlaceError(f"{field}: {words!r} needs the package {library}; expected it to be installed: {remedy}")
+        raise PlaceError(
+            f"{field}: {words!r} needs the package {library}; expected it to be installed: {remedy}"
+        )
     if not rest.partition("/")[0]:
         raise PlaceError(f"{field}: {words!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
     return epath.Path(words)
@@ -69,7 +77,9 @@ def _schemes(names) -> str:
 
 def _tensorflow() -> bool:
     """Whether epath reads buckets through TensorFlow, which it prefers where that is installed."""
-    return os.environ.get("EPATH_USE_TF", "") not in ("0", "false") and bool(importlib.util.find_spec("tensorflow"))
+    return os.environ.get("EPATH_USE_TF", "") not in ("0", "false") and bool(
+        importlib.util.find_spec("tensorflow")
+    )
 
 
 def is_local(path: str | os.PathLike) -> bool:
@@ -80,7 +90,10 @@ def is_local(path: str | os.PathLike) -> bool:
 def local(text: str | os.PathLike, field: str = "path") -> pathlib.Path:
     """A path on this machine. Raises PlaceError for a URI: what reads this file needs it here."""
     if not is_local(text):
-        raise PlaceError(f"{field}: {os.fspath(text)!r} is read on this machine only; expected a local copy of it")
+        raise PlaceError(
+            f"{field}: {os.fspath(text)!r} is read on this machine only; expected a local copy of "
+            "it"
+        )
     return pathlib.Path(os.fspath(text).removeprefix("file://"))
 
 
@@ -90,18 +103,24 @@ def absolute(path: epath.Path) -> epath.Path:
 
 
 def is_uri(word: str) -> bool:
-    """Whether a word is a URI, rather than a local path or a data source such as folder:gs://bucket/images."""
+    """Whether a word is a URI, rather than a local path or a data source such as
+    folder:gs://bucket/images.
+    """
     scheme, separator, _ = word.partition("://")
     return bool(separator) and ":" not in scheme
 
 
 def join(folder: str | os.PathLike | None, rest: str) -> str:
-    """rest below a folder; alone where there is no folder, or where it is absolute or a URI itself."""
+    """rest below a folder; alone where there is no folder, or where it is absolute or a URI
+    itself.
+    """
     return str(place(folder) / rest) if folder and is_local(rest) else rest
 
 
 def workdir(text: str | os.PathLike, field: str = "--workdir") -> epath.Path:
-    """As `place`, for a folder with checkpoints. Raises PlaceError for schemes that orbax cannot write to, as well."""
+    """As `place`, for a folder with checkpoints. Raises PlaceError for schemes that orbax cannot
+    write to, as well.
+    """
     scheme = os.fspath(text).partition("://")[0]
     if scheme in LIBRARIES and scheme not in TRAINING:
         raise PlaceError(
@@ -115,11 +134,13 @@ def writable(path: epath.Path, field: str, file: bool = False, keep: bool = Fals
     """The path, once a file could be written there: whoever computes for hours tries first.
 
     Args:
-      path: a folder, or the file itself with file=True; neither has to exist.   field: the setting, for messages.
+      path: a folder, or the file itself with file=True; neither has to exist.   field: the setting,
+        for messages.
       keep: leave the folders that were made for it (for several processes that try at once).
 
     Raises:
-      PlaceError: a file where a folder is needed or the other way round, no permission, no space, or an error of the
+      PlaceError: a file where a folder is needed or the other way round, no permission, no space,
+      or an error of the
         bucket.
     """
     folder = path.parent if file else path
@@ -160,13 +181,21 @@ def _reason(error: Exception, path: epath.Path, file: bool) -> str:
         return "is a file, or lies below one; expected a folder that can be written"
     if code in _NO_SPACE:
         return "is on a full disk (4 kB could not be written); expected free space"
-    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return f"cannot be written ({what}); expected a {'file' if file else 'folder'} that this user may write"
+    what = (
+        getattr(error, "strerror", None)
+        or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    )
+    return (
+        f"cannot be written ({what}); expected a {'file' if file else 'folder'} that this user may "
+        "write"
+    )
 
 
 @contextmanager
 def written(path: epath.Path) -> Iterator[pathlib.Path]:
-    """Yields a local file to write. When the block ends without an error, `path` is that file, whole."""
+    """Yields a local file to write. When the block ends without an error, `path` is that file,
+    whole.
+    """
     if is_local(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")

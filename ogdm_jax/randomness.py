@@ -1,11 +1,12 @@
 """Random numbers that belong to an example, not to a device.
 
-Every draw of example i of a step comes from fold_in(fold_in(key, purpose), i). One device, eight devices, pmap and
-mesh therefore see the same noise, and switching a method on does not change the draws of another purpose.
+Every draw of example i of a step comes from fold_in(fold_in(key, purpose), i). One device, eight
+devices, pmap and mesh therefore see the same noise, and switching a method on does not change the
+draws of another purpose.
 
-Keys are threefry's, whose numbers pass every statistical test but cost over a hundred integer operations each. `quick`
-turns an example's keys into keys of a hash that costs eighteen, for what is drawn in bulk and needs no more: dropout
-masks and augmentation.
+Keys are threefry's, whose numbers pass every statistical test but cost over a hundred integer
+operations each. `quick` turns an example's keys into keys of a hash that costs eighteen, for what
+is drawn in bulk and needs no more: dropout masks and augmentation.
 """
 
 import math
@@ -22,7 +23,9 @@ Array = jax.Array
 
 
 def fold_in_name(key: Array, purpose: str) -> Array:
-    """Derives the key of a named purpose: fold_in(key, crc32(purpose)), the same in every process and Python."""
+    """Derives the key of a named purpose: fold_in(key, crc32(purpose)), the same in every process
+    and Python.
+    """
     return jax.random.fold_in(key, jnp.uint32(zlib.crc32(purpose.encode())))
 
 
@@ -55,16 +58,19 @@ def uniform(keys: Array, shape: Sequence[int] = (), dtype=jnp.float32) -> Array:
     return jax.vmap(lambda k: jax.random.uniform(k, tuple(shape), dtype))(keys)
 
 
-# -- quick keys -------------------------------------------------------------------------------------------------------
+# -- quick keys
+# ------------------------------------------------------------------------------------------
 
 
 def quick(keys: Array) -> Array:
-    """Keys of the hash generator with the words of threefry keys: every jax.random function takes them.
+    """Keys of the hash generator with the words of threefry keys: every jax.random function takes
+    them.
 
-    Number i of a key (k0, k1) is mix(mix(i ^ k0) + k1), with an invertible 32-bit hash `mix`. It depends on the key and
-    on i alone, as threefry's does, whatever vmap, jit or sharding is around it; a hardware generator (JAX's "rbg") is
-    as cheap, but under vmap all examples would share the numbers of the first key. Uniform, uncorrelated between
-    neighbours, examples and purposes (tests/test_randomness.py), and of no cryptographic strength.
+    Number i of a key (k0, k1) is mix(mix(i ^ k0) + k1), with an invertible 32-bit hash `mix`. It
+    depends on the key and on i alone, as threefry's does, whatever vmap, jit or sharding is around
+    it; a hardware generator (JAX's "rbg") is as cheap, but under vmap all examples would share the
+    numbers of the first key. Uniform, uncorrelated between neighbours, examples and purposes
+    (tests/test_randomness.py), and of no cryptographic strength.
 
     Args:
       keys: typed keys of any shape, two words each.
@@ -73,7 +79,9 @@ def quick(keys: Array) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """An invertible hash of uint32: shifts and odd factors with low bias (the constants of "lowbias32", C. Wellons)."""
+    """An invertible hash of uint32: shifts and odd factors with low bias (the constants of
+    "lowbias32", C. Wellons).
+    """
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> np.uint32(15))
@@ -95,11 +103,15 @@ def _hash_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     if bit_width == 64:
         low, high = (_hash_bits(k, 32, shape).astype(np.uint64) for k in _hash_split(key, (2,)))
         return low | (high << np.uint64(32))
-    index = jnp.zeros(shape, np.uint32)  # the place in row-major order, without a reshape that would move memory
+    index = jnp.zeros(
+        shape, np.uint32
+    )  # the place in row-major order, without a reshape that would move memory
     for axis, size in enumerate(shape):
         index = index * np.uint32(size) + lax.broadcasted_iota(np.uint32, shape, axis)
     bits = _mix(_mix(index ^ key[0]) + key[1])
-    return bits if bit_width == 32 else (bits >> np.uint32(32 - bit_width)).astype(f"uint{bit_width}")
+    return (
+        bits if bit_width == 32 else (bits >> np.uint32(32 - bit_width)).astype(f"uint{bit_width}")
+    )
 
 
 _HASH = prngs.define_prng_impl(

@@ -12,14 +12,18 @@ import jax
 
 
 def prepare() -> None:
-    """Process-wide settings of the entry points; call it before anything of JAX runs. A user's own settings win.
+    """Process-wide settings of the entry points; call it before anything of JAX runs. A user's own
+    settings win.
 
-    On a CPU, jaxlib sends convolutions of up to 64 channels to a path that uses one core; the XLA flag sends them back.
-    Compiled programs are kept in a cache on disk, so that the second start of a command compiles little.
+    On a CPU, jaxlib sends convolutions of up to 64 channels to a path that uses one core; the XLA
+    flag sends them back. Compiled programs are kept in a cache on disk, so that the second start of
+    a command compiles little.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_experimental_ynn_fusion_type" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_experimental_ynn_fusion_type=-individual_convolution".strip()
+        os.environ["XLA_FLAGS"] = (
+            f"{flags} --xla_cpu_experimental_ynn_fusion_type=-individual_convolution".strip()
+        )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ogdm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -30,7 +34,8 @@ def prepare() -> None:
 def one_sentence() -> Iterator[None]:
     """Turns errors that a user can mend into one sentence on stderr and exit code 1.
 
-    Those are the errors that this package raises itself; whatever comes from inside a library keeps its traceback.
+    Those are the errors that this package raises itself; whatever comes from inside a library keeps
+    its traceback.
     """
     try:
         yield
@@ -43,17 +48,24 @@ def one_sentence() -> Iterator[None]:
 
 def raised_here(error: Exception) -> bool:
     """Whether this package wrote the sentence, rather than a library or Python."""
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     return frames[-1].split(".")[0] in ("ogdm_jax", "__main__")
 
 
 def split_overrides(rest: list[str]) -> list[str]:
-    """["--config.a.b=1", "--config.c", "2"] -> ["a.b=1", "c=2"]. Raises ValueError for anything else."""
+    """["--config.a.b=1", "--config.c", "2"] -> ["a.b=1", "c=2"]. Raises ValueError for anything
+    else.
+    """
     overrides, words = [], list(rest)
     while words:
         word = words.pop(0)
         if not word.startswith("--config."):
-            raise ValueError(f"{word}: unknown argument; expected --config.KEY=VALUE or one of those that --help lists")
+            raise ValueError(
+                f"{word}: unknown argument; expected --config.KEY=VALUE or one of those that "
+                "--help lists"
+            )
         key = word.removeprefix("--config.")
         if "=" not in key and words and not words[0].startswith("--"):
             key = f"{key}={words.pop(0)}"

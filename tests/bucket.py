@@ -1,7 +1,8 @@
-"""gs:// on this machine: a folder stands for Google's storage, everything above it is what people run.
+"""gs:// on this machine: a folder stands for Google's storage, everything above it is what people
+run.
 
-epath goes through its own fsspec backend (as it does with gcsfs), and orbax and tensorstore write, list and commit as
-they do in a bucket; only the last hop differs, which is a folder.
+epath goes through its own fsspec backend (as it does with gcsfs), and orbax and tensorstore write,
+list and commit as they do in a bucket; only the last hop differs, which is a folder.
 """
 
 from pathlib import Path
@@ -16,7 +17,9 @@ from ogdm_jax import places
 
 
 class Bucket(DirFileSystem):
-    """Names below a folder; like object storage it has no empty folders and no appending, and makes what it needs."""
+    """Names below a folder; like object storage it has no empty folders and no appending, and makes
+    what it needs.
+    """
 
     protocol = "gcs"
     root = ""
@@ -26,7 +29,11 @@ class Bucket(DirFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return path.removeprefix("gs://").rstrip("/") if isinstance(path, str) else list(map(cls._strip_protocol, path))
+        return (
+            path.removeprefix("gs://").rstrip("/")
+            if isinstance(path, str)
+            else list(map(cls._strip_protocol, path))
+        )
 
     def _join(self, path):
         return super()._join(self._strip_protocol(path))
@@ -43,11 +50,15 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Bucket, "root", str(folder))
     monkeypatch.setitem(places.LIBRARIES, "gs", ("fsspec", "pip install 'ogdm_jax[gcs]'"))
     systems = {"gcs": lambda: Bucket(skip_instance_cache=True), "file": LocalFileSystem}
-    monkeypatch.setattr(epath.gpath._PREFIX_TO_BACKEND["gs"], "_get_filesystem", lambda name: systems[name]())
-    files = lambda path: {"driver": "file", "path": str(folder / str(path).removeprefix("gs://"))}  # noqa: E731
+    monkeypatch.setattr(
+        epath.gpath._PREFIX_TO_BACKEND["gs"], "_get_filesystem", lambda name: systems[name]()
+    )
+    files = lambda path: {"driver": "file", "path": str(folder / str(path).removeprefix("gs://"))}
     monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", files)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda _: False)
     monkeypatch.setattr(
-        gcs_utils, "rmtree", lambda path, missing_ok=False: epath.Path(path).rmtree(missing_ok=missing_ok)
+        gcs_utils,
+        "rmtree",
+        lambda path, missing_ok=False: epath.Path(path).rmtree(missing_ok=missing_ok),
     )
     return folder / "bucket"

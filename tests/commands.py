@@ -16,7 +16,7 @@ import tiny
 from PIL import Image
 
 from ogdm_jax import cluster, startup
-from ogdm_jax.interop import __main__
+from ogdm_jax.cli import interop as __main__
 
 
 def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
@@ -36,13 +36,15 @@ def inside(folder: Path):
 
 
 def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """python -m ogdm_jax.interop WORDS, without the start of a process."""
+    """python -m ogdm_jax interop WORDS, without the start of a process."""
     return _here(folder, __main__.main, "interop", *words)
 
 
 def entry(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:
     """python NAME WORDS, without the start of a process."""
-    return _here(folder, lambda: runpy.run_path(str(tiny.ROOT / name), run_name="__main__"), name, *words)
+    return _here(
+        folder, lambda: runpy.run_path(str(tiny.ROOT / name), run_name="__main__"), name, *words
+    )
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:

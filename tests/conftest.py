@@ -1,16 +1,23 @@
-"""JAX made strict before anything uses it: 8 host devices, rank promotion raises, legacy keys are errors."""
+"""JAX made strict before anything uses it: 8 host devices, rank promotion raises, legacy keys are
+errors.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracles, golden_support and families are imported by name
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # oracles, golden_support and families are imported by name
 
 import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Both workers and all commands that the tests start share compiled programs; a second run of the suite compiles little.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+# Both workers and all commands that the tests start share compiled programs; a second run of the
+# suite compiles little.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Commands that the tests start turn warnings into errors as pytest does here.
 os.environ["PYTHONPATH"] = os.pathsep.join(

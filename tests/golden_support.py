@@ -1,4 +1,6 @@
-"""What the golden files mean: the rules of tests/golden/README.md as code. No file and no configuration is special."""
+"""What the golden files mean: the rules of tests/golden/README.md as code. No file and no
+configuration is special.
+"""
 
 import functools
 import json
@@ -67,9 +69,13 @@ class Golden:
             )
 
     def state_dict(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """The PyTorch state dict rebuilt from the three authoritative lists; constructed buffers only where stored."""
+        """The PyTorch state dict rebuilt from the three authoritative lists; constructed buffers
+        only where stored.
+        """
         state = {}
-        names, shapes, rules = (self.json(f"{prefix}param_{k}") for k in ("names", "shapes", "rule"))
+        names, shapes, rules = (
+            self.json(f"{prefix}param_{k}") for k in ("names", "shapes", "rule")
+        )
         for name, shape, rule in zip(names, shapes, rules, strict=True):
             if rule["scale"] is None:
                 stored = f"{prefix}buffer/{name}"
@@ -94,7 +100,9 @@ FAMILIES: dict[str, Callable[[Golden], None]] = {}
 
 
 def family(prefix: str):
-    """Registers the check of every golden file whose name starts with prefix (the longest prefix wins)."""
+    """Registers the check of every golden file whose name starts with prefix (the longest prefix
+    wins).
+    """
 
     def register(check):
         assert prefix not in FAMILIES, f"two checks of family {prefix}"

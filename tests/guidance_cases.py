@@ -1,12 +1,15 @@
-"""A small guided problem for the tests of kicks: Gaussian data, half the pixels seen, one step and its parts."""
+"""A small guided problem for the tests of kicks: Gaussian data, half the pixels seen, one step and
+its parts.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from oracles import Gaussian
 
-from ogdm_jax.diffusion import operators, steps
-from ogdm_jax.diffusion.churn import Info
+from ogdm_jax.diffusion import steps
+from ogdm_jax.inverse import operators
+from ogdm_jax.sampling.churn import Info
 
 SHAPE = (3, 4, 4, 2)
 MASK = np.zeros((1, 4, 4, 1), np.float32)

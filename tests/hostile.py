@@ -1,7 +1,7 @@
 """Malicious and damaged checkpoints: name -> (bytes, a fragment of the sentence that refuses them).
 
-`python tests/hostile.py` prints a table: file, peak memory and time of reading it, exit code of the command line,
-sentence.
+`python tests/hostile.py` prints a table: file, peak memory and time of reading it, exit code of the
+command line, sentence.
 """
 
 import io
@@ -18,7 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch_files as tf
 from hostile_costs import costly
-from torch_files import Book, Call, Name, Raw, Reference, legacy_file, pickled, safetensors_file, view, zip_file
+from torch_files import (
+    Book,
+    Call,
+    Name,
+    Raw,
+    Reference,
+    legacy_file,
+    pickled,
+    safetensors_file,
+    view,
+    zip_file,
+)
 
 ONES = np.ones(16, np.float32)
 
@@ -61,11 +72,23 @@ def code() -> dict[str, tuple[bytes, str]]:
         "importlib.import_module": ("importlib", "import_module", ("this",)),
         "torch.load": ("torch", "load", ("x",)),
         "torch.hub.load": ("torch.hub", "load", ("x", "y")),
-        "torch._utils._rebuild_device_tensor_from_numpy": ("torch._utils", "_rebuild_device_tensor_from_numpy", ()),
-        "torch.nn.modules.module._dunder.__init__.x": ("torch.nn.modules.module._dunder.__init__", "x", ()),
+        "torch._utils._rebuild_device_tensor_from_numpy": (
+            "torch._utils",
+            "_rebuild_device_tensor_from_numpy",
+            (),
+        ),
+        "torch.nn.modules.module._dunder.__init__.x": (
+            "torch.nn.modules.module._dunder.__init__",
+            "x",
+            (),
+        ),
         "numpy.load": ("numpy", "load", ("x",)),
         "numpy.core.multiarray.fromfile": ("numpy.core.multiarray", "fromfile", ("/etc/passwd",)),
-        "copyreg._reconstructor": ("copy_reg", "_reconstructor", (Name("os", "system"), None, None)),
+        "copyreg._reconstructor": (
+            "copy_reg",
+            "_reconstructor",
+            (Name("os", "system"), None, None),
+        ),
         "torch_utils.persistence.import_hook": ("torch_utils.persistence", "import_hook", ()),
         "pickle.loads": ("pickle", "loads", (pickled(1),)),
     }
@@ -80,8 +103,14 @@ def code() -> dict[str, tuple[bytes, str]]:
     cases |= {
         "zip_os_system.pt": (_zip({"w": evil}), "it names os.system,"),
         "legacy_os_system.pth": (legacy_file({"w": evil}, book), "it names os.system,"),
-        "legacy_system_info.pth": (pickled(tf.MAGIC) + pickled(tf.VERSION) + pickled(evil), "it names os.system,"),
-        "stack_global.pkl": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.", "it names os.system,"),
+        "legacy_system_info.pth": (
+            pickled(tf.MAGIC) + pickled(tf.VERSION) + pickled(evil),
+            "it names os.system,",
+        ),
+        "stack_global.pkl": (
+            b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.",
+            "it names os.system,",
+        ),
         "standard_reduce.pkl": (pickle.dumps(_Evil()), "which is not among"),
         "inst.pkl": (b"\x80\x02(U\x02idios\nsystem\n.", "INST"),
         "obj.pkl": (b"\x80\x02(cos\nsystem\nU\x02ido.", "it names os.system,"),
@@ -91,23 +120,56 @@ def code() -> dict[str, tuple[bytes, str]]:
         "out_of_band.pkl": (b"\x80\x05\x97.", "NEXT_BUFFER"),
         "protocol_9.pkl": (b"\x80\x09N.", "protocol 9"),
         "reduce_a_string.pkl": (pickled(Call("os.system", ("x",))), "not admitted as a function"),
-        "new_of_a_function.pkl": (pickled(Call(Name("_codecs", "encode"), ("x", "latin1"), new=True)), "as a class"),
-        "codec.pkl": (pickled(Call(Name("_codecs", "encode"), ("x", "zlib"))), "encodes a text as zlib"),
-        "set_state_of_a_function.pkl": (pickled(Raw(tf.emit(Name("_codecs", "encode")) + b"}b")), "gives a state"),
+        "new_of_a_function.pkl": (
+            pickled(Call(Name("_codecs", "encode"), ("x", "latin1"), new=True)),
+            "as a class",
+        ),
+        "codec.pkl": (
+            pickled(Call(Name("_codecs", "encode"), ("x", "zlib"))),
+            "encodes a text as zlib",
+        ),
+        "set_state_of_a_function.pkl": (
+            pickled(Raw(tf.emit(Name("_codecs", "encode")) + b"}b")),
+            "gives a state",
+        ),
         "set_state_of_a_list.pkl": (b"\x80\x02]}b.", "gives a state"),
-        "object_dtype.pkl": (pickled({"w": Call(Name("numpy", "dtype"), ("O8", False, True))}), "numpy type O8"),
-        "numpy_pickle_inside.pkl": (pickle.dumps({"w": np.array([_Evil()], dtype=object)}), "cannot be read"),
-        "torchscript.pt": (_zip({"w": 1}, extra={"archive/constants.pkl": pickled(())}), "TorchScript"),
+        "object_dtype.pkl": (
+            pickled({"w": Call(Name("numpy", "dtype"), ("O8", False, True))}),
+            "numpy type O8",
+        ),
+        "numpy_pickle_inside.pkl": (
+            pickle.dumps({"w": np.array([_Evil()], dtype=object)}),
+            "cannot be read",
+        ),
+        "torchscript.pt": (
+            _zip({"w": 1}, extra={"archive/constants.pkl": pickled(())}),
+            "TorchScript",
+        ),
         "torchscript_class.pt": (
             _zip({"w": Call(Name("__torch__.x", "Net"), (), new=True)}),
             "it names __torch__.x.Net,",
         ),
         "nested_os_system.pkl": (
-            pickled({"w": view(Call(Name("torch.storage", "_load_from_bytes"), (nested.code,)), 0, (16,), (1,))}),
+            pickled(
+                {
+                    "w": view(
+                        Call(Name("torch.storage", "_load_from_bytes"), (nested.code,)),
+                        0,
+                        (16,),
+                        (1,),
+                    )
+                }
+            ),
             "it names os.system,",
         ),
         "nested_in_nested.pkl": (
-            pickled({"w": Call(Name("torch.storage", "_load_from_bytes"), (legacy_file(deeper, Book()),))}),
+            pickled(
+                {
+                    "w": Call(
+                        Name("torch.storage", "_load_from_bytes"), (legacy_file(deeper, Book()),)
+                    )
+                }
+            ),
             "holds another nested storage",
         ),
         "nested_zip.pkl": (
@@ -115,7 +177,12 @@ def code() -> dict[str, tuple[bytes, str]]:
             "cannot be read",
         ),
         "persistence_of_module.pkl": (
-            pickled(Call(Name("torch_utils.persistence", "_reconstruct_persistent_obj"), ({"type": "module"},))),
+            pickled(
+                Call(
+                    Name("torch_utils.persistence", "_reconstruct_persistent_obj"),
+                    ({"type": "module"},),
+                )
+            ),
             "does not describe a class",
         ),
     }
@@ -140,15 +207,33 @@ def sizes() -> dict[str, tuple[bytes, str]]:
     chain = tf.emit(modules) + b"\x94"
     for i in range(60):  # module i has module i - 1 twice: 2^60 tensors by name
         again = b"h" + bytes([i])
-        children = b"}(" + tf.emit("_modules") + b"}(" + tf.emit("a") + again + tf.emit("b") + again + b"uu"
+        children = (
+            b"}("
+            + tf.emit("_modules")
+            + b"}("
+            + tf.emit("a")
+            + again
+            + tf.emit("b")
+            + again
+            + b"uu"
+        )
         chain += tf.emit(modules) + children + b"b\x94"
     circle = tf.emit(modules) + b"\x94}(" + tf.emit("_modules") + b"}(" + tf.emit("a") + b"h\x00uub"
     many = Book()
     big = many.storage(np.zeros(1 << 16, np.float32))
     return {
-        "storage_missing.pt": (_zip({"w": view(Reference(reference), 0, (4,), (1,))}), "missing from the archive"),
+        "storage_missing.pt": (
+            _zip({"w": view(Reference(reference), 0, (4,), (1,))}),
+            "missing from the archive",
+        ),
         "storage_key_outside.pt": (
-            _zip({"w": view(Reference((*reference[:2], "../../../etc/passwd", "cpu", 4)), 0, (4,), (1,))}),
+            _zip(
+                {
+                    "w": view(
+                        Reference((*reference[:2], "../../../etc/passwd", "cpu", 4)), 0, (4,), (1,)
+                    )
+                }
+            ),
             "is missing from the archive",
         ),
         "storage_short.pt": (
@@ -163,19 +248,46 @@ def sizes() -> dict[str, tuple[bytes, str]]:
             _zip({"w": view(Reference(("storage", "x", "0", "cpu", 4)), 0, (4,), (1,))}),
             "else than a storage",
         ),
-        "storage_negative.pt": (_zip({"w": view(Reference((*reference[:4], -4)), 0, (4,), (1,))}), "no sensible size"),
+        "storage_negative.pt": (
+            _zip({"w": view(Reference((*reference[:4], -4)), 0, (4,), (1,))}),
+            "no sensible size",
+        ),
         "tensor_too_long.pt": (
             _with_tensor(lambda s: view(s, 0, (17,), (1,))),
             "reaches element 16 of a storage of 16",
         ),
-        "tensor_offset.pt": (_with_tensor(lambda s: view(s, 9, (2, 4), (4, 1))), "reaches element 16"),
-        "tensor_strides.pth": (_with_tensor(lambda s: view(s, 0, (4, 4), (8, 1)), legacy_file), "reaches element 27"),
-        "tensor_negative_size.pt": (_with_tensor(lambda s: view(s, 0, (-4,), (1,))), "shape other than"),
-        "tensor_negative_stride.pt": (_with_tensor(lambda s: view(s, 15, (4,), (-1,))), "strides other than"),
-        "tensor_bool_size.pt": (_with_tensor(lambda s: view(s, 0, (True,), (1,))), "shape other than"),
-        "tensor_ranks.pt": (_with_tensor(lambda s: view(s, 0, (4, 4), (1,))), "2 sizes and 1 strides"),
-        "tensor_rank_500.pt": (_with_tensor(lambda s: view(s, 0, (1,) * 500, (1,) * 500)), "at most 32 whole numbers"),
-        "tensor_expanded.pt": (_with_tensor(lambda s: view(s, 0, (huge,), (0,))), "unfold to more than 4 times"),
+        "tensor_offset.pt": (
+            _with_tensor(lambda s: view(s, 9, (2, 4), (4, 1))),
+            "reaches element 16",
+        ),
+        "tensor_strides.pth": (
+            _with_tensor(lambda s: view(s, 0, (4, 4), (8, 1)), legacy_file),
+            "reaches element 27",
+        ),
+        "tensor_negative_size.pt": (
+            _with_tensor(lambda s: view(s, 0, (-4,), (1,))),
+            "shape other than",
+        ),
+        "tensor_negative_stride.pt": (
+            _with_tensor(lambda s: view(s, 15, (4,), (-1,))),
+            "strides other than",
+        ),
+        "tensor_bool_size.pt": (
+            _with_tensor(lambda s: view(s, 0, (True,), (1,))),
+            "shape other than",
+        ),
+        "tensor_ranks.pt": (
+            _with_tensor(lambda s: view(s, 0, (4, 4), (1,))),
+            "2 sizes and 1 strides",
+        ),
+        "tensor_rank_500.pt": (
+            _with_tensor(lambda s: view(s, 0, (1,) * 500, (1,) * 500)),
+            "at most 32 whole numbers",
+        ),
+        "tensor_expanded.pt": (
+            _with_tensor(lambda s: view(s, 0, (huge,), (0,))),
+            "unfold to more than 4 times",
+        ),
         "tensor_expanded_often.pt": (
             zip_file({str(i): view(big, i, (1 << 15,), (1,)) for i in range(400)}, many),
             "unfold to more than 4 times",
@@ -184,11 +296,26 @@ def sizes() -> dict[str, tuple[bytes, str]]:
             _with_tensor(lambda s: view("storage", 0, (4,), (1,))),
             "storage of a tensor has the type str",
         ),
-        "bytes_huge.pkl": (b"\x80\x04\x8e" + struct.pack("<Q", huge) + b"x.", "lies about a length"),
-        "text_huge.pkl": (b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"x.", "lies about a length"),
-        "bytearray_huge.pkl": (b"\x80\x05\x96" + struct.pack("<Q", huge) + b"x.", "lies about a length"),
-        "integer_huge.pkl": (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x" * 4096 + b".", "an integer of"),
-        "integer_negative_length.pkl": (b"\x80\x02\x8b" + struct.pack("<i", -5) + b"xxxxx.", "an integer of -5 bytes"),
+        "bytes_huge.pkl": (
+            b"\x80\x04\x8e" + struct.pack("<Q", huge) + b"x.",
+            "lies about a length",
+        ),
+        "text_huge.pkl": (
+            b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"x.",
+            "lies about a length",
+        ),
+        "bytearray_huge.pkl": (
+            b"\x80\x05\x96" + struct.pack("<Q", huge) + b"x.",
+            "lies about a length",
+        ),
+        "integer_huge.pkl": (
+            b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x" * 4096 + b".",
+            "an integer of",
+        ),
+        "integer_negative_length.pkl": (
+            b"\x80\x02\x8b" + struct.pack("<i", -5) + b"xxxxx.",
+            "an integer of -5 bytes",
+        ),
         "integer_digits.pkl": (b"\x80\x02L" + b"9" * 4000 + b"L\n.", "an integer of 4001 digits"),
         "memo_huge.pkl": (
             b"\x80\x04Nr" + struct.pack("<I", 2**32 - 1) + b"j" + struct.pack("<I", 7) + b".",
@@ -196,9 +323,15 @@ def sizes() -> dict[str, tuple[bytes, str]]:
         ),
         "key_of_tuples.pkl": (laughs + b"}\x94h\xc8K\x01s.", "a key of type tuple"),
         "modules_doubling.pkl": (b"\x80\x04" + chain + b".", "nested too deeply or in a circle"),
-        "modules_in_a_circle.pkl": (b"\x80\x04" + circle + b".", "nested too deeply or in a circle"),
+        "modules_in_a_circle.pkl": (
+            b"\x80\x04" + circle + b".",
+            "nested too deeply or in a circle",
+        ),
         "nesting.pkl": (b"\x80\x04N" + b"\x85" * 300_000 + b".", "no dictionary of tensors"),
-        "instructions.pkl": (b"\x80\x04" + b"N0" * 600_000 + b".", "more than 1000000 instructions"),
+        "instructions.pkl": (
+            b"\x80\x04" + b"N0" * 600_000 + b".",
+            "more than 1000000 instructions",
+        ),
         "marks.pkl": (b"\x80\x04" + b"(" * 100_000 + b"1" * 100_001 + b".", "a mark is missing"),
         "empty_stack.pkl": (b"\x80\x04........", "no operand"),
         "odd_items.pkl": (b"\x80\x04}(K\x01K\x02K\x03u.", "a key has no value"),
@@ -214,7 +347,9 @@ def containers() -> dict[str, tuple[bytes, str]]:
     twice = io.BytesIO()
     with zipfile.ZipFile(twice, "w") as archive:
         for _ in range(2):
-            archive.filelist.append(zipfile.ZipInfo("x"))  # so that the second one raises no warning here
+            archive.filelist.append(
+                zipfile.ZipInfo("x")
+            )  # so that the second one raises no warning here
             archive.filelist.pop()
             archive.writestr(zipfile.ZipInfo("archive/data.pkl"), pickled({}))
             archive.NameToInfo.clear()
@@ -231,7 +366,10 @@ def containers() -> dict[str, tuple[bytes, str]]:
 
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     return {
-        "zip_bomb.pt": (_zip({"w": 1}, extra={"archive/data/0": zeros}, compress=True), "is compressed"),
+        "zip_bomb.pt": (
+            _zip({"w": 1}, extra={"archive/data/0": zeros}, compress=True),
+            "is compressed",
+        ),
         "deflated.pt": (zip_file({"w": 1}, Book(), compress=True), "is compressed"),
         "traversal.pt": (renamed("../../../tmp/0"), "points outside the archive"),
         "absolute.pt": (renamed("/tmp/0"), "points outside the archive"),
@@ -241,11 +379,23 @@ def containers() -> dict[str, tuple[bytes, str]]:
         "checksum.pt": (bytes(flipped), "does not match its checksum"),
         "encrypted.pt": (bytes(encrypted), "encrypted"),
         "moved_header.pt": (bytes(moved), "cannot be read"),
-        "no_pickle.pt": (_rewritten(lambda n, d: (n.replace("data.pkl", "other"), d)), "0 data.pkl members"),
-        "archive_in_archive.pt": (_rewritten(lambda n, d: (f"archive/{n}", d)), "0 data.pkl members"),
+        "no_pickle.pt": (
+            _rewritten(lambda n, d: (n.replace("data.pkl", "other"), d)),
+            "0 data.pkl members",
+        ),
+        "archive_in_archive.pt": (
+            _rewritten(lambda n, d: (f"archive/{n}", d)),
+            "0 data.pkl members",
+        ),
         "two_pickles.pt": (_zip({"w": 1}, extra={"data.pkl": pickled({})}), "2 data.pkl members"),
-        "byteorder.pt": (_rewritten(lambda n, d: (n, b"middle" if n.endswith("byteorder") else d)), "byteorder"),
-        "trailing.pkl": (pickled({}) + pickled(Call(Name("os", "system"), ("x",))), "bytes follow the end"),
+        "byteorder.pt": (
+            _rewritten(lambda n, d: (n, b"middle" if n.endswith("byteorder") else d)),
+            "byteorder",
+        ),
+        "trailing.pkl": (
+            pickled({}) + pickled(Call(Name("os", "system"), ("x",))),
+            "bytes follow the end",
+        ),
         "trailing.pth": (_good(legacy_file) + b"12345678", "bytes follow the end"),
         "empty.pt": (b"", "it is empty"),
         "text.pt": (b"version https://git-lfs.github.com/spec/v1\n", "unknown kind"),
@@ -262,9 +412,18 @@ def containers() -> dict[str, tuple[bytes, str]]:
             safetensors_file(b'{"a":%b,"a":%b}' % ((json.dumps(entry).encode(),) * 2)),
             "something twice",
         ),
-        "header_type.safetensors": (safetensors_file({"a": entry | {"dtype": "OBJECT"}}), "lacks a known dtype"),
-        "header_shape.safetensors": (safetensors_file({"a": entry | {"shape": [2**20, 2**20]}}), "does not fit"),
-        "header_negative.safetensors": (safetensors_file({"a": entry | {"shape": [-1, -2]}}), "impossible sizes"),
+        "header_type.safetensors": (
+            safetensors_file({"a": entry | {"dtype": "OBJECT"}}),
+            "lacks a known dtype",
+        ),
+        "header_shape.safetensors": (
+            safetensors_file({"a": entry | {"shape": [2**20, 2**20]}}),
+            "does not fit",
+        ),
+        "header_negative.safetensors": (
+            safetensors_file({"a": entry | {"shape": [-1, -2]}}),
+            "impossible sizes",
+        ),
         "header_outside.safetensors": (
             safetensors_file({"a": entry | {"data_offsets": [2**33, 2**33 + 8]}}),
             "does not fit",
@@ -274,7 +433,10 @@ def containers() -> dict[str, tuple[bytes, str]]:
             safetensors_file({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12),
             "overlap or leave a gap",
         ),
-        "left_over.safetensors": (safetensors_file({"a": entry}, b"\0" * 20), "bytes follow its last tensor"),
+        "left_over.safetensors": (
+            safetensors_file({"a": entry}, b"\0" * 20),
+            "bytes follow its last tensor",
+        ),
     }
 
 
@@ -290,16 +452,28 @@ def unrecognised() -> dict[str, dict[str, np.ndarray]]:
 
     conv, layer, block = "enc.8x8_conv.weight", "map_layer0.weight", "enc.8x8_block0.conv0.weight"
     edm = zeros(
-        **{conv: (8, 1, 3, 3), layer: (32, 8), block: (8, 8, 3, 3), "enc.8x8_block0.conv1.weight": (8, 8, 3, 3)}
+        **{
+            conv: (8, 1, 3, 3),
+            layer: (32, 8),
+            block: (8, 8, 3, 3),
+            "enc.8x8_block0.conv1.weight": (8, 8, 3, 3),
+        }
     )
     edm |= zeros(**{"dec.8x8_aux_conv.weight": (1, 8, 3, 3)})
-    adm = {"time_embed.0.weight": (32, 8), "input_blocks.0.0.weight": (8, 1, 3, 3), "input_blocks.1.0.x": (1,)}
-    adm = zeros(**adm, **{"output_blocks.0.0.in_layers.0.weight": (8,), "out.2.weight": (1, 8, 3, 3)})
+    adm = {
+        "time_embed.0.weight": (32, 8),
+        "input_blocks.0.0.weight": (8, 1, 3, 3),
+        "input_blocks.1.0.x": (1,),
+    }
+    adm = zeros(
+        **adm, **{"output_blocks.0.0.in_layers.0.weight": (8,), "out.2.weight": (1, 8, 3, 3)}
+    )
     first, mapping = "b8.fromrgb.weight", {"mapping.embed.weight": (8, 2), "b4.out.weight": (1, 8)}
     inception = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3)}
     taps, row = "enc.8x8_block0.resample_filter", zeros(x=(1, 1, 1, 100_000))["x"] + 1
     return {
-        "no_first_conv": edm | zeros(**{"enc.8x16_conv.weight": (8, 1, 3, 3), "enc.16x16_block0.norm0.weight": (8,)}),
+        "no_first_conv": edm
+        | zeros(**{"enc.8x16_conv.weight": (8, 1, 3, 3), "enc.16x16_block0.norm0.weight": (8,)}),
         "conv_of_no_dimension": edm | zeros(**{conv: ()}),
         "conv_of_one_dimension": edm | zeros(**{conv: (8,)}),
         "layer_of_one_dimension": edm | zeros(**{layer: (8,)}),
@@ -307,7 +481,9 @@ def unrecognised() -> dict[str, dict[str, np.ndarray]]:
         "filter_of_one_dimension": edm | zeros(**{taps: (4,)}),
         "filter_of_one_row": edm | {taps: row},
         "label_of_one_dimension": edm | zeros(**{"map_label.weight": (8,)}),
-        "side_of_many_digits": zeros(**{f"enc.{'9' * 100}x{'9' * 100}_conv.weight": (8, 1, 3, 3), layer: (32, 8)}),
+        "side_of_many_digits": zeros(
+            **{f"enc.{'9' * 100}x{'9' * 100}_conv.weight": (8, 1, 3, 3), layer: (32, 8)}
+        ),
         "no_blocks": edm | {"enc.4x4_conv.weight": edm[conv]},
         "adm_embedding_of_no_dimension": adm | zeros(**{"time_embed.0.weight": ()}),
         "adm_embedding_of_no_width": adm | zeros(**{"time_embed.0.weight": (32, 0)}),
@@ -350,16 +526,22 @@ for name in sys.argv[2:]:
 
 
 def read_apart(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, int, float]]:
-    """name -> (sentence, peak memory beyond the program's own in bytes, seconds): every file in a process of its own.
+    """name -> (sentence, peak memory beyond the program's own in bytes, seconds): every file in a
+    process of its own.
 
-    A process's peak never falls, so one process cannot measure several files. Each reads healthy files first: what the
-    reader's own code takes when it first runs (pages of the interpreter, some MB) is the program's. Linux only.
+    A process's peak never falls, so one process cannot measure several files. Each reads healthy
+    files first: what the reader's own code takes when it first runs (pages of the interpreter, some
+      MB) is the program's. Linux only.
     """
     with tempfile.TemporaryDirectory() as healthy:
         for name, data in good().items():
             (Path(healthy) / name).write_bytes(data)
         done = subprocess.run(
-            [sys.executable, "-c", _READER, healthy, *names], cwd=folder, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", _READER, healthy, *names],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
     rows = map(json.loads, done.stdout.splitlines())
     return {name: (said, peak, seconds) for name, said, peak, seconds in rows}
@@ -367,7 +549,9 @@ def read_apart(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, int, 
 
 def good() -> dict[str, bytes]:
     """Small healthy files of every layout, for truncation and fuzzing."""
-    snapshot = tf.network({"model.a.weight": ONES.reshape(4, 4), "u": ONES}, tf.pickled_tensor, x=np.float64(2).item())
+    snapshot = tf.network(
+        {"model.a.weight": ONES.reshape(4, 4), "u": ONES}, tf.pickled_tensor, x=np.float64(2).item()
+    )
     text = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     return {
         "good.pt": _good(),
@@ -383,7 +567,7 @@ def main() -> None:
 
     from safetensors.numpy import save_file
 
-    from ogdm_jax.interop import __main__
+    from ogdm_jax.cli import interop as __main__
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, (data, _) in table().items():
@@ -393,7 +577,9 @@ def main() -> None:
             save_file(state, name)
         names = [*table(), *odd]
         measured = read_apart(Path(folder), names)
-        print("| file | bytes | peak kB | seconds | exit code | sentence |\n|---|---|---|---|---|---|")
+        print(
+            "| file | bytes | peak kB | seconds | exit code | sentence |\n|---|---|---|---|---|---|"
+        )
         for name in names:
             said, sys.argv = io.StringIO(), ["interop", "convert", name, "--out", "made"]
             try:

@@ -1,4 +1,6 @@
-"""Small checkpoints that would take far more memory or time than their size, as hostile.table has them."""
+"""Small checkpoints that would take far more memory or time than their size, as hostile.table has
+them.
+"""
 
 import io
 import struct
@@ -13,22 +15,45 @@ LINEAR = tf.emit(Name("torch.nn.modules.linear", "Linear"))
 
 def _again(function: Name, args: tuple, count: int) -> bytes:
     """A pickle that writes a call's arguments once and makes the call count times."""
-    return b"\x80\x04" + tf.emit(function) + b"\x94" + tf.emit(args) + b"\x94(" + b"h\x00h\x01R" * count + b"l."
+    return (
+        b"\x80\x04"
+        + tf.emit(function)
+        + b"\x94"
+        + tf.emit(args)
+        + b"\x94("
+        + b"h\x00h\x01R" * count
+        + b"l."
+    )
 
 
 def _sharing(modules: int, tensors: int) -> bytes:
     """A module of modules that all have one dictionary of parameters."""
     parameters = b"}(" + b"".join(tf.emit(str(i)) + b"h\x00" for i in range(tensors)) + b"u"
-    shared = (tf.emit(tf.pickled_tensor(np.ones(16, np.float32))), parameters, tf.emit("_parameters"), LINEAR)
+    shared = (
+        tf.emit(tf.pickled_tensor(np.ones(16, np.float32))),
+        parameters,
+        tf.emit("_parameters"),
+        LINEAR,
+    )
     memo = b"".join(value + b"\x940" for value in shared)
     parts = (tf.emit(str(i)) + b"h\x03)\x81}h\x02h\x01sb" for i in range(modules))
-    return b"\x80\x04" + memo + b"h\x03)\x81}" + tf.emit("_modules") + b"}(" + b"".join(parts) + b"usb."
+    return (
+        b"\x80\x04"
+        + memo
+        + b"h\x03)\x81}"
+        + tf.emit("_modules")
+        + b"}("
+        + b"".join(parts)
+        + b"usb."
+    )
 
 
 def costly() -> dict[str, tuple[bytes, str]]:
     """Small files that would take far more memory or time than their size."""
     book, ones = Book(), np.ones(16, np.float32)
-    lists = b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(40))  # each has the one before it twice
+    lists = b"".join(
+        b"](h%ch%ce\x94" % (i, i) for i in range(40)
+    )  # each has the one before it twice
     device = b"\x80\x04K\x01\x94" + lists + tf.emit(Name("torch", "device")) + b"h\x28\x85R."
     pairs = [(str(i), i) for i in range(5000)]
     buffer = (b"\0" * 100_000, Call(Name("numpy", "dtype"), ("f4", False, True)), (25_000,), "C")
@@ -42,14 +67,34 @@ def costly() -> dict[str, tuple[bytes, str]]:
     keys = b"\x80\x04}(" + b"".join(tf.emit(prime * i) + b"N" for i in range(1, 20_000)) + b"u."
     memo = b"\x80\x04N" + b"".join(b"p%d\n" % (prime * i) for i in range(1, 20_000)) + b"."
     part = b"}(" + b"".join(tf.emit(i) + b"N" for i in range(20_000)) + b"u\x940"
-    parts = b"\x80\x04" + part + b"}(" + b"".join(tf.emit(i) + b"h\x00" for i in range(20_000)) + b"u."
-    calls = b"\x80\x04" + tf.emit("torch.nn.modules." + "a" * 100_000) + b"\x940" + tf.emit("Linear") + b"\x940("
+    parts = (
+        b"\x80\x04" + part + b"}(" + b"".join(tf.emit(i) + b"h\x00" for i in range(20_000)) + b"u."
+    )
+    calls = (
+        b"\x80\x04"
+        + tf.emit("torch.nn.modules." + "a" * 100_000)
+        + b"\x940"
+        + tf.emit("Linear")
+        + b"\x940("
+    )
     return {
         "device_of_lists.pkl": (device, "a torch.device is something else"),
-        "latin1_again.pkl": (_again(Name("_codecs", "encode"), ("x" * 100_000, "latin1"), 2000), "contents unfold"),
-        "frombuffer_again.pkl": (_again(Name("numpy.core.numeric", "_frombuffer"), buffer, 2000), "contents unfold"),
-        "ordered_dict_again.pkl": (_again(Name("collections", "OrderedDict"), (pairs,), 1000), "contents unfold"),
-        "set_again.pkl": (_again(Name("builtins", "set"), ([*range(5000)],), 1000), "contents unfold"),
+        "latin1_again.pkl": (
+            _again(Name("_codecs", "encode"), ("x" * 100_000, "latin1"), 2000),
+            "contents unfold",
+        ),
+        "frombuffer_again.pkl": (
+            _again(Name("numpy.core.numeric", "_frombuffer"), buffer, 2000),
+            "contents unfold",
+        ),
+        "ordered_dict_again.pkl": (
+            _again(Name("collections", "OrderedDict"), (pairs,), 1000),
+            "contents unfold",
+        ),
+        "set_again.pkl": (
+            _again(Name("builtins", "set"), ([*range(5000)],), 1000),
+            "contents unfold",
+        ),
         "children_of_itself.pkl": (b"\x80\x04" + itself + b".", "nested too deeply or in a circle"),
         "long_module_names.pkl": (deep, "by name of at most 512 letters"),
         "modules_share_parameters.pkl": (_sharing(10_000, 10_000), "or more than 50000"),
@@ -67,9 +112,14 @@ def costly() -> dict[str, tuple[bytes, str]]:
         ),
         "overlapping_members.pt": (_overlapping(3000, b"\0" * 1_000_000), "its members overlap"),
         "members_of_nothing.pt": (_overlapping(40_000, b""), "contents unfold"),
-        "header_of_pairs.safetensors": (safetensors_file(b'{%b"":0}' % (b'"":0,' * 1_200_000)), "contents unfold"),
+        "header_of_pairs.safetensors": (
+            safetensors_file(b'{%b"":0}' % (b'"":0,' * 1_200_000)),
+            "contents unfold",
+        ),
         "header_of_nothing.safetensors": (
-            safetensors_file({"a": {"dtype": "F32", "shape": [0, 2**47, 2**47], "data_offsets": [0, 0]}}, b""),
+            safetensors_file(
+                {"a": {"dtype": "F32", "shape": [0, 2**47, 2**47], "data_offsets": [0, 0]}}, b""
+            ),
             "impossible shape",
         ),
     }
@@ -84,4 +134,9 @@ def _overlapping(count: int, content: bytes) -> bytes:
     at, end = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
     head = whole[at : at + 46]
     directory = b"".join(head + b"%05d" % i for i in range(count))
-    return whole[:at] + directory + whole[end : end + 8] + struct.pack("<HHIIH", count, count, len(directory), at, 0)
+    return (
+        whole[:at]
+        + directory
+        + whole[end : end + 8]
+        + struct.pack("<HHIIH", count, count, len(directory), at, 0)
+    )

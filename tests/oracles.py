@@ -1,6 +1,8 @@
-"""Data whose denoiser, score and density are known exactly, so that solvers can be held against the truth.
+"""Data whose denoiser, score and density are known exactly, so that solvers can be held against the
+truth.
 
-Everything works in the dtype of x (float32, or float64 under x64). The mixture is the one of the golden files.
+Everything works in the dtype of x (float32, or float64 under x64). The mixture is the one of the
+golden files.
 """
 
 import dataclasses
@@ -38,7 +40,9 @@ class Gaussian:
         return jnp.sum(-0.5 * (x - self.mean) ** 2 / v - 0.5 * jnp.log(2 * np.pi * v), axes)
 
     def ode(self, x, sigma, sigma_next=0.0):
-        """The probability-flow ODE solved exactly: (x - mean) scales with the standard deviation of the marginal."""
+        """The probability-flow ODE solved exactly: (x - mean) scales with the standard deviation of
+        the marginal.
+        """
         ratio = jnp.sqrt((self.std**2 + sigma_next**2) / (self.std**2 + sigma**2))
         return self.mean + (x - self.mean) * ratio
 
@@ -47,30 +51,50 @@ class Gaussian:
 
 
 class Mixture:
-    """x0 ~ sum_k weight_k N(mu_k, scale_k^2 I), mu [K,H,W,C]; responsibilities per image over all its numbers."""
+    """x0 ~ sum_k weight_k N(mu_k, scale_k^2 I), mu [K,H,W,C]; responsibilities per image over all
+    its numbers.
+    """
 
     def __init__(self, weights, scales, mu):
-        self.weights, self.scales, self.mu = (np.asarray(v, np.float64) for v in (weights, scales, mu))
+        self.weights, self.scales, self.mu = (
+            np.asarray(v, np.float64) for v in (weights, scales, mu)
+        )
         self.numbers = int(np.prod(self.mu.shape[1:]))
 
     @classmethod
     def golden(cls, config: dict) -> "Mixture":
-        """README section 4: mu_k = mu_scale * hash(D, mu_p + k), flattened C, H, W; held here as H, W, C."""
+        """README section 4: mu_k = mu_scale * hash(D, mu_p + k), flattened C, H, W; held here as H,
+        W, C.
+        """
         shape = tuple(config["shape"])
         size = int(np.prod(shape))
-        mu = [hash_values(size, config["mu_p"] + k).reshape(shape) for k in range(len(config["weights"]))]
-        return cls(config["weights"], config["scales"], config["mu_scale"] * np.moveaxis(np.stack(mu), 1, -1))
+        mu = [
+            hash_values(size, config["mu_p"] + k).reshape(shape)
+            for k in range(len(config["weights"]))
+        ]
+        return cls(
+            config["weights"],
+            config["scales"],
+            config["mu_scale"] * np.moveaxis(np.stack(mu), 1, -1),
+        )
 
     def _parts(self, x, sigma, scale=1.0):
-        """(log weight + log N_k [B,K] up to the constant, posterior means [B,K,...]) at signal scale `scale`."""
+        """(log weight + log N_k [B,K] up to the constant, posterior means [B,K,...]) at signal
+        scale `scale`.
+        """
         alpha = column(jnp.broadcast_to(jnp.asarray(scale, x.dtype), x.shape[:1]), x)[:, None]
-        mu, s2 = jnp.asarray(self.mu, x.dtype)[None], jnp.asarray(self.scales, x.dtype)[None, :] ** 2
+        mu, s2 = (
+            jnp.asarray(self.mu, x.dtype)[None],
+            jnp.asarray(self.scales, x.dtype)[None, :] ** 2,
+        )
         s2 = s2.reshape(s2.shape + (1,) * (x.ndim - 1))
         v = alpha**2 * s2 + column(sigma, x)[:, None] ** 2
         away = x[:, None] - alpha * mu
         squares = jnp.sum(away**2 / v, tuple(range(2, away.ndim)))
         log = jnp.log(jnp.asarray(self.weights, x.dtype))[None] - 0.5 * squares
-        return log - 0.5 * self.numbers * jnp.log(v.reshape(v.shape[:2])), mu + alpha * s2 / v * away
+        return log - 0.5 * self.numbers * jnp.log(
+            v.reshape(v.shape[:2])
+        ), mu + alpha * s2 / v * away
 
     def denoise(self, x, sigma, label=None):
         log, means = self._parts(x, sigma)
@@ -82,13 +106,19 @@ class Mixture:
 
     def log_density(self, x, sigma, scale=1.0):
         """log sum_k pi_k N(x; scale mu_k, (scale^2 s_k^2 + sigma^2) I), [B]."""
-        return logsumexp(self._parts(x, sigma, scale)[0], axis=1) - 0.5 * self.numbers * np.log(2 * np.pi)
+        return logsumexp(self._parts(x, sigma, scale)[0], axis=1) - 0.5 * self.numbers * np.log(
+            2 * np.pi
+        )
 
     def draw(self, key, n: int):
         pick, noise = jax.random.split(key)
-        k = jax.random.categorical(pick, jnp.log(jnp.asarray(self.weights, jnp.float32)), shape=(n,))
+        k = jax.random.categorical(
+            pick, jnp.log(jnp.asarray(self.weights, jnp.float32)), shape=(n,)
+        )
         z = jax.random.normal(noise, (n, *self.mu.shape[1:]))
-        return jnp.asarray(self.mu, z.dtype)[k] + column(jnp.asarray(self.scales, z.dtype)[k], z) * z
+        return (
+            jnp.asarray(self.mu, z.dtype)[k] + column(jnp.asarray(self.scales, z.dtype)[k], z) * z
+        )
 
 
 def two_bumps(side: int = 2) -> Mixture:

@@ -7,8 +7,8 @@ import pytest
 from oracles import Gaussian, two_bumps
 
 from ogdm_jax.diffusion import grids
-from ogdm_jax.diffusion.ablation import ablation
-from ogdm_jax.diffusion.sampling import Churn, sample
+from ogdm_jax.sampling.ablation import ablation
+from ogdm_jax.sampling.sampler import Churn, sample
 
 pytestmark = pytest.mark.fast
 
@@ -16,20 +16,31 @@ DATA = Gaussian(0.0, 0.5)
 
 
 @pytest.mark.parametrize(
-    "grid, schedule, scaling, solver, n, want", [
-        ("edm", "linear", "none", "euler", 18, 0.42303144), ("edm", "linear", "none", "heun", 18, 0.52762464),
-        ("vp", "vp", "vp", "euler", 18, 0.48984169), ("vp", "vp", "vp", "euler", 128, 0.49825490),
-        ("vp", "vp", "vp", "heun", 18, 0.50419564), ("vp", "vp", "vp", "heun", 128, 0.50007523),
-        ("ve", "ve", "none", "heun", 18, 0.20254780), ("ve", "ve", "none", "heun", 128, 0.49464941),
-        ("ve", "ve", "none", "euler", 18, 1.59047990), ("ve", "ve", "none", "euler", 128, 0.58720908),
-        ("iddpm", "linear", "none", "heun", 18, 0.50818586), ("iddpm", "linear", "none", "euler", 18, 0.45714309),
-        ("edm", "vp", "vp", "heun", 18, 0.50400473), ("edm", "vp", "vp", "heun", 128, 0.50007467)],
-)  # fmt: skip
+    "grid, schedule, scaling, solver, n, want",
+    [
+        ("edm", "linear", "none", "euler", 18, 0.42303144),
+        ("edm", "linear", "none", "heun", 18, 0.52762464),
+        ("vp", "vp", "vp", "euler", 18, 0.48984169),
+        ("vp", "vp", "vp", "euler", 128, 0.49825490),
+        ("vp", "vp", "vp", "heun", 18, 0.50419564),
+        ("vp", "vp", "vp", "heun", 128, 0.50007523),
+        ("ve", "ve", "none", "heun", 18, 0.20254780),
+        ("ve", "ve", "none", "heun", 128, 0.49464941),
+        ("ve", "ve", "none", "euler", 18, 1.59047990),
+        ("ve", "ve", "none", "euler", 128, 0.58720908),
+        ("iddpm", "linear", "none", "heun", 18, 0.50818586),
+        ("iddpm", "linear", "none", "euler", 18, 0.45714309),
+        ("edm", "vp", "vp", "heun", 18, 0.50400473),
+        ("edm", "vp", "vp", "heun", 128, 0.50007467),
+    ],
+)
 def test_ablation_goldens(grid, schedule, scaling, solver, n, want):
     tolerance = 5e-6 if grid == "iddpm" else 6e-8  # the authors' iDDPM table is float32
     with jax.enable_x64(True):
         z = jnp.ones((1, 1, 1, 1), jnp.float64)
-        x = ablation(DATA.denoise, z, n, solver=solver, grid=grid, schedule=schedule, scaling=scaling)
+        x = ablation(
+            DATA.denoise, z, n, solver=solver, grid=grid, schedule=schedule, scaling=scaling
+        )
         assert abs(float(x[0, 0, 0, 0]) - want) < tolerance
 
 

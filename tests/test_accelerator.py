@@ -1,4 +1,6 @@
-"""benchmarks/accelerator.py: its clock and processes against cases that misbehave, its counting, and a rehearsal."""
+"""benchmarks/accelerator.py: its clock and processes against cases that misbehave, its counting,
+and a rehearsal.
+"""
 
 import json
 import os
@@ -48,7 +50,9 @@ def process(tmp_path):
 
 def ask(process, name, seconds=20.0, report=lambda _: None):
     options = Options(True, "", "", seconds=seconds).to_dict()
-    return process.ask({"module": "pretend", "action": "run", "name": name, "options": options}, seconds, report)
+    return process.ask(
+        {"module": "pretend", "action": "run", "name": name, "options": options}, seconds, report
+    )
 
 
 def test_a_case_that_fails_dies_or_overruns_is_one_answer(process, tmp_path):
@@ -93,7 +97,9 @@ def test_a_phase_gets_its_share_of_what_is_left(monkeypatch):
     whole = shares["prepare"] + shares["train"] + shares["images"]
     assert clock.begin("prepare") == pytest.approx(100 + 596 * shares["prepare"] / whole)
     now[0] = 110.0  # nearly nothing was needed: the others share the rest
-    assert clock.begin("train") == pytest.approx(110 + 586 * shares["train"] / (whole - shares["prepare"]))
+    assert clock.begin("train") == pytest.approx(
+        110 + 586 * shares["train"] / (whole - shares["prepare"])
+    )
     assert clock.begin("images") == pytest.approx(110 + 586)
 
 
@@ -111,7 +117,9 @@ def test_a_phase_gets_its_share_of_what_is_left(monkeypatch):
     ],
 )
 def test_bad_words_get_one_sentence(words, said, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["accelerator.py", "--out", str(tmp_path), "--rehearse", *words])
+    monkeypatch.setattr(
+        sys, "argv", ["accelerator.py", "--out", str(tmp_path), "--rehearse", *words]
+    )
     monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         accelerator.main()
@@ -122,9 +130,22 @@ def test_bad_words_get_one_sentence(words, said, monkeypatch, tmp_path):
 def test_the_parts_hold_what_they_promise():
     options = Options(False, "", "", golden=str(tiny.ROOT / "tests" / "golden"))
     names = {f"{case.part}.{case.name}" for case in accelerator.choose(options, "")}
-    families = ("edm_adm_a", "gd_unet_d", "ogdm_losses_euler", "stf_targets_a", "dsg_p_sample", "resume", "accumulate")
+    families = (
+        "edm_adm_a",
+        "gd_unet_d",
+        "ogdm_losses_euler",
+        "stf_targets_a",
+        "dsg_p_sample",
+        "resume",
+        "accumulate",
+    )
     assert {f"exact.{name}" for name in families} <= names
-    for name in ("train.torch-compile-autocast", "train.ogdm-heun", "sampling.ddim-dsg", "images.edm-and-ogdm"):
+    for name in (
+        "train.torch-compile-autocast",
+        "train.ogdm-heun",
+        "sampling.ddim-dsg",
+        "images.edm-and-ogdm",
+    ):
         assert name in names
     only = accelerator.choose(options, "profile, exact.stf_*")
     assert {case.part for case in only} == {"profile", "exact"} and len(only) == 3
@@ -189,7 +210,11 @@ def event(name, ms, **stats):
 
 @pytest.mark.fast
 def test_a_profile_adds_up_the_kernels_of_the_device():
-    stream = [event("k1", 2, hlo_op="fusion.1"), event("k1", 3, hlo_op="fusion.2"), event("memcpy", 1)]
+    stream = [
+        event("k1", 2, hlo_op="fusion.1"),
+        event("k1", 3, hlo_op="fusion.2"),
+        event("memcpy", 1),
+    ]
     lines = [types.SimpleNamespace(name="Stream #1", events=stream)]
     lines.append(types.SimpleNamespace(name="XLA Ops", events=stream))  # the same once more
     host = types.SimpleNamespace(name="/host:CPU", lines=lines)
@@ -202,7 +227,9 @@ def test_a_profile_adds_up_the_kernels_of_the_device():
 
 @pytest.mark.fast
 def test_ratios_and_table():
-    speed = lambda value, **more: {"images_per_second": value, "ms": 1.0, "first_ms": 9.0, "batch": 8} | more  # noqa: E731
+    speed = lambda value, **more: (
+        {"images_per_second": value, "ms": 1.0, "first_ms": 9.0, "batch": 8} | more
+    )
     train = {
         "plain-bfloat16": speed(300.0, tflop_per_second=40.0, tflop=0.1),
         "ogdm-euler": speed(100.0) | {"ms": 3.0},
@@ -212,21 +239,41 @@ def test_ratios_and_table():
         "product": {"bfloat16_tflop_per_second": 80.0, "size": 8},
         "sp": {"error": "stopped"},
     }
-    results = {"train": train, "exact": {"a": {"passed": True}, "b": {"passed": False, "why": "off"}}}
+    results = {
+        "train": train,
+        "exact": {"a": {"passed": True}, "b": {"passed": False, "why": "off"}},
+    }
     found = table.ratios(results)
     assert found["train: ours bfloat16 / PyTorch's default (eager float32)"] == 3
     assert found["train: ours bfloat16 / PyTorch's best (compile-autocast)"] == 1.5
     assert found["train: share of the bfloat16 product's rate"] == 0.5
     assert found["time of the step: ogdm-euler / plain"] == 3
-    assert not any("ADM" in name or "sp /" in name for name in found)  # what was not measured is no ratio
+    assert not any(
+        "ADM" in name or "sp /" in name for name in found
+    )  # what was not measured is no ratio
     text = "\n".join(table.lines(results, {"images.edm-and-ogdm": "no time left"}))
-    for words in ("1 of 2 passed", "FAILED: off", "FAILED: stopped", "edm-and-ogdm | not run: no time left"):
+    for words in (
+        "1 of 2 passed",
+        "FAILED: off",
+        "FAILED: stopped",
+        "edm-and-ogdm | not run: no time left",
+    ):
         assert words in text
 
 
 def rehearse(out, only, minutes=4.0):
     script = str(tiny.ROOT / "benchmarks" / "accelerator.py")
-    words = ["--rehearse", "--lanes", "2", "--minutes", str(minutes), "--out", str(out), "--only", only]
+    words = [
+        "--rehearse",
+        "--lanes",
+        "2",
+        "--minutes",
+        str(minutes),
+        "--out",
+        str(out),
+        "--only",
+        only,
+    ]
     command = [sys.executable, script, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes + 60)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -234,9 +281,15 @@ def rehearse(out, only, minutes=4.0):
 
 
 def test_a_rehearsal(tmp_path):
-    found, said = rehearse(tmp_path, "exact.stf_targets_a,train.product,profile,train.torch-product")
+    found, said = rehearse(
+        tmp_path, "exact.stf_targets_a,train.product,profile,train.torch-product"
+    )
     parts = found["parts"]
-    assert found["finished"] and found["machine"]["platform"] == "cpu" and found["machine"]["versions"]["jax"]
+    assert (
+        found["finished"]
+        and found["machine"]["platform"] == "cpu"
+        and found["machine"]["versions"]["jax"]
+    )
     assert parts["exact"] == {"stf_targets_a": {"passed": True}}
     assert parts["train"]["product"]["bfloat16_tflop_per_second"] > 0
     profile = parts["profile"]["plain-bfloat16"]
@@ -250,9 +303,17 @@ def test_a_rehearsal(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_stopped_run_leaves_a_table_and_no_process(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(tiny.ROOT / "benchmarks" / "accelerator.py"), "--rehearse", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(tiny.ROOT / "benchmarks" / "accelerator.py"),
+        "--rehearse",
+        "--out",
+        str(out),
+    ]
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    running = subprocess.Popen([*command, "--only", "train.product"], env=env, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--only", "train.product"], env=env, stdout=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 30
     while not _workers(tmp_path) and time.monotonic() < until:
         time.sleep(0.05)
@@ -261,7 +322,9 @@ def test_a_stopped_run_leaves_a_table_and_no_process(tmp_path):
     said, _ = running.communicate(timeout=30)
     found = json.loads((out / "results.json").read_text())
     assert running.returncode == 143 and not found["finished"]
-    assert found["not_run"] == {"train.product": "the run was stopped"} and found["table"][-1] in said
+    assert (
+        found["not_run"] == {"train.product": "the run was stopped"} and found["table"][-1] in said
+    )
     assert not _workers(tmp_path)
 
 
@@ -282,11 +345,15 @@ def test_the_whole_rehearsal(tmp_path):
     assert set(found["not_run"].values()) == {"--edm was not given"}
     for part, cases in found["parts"].items():
         for name, answer in cases.items():
-            assert "error" not in answer and answer.get("passed", True) and answer.get("finite", True), (part, name)
+            assert (
+                "error" not in answer and answer.get("passed", True) and answer.get("finite", True)
+            ), (part, name)
     images = found["parts"]["images"]["edm-and-ogdm"]
     assert images["loss"]["edm"] != images["loss"]["ogdm"] and images["images_seen"] > 0
     cells = images["cells"]
-    assert {cell["method"] for cell in cells} == {"edm", "ogdm"} and all(cell["floor"] > 0 for cell in cells)
+    assert {cell["method"] for cell in cells} == {"edm", "ogdm"} and all(
+        cell["floor"] > 0 for cell in cells
+    )
     assert (tmp_path / "images.png").exists() and len(list(tmp_path.iterdir())) <= 8
 
 
@@ -295,7 +362,9 @@ def test_cases_are_named_once():
     options = Options(True, "", "", golden=str(tiny.ROOT / "tests" / "golden"))
     cases = accelerator.choose(options, "")
     assert len({(case.part, case.name) for case in cases}) == len(cases)
-    assert all(isinstance(case, Case) and case.phase in (*accelerator.SHARES, "exact") for case in cases)
+    assert all(
+        isinstance(case, Case) and case.phase in (*accelerator.SHARES, "exact") for case in cases
+    )
 
 
 @pytest.mark.slow  # traces every network of the full sizes, without compiling

@@ -1,4 +1,6 @@
-"""OpenAI's ADM networks: the tensors of every published checkpoint, name round trips, heads, pools, errors."""
+"""OpenAI's ADM networks: the tensors of every published checkpoint, name round trips, heads, pools,
+errors.
+"""
 
 import functools
 import gzip
@@ -17,17 +19,25 @@ from ogdm_jax.networks import ADMEncoder, ADMUNet
 
 FULLSIZE = Path(__file__).parent / "golden" / "fullsize"
 CLASSES = ("create_model", "sr_create_model", "create_classifier")
-LISTS = {p.name.split(".")[0]: json.loads(gzip.open(p).read()) for p in sorted(FULLSIZE.glob("*.json.gz"))}
+LISTS = {
+    p.name.split(".")[0]: json.loads(gzip.open(p).read())
+    for p in sorted(FULLSIZE.glob("*.json.gz"))
+}
 LISTS = {name: listed for name, listed in LISTS.items() if listed["constructor"]["cls"] in CLASSES}
-SMALL = dict(img_resolution=8, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+SMALL = dict(
+    img_resolution=8, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)
+)
 
 
 def randomised(network, seed: int = 0):
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, network.img_channels)), jnp.zeros(1))
+    shapes = jax.eval_shape(
+        network.init, jax.random.key(0), jnp.zeros((1, 8, 8, network.img_channels)), jnp.zeros(1)
+    )
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
     values = [
-        rng.normal(size=s.shape).astype(np.float32) * (s.shape[-2] ** -0.5 if s.ndim > 1 else 0.3) for s in leaves
+        rng.normal(size=s.shape).astype(np.float32) * (s.shape[-2] ** -0.5 if s.ndim > 1 else 0.3)
+        for s in leaves
     ]
     return jax.tree.unflatten(tree, values)
 
@@ -38,7 +48,9 @@ def test_tensors_of_published_checkpoints(name):
     listed = LISTS[name]
     network, order = published(listed["constructor"]["cls"], listed["constructor"]["kwargs"])
     entries = names_adm.adm_entries(network, order)
-    assert {e.name: e.torch_shape for e in entries} == {name: tuple(shape) for name, shape, _ in listed["entries"]}
+    assert {e.name: e.torch_shape for e in entries} == {
+        name: tuple(shape) for name, shape, _ in listed["entries"]
+    }
     assert sum(int(np.prod(e.shape)) for e in entries) == listed["param_count"]
 
 
@@ -50,21 +62,29 @@ def test_names_round_trip(order, updown):
     state = names_adm.flax_to_adm(variables, network, order)
     assert state["output_blocks.1.1.qkv.weight"].shape == (192, 64, 1)
     assert ("output_blocks.1.2.conv.weight" in state) is not updown
-    jax.tree.map(np.testing.assert_array_equal, names_adm.adm_to_flax(state, network, order), dict(variables))
+    jax.tree.map(
+        np.testing.assert_array_equal, names_adm.adm_to_flax(state, network, order), dict(variables)
+    )
     with pytest.raises(ValueError, match="label_emb.weight is missing"):
-        names_adm.adm_to_flax({k: v for k, v in state.items() if k != "label_emb.weight"}, network, order)
+        names_adm.adm_to_flax(
+            {k: v for k, v in state.items() if k != "label_emb.weight"}, network, order
+        )
     with pytest.raises(ValueError, match="qkv_order: 'edm'"):
         names_adm.adm_to_flax(state, network, "edm")
 
 
 def test_orders_of_attention_channels():
-    """Where head h, channel c of q, k, v stands in each order, by its definition, for 2 heads of 3 channels."""
+    """Where head h, channel c of q, k, v stands in each order, by its definition, for 2 heads of 3
+    channels.
+    """
     new = np.arange(18)  # x * 6 + h * 3 + c
     legacy, edm = _reorder(new, 2, NEW_ORDER, LEGACY_ORDER), _reorder(new, 2, NEW_ORDER, EDM_ORDER)
     for x in range(3):
         for h in range(2):
             for c in range(3):
-                assert legacy[h * 9 + x * 3 + c] == edm[(h * 3 + c) * 3 + x] == new[x * 6 + h * 3 + c]
+                assert (
+                    legacy[h * 9 + x * 3 + c] == edm[(h * 3 + c) * 3 + x] == new[x * 6 + h * 3 + c]
+                )
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
@@ -73,12 +93,18 @@ def test_pools(pool):
     network = ADMEncoder(out_channels=5, pool=pool, head_channels=16, **SMALL)
     variables = randomised(network)
     state = names_adm.flax_to_adm_encoder(variables, network)
-    jax.tree.map(np.testing.assert_array_equal, names_adm.adm_encoder_to_flax(state, network), dict(variables))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        names_adm.adm_encoder_to_flax(state, network),
+        dict(variables),
+    )
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
     call = jax.jit(network.apply, compiler_options={"xla_backend_optimization_level": 0})
     logits = call(variables, x, jnp.asarray([0.0, 10.0, 999.0]))
     assert logits.shape == (3, 5) and np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 1e-3
-    np.testing.assert_allclose(call(variables, x[::-1], jnp.asarray([999.0, 10.0, 0.0]))[::-1], logits, atol=1e-5)
+    np.testing.assert_allclose(
+        call(variables, x[::-1], jnp.asarray([999.0, 10.0, 0.0]))[::-1], logits, atol=1e-5
+    )
 
 
 def test_time_scale_and_labels():

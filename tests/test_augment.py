@@ -1,4 +1,6 @@
-"""EDM's augmentation: labels, frequencies, directions, a second route of the resampling. Numbers: families/."""
+"""EDM's augmentation: labels, frequencies, directions, a second route of the resampling. Numbers:
+families/.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,19 @@ def keys(count: int):
 
 def images(batch: int, height: int, width: int, channels: int = 2) -> jax.Array:
     """Smooth pictures, on which a band-limited resampling is exact to about a percent."""
-    y, x, c = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), np.arange(channels), indexing="ij")
-    return jnp.asarray(np.stack([np.sin(1.5 * x + c + b) * np.cos(y - 0.3 * b) for b in range(batch)]), jnp.float32)
+    y, x, c = np.meshgrid(
+        np.linspace(-1, 1, height), np.linspace(-1, 1, width), np.arange(channels), indexing="ij"
+    )
+    return jnp.asarray(
+        np.stack([np.sin(1.5 * x + c + b) * np.cos(y - 0.3 * b) for b in range(batch)]), jnp.float32
+    )
 
 
 def draws(pipe: AugmentPipe, **fixed) -> dict[str, jax.Array]:
     own = pipe.draw(keys(3)) | {
-        name: jnp.zeros_like(value) for name, value in pipe.draw(keys(3)).items() if name.endswith("u")
+        name: jnp.zeros_like(value)
+        for name, value in pipe.draw(keys(3)).items()
+        if name.endswith("u")
     }
     return own | {name: jnp.asarray(value, jnp.float32) for name, value in fixed.items()}
 
@@ -49,13 +57,17 @@ def test_xflip_half_yflip_p_half():
     for column, rate in ((0, 0.5), (1, p / 2)):
         assert abs(labels[:, column].mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / count)
     expected = np.where(labels[:, :1, None, None] == 1, x[:, :, ::-1], x)
-    np.testing.assert_array_equal(out, np.where(labels[:, 1:, None, None] == 1, expected[:, ::-1], expected))
+    np.testing.assert_array_equal(
+        out, np.where(labels[:, 1:, None, None] == 1, expected[:, ::-1], expected)
+    )
 
 
 def test_op_frequencies():
     count, p = 4000, 0.3
     pipe = AugmentPipe(p=p)
-    labels = np.asarray(jax.jit(lambda k: pipe.apply(pipe.draw(k), jnp.zeros((count, 2, 2, 1)))[1])(keys(count)))
+    labels = np.asarray(
+        jax.jit(lambda k: pipe.apply(pipe.draw(k), jnp.zeros((count, 2, 2, 1)))[1])(keys(count))
+    )
     bound = 4 * np.sqrt(p * (1 - p) / count)
     acted = labels != 0
     for column in (2, 3, 4, 5, 7, 8):
@@ -64,10 +76,14 @@ def test_op_frequencies():
     np.testing.assert_array_equal(acted[:, 7], acted[:, 8])
     scale, shift = labels[acted[:, 2], 2], labels[acted[:, 7], 7:]
     for normal in (scale, shift.ravel()):
-        assert abs(normal.mean()) < 4 / np.sqrt(normal.size) and abs(normal.std() - 1) < 4 / np.sqrt(2 * normal.size)
+        assert abs(normal.mean()) < 4 / np.sqrt(normal.size) and abs(
+            normal.std() - 1
+        ) < 4 / np.sqrt(2 * normal.size)
     cosine, sine = labels[acted[:, 3], 3] + 1, labels[acted[:, 3], 4]
     np.testing.assert_allclose(cosine**2 + sine**2, 1, atol=1e-5)
-    assert abs(cosine.mean()) < 4 / np.sqrt(2 * len(cosine)) and abs(sine.mean()) < 4 / np.sqrt(2 * len(sine))
+    assert abs(cosine.mean()) < 4 / np.sqrt(2 * len(cosine)) and abs(sine.mean()) < 4 / np.sqrt(
+        2 * len(sine)
+    )
     for a, b in ((2, 3), (3, 5), (5, 7)):  # different operations act independently
         assert abs((acted[:, a] & acted[:, b]).mean() - p * p) < bound
 
@@ -80,12 +96,16 @@ def test_pure_translation_and_rotation_direction():
     out, labels = jax.jit(pipe.apply)(draws(pipe, trans_w=w), x)
     np.testing.assert_allclose(out[0], x[0], atol=1e-4)
     np.testing.assert_allclose(out[1, :, 2:], x[1, :, :-2], atol=1e-4)
-    np.testing.assert_allclose(out[1, :, :2], x[1, :, 2:0:-1], atol=1e-4)  # reflected, without the edge pixel twice
+    np.testing.assert_allclose(
+        out[1, :, :2], x[1, :, 2:0:-1], atol=1e-4
+    )  # reflected, without the edge pixel twice
     np.testing.assert_allclose(out[2, :-3], x[2, 3:], atol=1e-4)
     np.testing.assert_allclose(labels, w.T)
     pipe = AugmentPipe(**(OFF | dict(p=1.0, rotate_frac=1)))
     smooth = images(3, 16, 16)
-    out, labels = jax.jit(pipe.apply)(draws(pipe, rot_v=[0.75, 0.25, 0.5]), smooth)  # +90, -90 and 0 degrees
+    out, labels = jax.jit(pipe.apply)(
+        draws(pipe, rot_v=[0.75, 0.25, 0.5]), smooth
+    )  # +90, -90 and 0 degrees
     np.testing.assert_allclose(labels, [[-1, 1], [-1, -1], [0, 0]], atol=1e-6)
     for i, turns in enumerate((1, -1, 0)):  # positive angles turn the picture counter-clockwise
         np.testing.assert_allclose(out[i], np.rot90(smooth[i], turns), atol=0.03)
@@ -93,8 +113,12 @@ def test_pure_translation_and_rotation_direction():
 
 def test_scale_enlarges():
     pipe = AugmentPipe(**(OFF | dict(p=1.0, scale=1)))
-    x = jnp.asarray(np.linspace(-0.75, 0.75, 16)[None, None, :, None] * np.ones((3, 16, 1, 1)), jnp.float32)
-    out, labels = jax.jit(pipe.apply)(draws(pipe, scale_w=[5.0, -2.5, 0.0]), x)  # factors 2, 2^-0.5 and 1
+    x = jnp.asarray(
+        np.linspace(-0.75, 0.75, 16)[None, None, :, None] * np.ones((3, 16, 1, 1)), jnp.float32
+    )
+    out, labels = jax.jit(pipe.apply)(
+        draws(pipe, scale_w=[5.0, -2.5, 0.0]), x
+    )  # factors 2, 2^-0.5 and 1
     np.testing.assert_allclose(labels[:, 0], [5, -2.5, 0])
     centre = np.s_[6:10]
     np.testing.assert_allclose(out[0, 8, centre, 0], x[0, 8, centre, 0] / 2, atol=5e-3)
@@ -102,7 +126,9 @@ def test_scale_enlarges():
 
 
 def test_warp_equals_direct_loops():
-    """The matrices and the gather against padding, convolution and per-pixel interpolation written out."""
+    """The matrices and the gather against padding, convolution and per-pixel interpolation written
+    out.
+    """
     height, width = 5, 6
     x = np.random.default_rng(0).normal(size=(height, width))
     matrix = np.array([[0.8, -0.5, 1.3], [0.4, 1.1, -0.7]])
@@ -110,21 +136,31 @@ def test_warp_equals_direct_loops():
     fine = np.zeros((2 * padded.shape[0] - 1, 2 * padded.shape[1] - 1))
     fine[::2, ::2] = padded
     for axis in (0, 1):  # convolution = correlation with reversed taps
-        fine = np.apply_along_axis(lambda row: np.convolve(np.pad(row, 6), SYM6, "valid"), axis, fine)
+        fine = np.apply_along_axis(
+            lambda row: np.convolve(np.pad(row, 6), SYM6, "valid"), axis, fine
+        )
     centre = np.array(fine.shape) / 2 - 0.5
     warped = np.zeros((2 * height + 12, 2 * width + 12))
-    at = lambda i, j: fine[i, j] if 0 <= i < fine.shape[0] and 0 <= j < fine.shape[1] else 0.0  # noqa: E731
+    at = lambda i, j: fine[i, j] if 0 <= i < fine.shape[0] and 0 <= j < fine.shape[1] else 0.0
     for i, j in np.ndindex(*warped.shape):
-        # fine output -> image (a fine pixel is half a pixel, its lattice shifted by a quarter) -> fine input
-        v, h = (i + 0.5 - warped.shape[0] / 2) / 2 + 0.25, (j + 0.5 - warped.shape[1] / 2) / 2 + 0.25
+        # fine output -> image (a fine pixel is half a pixel, its lattice shifted by a quarter) ->
+        # fine input
+        v, h = (
+            (i + 0.5 - warped.shape[0] / 2) / 2 + 0.25,
+            (j + 0.5 - warped.shape[1] / 2) / 2 + 0.25,
+        )
         column, row = matrix @ [h, v, 1]
         r, c = 2 * (row - 0.25) + centre[0], 2 * (column - 0.25) + centre[1]
         r0, c0 = int(np.floor(r)), int(np.floor(c))
         for dr, dc in np.ndindex(2, 2):
             warped[i, j] += abs(1 - dr - (r - r0)) * abs(1 - dc - (c - c0)) * at(r0 + dr, c0 + dc)
     for axis in (0, 1):
-        warped = np.apply_along_axis(lambda row: np.correlate(np.pad(row, 5), SYM6, "valid")[::2][3:-3], axis, warped)
-    out = warp(jnp.asarray(x[None, :, :, None], jnp.float32), jnp.asarray(matrix[None], jnp.float32))
+        warped = np.apply_along_axis(
+            lambda row: np.correlate(np.pad(row, 5), SYM6, "valid")[::2][3:-3], axis, warped
+        )
+    out = warp(
+        jnp.asarray(x[None, :, :, None], jnp.float32), jnp.asarray(matrix[None], jnp.float32)
+    )
     np.testing.assert_allclose(out[0, :, :, 0], warped, atol=2e-5)
 
 
@@ -163,7 +199,9 @@ def test_xflip_flips_half_and_keeps_bytes():
     np.testing.assert_array_equal(out[~flipped], x[~flipped])
 
 
-@pytest.mark.parametrize("settings", [dict(p=1.5), dict(p=-0.1), dict(scale=-1), dict(p=float("nan"))])
+@pytest.mark.parametrize(
+    "settings", [dict(p=1.5), dict(p=-0.1), dict(scale=-1), dict(p=float("nan"))]
+)
 def test_bad_settings_are_named(settings):
     with pytest.raises(ValueError, match=f"AugmentPipe: {next(iter(settings))} is"):
         AugmentPipe(**settings)

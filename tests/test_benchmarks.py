@@ -26,14 +26,19 @@ def test_turns_tell_wall_time_from_processor_time(monkeypatch):
     import workers
 
     def worker(name: str, work: str) -> workers.Worker:
-        return workers.Worker([sys.executable, "-c", WORK.format(folder=str(FOLDER), name=name, work=work)])
+        return workers.Worker(
+            [sys.executable, "-c", WORK.format(folder=str(FOLDER), name=name, work=work)]
+        )
 
     sleeper, other = worker("sleeper", "lambda: time.sleep(0.2)"), worker("other", "busy")
     assert sleeper.about == {"name": "sleeper"} and sleeper.seconds() >= 0.2
     wall, processor = other.turn()
     assert wall >= processor >= 0.03
     found = workers.ratio(sleeper, other, 3)
-    assert found["first_ms"] >= 200 and found["first_processor_ms"] < 30 <= found["second_processor_ms"]
+    assert (
+        found["first_ms"] >= 200
+        and found["first_processor_ms"] < 30 <= found["second_processor_ms"]
+    )
     assert found["processor_ratio"] < 1 and found["lowest"] <= found["ratio"] <= found["highest"]
     assert found["rounds"] == 3 and json.loads(json.dumps(found)) == found
     sleeper.close()
@@ -41,13 +46,27 @@ def test_turns_tell_wall_time_from_processor_time(monkeypatch):
 
 
 def test_readers_print_a_line_per_source_and_reader():
-    sizes = ["--images=60", "--batch=16", "--batches=3", "--repeats=1", "--readers=threads:1,workers:1"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
+    sizes = [
+        "--images=60",
+        "--batch=16",
+        "--batches=3",
+        "--repeats=1",
+        "--readers=threads:1,workers:1",
+    ]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "readers.py"), *sizes], capture_output=True, text=True, timeout=300, env=env
+        [sys.executable, str(FOLDER / "readers.py"), *sizes],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = [(line["source"], line["reader"]) for line in lines]
-    assert found == [(s, r) for s in ("folder", "zip", "array_record") for r in ("threads:1", "workers:1")]
+    assert found == [
+        (s, r) for s in ("folder", "zip", "array_record") for r in ("threads:1", "workers:1")
+    ]
     assert all(line["images_per_second"] > 0 and line["cpu_s_per_1000"] >= 0 for line in lines)

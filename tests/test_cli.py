@@ -1,4 +1,6 @@
-"""train.py and sample.py as people run them: what they write, and one clear sentence for every wrong word."""
+"""train.py and sample.py as people run them: what they write, and one clear sentence for every
+wrong word.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
 def run(script: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
     env = ENV | {"XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, str(tiny.ROOT / script), *args]
-    return subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def workdir(tmp_path_factory):
 
 
 def events(folder):
-    """TensorBoard's events, read without TensorFlow: records of length (8 bytes), checksum (4), event, checksum (4)."""
+    """TensorBoard's events, read without TensorFlow: records of length (8 bytes), checksum (4),
+    event, checksum (4).
+    """
     (file,) = folder.iterdir()
     data, at = file.read_bytes(), 0
     while at < len(data):
@@ -53,8 +59,13 @@ def test_training_writes_what_it_promises(workdir):
     names = {p.name for p in workdir.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "events", "samples", "config.json"} <= names
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "kimg", "images_per_second", "loss", "learning_rate", "grad_norm"} <= set(lines[-1])
-    assert sorted(p.name for p in (workdir / "samples").iterdir()) == ["00000003.png", "00000006.png"]
+    assert {"step", "kimg", "images_per_second", "loss", "learning_rate", "grad_norm"} <= set(
+        lines[-1]
+    )
+    assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
+        "00000003.png",
+        "00000006.png",
+    ]
     tags = {value.tag for event in events(workdir / "events") for value in event.summary.value}
     assert {"loss", "grad_norm", "samples"} <= tags
 
@@ -69,21 +80,50 @@ def test_an_image_depends_on_its_seed_alone(workdir, tmp_path):
         ("part", ("--seeds", "5-7", "--batch", "8"), 1),
     ):
         out = tmp_path / f"{name}.npz"
-        done = run("sample.py", "--workdir", str(workdir), "--steps", "3", "--out", str(out), *args, devices=devices)
+        done = run(
+            "sample.py",
+            "--workdir",
+            str(workdir),
+            "--steps",
+            "3",
+            "--out",
+            str(out),
+            *args,
+            devices=devices,
+        )
         assert done.returncode == 0, done.stderr
         sampled[name] = arrays(out)
     for name in ("small", "many"):
-        difference = np.abs(sampled[name]["images"].astype(int) - sampled["all"]["images"].astype(int))
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.01, name  # rounding of another compiled program
+        difference = np.abs(
+            sampled[name]["images"].astype(int) - sampled["all"]["images"].astype(int)
+        )
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01, (
+            name
+        )  # rounding of another compiled program
         np.testing.assert_array_equal(sampled[name]["labels"], sampled["all"]["labels"])
-    difference = np.abs(sampled["part"]["images"].astype(int) - sampled["all"]["images"][5:8].astype(int))
+    difference = np.abs(
+        sampled["part"]["images"].astype(int) - sampled["all"]["images"][5:8].astype(int)
+    )
     assert difference.max() <= 1
 
 
-@pytest.mark.parametrize("solver,steps", [("euler", 3), ("ddim", 3), ("ancestral", 3), ("dpmpp_2m", 3), ("spndm", 3)])
+@pytest.mark.parametrize(
+    "solver,steps", [("euler", 3), ("ddim", 3), ("ancestral", 3), ("dpmpp_2m", 3), ("spndm", 3)]
+)
 def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
     out = tmp_path / ("folder" if solver == "euler" else "grid.png")
-    args = ("--num", "4", "--solver", solver, "--steps", str(steps), "--label", "3", "--out", str(out))
+    args = (
+        "--num",
+        "4",
+        "--solver",
+        solver,
+        "--steps",
+        str(steps),
+        "--label",
+        "3",
+        "--out",
+        str(out),
+    )
     done = run("sample.py", "--workdir", str(workdir), *args)
     assert done.returncode == 0, done.stderr
     if solver == "euler":
@@ -113,12 +153,18 @@ def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
 def test_sample_refuses_with_one_sentence(workdir, args, words):
     done = entry(tiny.ROOT, "sample.py", "--workdir", str(workdir), *args)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_process_refuses_with_one_line(workdir):
     done = run("sample.py", "--workdir", str(workdir), "--step", "5")
-    assert done.returncode == 1 and done.stderr.startswith("error: --step: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: --step: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.fast
@@ -135,19 +181,26 @@ def test_a_process_refuses_with_one_line(workdir):
         (("--config.methods=ogdn",), "methods"),
         (("--config.sample.solver=magic",), "sample.solver"),
         (("--config.init.workdir=/no/such/run",), "config.init.workdir: '/no/such/run'"),
-        (("--config.methods=sp", "--config.sp.teacher=/no/such/run"), "config.sp.teacher: '/no/such/run'"),
+        (
+            ("--config.methods=sp", "--config.sp.teacher=/no/such/run"),
+            "config.sp.teacher: '/no/such/run'",
+        ),
     ],
 )
 def test_train_refuses_with_one_sentence(tmp_path, args, words):
     done = entry(tiny.ROOT, "train.py", "--workdir", str(tmp_path / "new"), *tiny.flags(), *args)
     assert done.returncode == 1, done.stdout
-    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+    )
     assert "compiled" not in done.stdout and not (tmp_path / "new").exists()
 
 
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     words, alone = ("--workdir", str(tmp_path)), ("methods=", "parallel.devices=1")
-    done = entry(tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", *alone))
+    done = entry(
+        tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", *alone)
+    )
     assert done.returncode == 0, done.stderr
     done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,6 @@
-"""How processes find each other and end together, without starting any; tests/test_two_processes.py starts them."""
+"""How processes find each other and end together, without starting any; tests/test_two_processes.py
+starts them.
+"""
 
 import logging
 import re
@@ -19,8 +21,13 @@ ALL = {"coordinator": "10.0.0.2:1234", "processes": 2, "process": 1}
 ])  # fmt: skip
 def test_any_subset_of_the_flags_is_refused(names):
     with pytest.raises(ConfigError, match="together, or none") as found:
-        cluster.check(**{"coordinator": None, "processes": None, "process": None} | {n: ALL[n] for n in names})
-    given, missing = str(found.value).split(":")[0], str(found.value).partition("without ")[2].partition(";")[0]
+        cluster.check(
+            **{"coordinator": None, "processes": None, "process": None} | {n: ALL[n] for n in names}
+        )
+    given, missing = (
+        str(found.value).split(":")[0],
+        str(found.value).partition("without ")[2].partition(";")[0],
+    )
     assert given.split(", ") == [f"--{n}" for n in names]
     assert set(missing.split(" and ")) == {f"--{n}" for n in ALL} - {f"--{n}" for n in names}
 
@@ -50,7 +57,9 @@ def test_all_or_none_of_the_flags_pass():
 
 def test_train_refuses_a_subset_before_it_waits_for_anyone(tmp_path):
     done = entry(tmp_path, "train.py", "--processes", "2", *tiny.flags())
-    assert done.returncode == 1 and done.stderr.startswith("error: --processes: given without --coordinator and ")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: --processes: given without --coordinator and "
+    )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
@@ -67,7 +76,12 @@ def test_train_refuses_a_subset_before_it_waits_for_anyone(tmp_path):
     ],
 )
 def test_clusters_are_detected(env, found, monkeypatch):
-    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+    for name in (
+        "TPU_WORKER_HOSTNAMES",
+        "SLURM_STEP_NUM_TASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "JAX_COORDINATOR_ADDRESS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -94,7 +108,9 @@ class Store(dict):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """make(process) -> a watch of three processes that start beating now, with its clock in your hands."""
+    """make(process) -> a watch of three processes that start beating now, with its clock in your
+    hands.
+    """
     store, clock, filters = Store(), [time.monotonic()], len(logging.getLogger("absl").filters)
 
     def leave(code):
@@ -137,7 +153,9 @@ def test_process_0_names_the_one_that_fell_silent(watch, capsys):
     assert capsys.readouterr().err == "error: process 2 of 3 is lost; step 5 is safe\n"
 
 
-def test_a_process_0_that_hangs_is_noticed_though_its_store_never_answers(watch, monkeypatch, capsys):
+def test_a_process_0_that_hangs_is_noticed_though_its_store_never_answers(
+    watch, monkeypatch, capsys
+):
     follower, *_ = watch(1)
     ticks = []
 
@@ -154,7 +172,9 @@ def test_a_process_0_that_hangs_is_noticed_though_its_store_never_answers(watch,
     assert capsys.readouterr().err == "error: process 0 of 3 is lost; step 5 is safe\n"
 
 
-def test_one_that_ended_with_an_error_is_named_after_a_moment_and_one_that_left_never(watch, capsys):
+def test_one_that_ended_with_an_error_is_named_after_a_moment_and_one_that_left_never(
+    watch, capsys
+):
     lead, store, clock = watch(0)
     store |= {"ogdm_jax/beat/1": cluster._LEFT, "ogdm_jax/beat/2": "7", "ogdm_jax/ended/2": "1"}
     lead._judge()
@@ -164,7 +184,10 @@ def test_one_that_ended_with_an_error_is_named_after_a_moment_and_one_that_left_
     clock[0] += 1
     with pytest.raises(SystemExit):
         lead._judge()
-    assert capsys.readouterr().err == "error: process 2 of 3 ended with an error of its own; step 5 is safe\n"
+    assert (
+        capsys.readouterr().err
+        == "error: process 2 of 3 ended with an error of its own; step 5 is safe\n"
+    )
     del store["ogdm_jax/ended/2"]
     again, store, clock = watch(0)
     store |= {"ogdm_jax/beat/1": cluster._LEFT, "ogdm_jax/beat/2": cluster._LEFT}
@@ -183,7 +206,9 @@ def test_the_sentence_comes_although_the_storage_fails(watch, capsys):
 
 def test_a_background_save_that_fails_with_a_lost_process_says_nothing_more(watch, monkeypatch):
     follower, *_ = watch(1)
-    record = logging.LogRecord("absl", logging.ERROR, "", 0, "save failed", None, (ValueError, ValueError(), None))
+    record = logging.LogRecord(
+        "absl", logging.ERROR, "", 0, "save failed", None, (ValueError, ValueError(), None)
+    )
     monkeypatch.setattr(cluster, "_reachable", lambda: True)
     assert follower._adds_something(record)
     monkeypatch.setattr(cluster, "_reachable", lambda: False)

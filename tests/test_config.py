@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
-from ogdm_jax.methods import slots
+from ogdm_jax.methods import contract as slots
 from ogdm_jax.training import run as runs
 
-NAMES = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__"))
+NAMES = sorted(
+    p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__")
+)
 
 
 @pytest.mark.fast
@@ -31,14 +33,25 @@ def test_every_configuration_loads_and_survives_json(name):
 # Discriminators of DG are built from a prior: test_dg_training.py.
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_dg")])
 def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
-    """A shrunk network on random images of the right size; the step is traced in full, only not compiled."""
+    """A shrunk network on random images of the right size; the step is traced in full, only not
+    compiled.
+    """
     side = 64 if "64" in name else 8 if "digits" in name else 32
-    shrink = ["data.batch=8", "network.model_channels=32", "network.num_blocks=1", "parallel.plan=mesh"]
+    shrink = [
+        "data.batch=8",
+        "network.model_channels=32",
+        "network.num_blocks=1",
+        "parallel.plan=mesh",
+    ]
     shrink += ["ogdm.channel_max=8", "stf.n=16"]
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py", shrink)
     pictures = np.zeros((16, side, side, 1 if side == 8 else 3), np.uint8)
     source = data.Source(
-        name=name, shape=pictures.shape[1:], num_classes=10, images=pictures, labels=np.zeros(16, np.int32)
+        name=name,
+        shape=pictures.shape[1:],
+        num_classes=10,
+        images=pictures,
+        labels=np.zeros(16, np.int32),
     )
     fresh = types.SimpleNamespace(step=0)  # SP's teacher: fresh weights do
     monkeypatch.setattr("ogdm_jax.training.checkpoint.find", lambda *_: fresh)
@@ -48,7 +61,11 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     )
     run = runs.build(config, source, parallel.make_plan("mesh", 1))
     state = jax.eval_shape(run.create, run.key)
-    batch = {"image": pictures[:8], "label": np.zeros(8, np.int32), "index": np.arange(8, dtype=np.int32)}
+    batch = {
+        "image": pictures[:8],
+        "label": np.zeros(8, np.int32),
+        "index": np.arange(8, dtype=np.int32),
+    }
     frozen = slots.frozen_trees(run.filled)
     after, metrics = jax.eval_shape(run.step, state, frozen, batch, run.key)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
@@ -77,7 +94,9 @@ def test_wrong_overrides_are_one_sentence(text, words):
 
 @pytest.mark.fast
 def test_overrides_keep_types():
-    config = tiny.config("optim.learning_rate=1", "network.channel_mult=1,2,2", "methods=", "data.source=npz:a=b.npz")
+    config = tiny.config(
+        "optim.learning_rate=1", "network.channel_mult=1,2,2", "methods=", "data.source=npz:a=b.npz"
+    )
     assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
     assert config.network.channel_mult == (1, 2, 2)
     assert config.methods == ()
@@ -87,7 +106,15 @@ def test_overrides_keep_types():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "text,steps", [("10 steps", 10), ("640 images", 10), ("1 kimg", 16), ("1.28 kimg", 20), ("7", 7), ("0 Mimg", 0)]
+    "text,steps",
+    [
+        ("10 steps", 10),
+        ("640 images", 10),
+        ("1 kimg", 16),
+        ("1.28 kimg", 20),
+        ("7", 7),
+        ("0 Mimg", 0),
+    ],
 )
 def test_durations(text, steps):
     assert configs.duration(text, 64) == steps
@@ -143,7 +170,9 @@ def test_a_run_may_be_lengthened_but_not_changed():
     with pytest.raises(configs.ConfigError, match="network.model_channels.*8 there, 16 now"):
         configs.check_same_run(old, tiny.config("network.model_channels=16"), ["ogdm"])
     plain = tiny.config("methods=")
-    configs.check_same_run(plain, tiny.config("methods=", "ogdm.gamma=3.0"), ["ogdm"])  # a method that is off
+    configs.check_same_run(
+        plain, tiny.config("methods=", "ogdm.gamma=3.0"), ["ogdm"]
+    )  # a method that is off
 
 
 @pytest.mark.fast
@@ -156,6 +185,8 @@ def test_locked(tmp_path):
         configs.load(tmp_path / "none.py")
     base = "from configs import base\n\ndef get_config():\n    config = base.get_config()\n"
     file.write_text(base + "    config.optim.learning_rate = float('nan')\n    return config\n")
-    with pytest.raises(configs.ConfigError, match="config.optim.learning_rate: nan given; expected a number"):
+    with pytest.raises(
+        configs.ConfigError, match="config.optim.learning_rate: nan given; expected a number"
+    ):
         configs.load(file)
     assert isinstance(tiny.config(), ConfigDict)

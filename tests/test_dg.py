@@ -1,4 +1,6 @@
-"""Discriminator guidance against closed forms: clock, correction, sampling, boosting, composition."""
+"""Discriminator guidance against closed forms: clock, correction, sampling, boosting,
+composition.
+"""
 
 import dataclasses
 import functools
@@ -10,11 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 from oracles import Gaussian, Mixture, column
 
-from ogdm_jax import generate
 from ogdm_jax.diffusion import grids, steps
-from ogdm_jax.diffusion.churn import Churn, Info
-from ogdm_jax.diffusion.sampling import sample
 from ogdm_jax.methods import cfg, dg, dsg
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.churn import Churn, Info
+from ogdm_jax.sampling.sampler import sample
 
 MODEL, DATA = Gaussian(-0.3, 0.5), Gaussian(0.2, 0.5)
 
@@ -35,9 +37,13 @@ def test_times_of_the_table():
     sigma = jnp.asarray([0.002, 0.044688, 0.1, 0.5, 1, 10, 80])
     tau = [4.0e-5, 0.01, 0.026995, 0.144814, 0.25896, 0.676045, 0.933511]
     np.testing.assert_allclose(dg.vp_time(sigma), tau, rtol=5e-5, atol=2e-7)
-    np.testing.assert_allclose(dg.vp_scale(dg.vp_time(sigma)), 1 / np.sqrt(1 + np.asarray(sigma) ** 2), rtol=2e-5)
+    np.testing.assert_allclose(
+        dg.vp_scale(dg.vp_time(sigma)), 1 / np.sqrt(1 + np.asarray(sigma) ** 2), rtol=2e-5
+    )
     cosine = [0.021753, 0.202562, 0.817109, 0.989093]
-    np.testing.assert_allclose(dg.cosine_time(jnp.asarray([0.01, 0.1, 0.5, 0.9])), cosine, rtol=1e-4)
+    np.testing.assert_allclose(
+        dg.cosine_time(jnp.asarray([0.01, 0.1, 0.5, 0.9])), cosine, rtol=1e-4
+    )
 
 
 @pytest.mark.fast
@@ -49,8 +55,10 @@ def test_time_and_sigma_invert_each_other_in_float32():
 def test_cosine_time_has_the_same_signal_to_noise():
     with jax.enable_x64(True):
         t = jnp.linspace(0.001, 0.999, 50)
-        abar = lambda t: jnp.cos((t + 0.008) / 1.008 * jnp.pi / 2) ** 2  # noqa: E731
-        np.testing.assert_allclose(abar(dg.cosine_time(t)) / abar(0.0), dg.vp_scale(t) ** 2, rtol=1e-9, atol=1e-12)
+        abar = lambda t: jnp.cos((t + 0.008) / 1.008 * jnp.pi / 2) ** 2
+        np.testing.assert_allclose(
+            abar(dg.cosine_time(t)) / abar(0.0), dg.vp_scale(t) ** 2, rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.fast
@@ -71,22 +79,30 @@ def test_training_levels_are_log_uniform():
 def test_no_weight_is_the_denoiser_itself_bit_for_bit():
     latents = jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
     none = dg.guide(MODEL.denoise, ratio, 0.0)
-    traced = lambda w: dg.guide(MODEL.denoise, ratio, w)  # noqa: E731
+    traced = lambda w: dg.guide(MODEL.denoise, ratio, w)
     for churn in (None, 5.0):
         draw = functools.partial(sample, churn=churn, key=jax.random.key(2))
-        plain, same = jax.jit(lambda z, d=draw: [d(f, z, grids.edm(5)) for f in (MODEL.denoise, none)])(latents)
+        plain, same = jax.jit(
+            lambda z, d=draw: [d(f, z, grids.edm(5)) for f in (MODEL.denoise, none)]
+        )(latents)
         np.testing.assert_array_equal(same, plain)
         zero = jax.jit(lambda w, draw=draw: draw(traced(w), latents, grids.edm(5)))(0.0)
         np.testing.assert_allclose(zero, plain, rtol=0, atol=2e-6)
-        with jax.disable_jit():  # bit for bit for a weight that is data, too (two compiled programs may round apart)
-            found = [draw(f, latents, grids.edm(5)) for f in (MODEL.denoise, traced(jnp.float32(0.0)))]
+        with (
+            jax.disable_jit()
+        ):  # bit for bit for a weight that is data, too (two compiled programs may round apart)
+            found = [
+                draw(f, latents, grids.edm(5)) for f in (MODEL.denoise, traced(jnp.float32(0.0)))
+            ]
         np.testing.assert_array_equal(*found)
 
 
 def test_a_blind_discriminator_changes_nothing():
     latents = jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
     blind = dg.guide(MODEL.denoise, lambda x, sigma, label=None: jnp.zeros(x.shape[0]))
-    np.testing.assert_array_equal(sample(blind, latents, grids.edm(5)), sample(MODEL.denoise, latents, grids.edm(5)))
+    np.testing.assert_array_equal(
+        sample(blind, latents, grids.edm(5)), sample(MODEL.denoise, latents, grids.edm(5))
+    )
 
 
 @pytest.mark.parametrize("x64, rtol, atol", [(True, 1e-12, 1e-14), (False, 1e-5, 1e-6)])
@@ -94,7 +110,7 @@ def test_a_blind_discriminator_changes_nothing():
 def test_the_exact_ratio_recovers_the_score_of_the_data(side, x64, rtol, atol):
     with jax.enable_x64(x64):
         rng = np.random.default_rng(side)
-        mix = lambda: Mixture([0.3, 0.7], [0.3, 0.5], rng.normal(size=(2, 1, side, 1)))  # noqa: E731
+        mix = lambda: Mixture([0.3, 0.7], [0.3, 0.5], rng.normal(size=(2, 1, side, 1)))
         model, data = mix(), mix()
         sigma = jnp.asarray([0.01, 0.1, 1.0, 10.0])
         x = data.draw(jax.random.key(0), 4) + column(sigma, jnp.zeros((4, 1, side, 1))) * 0.3
@@ -103,7 +119,9 @@ def test_the_exact_ratio_recovers_the_score_of_the_data(side, x64, rtol, atol):
 
 
 def test_eps_x0_v_and_mean_forms_say_the_same():
-    """Section 1.1 of the table in dg.py: with c_vp = c / m, each form is the same corrected denoiser."""
+    """Section 1.1 of the table in dg.py: with c_vp = c / m, each form is the same corrected
+    denoiser.
+    """
     with jax.enable_x64(True):
         check_every_form(jnp.asarray([0.3, 1.0, 5.0]))
 
@@ -123,7 +141,7 @@ def check_every_form(sigma):
     same(x0 + b**2 / a * c_vp, corrected)
     same(a * x_vp - b * v_new, corrected)
     next_sigma = sigma / 2
-    mean = lambda x0: steps.ancestral_moments(x, x0, sigma, next_sigma)  # noqa: E731
+    mean = lambda x0: steps.ancestral_moments(x, x0, sigma, next_sigma)
     (plain, std), (moved, _) = mean(x0), mean(corrected)
     # VE form of mean + Sigma c: the posterior std is sigma' sqrt(1 - sigma'^2 / sigma^2).
     c = shift / column(sigma, x) ** 2
@@ -134,7 +152,7 @@ def check_every_form(sigma):
 
 def test_the_ratio_differentiates_through_the_scaling():
     """The chain rule between the coordinates: c_ve = m c_vp."""
-    logit = lambda x, t, label: jnp.sum(jnp.sin(x) * t.reshape(-1, 1, 1, 1), (1, 2, 3))  # noqa: E731
+    logit = lambda x, t, label: jnp.sum(jnp.sin(x) * t.reshape(-1, 1, 1, 1), (1, 2, 3))
     for x64, rtol in ((False, 2e-5), (True, 1e-12)):
         with jax.enable_x64(x64):
             sigma = jnp.asarray([0.1, 1.0, 80.0])
@@ -149,18 +167,22 @@ def test_the_ratio_differentiates_through_the_scaling():
 
 
 def test_derivatives_of_the_guided_denoiser_are_those_of_the_base():
-    """Loss-guided kicks differentiate through D alone; the correction moves the mean (spec/dsg.md 6.7)."""
+    """Loss-guided kicks differentiate through D alone; the correction moves the mean (spec/dsg.md
+    6.7).
+    """
     sigma = jnp.asarray([0.3, 1.0, 5.0])
     x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
     guided = dg.guide(MODEL.denoise, ratio, weight=2.0)
-    slope = lambda denoise: jax.grad(lambda x: jnp.sum(jnp.sin(x) * denoise(x, sigma)))(x)  # noqa: E731
-    moved = jnp.cos(x) * (guided(x, sigma) - MODEL.denoise(x, sigma))  # of the factor sin(x), not of D
+    slope = lambda denoise: jax.grad(lambda x: jnp.sum(jnp.sin(x) * denoise(x, sigma)))(x)
+    moved = jnp.cos(x) * (
+        guided(x, sigma) - MODEL.denoise(x, sigma)
+    )  # of the factor sin(x), not of D
     assert (jnp.abs(moved) > 1e-3).any()
     np.testing.assert_allclose(slope(guided), slope(MODEL.denoise) + moved, rtol=1e-4, atol=1e-5)
 
 
 def test_a_saturated_discriminator_gives_no_gradient():
-    logit = lambda x, t, label: x[:, 0, 0, 0]  # noqa: E731
+    logit = lambda x, t, label: x[:, 0, 0, 0]
     sigma = jnp.full((3,), 1e-3)
     x = jnp.asarray([5.0, 11.6, -20.0])[:, None, None, None]
     shift, value = dg.correction(dg.log_ratio(logit), x, sigma)
@@ -181,7 +203,9 @@ def test_the_window_is_per_example_and_skips_the_network():
     away = guided(x, sigma) != MODEL.denoise(x, sigma)
     assert away[:, 0, 0, 0].tolist() == [False, True, False]
     jax.block_until_ready(
-        sample(dg.guide(MODEL.denoise, counted, 1.0, 0.044688, corrector_weight=0.0), x, grids.edm(18))
+        sample(
+            dg.guide(MODEL.denoise, counted, 1.0, 0.044688, corrector_weight=0.0), x, grids.edm(18)
+        )
     )
     jax.effects_barrier()
     assert len(calls) == 1 + 15  # the authors' grid: the last three steps are not guided
@@ -191,7 +215,11 @@ def test_ranges_of_the_network_are_handed_on():
     def denoise(x, sigma, label=None):
         return MODEL.denoise(x, sigma)
 
-    denoise.sigma_min, denoise.sigma_max, denoise.round_sigma = 0.02, 50.0, lambda sigma: jnp.round(sigma, 2)
+    denoise.sigma_min, denoise.sigma_max, denoise.round_sigma = (
+        0.02,
+        50.0,
+        lambda sigma: jnp.round(sigma, 2),
+    )
     for guided in (dg.guide(denoise, ratio, 2.0, corrector_weight=0.0), cfg.guide(denoise, 2.0)):
         assert (guided.sigma_min, guided.sigma_max) == (0.02, 50.0)
         assert guided.round_sigma is denoise.round_sigma
@@ -209,7 +237,9 @@ def heun():
         with jax.enable_x64(x64):
             go = jax.jit(
                 lambda w1, w2: sample(
-                    dg.guide(MODEL.denoise, ratio, w1, low, corrector_weight=w2), jnp.zeros((1, 1, 1, 1)), grids.edm(n)
+                    dg.guide(MODEL.denoise, ratio, w1, low, corrector_weight=w2),
+                    jnp.zeros((1, 1, 1, 1)),
+                    grids.edm(n),
                 )
             )
             return float(go(w1, w2)[0, 0, 0, 0])
@@ -228,12 +258,18 @@ def test_published_toy_numbers(heun, column_):
         (2.0, 2.0): (0.695383, 0.695582, 0.695624),
     }
     for (w1, w2), expected in table.items():
-        np.testing.assert_allclose(heun(w1, w2, 0.0, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}")
+        np.testing.assert_allclose(
+            heun(w1, w2, 0.0, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}"
+        )
         in_float32 = heun(w1, w2, 0.0, n, x64=False)
-        np.testing.assert_allclose(in_float32, expected[column_], atol=1e-4, err_msg=f"float32: {w1}, {w2}")
+        np.testing.assert_allclose(
+            in_float32, expected[column_], atol=1e-4, err_msg=f"float32: {w1}, {w2}"
+        )
     gated = {(1.0, 1.0): (0.197306, 0.196112, 0.196684), (2.0, 0.0): (0.027435, 0.133048, 0.187933)}
     for (w1, w2), expected in gated.items():
-        np.testing.assert_allclose(heun(w1, w2, 0.04469, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}")
+        np.testing.assert_allclose(
+            heun(w1, w2, 0.04469, n), expected[column_], atol=1.5e-6, err_msg=f"{w1}, {w2}"
+        )
 
 
 def test_a_misspecified_mixture_recovers_the_data():
@@ -245,7 +281,9 @@ def test_a_misspecified_mixture_recovers_the_data():
 
     @jax.jit
     def draw(w1, w2):
-        return sample(dg.guide(model.denoise, exact, w1, corrector_weight=w2), latents, grids.edm(18))
+        return sample(
+            dg.guide(model.denoise, exact, w1, corrector_weight=w2), latents, grids.edm(18)
+        )
 
     found = {w: np.sort(np.asarray(draw(*w)).ravel()) for w in ((0.0, 0.0), (1.0, 1.0), (2.0, 0.0))}
     w1 = {w: np.abs(x - real).mean() for w, x in found.items()}
@@ -280,7 +318,9 @@ def test_boosting_touches_only_images_below_zero():
     np.testing.assert_allclose(scale, [1.0, 1.003, 1.003], rtol=1e-6)
     np.testing.assert_allclose(rule.amounts(carry, info(4))[0], 0.1, rtol=1e-6)
     np.testing.assert_allclose(rule.amounts(rule.init(3), info(0))[0], 0.1, rtol=1e-6)
-    np.testing.assert_allclose(dataclasses.replace(rule, churn=0.0).amounts(carry, info(5))[0], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(
+        dataclasses.replace(rule, churn=0.0).amounts(carry, info(5))[0], 0.1, rtol=1e-6
+    )
 
     guided = dg.guide(MODEL.denoise, ratio, 1.0)
     x, sigma = jnp.asarray([-2.0, 2.0, -1.0])[:, None, None, None], jnp.ones((3,))
@@ -306,7 +346,10 @@ def test_wrong_arguments_are_one_sentence():
         (lambda: dg.log_ratio(ratio, clip=0.7), "clip=0.7"),
         (lambda: dg.guidance(lambda f: ratio, time_min=2.0), "0 <= time_min < time_max"),
         (lambda: cfg.guide(MODEL.denoise, 2.0, 2.0, 1.0), "sigma_min <= sigma_max"),
-        (lambda: cfg.guide(MODEL.denoise, 2.0)(jnp.zeros((1, 1, 1, 1)), jnp.ones(1)), "expects labels"),
+        (
+            lambda: cfg.guide(MODEL.denoise, 2.0)(jnp.zeros((1, 1, 1, 1)), jnp.ones(1)),
+            "expects labels",
+        ),
     ):
         with pytest.raises(ValueError, match=words) as error:
             call()
@@ -334,7 +377,9 @@ def test_classifier_free_guidance_in_an_interval():
     expected = jnp.where(column(sigma, x) == 5.0, with_class, without + 3 * (with_class - without))
     np.testing.assert_allclose(guided, expected, rtol=1e-6)
     assert cfg.guide(by_class, 1.0) is by_class
-    np.testing.assert_allclose(cfg.guide(by_class, 3.0, 6.0, 7.0)(x, sigma, label), with_class, rtol=1e-6)
+    np.testing.assert_allclose(
+        cfg.guide(by_class, 3.0, 6.0, 7.0)(x, sigma, label), with_class, rtol=1e-6
+    )
 
 
 def test_dg_adds_to_classifier_free_guidance():
@@ -350,13 +395,23 @@ def test_dg_adds_to_classifier_free_guidance():
 
 @pytest.mark.parametrize("corrector_weight", [None, 0.0, 0.4])
 def test_both_orders_of_composition_say_the_same(corrector_weight):
-    """The ratio knows no label: then guidance of the labels and the correction add up, whichever is outermost."""
-    by_ratio = functools.partial(dg.guide, log_ratio=ratio, weight=0.5, corrector_weight=corrector_weight)
+    """The ratio knows no label: then guidance of the labels and the correction add up, whichever is
+    outermost.
+    """
+    by_ratio = functools.partial(
+        dg.guide, log_ratio=ratio, weight=0.5, corrector_weight=corrector_weight
+    )
     outside, inside = by_ratio(cfg.guide(by_class, 3.0)), cfg.guide(by_ratio(by_class), 3.0)
-    z, label, sigma = jax.random.normal(jax.random.key(0), (2, 2, 2, 1)), jnp.asarray([0, 1]), jnp.asarray([0.5, 2.0])
-    np.testing.assert_allclose(inside(z, sigma, label), outside(z, sigma, label), rtol=1e-5, atol=1e-6)
+    z, label, sigma = (
+        jax.random.normal(jax.random.key(0), (2, 2, 2, 1)),
+        jnp.asarray([0, 1]),
+        jnp.asarray([0.5, 2.0]),
+    )
+    np.testing.assert_allclose(
+        inside(z, sigma, label), outside(z, sigma, label), rtol=1e-5, atol=1e-6
+    )
     for solver in ("heun", "euler"):  # heun asks the corrector as well
-        draw = lambda f, solver=solver: sample(f, z, grids.edm(6), solver, label=label)  # noqa: E731
+        draw = lambda f, solver=solver: sample(f, z, grids.edm(6), solver, label=label)
         np.testing.assert_allclose(draw(inside), draw(outside), rtol=1e-4, atol=1e-4)
 
     def of_its_own(x, sigma, label=None):
@@ -380,7 +435,9 @@ class Toy:
         return by_class
 
 
-SETTINGS = ConfigDict({"solver": "heun", "steps": 6, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "eta": 0.0})
+SETTINGS = ConfigDict(
+    {"solver": "heun", "steps": 6, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "eta": 0.0}
+)
 SETTINGS.num = 8
 
 
@@ -388,14 +445,19 @@ def methods(weight: float, boost: bool = False):
     def ratio_of(network):
         return lambda x, sigma, label: network["slope"] * jnp.sum(x, (1, 2, 3)) * (1.0 + label)
 
-    return cfg.guidance(1.5), dg.guidance(ratio_of, {"slope": np.float32(-0.1)}, weight, 0.5, boost=boost)
+    return cfg.guidance(1.5), dg.guidance(
+        ratio_of, {"slope": np.float32(-0.1)}, weight, 0.5, boost=boost
+    )
 
 
 @pytest.mark.parametrize("boost", [False, True])
 def test_devices_agree_and_other_weights_compile_nothing(boost):
     seeds, labels = np.arange(8), np.arange(8) % 2
-    images = {n: generate.sampler(Toy(), SETTINGS, jax.devices()[:n], guidance=methods(1.0, boost)) for n in (1, 4)}
-    draw = lambda n, w: np.concatenate(  # noqa: E731
+    images = {
+        n: generate.sampler(Toy(), SETTINGS, jax.devices()[:n], guidance=methods(1.0, boost))
+        for n in (1, 4)
+    }
+    draw = lambda n, w: np.concatenate(
         list(generate.generate(images[n], {}, {}, seeds, labels, 8, methods(w, boost)))
     )
     np.testing.assert_allclose(draw(4, 1.0), draw(1, 1.0), rtol=1e-5)
@@ -404,10 +466,13 @@ def test_devices_agree_and_other_weights_compile_nothing(boost):
 
 
 def test_dg_and_dsg_run_in_one_scan():
-    """Another weight and other noise are not traced again, the number of traces does not depend on the number of
-    steps, and four devices give what one gives."""
+    """Another weight and other noise are not traced again, the number of traces does not depend on
+    the number of steps, and four devices give what one gives."""
     traces = []
-    latents, keys = jax.random.normal(jax.random.key(0), (4, 2, 2, 1)), jax.random.split(jax.random.key(1), 4)
+    latents, keys = (
+        jax.random.normal(jax.random.key(0), (4, 2, 2, 1)),
+        jax.random.split(jax.random.key(1), 4),
+    )
     kick = dsg.spherical(lambda x0: jnp.sum((x0 - 0.7) ** 2, (1, 2, 3)), rate=0.2)
 
     def counted(x, sigma, label=None):
@@ -431,7 +496,7 @@ def test_dg_and_dsg_run_in_one_scan():
     assert len(traces) == once and draw._cache_size() == 1
     jax.eval_shape(functools.partial(images, n=24), 1.0, latents, keys)
     assert len(traces) == 2 * once
-    near = lambda x: np.abs(np.asarray(x) - 0.7).mean()  # noqa: E731
+    near = lambda x: np.abs(np.asarray(x) - 0.7).mean()
     plain = sample(MODEL.denoise, latents, grids.edm(12), solver="ancestral", key=keys)
     assert np.isfinite(both).all() and near(both) < near(plain)
     assert np.abs(both - alone).max() > 1e-3 and np.abs(both - other).max() > 1e-3

@@ -16,18 +16,28 @@ from oracles import Mixture
 from PIL import Image
 
 from ogdm_jax import config as configs
-from ogdm_jax import generate, guided, parallel
+from ogdm_jax import parallel
+from ogdm_jax.cli import guided
 from ogdm_jax.data import open_source
 from ogdm_jax.diffusion import grids
-from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.discriminator import fakes
+from ogdm_jax.discriminator import training as discriminator
 from ogdm_jax.interop import export
 from ogdm_jax.methods import dg
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.networks.feature_discriminator import build
-from ogdm_jax.training import discriminator, fakes, finish
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.sampler import sample
+from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
 
-SMALL = ("train.duration=4 steps", "data.batch=8", "log.every=2 steps", "log.tensorboard=false", "sample.every=2 steps")
+SMALL = (
+    "train.duration=4 steps",
+    "data.batch=8",
+    "log.every=2 steps",
+    "log.tensorboard=false",
+    "sample.every=2 steps",
+)
 SMALL += (
     "sample.solver=heun",
     "sample.steps=3",
@@ -38,7 +48,12 @@ SMALL += (
     "dg.num=60",
     "network.channel_mult=(1,)",
 )
-SMALL += ("network.attn_resolutions=()", "optim.decay=0 steps", "train.save_every=2 steps", "parallel.devices=1")
+SMALL += (
+    "network.attn_resolutions=()",
+    "optim.decay=0 steps",
+    "train.save_every=2 steps",
+    "parallel.devices=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +62,12 @@ def prior(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prior")
     run = tiny.build("methods=()", "data.conditional=true")
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(0, run.init(), describe(run.config, run.source.shape, run.source.num_classes), {"step": 0})
+        checkpoints.save(
+            0,
+            run.init(),
+            describe(run.config, run.source.shape, run.source.num_classes),
+            {"step": 0},
+        )
     return folder
 
 
@@ -55,9 +75,15 @@ def prior(tmp_path_factory):
 def extractor(tmp_path_factory):
     """An exported classifier of noisy digits, 4x4 features."""
     network = ADMEncoder(
-        img_resolution=8, img_channels=1, out_channels=10, model_channels=32, channel_mult=(1, 2), num_blocks=1,
-        attn_resolutions=(4,), head_channels=32,
-    )  # fmt: skip
+        img_resolution=8,
+        img_channels=1,
+        out_channels=10,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(4,),
+        head_channels=32,
+    )
     variables = network.init(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,)))
     path = tmp_path_factory.mktemp("extractor") / "classifier.safetensors"
     about = {"kind": "adm_encoder", "settings": export.network_settings(network)}
@@ -65,14 +91,23 @@ def extractor(tmp_path_factory):
 
 
 def config(prior, *more: str):
-    return configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*SMALL, f"dg.prior={prior}", *more))
+    return configs.load(
+        tiny.ROOT / "configs" / "digits_dg.py", (*SMALL, f"dg.prior={prior}", *more)
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(prior, extractor, tmp_path_factory):
-    """(folder, run, state, lines) of a conditional head on an extractor, evaluated at every checkpoint."""
+    """(folder, run, state, lines) of a conditional head on an extractor, evaluated at every
+    checkpoint.
+    """
     folder, lines = tmp_path_factory.mktemp("trained"), []
-    more = ("evaluate.features=digits", "evaluate.num=40", "evaluate.every=2 steps", "dg.weights=(50.0,)")
+    more = (
+        "evaluate.features=digits",
+        "evaluate.num=40",
+        "evaluate.every=2 steps",
+        "dg.weights=(50.0,)",
+    )
     settings = config(prior, f"dg.extractor={extractor}", "data.conditional=true", *more)
     run, state = discriminator.train(settings, folder, lines.append)
     return folder, run, state, lines
@@ -91,7 +126,9 @@ def test_cross_entropy_is_that_of_the_sigmoid():
 
 
 def test_logistic_regression_finds_the_ratio_of_gaussians():
-    """real N(.5, 1), generated N(-.5, 1), sigma 1: c = (mu_r - mu_f) / (s^2 + sigma^2) = 0.5, intercept 0."""
+    """real N(.5, 1), generated N(-.5, 1), sigma 1: c = (mu_r - mu_f) / (s^2 + sigma^2) = 0.5,
+    intercept 0.
+    """
     rng = np.random.default_rng(0)
     real = np.tile([1, 0], 100_000)
     x = jnp.asarray(real - 0.5 + rng.normal(size=real.shape) * np.sqrt(2))
@@ -122,8 +159,10 @@ def test_coupled_l2_is_pytorchs_adam():
 
 
 def test_a_trained_ratio_moves_the_samples_to_the_data():
-    """spec/dg.md 10: a small perceptron, cosine decay; Wasserstein distance from 0.5 to under 0.1."""
-    bumps = lambda w, m, s: Mixture(w, [s, s], np.reshape(m, (2, 1, 1, 1)))  # noqa: E731
+    """spec/dg.md 10: a small perceptron, cosine decay; Wasserstein distance from 0.5 to under
+    0.1.
+    """
+    bumps = lambda w, m, s: Mixture(w, [s, s], np.reshape(m, (2, 1, 1, 1)))
     data, model = bumps([0.5, 0.5], [-1, 1], 0.2), bumps([0.8, 0.2], [-0.9, 1.1], 0.25)
     widths, count, half = (3, 64, 64, 1), 2000, 512
 
@@ -138,7 +177,10 @@ def test_a_trained_ratio_moves_the_samples_to_the_data():
 
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = list(zip(widths, widths[1:], strict=False))
-    params = [(jax.random.normal(k, s) / np.sqrt(s[0]), jnp.zeros(s[1])) for k, s in zip(keys, sizes, strict=True)]
+    params = [
+        (jax.random.normal(k, s) / np.sqrt(s[0]), jnp.zeros(s[1]))
+        for k, s in zip(keys, sizes, strict=True)
+    ]
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, count))
     real = jnp.tile(jnp.asarray([1, 0]), half)
 
@@ -148,19 +190,25 @@ def test_a_trained_ratio_moves_the_samples_to_the_data():
         x0 = jnp.stack([data.draw(k[0], half), model.draw(k[1], half)], 1).reshape(-1, 1, 1, 1)
         sigma = dg.training_sigma(jax.random.uniform(k[2], (2 * half,)))
         x = x0 + sigma[:, None, None, None] * jax.random.normal(k[3], x0.shape)
-        ratio = lambda p: dg.log_ratio(functools.partial(perceptron, p), clip=0.0)(x, sigma)  # noqa: E731
-        loss = lambda p: discriminator.cross_entropy(ratio(p), real)[0].mean()  # noqa: E731
+        ratio = lambda p: dg.log_ratio(functools.partial(perceptron, p), clip=0.0)(x, sigma)
+        loss = lambda p: discriminator.cross_entropy(ratio(p), real)[0].mean()
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
 
-    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), jax.random.split(jax.random.key(1), count)))
+    run = jax.jit(
+        lambda p: jax.lax.scan(step, (p, tx.init(p)), jax.random.split(jax.random.key(1), count))
+    )
     (params, _), losses = run(params)
-    np.testing.assert_allclose(losses[-1000:].mean(), 0.6508, atol=4e-3)  # the Bayes value; 1,000 fresh points a step
+    np.testing.assert_allclose(
+        losses[-1000:].mean(), 0.6508, atol=4e-3
+    )  # the Bayes value; 1,000 fresh points a step
     ratio = dg.log_ratio(functools.partial(perceptron, params))
     latents = jax.random.normal(jax.random.key(2), (10_000, 1, 1, 1))
     truth = np.sort(np.asarray(data.draw(jax.random.key(3), 10_000)).ravel())
-    away = lambda d: np.abs(np.sort(np.asarray(sample(d, latents, grids.edm(18))).ravel()) - truth).mean()  # noqa: E731
+    away = lambda d: np.abs(
+        np.sort(np.asarray(sample(d, latents, grids.edm(18))).ravel()) - truth
+    ).mean()
     plain, guided = away(model.denoise), away(dg.guide(model.denoise, ratio))
     assert plain > 0.4 and guided < 0.1, (plain, guided)
 
@@ -172,12 +220,16 @@ def test_a_trained_ratio_moves_the_samples_to_the_data():
 def test_pairs_alternate_and_resume():
     images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
     source = open_source("digits")
-    real, fake = (dataclasses.replace(source, images=i, labels=None) for i in (images, images + 100))
+    real, fake = (
+        dataclasses.replace(source, images=i, labels=None) for i in (images, images + 100)
+    )
     pairs = fakes.Pairs(real, fake, 8, 0, 0, 1)
     first = next(pairs)
     assert first["real"].tolist() == [1, 0] * 4 and first["index"].tolist() == list(range(8))
     assert ((first["image"].ravel() >= 100) == (first["real"] == 0)).all()
-    assert not np.array_equal(first["image"][1::2] - 100, first["image"][::2])  # two orders, not one
+    assert not np.array_equal(
+        first["image"][1::2] - 100, first["image"][::2]
+    )  # two orders, not one
     halves = [next(fakes.Pairs(real, fake, 8, 0, i, 2)) for i in range(2)]
     for key in first:
         np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), first[key])
@@ -189,9 +241,13 @@ def test_pairs_alternate_and_resume():
 
 def test_held_out_images_are_the_same_ones_every_time_and_never_trained_on():
     source = open_source("digits")
-    numbered = dataclasses.replace(source, images=np.arange(100, dtype=np.int32)[:, None, None, None], labels=None)
+    numbered = dataclasses.replace(
+        source, images=np.arange(100, dtype=np.int32)[:, None, None, None], labels=None
+    )
     (kept, out), (_, again) = fakes.split(numbered, 0.1), fakes.split(numbered, 0.1)
-    assert len(out) == 10 and sorted([*kept.images.ravel(), *out.images.ravel()]) == list(range(100))
+    assert len(out) == 10 and sorted([*kept.images.ravel(), *out.images.ravel()]) == list(
+        range(100)
+    )
     np.testing.assert_array_equal(out.images, again.images)
     read = dataclasses.replace(source, images=None, reader=_Digits(source))
     kept, out = fakes.split(read, 0.5)
@@ -217,7 +273,9 @@ class _Digits:
 
 
 def test_an_extractor_of_other_images_is_refused():
-    network = ADMEncoder(img_resolution=16, out_channels=10, model_channels=32, channel_mult=(1,), num_blocks=1)
+    network = ADMEncoder(
+        img_resolution=16, out_channels=10, model_channels=32, channel_mult=(1,), num_blocks=1
+    )
     with pytest.raises(ValueError, match="made for 16 pixels and 3 channels; expected 8 and 1"):
         build(8, 1, extractor=network)
     assert build(16, 3, extractor=network).head.img_channels == 32
@@ -227,9 +285,14 @@ def test_the_recipe_builds_the_authors_head():
     """Published sizes: 2,883,841 numbers, 3,395,841 with the table of 1,000 classes."""
     recipe = configs.load(tiny.ROOT / "configs" / "cifar10_dg.py")
     extractor = ADMEncoder(
-        img_resolution=32, out_channels=1000, model_channels=128, channel_mult=(1, 2, 4), num_blocks=4,
-        attn_resolutions=(32, 16, 8), head_channels=64,
-    )  # fmt: skip
+        img_resolution=32,
+        out_channels=1000,
+        model_channels=128,
+        channel_mult=(1, 2, 4),
+        num_blocks=4,
+        attn_resolutions=(32, 16, 8),
+        head_channels=64,
+    )
     settings = dict(recipe.network) | {"dtype": jnp.float32}
     for classes, count in ((0, 2_883_841), (1000, 3_395_841)):
         network = build(32, 3, classes, extractor, **settings)
@@ -248,7 +311,9 @@ def test_one_command_draws_samples_trains_and_saves(trained, extractor):
     about = fakes.about(folder / "samples.npz")
     assert (about["solver"], about["steps"], about["nfe"], about["num"]) == ("heun", 3, 5, 60)
     drawn = fakes.read(folder / "samples.npz")
-    assert drawn.images.dtype == np.uint8 and set(drawn.labels) <= set(range(10))  # both sides pass through 8 bits
+    assert drawn.images.dtype == np.uint8 and set(drawn.labels) <= set(
+        range(10)
+    )  # both sides pass through 8 bits
     log = (folder / "metrics.jsonl").read_text()
     assert all(word in log for word in ('"accuracy"', '"held_out/loss"', '"held_out/accuracy"'))
     assert (folder / "extractor.safetensors").read_bytes() == extractor.read_bytes()
@@ -273,13 +338,17 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     folder, run, _, _ = trained
     model, heard = finish.open_workdir(prior), []
     settings = model.settings(solver="heun", steps=3)
-    method = discriminator.open_guidance(folder, run=model, settings=settings, weight=50.0, warn=heard.append)
+    method = discriminator.open_guidance(
+        folder, run=model, settings=settings, weight=50.0, warn=heard.append
+    )
     assert not heard and method.frozen["weight"] == 50.0
     images = generate.sampler(model.model, settings, jax.devices()[:1], guidance=(method,))
 
     def draw(weight, label):
         chosen = dataclasses.replace(method, frozen=method.frozen | {"weight": np.float32(weight)})
-        parts = generate.generate(images, model.params, model.buffers, np.arange(4), np.full(4, label), 4, (chosen,))
+        parts = generate.generate(
+            images, model.params, model.buffers, np.arange(4), np.full(4, label), 4, (chosen,)
+        )
         return np.concatenate(list(parts))
 
     plain = generate.sampler(model.model, settings, jax.devices()[:1])
@@ -290,10 +359,14 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     assert np.abs(draw(50.0, 1) - expected).max() > 1e-4
     ratio = discriminator.ratio_of(run.model, "vp")(method.frozen["network"])
     x, sigma = jnp.ones((1, 8, 8, 1)), jnp.ones((1,))
-    assert ratio(x, sigma, jnp.asarray([1])) != ratio(x, sigma, jnp.asarray([7]))  # the head is told the class
+    assert ratio(x, sigma, jnp.asarray([1])) != ratio(
+        x, sigma, jnp.asarray([7])
+    )  # the head is told the class
     with pytest.raises(ValueError, match="expects the classes"):
         ratio(x, sigma)
-    discriminator.open_guidance(folder, run=model, settings=model.settings(solver="heun", steps=9), warn=heard.append)
+    discriminator.open_guidance(
+        folder, run=model, settings=model.settings(solver="heun", steps=9), warn=heard.append
+    )
     assert len(heard) == 1 and heard[0].endswith("differ in steps")
     other = model.settings(solver="heun", steps=3, eta=0.5, grid="vp")
     other.sigma_max, other.rho = 50.0, 5.0
@@ -319,20 +392,26 @@ def test_samples_of_another_sampler_are_refused(trained, prior, more, words):
 
 def test_samples_of_other_weights_are_refused(trained, prior):
     folder, run, _, _ = trained
-    other = dataclasses.replace(run.prior, params=jax.tree.map(lambda p: p + 1e-6, run.prior.params))
+    other = dataclasses.replace(
+        run.prior, params=jax.tree.map(lambda p: p + 1e-6, run.prior.params)
+    )
     with pytest.raises(configs.ConfigError, match="drawn with weights [0-9a-f]{12}, now it is"):
         fakes.read(folder / "samples.npz", fakes.origin(run.config, other, 60))
 
 
 def test_folders_of_the_other_kind_are_named(trained, prior):
-    with pytest.raises(CheckpointError, match="holds a discriminator; expected the folder of a denoiser"):
+    with pytest.raises(
+        CheckpointError, match="holds a discriminator; expected the folder of a denoiser"
+    ):
         finish.open_workdir(trained[0])
     with pytest.raises(CheckpointError, match="--discriminator: .* holds no discriminator"):
         discriminator.open_guidance(prior)
 
 
 def test_a_conditional_discriminator_asks_for_classes(trained):
-    with pytest.raises(ValueError, match="--label: no class given, but the discriminator is conditional"):
+    with pytest.raises(
+        ValueError, match="--label: no class given, but the discriminator is conditional"
+    ):
         guided._refuse_no_class(str(trained[0]))
 
 
@@ -356,24 +435,32 @@ def test_wrong_settings_are_one_sentence(trained, prior, text, words):
 def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
     folder, _, _, lines = trained
     reports = {r["step"]: r for r in json.loads((folder / "evaluations.json").read_text())}
-    assert set(reports) == {2, 4} and all(r["weight"] in (2.0, 50.0) and r["unguided"] > 0 for r in reports.values())
+    assert set(reports) == {2, 4} and all(
+        r["weight"] in (2.0, 50.0) and r["unguided"] > 0 for r in reports.values()
+    )
     assert reports[2]["unguided"] == reports[4]["unguided"]
     best = min(reports.values(), key=lambda r: r["fd"])
     assert discriminator.open_guidance(folder).frozen["weight"] == np.float32(best["weight"])
     assert discriminator.open_guidance(folder, weight=0.3).frozen["weight"] == np.float32(0.3)
     assert discriminator.open_guidance(folder, preset="second").frozen["corrector_weight"] == 1.0
     assert any("unguided" in line for line in lines)
-    assert json.loads((folder / "evaluation.json").read_text()) == reports[4]  # with its weight, whichever came last
+    assert (
+        json.loads((folder / "evaluation.json").read_text()) == reports[4]
+    )  # with its weight, whichever came last
 
 
 def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
     _, run, state, _ = trained
     run = dataclasses.replace(run, config=ConfigDict(run.config).unlock())
     run.config.dg.weight, run.config.dg.weights = 3.0, (1.0, 2.0)
-    monkeypatch.setattr(finish, "distance_report", lambda space, images, real: {"fd": float(images[0, 0, 0, 0] != 50)})
+    monkeypatch.setattr(
+        finish,
+        "distance_report",
+        lambda space, images, real: {"fd": float(images[0, 0, 0, 0] != 50)},
+    )
     monkeypatch.setattr(discriminator.Evaluator, "_space", None)
     monkeypatch.setattr(discriminator.Evaluator, "_reference", None)
-    draw = lambda self, state: np.full((70, 8, 8, 1), int(50 * self._weight), np.uint8)  # noqa: E731
+    draw = lambda self, state: np.full((70, 8, 8, 1), int(50 * self._weight), np.uint8)
     monkeypatch.setattr(discriminator.Evaluator, "_samples", draw)
     report = discriminator.Evaluator(run, tmp_path)(state)
     assert (report["weight"], report["fd"], report["unguided"]) == (1.0, 0.0, 1.0)
@@ -389,14 +476,19 @@ def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):
     more = (f"dg.extractor={extractor}", "data.conditional=true", "dg.weights=(50.0,)")
     lines: list[str] = []
     resumed, last = discriminator.train(config(prior, *more), again, lines.append)
-    assert any("resumed from step 2" in line for line in lines) and not any("drawing" in line for line in lines)
+    assert any("resumed from step 2" in line for line in lines) and not any(
+        "drawing" in line for line in lines
+    )
     tiny.assert_trees(resumed.plan.local_copy(last), run.plan.local_copy(state))
 
 
 @pytest.mark.parametrize("plan", ["pmap", "mesh"])
 def test_four_devices_train_as_one(trained, prior, plan):
     folder, run, _, _ = trained
-    more = (f"dg.samples={folder / 'samples.npz'}", f"dg.extractor={folder / 'extractor.safetensors'}")
+    more = (
+        f"dg.samples={folder / 'samples.npz'}",
+        f"dg.extractor={folder / 'extractor.safetensors'}",
+    )
     settings = config(prior, *more, "data.conditional=true", "parallel.devices=0")
 
     def two_steps(run):
@@ -404,12 +496,18 @@ def test_four_devices_train_as_one(trained, prior, plan):
         step, frozen, batches = run.compile(state), run.frozen(), discriminator._batches(run)
         for _ in range(2):
             state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
-        return run.plan.local_copy(state.params), {k: float(np.asarray(v)) for k, v in metrics.items()}
+        return run.plan.local_copy(state.params), {
+            k: float(np.asarray(v)) for k, v in metrics.items()
+        }
 
     one, expected = two_steps(run)
     many, found = two_steps(discriminator.build(settings, parallel.make_plan(plan, 4), folder))
     for name in ("loss", "accuracy", "grad_norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, err_msg=name)
-    # Adam makes a full step of a gradient that is float noise (biases in front of a norm): typical weights must agree.
-    away = [np.abs(np.asarray(a) - np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True)]
+    # Adam makes a full step of a gradient that is float noise (biases in front of a norm): typical
+    # weights must agree.
+    away = [
+        np.abs(np.asarray(a) - np.asarray(b))
+        for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True)
+    ]
     assert np.median([a.mean() for a in away]) < 1e-5 and max(a.max() for a in away) < 2.1e-3

@@ -1,4 +1,6 @@
-"""Index-grid samplers: published numbers, and a whole DDIM chain written out against our coordinate."""
+"""Index-grid samplers: published numbers, and a whole DDIM chain written out against our
+coordinate.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,13 @@ import pytest
 from oracles import column, two_bumps
 
 from ogdm_jax.diffusion import discrete, grids, process
-from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.sampling.sampler import sample
 
 
 def test_index_grid_goldens():
-    """DDIM and PNDM of a DDPM with the exact eps of N(0, .25); the published digits are float32's."""
+    """DDIM and PNDM of a DDPM with the exact eps of N(0, .25); the published digits are
+    float32's.
+    """
     table = process.Discrete.make()
 
     def exact(x, t):
@@ -23,7 +27,12 @@ def test_index_grid_goldens():
         for n, want in ((10, 0.3741288), (20, 0.4337346)):
             x = discrete.ddim(exact, latents, n, clip=False)
             np.testing.assert_allclose(x.ravel(), [want, -want / 2], atol=1.5e-6)
-        for n, order, want in ((9, 2, 0.4361751), (19, 2, 0.4842141), (11, 4, 0.4987150), (41, 4, 0.5018901)):
+        for n, order, want in (
+            (9, 2, 0.4361751),
+            (19, 2, 0.4842141),
+            (11, 4, 0.4987150),
+            (41, 4, 0.5018901),
+        ):
             x = discrete.pndm(exact, latents, n, order=order)
             np.testing.assert_allclose(x.ravel(), [want, -want / 2], atol=1.5e-6)
     with pytest.raises(ValueError, match="order=3"):
@@ -48,4 +57,6 @@ def test_vp_ddim_chain_is_ve_euler():
             x = np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
         sigmas = grids.ddim(20)
         start = z * np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
-        np.testing.assert_allclose(sample(data.denoise, start, sigmas, "euler"), x, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            sample(data.denoise, start, sigmas, "euler"), x, rtol=0, atol=1e-10
+        )

@@ -1,4 +1,6 @@
-"""Training on the steps of a discrete process: OpenAI's network, OGDM by the authors' guided-diffusion code."""
+"""Training on the steps of a discrete process: OpenAI's network, OGDM by the authors'
+guided-diffusion code.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods import ogdm
-from ogdm_jax.training import finish
 from ogdm_jax.training import run as runs
+from ogdm_jax.training import workdir as finish
 
 ADM = (
     "network.kind=openai",
@@ -33,13 +35,17 @@ def run():
 
 
 def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
-    """weight (x0_hat - x0)^2 of the denoiser against (eps_hat - eps)^2 of the network at its integer steps."""
+    """weight (x0_hat - x0)^2 of the denoiser against (eps_hat - eps)^2 of the network at its
+    integer steps.
+    """
     chain, t = Discrete.make(), np.array([0, 40, 500, 999])
     params, _ = run.model.init(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params)
+    params = jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params
+    )
     x0, eps = jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 1))
     sigma = jnp.asarray(chain.sigma[t], jnp.float32)
-    wide = lambda v: jnp.asarray(v, jnp.float32)[:, None, None, None]  # noqa: E731
+    wide = lambda v: jnp.asarray(v, jnp.float32)[:, None, None, None]
 
     @jax.jit
     def both(params):
@@ -73,16 +79,26 @@ def test_ogdm_trains_on_discrete_pairs_and_its_discriminators_rate_falls(run):
 
 
 def test_the_celeba_configuration_is_the_authors():
-    """Parameters of their U-Net and discriminator (spec of the released code), and the switches that are numbers."""
+    """Parameters of their U-Net and discriminator (spec of the released code), and the switches
+    that are numbers.
+    """
     config = configs.load(tiny.ROOT / "configs" / "celeba64_ogdm.py")
     source = data.Source("celeba", (64, 64, 3), images=np.zeros((4, 64, 64, 3), np.uint8))
     built = runs.build(config, source, parallel.make_plan("pmap", 1))
     shapes = jax.eval_shape(built.create, jax.random.key(0))
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-    assert count(shapes.params) == 121_060_483 and count(shapes.companions["ogdm"].params) == 28_853_760
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert (
+        count(shapes.params) == 121_060_483
+        and count(shapes.companions["ogdm"].params) == 28_853_760
+    )
     assert abs(0.5 ** (1 / configs.duration(config.ema.halflife, 128)) - 0.9999) < 1e-8
     assert built.steps == config.ogdm.decay == configs.duration(config.optim.decay, 128) == 300_000
-    assert (config.ogdm.gamma, config.ogdm.k, config.ogdm.r1, config.ogdm.condition) == (0.01, 0.1, 0.25, "index")
+    assert (config.ogdm.gamma, config.ogdm.k, config.ogdm.r1, config.ogdm.condition) == (
+        0.01,
+        0.1,
+        0.25,
+        "index",
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +123,11 @@ def test_wrong_settings_are_one_sentence(text, words):
 
 def test_images_are_resized_and_coloured_by_configuration():
     assert finish.open_source(tiny.config()).shape == (8, 8, 1)
-    assert finish.open_source(tiny.config("data.resolution=16", "data.channels=3")).shape == (16, 16, 3)
+    assert finish.open_source(tiny.config("data.resolution=16", "data.channels=3")).shape == (
+        16,
+        16,
+        3,
+    )
     for text in ("data.resolution=-1", "data.channels=2"):
         with pytest.raises(configs.ConfigError, match=text.split("=")[0]):
             finish.open_source(tiny.config(text))

@@ -1,4 +1,6 @@
-"""The discriminator against its published sizes and names, and the grouping of its minibatch statistics."""
+"""The discriminator against its published sizes and names, and the grouping of its minibatch
+statistics.
+"""
 
 import gzip
 import json
@@ -70,13 +72,20 @@ def test_full_size_names_and_shapes(path):
     assert sum(np.prod(shape) for _, shape in truth) == record["param_count"]
     # Zero-stride stand-ins: 29 million numbers in 4 bytes each.
     blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in truth}
-    blank |= {n: np.broadcast_to(np.float32(0), s) for n, s, kind in record["entries"] if kind == "buffer"}
+    blank |= {
+        n: np.broadcast_to(np.float32(0), s) for n, s, kind in record["entries"] if kind == "buffer"
+    }
     inferred = discriminator_settings(blank)
     assert {k: inferred[k] for k in settings} == settings
-    assert all(network.channels(s) == StyleGAN2Discriminator(**inferred).channels(s) for s in (4, 8, 16, 32, 64))
+    assert all(
+        network.channels(s) == StyleGAN2Discriminator(**inferred).channels(s)
+        for s in (4, 8, 16, 32, 64)
+    )
     expected = jax.tree.map(lambda leaf: leaf.shape, shapes(network))
     assert jax.tree.map(lambda leaf: leaf.shape, discriminator_to_flax(blank, network)) == expected
-    assert [n.rsplit(".", 1)[0] for n, _ in truth if n.endswith("weight")] == discriminator_modules(network)
+    assert [n.rsplit(".", 1)[0] for n, _ in truth if n.endswith("weight")] == discriminator_modules(
+        network
+    )
 
 
 def test_names_there_and_back():
@@ -94,8 +103,12 @@ def test_names_there_and_back():
 @pytest.fixture(scope="module")
 def born():
     """(network, fresh variables): large enough for statistics of its weights."""
-    network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, channel_base=256, channel_max=32)
-    return network, jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)), jnp.ones((1, 2)))
+    network = StyleGAN2Discriminator(
+        img_resolution=8, img_channels=3, channel_base=256, channel_max=32
+    )
+    return network, jax.jit(network.init)(
+        jax.random.key(1), jnp.zeros((1, 8, 8, 3)), jnp.ones((1, 2))
+    )
 
 
 def test_initial_statistics_are_those_of_equalised_learning_rate(born):
@@ -106,11 +119,15 @@ def test_initial_statistics_are_those_of_equalised_learning_rate(born):
             assert not np.any(leaf), name
         elif leaf.size > 1000:
             scale = 100 if name.startswith("mapping.fc") else 1
-            np.testing.assert_allclose(np.std(leaf) / scale, 1, atol=5 / np.sqrt(2 * leaf.size), err_msg=name)
+            np.testing.assert_allclose(
+                np.std(leaf) / scale, 1, atol=5 / np.sqrt(2 * leaf.size), err_msg=name
+            )
 
 
 def test_at_birth_only_the_ratio_of_raw_levels_is_seen(born):
-    """No bias, then second-moment normalisation: (1000 t, 1000 s) maps almost where (t, s) does (spec 1.5)."""
+    """No bias, then second-moment normalisation: (1000 t, 1000 s) maps almost where (t, s) does
+    (spec 1.5).
+    """
     network, variables = born
     run = jax.jit(lambda c: network.apply(variables, jnp.zeros((1, 8, 8, 3)), c, tap="mapping"))
     near, far, other = (run(jnp.array([c])) for c in ([1.0, 0.5], [1000.0, 500.0], [1.0, 0.1]))
@@ -120,15 +137,22 @@ def test_at_birth_only_the_ratio_of_raw_levels_is_seen(born):
 
 @pytest.mark.parametrize("side,channels", [(8, 1), (16, 3), (64, 2)])
 def test_sides_and_grey_images(side, channels):
-    network = StyleGAN2Discriminator(img_resolution=side, img_channels=channels, channel_base=64, channel_max=8)
-    x, cond = jax.ShapeDtypeStruct((4, side, side, channels), jnp.float32), jax.ShapeDtypeStruct((4, 2), jnp.float32)
+    network = StyleGAN2Discriminator(
+        img_resolution=side, img_channels=channels, channel_base=64, channel_max=8
+    )
+    x, cond = (
+        jax.ShapeDtypeStruct((4, side, side, channels), jnp.float32),
+        jax.ShapeDtypeStruct((4, 2), jnp.float32),
+    )
     assert jax.eval_shape(network.apply, shapes(network), x, cond).shape == (4,)
 
 
 @pytest.mark.parametrize("side", [4, 12, 28])
 def test_other_sides_are_refused_in_one_sentence(side):
     network = StyleGAN2Discriminator(img_resolution=side, img_channels=3)
-    with pytest.raises(ValueError, match=f"img_resolution: {side} given; expected a power of two of at least 8"):
+    with pytest.raises(
+        ValueError, match=f"img_resolution: {side} given; expected a power of two of at least 8"
+    ):
         shapes(network)
 
 
@@ -156,7 +180,9 @@ def test_permuting_a_group_leaves_logits_to_their_examples():
     inside = np.array([4, 1, 2, 7, 0, 5, 6, 3])  # exchanges 0 and 4 (group 0), 3 and 7 (group 1)
     across = np.array([1, 0, 2, 3, 4, 5, 6, 7])
     plain = run(variables, x, cond)
-    np.testing.assert_allclose(run(variables, x[inside], cond[inside]), plain[inside], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run(variables, x[inside], cond[inside]), plain[inside], rtol=1e-4, atol=1e-5
+    )
     assert np.abs(run(variables, x[across], cond[across]) - plain[across]).max() > 1e-3
 
 
@@ -171,15 +197,20 @@ def test_chunked_statistics_do_not_know_the_number_of_devices(devices):
 
 @pytest.mark.parametrize("size,group,batch", [(6, 4, None), (10, 4, 4), (12, 4, 6)])
 def test_batches_that_cannot_be_grouped_are_refused(size, group, batch):
-    with pytest.raises(ValueError, match=f"discriminator batch: {size} examples given; expected a multiple of"):
+    with pytest.raises(
+        ValueError, match=f"discriminator batch: {size} examples given; expected a multiple of"
+    ):
         jax.eval_shape(
-            lambda x: minibatch_deviation(x, group, batch), jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.float32)
+            lambda x: minibatch_deviation(x, group, batch),
+            jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.float32),
         )
 
 
 def test_a_batch_smaller_than_a_group_is_one_group():
     assert minibatch_deviation(jnp.ones((3, 4, 4, 2))).shape == (3, 4, 4, 1)
-    np.testing.assert_allclose(minibatch_deviation(jnp.ones((1, 4, 4, 2))), 1e-4, rtol=1e-5)  # sqrt(0 + 1e-8)
+    np.testing.assert_allclose(
+        minibatch_deviation(jnp.ones((1, 4, 4, 2))), 1e-4, rtol=1e-5
+    )  # sqrt(0 + 1e-8)
 
 
 def test_condition_and_class_change_logits():
@@ -190,8 +221,13 @@ def test_condition_and_class_change_logits():
     none, zero, one = (run(variables, x, cond, label) for label in labels)
     assert np.abs(zero - one).min() > 1e-4 and np.abs(zero - none).min() > 1e-4
     np.testing.assert_array_equal(run(variables, x, cond), none)
-    np.testing.assert_array_equal(run(variables, x, cond, np.eye(3, dtype=np.float32)[[1] * 4]), one)
-    assert np.abs(run(variables, x, cond * np.array([[1.0, 2.0]], np.float32), labels[1]) - zero).min() > 1e-4
+    np.testing.assert_array_equal(
+        run(variables, x, cond, np.eye(3, dtype=np.float32)[[1] * 4]), one
+    )
+    assert (
+        np.abs(run(variables, x, cond * np.array([[1.0, 2.0]], np.float32), labels[1]) - zero).min()
+        > 1e-4
+    )
 
 
 def test_golden_state_infers_its_settings():
@@ -200,5 +236,9 @@ def test_golden_state_infers_its_settings():
     assert {k: inferred[k] for k in ("img_resolution", "img_channels", "label_dim")} == {
         k: g.config["kwargs"][k] for k in ("img_resolution", "img_channels", "label_dim")
     }
-    truth = jax.tree.map(lambda leaf: leaf.shape, shapes(StyleGAN2Discriminator(**g.config["kwargs"])))
-    assert jax.tree.map(lambda leaf: leaf.shape, shapes(StyleGAN2Discriminator(**inferred))) == truth
+    truth = jax.tree.map(
+        lambda leaf: leaf.shape, shapes(StyleGAN2Discriminator(**g.config["kwargs"]))
+    )
+    assert (
+        jax.tree.map(lambda leaf: leaf.shape, shapes(StyleGAN2Discriminator(**inferred))) == truth
+    )

@@ -1,4 +1,6 @@
-"""Spherical Gaussian guidance: the step's geometry, its place in every stochastic solver, and its law on a Gaussian."""
+"""Spherical Gaussian guidance: the step's geometry, its place in every stochastic solver, and its
+law on a Gaussian.
+"""
 
 import functools
 
@@ -6,14 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from guidance_cases import DATA, LATENTS, LOSS, MASK, SHAPE, Y, evaluate_at, info_at, norms, transition_at
+from guidance_cases import (
+    DATA,
+    LATENTS,
+    LOSS,
+    MASK,
+    SHAPE,
+    Y,
+    evaluate_at,
+    info_at,
+    norms,
+    transition_at,
+)
 from oracles import Gaussian
 
-from ogdm_jax.diffusion import grids, kicks, operators, steps
-from ogdm_jax.diffusion.churn import Info
-from ogdm_jax.diffusion.sampling import sample
-from ogdm_jax.diffusion.solvers import plain_kick
+from ogdm_jax.diffusion import grids, steps
+from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
+from ogdm_jax.sampling import kicks
+from ogdm_jax.sampling.churn import Info
+from ogdm_jax.sampling.sampler import sample
+from ogdm_jax.sampling.solvers import plain_kick
 
 ROOT_N = np.sqrt(32)
 STD = np.array([0.3, 1.0, 7.0], np.float32)
@@ -35,9 +50,13 @@ class TestStep:
         want = ROOT_N * STD[:, None, None, None] * d / norms(d)[:, None, None, None]
         np.testing.assert_allclose(x - mean, want, atol=2e-5)
         if rate == 1:
-            straight = mean - ROOT_N * STD[:, None, None, None] * grad / norms(grad)[:, None, None, None]
+            straight = (
+                mean - ROOT_N * STD[:, None, None, None] * grad / norms(grad)[:, None, None, None]
+            )
             np.testing.assert_allclose(x, straight, rtol=1e-6, atol=4e-6)
-        with jax.disable_jit():  # an image does not see the others: bit for bit where the same operations run
+        with (
+            jax.disable_jit()
+        ):  # an image does not see the others: bit for bit where the same operations run
             whole = dsg.spherical_step(mean, STD, eps, grad, rate)
             for i in range(3):
                 one = dsg.spherical_step(*(v[i : i + 1] for v in (mean, STD, eps, grad)), rate)
@@ -54,23 +73,35 @@ class TestStep:
     def test_only_the_gradients_direction_counts(self, factor):
         mean, eps, grad = draws(2)
         np.testing.assert_allclose(
-            step(mean, STD, eps, factor * grad, 0.3), step(mean, STD, eps, grad, 0.3), rtol=0, atol=4e-6
+            step(mean, STD, eps, factor * grad, 0.3),
+            step(mean, STD, eps, grad, 0.3),
+            rtol=0,
+            atol=4e-6,
         )
 
     def test_rotations_turn_the_step(self):
         mean, eps, grad = draws(3)
         q = jnp.linalg.qr(jax.random.normal(jax.random.key(9), (32, 32)))[0]
-        turn = lambda v: (v.reshape(3, -1) @ q).reshape(v.shape)  # noqa: E731
+        turn = lambda v: (v.reshape(3, -1) @ q).reshape(v.shape)
         turned = step(turn(mean), STD, turn(eps), turn(grad), 0.2)
         np.testing.assert_allclose(turned, turn(step(mean, STD, eps, grad, 0.2)), atol=2e-5)
 
     def test_cosine_law_and_its_inverse(self):
         mean, eps, grad = draws(4, (1, 256, 256, 3))
-        for rate, published in ((0.05, 0.0526), (0.1, 0.1104), (0.2, 0.2425), (0.3, 0.3939), (0.5, 0.7071), (1, 1)):
+        for rate, published in (
+            (0.05, 0.0526),
+            (0.1, 0.1104),
+            (0.2, 0.2425),
+            (0.3, 0.3939),
+            (0.5, 0.7071),
+            (1, 1),
+        ):
             move = step(mean, 1.0, eps, grad, float(rate)) - mean
             cosine = -float(jnp.vdot(move, grad)) / (norms(move)[0] * norms(grad)[0])
             assert abs(cosine - published) < 0.005
-            np.testing.assert_allclose(dsg.rate_of_cosine(rate / np.hypot(rate, 1 - rate)), rate, rtol=1e-6)
+            np.testing.assert_allclose(
+                dsg.rate_of_cosine(rate / np.hypot(rate, 1 - rate)), rate, rtol=1e-6
+            )
 
     def test_degenerate_inputs_stay_finite(self):
         mean, eps, grad = draws(5)
@@ -81,10 +112,16 @@ class TestStep:
             np.testing.assert_array_equal(step(mean, STD, zero, zero, rate), mean)
             np.testing.assert_array_equal(step(mean, jnp.zeros(3), eps, grad, rate), mean)
             for broken in (jnp.nan, jnp.inf):
-                np.testing.assert_array_equal(step(mean, STD, eps, grad.at[1].set(broken), rate)[1], projected[1])
+                np.testing.assert_array_equal(
+                    step(mean, STD, eps, grad.at[1].set(broken), rate)[1], projected[1]
+                )
         one = step(mean[:1], 0.5, zero[:1], grad[:1], 0.3)  # no noise: straight down
-        np.testing.assert_allclose(one, mean[:1] - ROOT_N * 0.5 * grad[:1] / norms(grad[:1])[0], atol=1e-5)
-        slopes = jax.grad(lambda m, s, e, g: step(m, s, e, g, 0.3).sum(), argnums=(0, 1, 2, 3))(mean, STD, eps, zero)
+        np.testing.assert_allclose(
+            one, mean[:1] - ROOT_N * 0.5 * grad[:1] / norms(grad[:1])[0], atol=1e-5
+        )
+        slopes = jax.grad(lambda m, s, e, g: step(m, s, e, g, 0.3).sum(), argnums=(0, 1, 2, 3))(
+            mean, STD, eps, zero
+        )
         assert all(jnp.isfinite(v).all() for v in slopes)
         for dtype in (jnp.bfloat16, jnp.float16):
             x = step(*(v.astype(dtype) for v in (mean, STD, eps, 1e-4 * grad)), 0.2)
@@ -97,7 +134,9 @@ class TestStep:
         x = step(mean, spread, eps, grad, 0.2)
         np.testing.assert_allclose(norms(x - mean), norms(spread), rtol=1e-5)
         np.testing.assert_allclose(
-            step(mean, jnp.full(SHAPE, 0.4), eps, grad, 0.2), step(mean, 0.4, eps, grad, 0.2), atol=1e-5
+            step(mean, jnp.full(SHAPE, 0.4), eps, grad, 0.2),
+            step(mean, 0.4, eps, grad, 0.2),
+            atol=1e-5,
         )
 
     def test_dps_step(self):
@@ -116,7 +155,7 @@ GRID = grids.edm(5, 0.02, 20.0)
 
 def run(kick=None, denoise=DATA.denoise, solver="ddim", grid=GRID, **settings):
     settings = {"eta": 1.0} | settings if solver in ("ddim", "heun") else settings
-    call = lambda z, key: sample(denoise, z, grid, solver, key=key, kick=kick, **settings)  # noqa: E731
+    call = lambda z, key: sample(denoise, z, grid, solver, key=key, kick=kick, **settings)
     return jax.jit(call)(LATENTS, jax.random.key(7))
 
 
@@ -145,21 +184,33 @@ class TestKick:
         assert residual(x) < 0.8 * residual(plain) and jnp.isfinite(x).all()
         if "churn" in settings:
             return
-        for i in range(5):  # every state lies on the sphere around the mean of the solver's own transition
+        for i in range(
+            5
+        ):  # every state lies on the sphere around the mean of the solver's own transition
             sigma, below = (jnp.full(3, GRID[j], jnp.float32) for j in (i, i + 1))
             state, x0 = path.states[i], path.x0_hats[i]
             if settings["solver"] == "heun" and i < 4:
                 mean, std = steps.heun_moments(DATA.denoise, state, x0, sigma, below)
             elif settings["solver"] == "ancestral":
-                mean, std = steps.ancestral_moments(state, x0, sigma, below, settings.get("variance", "small"))
+                mean, std = steps.ancestral_moments(
+                    state, x0, sigma, below, settings.get("variance", "small")
+                )
             else:
                 mean, std = steps.ddim_moments(state, x0, sigma, below, settings.get("eta", 1.0))
-            np.testing.assert_allclose(norms(path.states[i + 1] - mean), ROOT_N * std, rtol=1e-3, atol=2e-5)
-        np.testing.assert_allclose(x, path.x0_hats[-1], atol=1e-5)  # the last step has no noise: nothing to guide
+            np.testing.assert_allclose(
+                norms(path.states[i + 1] - mean), ROOT_N * std, rtol=1e-3, atol=2e-5
+            )
+        np.testing.assert_allclose(
+            x, path.x0_hats[-1], atol=1e-5
+        )  # the last step has no noise: nothing to guide
 
-    @pytest.mark.parametrize("settings", [{"solver": "euler"}, {"solver": "heun", "eta": 0.0}, {"solver": "dpmpp_2m"}])
+    @pytest.mark.parametrize(
+        "settings", [{"solver": "euler"}, {"solver": "heun", "eta": 0.0}, {"solver": "dpmpp_2m"}]
+    )
     def test_deterministic_solvers_are_refused(self, settings):
-        with pytest.raises(ValueError, match="deterministic step has no noise .* expected solver='ancestral', or"):
+        with pytest.raises(
+            ValueError, match="deterministic step has no noise .* expected solver='ancestral', or"
+        ):
             run(dsg.spherical(LOSS), **settings)
 
     def test_increasing_functions_of_the_loss_change_no_step(self):
@@ -208,11 +259,21 @@ class TestKick:
         whole = run(dsg.spherical(LOSS))
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(7), jnp.arange(3))
         alone = operators.measurement_loss(operators.inpaint(MASK), Y[1:2])
-        x = sample(DATA.denoise, LATENTS[1:2], GRID, "ddim", key=keys[1:2], kick=dsg.spherical(alone), eta=1.0)
+        x = sample(
+            DATA.denoise,
+            LATENTS[1:2],
+            GRID,
+            "ddim",
+            key=keys[1:2],
+            kick=dsg.spherical(alone),
+            eta=1.0,
+        )
         np.testing.assert_allclose(x[0], whole[1], atol=2e-5)
 
     def test_guided_steps_are_counted_back_from_the_last_and_the_others_are_plain(self):
-        """Bit for bit: without jit both routes run the same operations (two compiled programs may round apart)."""
+        """Bit for bit: without jit both routes run the same operations (two compiled programs may
+        round apart).
+        """
 
         def is_plain(kick, at):
             args = (evaluate_at(at), transition_at(at), LATENTS, Y, at)
@@ -220,9 +281,19 @@ class TestKick:
                 return np.array_equal(kick(*args)[0], plain_kick(*args)[0])
 
         every_third = dsg.spherical(LOSS, 0.5, interval=3)
-        assert [is_plain(every_third, info_at(i, 6)) for i in range(6)] == [True, True, False, True, True, False]
+        assert [is_plain(every_third, info_at(i, 6)) for i in range(6)] == [
+            True,
+            True,
+            False,
+            True,
+            True,
+            False,
+        ]
         windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
-        assert [is_plain(windowed, info_at(i, 6, sigma)) for i, sigma in ((0, 1.0), (1, 0.5))] == [True, False]
+        assert [is_plain(windowed, info_at(i, 6, sigma)) for i, sigma in ((0, 1.0), (1, 0.5))] == [
+            True,
+            False,
+        ]
 
     @pytest.mark.parametrize("make", [dsg.spherical, dsg.posterior])
     def test_unguided_steps_are_clipped_as_the_guided_ones(self, make):
@@ -230,15 +301,26 @@ class TestKick:
         x0_hat = np.clip(evaluate_at(at)(far), -1, 1)
         mean, std = transition_at(at)(x0_hat, far)
         kick = make(LOSS, 0.5, interval=3, clip_mean=True)
-        assert np.abs(plain_kick(evaluate_at(at), transition_at(at), far, eps, at)[0] - mean - std[0] * eps).max() > 0.1
+        assert (
+            np.abs(
+                plain_kick(evaluate_at(at), transition_at(at), far, eps, at)[0]
+                - mean
+                - std[0] * eps
+            ).max()
+            > 0.1
+        )
         np.testing.assert_allclose(
-            kick(evaluate_at(at), transition_at(at), far, eps, at)[0], mean + std[0] * eps, atol=1e-5
+            kick(evaluate_at(at), transition_at(at), far, eps, at)[0],
+            mean + std[0] * eps,
+            atol=1e-5,
         )
 
     @pytest.mark.parametrize("settings", [{"interval": 2}, {"window": (0.5, 4.0)}], ids=str)
     @pytest.mark.parametrize("solver", ["ddim", "heun", "ancestral"])
     def test_unguided_steps_of_a_whole_run_are_those_of_the_base_sampler(self, solver, settings):
-        """Bit for bit: from each state of the guided run, the plain sampler's step wherever the kick does not act."""
+        """Bit for bit: from each state of the guided run, the plain sampler's step wherever the
+        kick does not act.
+        """
         noise = jax.random.normal(jax.random.key(8), (5, *SHAPE))
         eta = {} if solver == "ancestral" else {"eta": 1.0}
 
@@ -249,14 +331,28 @@ class TestKick:
                 return kick(evaluate, transition, states[int(info.step)], eps, info)
 
             found = sample(
-                DATA.denoise, LATENTS, GRID, solver, kick=placed, trajectory=True, noise_fn=lambda i: noise[i], **eta
+                DATA.denoise,
+                LATENTS,
+                GRID,
+                solver,
+                kick=placed,
+                trajectory=True,
+                noise_fn=lambda i: noise[i],
+                **eta,
             )
             return found[1].states
 
         kick = dsg.spherical(LOSS, 0.5, **settings)
         with jax.disable_jit():
             _, path = sample(
-                DATA.denoise, LATENTS, GRID, solver, kick=kick, trajectory=True, noise_fn=lambda i: noise[i], **eta
+                DATA.denoise,
+                LATENTS,
+                GRID,
+                solver,
+                kick=kick,
+                trajectory=True,
+                noise_fn=lambda i: noise[i],
+                **eta,
             )
             plain = at_each(plain_kick, path.states)
         same = [np.array_equal(a, b) for a, b in zip(path.states[1:], plain[1:], strict=True)]
@@ -269,11 +365,16 @@ class TestKick:
     def test_an_interval_that_leaves_only_the_last_step_needs_churn(self):
         kick = dsg.spherical(LOSS, 0.5, interval=6)
         at = info_at(5, 6)
-        call = lambda at: kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]  # noqa: E731
-        with pytest.raises(ValueError, match="interval=6 with 6 steps: leaves only the last step, which has no noise"):
+        call = lambda at: kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
+        with pytest.raises(
+            ValueError,
+            match="interval=6 with 6 steps: leaves only the last step, which has no noise",
+        ):
             call(at)
         plain = plain_kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
-        assert np.abs(call(at._replace(churned=True)) - plain).max() > 0.1  # churn adds noise before the last step too
+        assert (
+            np.abs(call(at._replace(churned=True)) - plain).max() > 0.1
+        )  # churn adds noise before the last step too
 
     @pytest.mark.parametrize("interval, guided", [(1, 7), (4, 1)])
     def test_one_trace_and_gradients_on_guided_steps_only(self, interval, guided):
@@ -296,13 +397,16 @@ class TestKick:
 
         kick = dsg.spherical(LOSS, interval=interval)
         compiled = jax.jit(
-            lambda z: sample(denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=kick, eta=1.0)
+            lambda z: sample(
+                denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=kick, eta=1.0
+            )
         )
         jax.block_until_ready(compiled(LATENTS))
         traced = len(traces)
         jax.block_until_ready(compiled(LATENTS + 1))
         jax.effects_barrier()
-        # The last step is due, but has no noise to guide and takes no gradient: of steps 3 and 7, 3 is left.
+        # The last step is due, but has no noise to guide and takes no gradient: of steps 3 and 7, 3
+        # is left.
         assert len(traces) == traced <= 4 and len(forward) == 2 * 8 and len(backward) == 2 * guided
 
     def test_without_backward_pass(self):
@@ -329,10 +433,16 @@ class TestKick:
             got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
             free = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
         same = [np.array_equal(a, b) for a, b in zip(got, free, strict=True)]
-        assert same == (LOSS(evaluate_at(at)(LATENTS)) <= threshold).tolist() and any(same) and not all(same)
+        assert (
+            same == (LOSS(evaluate_at(at)(LATENTS)) <= threshold).tolist()
+            and any(same)
+            and not all(same)
+        )
 
     def test_time_travel_repeats_from_the_steps_level(self):
-        """Of plain steps it changes nothing in distribution: a Gaussian keeps its marginal at the next level."""
+        """Of plain steps it changes nothing in distribution: a Gaussian keeps its marginal at the
+        next level.
+        """
         kick = kicks.time_travel(plain_kick, 3)
         keys = jax.random.split(jax.random.key(0), 4000)
         info = Info(jnp.int32(1), 6, jnp.full(4000, 1.0), jnp.full(4000, 0.6), keys)
@@ -348,7 +458,9 @@ class TestKick:
             ]
 
         once, thrice = states(jax.random.key(3))
-        np.testing.assert_allclose(thrice.std(), once.std(), rtol=0.06)  # both lose some variance in a coarse step
+        np.testing.assert_allclose(
+            thrice.std(), once.std(), rtol=0.06
+        )  # both lose some variance in a coarse step
         assert abs(np.corrcoef(once.ravel(), thrice.ravel())[0, 1]) < 0.5
         levels = []
 
@@ -360,15 +472,23 @@ class TestKick:
         with jax.disable_jit():
             x, _ = kicks.time_travel(spy, 3)(evaluate_at(at), transition_at(at), LATENTS, Y, at)
         assert len(levels) == 3 and not np.array_equal(levels[1], levels[2])
-        with pytest.raises(ValueError, match="key=None; expected a key, because time travel draws noise"):
-            kicks.time_travel(spy, 2)(evaluate_at(at), transition_at(at), LATENTS, Y, at._replace(key=None))
+        with pytest.raises(
+            ValueError, match="key=None; expected a key, because time travel draws noise"
+        ):
+            kicks.time_travel(spy, 2)(
+                evaluate_at(at), transition_at(at), LATENTS, Y, at._replace(key=None)
+            )
 
     def test_strength_is_the_rate_of_the_step_count_law(self):
-        np.testing.assert_allclose(dsg.rate_of_strength(1.08, 20), 0.2, atol=0.002)  # published rows
+        np.testing.assert_allclose(
+            dsg.rate_of_strength(1.08, 20), 0.2, atol=0.002
+        )  # published rows
         np.testing.assert_allclose(dsg.rate_of_strength(0.55, 100, 2), 0.1, atol=0.002)
         assert dsg.rate_of_strength(100.0, 4) == 1.0
         rate = dsg.rate_of_strength(1.0, 5)
-        np.testing.assert_allclose(run(dsg.spherical(LOSS, strength=1.0)), run(dsg.spherical(LOSS, rate)), atol=1e-6)
+        np.testing.assert_allclose(
+            run(dsg.spherical(LOSS, strength=1.0)), run(dsg.spherical(LOSS, rate)), atol=1e-6
+        )
 
     def test_churn_outside_its_window_is_untouched_and_costs_nothing(self):
         churn = {"S_churn": 4.0, "S_min": 30.0, "S_max": 40.0}
@@ -395,20 +515,28 @@ class TestKick:
             loss = operators.measurement_loss(operators.inpaint(MASK), Y[part])
             make = {"dps": dsg.posterior, "dsg": dsg.spherical, "mpgd": kicks.mpgd}[method]
             keys = jax.random.split(jax.random.key(7), 3)[part]
-            run = lambda z: sample(DATA.denoise, z, GRID, "heun", keys, First(), kick=make(loss, 0.2))  # noqa: E731
+            run = lambda z: sample(
+                DATA.denoise, z, GRID, "heun", keys, First(), kick=make(loss, 0.2)
+            )
             return jax.jit(run)(LATENTS[part])
 
         beside, alone = images(slice(None)), images(slice(1, 2))
         np.testing.assert_allclose(beside[1], alone[0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(alone, sample(DATA.denoise, LATENTS[1:2], GRID, "heun"), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            alone, sample(DATA.denoise, LATENTS[1:2], GRID, "heun"), rtol=1e-5, atol=1e-6
+        )
 
     def test_clipping_and_smoothing_reach_the_sampler(self):
-        """A prior outside [-1, 1]: clipped for the transition, the images lie inside; for the loss, nothing pulls."""
+        """A prior outside [-1, 1]: clipped for the transition, the images lie inside; for the loss,
+        nothing pulls.
+        """
         far = Gaussian(1.5, 0.1)
         free = run(dsg.spherical(LOSS, 0.3), far.denoise)
         assert (free > 1).mean() > 0.9
         assert (np.abs(run(dsg.spherical(LOSS, 0.3, clip_mean=True), far.denoise)) <= 1).all()
-        pulled, unmoved = (run(dsg.posterior(LOSS, 0.2, clip_loss=clip), far.denoise) for clip in (False, True))
+        pulled, unmoved = (
+            run(dsg.posterior(LOSS, 0.2, clip_loss=clip), far.denoise) for clip in (False, True)
+        )
         np.testing.assert_allclose(unmoved[:, ::2], run(None, far.denoise)[:, ::2], atol=1e-4)
         assert residual(pulled) < 0.9 * residual(unmoved)
         smoothed, sharp = (run(dsg.spherical(LOSS, 0.4, samples=samples)) for samples in (2, 0))
@@ -428,15 +556,21 @@ class TestKick:
         for n in (1, 4):
             mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:n]), ("images",))
             divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("images"))
-            found.append(jax.jit(images, in_shardings=divided, out_shardings=divided)(latents, keys, y))
+            found.append(
+                jax.jit(images, in_shardings=divided, out_shardings=divided)(latents, keys, y)
+            )
         np.testing.assert_allclose(found[1], found[0], atol=2e-6)
 
     def test_a_shift_and_the_kick_in_one_scan(self):
-        """A wrong model with the exact log ratio is the right model; guided, both give the same images."""
+        """A wrong model with the exact log ratio is the right model; guided, both give the same
+        images.
+        """
         right, wrong = DATA, Gaussian(-0.2, 0.8)
 
         def shifted(x, sigma, label=None):
-            grad = jax.grad(lambda v: (right.log_density(v, sigma) - wrong.log_density(v, sigma)).sum())(x)
+            grad = jax.grad(
+                lambda v: (right.log_density(v, sigma) - wrong.log_density(v, sigma)).sum()
+            )(x)
             return wrong.denoise(x, sigma) + steps.per_example(sigma, x) ** 2 * grad
 
         kick = dsg.spherical(LOSS, 0.3)
@@ -447,7 +581,10 @@ class TestKick:
         [
             (lambda: dsg.spherical(LOSS, 1.2), "rate=1.2"),
             (lambda: dsg.spherical(LOSS, interval=0), "interval=0"),
-            (lambda: run(dsg.spherical(LOSS, interval=5)), "interval=5 with 5 steps: leaves only the last step"),
+            (
+                lambda: run(dsg.spherical(LOSS, interval=5)),
+                "interval=5 with 5 steps: leaves only the last step",
+            ),
             (lambda: dsg.spherical(LOSS, window=(2.0, 1.0)), "window="),
             (lambda: dsg.spherical(LOSS, repeats=0), "repeats=0"),
             (lambda: dsg.spherical(LOSS, strength=-1.0), "strength=-1.0"),
@@ -456,7 +593,10 @@ class TestKick:
             (lambda: run(dsg.spherical(lambda x0: jnp.sum(x0))), "one number per image"),
             (lambda: kicks.freedom(LOSS, rule="none"), "rule='none'"),
             (lambda: kicks.diffpir(operators.identity(), Y, 0.1, 8.0, 2.0), "randomness_share=2.0"),
-            (lambda: run(kicks.ddnm(operators.phase_retrieval(), Y)), "ddnm with operator 'phase_retrieval'"),
+            (
+                lambda: run(kicks.ddnm(operators.phase_retrieval(), Y)),
+                "ddnm with operator 'phase_retrieval'",
+            ),
         ],
     )
     def test_bad_settings_say_what_to_change(self, make, words):

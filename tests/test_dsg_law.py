@@ -1,4 +1,6 @@
-"""Guided chains on Gaussians: coordinates, the law of the number of steps, and DSG beside DPS where all is known."""
+"""Guided chains on Gaussians: coordinates, the law of the number of steps, and DSG beside DPS where
+all is known.
+"""
 
 import functools
 
@@ -8,19 +10,23 @@ import numpy as np
 import pytest
 from guidance_cases import DATA, LATENTS, LOSS, SHAPE
 
-from ogdm_jax.diffusion import operators
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
-from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
+from ogdm_jax.sampling.sampler import sample
 
 
 def test_vp_chain_is_the_same_chain():
-    """DSG in VP coordinates, written out, with the same noise: x_vp = sqrt(abar) x after 20 steps."""
+    """DSG in VP coordinates, written out, with the same noise: x_vp = sqrt(abar) x after 20
+    steps.
+    """
     table = Discrete.make(keep=space_timesteps(1000, [20]))
     sigmas = np.append(table.sigma[::-1], 0.0).astype(np.float32)
     noise = jax.random.normal(jax.random.key(8), (20, *SHAPE))
     kick = dsg.spherical(LOSS, 0.2)
-    x = sample(DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], kick=kick, eta=1.0)
+    x = sample(
+        DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], kick=kick, eta=1.0
+    )
     bars = np.append(1 / (1 + sigmas[:-1] ** 2), 1.0)
     x_vp = LATENTS * sigmas[0] * np.sqrt(bars[0])
 
@@ -42,7 +48,9 @@ def test_vp_chain_is_the_same_chain():
 
 
 class TestToy:
-    """A Gaussian of 1,024 numbers with eigenvalues as 1/k, a quarter observed: every quantity is known."""
+    """A Gaussian of 1,024 numbers with eigenvalues as 1/k, a quarter observed: every quantity is
+    known.
+    """
 
     @staticmethod
     @functools.cache
@@ -75,12 +83,16 @@ class TestToy:
 
         def images(key, amount):
             latents = (
-                jax.random.normal(jax.random.fold_in(key, 1), (4, 32, 32, 1)) / vp_scale(sigmas[:1])[0] / sigmas[0]
+                jax.random.normal(jax.random.fold_in(key, 1), (4, 32, 32, 1))
+                / vp_scale(sigmas[:1])[0]
+                / sigmas[0]
             )
             if kind == "dsg":
                 kick = dsg.spherical(operators.measurement_loss(op, y), amount)
             else:
-                kick = dsg.posterior(operators.measurement_loss(op, y, squared=False), amount, coordinate="vp")
+                kick = dsg.posterior(
+                    operators.measurement_loss(op, y, squared=False), amount, coordinate="vp"
+                )
             return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, kick=kick, eta=1.0)
 
         return jax.jit(images)
@@ -90,12 +102,18 @@ class TestToy:
     def posterior_mean():
         values, basis, seen, y = TestToy.problem()
         cov, at = (basis * values) @ basis.T, seen > 0
-        return y[:, at] @ np.linalg.solve(cov[at][:, at] + 0.05**2 * np.eye(256, dtype=np.float32), cov[at])
+        return y[:, at] @ np.linalg.solve(
+            cov[at][:, at] + 0.05**2 * np.eye(256, dtype=np.float32), cov[at]
+        )
 
     def figures(self, n, kind, amount):
-        """(residual rms on seen numbers, prior energy, error to the posterior mean, spread over draws)."""
+        """(residual rms on seen numbers, prior energy, error to the posterior mean, spread over
+        draws).
+        """
         values, basis, seen, y = self.problem()
-        draws = np.stack([self.compiled(n, kind)(jax.random.key(i), jnp.float32(amount)) for i in range(2)])
+        draws = np.stack(
+            [self.compiled(n, kind)(jax.random.key(i), jnp.float32(amount)) for i in range(2)]
+        )
         x = draws.reshape(2, 4, 1024)
         residual = np.sqrt((((x - y) * seen) ** 2).sum(-1) / 256).mean()
         energy = ((x @ basis) ** 2 / values).mean()
@@ -103,10 +121,14 @@ class TestToy:
 
     @pytest.mark.parametrize("n", [20, 50])
     def test_less_residual_than_dps_at_published_settings(self, n):
-        none, dps, spherical = (self.figures(n, *how) for how in (("dps", 0.0), ("dps", 1.0), ("dsg", 0.2)))
+        none, dps, spherical = (
+            self.figures(n, *how) for how in (("dps", 0.0), ("dps", 1.0), ("dsg", 0.2))
+        )
         assert spherical[0] < 0.7 * dps[0] and dps[0] < none[0]
         if n == 20:  # measured with the same settings in another implementation
-            np.testing.assert_allclose([none[0], dps[0], spherical[0]], [0.595, 0.366, 0.214], rtol=0.15)
+            np.testing.assert_allclose(
+                [none[0], dps[0], spherical[0]], [0.595, 0.366, 0.214], rtol=0.15
+            )
             assert spherical[2] < dps[2]
 
     def test_every_rate_is_bounded_where_a_large_dps_step_explodes(self):
@@ -126,4 +148,6 @@ class TestToy:
 
     def test_unguided_chains_reach_the_prior(self):
         energies = [self.figures(n, "dps", 0.0)[1] for n in (20, 100)]
-        assert energies[0] < energies[1] < 1 and energies[1] > 0.75  # Euler's mean loses variance as steps grow
+        assert (
+            energies[0] < energies[1] < 1 and energies[1] > 0.75
+        )  # Euler's mean loses variance as steps grow

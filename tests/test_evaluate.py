@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from ogdm_jax import startup
+from ogdm_jax.cli.evaluate import main, paired, source_name
 from ogdm_jax.data import open_source
-from ogdm_jax.evaluation import Moments, Statistics, load_statistics, save_statistics, statistics_report
-from ogdm_jax.evaluation.__main__ import main, paired, source_name
-from ogdm_jax.evaluation.statistics import is_statistics
+from ogdm_jax.metrics import (
+    Moments,
+    Statistics,
+    load_statistics,
+    save_statistics,
+    statistics_report,
+)
+from ogdm_jax.metrics.statistics import is_statistics
 
 pytestmark = pytest.mark.fast
 
@@ -21,7 +27,11 @@ def folder(tmp_path_factory):
     source, rng = open_source("digits"), np.random.default_rng(21)
     rows = rng.permutation(len(source))[:500]
     noisy = source.images[rows] + rng.normal(size=(500, 8, 8, 1)) * 40
-    np.savez(folder / "noisy.npz", images=np.clip(noisy, 0, 255).astype(np.uint8), labels=source.labels[rows])
+    np.savez(
+        folder / "noisy.npz",
+        images=np.clip(noisy, 0, 255).astype(np.uint8),
+        labels=source.labels[rows],
+    )
     np.savez(folder / "wide.npz", images=np.zeros((20, 8, 12, 1), np.uint8))
     np.savez(folder / "colour.npz", images=rng.integers(0, 256, (40, 16, 16, 3), np.uint8))
     return folder
@@ -47,7 +57,10 @@ def test_statistics_come_back_and_the_shared_keys_are_there(tmp_path):
     np.testing.assert_array_equal(back.cov, moments.finalize()[1])
     assert (back.count, back.features, is_statistics(path)) == (50, "fd_digits", True)
     np.savez(tmp_path / "adm.npz", mu=back.mu, sigma=back.cov, mu_s=np.zeros(7), sigma_s=np.eye(7))
-    assert load_statistics(tmp_path / "adm.npz").dim == 4 and load_statistics(tmp_path / "adm.npz").count is None
+    assert (
+        load_statistics(tmp_path / "adm.npz").dim == 4
+        and load_statistics(tmp_path / "adm.npz").count is None
+    )
 
 
 def test_statistics_that_are_none_are_refused(tmp_path):
@@ -56,7 +69,9 @@ def test_statistics_that_are_none_are_refused(tmp_path):
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.eye(1))
     (tmp_path / "text.npz").write_text("hello")
     np.savez(tmp_path / "counts.npz", mu=np.zeros(3), sigma=np.eye(3), count=np.arange(2))
-    np.savez_compressed(tmp_path / "flipped.npz", mu=np.random.default_rng(0).normal(size=500), sigma=np.eye(500))
+    np.savez_compressed(
+        tmp_path / "flipped.npz", mu=np.random.default_rng(0).normal(size=500), sigma=np.eye(500)
+    )
     damaged = bytearray((tmp_path / "flipped.npz").read_bytes())
     damaged[100:400] = b"\xff" * 300
     (tmp_path / "flipped.npz").write_bytes(damaged)
@@ -91,17 +106,38 @@ def test_command_line_against_images_then_against_their_statistics(capsys, folde
     stats, out = folder / "stats.npz", folder / "out" / "report.json"
     words = ("--samples", folder / "noisy.npz", "--reference", "digits")
     report = _run(capsys, *words, "--save_statistics", stats, "--out", out)
-    assert report["features"] == "fd_digits" and report["n"] == 500 and report["n_reference"] == 1797
+    assert (
+        report["features"] == "fd_digits" and report["n"] == 500 and report["n_reference"] == 1797
+    )
     assert report["fd"] > 3 * report["floor"] > 0 and report["label_agreement"] > 0.9
     assert json.loads(out.read_text()) == report
-    words = ("--samples", folder / "noisy.npz", folder / "noisy.npz", "--reference", stats, "--features", "digits")
+    words = (
+        "--samples",
+        folder / "noisy.npz",
+        folder / "noisy.npz",
+        "--reference",
+        stats,
+        "--features",
+        "digits",
+    )
     report = _run(capsys, *words, "--num", 400)
     assert len(report["sets"]) == 2 and report["sets"][0]["n_samples"] == 400
     assert 0 < report["fd_all_min"] == report["sets"][0]["fd_all"] < 3  # a subset against its whole
     assert report["n_samples"] == 400 and report["n_reference"] == 500 and report["floor"] is None
-    words = ("--samples", folder / "noisy.npz", folder / "noisy.npz", "--reference", "digits", "--num", 300)
+    words = (
+        "--samples",
+        folder / "noisy.npz",
+        folder / "noisy.npz",
+        "--reference",
+        "digits",
+        "--num",
+        300,
+    )
     report = _run(capsys, *words)
-    assert report["fd_all_min"] == report["sets"][0]["fd_all"] and report["floor"] == report["sets"][0]["floor"] > 0
+    assert (
+        report["fd_all_min"] == report["sets"][0]["fd_all"]
+        and report["floor"] == report["sets"][0]["floor"] > 0
+    )
     assert (report["features"], report["n"], report["n_samples"], report["n_reference"]) == (
         "fd_digits",
         300,
@@ -114,7 +150,12 @@ def test_a_folder_called_like_a_source_is_no_set_of_images(monkeypatch, tmp_path
     """A training folder that is called like its data must not be taken for images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    words = {"digits": "digits", "./digits": "folder:./digits", "a.npz?x=1": "npz:a.npz?x=1", "b.zip": "zip:b.zip"}
+    words = {
+        "digits": "digits",
+        "./digits": "folder:./digits",
+        "a.npz?x=1": "npz:a.npz?x=1",
+        "b.zip": "zip:b.zip",
+    }
     assert {word: source_name(word) for word in words} == words
 
 
@@ -156,10 +197,17 @@ def test_command_line_refuses_in_one_sentence(capsys, folder, monkeypatch, words
     with pytest.raises(SystemExit) as stop:
         main(words.split())
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 1 and message in error and error.startswith("error: ") and "\n" not in error
+    assert (
+        stop.value.code == 1
+        and message in error
+        and error.startswith("error: ")
+        and "\n" not in error
+    )
 
 
 def test_paths_become_source_names(folder):
-    assert source_name(str(folder)) == f"folder:{folder}" and source_name("a/b.zip") == "zip:a/b.zip"
+    assert (
+        source_name(str(folder)) == f"folder:{folder}" and source_name("a/b.zip") == "zip:a/b.zip"
+    )
     assert source_name("a.npz?base<3") == "npz:a.npz?base<3" and source_name("digits") == "digits"
     assert source_name("npz:a.npz") == "npz:a.npz" and source_name("tfds:cifar10") == "tfds:cifar10"

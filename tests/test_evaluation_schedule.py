@@ -1,4 +1,6 @@
-"""Evaluation during training: on schedule, logged, and the best checkpoint survives; so does the record of it."""
+"""Evaluation during training: on schedule, logged, and the best checkpoint survives; so does the
+record of it.
+"""
 
 import dataclasses
 import json
@@ -10,7 +12,8 @@ import pytest
 import tiny
 
 from ogdm_jax.config import ConfigError
-from ogdm_jax.training import finish, loop
+from ogdm_jax.training import loop
+from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import CheckpointError, evaluations, find, ranked
 
 DISTANCES = {4: 5.0, 8: 2.0, 12: 3.0, 16: 4.0, 20: 1.0}  # of what the schedule meets
@@ -27,16 +30,23 @@ class Pixels:
 
 @pytest.fixture
 def distances(monkeypatch):
-    """The reports of the run, with distances that the test chooses; steps and samples that cost nothing."""
+    """The reports of the run, with distances that the test chooses; steps and samples that cost
+    nothing.
+    """
     made, real = [], finish.distance_report
 
     def report(space, samples, reference):
-        assert samples.dtype == np.uint8 and reference.shape == (1797, 8)  # the data's features were taken before
+        assert samples.dtype == np.uint8 and reference.shape == (
+            1797,
+            8,
+        )  # the data's features were taken before
         made.append(real(space, samples, reference) | {"fd": DISTANCES[4 * (len(made) + 1)]})
         return made[-1]
 
     monkeypatch.setattr(finish, "space_of", lambda config: Pixels())
-    monkeypatch.setattr(finish.Evaluator, "_samples", lambda self, state: self.run.source.images[:12])
+    monkeypatch.setattr(
+        finish.Evaluator, "_samples", lambda self, state: self.run.source.images[:12]
+    )
     no_grids = dataclasses.replace(loop.DENOISER, watch=lambda *_: lambda step, state: None)
     monkeypatch.setattr(loop, "DENOISER", no_grids)
     monkeypatch.setattr(loop.runs.Run, "compile", lambda self, like: _count)
@@ -50,9 +60,20 @@ def _count(state, frozen, batch, key):
 
 def _train(workdir, steps: int, *more: str) -> list[str]:
     said = []
-    settings = ("methods=", "evaluate.features=digits", "evaluate.every=4 steps", "evaluate.num=12", "train.keep=1")
+    settings = (
+        "methods=",
+        "evaluate.features=digits",
+        "evaluate.every=4 steps",
+        "evaluate.num=12",
+        "train.keep=1",
+    )
     settings += ("sample.solver=heun",)
-    more = ("train.save_every=0 steps", f"train.duration={steps} steps", "parallel.devices=1", *more)
+    more = (
+        "train.save_every=0 steps",
+        f"train.duration={steps} steps",
+        "parallel.devices=1",
+        *more,
+    )
     loop.train(tiny.config(*settings, *more), workdir, said.append)
     return said
 
@@ -63,9 +84,17 @@ def _kept(workdir) -> set[int]:
 
 def test_the_best_checkpoint_stays_through_a_resume(tmp_path, distances):
     said = _train(tmp_path, 12)
-    assert [line.split()[1] for line in said if line.startswith("fd_pixels")] == ["5.000", "2.000", "3.000"]
+    assert [line.split()[1] for line in said if line.startswith("fd_pixels")] == [
+        "5.000",
+        "2.000",
+        "3.000",
+    ]
     assert "not the best" in next(line for line in said if "fd_pixels 3.000" in line)
-    assert _kept(tmp_path) == {8, 12} and find(tmp_path, "best").step == 8 and find(tmp_path).step == 12
+    assert (
+        _kept(tmp_path) == {8, 12}
+        and find(tmp_path, "best").step == 8
+        and find(tmp_path).step == 12
+    )
     _train(tmp_path, 16)  # another process would find what this one wrote
     assert _kept(tmp_path) == {8, 16} and find(tmp_path, "best").step == 8
     assert finish.open_workdir(tmp_path, "best").step == 8
@@ -91,7 +120,9 @@ def test_an_evaluation_that_was_missed_is_made_up(tmp_path, distances):
 
 
 def test_samples_are_those_of_the_command_line_on_any_devices(tmp_path):
-    """One device or four: the same images, up to rounding of another compiled program; and nothing of the batch."""
+    """One device or four: the same images, up to rounding of another compiled program; and nothing
+    of the batch.
+    """
     images = {}
     for devices in (1, 4):
         run = tiny.build("methods=", "evaluate.num=6", devices=devices)
@@ -103,7 +134,11 @@ def test_samples_are_those_of_the_command_line_on_any_devices(tmp_path):
 
 def test_only_distances_of_one_protocol_are_compared():
     reports = {1: {"fd": 1.0, "n": 5}, 2: {"fd": 9.0, "n": 50}, 3: {"fd": 8.0, "n": 50}}
-    assert ranked(reports, [1, 2, 3]) == [3, 2] and ranked(reports, [1, 2]) == [2] and ranked({}, [1]) == []
+    assert (
+        ranked(reports, [1, 2, 3]) == [3, 2]
+        and ranked(reports, [1, 2]) == [2]
+        and ranked({}, [1]) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +151,9 @@ def test_only_distances_of_one_protocol_are_compared():
         ("evaluate.features=", "expected '0 steps'"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_compiled(tmp_path, setting, message):
+def test_settings_that_cannot_work_are_refused_before_anything_is_compiled(
+    tmp_path, setting, message
+):
     with pytest.raises(ConfigError, match=message):
         _train(tmp_path, 4, setting)
     assert not (tmp_path / "checkpoints").exists()

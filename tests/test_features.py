@@ -1,4 +1,6 @@
-"""Does a distance in the trained feature space rank images as people would, and is it the same every time?"""
+"""Does a distance in the trained feature space rank images as people would, and is it the same
+every time?
+"""
 
 import json
 
@@ -7,8 +9,9 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ogdm_jax.data import open_source
-from ogdm_jax.evaluation import distance_report, feature_space, frechet_distance, metrics, train_features
-from ogdm_jax.evaluation.features import short_name
+from ogdm_jax.metrics import distance_report, feature_space, frechet_distance, train_features
+from ogdm_jax.metrics import distances as metrics
+from ogdm_jax.metrics.features import short_name
 
 pytestmark = pytest.mark.fast
 
@@ -47,7 +50,9 @@ def test_damage_is_ranked(features, halves):
         [_noisy(b, s) for s in (8, 16, 48, 96)],
         [_blurred(b, s) for s in (0.4, 0.6, 1.0)],
         [b[labels < keep] for keep in (9, 7, 5, 2)],  # fewer and fewer classes
-        [b[np.arange(len(b)) % copies] for copies in (400, 100, 20)],  # fewer and fewer different images
+        [
+            b[np.arange(len(b)) % copies] for copies in (400, 100, 20)
+        ],  # fewer and fewer different images
         [np.roll(b, s, axis=2) for s in (1, 3)],
     ):
         distances = [floor, *(_distance(features, case, a) for case in cases)]
@@ -57,21 +62,33 @@ def test_damage_is_ranked(features, halves):
 def test_features_are_standardised_and_the_classifier_has_learnt(features, halves):
     a, b, labels = halves
     values = features(np.concatenate([a, b]))
-    assert values.shape == (1796, features.dim) and values.dtype == np.float32 and features.name == "fd_digits"
+    assert (
+        values.shape == (1796, features.dim)
+        and values.dtype == np.float32
+        and features.name == "fd_digits"
+    )
     np.testing.assert_allclose(values.mean(0), 0, atol=0.05)
     assert np.median(values.std(0)) == pytest.approx(1, abs=0.02) and values.std(0).max() < 1.1
     assert (features.classify(b).argmax(1) == labels).mean() > 0.98 and features.accuracy > 0.98
     np.testing.assert_allclose(features.classify(b[:3]).sum(1), 1, rtol=1e-5)
-    np.testing.assert_array_equal(features(b[:5]), features(b)[:5])  # padding of the last batch changes nothing
+    np.testing.assert_array_equal(
+        features(b[:5]), features(b)[:5]
+    )  # padding of the last batch changes nothing
 
 
 def test_report_puts_number_and_floor_beside_the_distance(features, halves):
     a, b, _ = halves
     real = distance_report(features, b, a)
     noisy = distance_report(features, _noisy(b, 32).astype(np.float32) / 127.5 - 1, features(a))
-    assert real["n"] == 449 and real["n_samples"] == real["n_reference"] == 898 and real["features"] == "fd_digits"
+    assert (
+        real["n"] == 449
+        and real["n_samples"] == real["n_reference"] == 898
+        and real["features"] == "fd_digits"
+    )
     assert real["fd_over_floor"] == pytest.approx(1, abs=0.25) and noisy["fd_over_floor"] > 2
-    assert real["floor"] == pytest.approx(noisy["floor"], rel=1e-6)  # the same splits of the same reference
+    assert real["floor"] == pytest.approx(
+        noisy["floor"], rel=1e-6
+    )  # the same splits of the same reference
     assert abs(real["kid"]) < 0.05 < noisy["kid"] and real["precision"] == pytest.approx(
         real["precision_floor"], abs=0.05
     )
@@ -89,8 +106,13 @@ def test_training_is_deterministic_and_leaves_unlabelled_images_out(halves):
     _, b, labels = halves
     first, again = (train_features("fd_x", b, labels, steps=20) for _ in range(2))
     np.testing.assert_array_equal(first(b), again(b))
-    more_images, more_labels = np.concatenate([b, b[:50]]), np.concatenate([labels, np.full(50, -1, labels.dtype)])
-    np.testing.assert_array_equal(first(b), train_features("fd_x", more_images, more_labels, steps=20)(b))
+    more_images, more_labels = (
+        np.concatenate([b, b[:50]]),
+        np.concatenate([labels, np.full(50, -1, labels.dtype)]),
+    )
+    np.testing.assert_array_equal(
+        first(b), train_features("fd_x", more_images, more_labels, steps=20)(b)
+    )
 
 
 def test_features_that_are_no_better_than_random_ones_are_refused(halves):
@@ -112,5 +134,12 @@ def test_other_sizes_and_colour_take_the_same_construction():
 
 
 def test_short_names():
-    names = {"digits": "digits", "tfds:cifar10/train[:10%]": "cifar10", "npz:/a/emoji32.npz?base<17": "emoji32"}
-    assert {name: short_name(name) for name in [*names, "folder:/b/faces/"]} == {**names, "folder:/b/faces/": "faces"}
+    names = {
+        "digits": "digits",
+        "tfds:cifar10/train[:10%]": "cifar10",
+        "npz:/a/emoji32.npz?base<17": "emoji32",
+    }
+    assert {name: short_name(name) for name in [*names, "folder:/b/faces/"]} == {
+        **names,
+        "folder:/b/faces/": "faces",
+    }

@@ -1,4 +1,6 @@
-"""The discrete chain: closed forms, the denoiser that a DDPM network makes, and both routes to the same samples."""
+"""The discrete chain: closed forms, the denoiser that a DDPM network makes, and both routes to the
+same samples.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from oracles import column
 
 from ogdm_jax.diffusion import grids, noise, precondition, process, steps
 from ogdm_jax.diffusion.gaussian import Chain, gaussian_kl, pixel_log_likelihood
-from ogdm_jax.diffusion.sampling import plain_kick, sample
 from ogdm_jax.methods import cfg, dg, dsg
+from ogdm_jax.sampling.sampler import plain_kick, sample
 
 STD = 0.6  # of Gaussian data, whose exact eps is linear in x_t
 
@@ -31,20 +33,31 @@ def test_posterior_is_the_product_of_its_two_gaussians():
         t = jnp.asarray([1, 20, 49])
         x0, x = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1), jnp.float64)
         found = chain.posterior(x0, x, t)
-        before, beta = (column(jnp.asarray(v)[t], x) for v in (chain.table.alpha_bar_before, chain.table.betas))
+        before, beta = (
+            column(jnp.asarray(v)[t], x) for v in (chain.table.alpha_bar_before, chain.table.betas)
+        )
         precision = 1 / (1 - before) + (1 - beta) / beta
         mean = (jnp.sqrt(before) * x0 / (1 - before) + jnp.sqrt(1 - beta) * x / beta) / precision
         np.testing.assert_allclose(found.mean, mean, rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(np.exp(found.log_variance), np.broadcast_to(1 / precision, x.shape), rtol=1e-10)
+        np.testing.assert_allclose(
+            np.exp(found.log_variance), np.broadcast_to(1 / precision, x.shape), rtol=1e-10
+        )
 
 
 def test_learned_variance_ends_at_both_fixed_ones():
     table = process.Discrete.make()
     x, t = jnp.ones((3, 2, 2, 1)), jnp.asarray([0, 3, 999])
-    for v, log_variance in ((-1.0, Chain(table).log_posterior_variance), (1.0, np.log(table.betas))):
+    for v, log_variance in (
+        (-1.0, Chain(table).log_posterior_variance),
+        (1.0, np.log(table.betas)),
+    ):
         chain = Chain(table, variance="learned")
-        found = chain.p_moments(lambda x, t, v=v: jnp.concatenate([x, jnp.full_like(x, v)], -1), x, t)
-        np.testing.assert_allclose(found.log_variance[:, 0, 0, 0], log_variance[[0, 3, 999]], rtol=1e-6)
+        found = chain.p_moments(
+            lambda x, t, v=v: jnp.concatenate([x, jnp.full_like(x, v)], -1), x, t
+        )
+        np.testing.assert_allclose(
+            found.log_variance[:, 0, 0, 0], log_variance[[0, 3, 999]], rtol=1e-6
+        )
     with pytest.raises(ValueError, match="1 output channels; expected 2"):
         Chain(table, variance="learned").p_moments(lambda x, t: x, x, t)
     with pytest.raises(ValueError, match="Chain.variance: 'huge'"):
@@ -52,9 +65,11 @@ def test_learned_variance_ends_at_both_fixed_ones():
 
 
 def test_bound_parts():
-    """KL against its definition by quadrature; all bins' masses add up to 1; eps gets no gradient from the bound."""
+    """KL against its definition by quadrature; all bins' masses add up to 1; eps gets no gradient
+    from the bound.
+    """
     grid = np.linspace(-12, 12, 20001)
-    density = lambda m, v: np.exp(-((grid - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)  # noqa: E731
+    density = lambda m, v: np.exp(-((grid - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)
     p, q = density(0.3, 0.5), density(-0.2, 0.8)
     kl = np.sum(p * np.log(p / q)) * (grid[1] - grid[0])
     np.testing.assert_allclose(gaussian_kl(0.3, np.log(0.5), -0.2, jnp.log(0.8)), kl, rtol=1e-5)
@@ -67,7 +82,7 @@ def test_bound_parts():
     t = jnp.asarray([0, 500])
 
     def part(w, name):
-        model = lambda x, t: jnp.concatenate([w[0] * x, w[1] * x], axis=-1)  # noqa: E731
+        model = lambda x, t: jnp.concatenate([w[0] * x, w[1] * x], axis=-1)
         return jnp.sum(chain.losses(model, x0, t, eps)[name])
 
     mse, vb = (jax.grad(part)(jnp.asarray([0.5, 0.2]), name) for name in ("mse", "vb"))
@@ -76,15 +91,19 @@ def test_bound_parts():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_adm_denoiser(schedule):
-    """The exact eps gives the exact posterior mean at every level of the table, and time steps round-trip."""
+    """The exact eps gives the exact posterior mean at every level of the table, and time steps
+    round-trip.
+    """
     table = process.Discrete.make(schedule)
     told = []
-    network = lambda x, t, label=None: told.append(np.asarray(t)) or exact(table)(x, t)  # noqa: E731
+    network = lambda x, t, label=None: told.append(np.asarray(t)) or exact(table)(x, t)
     denoise = precondition.adm(network, schedule)
     t = np.array([0, 1, 499, 998, 999])
     with jax.enable_x64(True):
         sigma = jnp.asarray(table.sigma[t])
-        x = jax.random.normal(jax.random.key(0), (5, 2, 2, 1), jnp.float64) * column(sigma, jnp.ones((5, 2, 2, 1)))
+        x = jax.random.normal(jax.random.key(0), (5, 2, 2, 1), jnp.float64) * column(
+            sigma, jnp.ones((5, 2, 2, 1))
+        )
         wiener = STD**2 / (STD**2 + column(sigma, x) ** 2)
         np.testing.assert_allclose(denoise(x, sigma), wiener * x, rtol=1e-8, atol=1e-10)
         np.testing.assert_array_equal(told[-1], t)
@@ -109,26 +128,36 @@ def chain_by_hand(chain: Chain, model, x, noises, step):
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_ancestral_with_a_learned_variance_is_p_sample(clip):
-    """The loop of guided-diffusion in x_vp against sample() on the respaced grid, alone, under a kick, decorated."""
+    """The loop of guided-diffusion in x_vp against sample() on the respaced grid, alone, under a
+    kick, decorated.
+    """
     table, spacing = process.Discrete.make("cosine"), "6,4"
     chain = Chain.make("cosine", spacing=spacing, variance="learned")
     model, sigmas = exact(table, learned=True), grids.respaced(spacing, "cosine")
     with jax.enable_x64(True):
         z, noises = jax.random.normal(jax.random.key(0), (2, 3, 3, 1), jnp.float64), None
         noises = jax.random.normal(jax.random.key(1), (10, 2, 3, 3, 1), jnp.float64)
-        want = chain_by_hand(chain, model, z, noises, lambda m, x, t, e: chain.p_sample(m, x, t, e, clip))
+        want = chain_by_hand(
+            chain, model, z, noises, lambda m, x, t, e: chain.p_sample(m, x, t, e, clip)
+        )
         denoise = precondition.adm(model, "cosine", learned_variance=True, clip=clip)
         start = z * np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
         settings = {"solver": "ancestral", "noise_fn": lambda step: noises[step]}
-        np.testing.assert_allclose(sample(denoise, start, sigmas, **settings), want, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            sample(denoise, start, sigmas, **settings), want, rtol=0, atol=1e-9
+        )
         same = lambda *args: plain_kick(*args)  # noqa: E731  any kick of a user
-        np.testing.assert_allclose(sample(denoise, start, sigmas, kick=same, **settings), want, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            sample(denoise, start, sigmas, kick=same, **settings), want, rtol=0, atol=1e-9
+        )
 
         def decorated(x, sigma, label=None):
             return denoise(x, sigma, label)
 
         decorated.with_variance = denoise.with_variance
-        np.testing.assert_allclose(sample(decorated, start, sigmas, **settings), want, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            sample(decorated, start, sigmas, **settings), want, rtol=0, atol=1e-9
+        )
         small = sample(denoise, start, sigmas, variance="small", **settings)
         assert np.abs(small - want).max() > 1e-3
 
@@ -136,20 +165,31 @@ def test_ancestral_with_a_learned_variance_is_p_sample(clip):
 def test_a_learned_variance_costs_no_second_evaluation():
     calls = []
     model = exact(process.Discrete.make(), learned=True)
-    denoise = precondition.adm(lambda x, t, label=None: calls.append(1) or model(x, t), learned_variance=True)
+    denoise = precondition.adm(
+        lambda x, t, label=None: calls.append(1) or model(x, t), learned_variance=True
+    )
     sigmas = grids.respaced("5")
     z = jnp.ones((1, 2, 2, 1))
     sample(denoise, z, sigmas, "ancestral", key=jax.random.key(0))
     assert len(calls) == 1  # traced once for the whole scan
     with pytest.raises(ValueError, match="variance='learned'.*no with_variance"):
-        sample(lambda x, s, label=None: x, z, sigmas, "ancestral", key=jax.random.key(0), variance="learned")
+        sample(
+            lambda x, s, label=None: x,
+            z,
+            sigmas,
+            "ancestral",
+            key=jax.random.key(0),
+            variance="learned",
+        )
     with pytest.raises(ValueError, match="besides the 1 of the image"):
         bare = precondition.adm(exact(process.Discrete.make()), learned_variance=True)
         bare(z, jnp.ones(1))
 
 
 def test_spherical_guidance_of_a_learned_variance_moves_on_its_sphere():
-    """DSG's kick at rate 1 lands at distance |std| (the norm of the map) from the mean, whatever the variance map."""
+    """DSG's kick at rate 1 lands at distance |std| (the norm of the map) from the mean, whatever
+    the variance map.
+    """
     denoise = precondition.adm(exact(process.Discrete.make(), learned=True), learned_variance=True)
     sigmas = np.array([2.0, 1.0])
     kick = dsg.spherical(lambda x0: jnp.sum(jnp.square(x0 - 0.3), axis=(1, 2, 3)), rate=1.0)
@@ -159,7 +199,7 @@ def test_spherical_guidance_of_a_learned_variance_moves_on_its_sphere():
         mean, std = transition(evaluate(x), x)
         assert std.shape == x.shape
         after, x0_hat = kick(evaluate, transition, x, noise, info)
-        length = lambda v: jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3)))  # noqa: E731
+        length = lambda v: jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3)))
         gaps.append(jnp.abs(length(after - mean) / length(std) - 1).max())
         return after, x0_hat
 
@@ -176,7 +216,7 @@ def test_ddim_is_ddim_sample(eta):
     with jax.enable_x64(True):
         z = jax.random.normal(jax.random.key(0), (2, 3, 3, 1), jnp.float64)
         noises = jax.random.normal(jax.random.key(1), (10, 2, 3, 3, 1), jnp.float64)
-        step = lambda m, x, t, e: chain.ddim_sample(m, x, t, e, eta)  # noqa: E731
+        step = lambda m, x, t, e: chain.ddim_sample(m, x, t, e, eta)
         want = chain_by_hand(chain, exact(table), z, noises, step)
         start = z * np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
         denoise = precondition.adm(exact(table), clip=True)
@@ -185,7 +225,9 @@ def test_ddim_is_ddim_sample(eta):
 
 
 def test_respaced_grids():
-    np.testing.assert_allclose(grids.respaced("250")[::-1][1:3], process.Discrete.make().sigma[[0, 4]])
+    np.testing.assert_allclose(
+        grids.respaced("250")[::-1][1:3], process.Discrete.make().sigma[[0, 4]]
+    )
     assert len(grids.respaced("", "cosine", 100)) == 101 and len(grids.respaced("10,10")) == 21
     with pytest.raises(ValueError, match="spacing='ddim400'"):
         grids.respaced("ddim400")
@@ -195,20 +237,28 @@ def test_ddpm_noise_law_is_uniform_over_the_table_and_weighs_eps():
     law, table = noise.ddpm("cosine", 50), process.Discrete.make("cosine", 50)
     sigma = law.sample(jax.random.split(jax.random.key(0), 20000))
     counts = np.bincount(np.asarray(table.index(sigma)), minlength=50)
-    assert np.abs(counts - 400).max() < 5 * 20 and set(np.asarray(sigma)) == set(table.sigma.astype(np.float32))
-    np.testing.assert_array_equal(law.sigma(jnp.asarray([0.0, 1.0])), table.sigma[[0, 49]].astype(np.float32))
+    assert np.abs(counts - 400).max() < 5 * 20 and set(np.asarray(sigma)) == set(
+        table.sigma.astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        law.sigma(jnp.asarray([0.0, 1.0])), table.sigma[[0, 49]].astype(np.float32)
+    )
     eps, eps_hat = jax.random.normal(jax.random.key(1), (2, 3, 2, 2, 1))
     levels = jnp.asarray([0.02, 1.0, 30.0])
     s = column(levels, eps)
-    loss = law.weight(levels) * jnp.sum(jnp.square((0.3 + s * eps - s * eps_hat) - 0.3), axis=(1, 2, 3))
+    loss = law.weight(levels) * jnp.sum(
+        jnp.square((0.3 + s * eps - s * eps_hat) - 0.3), axis=(1, 2, 3)
+    )
     np.testing.assert_allclose(loss, jnp.sum(jnp.square(eps - eps_hat), axis=(1, 2, 3)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["cfg", "dg"])
 def test_guided_denoisers_keep_what_samplers_need(method):
-    """Range, rounding, and the learned variance: an ancestral step has the guided mean and the base's variance."""
+    """Range, rounding, and the learned variance: an ancestral step has the guided mean and the
+    base's variance.
+    """
     model = exact(process.Discrete.make(), learned=True)
-    network = lambda x, t, label: model(x, t) + 0.1 * column(label, x)  # noqa: E731
+    network = lambda x, t, label: model(x, t) + 0.1 * column(label, x)
     denoise = precondition.adm(network, learned_variance=True)
     guided = {
         "cfg": lambda: cfg.guide(denoise, 2.0),
@@ -224,10 +274,14 @@ def test_guided_denoisers_keep_what_samplers_need(method):
     moved = guided(x, levels[0], label)
     mean, std = steps.ancestral_moments(x, moved, *levels, fraction)
     assert np.abs(moved - plain).max() > 0.1
-    assert np.abs(std - column(steps.posterior_std(*levels), x)).max() > 0.1  # "small" is something else
+    assert (
+        np.abs(std - column(steps.posterior_std(*levels), x)).max() > 0.1
+    )  # "small" is something else
     grid = np.asarray([levels[0][0], levels[1][0]])
     for variance in (None, "learned"):
         settings = {"label": label, "variance": variance, "noise_fn": lambda step: eps}
-        np.testing.assert_allclose(sample(guided, z, grid, "ancestral", **settings), mean + std * eps, atol=1e-5)
+        np.testing.assert_allclose(
+            sample(guided, z, grid, "ancestral", **settings), mean + std * eps, atol=1e-5
+        )
     fixed = precondition.adm(exact(process.Discrete.make()))
     assert cfg.guide(fixed, 2.0).with_variance is None

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tiny
 
-from ogdm_jax import generate
-from ogdm_jax import model as models
+from ogdm_jax import models
 from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion import grids
-from ogdm_jax.training import finish
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import workdir as finish
 
 pytestmark = pytest.mark.fast
 
@@ -23,7 +23,9 @@ def model(request):
 
 def _settings(grid: str | None, steps: int = 20) -> ml_collections.ConfigDict:
     said = {} if grid is None else {"grid": grid}
-    return ml_collections.ConfigDict({"steps": steps, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0} | said)
+    return ml_collections.ConfigDict(
+        {"steps": steps, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0} | said
+    )
 
 
 def test_every_grid(model):
@@ -36,18 +38,30 @@ def test_every_grid(model):
         "iddpm": grids.iddpm(20, low, high),
     }
     if model.table is not None:  # exact to the steps, whatever config.sample.sigma_max
-        expected |= {"respaced": grids.respaced("20"), "ddim": grids.ddim(20), "quad": grids.ddim(20, spacing="quad")}
+        expected |= {
+            "respaced": grids.respaced("20"),
+            "ddim": grids.ddim(20),
+            "quad": grids.ddim(20, spacing="quad"),
+        }
     for name, levels in expected.items():
-        np.testing.assert_allclose(generate.noise_levels(model, _settings(name)), levels, rtol=1e-12, err_msg=str(name))
+        np.testing.assert_allclose(
+            generate.noise_levels(model, _settings(name)), levels, rtol=1e-12, err_msg=str(name)
+        )
 
 
 def test_grids_that_cannot_be_are_one_sentence(model):
     discrete = model.table is not None
-    words = "steps: 1001 given for the grid 'respaced'" if discrete else "grid: 'respaced' given; expected one of edm"
+    words = (
+        "steps: 1001 given for the grid 'respaced'"
+        if discrete
+        else "grid: 'respaced' given; expected one of edm"
+    )
     with pytest.raises(ConfigError, match=words) as error:
         generate.noise_levels(model, _settings("respaced", 1001))
     assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="sample.grid: 'log' given; expected one of edm, vp, ve, iddpm, respaced"):
+    with pytest.raises(
+        ConfigError, match="sample.grid: 'log' given; expected one of edm, vp, ve, iddpm, respaced"
+    ):
         generate.noise_levels(model, _settings("log"))
 
 

@@ -1,4 +1,6 @@
-"""Every golden file of the folder OGDM_GOLDEN (default tests/golden), one test a file, by the file's own config."""
+"""Every golden file of the folder OGDM_GOLDEN (default tests/golden), one test a file, by the
+file's own config.
+"""
 
 import importlib
 import os
@@ -13,7 +15,8 @@ FOLDER = Path(os.environ.get("OGDM_GOLDEN", Path(__file__).parent / "golden"))
 for _module in pkgutil.iter_modules(families.__path__):
     importlib.import_module(f"families.{_module.name}")
 
-# Families that are not built yet, with the issue that will build them. An entry goes when its check is registered.
+# Families that are not built yet, with the issue that will build them. An entry goes when its check
+# is registered.
 PLANNED: dict[str, int] = {}
 # One or two of each part, for -m fast.
 FAST = ("augment_all_p05", "dg_vp_clock", "dsg_step_4", "edm_ddpmpp_a", "gd_respacing")
@@ -27,12 +30,18 @@ def _longest(prefixes, name: str) -> str | None:
 def _cases():
     files = sorted(FOLDER.glob("*.npz"))
     if not files:
-        raise pytest.UsageError(f"OGDM_GOLDEN: no .npz file in {FOLDER}; expected the folder of golden files")
+        raise pytest.UsageError(
+            f"OGDM_GOLDEN: no .npz file in {FOLDER}; expected the folder of golden files"
+        )
     for path in files:
         built, planned = _longest(golden_support.FAMILIES, path.stem), _longest(PLANNED, path.stem)
         marks = [pytest.mark.fast] if path.stem in FAST else []
         if planned and len(planned) > len(built or ""):
-            marks += [pytest.mark.xfail(reason=f"family {planned}* is built by issue {PLANNED[planned]}", strict=True)]
+            marks += [
+                pytest.mark.xfail(
+                    reason=f"family {planned}* is built by issue {PLANNED[planned]}", strict=True
+                )
+            ]
             built = None
         yield pytest.param(path, built, id=path.stem, marks=marks)
 

@@ -1,4 +1,6 @@
-"""Sampling grids against the printed grids of the EDM paper's code and the respacing rules of guided-diffusion."""
+"""Sampling grids against the printed grids of the EDM paper's code and the respacing rules of
+guided-diffusion.
+"""
 
 import numpy as np
 import pytest
@@ -40,13 +42,21 @@ def test_grids_fall_to_zero(name, n):
 
 def test_ddim_grid_is_the_respaced_process():
     bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    np.testing.assert_allclose(grids.ddim(10)[:-1], np.sqrt(1 / bar[np.arange(900, -1, -100)] - 1), rtol=1e-12)
-    np.testing.assert_allclose(grids.ddim(25), grids.ddim(25, betas=process.betas("linear")), rtol=0)
+    np.testing.assert_allclose(
+        grids.ddim(10)[:-1], np.sqrt(1 / bar[np.arange(900, -1, -100)] - 1), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        grids.ddim(25), grids.ddim(25, betas=process.betas("linear")), rtol=0
+    )
     for n in (10, 20, 25, 50):  # strides that divide T: the same as guided-diffusion's "ddimN"
-        np.testing.assert_array_equal(grids.ddim_timesteps(n), process.space_timesteps(1000, f"ddim{n}"))
+        np.testing.assert_array_equal(
+            grids.ddim_timesteps(n), process.space_timesteps(1000, f"ddim{n}")
+        )
     assert grids.ddim_timesteps(20, spacing="even")[[0, 1, 2, -1]].tolist() == [0, 53, 105, 999]
     cosine = np.cumprod(1 - process.betas("cosine"))
-    np.testing.assert_allclose(grids.ddim(5, betas="cosine")[-2], np.sqrt(1 / cosine[0] - 1), rtol=1e-12)
+    np.testing.assert_allclose(
+        grids.ddim(5, betas="cosine")[-2], np.sqrt(1 / cosine[0] - 1), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm", "ddim"])

@@ -1,4 +1,6 @@
-"""Guidance in the sampler: arrays arrive as arguments, rows follow the seeds, a slot has one owner."""
+"""Guidance in the sampler: arrays arrive as arguments, rows follow the seeds, a slot has one
+owner.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ogdm_jax import generate
-from ogdm_jax.methods.slots import Guidance
+from ogdm_jax.methods.contract import Guidance
+from ogdm_jax.sampling import generate
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +22,15 @@ class _Model:
 
 
 SETTINGS = ml_collections.ConfigDict(
-    {"solver": "ddim", "steps": 4, "num": 1, "eta": 1.0, "sigma_min": 0.01, "sigma_max": 10.0, "rho": 7.0}
+    {
+        "solver": "ddim",
+        "steps": 4,
+        "num": 1,
+        "eta": 1.0,
+        "sigma_min": 0.01,
+        "sigma_max": 10.0,
+        "rho": 7.0,
+    }
 )
 SEEDS, ROWS = np.arange(7), np.arange(7, dtype=np.float32)
 
@@ -37,19 +47,25 @@ def _guidance(scale: float):
 
         return rule
 
-    return (Guidance("a", shift=shift, frozen=jnp.float32(scale)), Guidance("b", kick=kick, given=ROWS))
+    return (
+        Guidance("a", shift=shift, frozen=jnp.float32(scale)),
+        Guidance("b", kick=kick, given=ROWS),
+    )
 
 
 def _images(guidance, devices: int, batch: int) -> np.ndarray:
     compiled = generate.sampler(_Model(), SETTINGS, jax.devices()[:devices], guidance=guidance)
-    return np.concatenate(list(generate.generate(compiled, jnp.float32(0.25), {}, SEEDS, None, batch, guidance)))
+    return np.concatenate(
+        list(generate.generate(compiled, jnp.float32(0.25), {}, SEEDS, None, batch, guidance))
+    )
 
 
 def test_rows_follow_the_seeds_on_any_batch_size_and_number_of_devices():
     whole = _images(_guidance(1.0), 1, 7)
     np.testing.assert_allclose(_images(_guidance(1.0), 4, 4), whole, rtol=1e-5, atol=1e-6)
     plain = _images((), 1, 7)
-    # The last step of a ddim scan is followed by mean = x0_hat, to which the kick adds its row: the offset shows there.
+    # The last step of a ddim scan is followed by mean = x0_hat, to which the kick adds its row: the
+    # offset shows there.
     moved = np.abs(whole - plain).mean((1, 2, 3))
     assert moved[0] == 0 and (np.diff(moved) > 0).all()
 

@@ -1,4 +1,6 @@
-"""Malicious, damaged and random files: refused with one sentence, nothing runs, memory stays near the file's size."""
+"""Malicious, damaged and random files: refused with one sentence, nothing runs, memory stays near
+the file's size.
+"""
 
 import resource
 import subprocess
@@ -57,11 +59,15 @@ def test_refused_with_one_sentence(name, tmp_path, monkeypatch):
     assert isinstance(error, UnsafeFileError), f"{name} was read"
     message = str(error)
     assert fragment in message and str(path) in message, message
-    assert "\n" not in message and message.endswith(".") and len(message) < len(str(path)) + 260, message
+    assert "\n" not in message and message.endswith(".") and len(message) < len(str(path)) + 260, (
+        message
+    )
     assert not events and not (tmp_path / "executed").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read as Linux gives it")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="a process's peak memory is read as Linux gives it"
+)
 def test_memory_and_time_of_refusals_stay_near_the_files_size(tmp_path):
     for name, (data, _) in CASES.items():
         (tmp_path / name).write_bytes(data)
@@ -70,7 +76,9 @@ def test_memory_and_time_of_refusals_stay_near_the_files_size(tmp_path):
     for name, (data, fragment) in CASES.items():
         said, peak, seconds = measured[name]
         assert fragment in said
-        instructions = 200 * min(len(data), 1_000_000)  # an instruction of one byte can make an object of about 100
+        instructions = 200 * min(
+            len(data), 1_000_000
+        )  # an instruction of one byte can make an object of about 100
         allowed = 4 * len(data) + (20 << 20) + (instructions if name.endswith(".pkl") else 0)
         assert peak < allowed, f"{name}: {peak / 1e6:.0f} MB"
         assert seconds < 10, f"{name}: {seconds:.1f} s"
@@ -97,7 +105,9 @@ def test_every_truncation_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", hostile.good())
 def test_fuzz(name, tmp_path):
-    """Random edits of healthy files: they are read or refused, within memory, and nothing else happens."""
+    """Random edits of healthy files: they are read or refused, within memory, and nothing else
+    happens.
+    """
     global _seen
     rng, path = np.random.default_rng(len(name)), tmp_path / name
     start, refused, rounds = time.monotonic(), 0, 0
@@ -143,8 +153,14 @@ def test_pickles_of_random_instructions(tmp_path):
 
 
 def test_a_process_with_little_memory_survives(tmp_path):
-    """The refusals need no memory that a 64 MB allowance over the interpreter's own does not give."""
-    names = [name for name in CASES if "huge" in name or "expanded" in name or "bomb" in name or "header_shape" in name]
+    """The refusals need no memory that a 64 MB allowance over the interpreter's own does not
+    give.
+    """
+    names = [
+        name
+        for name in CASES
+        if "huge" in name or "expanded" in name or "bomb" in name or "header_shape" in name
+    ]
     for name in names:
         (tmp_path / name).write_bytes(CASES[name][0])
     code = f"""

@@ -1,4 +1,6 @@
-"""The report page: well-formed, self-contained, with number and floor beside every distance; charts at right places."""
+"""The report page: well-formed, self-contained, with number and floor beside every distance; charts
+at right places.
+"""
 
 import io
 import re
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ogdm_jax.evaluation import charts, html
+from ogdm_jax.report import charts, html
 
 pytestmark = pytest.mark.fast
 
@@ -21,20 +23,57 @@ def findings(channels: int = 1, side: int = 8) -> html.Findings:
         return rng.integers(0, 256, (*shape, side, side, channels), np.uint8)
 
     distances = [
-        {"solver": solver, "steps": n, "nfe": n if solver == "euler" else 2 * n - 1, "fd": 900 / n**2, "floor": 2.9}
-        | {"features": "fd_x", "n": 898, "fd_over_floor": 900 / n**2 / 2.9, "fd_all": 1.5, "n_samples": 1797}
-        | {"n_reference": 1797, "kid": 0.1, "kid_floor": 0.0, "precision": 0.8, "precision_floor": 0.9}
-        | {"recall": 0.7, "recall_floor": 0.9, "density": 0.8, "density_floor": 1.0, "coverage": 0.6}
+        {
+            "solver": solver,
+            "steps": n,
+            "nfe": n if solver == "euler" else 2 * n - 1,
+            "fd": 900 / n**2,
+            "floor": 2.9,
+        }
+        | {
+            "features": "fd_x",
+            "n": 898,
+            "fd_over_floor": 900 / n**2 / 2.9,
+            "fd_all": 1.5,
+            "n_samples": 1797,
+        }
+        | {
+            "n_reference": 1797,
+            "kid": 0.1,
+            "kid_floor": 0.0,
+            "precision": 0.8,
+            "precision_floor": 0.9,
+        }
+        | {
+            "recall": 0.7,
+            "recall_floor": 0.9,
+            "density": 0.8,
+            "density_floor": 1.0,
+            "coverage": 0.6,
+        }
         for solver in ("euler", "heun")
         for n in (3, 5, 9, 18)
     ]
     metrics = []
     for step in range(10, 210, 10):
-        line = {"step": step, "kimg": step * 0.064, "loss": 70 / step + 1, "loss/denoise": 69 / step + 1}
-        line |= {"loss/ogdm": 0.02, "grad_norm": 170 / step, "learning_rate": 1e-3, "grad_nonfinite": 0.0}
+        line = {
+            "step": step,
+            "kimg": step * 0.064,
+            "loss": 70 / step + 1,
+            "loss/denoise": 69 / step + 1,
+        }
+        line |= {
+            "loss/ogdm": 0.02,
+            "grad_norm": 170 / step,
+            "learning_rate": 1e-3,
+            "grad_nonfinite": 0.0,
+        }
         metrics.append(line | {"images_per_second": 900.0, "ogdm/r1": 1e-4, "ogdm/accuracy": 0.5})
     metrics[3]["loss/ogdm"] = "nan"
-    metrics += [{"step": n, "evaluate/fd_x": 1000 / n, "evaluate/floor": 2.9, "evaluate/n": 898} for n in (100, 200)]
+    metrics += [
+        {"step": n, "evaluate/fd_x": 1000 / n, "evaluate/floor": 2.9, "evaluate/n": 898}
+        for n in (100, 200)
+    ]
     path = rng.normal(size=(19, 2, side, side, channels)).clip(-1, 1)
     return html.Findings(
         title="run <1>: ogdm on digits",
@@ -89,7 +128,9 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
     page = html.page(findings(channels, side))
     elements, words = parsed(page)
     tags = [tag for tag, _ in elements]
-    assert "script" not in tags and "link" not in tags and "@import" not in page and "url(" not in page
+    assert (
+        "script" not in tags and "link" not in tags and "@import" not in page and "url(" not in page
+    )
     for tag, attributes in elements:
         assert "href" not in attributes and not any(name.startswith("on") for name in attributes)
         if tag == "img":
@@ -104,16 +145,31 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
         "Training",
         "Samples during training",
     ]
-    assert "run <1>: ogdm on digits" in words and "prefers-color-scheme: dark" in page and "viewport" in page
+    assert (
+        "run <1>: ogdm on digits" in words
+        and "prefers-color-scheme: dark" in page
+        and "viewport" in page
+    )
     assert "best evaluated checkpoint is step 100" in words and "0.05" in words
-    assert page.count("<img") == 2 + 8 * 6 + 2 * (12 + 11) + 2  # grids, neighbours, states and denoised, progress
+    assert (
+        page.count("<img") == 2 + 8 * 6 + 2 * (12 + 11) + 2
+    )  # grids, neighbours, states and denoised, progress
 
 
 def test_every_distance_has_its_number_and_floor():
     elements, words = parsed(html.distances(findings().distances))
-    rows = [row for row in re.findall("<tr>(.*?)</tr>", html.distances(findings().distances)) if "<td>" in row]
+    rows = [
+        row
+        for row in re.findall("<tr>(.*?)</tr>", html.distances(findings().distances))
+        if "<td>" in row
+    ]
     cells = [re.findall("<td>(.*?)</td>", row) for row in rows]
-    assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4 and [c[2] for c in cells[4:]] == ["5", "9", "17", "35"]
+    assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4 and [c[2] for c in cells[4:]] == [
+        "5",
+        "9",
+        "17",
+        "35",
+    ]
     assert all(c[3] == "898" and c[5] == "2.9" and c[8] == c[9] == "1,797" for c in cells)
     assert all(c[10] == "0.1 (0)" and c[11] == "0.8 (0.9)" and c[14] == "0.6 (–)" for c in cells)
     assert "real against real, n = 898" in words and "euler: 100 at 3" in words and "fd_x" in words
@@ -123,7 +179,9 @@ def test_every_distance_has_its_number_and_floor():
 def test_what_is_not_there_is_left_out():
     page = html.page(html.Findings("empty"))
     assert "<section" not in page and "<details" not in page and parsed(page)
-    assert html.distances([]) == "" and html.curves([]) == "" and charts.line_chart([], "x", "y") == ""
+    assert (
+        html.distances([]) == "" and html.curves([]) == "" and charts.line_chart([], "x", "y") == ""
+    )
     nothing = charts.Line("a", [1.0, 2.0], [float("nan"), -1.0])
     assert charts.line_chart([nothing], "x", "y", log_y=True) == ""
 
@@ -136,12 +194,21 @@ def test_pictures_come_back_from_the_page():
 
 
 def test_points_lie_where_the_axes_say():
-    """On a log axis equal ratios are equal distances; ticks and points share the map; everything is inside."""
+    """On a log axis equal ratios are equal distances; ticks and points share the map; everything is
+    inside.
+    """
     x, y = [1, 10, 100], [1000, 10, 0.1]
     svg = charts.line_chart([charts.Line("a", x, y)], "n", "d", log_x=True, log_y=True)
-    points = [(float(a), float(b)) for a, b in re.findall('<circle class="dot c0" cx="(.*?)" cy="(.*?)"', svg)[-3:]]
+    points = [
+        (float(a), float(b))
+        for a, b in re.findall('<circle class="dot c0" cx="(.*?)" cy="(.*?)"', svg)[-3:]
+    ]
     (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2) and y2 > y0
+    assert (
+        x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+        and y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+        and y2 > y0
+    )
     assert 0 < x0 and x2 < charts.LARGE[0] and 0 < y0 and y2 < charts.LARGE[1]
     tick = re.search(r'<text x="([\d.]+)" y="266" text-anchor="middle">10</text>', svg)
     assert float(tick.group(1)) == pytest.approx(x1, abs=0.2)
@@ -163,7 +230,15 @@ def test_ticks_are_round_numbers(low, high, log, expected):
 
 @pytest.mark.parametrize(
     "value,text",
-    [(0, "0"), (0.0025, "0.0025"), (0.00025, "2.5e-4"), (1797, "1,797"), (2e6, "2e6"), (4.90123, "4.901"), (-3, "-3")],
+    [
+        (0, "0"),
+        (0.0025, "0.0025"),
+        (0.00025, "2.5e-4"),
+        (1797, "1,797"),
+        (2e6, "2e6"),
+        (4.90123, "4.901"),
+        (-3, "-3"),
+    ],
 )
 def test_numbers_for_people(value, text):
     assert charts.nice(value) == text
@@ -171,12 +246,21 @@ def test_numbers_for_people(value, text):
 
 def test_one_point_and_constant_curves_are_drawn():
     for line in (charts.Line("a", [5], [3.0]), charts.Line("a", [1, 2], [0.0, 0.0])):
-        assert "NaN" not in (svg := charts.line_chart([line], "x", "y")) and svg.count("<circle") == len(line.x)
-    assert "nan" not in charts.line_chart([charts.Line("a", [1, 2], [7.0, 7.0])], "x", "y", log_y=True).lower()
+        assert "NaN" not in (svg := charts.line_chart([line], "x", "y")) and svg.count(
+            "<circle"
+        ) == len(line.x)
+    assert (
+        "nan"
+        not in charts.line_chart(
+            [charts.Line("a", [1, 2], [7.0, 7.0])], "x", "y", log_y=True
+        ).lower()
+    )
 
 
 def test_a_floor_known_once_is_a_line_across_the_chart():
     both = [charts.Line("samples", [5], [9.0]), charts.Line("floor", [5], [3.0], dashed=True)]
-    last = re.findall(r'<path class="dashed" d="M([\d.]+) ([\d.]+)H([\d.]+)">', charts.line_chart(both, "x", "y"))[-1]
+    last = re.findall(
+        r'<path class="dashed" d="M([\d.]+) ([\d.]+)H([\d.]+)">', charts.line_chart(both, "x", "y")
+    )[-1]
     left, height, right = map(float, last)
     assert right - left > charts.LARGE[0] / 2 and 0 < height < charts.LARGE[1]

@@ -1,4 +1,6 @@
-"""InceptionV3's names, sizes and resizing; its numbers are checked by families/inception.py on the golden file."""
+"""InceptionV3's names, sizes and resizing; its numbers are checked by families/inception.py on the
+golden file.
+"""
 
 import gzip
 import json
@@ -42,22 +44,32 @@ def test_pytorch_fids_wrapper_is_the_same_network_without_a_head(network, state)
     wrapped = {}
     blocks = {"Conv2d_1a_3x3": "0.0", "Conv2d_2a_3x3": "0.1", "Conv2d_2b_3x3": "0.2"}
     blocks |= {"Conv2d_3b_1x1": "1.0", "Conv2d_4a_3x3": "1.1"}
-    blocks |= {f"Mixed_{name}": f"2.{i}" for i, name in enumerate(("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e"))}
+    blocks |= {
+        f"Mixed_{name}": f"2.{i}"
+        for i, name in enumerate(("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e"))
+    }
     blocks |= {f"Mixed_{name}": f"3.{i}" for i, name in enumerate(("7a", "7b", "7c"))}
     for name, value in state.items():
         module, _, rest = name.partition(".")
         if module != "fc":
             wrapped[f"blocks.{blocks[module]}.{rest}"] = value
     raw, ours = inception_to_flax(state, network), inception_to_flax(wrapped, network)
-    assert not np.any(ours["params"].pop("fc")["kernel"]) and not np.any(ours["params"].pop("fc_bias"))
-    jax.tree.map(np.testing.assert_array_equal, ours["params"], {k: raw["params"][k] for k in ours["params"]})
+    assert not np.any(ours["params"].pop("fc")["kernel"]) and not np.any(
+        ours["params"].pop("fc_bias")
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, ours["params"], {k: raw["params"][k] for k in ours["params"]}
+    )
     jax.tree.map(np.testing.assert_array_equal, ours["buffers"], raw["buffers"])
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda s: s.pop("Mixed_6c.branch7x7_2.conv.weight"), "Mixed_6c.branch7x7_2.conv.weight is missing"),
+        (
+            lambda s: s.pop("Mixed_6c.branch7x7_2.conv.weight"),
+            "Mixed_6c.branch7x7_2.conv.weight is missing",
+        ),
         (lambda s: s.update({"Mixed_8a.x": np.zeros(1)}), "Mixed_8a.x has no place"),
         (lambda s: s.update({"fc.bias": np.zeros(1000)}), r"fc.bias has shape \(1000,\)"),
     ],
@@ -71,7 +83,9 @@ def test_other_networks_are_refused(network, state, change, message):
 
 def test_every_tensor_has_a_path_of_its_own(network):
     entries = inception_entries(network)
-    assert len({e.path for e in entries}) == len({e.name for e in entries}) == len(entries) == 566 - 94
+    assert (
+        len({e.path for e in entries}) == len({e.name for e in entries}) == len(entries) == 566 - 94
+    )
 
 
 def test_resize_routes_on_ramps_and_against_jax():
@@ -80,7 +94,9 @@ def test_resize_routes_on_ramps_and_against_jax():
     tf1 = np.minimum(np.arange(size) * 10 / size, 9)  # output i samples input i h / size
     np.testing.assert_allclose(resize(ramp, size)[0, :, 3, 0], tf1, rtol=1e-6)
     half = np.clip((np.arange(size) + 0.5) * 10 / size - 0.5, 0, 9)
-    np.testing.assert_allclose(resize(ramp, size, half_pixel=True)[0, :, 3, 0], half, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        resize(ramp, size, half_pixel=True)[0, :, 3, 0], half, rtol=1e-6, atol=1e-6
+    )
     x = jax.random.uniform(jax.random.key(0), (2, 13, 8, 3))
     for size in (8, 29):
         reference = jax.image.resize(x, (2, size, size, 3), "bilinear", antialias=False)
@@ -108,4 +124,6 @@ def test_average_pool_leaves_the_padding_out():
 def test_small_or_grey_inputs_are_refused(network):
     for shape in ((1, 64, 64, 3), (1, 299, 299, 1)):
         with pytest.raises(ValueError, match="at least 75"):
-            jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+            jax.eval_shape(
+                network.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32)
+            )

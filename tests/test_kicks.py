@@ -1,4 +1,6 @@
-"""The methods that DSG is compared with, against their formulas, and the transitions that kicks start from."""
+"""The methods that DSG is compared with, against their formulas, and the transitions that kicks
+start from.
+"""
 
 import functools
 
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 from guidance_cases import DATA, LATENTS, LOSS, MASK, SHAPE, Y, evaluate_at, info_at, transition_at
 
-from ogdm_jax.diffusion import grids, kicks, operators, steps
-from ogdm_jax.diffusion.sampling import sample
-from ogdm_jax.diffusion.solvers import plain_kick
+from ogdm_jax.diffusion import grids, steps
+from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
+from ogdm_jax.sampling import kicks
+from ogdm_jax.sampling.sampler import sample
+from ogdm_jax.sampling.solvers import plain_kick
 
 
 class TestOtherMethods:
@@ -27,14 +31,18 @@ class TestOtherMethods:
 
     def next_of(self, kick, at=None):
         at = self.at if at is None else at
-        return jax.jit(lambda x: kick(evaluate_at(at), transition_at(at), x, self.eps, at)[0])(LATENTS)
+        return jax.jit(lambda x: kick(evaluate_at(at), transition_at(at), x, self.eps, at)[0])(
+            LATENTS
+        )
 
     @pytest.mark.parametrize("coordinate", ["ve", "vp"])
     def test_dps(self, coordinate):
         x0, mean, std, jacobian = self.moments()
         factor = np.sqrt((1 + 1.0) * (1 + 0.36)) if coordinate == "vp" else 1.0
         want = mean + std[0] * self.eps - 0.3 * factor * jacobian * 2 * MASK * (x0 - Y)
-        np.testing.assert_allclose(self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5)
+        np.testing.assert_allclose(
+            self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5
+        )
 
     def test_mpgd(self):
         """As published, in x_vp: x0 moves, the eps of the unguided prediction stays."""
@@ -77,7 +85,9 @@ class TestOtherMethods:
     def test_freedom_ignores_the_losss_scale_and_has_its_length(self):
         x0, mean, std, _ = self.moments()
         move = self.next_of(kicks.freedom(LOSS, 0.3)) - (mean + std[0] * self.eps)
-        np.testing.assert_allclose(kicks.rms(move), 0.3 * (1 - 0.36) * kicks.rms(LATENTS - x0), rtol=1e-4)
+        np.testing.assert_allclose(
+            kicks.rms(move), 0.3 * (1 - 0.36) * kicks.rms(LATENTS - x0), rtol=1e-4
+        )
         other = self.next_of(kicks.freedom(lambda v: 1e6 * LOSS(v), 0.3))
         np.testing.assert_allclose(other, self.next_of(kicks.freedom(LOSS, 0.3)), atol=1e-5)
         timed = self.next_of(kicks.freedom(LOSS, 0.3, "time")) - (mean + std[0] * self.eps)
@@ -94,7 +104,8 @@ class TestOtherMethods:
             return kicks.smoothed(lambda v: scale * LOSS(v), 1000)(evaluate_at(self.at), x, self.at)
 
         smooth, quiet = value(LATENTS, 1.0), value(LATENTS, 1e-4)
-        # small losses average: E|r + s z|^2 = |r|^2 + m s^2, s^2 = 1/2; large ones prefer the best draws
+        # small losses average: E|r + s z|^2 = |r|^2 + m s^2, s^2 = 1/2; large ones prefer the best
+        # draws
         _, _, _, jacobian = self.moments()
         x0 = DATA.denoise(LATENTS, self.at.sigma)
         np.testing.assert_allclose(quiet[1] * 1e4, LOSS(x0) + MASK.sum() * 2 * 0.5, rtol=0.05)
@@ -107,22 +118,32 @@ class TestOtherMethods:
         matrix = np.asarray(op.forward(jnp.eye(16).reshape(16, 4, 4, 1))).reshape(16, 16).T
         x0, _, _, _ = self.moments()
         rho = 2 * 8.0 * max(std, 1e-3) ** 2
-        flat = lambda v: np.moveaxis(np.asarray(v, np.float64), -1, 1).reshape(6, 16)  # noqa: E731
-        solved = np.linalg.solve(matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T).T
-        _, got = kicks.diffpir(op, y, std)(evaluate_at(self.at), transition_at(self.at), LATENTS, self.eps, self.at)
+        flat = lambda v: np.moveaxis(np.asarray(v, np.float64), -1, 1).reshape(6, 16)
+        solved = np.linalg.solve(
+            matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T
+        ).T
+        _, got = kicks.diffpir(op, y, std)(
+            evaluate_at(self.at), transition_at(self.at), LATENTS, self.eps, self.at
+        )
         np.testing.assert_allclose(flat(got), solved, atol=2e-3 if std == 0 else 1e-4)
 
     def test_ddnm_keeps_what_was_measured_and_the_priors_spread_elsewhere(self):
         latents = jax.random.normal(jax.random.key(0), (512, 4, 4, 1))
         y = jnp.broadcast_to(Y[:1, ..., :1], latents.shape)
         compiled = jax.jit(
-            lambda z, kick: sample(DATA.denoise, z, grids.edm(40), "ddim", key=jax.random.key(1), eta=1.0, kick=kick),
+            lambda z, kick: sample(
+                DATA.denoise, z, grids.edm(40), "ddim", key=jax.random.key(1), eta=1.0, kick=kick
+            ),
             static_argnums=1,
         )
-        x, free = (compiled(latents, kick) for kick in (kicks.ddnm(operators.inpaint(MASK), y), plain_kick))
+        x, free = (
+            compiled(latents, kick) for kick in (kicks.ddnm(operators.inpaint(MASK), y), plain_kick)
+        )
         seen = np.broadcast_to(MASK > 0, x.shape)
         np.testing.assert_allclose(x[seen], y[seen], atol=1e-5)
-        np.testing.assert_allclose(x[~seen], free[~seen], atol=1e-4)  # pixels of this prior know nothing of each other
+        np.testing.assert_allclose(
+            x[~seen], free[~seen], atol=1e-4
+        )  # pixels of this prior know nothing of each other
 
     def test_ddnm_takes_the_measurements_noise_off_its_own(self):
         """Noise of the next state, over draws of y's noise and of its own, is the transition's."""
@@ -138,17 +159,22 @@ class TestOtherMethods:
 
 
 def test_kernels_of_all_solvers_are_one_kernel():
-    """DDIM (eta 1), DDPM's posterior and the ancestral step of EDM: equal mean and std; sigma_up^2 + sigma_down^2."""
+    """DDIM (eta 1), DDPM's posterior and the ancestral step of EDM: equal mean and std; sigma_up^2
+    + sigma_down^2.
+    """
     sigma, below = jnp.full(3, 1.7), jnp.full(3, 0.9)
     x0 = DATA.denoise(LATENTS, sigma)
     ddim, ancestral = (
-        f(LATENTS, x0, sigma, below, a) for f, a in ((steps.ddim_moments, 1.0), (steps.ancestral_moments, "small"))
+        f(LATENTS, x0, sigma, below, a)
+        for f, a in ((steps.ddim_moments, 1.0), (steps.ancestral_moments, "small"))
     )
     for a, b in zip(ddim, ancestral, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     a, b = 1 / (1 + 1.7**2), 1 / (1 + 0.9**2)
     beta = 1 - a / b
-    mean_vp = np.sqrt(b) * beta / (1 - a) * x0 + np.sqrt(a / b) * (1 - b) / (1 - a) * np.sqrt(a) * LATENTS
+    mean_vp = (
+        np.sqrt(b) * beta / (1 - a) * x0 + np.sqrt(a / b) * (1 - b) / (1 - a) * np.sqrt(a) * LATENTS
+    )
     np.testing.assert_allclose(ddim[0] * np.sqrt(b), mean_vp, atol=1e-6)
     np.testing.assert_allclose(ddim[1] * np.sqrt(b), np.sqrt(beta * (1 - b) / (1 - a)), rtol=1e-6)
     down, up = steps.split_sigma(sigma, below, 0.4)

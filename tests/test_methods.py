@@ -1,4 +1,6 @@
-"""The contract of methods/: every file alone and in pairs, in one train step; two owners of one slot are named."""
+"""The contract of methods/: every file alone and in pairs, in one train step; two owners of one
+slot are named.
+"""
 
 import functools
 import itertools
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ogdm_jax import data, generate, parallel
-from ogdm_jax.methods import slots, sp
+from ogdm_jax import data, parallel
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods import sp
+from ogdm_jax.sampling import generate
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 
@@ -21,27 +25,35 @@ SMALL = (tiny.ONE_LEVEL, "data.batch=8", "stf.n=32")
 def test_every_method_file_says_what_it_is():
     for name in slots.names():
         module = slots.module(name)
-        assert module.__doc__ and "arXiv" in module.__doc__ or any(c.isdigit() for c in module.__doc__), name
+        assert (
+            module.__doc__ and "arXiv" in module.__doc__ or any(c.isdigit() for c in module.__doc__)
+        ), name
         if name in TRAINING:
             assert isinstance(module.DEFAULTS, dict) and callable(module.training)
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A training folder for methods that start from one: two steps with other weights, saved as train.py saves them."""
+    """A training folder for methods that start from one: two steps with other weights, saved as
+    train.py saves them.
+    """
     folder = tmp_path_factory.mktemp("pretrained")
     run = tiny.build("methods=()", tiny.ONE_LEVEL)
     state = run.init()
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, state.replace(ema=jax.tree.map(lambda p: p + 0.01, state.ema)), about, {"step": 0})
+        checkpoints.save(
+            0, state.replace(ema=jax.tree.map(lambda p: p + 0.01, state.ema)), about, {"step": 0}
+        )
         checkpoints.save(1, state, about, {"step": 1})
     return folder
 
 
 def proceed(run, compiled, frozen, state, steps, first=0):
     """(state, metrics of each step) after some more steps, from the loader's position `first`."""
-    batches = data.batches(run.source, run.config.data.batch, run.config.seed, first, 0, 1, run.filled.references)
+    batches = data.batches(
+        run.source, run.config.data.batch, run.config.seed, first, 0, 1, run.filled.references
+    )
     metrics = []
     for _ in range(steps):
         state, values = compiled(state, frozen, run.plan.place_batch(next(batches)), run.key)
@@ -58,9 +70,9 @@ def trained(*flags, plan="pmap", devices=1):
     return run, run.plan.local_copy(state), metrics
 
 
-# Every combination once, and each plan, source of references and kind of noise with some of them: a program takes
-# seconds to compile, longest under pmap on several devices (test_plans.py, test_resume.py). All three methods together:
-# test_all_methods_on_a_mesh_resume_bit_for_bit.
+# Every combination once, and each plan, source of references and kind of noise with some of them: a
+# program takes seconds to compile, longest under pmap on several devices (test_plans.py,
+# test_resume.py). All three methods together: test_all_methods_on_a_mesh_resume_bit_for_bit.
 CASES = {
     (): ("pmap", 1),
     ("ogdm",): ("pmap", 1),
@@ -84,22 +96,30 @@ def test_methods_train_in_every_combination(on, pretrained):
     plan, devices, *flags = CASES.get(on, ("mesh", 2))
     teacher = [f"init.workdir={pretrained}"] if "sp" in on else []
     run, state, metrics = trained(f"methods={on!r}", *flags, *teacher, plan=plan, devices=devices)
-    assert np.isfinite([v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]).all(), metrics
+    assert np.isfinite(
+        [v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]
+    ).all(), metrics
     assert metrics[-1]["grad_nonfinite"] == 0
     assert set(state.companions) == {m.name for m in run.filled.companions}
 
 
 def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
-    """3 steps = 1 step, saved and restored, and 2 more; the teacher stays what it was (spec/sp.md 9.5, 9.11)."""
+    """3 steps = 1 step, saved and restored, and 2 more; the teacher stays what it was (spec/sp.md
+    9.5, 9.11).
+    """
     flags = (f"methods={tuple(TRAINING)!r}", f"init.workdir={pretrained}", "stf.source=stream")
     run = tiny.build(*SMALL, *flags, plan="mesh", devices=2)
     state = run.init()
     compiled, frozen = run.compile(state), run.frozen()
     state, _ = proceed(run, compiled, frozen, state, 1)
     with Checkpoints(tmp_path) as saved:
-        saved.save(1, state, describe(run.config, run.source.shape, run.source.num_classes), {"step": 1})
+        saved.save(
+            1, state, describe(run.config, run.source.shape, run.source.num_classes), {"step": 1}
+        )
     straight, metrics = proceed(run, compiled, frozen, state, 2, first=1)
-    assert np.isfinite([v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]).all(), metrics
+    assert np.isfinite(
+        [v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]
+    ).all(), metrics
     assert set(straight.companions) == {"ogdm"} and set(straight.memory) == {"sp"}
 
     with Checkpoints(tmp_path) as saved:
@@ -114,7 +134,8 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
 
 def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
     first, newest = (
-        tiny.build("methods=('sp',)", *SMALL, f"sp.teacher={pretrained}", *more) for more in (["sp.teacher_step=0"], [])
+        tiny.build("methods=('sp',)", *SMALL, f"sp.teacher={pretrained}", *more)
+        for more in (["sp.teacher_step=0"], [])
     )
     assert first.memory["sp"]["teacher_step"] == 0 and newest.memory["sp"]["teacher_step"] == 1
     frozen = slots.frozen_trees(newest.filled)["whole"]["sp"]
@@ -124,7 +145,9 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
 
 
 def test_sp_overfits_eight_images(tmp_path):
-    """spec/sp.md 9.12: phase 1, then features alone: their loss goes down, nothing overflows, the colour is logged."""
+    """spec/sp.md 9.12: phase 1, then features alone: their loss goes down, nothing overflows, the
+    colour is logged.
+    """
     digits = data.open_source("digits")
     np.savez(tmp_path / "eight.npz", image=digits.images[:8])
     source = data.open_source(f"npz:{tmp_path}/eight.npz")
@@ -137,7 +160,9 @@ def test_sp_overfits_eight_images(tmp_path):
 
     run, state, _ = phase(100, "methods=()")
     with Checkpoints(tmp_path / "base") as saved:
-        saved.save(100, state, describe(run.config, source.shape, source.num_classes), {"step": 100})
+        saved.save(
+            100, state, describe(run.config, source.shape, source.num_classes), {"step": 100}
+        )
     paper = [f"sp.{key}={value}" for key, value in sp.PRESETS["paper"].items()]
     _, state, metrics = phase(150, "methods=('sp',)", f"init.workdir={tmp_path}/base", *paper)
     loss = np.asarray([m["loss/sp"] for m in metrics])
@@ -145,13 +170,18 @@ def test_sp_overfits_eight_images(tmp_path):
     for key in ("loss", "loss/sp", "grad_norm", "sp/colour"):
         assert np.isfinite([m[key] for m in metrics]).all(), key
     images = generate.sampler(run.model, run.config.sample, jax.devices()[:1])
-    drawn = np.concatenate([*generate.generate(images, state.ema, state.buffers, np.arange(4), None, 4)])
+    drawn = np.concatenate(
+        [*generate.generate(images, state.ema, state.buffers, np.arange(4), None, 4)]
+    )
     assert np.isfinite(drawn).all() and np.abs(drawn).max() < 5
 
 
-@pytest.mark.slow  # three programs of all methods; tests/test_stf_training.py divides the set in little
+# three programs of all methods; tests/test_stf_training.py divides the set in little
+@pytest.mark.slow
 def test_all_methods_together_are_the_same_on_every_plan(pretrained):
-    """STF's whole set is divided over the devices here, 1,797 images on 2: filled up, and gathered by nobody."""
+    """STF's whole set is divided over the devices here, 1,797 images on 2: filled up, and gathered
+    by nobody.
+    """
     flags = (
         f"methods={tuple(TRAINING)!r}",
         tiny.ONE_LEVEL,
@@ -165,20 +195,28 @@ def test_all_methods_together_are_the_same_on_every_plan(pretrained):
     ]
     for name in losses[0]:
         if name.startswith("loss"):
-            np.testing.assert_allclose([m[name] for m in losses[1:]], losses[0][name], rtol=2e-4, err_msg=name)
+            np.testing.assert_allclose(
+                [m[name] for m in losses[1:]], losses[0][name], rtol=2e-4, err_msg=name
+            )
 
 
 def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
-    """The denoising loss of the first step depends on noise levels and noise alone: it must be the same number."""
+    """The denoising loss of the first step depends on noise levels and noise alone: it must be the
+    same number.
+    """
     plain, ogdm = (trained(f"methods={on!r}")[2][0]["loss/denoise"] for on in ((), ("ogdm",)))
     np.testing.assert_allclose(ogdm, plain, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "on,flags", [(("ogdm",), ["ogdm.gamma=0.0"]), (("stf", "sp"), ["sp.weight=0.0", "stf.n=1"])], ids=["ogdm", "sp+stf"]
+    "on,flags",
+    [(("ogdm",), ["ogdm.gamma=0.0"]), (("stf", "sp"), ["sp.weight=0.0", "stf.n=1"])],
+    ids=["ogdm", "sp+stf"],
 )
 def test_weight_zero_is_plain_training_bit_for_bit(on, flags, pretrained):
-    """OGDM's gamma, SP's weight (spec/sp.md 9.10); and STF with the source alone as reference (spec/stf.md 10.1)."""
+    """OGDM's gamma, SP's weight (spec/sp.md 9.10); and STF with the source alone as reference
+    (spec/stf.md 10.1).
+    """
     _, plain, _ = trained("methods=()")
     teacher = [f"sp.teacher={pretrained}"] if "sp" in on else []
     _, zero, _ = trained(f"methods={on!r}", *flags, *teacher)
@@ -187,7 +225,7 @@ def test_weight_zero_is_plain_training_bit_for_bit(on, flags, pretrained):
 
 
 def test_two_owners_of_one_slot_are_named():
-    fill = lambda *a: None  # noqa: E731
+    fill = lambda *a: None
     with pytest.raises(ValueError, match="first and second both fill the target slot"):
         slots.combine([slots.Slots("first", target=fill), slots.Slots("second", target=fill)])
 

@@ -1,17 +1,21 @@
-"""Distances against closed forms, definitions spelt out with loops, and the libraries people use."""
+"""Distances against closed forms, definitions spelt out with loops, and the libraries people
+use.
+"""
 
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ogdm_jax.evaluation import metrics
+from ogdm_jax.metrics import distances as metrics
 
 pytestmark = pytest.mark.fast
 
 
 def _stats(rng, dim, examples=400):
-    x = rng.normal(size=(examples, dim)) @ rng.normal(size=(dim, dim)) / np.sqrt(dim) + rng.normal(size=(1, dim))
+    x = rng.normal(size=(examples, dim)) @ rng.normal(size=(dim, dim)) / np.sqrt(dim) + rng.normal(
+        size=(1, dim)
+    )
     return x.mean(0), np.cov(x.T)
 
 
@@ -44,7 +48,9 @@ def test_frechet_distance_of_rank_deficient_gaussians_is_that_of_their_span():
     rng = np.random.default_rng(2)
     (mu1, cov1), (mu2, cov2) = _stats(rng, 6), _stats(rng, 6)
     lift = np.linalg.qr(rng.normal(size=(40, 6)))[0].T  # 6 dimensions laid isometrically in 40
-    lifted = metrics.frechet_distance(mu1 @ lift, lift.T @ cov1 @ lift, mu2 @ lift, lift.T @ cov2 @ lift)
+    lifted = metrics.frechet_distance(
+        mu1 @ lift, lift.T @ cov1 @ lift, mu2 @ lift, lift.T @ cov2 @ lift
+    )
     np.testing.assert_allclose(lifted, metrics.frechet_distance(mu1, cov1, mu2, cov2), rtol=1e-9)
 
 
@@ -60,7 +66,9 @@ def test_frechet_distance_refuses_what_is_no_gaussian():
 
 def test_moments_of_ragged_batches_and_merged_streams_are_numpys():
     rng = np.random.default_rng(3)
-    x = (rng.normal(size=(101, 5)) * 0.01 + 1e4).astype(np.float32)  # a large mean: where F^T F - n mu mu^T fails
+    x = (rng.normal(size=(101, 5)) * 0.01 + 1e4).astype(
+        np.float32
+    )  # a large mean: where F^T F - n mu mu^T fails
     first, second = metrics.Moments(), metrics.Moments(5)
     for part in np.split(x[:60], [1, 8, 40]):
         first.update(part)
@@ -96,9 +104,14 @@ def test_kernel_distance_is_its_definition(monkeypatch):
 
 def test_kernel_distance_is_unbiased_at_small_n_and_sees_a_shift():
     rng = np.random.default_rng(5)
-    draws = [metrics.kernel_distance(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(500)]
+    draws = [
+        metrics.kernel_distance(rng.normal(size=(8, 4)), rng.normal(size=(8, 4)))
+        for _ in range(500)
+    ]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / np.sqrt(len(draws))
-    mean, spread = metrics.kernel_distance_subsets(rng.normal(size=(300, 4)), rng.normal(size=(300, 4)) + 0.7, 10, 100)
+    mean, spread = metrics.kernel_distance_subsets(
+        rng.normal(size=(300, 4)), rng.normal(size=(300, 4)) + 0.7, 10, 100
+    )
     assert mean > 3 * spread > 0
 
 
@@ -126,21 +139,32 @@ def test_manifold_metrics_are_their_definitions(monkeypatch, k, chunk):
     recall = np.mean([any(d[i, j] <= ry[j] * (1 + 1e-9) for j in range(30)) for i in range(40)])
     inside = (d < np.array(rx)[:, None]) & ~edge
     np.testing.assert_allclose(metrics.precision_recall(x, y, k), (precision, recall), rtol=1e-12)
-    np.testing.assert_allclose(metrics.density_coverage(x, y, k), (inside.sum() / (k * 30), inside.any(1).mean()))
+    np.testing.assert_allclose(
+        metrics.density_coverage(x, y, k), (inside.sum() / (k * 30), inside.any(1).mean())
+    )
 
 
 def test_manifold_metrics_of_a_set_with_itself():
     x = np.random.default_rng(7).normal(size=(50, 4))
     assert metrics.precision_recall(x, x, 3) == (1.0, 1.0)
-    assert metrics.density_coverage(x, x, 3) == (1.0, 1.0)  # itself and k - 1 neighbours strictly inside each ball
+    assert metrics.density_coverage(x, x, 3) == (
+        1.0,
+        1.0,
+    )  # itself and k - 1 neighbours strictly inside each ball
 
 
 def test_recall_and_coverage_see_dropped_modes_and_precision_sees_bad_images():
     rng = np.random.default_rng(8)
     modes = rng.normal(size=(4, 5)) * 20
     x, same = (modes[rng.integers(4, size=300)] + rng.normal(size=(300, 5)) for _ in range(2))
-    dropped, bad = modes[rng.integers(2, size=300)] + rng.normal(size=(300, 5)), same + 8 * rng.normal(size=(300, 5))
-    assert metrics.precision_recall(x, dropped)[0] > 0.9 and metrics.precision_recall(x, dropped)[1] < 0.6
+    dropped, bad = (
+        modes[rng.integers(2, size=300)] + rng.normal(size=(300, 5)),
+        same + 8 * rng.normal(size=(300, 5)),
+    )
+    assert (
+        metrics.precision_recall(x, dropped)[0] > 0.9
+        and metrics.precision_recall(x, dropped)[1] < 0.6
+    )
     assert metrics.density_coverage(x, dropped)[1] < 0.6 < metrics.density_coverage(x, same)[1]
     assert metrics.precision_recall(x, bad)[0] < 0.3 < metrics.precision_recall(x, same)[0]
 
@@ -157,7 +181,9 @@ def test_manifold_metrics_refuse_wrong_k_and_mixed_features(call):
 def test_inception_score_of_certain_balanced_and_of_undecided_predictions():
     certain = np.tile(np.eye(10), (30, 1))
     np.testing.assert_allclose(metrics.inception_score(certain, 3), (10, 0), atol=1e-9)
-    np.testing.assert_allclose(metrics.inception_score(np.full((60, 10), 0.1), 3), (1, 0), atol=1e-9)
+    np.testing.assert_allclose(
+        metrics.inception_score(np.full((60, 10), 0.1), 3), (1, 0), atol=1e-9
+    )
     rng = np.random.default_rng(9)
     p = rng.dirichlet(np.ones(4), 50)
     truth = np.exp(np.mean([np.sum(row * np.log(row / p.mean(0))) for row in p]))
@@ -175,7 +201,10 @@ def test_psnr_and_ssim_agree_with_scikit_image(channels):
         ("uniform", {}),
         ("gaussian", {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
     ):
-        truth = [structural_similarity(u, v, data_range=2, channel_axis=-1, **settings) for u, v in zip(a, b)]
+        truth = [
+            structural_similarity(u, v, data_range=2, channel_axis=-1, **settings)
+            for u, v in zip(a, b)
+        ]
         np.testing.assert_allclose(metrics.ssim(a, b, window=window), truth, rtol=1e-10)
     truth = [peak_signal_noise_ratio(u, v, data_range=2) for u, v in zip(a, b)]
     np.testing.assert_allclose(metrics.psnr(a, b), truth, rtol=1e-12)

@@ -1,4 +1,6 @@
-"""What looks like a known network and is none, settings of wrong types and ranges: one sentence each, no traceback."""
+"""What looks like a known network and is none, settings of wrong types and ranges: one sentence
+each, no traceback.
+"""
 
 import json
 
@@ -18,12 +20,19 @@ pytestmark = pytest.mark.fast
 def test_state_dicts_of_no_network_are_refused_in_one_sentence(name, tmp_path):
     state = hostile.unrecognised()[name]
     with pytest.raises(ValueError) as caught:
-        from_torch(state, **({"img_resolution": 8, "num_heads": 1} if name.startswith(("adm", "encoder")) else {}))
+        from_torch(
+            state,
+            **(
+                {"img_resolution": 8, "num_heads": 1} if name.startswith(("adm", "encoder")) else {}
+            ),
+        )
     message = str(caught.value)
     assert message.isprintable() and message.isascii() and len(message) < 600, message
     save_file(state, tmp_path / "x.safetensors")
     done = interop(tmp_path, "show", "x.safetensors", "--tensors")
-    assert done.returncode == 0 and "network: " in done.stdout or done.stderr.startswith("error: "), done
+    assert (
+        done.returncode == 0 and "network: " in done.stdout or done.stderr.startswith("error: ")
+    ), done
     assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())
 
 
@@ -32,7 +41,10 @@ def exported(tmp_path_factory):
     """A small network of EDM's as export writes it: (file, its JSON)."""
     folder = tmp_path_factory.mktemp("exported")
     snapshot = test_pretrained.published(folder)
-    for words in (("convert", snapshot.name, "--out", "work"), ("export", "work", "--out", "x.safetensors")):
+    for words in (
+        ("convert", snapshot.name, "--out", "work"),
+        ("export", "work", "--out", "x.safetensors"),
+    ):
         done = interop(folder, *words)
         assert done.returncode == 0, done.stderr
     return folder / "x.safetensors", json.loads((folder / "x.json").read_text())
@@ -68,7 +80,9 @@ def test_values_of_the_json_file_are_checked(exported):
         ({"dropout": 1}, "dropout: 1 given"),
     ]
     for change, words in cases:
-        path.with_suffix(".json").write_text(json.dumps(about | {"settings": about["settings"] | change}))
+        path.with_suffix(".json").write_text(
+            json.dumps(about | {"settings": about["settings"] | change})
+        )
         with pytest.raises(ValueError) as caught:
             load_pretrained(path)
         assert words in str(caught.value)
@@ -95,10 +109,15 @@ def test_values_of_the_json_file_are_checked(exported):
 def test_settings_of_the_command_line_are_checked(exported, setting, words):
     path, _ = exported
     done = interop(path.parent, "convert", path.name, "--out", "other", "--set", setting)
-    assert done.returncode == 1 and words in done.stderr and done.stderr.startswith("error: "), done.stderr
+    assert done.returncode == 1 and words in done.stderr and done.stderr.startswith("error: "), (
+        done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_numpys_numbers_are_settings_too(exported):
     path, _ = exported
-    assert load_pretrained(path, dropout=np.float32(0.25), sigma_data=np.float64(0.5)).network.dropout == 0.25
+    assert (
+        load_pretrained(path, dropout=np.float32(0.25), sigma_data=np.float64(0.5)).network.dropout
+        == 0.25
+    )

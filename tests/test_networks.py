@@ -1,4 +1,6 @@
-"""Networks: layers against closed forms, gradients of the convolution, parameter lists, and rules of a U-Net."""
+"""Networks: layers against closed forms, gradients of the convolution, parameter lists, and rules
+of a U-Net.
+"""
 
 import functools
 import gzip
@@ -27,7 +29,9 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("pads", [((1, 1), (1, 1)), ((0, 2), (1, 3)), ((0, 0), (3, 3))])
 def test_convolution_gradients_of_both_orders(pads):
-    """The CPU's own rule equals autodiff, and so does the gradient of a gradient (an R1 penalty)."""
+    """The CPU's own rule equals autodiff, and so does the gradient of a gradient (an R1
+    penalty).
+    """
     x, kernel = normal(2, 6, 5, 3), normal(3, 3, 3, 4, seed=1)
     plain = functools.partial(convolution._plain, stride=1, padding=pads)
     custom = functools.partial(convolution.conv2d, padding=pads)
@@ -37,7 +41,10 @@ def test_convolution_gradients_of_both_orders(pads):
         return jnp.sum(gx**2) + jnp.sum(gk**2)
 
     for objective in (lambda conv, x, k: jnp.sum(jnp.sin(conv(x, k))), penalty):
-        truth, actual = (jax.grad(functools.partial(objective, conv), (0, 1))(x, kernel) for conv in (plain, custom))
+        truth, actual = (
+            jax.grad(functools.partial(objective, conv), (0, 1))(x, kernel)
+            for conv in (plain, custom)
+        )
         for a, b in zip(actual, truth, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(b))))
 
@@ -45,42 +52,52 @@ def test_convolution_gradients_of_both_orders(pads):
 def test_convolution_in_loops_and_batches():
     """The rule under scan, checkpoint and vmap, in both precisions."""
     x, kernel = normal(2, 4, 4, 3), 0.3 * normal(3, 3, 3, 3, seed=1)
-    direct = lambda k: jnp.sum(convolution.conv2d(convolution.conv2d(x, k), k) ** 2)  # noqa: E731
+    direct = lambda k: jnp.sum(convolution.conv2d(convolution.conv2d(x, k), k) ** 2)
     step = jax.checkpoint(lambda h, k: convolution.conv2d(h, k))
-    looped = lambda k: jnp.sum(jax.lax.scan(lambda h, _: (step(h, k), None), x, None, 2)[0] ** 2)  # noqa: E731
-    np.testing.assert_allclose(jax.grad(looped)(kernel), jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4)
+    looped = lambda k: jnp.sum(jax.lax.scan(lambda h, _: (step(h, k), None), x, None, 2)[0] ** 2)
+    np.testing.assert_allclose(
+        jax.grad(looped)(kernel), jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4
+    )
     kernels = jnp.stack([kernel, 2 * kernel])
-    np.testing.assert_allclose(jax.vmap(jax.grad(direct))(kernels)[0], jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(direct))(kernels)[0], jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4
+    )
     half = jax.grad(lambda k: jnp.sum(convolution.conv2d(x.astype(k.dtype), k).astype(jnp.float32)))
     assert half(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_settled_is_the_identity_of_every_order():
     x, witness = normal(2, 3, 3, 4), jnp.ones(4)
-    cube = lambda f: lambda x: jnp.sum(f(x) ** 3)  # noqa: E731
-    settled = lambda x: convolution.settled(x, witness)  # noqa: E731
-    identity = lambda x: x  # noqa: E731
-    hessian = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(cube(f))(x))))  # noqa: E731
+    cube = lambda f: lambda x: jnp.sum(f(x) ** 3)
+    settled = lambda x: convolution.settled(x, witness)
+    identity = lambda x: x
+    hessian = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(cube(f))(x))))
     for of in (cube, lambda f: jax.grad(cube(f)), hessian):
         np.testing.assert_allclose(jax.jit(of(settled))(x), of(identity)(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(jax.vmap(settled)(x[:, None]), x[:, None])
-    np.testing.assert_array_equal(jax.grad(lambda w: jnp.sum(convolution.settled(x, w)))(witness), 0)
+    np.testing.assert_array_equal(
+        jax.grad(lambda w: jnp.sum(convolution.settled(x, w)))(witness), 0
+    )
 
 
 def test_strided_convolution_and_errors():
     x, kernel = normal(1, 6, 6, 2), normal(3, 3, 2, 4, seed=1)
     np.testing.assert_allclose(
-        convolution.conv2d(x, kernel, 1, stride=2), convolution.conv2d(x, kernel, 1)[:, ::2, ::2], atol=1e-5
+        convolution.conv2d(x, kernel, 1, stride=2),
+        convolution.conv2d(x, kernel, 1)[:, ::2, ::2],
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="conv2d"):
         convolution.conv2d(x, kernel[:, :, :1])
 
 
-@pytest.mark.parametrize("side,size,stride", [(6, 3, 1), (6, 3, 2), (7, 5, 2), (5, 5, 1), (2, 5, 2), (3, 1, 2)])
+@pytest.mark.parametrize(
+    "side,size,stride", [(6, 3, 1), (6, 3, 2), (7, 5, 2), (5, 5, 1), (2, 5, 2), (3, 1, 2)]
+)
 def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size, stride):
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 1, 3, seed=1)
-    weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))  # noqa: E731
-    run = lambda: (convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel))  # noqa: E731
+    weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))
+    run = lambda: (convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel))
     shifted = run()
     monkeypatch.setattr(convolution, "on_cpu", lambda: False)
     for a, b in zip(shifted, run(), strict=True):
@@ -90,9 +107,13 @@ def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("up,down,padding", [(1, 1, 0), (2, 1, (2, 1)), (1, 2, 1), (2, 2, (3, -1)), (3, 1, (0, 2))])
+@pytest.mark.parametrize(
+    "up,down,padding", [(1, 1, 0), (2, 1, (2, 1)), (1, 2, 1), (2, 2, (3, -1)), (3, 1, (0, 2))]
+)
 def test_fir_is_upfirdn(up, down, padding):
-    """Against NumPy: insert up - 1 zeros after each pixel, pad, convolve with the outer product, keep every down-th."""
+    """Against NumPy: insert up - 1 zeros after each pixel, pad, convolve with the outer product,
+    keep every down-th.
+    """
     x, taps = np.asarray(normal(2, 5, 4, 3)), [0.1, 0.5, 0.3, -0.2]
     before, after = (padding, padding) if isinstance(padding, int) else padding
     wide = np.zeros((2, 5 * up, 4 * up, 3))
@@ -101,18 +122,26 @@ def test_fir_is_upfirdn(up, down, padding):
     wide = wide[:, : wide.shape[1] + min(after, 0), : wide.shape[2] + min(after, 0)]
     f, n = np.outer(taps, taps)[::-1, ::-1], len(taps)
     h, w = wide.shape[1] - n + 1, wide.shape[2] - n + 1
-    truth = sum(f[i, j] * wide[:, i : i + h, j : j + w] for i in range(n) for j in range(n))[:, ::down, ::down]
-    np.testing.assert_allclose(convolution.fir(jnp.asarray(x), taps, up, down, padding), truth, atol=1e-6)
+    truth = sum(f[i, j] * wide[:, i : i + h, j : j + w] for i in range(n) for j in range(n))[
+        :, ::down, ::down
+    ]
+    np.testing.assert_allclose(
+        convolution.fir(jnp.asarray(x), taps, up, down, padding), truth, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_resampling(taps):
-    """Constants stay (inside), [1,1] is nearest and mean, and upsample is 4 times the transpose of downsample."""
+    """Constants stay (inside), [1,1] is nearest and mean, and upsample is 4 times the transpose of
+    downsample.
+    """
     x = normal(1, 6, 4, 2)
     up, down = convolution.upsample(x, taps), convolution.downsample(x, taps)
     assert up.shape == (1, 12, 8, 2) and down.shape == (1, 3, 2, 2)
     for resample in (convolution.upsample, convolution.downsample):
-        np.testing.assert_allclose(resample(jnp.ones((1, 8, 8, 1)), taps)[:, 1:-1, 1:-1], 1, rtol=1e-6)
+        np.testing.assert_allclose(
+            resample(jnp.ones((1, 8, 8, 1)), taps)[:, 1:-1, 1:-1], 1, rtol=1e-6
+        )
     small = normal(1, 3, 2, 2, seed=1)
     transpose = jax.vjp(lambda v: convolution.downsample(v, taps), x)[1](small)[0]
     np.testing.assert_allclose(convolution.upsample(small, taps), 4 * transpose, atol=1e-6)
@@ -125,24 +154,34 @@ def test_resampling(taps):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("channels,groups,expected", [(8, 0, 2), (96, 0, 24), (256, 0, 32), (64, 32, 32)])
+@pytest.mark.parametrize(
+    "channels,groups,expected", [(8, 0, 2), (96, 0, 24), (256, 0, 32), (64, 32, 32)]
+)
 def test_groupnorm(channels, groups, expected):
     """Biased statistics of min(32, C/4) groups, also where the mean is 1000 times the spread."""
     for offset in (0.0, 1000.0):
         x = np.asarray(normal(2, 5, 4, channels)) + np.float32(offset)
         norm = layers.GroupNorm(1e-5, groups)
-        variables = {"params": {"scale": 1 + 0.1 * normal(channels), "bias": normal(channels, seed=1)}}
+        variables = {
+            "params": {"scale": 1 + 0.1 * normal(channels), "bias": normal(channels, seed=1)}
+        }
         wide = x.astype(np.float64).reshape(2, 20, expected, -1)
         centred = wide - wide.mean((1, 3), keepdims=True)
         truth = (centred / np.sqrt(wide.var((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
-        truth = truth * np.asarray(variables["params"]["scale"]) + np.asarray(variables["params"]["bias"])
-        np.testing.assert_allclose(norm.apply(variables, jnp.asarray(x)), truth, atol=2e-5 if not offset else 1e-3)
+        truth = truth * np.asarray(variables["params"]["scale"]) + np.asarray(
+            variables["params"]["bias"]
+        )
+        np.testing.assert_allclose(
+            norm.apply(variables, jnp.asarray(x)), truth, atol=2e-5 if not offset else 1e-3
+        )
 
 
 def test_groupnorm_of_a_constant_is_its_bias():
     x = jnp.full((1, 4, 4, 8), 3.0)
     variables = {"params": {"scale": jnp.ones(8), "bias": jnp.arange(8.0)}}
-    y, gradient = jax.value_and_grad(lambda x: jnp.sum(layers.GroupNorm(1e-5).apply(variables, x)))(x)
+    y, gradient = jax.value_and_grad(lambda x: jnp.sum(layers.GroupNorm(1e-5).apply(variables, x)))(
+        x
+    )
     assert float(y) == pytest.approx(16 * 28, rel=1e-5) and np.all(np.isfinite(gradient))
     with pytest.raises(ValueError, match="10 channels"):
         layers.GroupNorm(1e-5, 4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 10)))
@@ -150,30 +189,45 @@ def test_groupnorm_of_a_constant_is_its_bias():
 
 @pytest.mark.parametrize("groups", [1, 4, 24])
 def test_groupnorms_closed_gradient_is_autodiffs(groups):
-    """In float64 to rounding, the gradient of the gradient too; with a mean 1000 times the spread; in bfloat16."""
+    """In float64 to rounding, the gradient of the gradient too; with a mean 1000 times the spread;
+    in bfloat16.
+    """
     with jax.enable_x64(True):
         x, along = (jnp.asarray(normal(2, 5, 4, 24, seed=s), jnp.float64) for s in (0, 1))
         scale, bias = (jnp.asarray(normal(1, 1, 1, 24, seed=s), jnp.float64) for s in (2, 3))
 
         def both(of, atol):
             rules = (layers._closed_form, layers._normalise)
-            ours, truth = (jax.jit(of(lambda *a, r=r: r(*a, groups, 1e-5)))(x, scale, bias) for r in rules)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), ours, truth)
+            ours, truth = (
+                jax.jit(of(lambda *a, r=r: r(*a, groups, 1e-5)))(x, scale, bias) for r in rules
+            )
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), ours, truth
+            )
 
-        total = lambda norm: lambda *a: jnp.sum(jnp.sin(norm(*a)) * along)  # noqa: E731
-        first = lambda norm: jax.grad(total(norm), (0, 1, 2))  # noqa: E731
+        total = lambda norm: lambda *a: jnp.sum(jnp.sin(norm(*a)) * along)
+        first = lambda norm: jax.grad(total(norm), (0, 1, 2))
         both(first, 1e-12)
-        both(lambda norm: jax.grad(lambda *a: jnp.sum(jnp.cos(first(norm)(*a)[0]) * along), (0, 1, 2)), 1e-10)
+        both(
+            lambda norm: jax.grad(
+                lambda *a: jnp.sum(jnp.cos(first(norm)(*a)[0]) * along), (0, 1, 2)
+            ),
+            1e-10,
+        )
         x = x + 1000
         both(first, 1e-9)
         truth = first(lambda *a: layers._normalise(*a, groups, 1e-5))(x, scale, bias)[0]
     narrow = [jnp.asarray(a, jnp.float32) for a in (x, scale, bias)]
-    ours = jax.grad(lambda *a: jnp.sum(jnp.sin(layers._closed_form(*a, groups, 1e-5)) * along.astype(jnp.float32)))(
-        *narrow
-    )
+    ours = jax.grad(
+        lambda *a: jnp.sum(
+            jnp.sin(layers._closed_form(*a, groups, 1e-5)) * along.astype(jnp.float32)
+        )
+    )(*narrow)
     np.testing.assert_allclose(ours, truth, atol=2e-3 * np.abs(truth).max())
     half = [narrow[0].astype(jnp.bfloat16), *narrow[1:]]
-    grads = jax.grad(lambda *a: jnp.sum(layers._closed_form(*a, groups, 1e-5).astype(jnp.float32)), (0, 1, 2))(*half)
+    grads = jax.grad(
+        lambda *a: jnp.sum(layers._closed_form(*a, groups, 1e-5).astype(jnp.float32)), (0, 1, 2)
+    )(*half)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
@@ -202,7 +256,9 @@ def test_embeddings():
         np.testing.assert_allclose(layers.positional_embedding(c, 8, endpoint), truth, atol=1e-4)
     module = layers.FourierEmbedding(2000)
     variables = module.init(jax.random.key(0), c)
-    assert set(variables) == {"buffers"} and float(jnp.std(variables["buffers"]["freqs"])) == pytest.approx(16, rel=0.1)
+    assert set(variables) == {"buffers"} and float(
+        jnp.std(variables["buffers"]["freqs"])
+    ) == pytest.approx(16, rel=0.1)
 
 
 def test_attention_mixes_values_by_similarity():
@@ -217,7 +273,10 @@ def test_attention_mixes_values_by_similarity():
 
 
 def test_dropout_belongs_to_the_example_and_the_site():
-    x, keys = jnp.ones((64, 8, 8, 4)), randomness.example_keys(jax.random.key(0), "dropout", jnp.arange(64))
+    x, keys = (
+        jnp.ones((64, 8, 8, 4)),
+        randomness.example_keys(jax.random.key(0), "dropout", jnp.arange(64)),
+    )
     y = layers.dropout(x, 0.25, keys, "a")
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)} and abs(float(y.mean()) - 1) < 0.02
     np.testing.assert_array_equal(layers.dropout(x[8:16], 0.25, keys[8:16], "a"), y[8:16])
@@ -227,7 +286,9 @@ def test_dropout_belongs_to_the_example_and_the_site():
 
 # Whole networks
 
-SONG = dict(img_resolution=8, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+SONG = dict(
+    img_resolution=8, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)
+)
 KINDS = {
     "ddpmpp": functools.partial(SongUNet, **SONG),
     "ncsnpp": functools.partial(
@@ -244,13 +305,17 @@ KINDS = {
 
 @functools.cache
 def randomised(kind: str, **more):
-    """A network and variables in which nothing is zero (initial zeros would hide half the network)."""
+    """A network and variables in which nothing is zero (initial zeros would hide half the
+    network).
+    """
     network = KINDS[kind](**more)
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     values = [
-        rng.normal(size=s.shape).astype(np.float32) * (0.3 if s.ndim < 2 else s.shape[-2] ** -0.5 / 2) for s in leaves
+        rng.normal(size=s.shape).astype(np.float32)
+        * (0.3 if s.ndim < 2 else s.shape[-2] ** -0.5 / 2)
+        for s in leaves
     ]
     return network, jax.tree.unflatten(tree, values)
 
@@ -265,12 +330,16 @@ def inputs(n: int = 4):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_do_not_meet(kind):
-    """Each row of the output depends on its own row only; dropout follows its key; without keys nothing is dropped."""
+    """Each row of the output depends on its own row only; dropout follows its key; without keys
+    nothing is dropped.
+    """
     network, variables = randomised(kind, label_dim=3, augment_dim=9, dropout=0.5)
     x, c = inputs()
     label, augment = jnp.asarray([0, 2, -1, 1]), normal(4, 9)
     keys = randomness.example_keys(jax.random.key(0), "dropout", jnp.arange(4))
-    call = jit(lambda x, c, label, augment, keys: network.apply(variables, x, c, label, augment, keys))
+    call = jit(
+        lambda x, c, label, augment, keys: network.apply(variables, x, c, label, augment, keys)
+    )
     y = call(x, c, label, augment, keys)
     assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(np.isfinite(y))
     order = np.asarray([2, 0, 3, 1])
@@ -279,13 +348,22 @@ def test_examples_do_not_meet(kind):
     assert np.max(np.abs(call(x, c, label, augment, keys[order]) - y)) > 1e-2
     still = run(network, variables, x, c, label, augment)
     assert np.max(np.abs(still - y)) > 1e-2
-    other = run(randomised(kind, label_dim=3, augment_dim=9, dropout=0.1)[0], variables, x, c, label, augment)
+    other = run(
+        randomised(kind, label_dim=3, augment_dim=9, dropout=0.1)[0],
+        variables,
+        x,
+        c,
+        label,
+        augment,
+    )
     np.testing.assert_array_equal(still, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_and_scalars(kind):
-    """-1, None and a row of zeros are "no class"; integers are their one-hot rows; a scalar c_noise is everybody's."""
+    """-1, None and a row of zeros are "no class"; integers are their one-hot rows; a scalar c_noise
+    is everybody's.
+    """
     network, variables = randomised(kind, label_dim=3, augment_dim=9)
     x, c = inputs()
     emb = functools.partial(network.apply, variables, x, tap="emb")
@@ -306,10 +384,12 @@ def test_remat_changes_no_number():
     variables = randomised("adm")[1]
 
     def gradient(**more):
-        loss = lambda v: jnp.sum(jnp.square(KINDS["adm"](**more).apply(v, x, c)))  # noqa: E731
+        loss = lambda v: jnp.sum(jnp.square(KINDS["adm"](**more).apply(v, x, c)))
         return jit(jax.grad(loss))(variables)
 
-    for a, b in zip(jax.tree.leaves(gradient(remat=True)), jax.tree.leaves(gradient()), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(gradient(remat=True)), jax.tree.leaves(gradient()), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(jnp.max(jnp.abs(b)))))
 
 
@@ -330,7 +410,9 @@ def test_half_precision(kind):
 def test_initial_output_is_almost_zero(kind):
     network = KINDS[kind]()
     x, c = inputs(2)
-    variables = jit(network.init)(jax.random.key(0, impl="rbg"), x, c)  # threefry would compile for long
+    variables = jit(network.init)(
+        jax.random.key(0, impl="rbg"), x, c
+    )  # threefry would compile for long
     assert float(jnp.max(jnp.abs(run(network, variables, x, c)))) < 1e-3
 
 
@@ -338,34 +420,57 @@ def test_initial_output_is_almost_zero(kind):
 def test_shapes_and_taps(resolution):
     """Every tap has its documented shape at other resolutions; "mid" needs no decoder."""
     side = resolution // 4
-    settings = dict(img_resolution=resolution, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(side,))
-    x, c = jax.ShapeDtypeStruct((2, resolution, resolution, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    settings = dict(
+        img_resolution=resolution, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(side,)
+    )
+    x, c = (
+        jax.ShapeDtypeStruct((2, resolution, resolution, 1), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+    )
     for network in (
         SongUNet(img_channels=1, model_channels=16, **settings),
         DhariwalUNet(img_channels=1, out_channels=2, model_channels=16, **settings),
     ):
         variables = jax.eval_shape(network.init, jax.random.key(0), x, c)
-        shape = lambda tap: jax.eval_shape(functools.partial(network.apply, tap=tap), variables, x, c).shape  # noqa: B023, E731
+
+        def shape(tap, network=network, variables=variables):
+            apply = functools.partial(network.apply, tap=tap)
+            return jax.eval_shape(apply, variables, x, c).shape
+
         assert shape(None) == (2, resolution, resolution, network.out_channels or 1)
         assert shape("mid") == (2, side, side, 32) and shape("emb") == (2, 64)
-        encoder = {k: v for k, v in variables["params"].items() if not k.startswith("dec_") or "_in" in k}
+        encoder = {
+            k: v for k, v in variables["params"].items() if not k.startswith("dec_") or "_in" in k
+        }
         jax.eval_shape(functools.partial(network.apply, tap="mid"), {"params": encoder}, x, c)
 
 
 def test_attention_placement():
-    """SongUNet: encoder at the resolutions named, last decoder block, in0. Dhariwal: every decoder block, C >= 64."""
+    """SongUNet: encoder at the resolutions named, last decoder block, in0. Dhariwal: every decoder
+    block, C >= 64.
+    """
 
     def attends(network):
-        shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))["params"]
+        shapes = jax.eval_shape(
+            network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)
+        )["params"]
         return {name for name, block in shapes.items() if "qkv" in block}
 
     small = dict(img_resolution=8, channel_mult=(1, 2), num_blocks=2)
     assert attends(SongUNet(model_channels=8, attn_resolutions=(8,), **small)) == {
-        "enc_8x8_block0", "enc_8x8_block1", "dec_8x8_block2", "dec_4x4_in0",
-    }  # fmt: skip
+        "enc_8x8_block0",
+        "enc_8x8_block1",
+        "dec_8x8_block2",
+        "dec_4x4_in0",
+    }
     assert attends(DhariwalUNet(model_channels=32, attn_resolutions=(8, 4), **small)) == {
-        "enc_4x4_block0", "enc_4x4_block1", "dec_4x4_in0", "dec_4x4_block0", "dec_4x4_block1", "dec_4x4_block2",
-    }  # fmt: skip
+        "enc_4x4_block0",
+        "enc_4x4_block1",
+        "dec_4x4_in0",
+        "dec_4x4_block0",
+        "dec_4x4_block1",
+        "dec_4x4_block2",
+    }
 
 
 def test_wrong_settings_and_inputs():
@@ -397,12 +502,16 @@ EDM_LISTS = [*FULLSIZE.glob("edm-*"), *FULLSIZE.glob("stf-*"), *FULLSIZE.glob("b
 
 @pytest.mark.parametrize("path", EDM_LISTS, ids=lambda p: p.name.split(".")[0])
 def test_tensors_of_published_checkpoints(path):
-    """Name and shape of every tensor, nothing left over, and the exact number of parameters; nothing is allocated."""
+    """Name and shape of every tensor, nothing left over, and the exact number of parameters;
+    nothing is allocated.
+    """
     listed = json.loads(gzip.open(path).read())
     network = names_edm.edm_network(listed["constructor"]["kwargs"], listed["constructor"]["cls"])
     entries = names_edm.edm_entries(network)
     wanted = {name: (tuple(shape), kind) for name, shape, kind in listed["entries"]}
-    ours = {e.name: (e.torch_shape, "param" if e.path[0] == "params" else "buffer") for e in entries}
+    ours = {
+        e.name: (e.torch_shape, "param" if e.path[0] == "params" else "buffer") for e in entries
+    }
     filters = names_edm._resample_filters(network, list(ours))
     ours |= {name: (value.shape, "buffer") for name, value in filters.items()}
     wanted.pop("u", None)
@@ -413,15 +522,21 @@ def test_tensors_of_published_checkpoints(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_round_trip(kind):
-    """To PyTorch's names and back is the identity; constants may be present; anything else is named in the error."""
+    """To PyTorch's names and back is the identity; constants may be present; anything else is named
+    in the error.
+    """
     network, variables = randomised(kind, label_dim=2, augment_dim=9)
     state = names_edm.flax_to_edm(variables, network, constants=True)
     back = names_edm.edm_to_flax(state | {"u": np.zeros(1001)}, network)
     jax.tree.map(np.testing.assert_array_equal, back, dict(variables))
     bare = {name.removeprefix("model."): value for name, value in state.items()}
-    jax.tree.map(np.testing.assert_array_equal, names_edm.edm_to_flax(bare, network), dict(variables))
+    jax.tree.map(
+        np.testing.assert_array_equal, names_edm.edm_to_flax(bare, network), dict(variables)
+    )
     with pytest.raises(ValueError, match="model.map_layer0.bias is missing"):
-        names_edm.edm_to_flax({k: v for k, v in state.items() if k != "model.map_layer0.bias"}, network)
+        names_edm.edm_to_flax(
+            {k: v for k, v in state.items() if k != "model.map_layer0.bias"}, network
+        )
     with pytest.raises(ValueError, match="model.extra has no place"):
         names_edm.edm_to_flax(state | {"model.extra": np.zeros(1)}, network)
     with pytest.raises(ValueError, match=r"map_layer0.weight has shape \(1,\)"):

@@ -1,4 +1,6 @@
-"""Noise laws against their distribution functions, and the stratified draw against its definition."""
+"""Noise laws against their distribution functions, and the stratified draw against its
+definition.
+"""
 
 import math
 
@@ -49,12 +51,25 @@ def test_stratified_draws_one_level_in_every_quantile(name):
     sigma = np.asarray(law.sample(keys(n), index=jnp.arange(n), batch=n), np.float64)
     u = uniforms(name, sigma)
     u = 1 - u if name == "vp" else u  # VP's level falls with the draw
-    np.testing.assert_array_equal(np.floor(u * n + 1e-2 * (u * n % 1 < 0.01)).astype(int), np.arange(n))
-    # Moved by a common number there is still one in every n-th part of the circle, and the law is unchanged.
-    many = [law.sample(keys(n, s), index=jnp.arange(n), batch=n, key=jax.random.key(s)) for s in range(30)]
-    assert stats.kstest(uniforms(name, np.asarray(many, np.float64).ravel()), "uniform").pvalue > 1e-3
-    halves = [law.sample(keys(n)[part], index=jnp.arange(n)[part], batch=n) for part in (slice(0, 32), slice(32, 64))]
-    np.testing.assert_allclose(np.concatenate(halves), sigma, rtol=1e-6)  # a device's share is a share of the same draw
+    np.testing.assert_array_equal(
+        np.floor(u * n + 1e-2 * (u * n % 1 < 0.01)).astype(int), np.arange(n)
+    )
+    # Moved by a common number there is still one in every n-th part of the circle, and the law is
+    # unchanged.
+    many = [
+        law.sample(keys(n, s), index=jnp.arange(n), batch=n, key=jax.random.key(s))
+        for s in range(30)
+    ]
+    assert (
+        stats.kstest(uniforms(name, np.asarray(many, np.float64).ravel()), "uniform").pvalue > 1e-3
+    )
+    halves = [
+        law.sample(keys(n)[part], index=jnp.arange(n)[part], batch=n)
+        for part in (slice(0, 32), slice(32, 64))
+    ]
+    np.testing.assert_allclose(
+        np.concatenate(halves), sigma, rtol=1e-6
+    )  # a device's share is a share of the same draw
 
 
 def test_moments_and_clip():

@@ -1,4 +1,6 @@
-"""Properties P1-P19 of OGDM (spec 8.1) that concern its pure functions, and the golden tables of spec 9.1, 9.2, 9.4."""
+"""Properties P1-P19 of OGDM (spec 8.1) that concern its pure functions, and the golden tables of
+spec 9.1, 9.2, 9.4.
+"""
 
 import dataclasses
 import functools
@@ -12,9 +14,10 @@ from test_discriminator import drawn
 
 from ogdm_jax.diffusion import grids, jumps, noise
 from ogdm_jax.diffusion.process import Discrete
-from ogdm_jax.diffusion.sampling import sample
-from ogdm_jax.methods import ogdm, slots
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
+from ogdm_jax.sampling.sampler import sample
 
 SHAPE = (8, 8, 3)
 TINY = {"channel_base": 64, "channel_max": 8}
@@ -37,7 +40,8 @@ def wide(v):
     return v[:, None, None, None]
 
 
-# -- which level (P9, P10, tables 9.1) ------------------------------------------------------------------------------
+# -- which level (P9, P10, tables 9.1)
+# ------------------------------------------------------------------------------
 
 LEVELS = [0.002, 0.01, 0.1, 0.5, 1, 5, 20, 80]
 
@@ -53,10 +57,23 @@ def test_table_of_levels(x64, rtol):
         back = [80, 45.313721, 17.527830, 2.515219, 0.16975267, 0.016720751, 0.002]
         np.testing.assert_allclose(jumps.sigma_of_tau(times), back, rtol=2e-5)
         half = [0.002, 0.002, 0.020487059, 0.14627306, 0.33167806, 2.1110082, 9.9384804, 45.313721]
-        full = [0.002, 0.002, 0.0026297574, 0.032902878, 0.089426644, 0.78943044, 4.5694790, 24.408335]
+        full = [
+            0.002,
+            0.002,
+            0.0026297574,
+            0.032902878,
+            0.089426644,
+            0.78943044,
+            4.5694790,
+            24.408335,
+        ]
         for u, truth in ((0.5, half), (1.0, full)):
-            np.testing.assert_allclose(ogdm.next_sigma(sigma, jnp.full((8,), u), 0.2), truth, rtol=2e-5)
-        np.testing.assert_allclose(jumps.sigma_of_tau(jumps.tau(sigma)), sigma, rtol=1e-4 if not x64 else 1e-12)
+            np.testing.assert_allclose(
+                ogdm.next_sigma(sigma, jnp.full((8,), u), 0.2), truth, rtol=2e-5
+            )
+        np.testing.assert_allclose(
+            jumps.sigma_of_tau(jumps.tau(sigma)), sigma, rtol=1e-4 if not x64 else 1e-12
+        )
 
 
 @pytest.mark.parametrize("k", [0.0, 0.05, 0.2, 1.0])
@@ -73,7 +90,9 @@ def test_levels_stay_in_their_range(k):
 def test_levels_spread_as_measured_on_the_official_code():
     """Share at the floor, median and mean ratio for k = 0.2 (spec 2.2)."""
     rng = np.random.default_rng(1)
-    sigma = jnp.clip(jnp.exp(jnp.asarray(1.2 * rng.standard_normal(200_000) - 1.2, jnp.float32)), 0.002, 80)
+    sigma = jnp.clip(
+        jnp.exp(jnp.asarray(1.2 * rng.standard_normal(200_000) - 1.2, jnp.float32)), 0.002, 80
+    )
     below = ogdm.next_sigma(sigma, jnp.asarray(rng.random(200_000), jnp.float32), 0.2)
     ratio = np.asarray(below / sigma)
     np.testing.assert_allclose(np.mean(np.asarray(below) <= 0.0020001), 0.0287, atol=0.002)
@@ -98,10 +117,17 @@ def test_discrete_gaps_are_uniform_and_stay_in_the_chain():
     assert jnp.all((gap >= 0) & (gap <= jnp.minimum(100, index)))
     assert gap.max() == 100 and gap.min() == 0 and (index - gap).min() == 0
     np.testing.assert_allclose(gap.mean(), 100 / 2 - 100**2 / 4000, atol=0.5)
-    np.testing.assert_allclose(np.mean(np.asarray(index == gap)), np.sum(1 / np.arange(1, 102)) / 1000, atol=7e-4)
+    np.testing.assert_allclose(
+        np.mean(np.asarray(index == gap)), np.sum(1 / np.arange(1, 102)) / 1000, atol=7e-4
+    )
     top = jnp.full((1,), 999)
     almost = jnp.asarray([np.nextafter(np.float32(1), np.float32(0))])
-    assert [int(jumps.gap(top, almost, k)[0]) for k in (0.1, 0.15, 0.2, 0.57)] == [100, 150, 200, 570]
+    assert [int(jumps.gap(top, almost, k)[0]) for k in (0.1, 0.15, 0.2, 0.57)] == [
+        100,
+        150,
+        200,
+        570,
+    ]
 
 
 def test_discrete_law_finds_levels_of_its_table():
@@ -112,10 +138,13 @@ def test_discrete_law_finds_levels_of_its_table():
     np.testing.assert_array_equal(pair.index, index)
     np.testing.assert_array_equal(pair.gap, [100, 100, 100, 1, 0])
     np.testing.assert_allclose(pair.sigma_next, [table[898], table[399], 0, 0, 0], rtol=1e-6)
-    np.testing.assert_array_equal(ogdm.condition(pair, settings), np.stack([pair.index, pair.gap], 1))
+    np.testing.assert_array_equal(
+        ogdm.condition(pair, settings), np.stack([pair.index, pair.gap], 1)
+    )
 
 
-# -- the projection (P5, P6, P7, P8, P18, tables 9.2, 9.4) ----------------------------------------------------------
+# -- the projection (P5, P6, P7, P8, P18, tables 9.2, 9.4)
+# ----------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -123,8 +152,10 @@ def test_table_of_projections():
     with jax.enable_x64(True):
         sigma, x = jnp.asarray([40.0, 3, 0.5, 0.05]), wide(jnp.asarray([10.0, -2, 0.7, 1.3]))
         below = ogdm.next_sigma(sigma, jnp.full((4,), 0.5), 0.2)
-        np.testing.assert_allclose(below, [21.296772, 1.1811935, 0.14627306, 0.0084905196], rtol=1e-5)
-        denoise = lambda x, sigma, label=None: x / (1 + wide(sigma) ** 2)  # noqa: E731
+        np.testing.assert_allclose(
+            below, [21.296772, 1.1811935, 0.14627306, 0.0084905196], rtol=1e-5
+        )
+        denoise = lambda x, sigma, label=None: x / (1 + wide(sigma) ** 2)
         truth = {
             "euler": [5.327113555, -0.908716084, 0.600956460, 1.297308465],
             "heun": [5.329516964, -1.046826984, 0.635256936, 1.298425615],
@@ -135,10 +166,14 @@ def test_table_of_projections():
 
 
 def test_table_of_discrete_projections():
-    """ddim_step of spec 9.4 in the coordinate x / sqrt(abar), its result back in the official one."""
+    """ddim_step of spec 9.4 in the coordinate x / sqrt(abar), its result back in the official
+    one.
+    """
     with jax.enable_x64(True):
         chain = Discrete.make("linear", 1000)
-        pair = jumps.index_pair(jnp.asarray([999, 500, 100, 7]), jnp.asarray([100, 37, 100, 0]), chain.sigma)
+        pair = jumps.index_pair(
+            jnp.asarray([999, 500, 100, 7]), jnp.asarray([100, 37, 100, 0]), chain.sigma
+        )
         x, x0 = wide(jnp.asarray([0.3, -1.2, 0.7, 0.1])), wide(jnp.asarray([0.5, -0.4, 0.9, -1]))
         x = x * jnp.sqrt(1 + wide(pair.sigma) ** 2)
         end = ogdm.project(None, x, pair.sigma, pair.sigma_next, "ddim", x0_hat=x0)
@@ -150,9 +185,11 @@ def test_table_of_discrete_projections():
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_projection_is_one_step_of_the_sampler(solver):
-    """The sampler's last step goes to 0, so the projection is compared with its trajectory's first state."""
+    """The sampler's last step goes to 0, so the projection is compared with its trajectory's first
+    state.
+    """
     latents, sigmas = images(3), np.array([3.0, 0.4, 0.0], np.float32)
-    denoise = lambda x, sigma, label=None, **_: jnp.tanh(x / (1 + wide(sigma)))  # noqa: E731
+    denoise = lambda x, sigma, label=None, **_: jnp.tanh(x / (1 + wide(sigma)))
     _, path = sample(denoise, latents, sigmas, solver=solver, trajectory=True)
     pair = (jnp.full((4,), s) for s in sigmas[:2])
     end = ogdm.project(denoise, 3.0 * latents, *pair, solver)
@@ -161,7 +198,9 @@ def test_projection_is_one_step_of_the_sampler(solver):
 
 
 def test_discrete_projection_is_variance_preserving_ddim():
-    """VP-DDIM's formula (2010.02502, eq. 12 with eta 0) against Euler in x / sqrt(abar), float64."""
+    """VP-DDIM's formula (2010.02502, eq. 12 with eta 0) against Euler in x / sqrt(abar),
+    float64.
+    """
     with jax.enable_x64(True):
         bar = Discrete.make("cosine", 1000).alpha_bar
         t, s = np.array([900, 500, 30, 3]), np.array([850, 499, 5, 0])
@@ -169,8 +208,8 @@ def test_discrete_projection_is_variance_preserving_ddim():
         x, eps = jnp.asarray(images(4), jnp.float64), lambda x: jnp.tanh(1.3 * x)
         x0 = (x - jnp.sqrt(1 - a) * eps(x)) / jnp.sqrt(a)
         truth = jnp.sqrt(b) * x0 + jnp.sqrt(1 - b) * eps(x)
-        level = lambda v: jnp.sqrt(1 / v - 1)[:, 0, 0, 0]  # noqa: E731
-        denoise = lambda y, sigma, label=None: y - wide(sigma) * eps(y * jnp.sqrt(a))  # noqa: E731
+        level = lambda v: jnp.sqrt(1 / v - 1)[:, 0, 0, 0]
+        denoise = lambda y, sigma, label=None: y - wide(sigma) * eps(y * jnp.sqrt(a))
         for solver in ("euler", "ddim"):
             end = ogdm.project(denoise, x / jnp.sqrt(a), level(a), level(b), solver) * jnp.sqrt(b)
             np.testing.assert_allclose(end, truth, rtol=1e-10, atol=1e-10)
@@ -181,7 +220,9 @@ def test_zero_step_and_perfect_denoiser(solver):
     """sigma_s = sigma_t: x_t stays, no gradient. D = the clean image: fake = real."""
     x0, eps, sigma = images(5), images(6), jnp.asarray([0.01, 0.5, 3, 40])
     xt = x0 + wide(sigma) * eps
-    end, slope = jax.jvp(lambda t: ogdm.project(linear(t), xt, sigma, sigma, solver), (0.0,), (1.0,))
+    end, slope = jax.jvp(
+        lambda t: ogdm.project(linear(t), xt, sigma, sigma, solver), (0.0,), (1.0,)
+    )
     np.testing.assert_array_equal(end, xt)
     np.testing.assert_allclose(slope, 0, atol=1e-6)
     for share in (0.0, 0.3, 1.0):
@@ -194,13 +235,14 @@ def test_heun_at_the_floor_is_euler_with_finite_gradients():
     below = jnp.asarray([0.0, 0.002, 0.002, 0.0021])
     xt = images(7)
     euler, heun = (
-        lambda t, s=s: ogdm.project(linear(t), xt, sigma, below, s)  # noqa: E731
-        for s in ("euler", "heun")
+        lambda t, s=s: ogdm.project(linear(t), xt, sigma, below, s) for s in ("euler", "heun")
     )
     np.testing.assert_array_equal(heun(0.1)[:3], euler(0.1)[:3])
     assert np.abs(heun(0.1)[3] - euler(0.1)[3]).max() > 1e-5
     gradient = jax.grad(lambda t: jnp.sum(heun(t) ** 2))(0.1)
-    through_x = jax.grad(lambda x: jnp.sum(ogdm.project(linear(0.1), x, sigma, below, "heun") ** 2))(xt)
+    through_x = jax.grad(
+        lambda x: jnp.sum(ogdm.project(linear(0.1), x, sigma, below, "heun") ** 2)
+    )(xt)
     assert np.isfinite(gradient) and np.isfinite(through_x).all()
 
 
@@ -212,15 +254,23 @@ def test_projection_uses_a_known_output_instead_of_a_call():
         return x
 
     sigma = jnp.full((4,), 2.0)
-    for solver, known, expected in (("euler", True, 0), ("euler", False, 1), ("heun", True, 1), ("heun", False, 2)):
+    for solver, known, expected in (
+        ("euler", True, 0),
+        ("euler", False, 1),
+        ("heun", True, 1),
+        ("heun", False, 2),
+    ):
         calls.clear()
-        ogdm.project(denoise, images(0), sigma, 0.5 * sigma, solver, x0_hat=images(1) if known else None)
+        ogdm.project(
+            denoise, images(0), sigma, 0.5 * sigma, solver, x0_hat=images(1) if known else None
+        )
         assert len(calls) == expected
     with pytest.raises(ValueError, match="unknown 'rk4'; expected one of euler, heun, ddim"):
         ogdm.project(denoise, images(0), sigma, sigma, "rk4")
 
 
-# -- losses (P7, P11, P12, P13, P19) --------------------------------------------------------------------------------
+# -- losses (P7, P11, P12, P13, P19)
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -228,19 +278,27 @@ def test_losses_are_their_formulas_and_come_in_pairs():
     real, fake = jnp.asarray([2.0, 0.5, -1.0]), jnp.asarray([-3.0, 0.0, 2.0])
     np.testing.assert_allclose(ogdm.discriminator_loss(real, fake, "hinge"), [0, 1.5, 5])
     np.testing.assert_allclose(ogdm.generator_loss(fake), [3, 0, -2])
-    softplus = lambda z: np.log1p(np.exp(z))  # noqa: E731
-    np.testing.assert_allclose(ogdm.generator_loss(fake, "logistic"), softplus(-np.asarray(fake)), rtol=1e-6)
+    softplus = lambda z: np.log1p(np.exp(z))
+    np.testing.assert_allclose(
+        ogdm.generator_loss(fake, "logistic"), softplus(-np.asarray(fake)), rtol=1e-6
+    )
     truth = softplus(-np.asarray(real)) + softplus(np.asarray(fake))
     np.testing.assert_allclose(ogdm.discriminator_loss(real, fake, "logistic"), truth, rtol=1e-6)
     # Equilibrium (z = 0), equal logits, and the saturation of the hinge.
     zero = jnp.zeros((1,))
     np.testing.assert_allclose(ogdm.discriminator_loss(zero, zero, "hinge"), 2)
-    np.testing.assert_allclose(ogdm.discriminator_loss(zero, zero, "logistic"), 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+        ogdm.discriminator_loss(zero, zero, "logistic"), 2 * np.log(2), rtol=1e-6
+    )
     assert jnp.all(ogdm.discriminator_loss(3 * real, 3 * real, "hinge") >= 2)
-    slopes = jax.grad(lambda z: ogdm.discriminator_loss(z, -z, "hinge").sum())(jnp.asarray([1.5, 0.5]))
+    slopes = jax.grad(lambda z: ogdm.discriminator_loss(z, -z, "hinge").sum())(
+        jnp.asarray([1.5, 0.5])
+    )
     np.testing.assert_array_equal(slopes, [0, -2])
     for function in (ogdm.generator_loss, lambda z, kind: ogdm.discriminator_loss(z, z, kind)):
-        with pytest.raises(ValueError, match="unknown 'wasserstein'; expected one of hinge, logistic"):
+        with pytest.raises(
+            ValueError, match="unknown 'wasserstein'; expected one of hinge, logistic"
+        ):
             function(real, "wasserstein")
 
 
@@ -253,7 +311,9 @@ def test_losses_are_their_formulas_and_come_in_pairs():
     ],
 )
 def test_optimal_discriminator_on_gaussian_data(c, t, r, v_real, v_fake, best, fooling):
-    """Projection with D = a x: variance as in closed form; the logistic loss is stationary at log p_real / p_fake."""
+    """Projection with D = a x: variance as in closed form; the logistic loss is stationary at log
+    p_real / p_fake.
+    """
     with jax.enable_x64(True):
         nodes, weights = np.polynomial.hermite_e.hermegauss(80)
         nodes, weights = wide(jnp.asarray(nodes)), jnp.asarray(weights / weights.sum())
@@ -269,9 +329,10 @@ def test_optimal_discriminator_on_gaussian_data(c, t, r, v_real, v_fake, best, f
         np.testing.assert_allclose(fake_variance(best), v_fake, rtol=1e-4)
         np.testing.assert_allclose(fake_variance(fooling), v_real, rtol=1e-4)
 
-        # D(x) = p + q x^2; expectations by quadrature. Zero gradient at the closed form says that it is the optimum.
+        # D(x) = p + q x^2; expectations by quadrature. Zero gradient at the closed form says that
+        # it is the optimum.
         def loss(d, kind="logistic"):
-            logit = lambda v: (d[0] + d[1] * v * nodes**2)[:, 0, 0, 0]  # noqa: E731
+            logit = lambda v: (d[0] + d[1] * v * nodes**2)[:, 0, 0, 0]
             return jnp.sum(weights * ogdm.discriminator_loss(logit(v_real), logit(v_f), kind))
 
         v_f = fake_variance(best)
@@ -283,32 +344,45 @@ def test_optimal_discriminator_on_gaussian_data(c, t, r, v_real, v_fake, best, f
 def test_r1_is_the_squared_gradient():
     """|w|^2 for D = w.x; 0 where D ignores x; nonnegative, with finite second derivatives."""
     w, x = images(8)[0], jnp.asarray(images(9))
-    linear_in_x = lambda x: jnp.einsum("bhwc,hwc->b", x, w)  # noqa: E731
+    linear_in_x = lambda x: jnp.einsum("bhwc,hwc->b", x, w)
     np.testing.assert_allclose(ogdm.r1_penalty(linear_in_x, x), np.full(4, np.sum(w**2)), rtol=1e-5)
     np.testing.assert_array_equal(ogdm.r1_penalty(lambda x: jnp.ones((4,)) * x.shape[0], x), 0)
     network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, **TINY)
     cond = jnp.asarray([[1.0, 0.5]] * 4)
-    penalty = lambda p: jnp.sum(ogdm.r1_penalty(lambda x: network.apply({"params": p}, x, cond), x))  # noqa: E731
+    penalty = lambda p: jnp.sum(ogdm.r1_penalty(lambda x: network.apply({"params": p}, x, cond), x))
     value, slopes = quick_jit(jax.value_and_grad(penalty))(born())
     assert value > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
 def test_r1_of_the_sum_sees_other_examples():
-    """D that mixes the batch: the gradient is of sum_b D_b, with cross terms (as with minibatch statistics)."""
+    """D that mixes the batch: the gradient is of sum_b D_b, with cross terms (as with minibatch
+    statistics).
+    """
     mix = lambda x: jnp.full((2,), jnp.sum(x))  # noqa: E731  d(sum)/dx = 2 everywhere
     np.testing.assert_allclose(ogdm.r1_penalty(mix, jnp.ones((2, 2, 2, 1))), [16, 16])
 
 
-# -- the slots (P1, P2, P3, P4, P13 and the switches) ---------------------------------------------------------------
+# -- the slots (P1, P2, P3, P4, P13 and the switches)
+# ---------------------------------------------------------------
 
 
 def context(**changes):
     """What the step would tell the method; the denoiser is linear(theta)."""
     law = noise.edm()
     base = slots.Context(
-        image_shape=SHAPE, label_dim=0, batch=4, device_batch=4, devices=1, axis=None, sigma_data=0.5, sigma_min=0.002,
-        sigma_max=80.0, weight=law.weight, denoiser=lambda params, buffers: linear(params), learning_rate=1e-3,
-    )  # fmt: skip
+        image_shape=SHAPE,
+        label_dim=0,
+        batch=4,
+        device_batch=4,
+        devices=1,
+        axis=None,
+        sigma_data=0.5,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        weight=law.weight,
+        denoiser=lambda params, buffers: linear(params),
+        learning_rate=1e-3,
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -316,14 +390,24 @@ def example(seed=10, label=None):
     x0, eps = jnp.asarray(images(seed)), jnp.asarray(images(seed + 1))
     sigma, key = jnp.asarray([0.05, 0.3, 1.0, 4.0]), jax.random.key(seed)
     return slots.Example(
-        x0=x0, image=x0, label=label, augment=None, sigma=sigma, eps=eps, xt=x0 + wide(sigma) * eps,
-        index=jnp.arange(4), key=key, noise_key=key,
-    )  # fmt: skip
+        x0=x0,
+        image=x0,
+        label=label,
+        augment=None,
+        sigma=sigma,
+        eps=eps,
+        xt=x0 + wide(sigma) * eps,
+        index=jnp.arange(4),
+        key=key,
+        noise_key=key,
+    )
 
 
 @functools.cache
 def born():
-    """Discriminator parameters as at birth, but with biases; an initialiser would take long to compile."""
+    """Discriminator parameters as at birth, but with biases; an initialiser would take long to
+    compile.
+    """
     return drawn(StyleGAN2Discriminator(img_resolution=8, img_channels=3, **TINY))[0]["params"]
 
 
@@ -360,7 +444,11 @@ def test_each_player_moves_only_itself(solver):
 def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
     """Real is x0 + sigma_s eps, not sigma_t: made here by hand, from the pair's own draw."""
     settings = ogdm.Settings(**ogdm.DEFAULTS | TINY | {"solver": solver, "input_scale": "unit"})
-    method, e, denoise = ogdm.training(dataclasses.asdict(settings), context()), example(), linear(0.1)
+    method, e, denoise = (
+        ogdm.training(dataclasses.asdict(settings), context()),
+        example(),
+        linear(0.1),
+    )
     network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, mbstd_batch=4, **TINY)
 
     def both(phi):
@@ -368,7 +456,7 @@ def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
         levels = jnp.stack([e.sigma, below], 1)
         scale = wide(1 / jnp.sqrt(0.25 + below**2))
         real, fake = e.x0 + wide(below) * e.eps, ogdm.project(denoise, e.xt, e.sigma, below, solver)
-        judge = lambda x: network.apply({"params": phi}, x, levels)  # noqa: E731
+        judge = lambda x: network.apply({"params": phi}, x, levels)
         losses = ogdm.discriminator_loss(judge(scale * real), judge(scale * fake))
         want = losses + settings.r1 * ogdm.r1_penalty(judge, scale * real)
         return method.companion.loss(phi, e, denoise, None, jnp.int32(0))[0], want
@@ -390,7 +478,9 @@ def test_gradient_is_linear_in_gamma():
 
 
 def test_sharing_the_denoising_output_changes_calls_and_not_numbers():
-    """Without dropout and augmentation labels the shared output is the one that would be computed again."""
+    """Without dropout and augmentation labels the shared output is the one that would be computed
+    again.
+    """
     (phi, shared, _), (_, apart, _) = play(share_denoise=True), play(share_denoise=False)
     np.testing.assert_allclose(shared(0.1, phi)[0], apart(0.1, phi)[0], rtol=1e-6)
     np.testing.assert_allclose(shared(0.1, phi)[1][0], apart(0.1, phi)[1][0], rtol=1e-4)
@@ -403,10 +493,16 @@ def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
     network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, mbstd_batch=4, **TINY)
 
     def both(params):
-        loss, metrics = method.penalty(e, linear(0.0)(e.xt, e.sigma), linear(0.0), params, None, None)
+        loss, metrics = method.penalty(
+            e, linear(0.0)(e.xt, e.sigma), linear(0.0), params, None, None
+        )
         below = ogdm.next_sigma(e.sigma, jax.vmap(jax.random.uniform)(e.keys("ogdm/gap")), 0.2)
         fake = ogdm.project(linear(0.0), e.xt, e.sigma, below)
-        return loss, metrics, network.apply({"params": params}, fake, jnp.stack([e.sigma, below], 1))
+        return (
+            loss,
+            metrics,
+            network.apply({"params": params}, fake, jnp.stack([e.sigma, below], 1)),
+        )
 
     loss, metrics, logits = quick_jit(both)(born())
     np.testing.assert_allclose(metrics["ogdm/generator_logit"], logits, rtol=1e-4, atol=1e-7)
@@ -418,7 +514,7 @@ def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
 def test_lazy_r1_keeps_its_average_and_skips_its_steps():
     judge = lambda x, pair: jnp.sum(x, axis=(1, 2, 3)) / 192**0.5  # noqa: E731  R1 = 1
     pair, x = ogdm.Pair(jnp.ones(4), jnp.ones(4)), jnp.asarray(images(1))
-    run = lambda settings, step: ogdm.companion_loss(judge, x, x, pair, settings, step)  # noqa: E731
+    run = lambda settings, step: ogdm.companion_loss(judge, x, x, pair, settings, step)
     every, lazy = ogdm.Settings(r1=0.5), ogdm.Settings(r1=0.5, r1_interval=4)
     base = run(ogdm.Settings(r1=0.0), 0)[0]
     np.testing.assert_allclose(run(every, 3)[0] - base, 0.5, rtol=1e-4)
@@ -428,7 +524,9 @@ def test_lazy_r1_keeps_its_average_and_skips_its_steps():
 
 @pytest.mark.parametrize("name", ["edm", "adm"])
 def test_presets_train_and_name_only_known_switches(name):
-    assert set(ogdm.PRESETS[name]) <= set(ogdm.DEFAULTS) and set(ogdm.preset(name)) == set(ogdm.DEFAULTS)
+    assert set(ogdm.PRESETS[name]) <= set(ogdm.DEFAULTS) and set(ogdm.preset(name)) == set(
+        ogdm.DEFAULTS
+    )
     params, generator, companion = play(**ogdm.preset(name) | TINY)
     assert np.isfinite(generator(0.1, params)[0]) and np.isfinite(companion(params, 0.1)[0])
 
@@ -439,7 +537,7 @@ def test_conditions_and_views():
     logs = ogdm.condition(pair, ogdm.Settings(condition="log_sigma"))
     np.testing.assert_allclose(logs, np.log([[1, 0.5], [4, 0.002]]) / 4, rtol=1e-6)
     x = jnp.ones((2, 1, 1, 1))
-    seen = lambda kind: ogdm.view(x, pair, ogdm.Settings(input_scale=kind)).reshape(-1)  # noqa: E731
+    seen = lambda kind: ogdm.view(x, pair, ogdm.Settings(input_scale=kind)).reshape(-1)
     np.testing.assert_array_equal(seen("none"), [1, 1])
     np.testing.assert_allclose(seen("vp"), [1 / np.sqrt(1.25), 1], rtol=1e-6)
     np.testing.assert_allclose(seen("unit"), [1 / np.sqrt(0.5), 2], rtol=1e-6)
@@ -447,7 +545,9 @@ def test_conditions_and_views():
 
 def test_each_network_call_has_dropout_of_its_own():
     """Denoising, first and second projection call, in both players' steps: no key twice."""
-    method = ogdm.training(ogdm.DEFAULTS | TINY | {"solver": "heun", "share_denoise": False}, context())
+    method = ogdm.training(
+        ogdm.DEFAULTS | TINY | {"solver": "heun", "share_denoise": False}, context()
+    )
     e = example()
 
     def keys(params):
@@ -462,7 +562,8 @@ def test_each_network_call_has_dropout_of_its_own():
         return seen
 
     seen = [
-        tuple(np.asarray(k).ravel()) for k in [*quick_jit(keys)(born()), jax.random.key_data(e.keys("dropout/denoise"))]
+        tuple(np.asarray(k).ravel())
+        for k in [*quick_jit(keys)(born()), jax.random.key_data(e.keys("dropout/denoise"))]
     ]
     assert len(seen) == 5 and len(set(seen)) == 5
 
@@ -476,15 +577,29 @@ def test_each_network_call_has_dropout_of_its_own():
         ({"loss": "wgan"}, {}, "config.ogdm.loss: unknown 'wgan'"),
         ({"gamma": float("inf")}, {}, "config.ogdm.gamma: inf given"),
         ({"r1_interval": 0}, {}, "config.ogdm.r1_interval: 0 given"),
-        ({"condition": "index"}, {}, "config.ogdm.condition: 'index' given; expected 'sigma' or 'log_sigma'"),
+        (
+            {"condition": "index"},
+            {},
+            "config.ogdm.condition: 'index' given; expected 'sigma' or 'log_sigma'",
+        ),
         ({"law": "adm", "k": 10}, {}, "config.ogdm.k: 10 given; expected a fraction"),
-        ({}, {"image_shape": (28, 28, 1)}, "images are 28x28; expected squares with a side 2\\^n of at least 8"),
-        ({}, {"device_batch": 6}, "config.ogdm.statistics_batch: 4 given; expected a divisor of the 6 images"),
+        (
+            {},
+            {"image_shape": (28, 28, 1)},
+            "images are 28x28; expected squares with a side 2\\^n of at least 8",
+        ),
+        (
+            {},
+            {"device_batch": 6},
+            "config.ogdm.statistics_batch: 4 given; expected a divisor of the 6 images",
+        ),
         ({"statistics_batch": 0}, {"device_batch": 6}, "config.ogdm.statistics_batch: 0 given"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         ogdm.training(ogdm.DEFAULTS | TINY | settings, context(**changes))
-    with pytest.raises(ValueError, match="config.ogdm.preset: unknown 'vp'; expected one of edm, adm"):
+    with pytest.raises(
+        ValueError, match="config.ogdm.preset: unknown 'vp'; expected one of edm, adm"
+    ):
         ogdm.preset("vp")

@@ -1,4 +1,6 @@
-"""OpenAI's U-Nets from file to folder and back: they fine-tune with OGDM on their discrete process, and sample."""
+"""OpenAI's U-Nets from file to folder and back: they fine-tune with OGDM on their discrete process,
+and sample.
+"""
 
 import shlex
 from pathlib import Path
@@ -13,29 +15,40 @@ from commands import inside, interop
 from safetensors.numpy import save_file
 
 from ogdm_jax import config as configs
-from ogdm_jax import data, generate, parallel
+from ogdm_jax import data, parallel
 from ogdm_jax.interop import load_pretrained, names_adm, recognise
 from ogdm_jax.networks import ADMUNet
-from ogdm_jax.training import checkpoint, finish
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import checkpoint
 from ogdm_jax.training import run as runs
+from ogdm_jax.training import workdir as finish
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def openai(tmp_path_factory):
-    """An OpenAI U-Net of hash weights for the digits: class labels, new order of channels, learned variance."""
+    """An OpenAI U-Net of hash weights for the digits: class labels, new order of channels, learned
+    variance.
+    """
     folder = tmp_path_factory.mktemp("openai")
     network = ADMUNet(8, 1, 2, 10, 32, (1, 2), num_blocks=1, attn_resolutions=(4,), num_heads=2)
     state = {}
-    for rank, entry in enumerate(sorted(names_adm.adm_entries(network, "new"), key=lambda e: e.name)):
+    for rank, entry in enumerate(
+        sorted(names_adm.adm_entries(network, "new"), key=lambda e: e.name)
+    ):
         shape = entry.torch_shape
-        hashed = golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
+        hashed = (
+            golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
+        )
         fan = np.prod(shape[1:]) if len(shape) > 1 else 100
         scale = len(shape) == 1 and entry.name.endswith("weight")
         state[entry.name] = (hashed / np.sqrt(fan) + scale).astype(np.float32)
     save_file(state, folder / "model.safetensors")
-    hidden = [f"--set={text}" for text in ("img_resolution=8", "num_heads=2", "qkv_order=new", "schedule=cosine")]
+    hidden = [
+        f"--set={text}"
+        for text in ("img_resolution=8", "num_heads=2", "qkv_order=new", "schedule=cosine")
+    ]
     done = interop(folder, "convert", "model.safetensors", "--out", "work", *hidden)
     assert done.returncode == 0, done.stderr
     return folder, network, done.stdout
@@ -44,7 +57,11 @@ def openai(tmp_path_factory):
 def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     folder, network, said = openai
     found = load_pretrained(
-        folder / "model.safetensors", img_resolution=8, num_heads=2, qkv_order="new", schedule="cosine"
+        folder / "model.safetensors",
+        img_resolution=8,
+        num_heads=2,
+        qkv_order="new",
+        schedule="cosine",
     )
     trained = finish.open_workdir(folder / "work")
     jax.tree.map(np.testing.assert_array_equal, trained.params, found.variables["params"])
@@ -65,9 +82,17 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
 
 
 def test_an_export_says_the_order_it_was_written_in(openai, monkeypatch):
-    """Also where the table of published networks has one of this size in the other order, as 64x64_diffusion.pt."""
+    """Also where the table of published networks has one of this size in the other order, as
+    64x64_diffusion.pt.
+    """
     folder, network, _ = openai
-    key = (network.model_channels, network.channel_mult, network.num_blocks, (2,), network.img_channels)
+    key = (
+        network.model_channels,
+        network.channel_mult,
+        network.num_blocks,
+        (2,),
+        network.img_channels,
+    )
     hidden = {"img_resolution": 8, "num_heads": 2, "qkv_order": "new"}
     monkeypatch.setitem(recognise._PUBLISHED, key, hidden)
     original = load_pretrained(folder / "model.safetensors")
@@ -81,24 +106,35 @@ def test_an_export_says_the_order_it_was_written_in(openai, monkeypatch):
 
 @pytest.mark.slow  # tests/test_pretrained.py walks the same way with an EDM checkpoint
 def test_a_converted_openai_network_fine_tunes_and_samples(openai):
-    """A step from the printed settings (OGDM: test_discrete_training), and samples with the learned variance."""
+    """A step from the printed settings (OGDM: test_discrete_training), and samples with the learned
+    variance.
+    """
     folder, _, said = openai
     line = next(text for text in said.splitlines() if text.startswith("fine-tune: "))
-    printed = [word.removeprefix("--config.") for word in shlex.split(line) if word.startswith("--config.")]
+    printed = [
+        word.removeprefix("--config.") for word in shlex.split(line) if word.startswith("--config.")
+    ]
     more = ["data.source=digits", "data.batch=8", "train.duration=2 steps", "optim.ramp=0 steps"]
     with inside(folder):
         config = configs.load(tiny.ROOT / "configs" / "base.py", [*printed, *more])
         run = runs.build(config, data.open_source("digits"), parallel.make_plan("pmap", 1))
         start = checkpoint.find(config.init.workdir)
-    params, _ = checkpoint.load_weights(start, *jax.eval_shape(run.model.init, jax.random.key(0)), "ema")
+    params, _ = checkpoint.load_weights(
+        start, *jax.eval_shape(run.model.init, jax.random.key(0)), "ema"
+    )
     state = run.init().replace(params=jax.tree.map(jnp.asarray, params))
     batch = run.plan.place_batch(next(data.batches(run.source, 8, 0)))
     _, metrics = run.compile(state)(state, run.frozen(), batch, run.key)
-    assert np.isfinite(float(np.asarray(metrics["loss"]))) and float(np.asarray(metrics["grad_norm"])) > 0
+    assert (
+        np.isfinite(float(np.asarray(metrics["loss"])))
+        and float(np.asarray(metrics["grad_norm"])) > 0
+    )
 
     trained = finish.open_workdir(folder / "work")
     images = generate.sampler(trained.model, trained.settings("ancestral", 2, 2), jax.devices()[:1])
-    pictures = generate.generate(images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2)
+    pictures = generate.generate(
+        images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2
+    )
     assert np.isfinite(next(pictures)).all()
 
 

@@ -1,11 +1,14 @@
-"""Measurement operators against dense matrices, published numbers and identities; noise against its moments."""
+"""Measurement operators against dense matrices, published numbers and identities; noise against its
+moments.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax.diffusion import degrade, operators
+from ogdm_jax.inverse import degradations as degrade
+from ogdm_jax.inverse import operators
 
 SIZE = 16
 RNG = np.random.default_rng(0)
@@ -36,7 +39,9 @@ def test_adjoints_and_singular_values(name):
     x = images()
     y = op.forward(x)
     other = jnp.asarray(RNG.normal(size=y.shape), jnp.float32)
-    np.testing.assert_allclose(jnp.vdot(y, other), jnp.vdot(x, op.adjoint(other)), rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(
+        jnp.vdot(y, other), jnp.vdot(x, op.adjoint(other)), rtol=2e-5, atol=2e-4
+    )
     assert op.adjoint(other).shape == x.shape and op.linear
     if op.spectrum is None:
         return
@@ -44,20 +49,35 @@ def test_adjoints_and_singular_values(name):
     v = basis.to(x)
     np.testing.assert_allclose(basis.back(v), x, atol=3e-6)
     np.testing.assert_allclose(basis.measured(y), basis.values * v, atol=2e-5)  # U^T A x = S V^T x
-    np.testing.assert_allclose(basis.back(basis.values * basis.measured(y)), op.adjoint(y), atol=2e-5)
+    np.testing.assert_allclose(
+        basis.back(basis.values * basis.measured(y)), op.adjoint(y), atol=2e-5
+    )
 
 
 def test_super_resolution_numbers_of_the_published_operator():
     weights = np.array(
-        [-0.00170898, -0.01098633, -0.01831055, -0.01196289, 0.02270508, 0.09741211, 0.18188477, 0.2409668]
+        [
+            -0.00170898,
+            -0.01098633,
+            -0.01831055,
+            -0.01196289,
+            0.02270508,
+            0.09741211,
+            0.18188477,
+            0.2409668,
+        ]
     )
     matrix = degrade.resize_matrix(4, 256)
     np.testing.assert_allclose(matrix[32, 122:138], np.r_[weights, weights[::-1]], atol=1e-8)
-    np.testing.assert_array_equal(np.flatnonzero(matrix[0]), np.arange(10))  # folded: 5 4 3 2 1 0 0 1 .. 9
+    np.testing.assert_array_equal(
+        np.flatnonzero(matrix[0]), np.arange(10)
+    )  # folded: 5 4 3 2 1 0 0 1 .. 9
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
     ramp = np.linspace(0, 1, 256)[:, None] * np.linspace(-1, 1, 256)[None]
     y = matrix @ ramp @ matrix.T
-    np.testing.assert_allclose([y[0, 0], y[10, 20], y[63, 63]], [-0.0052759, -0.0587159, 0.9840585], atol=1e-7)
+    np.testing.assert_allclose(
+        [y[0, 0], y[10, 20], y[63, 63]], [-0.0052759, -0.0587159, 0.9840585], atol=1e-7
+    )
     resized = jax.image.resize(jnp.asarray(ramp, jnp.float32), (64, 64), "cubic", antialias=True)
     np.testing.assert_allclose(resized[3:-3, 3:-3], y[3:-3, 3:-3], atol=2e-6)
 
@@ -74,13 +94,19 @@ def test_blurs_mirror_the_border_without_repeating_it():
     x = images(1, 1)
     taps = degrade.gaussian_taps(9, 1.2)
     padded = np.pad(np.asarray(x)[0, :, :, 0], 4, mode="reflect")
-    want = sum(taps[i] * taps[j] * padded[i : i + SIZE, j : j + SIZE] for i in range(9) for j in range(9))
+    want = sum(
+        taps[i] * taps[j] * padded[i : i + SIZE, j : j + SIZE] for i in range(9) for j in range(9)
+    )
     np.testing.assert_allclose(LINEAR["gaussian_blur"].forward(x)[0, ..., 0], want, atol=2e-6)
     np.testing.assert_allclose(
-        operators.motion_blur(np.outer(taps, taps)).forward(x), LINEAR["gaussian_blur"].forward(x), atol=2e-6
+        operators.motion_blur(np.outer(taps, taps)).forward(x),
+        LINEAR["gaussian_blur"].forward(x),
+        atol=2e-6,
     )
     padded = np.pad(np.asarray(x)[0, :, :, 0], 3, mode="reflect")
-    want = sum(KERNEL[i, j] * padded[i : i + SIZE, j : j + SIZE] for i in range(7) for j in range(7))
+    want = sum(
+        KERNEL[i, j] * padded[i : i + SIZE, j : j + SIZE] for i in range(7) for j in range(7)
+    )
     np.testing.assert_allclose(LINEAR["motion_blur"].forward(x)[0, ..., 0], want, atol=2e-6)
 
 
@@ -103,7 +129,9 @@ def test_masks():
     x = images(2)
     y = operators.inpaint(per_image).forward(x)
     np.testing.assert_array_equal(y[1], x[1] * (1 - MASK))
-    np.testing.assert_allclose(operators.inpaint(per_image).count(y), [3 * MASK.sum(), 3 * (1 - MASK).sum()])
+    np.testing.assert_allclose(
+        operators.inpaint(per_image).count(y), [3 * MASK.sum(), 3 * (1 - MASK).sum()]
+    )
 
 
 def test_motion_kernels_differ_and_are_normal():
@@ -124,7 +152,9 @@ def test_phase_retrieval_keeps_energy_and_forgets_shifts():
     assert y.shape == (1, 24, 24, 1) and op.forward(images(1, 1, 32)).shape == (1, 48, 48, 1)
     np.testing.assert_allclose(jnp.sum(y**2), jnp.sum(inner**2), rtol=1e-5)  # orthonormal
     np.testing.assert_allclose(op.forward(jnp.roll(inner, (2, -3), (1, 2))), y, atol=1e-5)
-    np.testing.assert_allclose(y[0, 12, 12, 0], abs(float(inner.sum())) / 24, rtol=1e-4)  # centred: the mean is inside
+    np.testing.assert_allclose(
+        y[0, 12, 12, 0], abs(float(inner.sum())) / 24, rtol=1e-4
+    )  # centred: the mean is inside
     grad = jax.grad(lambda x: op.forward(x).sum())(jnp.zeros((1, 8, 8, 1)))
     assert jnp.isfinite(grad).all()
     with pytest.raises(ValueError, match="'phase_retrieval' has no adjoint"):
@@ -136,14 +166,18 @@ def test_nonlinear_operators():
     np.testing.assert_array_equal(operators.high_dynamic_range().forward(x), jnp.clip(2 * x, -1, 1))
     flat = jnp.full((1, 8, 8, 1), 0.3)
     blur = operators.nonlinear_blur(KERNEL)
-    np.testing.assert_allclose(blur.forward(flat), flat, atol=1e-5)  # light of a constant image is constant
+    np.testing.assert_allclose(
+        blur.forward(flat), flat, atol=1e-5
+    )  # light of a constant image is constant
     half = jnp.concatenate([jnp.full((1, 8, 4, 1), -1.0), jnp.full((1, 8, 4, 1), 1.0)], axis=2)
     box = np.full((3, 3), 1 / 9)
     grey = operators.nonlinear_blur(box).forward(half)[0, 4, 4, 0]
     np.testing.assert_allclose(
         grey, 2 * (2 / 3) ** (1 / 2.2) - 1, atol=2e-3
     )  # two thirds of the light, not of the value
-    assert jnp.isfinite(jax.grad(lambda v: blur.forward(v).sum())(jnp.full((1, 8, 8, 1), -1.0))).all()
+    assert jnp.isfinite(
+        jax.grad(lambda v: blur.forward(v).sum())(jnp.full((1, 8, 8, 1), -1.0))
+    ).all()
     doubled = operators.nonlinear_blur(KERNEL, network=lambda v: v / 2)
     np.testing.assert_allclose(doubled.forward(flat), flat / 2 - 0.5, atol=1e-6)
 
@@ -187,12 +221,16 @@ def test_noise_has_its_moments_and_explains_its_residual():
     x = jnp.broadcast_to(jnp.linspace(-0.9, 0.9, 16)[None, :, None, None], (64, 16, 16, 1))
     noisy = degrade.gaussian_noise(keys, x, 0.05)
     np.testing.assert_allclose(jnp.std(noisy - x), 0.05, rtol=0.03)
-    np.testing.assert_allclose(degrade.gaussian_noise(keys[3:4], x[:1], 0.05)[0], noisy[3], atol=1e-7)
+    np.testing.assert_allclose(
+        degrade.gaussian_noise(keys[3:4], x[:1], 0.05)[0], noisy[3], atol=1e-7
+    )
     for rate in (0.5, 4.0):
         counted = degrade.poisson_noise(keys, x, rate)
         deviation = jnp.std(counted - x, axis=(0, 2, 3))
         dark = slice(0, 12)  # brighter pixels are clipped at 1
-        np.testing.assert_allclose(deviation[dark], degrade.poisson_std(x[0, dark, 0, 0], rate), rtol=0.12)
+        np.testing.assert_allclose(
+            deviation[dark], degrade.poisson_std(x[0, dark, 0, 0], rate), rtol=0.12
+        )
         np.testing.assert_allclose(jnp.mean((counted - x)[:, dark]), 0, atol=0.01)
     op = operators.inpaint(MASK)
     ratio = operators.residual_ratio(op, degrade.gaussian_noise(keys, op.forward(x), 0.05), x, 0.05)
@@ -214,7 +252,12 @@ def test_noise_has_its_moments_and_explains_its_residual():
         (lambda: degrade.random_mask(RNG, 8, 0.7, 0.3), "low=0.7"),
         (lambda: degrade.box_mask(RNG, 16, 16), "box=16"),
         (lambda: degrade.motion_kernel(RNG, 4), "size=4"),
-        (lambda: degrade.poisson_noise(jax.random.split(jax.random.key(0), 1), jnp.ones((1, 1, 1, 1)), 0.0), "rate=0"),
+        (
+            lambda: degrade.poisson_noise(
+                jax.random.split(jax.random.key(0), 1), jnp.ones((1, 1, 1, 1)), 0.0
+            ),
+            "rate=0",
+        ),
     ],
 )
 def test_bad_settings_say_what_to_change(make, words):

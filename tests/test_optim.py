@@ -11,16 +11,21 @@ pytestmark = pytest.mark.fast
 
 def test_learning_rate_ramp_starts_at_zero_and_is_full_at_its_end():
     rate = optim.learning_rate(1e-3, ramp_steps=100, decay_steps=0)
-    np.testing.assert_allclose([rate(jnp.int32(s)) for s in (0, 50, 100, 10_000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+    np.testing.assert_allclose(
+        [rate(jnp.int32(s)) for s in (0, 50, 100, 10_000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6
+    )
 
 
 def test_linear_decay_reaches_zero():
     rate = optim.learning_rate(1e-3, ramp_steps=0, decay_steps=200)
-    np.testing.assert_allclose([rate(jnp.int32(s)) for s in (0, 100, 200, 300)], [1e-3, 5e-4, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(
+        [rate(jnp.int32(s)) for s in (0, 100, 200, 300)], [1e-3, 5e-4, 0, 0], atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
-    "batch,halflife,beta", [(512, 0.5e6, 0.99929047), (256, 0.5e6, 0.99964517), (4096, 50e6, 0.99994322)]
+    "batch,halflife,beta",
+    [(512, 0.5e6, 0.99929047), (256, 0.5e6, 0.99964517), (4096, 50e6, 0.99994322)],
 )
 def test_ema_beta_table(batch, halflife, beta):
     """Full-ramp values of EDM's recipes."""

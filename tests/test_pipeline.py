@@ -1,4 +1,6 @@
-"""Batches: every example equally often, the same global batches on resume, on disk and on any number of processes."""
+"""Batches: every example equally often, the same global batches on resume, on disk and on any
+number of processes.
+"""
 
 import json
 
@@ -24,12 +26,17 @@ def rows(batch) -> list[int]:
 
 
 def equal(a, b) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
 
 
 def test_batch_has_uint8_images_labels_and_global_index(source):
     batch = next(batches(source, 4, seed=0))
-    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == batch["index"].dtype == np.int32
+    assert (
+        batch["image"].dtype == np.uint8
+        and batch["label"].dtype == batch["index"].dtype == np.int32
+    )
     np.testing.assert_array_equal(batch["label"], np.array(rows(batch)) % 3)
     np.testing.assert_array_equal(batch["index"], np.arange(4))
 
@@ -67,7 +74,10 @@ def test_resume_is_bit_equal(source):
 @pytest.mark.parametrize("count", [2, 3])
 def test_process_shares_are_disjoint_and_make_the_global_batch(source, count):
     whole = batches(source, 6, seed=3, extra_references=12)
-    shares = [batches(source, 6, 3, process_index=k, process_count=count, extra_references=12) for k in range(count)]
+    shares = [
+        batches(source, 6, 3, process_index=k, process_count=count, extra_references=12)
+        for k in range(count)
+    ]
     for _ in range(4):
         parts, batch = [next(s) for s in shares], next(whole)
         assert len({i for p in parts for i in p["index"].tolist()}) == 6
@@ -75,7 +85,9 @@ def test_process_shares_are_disjoint_and_make_the_global_batch(source, count):
 
 
 def test_references_are_other_images_once_each():
-    """None of the step's batch, none twice, all equally often; the batches are those without references."""
+    """None of the step's batch, none twice, all equally often; the batches are those without
+    references.
+    """
     images = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     source = from_arrays("sixty", images, np.arange(60, dtype=np.int32) % 3)
     plain, stream = batches(source, 13, seed=4), batches(source, 13, seed=4, extra_references=40)
@@ -83,7 +95,11 @@ def test_references_are_other_images_once_each():
     for _ in range(200):
         batch, more = next(plain), next(stream)
         reference = more["reference"][:, 0, 0, 0].tolist()
-        assert rows(batch) == rows(more) and not set(rows(batch)) & set(reference) and len(set(reference)) == 40
+        assert (
+            rows(batch) == rows(more)
+            and not set(rows(batch)) & set(reference)
+            and len(set(reference)) == 40
+        )
         np.testing.assert_array_equal(more["reference_label"], np.array(reference) % 3)
         counts[reference] += 1
     assert np.abs(counts / 200 - 40 / 60).max() < 5 * np.sqrt(1 / 3 * 2 / 3 / 200)
@@ -105,13 +121,18 @@ def test_references_of_small_sets_repeat_as_late_as_possible():
 def test_set_on_disk_gives_the_batches_of_the_set_in_memory(tmp_path):
     name = prepare(open_source("digits"), tmp_path, shard_images=1000)
     memory, disk = open_source(name, tmp_path), open_source(name, tmp_path, memory_limit=0)
-    a, b = batches(memory, 16, seed=5, extra_references=8), batches(disk, 16, seed=5, extra_references=8, threads=2)
+    a, b = (
+        batches(memory, 16, seed=5, extra_references=8),
+        batches(disk, 16, seed=5, extra_references=8, threads=2),
+    )
     assert all(equal(next(a), next(b)) for _ in range(4))
     state = b.get_state()
     following = [next(b) for _ in range(3)]
     b.set_state(state)
     assert all(equal(next(b), batch) for batch in following)
-    second = batches(disk, 16, 5, start_step=4, process_index=1, process_count=2, extra_references=8, threads=2)
+    second = batches(
+        disk, 16, 5, start_step=4, process_index=1, process_count=2, extra_references=8, threads=2
+    )
     assert rows(next(second)) == rows(following[0])[8:]
 
 
@@ -142,7 +163,10 @@ def test_image_without_a_class_has_label_minus_one(source):
     "settings,message",
     [
         (dict(batch_size=0), "batch_size is 0; expected an integer >= 1"),
-        (dict(batch_size=5, process_count=2), "batch_size is 5; expected a multiple of the 2 processes"),
+        (
+            dict(batch_size=5, process_count=2),
+            "batch_size is 5; expected a multiple of the 2 processes",
+        ),
         (dict(batch_size=4, process_count=2, extra_references=3), "extra_references is 3"),
         (dict(batch_size=4, process_index=1), "process_index is 1; expected 0 to 0"),
         (dict(batch_size=4, seed=-1), "seed is -1"),

@@ -1,4 +1,6 @@
-"""Paths in buckets: the same run, samples and figures as in a local folder; a place that cannot be used is refused."""
+"""Paths in buckets: the same run, samples and figures as in a local folder; a place that cannot be
+used is refused.
+"""
 
 import errno
 import json
@@ -13,14 +15,15 @@ from etils import epath
 from PIL import Image
 
 from ogdm_jax import data, places
+from ogdm_jax.cli import evaluate as scoring
 from ogdm_jax.data import SourceError
+from ogdm_jax.data import output as files
 from ogdm_jax.data.prepare import prepare
-from ogdm_jax.evaluation import __main__ as scoring
-from ogdm_jax.evaluation import files
-from ogdm_jax.evaluation.statistics import load_statistics
 from ogdm_jax.interop import export
 from ogdm_jax.interop.torch_state import read_torch
-from ogdm_jax.training import checkpoint, finish, loop
+from ogdm_jax.metrics.statistics import load_statistics
+from ogdm_jax.training import checkpoint, loop
+from ogdm_jax.training import workdir as finish
 
 
 @pytest.fixture
@@ -29,14 +32,29 @@ def bucket(tmp_path, monkeypatch) -> Path:
 
 
 def settings(steps: int):
-    more = (f"train.duration={steps} steps", "train.save_every=2 steps", "sample.every=2 steps", "log.every=2 steps")
-    more += ("methods=", "evaluate.features=digits", "evaluate.num=40", "log.tensorboard=true", "train.keep=2")
-    more += ("parallel.devices=1",)  # among several, the order of sums is not fixed, and equal would not be equal
+    more = (
+        f"train.duration={steps} steps",
+        "train.save_every=2 steps",
+        "sample.every=2 steps",
+        "log.every=2 steps",
+    )
+    more += (
+        "methods=",
+        "evaluate.features=digits",
+        "evaluate.num=40",
+        "log.tensorboard=true",
+        "train.keep=2",
+    )
+    more += (
+        "parallel.devices=1",
+    )  # among several, the order of sums is not fixed, and equal would not be equal
     return tiny.config(tiny.ONE_LEVEL, *more)
 
 
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
-    """Trained, resumed, evaluated, sampled and profiled, number for number; nothing lands in a local folder gs:."""
+    """Trained, resumed, evaluated, sampled and profiled, number for number; nothing lands in a
+    local folder gs:.
+    """
     uri, folder = "gs://bucket/runs/tiny", str(tmp_path / "local")
     loop.train(settings(4), uri, say=lambda _: None, profile=(2, 3))
     loop.train(settings(6), uri, say=lambda _: None)
@@ -44,17 +62,44 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     there, here = (finish.open_workdir(where) for where in (uri, folder))
     assert there.step == here.step == 6
     tiny.assert_trees(there.params, here.params)
-    assert checkpoint.complete(uri) == checkpoint.complete(folder) == [4, 6]  # train.keep=2: removed there, too
+    assert (
+        checkpoint.complete(uri) == checkpoint.complete(folder) == [4, 6]
+    )  # train.keep=2: removed there, too
     assert checkpoint.evaluations(uri)[6] == checkpoint.evaluations(folder)[6]
-    names = lambda root: {str(p.relative_to(root)).split("events")[0] for p in Path(root).rglob("*.*")}  # noqa: E731
-    mine = {name for name in names(bucket / "runs" / "tiny") if "checkpoints" not in name and "profile" not in name}
-    assert mine == {name for name in names(folder) if "checkpoints" not in name and "profile" not in name}
+    names = lambda root: {
+        str(p.relative_to(root)).split("events")[0] for p in Path(root).rglob("*.*")
+    }
+    mine = {
+        name
+        for name in names(bucket / "runs" / "tiny")
+        if "checkpoints" not in name and "profile" not in name
+    }
+    assert mine == {
+        name for name in names(folder) if "checkpoints" not in name and "profile" not in name
+    }
     assert list((bucket / "runs" / "tiny" / "profile").rglob("*.xplane.pb"))
     lines = (bucket / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 4, 4, 6, 6]  # each end has the evaluation's line, too
+    assert [json.loads(line)["step"] for line in lines] == [
+        2,
+        4,
+        4,
+        6,
+        6,
+    ]  # each end has the evaluation's line, too
     assert not Path("gs:").exists()
 
-    done = entry(tmp_path, "sample.py", "--workdir", uri, "--num", "3", "--steps", "2", "--out", "gs://bucket/a/b.npz")
+    done = entry(
+        tmp_path,
+        "sample.py",
+        "--workdir",
+        uri,
+        "--num",
+        "3",
+        "--steps",
+        "2",
+        "--out",
+        "gs://bucket/a/b.npz",
+    )
     assert done.returncode == 0 and "to gs://bucket/a/b.npz" in done.stdout, done.stderr
     with np.load(bucket / "a" / "b.npz") as archive:
         assert archive["images"].shape == (3, 8, 8, 1)
@@ -66,7 +111,9 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
     labels = np.arange(12) % 2
     np.savez(bucket / "set.npz", image=images, label=labels)
     for i, image in enumerate(images):
-        files.write(places.place(f"gs://bucket/folder/{labels[i]}"), image[None], np.array([i]), None)
+        files.write(
+            places.place(f"gs://bucket/folder/{labels[i]}"), image[None], np.array([i]), None
+        )
 
     files.write(places.place("gs://bucket/grids/grid.png"), images, np.arange(12), None)
     with Image.open(bucket / "grids" / "grid.png") as picture:
@@ -85,12 +132,26 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
     assert files.source_name("gs://bucket/folder") == "folder:gs://bucket/folder"
     assert files.source_name("folder:gs://bucket/folder") == "folder:gs://bucket/folder"
 
-    words = ["--samples", "gs://bucket/set.npz", "--reference", "gs://bucket/folder", "--features", "digits"]
-    words += ["--out", "gs://bucket/reports/report.json", "--save_statistics", "gs://bucket/reports/digits.npz"]
+    words = [
+        "--samples",
+        "gs://bucket/set.npz",
+        "--reference",
+        "gs://bucket/folder",
+        "--features",
+        "digits",
+    ]
+    words += [
+        "--out",
+        "gs://bucket/reports/report.json",
+        "--save_statistics",
+        "gs://bucket/reports/digits.npz",
+    ]
     scoring.main([*words, "--k", "2"])
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((bucket / "reports" / "report.json").read_text()) == printed
-    assert printed["n_samples"] == printed["n_reference"] == 12 and abs(printed["fd_all"]) < 1e-3  # the same images
+    assert (
+        printed["n_samples"] == printed["n_reference"] == 12 and abs(printed["fd_all"]) < 1e-3
+    )  # the same images
     assert load_statistics("gs://bucket/reports/digits.npz").count == 12
 
     export.write("gs://bucket/w.safetensors", {"w": np.ones(3, np.float32)}, {"kind": "edm"})
@@ -102,9 +163,18 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words,sentence",
     [
-        ("foo://bucket/x", "--workdir: 'foo://bucket/x' has an unknown scheme; expected a local path or gs://"),
-        ("s3://bucket/x", "--workdir: 's3://bucket/x' cannot hold checkpoints (orbax has no s3://)"),
-        ("gs:/bucket/x", "--workdir: 'gs:/bucket/x' has one slash (pathlib.Path takes the other away)"),
+        (
+            "foo://bucket/x",
+            "--workdir: 'foo://bucket/x' has an unknown scheme; expected a local path or gs://",
+        ),
+        (
+            "s3://bucket/x",
+            "--workdir: 's3://bucket/x' cannot hold checkpoints (orbax has no s3://)",
+        ),
+        (
+            "gs:/bucket/x",
+            "--workdir: 'gs:/bucket/x' has one slash (pathlib.Path takes the other away)",
+        ),
         ("gs:///x", "--workdir: 'gs:///x' names no bucket; expected gs://BUCKET/FOLDER"),
     ],
 )
@@ -116,7 +186,9 @@ def test_words_that_are_no_place(words, sentence, bucket):
 def test_a_bucket_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(places.LIBRARIES, "gs", ("no_such_library", "pip install 'ogdm_jax[gcs]'"))
     monkeypatch.setenv("EPATH_USE_TF", "0")
-    with pytest.raises(places.PlaceError, match="needs the package no_such_library.* pip install 'ogdm_jax.gcs.'"):
+    with pytest.raises(
+        places.PlaceError, match="needs the package no_such_library.* pip install 'ogdm_jax.gcs.'"
+    ):
         places.place("gs://bucket/run", "--workdir")
 
 
@@ -125,7 +197,11 @@ def test_a_bucket_without_its_library_names_the_extra(monkeypatch):
     [
         ("FILE", False, "is a file, or lies below one; expected a folder"),
         ("FILE/run", False, "is a file, or lies below one; expected a folder"),
-        ("/proc/ogdm_jax", False, "cannot be written .No such file or directory.; expected a folder"),
+        (
+            "/proc/ogdm_jax",
+            False,
+            "cannot be written .No such file or directory.; expected a folder",
+        ),
         ("/proc/ogdm_jax/out.npz", True, "cannot be written .*; expected a file"),
         ("FOLDER", True, "is a folder; expected a file"),
     ],
@@ -135,16 +211,27 @@ def test_places_that_cannot_be_written(where, file, sentence, tmp_path):
     where = where.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
     with pytest.raises(places.PlaceError, match=f"--workdir: '{where}' {sentence}"):
         places.writable(places.place(where), "--workdir", file=file)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "kept"
 
 
 @pytest.mark.parametrize(
     "error,sentence",
     [
         (OSError(errno.ENOSPC, "No space left on device"), "is on a full disk"),
-        (PermissionError(errno.EACCES, "Permission denied"), r"cannot be written \(Permission denied\)"),
-        (OSError(errno.EROFS, "Read-only file system"), r"cannot be written \(Read-only file system\)"),
-        (KeyError("bucket libraries\nraise anything"), r"cannot be written \(KeyError: 'bucket libraries.*"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            r"cannot be written \(Permission denied\)",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            r"cannot be written \(Read-only file system\)",
+        ),
+        (
+            KeyError("bucket libraries\nraise anything"),
+            r"cannot be written \(KeyError: 'bucket libraries.*",
+        ),
     ],
 )
 def test_a_write_that_fails_is_one_sentence(error, sentence, tmp_path, monkeypatch):
@@ -178,15 +265,24 @@ def test_a_half_written_file_never_takes_the_name(tmp_path, bucket):
 def test_train_refuses_a_place_before_anything_is_built(tmp_path):
     (tmp_path / "file").touch()
     for workdir in (str(tmp_path / "file"), "/proc/run", "gs:/bucket/run"):
-        done = entry(tmp_path, "train.py", "--workdir", workdir, *tiny.flags("data.source=npz:missing"))
+        done = entry(
+            tmp_path, "train.py", "--workdir", workdir, *tiny.flags("data.source=npz:missing")
+        )
         assert done.returncode == 1 and done.stdout == "", done
-        assert done.stderr.startswith(f"error: --workdir: '{workdir}' ") and done.stderr.count("\n") == 1
+        assert (
+            done.stderr.startswith(f"error: --workdir: '{workdir}' ")
+            and done.stderr.count("\n") == 1
+        )
 
 
 def test_what_only_reads_local_files_says_so(tmp_path, bucket):
-    with pytest.raises(SourceError, match="data_dir: 'gs://bucket' is read on this machine only.*mounted"):
+    with pytest.raises(
+        SourceError, match="data_dir: 'gs://bucket' is read on this machine only.*mounted"
+    ):
         data.open_source("tfds:mnist", "gs://bucket")
-    with pytest.raises(places.PlaceError, match="checkpoint: 'gs://bucket/x.pt' is read on this machine only"):
+    with pytest.raises(
+        places.PlaceError, match="checkpoint: 'gs://bucket/x.pt' is read on this machine only"
+    ):
         read_torch("gs://bucket/x.pt")
     with pytest.raises(SourceError, match="npz:foo://x: 'foo://x' has an unknown scheme"):
         data.open_source("npz:foo://x")

@@ -1,4 +1,6 @@
-"""Plans: operations counted against formulas, messages read from text, sizes without data, refusals in one sentence."""
+"""Plans: operations counted against formulas, messages read from text, sizes without data, refusals
+in one sentence.
+"""
 
 import json
 import subprocess
@@ -12,13 +14,16 @@ from jax import lax
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
+from ogdm_jax.cli import plan as command
 from ogdm_jax.config import ConfigError
-from ogdm_jax.planning import chips, collectives, command, flops, program, report
+from ogdm_jax.planning import chips, collectives, flops, program, report
 
 
 def convolve(x, kernel, stride):
     pads = ((1, 1), (1, 1))
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @pytest.mark.fast
@@ -27,9 +32,11 @@ def convolve(x, kernel, stride):
 def test_a_convolution_and_its_two_gradients_cost_the_same(stride, dtype):
     x, kernel = jnp.ones((2, 8, 8, 4), dtype), jnp.ones((3, 3, 4, 6), dtype)
     once = 2 * 2 * (8 // stride) ** 2 * 6 * 9 * 4
-    value = lambda x, k: jnp.sum(jnp.square(convolve(x, k, stride)))  # noqa: E731
+    value = lambda x, k: jnp.sum(jnp.square(convolve(x, k, stride)))
     assert flops.matmul_flops(jax.make_jaxpr(value)(x, kernel)) == {dtype: once}
-    assert flops.matmul_flops(jax.make_jaxpr(jax.grad(value, (0, 1)))(x, kernel)) == {dtype: 3 * once}
+    assert flops.matmul_flops(jax.make_jaxpr(jax.grad(value, (0, 1)))(x, kernel)) == {
+        dtype: 3 * once
+    }
 
 
 @pytest.mark.fast
@@ -45,7 +52,10 @@ def test_loops_branches_and_dead_results():
         del unused
         return either, half @ half, jax.jit(jax.checkpoint(lambda y: (y @ y, y @ y)))(x)[0]
 
-    assert flops.matmul_flops(flops.trace(jax.jit(f), x)) == {"float32": (5 + 2 + 1) * once, "bfloat16": once}
+    assert flops.matmul_flops(flops.trace(jax.jit(f), x)) == {
+        "float32": (5 + 2 + 1) * once,
+        "bfloat16": once,
+    }
     assert flops.share({"float32": 1.0, "bfloat16": 3.0}, "bfloat16") == 0.75
 
 
@@ -82,10 +92,16 @@ def test_messages_of_every_spelling_are_read():
 
 @pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
 def test_the_plan_of_eight_devices(plan):
-    """Under sharded a device holds about an eighth of the state; mesh and pmap send the gradient once."""
-    config = tiny.config("methods=()", "network.model_channels=32", tiny.ONE_LEVEL, f"parallel.plan={plan}")
+    """Under sharded a device holds about an eighth of the state; mesh and pmap send the gradient
+    once.
+    """
+    config = tiny.config(
+        "methods=()", "network.model_channels=32", tiny.ONE_LEVEL, f"parallel.plan={plan}"
+    )
     source = program.source_like(config)
-    compiled = program.compile_step(program.build(config, source, parallel.plan_of(plan, jax.devices()[:8])))
+    compiled = program.compile_step(
+        program.build(config, source, parallel.plan_of(plan, jax.devices()[:8]))
+    )
     run = program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1]))
     arguments = run.shapes()
     alone = sum(flops.matmul_flops(flops.trace(run.compile(arguments[0]), *arguments)).values())
@@ -107,12 +123,23 @@ def test_the_plan_of_eight_devices(plan):
 
 @pytest.mark.fast
 def test_sizes_come_from_the_table_or_the_command_line():
-    named = lambda name, **more: program.source_like(configs.load(tiny.ROOT / "configs" / f"{name}.py", ()), **more)  # noqa: E731
+    named = lambda name, **more: program.source_like(
+        configs.load(tiny.ROOT / "configs" / f"{name}.py", ()), **more
+    )
     real = data.open_source("digits")
-    assert (named("digits").shape, named("digits").num_classes, len(named("digits"))) == (real.shape, 10, len(real))
+    assert (named("digits").shape, named("digits").num_classes, len(named("digits"))) == (
+        real.shape,
+        10,
+        len(real),
+    )
     assert named("cifar10_edm").shape == (32, 32, 3) and len(named("cifar10_edm")) == 50_000
     big = named("imagenet64_edm")
-    assert (big.shape, big.num_classes, big.in_memory, len(big)) == ((64, 64, 3), 1000, False, 1_281_167)
+    assert (big.shape, big.num_classes, big.in_memory, len(big)) == (
+        (64, 64, 3),
+        1000,
+        False,
+        1_281_167,
+    )
     other = named("imagenet64_edm", image_shape="32, 32,1", classes=0, images=100)
     assert (other.shape, other.num_classes, len(other)) == ((32, 32, 1), 0, 100)
     config = configs.load(tiny.ROOT / "configs" / "digits.py", ["data.source=folder:nowhere"])
@@ -125,7 +152,13 @@ def test_sizes_come_from_the_table_or_the_command_line():
 @pytest.mark.fast
 def test_a_device_is_known_by_the_name_that_jax_gives_it():
     """TPU kinds are those that libtpu reports for v5e:2x2, v5p:2x2x1 and v6e:2x2."""
-    known = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "H100", "cpu": ""}
+    known = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "cpu": "",
+    }
     assert {kind: chips.chip_of(kind) for kind in known} == known
 
 
@@ -140,16 +173,22 @@ def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
     """The advice is compiled, too: what it says is what fits."""
     config = tiny.config("methods=()", "data.batch=64", tiny.ONE_LEVEL)
     source = program.source_like(config)
-    found = program.compile_step(program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1])))
+    found = program.compile_step(
+        program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1]))
+    )
     small = chips.Chip(1e12, found.arguments + 0.7 * found.temporaries, 1e9, 1e9, "made up")
     monkeypatch.setitem(chips.CHIPS, "cpu8", small)
     monkeypatch.setattr(chips, "memory", lambda *_: int(small.hbm))
     monkeypatch.setattr(chips, "here", lambda: ("cpu8", tuple(jax.devices()[:1])))
-    args = command.argparse.Namespace(plan_for="here", plan_out="", image_shape="", classes=-1, images=0)
+    args = command.argparse.Namespace(
+        plan_for="here", plan_out="", image_shape="", classes=-1, images=0
+    )
     plan = command.run(args, config, "digits")
     assert not plan["fits"] and plan["advice"].startswith("--config.optim.accumulate=")
     again = command.run(
-        args, tiny.config("methods=()", "data.batch=64", tiny.ONE_LEVEL, plan["advice"].split()[0][9:]), "digits"
+        args,
+        tiny.config("methods=()", "data.batch=64", tiny.ONE_LEVEL, plan["advice"].split()[0][9:]),
+        "digits",
     )
     assert again["fits"]
 
@@ -167,12 +206,23 @@ def test_the_command_prints_and_writes_a_plan_and_leaves_no_folder(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.read_text())
-    assert plan["parameters"] > 0 and plan["chip"] == "cpu" and plan["fits"] and plan["days"] is None
-    assert f"{plan['parameters']:,} parameters" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-    lost = subprocess.run(
-        [*words[:2], "--plan-out", "x.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    assert (
+        plan["parameters"] > 0 and plan["chip"] == "cpu" and plan["fits"] and plan["days"] is None
     )
-    assert lost.returncode == 1 and lost.stderr == "error: --plan-out: needs --plan-for, such as --plan-for v5e:4x4\n"
+    assert f"{plan['parameters']:,} parameters" in done.stdout and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["plan.json"]
+    lost = subprocess.run(
+        [*words[:2], "--plan-out", "x.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        lost.returncode == 1
+        and lost.stderr == "error: --plan-out: needs --plan-for, such as --plan-for v5e:4x4\n"
+    )
 
 
 @pytest.mark.slow
@@ -181,10 +231,20 @@ def test_digits_on_tpus(shape, chips_, tmp_path):
     """The whole command, compiled by libtpu; skipped where it is not installed."""
     pytest.importorskip("libtpu", reason="libtpu (extra tpu) is not installed")
     out = tmp_path / "plan.json"
-    words = [sys.executable, str(tiny.ROOT / "train.py"), "--plan-for", shape, "--plan-out", str(out)]
+    words = [
+        sys.executable,
+        str(tiny.ROOT / "train.py"),
+        "--plan-for",
+        shape,
+        "--plan-out",
+        str(out),
+    ]
     words += ["--config.data.batch=256", "--config.network.dtype=bfloat16"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.read_text())
     assert plan["devices"] == chips_ and plan["fits"] and plan["hbm_bytes"]["peak"] < 2**30
-    assert plan["collectives"]["all-reduce"]["bytes"] >= 4 * plan["parameters"] and plan["bfloat16_share"] > 0.9
+    assert (
+        plan["collectives"]["all-reduce"]["bytes"] >= 4 * plan["parameters"]
+        and plan["bfloat16_share"] > 0.9
+    )

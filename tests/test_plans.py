@@ -9,7 +9,13 @@ import tiny
 
 STEPS = 10
 # One level compiles quickly; every draw of an example that plans could divide wrongly is on.
-SMALL = (tiny.ONE_LEVEL, "network.dropout=0.1", "data.xflip=true", "data.conditional=true", "data.label_dropout=0.2")
+SMALL = (
+    tiny.ONE_LEVEL,
+    "network.dropout=0.1",
+    "data.xflip=true",
+    "data.conditional=true",
+    "data.label_dropout=0.2",
+)
 
 
 @functools.cache
@@ -32,13 +38,21 @@ def one_device():
 def test_every_plan_trains_as_one_device(plan, devices, more):
     expected, expected_metrics = one_device()
     state, metrics = tiny.train(tiny.build(*SMALL, *more, plan=plan, devices=devices), STEPS)
-    # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights may move by a part of
-    # learning_rate * steps; typical agreement is 1e-6, and a wrong mean over devices would move all weights.
+    # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights
+    # may move by a part of learning_rate * steps; typical agreement is 1e-6, and a wrong mean over
+    # devices would move all weights.
     for name in ("params", "ema", "companions"):
-        for a, b in zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(expected, name)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(getattr(state, name)),
+            jax.tree.leaves(getattr(expected, name)),
+            strict=True,
+        ):
             difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
             if np.issubdtype(np.asarray(a).dtype, np.floating):
-                assert difference.max() < 1e-3 and difference.mean() < 2e-5, (name, difference.max())
+                assert difference.max() < 1e-3 and difference.mean() < 2e-5, (
+                    name,
+                    difference.max(),
+                )
     assert metrics.keys() == expected_metrics.keys()
     # Adam hides a wrong scale of the gradient; its norm does not.
     for name in ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"):
@@ -66,14 +80,18 @@ def test_sharded_plan_divides_the_state():
     state = run.init()
     for tree in (state.params, state.ema, state.opt_state, state.companions):
         for leaf in jax.tree.leaves(tree):
-            if leaf.size >= 1024 and any(n % 8 == 0 for n in leaf.shape):  # smaller ones are not worth a message
+            if leaf.size >= 1024 and any(
+                n % 8 == 0 for n in leaf.shape
+            ):  # smaller ones are not worth a message
                 assert leaf.addressable_data(0).size == leaf.size // 8
 
 
 def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():
     run = tiny.build(*SMALL)
     state = run.init()
-    pointers = lambda tree: {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
+    pointers = lambda tree: {
+        leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)
+    }
     assert not pointers(state.params) & pointers(state.ema)
 
 
@@ -97,7 +115,10 @@ def test_steady_state_traces_nothing(caplog):
     from ogdm_jax import data
 
     batches = data.batches(run.source, 32, 0)
-    with jax.log_compiles(), caplog.at_level("WARNING"):  # says so of every trace, also where a cache spares the rest
+    with (
+        jax.log_compiles(),
+        caplog.at_level("WARNING"),
+    ):  # says so of every trace, also where a cache spares the rest
         state, _ = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
         assert any("tracing" in record.message for record in caplog.records)
         caplog.clear()
@@ -107,7 +128,9 @@ def test_steady_state_traces_nothing(caplog):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("text,field", [("data.batch=30", "data.batch"), ("optim.accumulate=3", "data.batch")])
+@pytest.mark.parametrize(
+    "text,field", [("data.batch=30", "data.batch"), ("optim.accumulate=3", "data.batch")]
+)
 def test_uneven_batches_are_refused(text, field):
     with pytest.raises(ValueError, match=f"config.{field}"):
         tiny.build(text, devices=8)

@@ -1,4 +1,6 @@
-"""Programs get the rules of the platform they are compiled for, and compute in the type that the configuration says."""
+"""Programs get the rules of the platform they are compiled for, and compute in the type that the
+configuration says.
+"""
 
 import types
 from pathlib import Path
@@ -8,13 +10,20 @@ import pytest
 import tiny
 
 from ogdm_jax import config as configs
-from ogdm_jax import generate, parallel, platforms
+from ogdm_jax import parallel, platforms
 from ogdm_jax.networks import convolution
 from ogdm_jax.planning import flops, program
+from ogdm_jax.sampling import generate
 
 CONFIGS = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem != "base")
-# The published layers at a fraction of the depth and width: what a layer is does not depend on either.
-SMALL = ("network.num_blocks=1", "network.channel_mult=(1,2)", "network.model_channels=32", "network.head_channels=32")
+# The published layers at a fraction of the depth and width: what a layer is does not depend on
+# either.
+SMALL = (
+    "network.num_blocks=1",
+    "network.channel_mult=(1,2)",
+    "network.model_channels=32",
+    "network.head_channels=32",
+)
 SMALL += (
     "network.attn_resolutions=(16,4)",
     "data.batch=32",
@@ -40,7 +49,9 @@ def build(name: str, *more: str):
 
 
 def lower(function, arguments, *platforms: str) -> str:
-    """The program's text for platforms that this machine does not have, with the names of what made each operation."""
+    """The program's text for platforms that this machine does not have, with the names of what made
+    each operation.
+    """
     return function.trace(*arguments).lower(lowering_platforms=platforms).as_text(debug_info=True)
 
 
@@ -63,7 +74,9 @@ def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     assert convolution.CPU_RULE not in lower(run.compile(arguments[0]), arguments, "tpu", "cuda")
 
 
-@pytest.mark.parametrize("name", [n for n in EACH if not str(n).endswith("_dg") and "_dg'" not in str(n)])
+@pytest.mark.parametrize(
+    "name", [n for n in EACH if not str(n).endswith("_dg") and "_dg'" not in str(n)]
+)
 def test_samplers_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     pretend("gpu")
     run = build(name, *SMALL)
@@ -71,11 +84,15 @@ def test_samplers_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     params, buffers = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((4,), "uint32")
     labels = jax.ShapeDtypeStruct((4,), "int32") if run.model.label_dim else None
-    assert convolution.CPU_RULE not in lower(images, (params, buffers, seeds, labels, {}, {}), "tpu", "cuda")
+    assert convolution.CPU_RULE not in lower(
+        images, (params, buffers, seeds, labels, {}, {}), "tpu", "cuda"
+    )
 
 
 def test_the_cpus_own_program_has_them():
-    """The test above can fail: convolution, normalisation and the residual chain's rule all carry the name."""
+    """The test above can fail: convolution, normalisation and the residual chain's rule all carry
+    the name.
+    """
     run = build("digits", *SMALL)
     arguments = run.shapes()
     text = lower(run.compile(arguments[0]), arguments, "cpu")
@@ -87,17 +104,28 @@ def test_the_devices_of_the_plan_decide_not_the_host():
     chip = types.SimpleNamespace(platform="tpu", process_index=0)
     assert jax.default_backend() == "cpu" and parallel.plan_of("mesh", [chip]).platform == "tpu"
     inner = jax.jit(lambda x: x * (1 if convolution.on_cpu() else 2))
-    outer = {p: jax.jit(platforms.traced_for(p, lambda x: inner(x) + 0)) for p in ("cpu", "tpu", "gpu")}
-    assert [int(outer[p](1)) for p in ("cpu", "tpu", "gpu", "cpu")] == [1, 2, 2, 1]  # the inner jit is traced anew
+    outer = {
+        p: jax.jit(platforms.traced_for(p, lambda x: inner(x) + 0)) for p in ("cpu", "tpu", "gpu")
+    }
+    assert [int(outer[p](1)) for p in ("cpu", "tpu", "gpu", "cpu")] == [
+        1,
+        2,
+        2,
+        1,
+    ]  # the inner jit is traced anew
     assert int(inner(1)) == 1 and platforms.current() == "cpu"
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_bfloat16_reaches_every_network(name):
     """Under 1 % of the operations of convolutions and matrix products of a step are in float32."""
-    depth = () if name.startswith("digits") else ("network.num_blocks=1", "network.channel_mult=(1,2)")
+    depth = (
+        () if name.startswith("digits") else ("network.num_blocks=1", "network.channel_mult=(1,2)")
+    )
     changes = ("network.dtype=bfloat16", *depth)
-    if name.startswith("digits"):  # embeddings stay float32, and would be much of a network of 16 channels
+    if name.startswith(
+        "digits"
+    ):  # embeddings stay float32, and would be much of a network of 16 channels
         changes += ("network.model_channels=64", "ogdm.channel_base=4096", "ogdm.channel_max=128")
     run = build(name, *changes)
     arguments = run.shapes()

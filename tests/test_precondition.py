@@ -1,4 +1,6 @@
-"""Preconditioning against the closed forms of 2206.00364: unit variances, limits, inverses, tables, rounding."""
+"""Preconditioning against the closed forms of 2206.00364: unit variances, limits, inverses, tables,
+rounding.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +26,17 @@ def image(n: int, seed: int = 0, shape=(4, 4, 3)) -> jax.Array:
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.8])
 def test_edm_identities(sigma_data):
-    """lambda c_out^2 = 1; c_in and the target have variance 1: c_in^2 (s^2 + sd^2) = 1, c_skip = sd^2 c_in^2."""
+    """lambda c_out^2 = 1; c_in and the target have variance 1: c_in^2 (s^2 + sd^2) = 1, c_skip =
+    sd^2 c_in^2.
+    """
     c_skip, c_out, c_in, c_noise = precondition.edm(zero, sigma_data).coefficients(SIGMAS)
-    np.testing.assert_allclose(noise.edm(sigma_data=sigma_data).weight(SIGMAS) * c_out**2, 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        noise.edm(sigma_data=sigma_data).weight(SIGMAS) * c_out**2, 1, rtol=1e-5
+    )
     np.testing.assert_allclose(c_in**2 * (SIGMAS**2 + sigma_data**2), 1, rtol=1e-5)
-    np.testing.assert_allclose(((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * SIGMAS**2) / c_out**2, 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * SIGMAS**2) / c_out**2, 1, rtol=1e-5
+    )
     np.testing.assert_allclose(jnp.exp(4 * c_noise), SIGMAS, rtol=1e-5)
 
 
@@ -44,7 +52,9 @@ def test_unit_variance_inputs_and_targets():
 
 
 def test_initial_loss_is_one():
-    """With a network that says 0, EDM's weighted loss per number is 1 for data of standard deviation sigma_data."""
+    """With a network that says 0, EDM's weighted loss per number is 1 for data of standard
+    deviation sigma_data.
+    """
     law, n = noise.edm(), 8192
     keys = randomness.example_keys(jax.random.key(0), "sigma", jnp.arange(n))
     sigma = law.sample(keys)
@@ -57,7 +67,9 @@ def test_initial_loss_is_one():
 @pytest.mark.parametrize("wrap", ALL)
 def test_limit_of_small_noise_is_the_identity(wrap):
     x = image(2)
-    bounded = lambda x, c_noise, label=None: jnp.sin(jnp.stack([x.sum((1, 2, 3)) + c_noise] * 48, 1).reshape(x.shape))  # noqa: E731
+    bounded = lambda x, c_noise, label=None: jnp.sin(
+        jnp.stack([x.sum((1, 2, 3)) + c_noise] * 48, 1).reshape(x.shape)
+    )
     np.testing.assert_allclose(wrap(bounded)(x, jnp.asarray([1e-5, 1e-6])), x, atol=5e-5)
 
 
@@ -66,7 +78,9 @@ def test_limit_of_small_noise_is_the_identity(wrap):
     [(precondition.vp, -1), (precondition.iddpm, -1), (precondition.ve, 1)],
 )
 def test_eps_networks_give_back_the_image(wrap, oracle):
-    """A network that knows the noise: F = eps for VP and iDDPM, F = -eps for VE, gives x0_hat = x0."""
+    """A network that knows the noise: F = eps for VP and iDDPM, F = -eps for VE, gives x0_hat =
+    x0.
+    """
     x0, eps = image(6, 5), image(6, 6)
     x = x0 + SIGMAS[:, None, None, None] * eps
     d = wrap(lambda *_: -oracle * eps)(x, SIGMAS)
@@ -74,14 +88,16 @@ def test_eps_networks_give_back_the_image(wrap, oracle):
 
 
 def test_vp_clock():
-    """c_noise = 999 t(sigma) inverts sigma(t) to float32 precision; the range is sigma(1e-5) to sigma(1)."""
+    """c_noise = 999 t(sigma) inverts sigma(t) to float32 precision; the range is sigma(1e-5) to
+    sigma(1).
+    """
     t = np.geomspace(1e-5, 1, 50)
     denoise = precondition.vp(zero)
     c_noise = denoise.coefficients(jnp.asarray(process.VP().sigma(t), jnp.float32))[3]
     np.testing.assert_allclose(c_noise, 999 * t, rtol=2e-5)
-    assert denoise.sigma_min == pytest.approx(1.0005e-3, rel=1e-3) and denoise.sigma_max == pytest.approx(
-        152.167, rel=1e-4
-    )
+    assert denoise.sigma_min == pytest.approx(
+        1.0005e-3, rel=1e-3
+    ) and denoise.sigma_max == pytest.approx(152.167, rel=1e-4)
 
 
 def test_iddpm_table_and_rounding():
@@ -97,8 +113,12 @@ def test_iddpm_table_and_rounding():
     assert int(precondition.iddpm_index(1.0)) == 504
     # Every level is its own nearest, so c_noise = 999 - j there.
     some = np.arange(0, 1000, 37)
-    np.testing.assert_array_equal(denoise.coefficients(jnp.asarray(u[some], jnp.float32))[3], 999 - some)
-    np.testing.assert_array_equal(precondition.iddpm_index(jnp.asarray(u[some].reshape(4, -1)[:, :3])).shape, (4, 3))
+    np.testing.assert_array_equal(
+        denoise.coefficients(jnp.asarray(u[some], jnp.float32))[3], 999 - some
+    )
+    np.testing.assert_array_equal(
+        precondition.iddpm_index(jnp.asarray(u[some].reshape(4, -1)[:, :3])).shape, (4, 3)
+    )
 
 
 @pytest.mark.parametrize("wrap", ALL[:3])
@@ -108,7 +128,9 @@ def test_other_levels_are_not_rounded(wrap):
 
 @pytest.mark.parametrize("wrap", ALL)
 def test_interface(wrap):
-    """Scalars broadcast, extra keywords arrive, extra channels go, a tap returns what the network returns."""
+    """Scalars broadcast, extra keywords arrive, extra channels go, a tap returns what the network
+    returns.
+    """
     seen = {}
 
     def network(x, c_noise, label=None, tap=None, augment=None):

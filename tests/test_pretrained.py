@@ -1,4 +1,6 @@
-"""Checkpoints to networks: every published name list, the authors' own numbers, round trips, and the command line."""
+"""Checkpoints to networks: every published name list, the authors' own numbers, round trips, and
+the command line.
+"""
 
 import gzip
 import json
@@ -29,18 +31,22 @@ from ogdm_jax.interop import (
     recognise,
 )
 from ogdm_jax.networks import DhariwalUNet
-from ogdm_jax.training import finish
+from ogdm_jax.training import workdir as finish
 
 GOLDEN = Path(__file__).parent / "golden"
 LISTS = sorted(GOLDEN.glob("fullsize/*.json.gz"))
 
 
 def load_list(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """A published configuration and its state dict, in which every tensor takes the memory of one number."""
+    """A published configuration and its state dict, in which every tensor takes the memory of one
+    number.
+    """
     listed = json.loads(gzip.decompress(path.read_bytes()))
     state = {name: np.broadcast_to(np.float32(0), shape) for name, shape, _ in listed["entries"]}
     for name, value in state.items():
-        if name.endswith(".resample_filter") and value.ndim == 4:  # EDM's; constants of the constructor
+        if (
+            name.endswith(".resample_filter") and value.ndim == 4
+        ):  # EDM's; constants of the constructor
             taps = np.array({2: [1, 1], 4: [1, 3, 3, 1]}[value.shape[-1]], np.float32)
             state[name] = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
     return listed, state
@@ -48,7 +54,9 @@ def load_list(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 def same_adm(seen, told) -> bool:
     """Equal but for dropout, and for heads counted or given by their width."""
-    assert [seen.heads(width) for width in seen.widths] == [told.heads(width) for width in told.widths]
+    assert [seen.heads(width) for width in seen.widths] == [
+        told.heads(width) for width in told.widths
+    ]
     plain = {"num_heads": 1, "head_channels": 0, "dropout": 0.0}
     return seen.clone(**plain) == told.clone(**plain)
 
@@ -63,7 +71,14 @@ def test_published_lists_are_recognised_with_nothing_left_over(path):
         assert same_adm(network, told)
         return
     wanted = dict(listed["constructor"].get("kwargs", {}))
-    for field in ("img_resolution", "img_channels", "label_dim", "model_channels", "augment_dim", "embedding_type"):
+    for field in (
+        "img_resolution",
+        "img_channels",
+        "label_dim",
+        "model_channels",
+        "augment_dim",
+        "embedding_type",
+    ):
         if field in wanted and hasattr(network, field):
             assert getattr(network, field) == wanted[field], field
     for field in ("channel_mult", "resample_filter"):
@@ -72,24 +87,68 @@ def test_published_lists_are_recognised_with_nothing_left_over(path):
 
 
 HIDDEN = {  # what the authors' flags say and shapes do not
-    "guided-diffusion-64x64_diffusion": {"img_resolution": 64, "head_channels": 64, "qkv_order": "new"},
-    "guided-diffusion-128x128_diffusion": {"img_resolution": 128, "num_heads": 4, "qkv_order": "legacy"},
-    "guided-diffusion-256x256_diffusion": {"img_resolution": 256, "head_channels": 64, "label_dim": 1000},
+    "guided-diffusion-64x64_diffusion": {
+        "img_resolution": 64,
+        "head_channels": 64,
+        "qkv_order": "new",
+    },
+    "guided-diffusion-128x128_diffusion": {
+        "img_resolution": 128,
+        "num_heads": 4,
+        "qkv_order": "legacy",
+    },
+    "guided-diffusion-256x256_diffusion": {
+        "img_resolution": 256,
+        "head_channels": 64,
+        "label_dim": 1000,
+    },
     "guided-diffusion-512x512_diffusion": {"img_resolution": 512, "attn_resolutions": (32, 16, 8)},
     "guided-diffusion-64_256_upsampler": {"img_resolution": 256, "num_heads": 4, "img_channels": 6},
-    "guided-diffusion-128_512_upsampler": {"img_resolution": 512, "head_channels": 64, "attn_resolutions": (32, 16)},
-    "guided-diffusion-512x512_classifier": {"img_resolution": 512, "num_blocks": 2, "pool": "attention"},
-    "dsg-ffhq_10m": {"img_resolution": 256, "attn_resolutions": (16,), "num_blocks": 1, "out_channels": 6},
-    "ogdm-adm-unet-cifar10-32": {"img_resolution": 32, "num_heads": 1, "resblock_updown": False, "out_channels": 3},
-    "ogdm-adm-unet-celeba-afhq-64": {"img_resolution": 64, "channel_mult": (1, 2, 3, 4), "attn_resolutions": (16, 8)},
+    "guided-diffusion-128_512_upsampler": {
+        "img_resolution": 512,
+        "head_channels": 64,
+        "attn_resolutions": (32, 16),
+    },
+    "guided-diffusion-512x512_classifier": {
+        "img_resolution": 512,
+        "num_blocks": 2,
+        "pool": "attention",
+    },
+    "dsg-ffhq_10m": {
+        "img_resolution": 256,
+        "attn_resolutions": (16,),
+        "num_blocks": 1,
+        "out_channels": 6,
+    },
+    "ogdm-adm-unet-cifar10-32": {
+        "img_resolution": 32,
+        "num_heads": 1,
+        "resblock_updown": False,
+        "out_channels": 3,
+    },
+    "ogdm-adm-unet-celeba-afhq-64": {
+        "img_resolution": 64,
+        "channel_mult": (1, 2, 3, 4),
+        "attn_resolutions": (16, 8),
+    },
     "dg-extractor-32": {
         "img_resolution": 32,
         "num_blocks": 4,
         "channel_mult": (1, 2, 4),
         "attn_resolutions": (32, 16, 8),
     },
-    "dg-head-cond": {"img_resolution": 8, "num_blocks": 2, "img_channels": 512, "label_dim": 1000, "out_channels": 1},
-    "dg-imagenet-latent-extractor": {"img_resolution": 32, "img_channels": 4, "channel_mult": (1, 2, 3)},
+    "dg-head-cond": {
+        "img_resolution": 8,
+        "num_blocks": 2,
+        "img_channels": 512,
+        "label_dim": 1000,
+        "out_channels": 1,
+    },
+    "dg-imagenet-latent-extractor": {
+        "img_resolution": 32,
+        "img_channels": 4,
+        "channel_mult": (1, 2, 3),
+    },
 }
 
 
@@ -97,7 +156,9 @@ HIDDEN = {  # what the authors' flags say and shapes do not
 def test_settings_of_openai_models(name):
     _, state = load_list(GOLDEN / "fullsize" / f"{name}.json.gz")
     shapes = {key: value.shape for key, value in state.items()}
-    settings = recognise.adm_settings if recognise.kind_of(shapes) == "adm" else recognise.encoder_settings
+    settings = (
+        recognise.adm_settings if recognise.kind_of(shapes) == "adm" else recognise.encoder_settings
+    )
     found = settings(shapes, {})
     assert {field: found[field] for field in HIDDEN[name]} == HIDDEN[name]
     assert settings(shapes, {"qkv_order": "new", "dropout": 0.3})["dropout"] == 0.3
@@ -108,14 +169,18 @@ def golden_case(name: str):
     return golden, golden.state_dict()
 
 
-EDM = sorted(path.stem for pattern in ("edm_*.npz", "precond_*.npz") for path in GOLDEN.glob(pattern))
+EDM = sorted(
+    path.stem for pattern in ("edm_*.npz", "precond_*.npz") for path in GOLDEN.glob(pattern)
+)
 
 
 def snapshot(name: str, folder: Path) -> Path:
     """A golden file's network as the authors save it."""
     golden, state = golden_case(name)
     attributes = {"sigma_data": 0.5} if golden.config["cls"] == "EDMPrecond" else {}
-    ema = tf.network(state, tf.pickled_tensor, golden.config["cls"], _init_kwargs={"dropout": 0.13}, **attributes)
+    ema = tf.network(
+        state, tf.pickled_tensor, golden.config["cls"], _init_kwargs={"dropout": 0.13}, **attributes
+    )
     path = folder / "network-snapshot-000001.pkl"
     path.write_bytes(tf.pickled({"ema": ema, "augment_pipe": None}))
     return path
@@ -123,20 +188,30 @@ def snapshot(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", EDM)
 def test_snapshots_of_the_authors_are_recognised(name, tmp_path):
-    """The pickle alone gives the network that the authors' arguments give, with the same variables, bit for bit."""
+    """The pickle alone gives the network that the authors' arguments give, with the same variables,
+    bit for bit.
+    """
     golden, state = golden_case(name)
     found = load_pretrained(snapshot(name, tmp_path))
     assert found.kind == "edm" and found.dropout == 0.13 and found.network.dropout == 0.0
-    assert found.precondition == pretrained._CLASSES[golden.config["cls"]] and found.sigma_data == 0.5
+    assert (
+        found.precondition == pretrained._CLASSES[golden.config["cls"]] and found.sigma_data == 0.5
+    )
     told = names_edm.edm_network(golden.config["kwargs"], golden.config["cls"])
     seen, wanted = (export.network_settings(network) for network in (found.network, told))
     for settings in (seen, wanted):
         settings["out_channels"] = settings["out_channels"] or settings["img_channels"]
         settings.pop("dropout")
-        if isinstance(told, DhariwalUNet):  # heads have 64 channels: narrower levels do not attend, whatever is asked
+        if isinstance(
+            told, DhariwalUNet
+        ):  # heads have 64 channels: narrower levels do not attend, whatever is asked
             narrow = [told.model_channels * mult < 64 for mult in told.channel_mult]
-            wide = [told.img_resolution >> level for level, skipped in enumerate(narrow) if not skipped]
-            settings["attn_resolutions"] = [side for side in settings["attn_resolutions"] if side in wide]
+            wide = [
+                told.img_resolution >> level for level, skipped in enumerate(narrow) if not skipped
+            ]
+            settings["attn_resolutions"] = [
+                side for side in settings["attn_resolutions"] if side in wide
+            ]
     assert seen == wanted
     network, variables = found
     assert network is found.network
@@ -153,7 +228,9 @@ def test_snapshots_of_the_authors_give_their_numbers(name, tmp_path):
         return None if value is None or value.shape[-1] == 0 else jnp.asarray(value)
 
     x, sigma = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["sigma"]).reshape(-1)
-    denoised = jax.jit(found.denoiser())(x, sigma, optional("class_labels"), augment=optional("augment_labels"))
+    denoised = jax.jit(found.denoiser())(
+        x, sigma, optional("class_labels"), augment=optional("augment_labels")
+    )
     golden.assert_close("D_x", nchw(denoised))
 
 
@@ -165,7 +242,9 @@ def test_inception_in_both_layouts():
     for i, block in enumerate(names_inception._BLOCKS):
         for j, module in enumerate(block):
             wrapped |= {
-                f"blocks.{i}.{j}.{n.partition('.')[2]}": v for n, v in state.items() if n.startswith(f"{module}.")
+                f"blocks.{i}.{j}.{n.partition('.')[2]}": v
+                for n, v in state.items()
+                if n.startswith(f"{module}.")
             }
     assert len(wrapped) == len(state) - 2 and pretrained.match(wrapped)[0] == network
     with pytest.raises(ValueError, match=r"1 missing \(Mixed_7c"):
@@ -173,7 +252,9 @@ def test_inception_in_both_layouts():
 
 
 def test_inception_in_nvidias_layout():
-    """Spot checks of names and shapes of the TensorFlow graph, then all 378 tensors, with nothing left over."""
+    """Spot checks of names and shapes of the TensorFlow graph, then all 378 tensors, with nothing
+    left over.
+    """
     _, state = load_list(GOLDEN / "fullsize" / "inception-fid-2015-12-05.json.gz")
     theirs = {}
     back = {f"{block}.{ours}": f"{name}.{layer}" for name, block, layer, ours in nvidia_layers()}
@@ -184,7 +265,9 @@ def test_inception_in_nvidias_layout():
         if name.startswith("fc."):
             theirs[f"output.{tensor}"] = value
         elif f"{kind}.{tensor}" in tensors and f"{kind}.{tensor}" != "bn.weight":
-            theirs[f"layers.{back.get(module) or NVIDIA_STEM[module]}.{tensors[f'{kind}.{tensor}']}"] = value
+            theirs[
+                f"layers.{back.get(module) or NVIDIA_STEM[module]}.{tensors[f'{kind}.{tensor}']}"
+            ] = value
     for name, shape in {
         "layers.conv.weight": (32, 3, 3, 3),
         "layers.conv_4.beta": (192,),
@@ -224,9 +307,15 @@ def nvidia_layers():
 
 def test_nvidias_norms_have_scale_one():
     leaves = {"conv.weight": (4, 3, 1, 1), "beta": 4, "mean": 4, "var": 4}
-    state = {f"layers.conv.{name.removeprefix('conv.')}": np.full(shape, 2.0) for name, shape in leaves.items()}
+    state = {
+        f"layers.conv.{name.removeprefix('conv.')}": np.full(shape, 2.0)
+        for name, shape in leaves.items()
+    }
     raw = {names_inception.raw_name(name) for name in state}
-    assert raw == {f"Conv2d_1a_3x3.{n}" for n in ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")}
+    assert raw == {
+        f"Conv2d_1a_3x3.{n}"
+        for n in ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    }
     assert names_inception.scales_left_out(raw) == ["Conv2d_1a_3x3.bn.weight"]
     assert names_inception.scales_left_out(raw | {"Conv2d_1a_3x3.bn.weight"}) == []
 
@@ -266,7 +355,10 @@ def test_mismatches_are_listed_in_one_sentence():
     cases = [
         (lambda s: from_torch(s, "sdxl"), "kind: 'sdxl' given; expected one of edm"),
         (lambda s: from_torch(s, "edm", width=3), "unknown setting 'width'"),
-        (lambda s: from_torch({"a": np.ones(3), "b": np.ones(2)}), r"2 tensors \(a, b, \.\.\.\) of no known network"),
+        (
+            lambda s: from_torch({"a": np.ones(3), "b": np.ones(2)}),
+            r"2 tensors \(a, b, \.\.\.\) of no known network",
+        ),
         (lambda s: from_torch({}), "0 tensors"),
     ]
     for call, words in cases:
@@ -274,16 +366,26 @@ def test_mismatches_are_listed_in_one_sentence():
             call(small())
 
 
-ADM = sorted(path.stem for pattern in ("gd_unet_*.npz", "gd_classifier_*.npz") for path in GOLDEN.glob(pattern))
+ADM = sorted(
+    path.stem
+    for pattern in ("gd_unet_*.npz", "gd_classifier_*.npz")
+    for path in GOLDEN.glob(pattern)
+)
 
 
 @pytest.mark.parametrize("name", ADM)
 def test_openai_models_are_recognised(name):
-    """With what shapes hide given, the tensors give the network of the authors' arguments, and go back bit for bit."""
+    """With what shapes hide given, the tensors give the network of the authors' arguments, and go
+    back bit for bit.
+    """
     golden, state = golden_case(name)
     arguments = golden.config["kwargs"]
     told = adm.encoder(arguments) if "pool" in arguments else adm.unet(arguments)
-    heads = {"head_channels": told.head_channels} if told.head_channels else {"num_heads": told.num_heads}
+    heads = (
+        {"head_channels": told.head_channels}
+        if told.head_channels
+        else {"num_heads": told.num_heads}
+    )
     order = adm.order(arguments)
     network, variables = from_torch(
         state, img_resolution=told.img_resolution, qkv_order=order, **heads, dropout=told.dropout
@@ -313,7 +415,11 @@ def test_unpublished_openai_models_need_what_shapes_hide():
     with pytest.raises(UnrecognisedError, match=r"head_channels \(or num_heads\)"):
         recognise.adm_settings(shapes, {"img_resolution": 16})
     found = recognise.adm_settings(shapes, {"img_resolution": 16, "head_channels": 16})
-    assert found["attn_resolutions"] == (8,) and found["label_dim"] == 10 and found["out_channels"] == 6
+    assert (
+        found["attn_resolutions"] == (8,)
+        and found["label_dim"] == 10
+        and found["out_channels"] == 6
+    )
 
 
 @pytest.mark.parametrize("name", ["ogdm_disc_r8", "ogdm_disc_r16", "ogdm_disc_r8_labels"])
@@ -330,15 +436,29 @@ def test_discriminators(name):
 
 def published(folder: Path, side: int = 8, labels: int = 10, channels: int = 1) -> Path:
     """A snapshot pickle of hash weights that fits the digits: grey, 8 pixels, 10 classes."""
-    settings = {"img_resolution": side, "img_channels": channels, "label_dim": labels, "augment_dim": 0}
-    settings |= {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+    settings = {
+        "img_resolution": side,
+        "img_channels": channels,
+        "label_dim": labels,
+        "augment_dim": 0,
+    }
+    settings |= {
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "num_blocks": 1,
+        "attn_resolutions": (4,),
+    }
     network = names_edm.edm_network(settings | {"model_type": "SongUNet"})
     shapes = {entry.name: entry.torch_shape for entry in names_edm.edm_entries(network)}
     state = {}
     for rank, (name, shape) in enumerate(sorted(shapes.items())):
-        hashed = golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
+        hashed = (
+            golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
+        )
         fan = np.prod(shape[1:]) if len(shape) > 1 else 100
-        state[name] = (hashed / np.sqrt(fan) + (len(shape) == 1 and name.endswith("weight"))).astype(np.float32)
+        state[name] = (
+            hashed / np.sqrt(fan) + (len(shape) == 1 and name.endswith("weight"))
+        ).astype(np.float32)
     ema = tf.network(state, tf.pickled_tensor, sigma_data=0.5, _init_kwargs={"dropout": 0.1})
     path = folder / "network-snapshot-000001.pkl"
     path.write_bytes(tf.pickled({"ema": ema}))
@@ -389,16 +509,27 @@ def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
     flags = [config if printed[i - 1] == "--config" else word for i, word in enumerate(printed)]
     flags[flags.index("NEW")] = "tuned"
     more = "methods=ogdm data.source=digits data.batch=16 data.augment=0.0 train.duration=10,steps log.every=5,steps "
-    more += (
-        "sample.every=0,steps log.tensorboard=false ogdm.channel_base=64 ogdm.channel_max=8 sample.num=4 sample.steps=3"
-    )
+    more += "sample.every=0,steps log.tensorboard=false ogdm.channel_base=64 ogdm.channel_max=8 sample.num=4 sample.steps=3"
     extra = [f"--config.{text.replace(',', ' ')}" for text in more.split()]
     done = script(folder, "train.py", *flags, *extra)
     assert done.returncode == 0, done.stderr
     assert "fine-tuning the ema weights" in done.stdout
-    lines = [json.loads(text) for text in (folder / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(text) for text in (folder / "tuned" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["step"] == 10 and np.isfinite(lines[-1]["loss"])
-    done = script(folder, "sample.py", "--workdir", "tuned", "--num", "4", "--steps", "3", "--out", "tuned.npz")
+    done = script(
+        folder,
+        "sample.py",
+        "--workdir",
+        "tuned",
+        "--num",
+        "4",
+        "--steps",
+        "3",
+        "--out",
+        "tuned.npz",
+    )
     assert done.returncode == 0, done.stderr
     with np.load(folder / "tuned.npz") as saved:
         assert any(value.shape == (4, 8, 8, 1) for value in saved.values())
@@ -407,7 +538,11 @@ def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
 def test_show_and_refusals_on_the_command_line(converted, tmp_path):
     folder, source, _ = converted
     done = interop(folder, "show", source.name, "--tensors")
-    assert done.returncode == 0 and "edm, SongUNet" in done.stdout and "model.map_layer0.weight" in done.stdout
+    assert (
+        done.returncode == 0
+        and "edm, SongUNet" in done.stdout
+        and "model.map_layer0.weight" in done.stdout
+    )
     assert "precondition: edm" in done.stdout
     evil = tf.pickled(tf.Call(tf.Name("os", "system"), ("touch executed",)))
     (tmp_path / "evil.pkl").write_bytes(evil)

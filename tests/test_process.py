@@ -11,7 +11,9 @@ from ogdm_jax.diffusion import process, steps
 pytestmark = pytest.mark.fast
 
 
-@pytest.mark.parametrize("clock", [process.VP(), process.VE(), process.EDM(), process.VP.between(0.02, 90.0)])
+@pytest.mark.parametrize(
+    "clock", [process.VP(), process.VE(), process.EDM(), process.VP.between(0.02, 90.0)]
+)
 def test_time_inverts_sigma_and_derivative_is_the_slope(clock):
     sigma = np.geomspace(0.002, 150.0, 40)
     t = clock.time(sigma)
@@ -29,7 +31,13 @@ def test_vp_numbers():
     np.testing.assert_allclose(vp.sigma(1.0), 152.16697, rtol=1e-7)
     np.testing.assert_allclose(vp.sigma(1e-5), 1.0005e-3, rtol=1e-4)
     np.testing.assert_allclose(vp.scale(0.3), 1 / np.sqrt(1 + vp.sigma(0.3) ** 2), rtol=1e-12)
-    for sigma, t in ((0.1, 0.026995), (0.5, 0.144814), (1.0, 0.25896), (10.0, 0.676045), (80.0, 0.933511)):
+    for sigma, t in (
+        (0.1, 0.026995),
+        (0.5, 0.144814),
+        (1.0, 0.25896),
+        (10.0, 0.676045),
+        (80.0, 0.933511),
+    ):
         np.testing.assert_allclose(vp.time(sigma), t, rtol=5e-5)
     refitted = process.VP.between(float(vp.sigma(1e-3)), float(vp.sigma(1.0)))
     np.testing.assert_allclose([refitted.beta_d, refitted.beta_min], [19.9, 0.1], rtol=1e-9)
@@ -43,7 +51,7 @@ def test_predictions_convert_back_and_forth():
         sigma = jnp.asarray([0.01, 0.5, 3.0, 80.0])
         s = sigma[:, None, None, None]
         x = x0 + s * eps
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)  # noqa: E731
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
         close(process.eps_from_x0(x, x0, sigma), eps)
         close(process.x0_from_eps(x, eps, sigma), x0)
         close(process.x0_from_score(x, process.score_from_x0(x, x0, sigma), sigma), x0)
@@ -56,7 +64,9 @@ def test_predictions_convert_back_and_forth():
 
 
 def test_zero_terminal_snr_is_the_limit_of_high_noise():
-    """spec/sp.md 1 and 9.9: where nothing is left of the image, x0 = -v and eps = x_vp, and nothing overflows."""
+    """spec/sp.md 1 and 9.9: where nothing is left of the image, x0 = -v and eps = x_vp, and nothing
+    overflows.
+    """
     x0, eps = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1)).astype(np.float32)
     sigma = jnp.full(3, 1e12, jnp.float32)
     x = jnp.asarray(x0 + np.float32(1e12) * eps)
@@ -65,7 +75,9 @@ def test_zero_terminal_snr_is_the_limit_of_high_noise():
     np.testing.assert_allclose(process.x0_from_v(x, v, sigma), x0, atol=1e-6)
     np.testing.assert_allclose(process.vp_scale(sigma)[:, None, None, None] * x, eps, atol=1e-6)
     schedule = np.append(process.betas("linear", 100)[:-1], 1.0)
-    with pytest.raises(ValueError, match="alpha_bar is 0 at .99.; expected steps of finite noise level"):
+    with pytest.raises(
+        ValueError, match="alpha_bar is 0 at .99.; expected steps of finite noise level"
+    ):
         process.Discrete.make(schedule)
     assert np.isfinite(process.Discrete.make(schedule, keep=range(99)).sigma).all()
 
@@ -88,7 +100,14 @@ def test_discrete_tables():
 
 def test_respacing():
     assert process.space_timesteps(1000, "250")[[1, 2, -2, -1]].tolist() == [4, 8, 995, 999]
-    assert process.space_timesteps(1000, "10,10")[[0, 1, 9, 10, 11, 19]].tolist() == [0, 55, 499, 500, 555, 999]
+    assert process.space_timesteps(1000, "10,10")[[0, 1, 9, 10, 11, 19]].tolist() == [
+        0,
+        55,
+        499,
+        500,
+        555,
+        999,
+    ]
     for spacing in ("11", "ddim11", "ddim", "0"):
         with pytest.raises(ValueError, match="spacing="):
             process.space_timesteps(10, spacing)
@@ -104,7 +123,9 @@ def test_iddpm_table():
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_vp_ddim_is_the_rule_in_our_coordinate(eta):
-    """DDIM as published (arXiv 2010.02502 eq. 12, in x_vp) against steps.ddim on x_vp / sqrt(alpha_bar)."""
+    """DDIM as published (arXiv 2010.02502 eq. 12, in x_vp) against steps.ddim on x_vp /
+    sqrt(alpha_bar).
+    """
     with jax.enable_x64(True):
         x_vp, noise = jax.random.normal(jax.random.key(1), (2, 4, 3, 3, 2), jnp.float64)
         bar = jnp.asarray(process.Discrete.make().alpha_bar)
@@ -123,7 +144,9 @@ def test_vp_ddim_is_the_rule_in_our_coordinate(eta):
             euler = steps.euler(lambda *_: x0, x, sigma, sigma_next) * jnp.sqrt(b)
             np.testing.assert_allclose(euler, published, rtol=1e-10, atol=1e-10)
         if eta == 1:
-            ancestral = steps.ancestral(lambda *_: x0, x, sigma, sigma_next, noise=noise) * jnp.sqrt(b)
+            ancestral = steps.ancestral(
+                lambda *_: x0, x, sigma, sigma_next, noise=noise
+            ) * jnp.sqrt(b)
             np.testing.assert_allclose(ancestral, published, rtol=1e-10, atol=1e-10)
 
 
@@ -134,7 +157,7 @@ def test_ddpm_variances():
         sigma, sigma_next = jnp.asarray(table.sigma[1:]), jnp.asarray(table.sigma[:-1])
         scale = np.sqrt(table.alpha_bar[:-1])  # back to x_vp of the next step
         small, large = table.posterior_variance[1:], table.betas[1:]
-        check = lambda v, want: np.testing.assert_allclose(  # noqa: E731
+        check = lambda v, want: np.testing.assert_allclose(
             steps.posterior_std(sigma, sigma_next, v) * scale, np.sqrt(want), rtol=1e-9
         )
         check("small", small)

@@ -1,4 +1,6 @@
-"""train.py --profile FIRST,LAST: which steps are traced, and which words are refused. test_places.py writes a trace."""
+"""train.py --profile FIRST,LAST: which steps are traced, and which words are refused.
+test_places.py writes a trace.
+"""
 
 import jax
 import pytest
@@ -10,24 +12,43 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.training import profile
 
 
-@pytest.mark.parametrize("text", ["5", "5,3", "0,2", "-1,3", "a,b", "1,2,3", "1.5,2", ",", "1," + "9" * 13])
+@pytest.mark.parametrize(
+    "text", ["5", "5,3", "0,2", "-1,3", "a,b", "1,2,3", "1.5,2", ",", "1," + "9" * 13]
+)
 def test_what_is_no_range_is_refused(text):
-    with pytest.raises(ConfigError, match="--profile: .* given; expected FIRST,LAST with 1 <= FIRST <= LAST"):
+    with pytest.raises(
+        ConfigError, match="--profile: .* given; expected FIRST,LAST with 1 <= FIRST <= LAST"
+    ):
         profile.parse(text)
 
 
 def test_ranges_are_read():
-    assert profile.parse("") is None and profile.parse("3,3") == (3, 3) and profile.parse("10, 12") == (10, 12)
+    assert (
+        profile.parse("") is None
+        and profile.parse("3,3") == (3, 3)
+        and profile.parse("10, 12") == (10, 12)
+    )
     profile.check(None, 5)
     profile.check((2, 5), 5)
 
 
 def test_train_refuses_steps_that_never_come(tmp_path):
-    for words, sentence in (("5,3", "expected FIRST,LAST"), ("4,6", "expected steps up to 5, where the run ends")):
+    for words, sentence in (
+        ("5,3", "expected FIRST,LAST"),
+        ("4,6", "expected steps up to 5, where the run ends"),
+    ):
         flags = tiny.flags(tiny.ONE_LEVEL, "methods=", "train.duration=5 steps")
         done = entry(tmp_path, "train.py", "--workdir", "run", "--profile", words, *flags)
-        assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: --profile: "), done
-        assert sentence in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+        assert (
+            done.returncode == 1
+            and done.stdout == ""
+            and done.stderr.startswith("error: --profile: ")
+        ), done
+        assert (
+            sentence in done.stderr
+            and done.stderr.count("\n") == 1
+            and not (tmp_path / "run").exists()
+        )
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Distances of streams: equal to those of whole arrays, one batch at a time; and the commands of a training folder."""
+"""Distances of streams: equal to those of whole arrays, one batch at a time; and the commands of a
+training folder.
+"""
 
 import json
 
@@ -7,9 +9,10 @@ import pytest
 import tiny
 
 from ogdm_jax import startup
+from ogdm_jax.cli import evaluation as commands
+from ogdm_jax.cli.evaluate import main
 from ogdm_jax.data import open_source
-from ogdm_jax.evaluation import Statistics, commands, frechet_distance, protocol
-from ogdm_jax.evaluation.__main__ import main
+from ogdm_jax.metrics import Statistics, frechet_distance, protocol
 from ogdm_jax.training import loop
 
 
@@ -33,7 +36,11 @@ def gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_a_stream_scores_as_the_whole_array():
     source, space = open_source("digits"), Pixels()
     reference = protocol.of_source(space, source, 300, splits=2, batch=100)
-    assert (reference.n, reference.count, len(reference.halves)) == (300, 1797, 2) and space.most == 100
+    assert (reference.n, reference.count, len(reference.halves)) == (
+        300,
+        1797,
+        2,
+    ) and space.most == 100
     fakes = np.random.default_rng(0).integers(0, 17, (700, 8, 8, 1), np.uint8) * 15
     asked = []
 
@@ -47,10 +54,14 @@ def test_a_stream_scores_as_the_whole_array():
     result = protocol.score(space, stream, reference)
     assert space.most == 100 and len(asked) == 11
     real, values = space(source.images).astype(np.float64), space(fakes).astype(np.float64)
-    np.testing.assert_allclose(result["fd_all"], frechet_distance(*gaussian(values), *gaussian(real)), rtol=1e-9)
+    np.testing.assert_allclose(
+        result["fd_all"], frechet_distance(*gaussian(values), *gaussian(real)), rtol=1e-9
+    )
     distances = [frechet_distance(*gaussian(values[:300]), *a) for a, _ in reference.halves]
     np.testing.assert_allclose(result["fd"], np.mean(distances), rtol=1e-9)
-    assert result["n"] == 300 and result["n_samples"] == 700 and result["fd"] > 5 * result["floor"] > 0
+    assert (
+        result["n"] == 300 and result["n_samples"] == 700 and result["fd"] > 5 * result["floor"] > 0
+    )
 
 
 def test_the_halves_are_disjoint_and_random():
@@ -74,7 +85,9 @@ def test_the_halves_are_disjoint_and_random():
     reference = protocol.of_source(Numbers(), Source(), 10_000, splits=3, batch=64)
     assert reference.n == 100 and len({tuple(a[0]) for a, _ in reference.halves}) == 3
     for a, b in reference.halves:
-        np.testing.assert_allclose((a[0] + b[0]) / 2, reference.whole[0])  # together they are everything
+        np.testing.assert_allclose(
+            (a[0] + b[0]) / 2, reference.whole[0]
+        )  # together they are everything
         assert 80 < a[0][0] < 120
 
 
@@ -83,9 +96,13 @@ def test_published_statistics_have_no_floor_and_other_spaces_are_refused():
     reference = protocol.of_statistics(space, Statistics(mu, cov, 50_000))
     images = open_source("digits").images
     result = protocol.score(space, [images[:900], images[900:]], reference)
-    assert result["floor"] is None and result["n_reference"] == 50_000 and result["n_samples"] == 1797
+    assert (
+        result["floor"] is None and result["n_reference"] == 50_000 and result["n_samples"] == 1797
+    )
     values = space(images).astype(np.float64)
-    np.testing.assert_allclose(result["fd_all"], frechet_distance(*gaussian(values), mu, cov), rtol=1e-9)
+    np.testing.assert_allclose(
+        result["fd_all"], frechet_distance(*gaussian(values), mu, cov), rtol=1e-9
+    )
     for wrong in (Statistics(np.zeros(3), np.eye(3)), Statistics(mu, cov, None, "fid")):
         with pytest.raises(ValueError, match="fd_pixels has 8"):
             protocol.of_statistics(space, wrong)
@@ -101,14 +118,26 @@ def test_seed_ranges_are_edms():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder as training leaves it: nothing was trained, and what the log would say is made up."""
+    """A folder as training leaves it: nothing was trained, and what the log would say is made
+    up.
+    """
     folder = tmp_path_factory.mktemp("commands")
-    settings = ("methods=", "train.duration=0 steps", "parallel.devices=1", "sample.steps=2", "sample.solver=heun")
+    settings = (
+        "methods=",
+        "train.duration=0 steps",
+        "parallel.devices=1",
+        "sample.steps=2",
+        "sample.solver=heun",
+    )
     loop.train(tiny.config(*settings), folder, lambda _: None)
-    lines = [{"step": n, "kimg": n * 0.032, "loss": 9 / n, "learning_rate": 1e-3} for n in (1, 2, 3)]
+    lines = [
+        {"step": n, "kimg": n * 0.032, "loss": 9 / n, "learning_rate": 1e-3} for n in (1, 2, 3)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "object.json").write_text('{"features": "fd_pixels"}')
-    (folder / "partial.json").write_text('[{"features": "fd_pixels", "solver": "heun", "steps": 2, "nfe": "3"}]')
+    (folder / "partial.json").write_text(
+        '[{"features": "fd_pixels", "solver": "heun", "steps": 2, "nfe": "3"}]'
+    )
     return folder
 
 
@@ -127,9 +156,16 @@ def test_protocol_command(workdir, capsys):
     result = json.loads(said.out)
     assert json.loads(out.read_text()) == result and "seeds 8-47: fd_pixels" in said.err
     sets = result["sets"]
-    assert [s["seeds"] for s in sets] == ["8-47", "48-87"] and sets[0]["fd_all"] != sets[1]["fd_all"]
+    assert [s["seeds"] for s in sets] == ["8-47", "48-87"] and sets[0]["fd_all"] != sets[1][
+        "fd_all"
+    ]
     assert result["fd_all_min"] == min(s["fd_all"] for s in sets) and result["floor"] > 0
-    assert (result["n"], result["n_samples"], result["n_reference"], result["nfe"]) == (40, 40, 1797, 3)
+    assert (result["n"], result["n_samples"], result["n_reference"], result["nfe"]) == (
+        40,
+        40,
+        1797,
+        3,
+    )
 
 
 def test_report_command(workdir, capsys):
@@ -137,16 +173,25 @@ def test_report_command(workdir, capsys):
     main(words.split())
     assert "wrote" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
-    titles = ("Distance against", "Samples", "Nearest", "Trajectories", "Training", "Samples during")
+    titles = (
+        "Distance against",
+        "Samples",
+        "Nearest",
+        "Trajectories",
+        "Training",
+        "Samples during",
+    )
     assert all(f"<h2>{title}" in page for title in titles) and "step 0" in page
     saved = json.loads((workdir / "distances.json").read_text())
-    assert [(r["solver"], r["steps"], r["nfe"], r["n"]) for r in saved] == [("heun", 2, 3, 12)] and saved[0][
-        "floor"
-    ] > 0
+    assert [(r["solver"], r["steps"], r["nfe"], r["n"]) for r in saved] == [
+        ("heun", 2, 3, 12)
+    ] and saved[0]["floor"] > 0
 
 
 def test_lines_of_a_killed_run_are_left_out(tmp_path):
-    """Its last line is cut, in the middle of a letter of several bytes here; the next run went on behind it."""
+    """Its last line is cut, in the middle of a letter of several bytes here; the next run went on
+    behind it.
+    """
     lines = b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n{"step": 4}\n7\n{"step": 5, "\xc3'
     (tmp_path / "metrics.jsonl").write_bytes(lines)
     assert [line["step"] for line in commands._metrics(str(tmp_path))] == [1, 4]
@@ -162,14 +207,31 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
         ("protocol --workdir WORK --step newest", "a number or best"),
         ("protocol --workdir WORK --ranges 0", "--ranges"),
         ("protocol --workdir nowhere", "holds no checkpoint"),
-        ("report --workdir WORK --distances WORK/nothing.json", "nothing.json cannot be read (FileNotFoundError)"),
-        ("report --workdir WORK --distances WORK/metrics.jsonl", "cannot be read (JSONDecodeError)"),
-        ("report --workdir WORK --distances WORK/object.json", "object.json is no list of distances; expected"),
-        ("report --workdir WORK --distances WORK/partial.json", "partial.json has no nfe of the right type"),
+        (
+            "report --workdir WORK --distances WORK/nothing.json",
+            "nothing.json cannot be read (FileNotFoundError)",
+        ),
+        (
+            "report --workdir WORK --distances WORK/metrics.jsonl",
+            "cannot be read (JSONDecodeError)",
+        ),
+        (
+            "report --workdir WORK --distances WORK/object.json",
+            "object.json is no list of distances; expected",
+        ),
+        (
+            "report --workdir WORK --distances WORK/partial.json",
+            "partial.json has no nfe of the right type",
+        ),
     ],
 )
 def test_commands_refuse_in_one_sentence(workdir, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         main(words.replace("WORK", str(workdir)).split())
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 1 and message in error and error.startswith("error: ") and "\n" not in error
+    assert (
+        stop.value.code == 1
+        and message in error
+        and error.startswith("error: ")
+        and "\n" not in error
+    )

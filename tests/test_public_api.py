@@ -21,11 +21,11 @@ PUBLIC = {
         "iddpm": "n",
         "ddim": "n",
     },
-    "diffusion.sampling": {
+    "sampling": {
         "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, "
         "label=None, kick=None, trajectory=False"
     },
-    "diffusion.operators": {
+    "inverse.operators": {
         "inpaint": "mask",
         "super_resolution": "factor, size",
         "gaussian_blur": "size, std",
@@ -44,7 +44,9 @@ PUBLIC = {
         "spherical": "loss, rate=0.2, interval=1",
         "posterior": "loss, scale",
     },
-    "methods.stf": {"stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"},
+    "methods.stf": {
+        "stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"
+    },
     "methods.sp": {"self_perceptual_loss": "features, x0, eps, x0_hat, eps_hat, sigma_next"},
     "methods.ogdm": {
         "next_sigma": "sigma, u, k, sigma_min=0.002, sigma_max=80.0, rho=7.0",
@@ -54,10 +56,17 @@ PUBLIC = {
         "r1_penalty": "discriminate, images",
     },
     "networks": dict.fromkeys(
-        ("SongUNet", "DhariwalUNet", "ADMUNet", "ADMEncoder", "StyleGAN2Discriminator", "InceptionV3")
+        (
+            "SongUNet",
+            "DhariwalUNet",
+            "ADMUNet",
+            "ADMEncoder",
+            "StyleGAN2Discriminator",
+            "InceptionV3",
+        )
     ),
     "interop": {"read_torch": "path", "from_torch": "state, kind", "load_pretrained": "path"},
-    "evaluation": {
+    "metrics": {
         "frechet_distance": "mu1, cov1, mu2, cov2",
         "kernel_distance": "x, y",
         "precision_recall": "x, y, k",
@@ -65,12 +74,16 @@ PUBLIC = {
         "Moments": None,
     },
 }
-CASES = [(module, name, promised) for module, names in PUBLIC.items() for name, promised in names.items()]
+CASES = [
+    (module, name, promised) for module, names in PUBLIC.items() for name, promised in names.items()
+]
 
 
 @pytest.mark.parametrize("module,name,promised", CASES, ids=lambda value: str(value)[:24])
 def test_public_names_keep_their_arguments(module, name, promised):
-    """Every promised argument in its place with its default; more arguments with defaults may follow."""
+    """Every promised argument in its place with its default; more arguments with defaults may
+    follow.
+    """
     thing = getattr(importlib.import_module(f"ogdm_jax.{module}"), name)
     assert thing.__doc__
     if promised is None:
@@ -84,4 +97,7 @@ def test_public_names_keep_their_arguments(module, name, promised):
     promised_count = len(promised.split(", "))
     assert len(found) >= promised_count
     for extra in found[promised_count:]:
-        assert extra.default is not inspect.Parameter.empty or extra.kind is inspect.Parameter.VAR_KEYWORD, extra
+        assert (
+            extra.default is not inspect.Parameter.empty
+            or extra.kind is inspect.Parameter.VAR_KEYWORD
+        ), extra

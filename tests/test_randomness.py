@@ -20,8 +20,10 @@ def keys(n: int = 64):
 @pytest.fixture(scope="module")
 def bits() -> np.ndarray:
     """uint32 [site, example, *SHAPE]."""
-    draw = lambda k: jax.random.bits(k, SHAPE, "uint32")  # noqa: E731
-    sites = [randomness.fold_in_each(randomness.quick(keys()), f"enc_16x16_block{i}") for i in range(4)]
+    draw = lambda k: jax.random.bits(k, SHAPE, "uint32")
+    sites = [
+        randomness.fold_in_each(randomness.quick(keys()), f"enc_16x16_block{i}") for i in range(4)
+    ]
     return np.stack([np.asarray(jax.vmap(draw)(site)) for site in sites])
 
 
@@ -38,7 +40,9 @@ def test_bytes_are_uniform(bits, shift):
 
 
 def test_pairs_of_neighbours_are_uniform(bits):
-    """The top 4 bits of numbers that follow one another, in all 256 combinations; the lowest 4 too."""
+    """The top 4 bits of numbers that follow one another, in all 256 combinations; the lowest 4
+    too.
+    """
     for shift in (28, 0):
         nibble = ((bits >> shift) & 15).reshape(-1)
         counts = np.bincount(nibble[:-1] * 16 + nibble[1:], minlength=256)
@@ -46,12 +50,17 @@ def test_pairs_of_neighbours_are_uniform(bits):
 
 
 def test_places_examples_and_sites_are_uncorrelated(bits):
-    """Correlations of uniform numbers along every axis and of examples and sites with one another: noise alone."""
+    """Correlations of uniform numbers along every axis and of examples and sites with one another:
+    noise alone.
+    """
     u = (bits / 2.0**32 - 0.5) * np.sqrt(12)
     rows = u.reshape(u.shape[0] * u.shape[1], -1)
     between = rows @ rows.T / rows.shape[1]
     off = between[~np.eye(len(rows), dtype=bool)]
-    assert np.abs(off).max() < 6 / np.sqrt(rows.shape[1]) and abs(off.std() * np.sqrt(rows.shape[1]) - 1) < 0.05
+    assert (
+        np.abs(off).max() < 6 / np.sqrt(rows.shape[1])
+        and abs(off.std() * np.sqrt(rows.shape[1]) - 1) < 0.05
+    )
     for axis in (2, 3, 4):
         a, b = (np.take(u, range(i, u.shape[axis] - 1 + i), axis) for i in (0, 1))
         assert abs((a * b).mean()) < 4.5 / np.sqrt(a.size), axis
@@ -63,12 +72,17 @@ def test_places_examples_and_sites_are_uncorrelated(bits):
 
 def test_keys_that_differ_in_one_bit_share_nothing():
     words = np.asarray(jax.random.key_data(keys(1)))[0]
-    near = np.stack([words] + [words ^ np.uint32([[1 << b, 0], [0, 1 << b]][w]) for b in range(32) for w in (0, 1)])
+    near = np.stack(
+        [words]
+        + [words ^ np.uint32([[1 << b, 0], [0, 1 << b]][w]) for b in range(32) for w in (0, 1)]
+    )
     quick = randomness.quick(jax.random.wrap_key_data(near))
     drawn = np.asarray(jax.vmap(lambda k: jax.random.bits(k, (2000,), "uint32"))(quick))
     flipped = np.unpackbits((drawn[1:] ^ drawn[:1]).view(np.uint8), axis=1).mean(1)
     assert np.abs(flipped - 0.5).max() < 5 * 0.5 / np.sqrt(64_000)
-    folded = jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(quick[0], i))(jnp.arange(10_000)))
+    folded = jax.random.key_data(
+        jax.vmap(lambda i: jax.random.fold_in(quick[0], i))(jnp.arange(10_000))
+    )
     assert len(np.unique(np.asarray(folded), axis=0)) == 10_000
 
 
@@ -79,8 +93,10 @@ def test_normal_numbers_have_normal_moments():
 
 
 def test_a_draw_depends_on_its_own_key_alone():
-    """The same number in a batch of 1 and of 8, under jit on a mesh of 8 devices, and whatever the neighbours."""
-    drawn = lambda k: layers.dropout(jnp.ones((k.shape[0], 8, 8, 4)), 0.3, k, "site")  # noqa: E731
+    """The same number in a batch of 1 and of 8, under jit on a mesh of 8 devices, and whatever the
+    neighbours.
+    """
+    drawn = lambda k: layers.dropout(jnp.ones((k.shape[0], 8, 8, 4)), 0.3, k, "site")
     whole = np.asarray(drawn(keys(8)))
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ("data",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -101,13 +117,18 @@ def test_dropout_keeps_its_rate_and_mean():
 
 
 def test_quick_numbers_cost_a_fraction_of_threefrys():
-    """Integer operations in the program of one mask: what makes a step's compilation and traffic long."""
+    """Integer operations in the program of one mask: what makes a step's compilation and traffic
+    long.
+    """
 
     def operations(quick: bool) -> int:
         def mask(k):
             return jax.random.bernoulli(randomness.quick(k) if quick else k, 0.87, (8, 8))
 
         text = jax.jit(mask).trace(jax.random.key(0)).lower(lowering_platforms=("tpu",)).as_text()
-        return sum(text.count(f"stablehlo.{op} ") for op in ("add", "xor", "or", "shift_left", "shift_right_logical"))
+        return sum(
+            text.count(f"stablehlo.{op} ")
+            for op in ("add", "xor", "or", "shift_left", "shift_right_logical")
+        )
 
     assert 5 * operations(True) < operations(False)

@@ -1,7 +1,10 @@
-"""Distances against scipy, scikit-learn's real images and, where they are installed, the libraries that papers used.
+"""Distances against scipy, scikit-learn's real images and, where they are installed, the libraries
+that papers used.
 
-metrics.py needs numpy and scipy alone and is loaded from its file, so that this module also runs where torch is and JAX
-is not: pip install torch pytorch-fid torch-fidelity prdc, then pytest --noconftest tests/test_reference_libraries.py.
+metrics.py needs numpy and scipy alone and is loaded from its file, so that this module also runs
+where torch is and JAX
+is not: pip install torch pytorch-fid torch-fidelity prdc, then pytest --noconftest
+  tests/test_reference_libraries.py.
 """
 
 import importlib.util
@@ -13,7 +16,7 @@ from scipy.linalg import sqrtm
 
 pytestmark = pytest.mark.fast
 
-_FILE = Path(__file__).parent.parent / "ogdm_jax" / "evaluation" / "metrics.py"
+_FILE = Path(__file__).parent.parent / "ogdm_jax" / "metrics" / "distances.py"
 _SPEC = importlib.util.spec_from_file_location("metrics_alone", _FILE)
 metrics = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(metrics)
@@ -28,7 +31,8 @@ def _random() -> tuple[np.ndarray, np.ndarray]:
 def _real() -> tuple[np.ndarray, np.ndarray]:
     """Those pixels of real digits that vary, against blurred digits.
 
-    A little noise, or many of the distances would be exactly equal: on the edge of a ball the libraries differ.
+    A little noise, or many of the distances would be exactly equal: on the edge of a ball the
+    libraries differ.
     """
     from sklearn.datasets import load_digits
 
@@ -74,10 +78,16 @@ def test_frechet_and_kernel_distance_are_torch_fidelitys(features):
     x, y = features
     stats = [frechet.fid_features_to_statistics(torch.from_numpy(part)) for part in (x, y)]
     truth = frechet.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
-    np.testing.assert_allclose(metrics.frechet_distance(*_moments(x), *_moments(y)), truth, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.frechet_distance(*_moments(x), *_moments(y)), truth, rtol=1e-6
+    )
     n = min(len(x), len(y))
     both = [torch.from_numpy(part[:n]) for part in features]
-    settings = {"kid_subsets": 1, "kid_subset_size": n, "verbose": False}  # one subset of everything
+    settings = {
+        "kid_subsets": 1,
+        "kid_subset_size": n,
+        "verbose": False,
+    }  # one subset of everything
     truth = kernel.kid_features_to_metric(*both, **settings)["kernel_inception_distance_mean"]
     np.testing.assert_allclose(metrics.kernel_distance(x[:n], y[:n]), truth, rtol=1e-6, atol=1e-9)
 
@@ -87,5 +97,9 @@ def test_precision_recall_density_coverage_are_prdcs(features, k):
     library = pytest.importorskip("prdc")
     x, y = features
     truth = library.compute_prdc(real_features=x, fake_features=y, nearest_k=k)
-    np.testing.assert_allclose(metrics.precision_recall(x, y, k), (truth["precision"], truth["recall"]), atol=1e-12)
-    np.testing.assert_allclose(metrics.density_coverage(x, y, k), (truth["density"], truth["coverage"]), atol=1e-12)
+    np.testing.assert_allclose(
+        metrics.precision_recall(x, y, k), (truth["precision"], truth["recall"]), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        metrics.density_coverage(x, y, k), (truth["density"], truth["coverage"]), atol=1e-12
+    )

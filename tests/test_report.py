@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ogdm_jax.evaluation import report
+from ogdm_jax.data import pictures as report
 
 pytestmark = pytest.mark.fast
 
@@ -30,10 +30,14 @@ def test_grid_places_image_i_at_row_and_column():
     assert report.grid(images).shape == (4, 9, 3)
     padded = report.grid(images, columns=2, padding=1, scale=2)
     assert padded.shape == (3 * 4 + 2, 2 * 6 + 1, 3)
-    assert (padded[5:9, 7:13] == 3).all() and (padded[4] == 255).all() and (padded[:, 6] == 255).all()
+    assert (
+        (padded[5:9, 7:13] == 3).all() and (padded[4] == 255).all() and (padded[:, 6] == 255).all()
+    )
 
 
-@pytest.mark.parametrize("images", [np.zeros((0, 2, 2, 1)), np.zeros((2, 2, 2)), np.zeros((2, 2, 2, 2))])
+@pytest.mark.parametrize(
+    "images", [np.zeros((0, 2, 2, 1)), np.zeros((2, 2, 2)), np.zeros((2, 2, 2, 2))]
+)
 def test_grid_refuses_what_is_no_batch_of_images(images):
     with pytest.raises(ValueError, match="expected \\[n, h, w, c\\]"):
         report.grid(images)

@@ -1,4 +1,6 @@
-"""Train n + kill + resume = train n + 10, bit for bit, through the command line; stopping politely loses nothing."""
+"""Train n + kill + resume = train n + 10, bit for bit, through the command line; stopping politely
+loses nothing.
+"""
 
 import json
 import os
@@ -16,7 +18,10 @@ from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find, load_weights
 
-ENV = os.environ | {"XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {
+    "XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count=2",
+    "JAX_PLATFORMS": "cpu",
+}
 PLAIN = "methods="  # where the discriminator adds nothing but its compilation
 
 
@@ -66,7 +71,13 @@ def test_kill_and_resume_is_bit_exact(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_saves_and_exits_zero(tmp_path, number):
-    process = start(tmp_path, "train.duration=100000 steps", "train.save_every=0 steps", "log.every=1 steps", PLAIN)
+    process = start(
+        tmp_path,
+        "train.duration=100000 steps",
+        "train.save_every=0 steps",
+        "log.every=1 steps",
+        PLAIN,
+    )
     log = tmp_path / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stdout.read()
@@ -84,7 +95,9 @@ def test_resume_on_another_device_count_and_plan(tmp_path):
     before, _ = saved_state(tmp_path, 10)
     out = finish(start(tmp_path, "train.duration=12 steps", "parallel.plan=sharded"))
     assert "resumed from step 10" in out
-    run = runs.build(find(tmp_path).config, data.open_source("digits"), parallel.make_plan("sharded", 8))
+    run = runs.build(
+        find(tmp_path).config, data.open_source("digits"), parallel.make_plan("sharded", 8)
+    )
     with Checkpoints(tmp_path) as checkpoints:
         eight, _ = checkpoints.restore(10, jax.eval_shape(run.create, run.key), run.plan)
     tiny.assert_trees(run.plan.local_copy(eight), before)
@@ -99,7 +112,9 @@ def trained(tmp_path_factory):
 
 def test_workdir_of_another_configuration_is_refused(trained):
     out = finish(start(trained, "network.model_channels=16", PLAIN), code=1)
-    assert out.startswith("error: --workdir holds a run of another configuration: network.model_channels")
+    assert out.startswith(
+        "error: --workdir holds a run of another configuration: network.model_channels"
+    )
     assert out.count("\n") == 1
 
 
@@ -108,7 +123,11 @@ def test_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(trained, tmp_pat
 
     copy = tmp_path / "w"
     shutil.copytree(trained, copy)
-    victims = [p for p in (copy / "checkpoints" / "10" / "params").rglob("*") if p.is_file() and p.stat().st_size > 0]
+    victims = [
+        p
+        for p in (copy / "checkpoints" / "10" / "params").rglob("*")
+        if p.is_file() and p.stat().st_size > 0
+    ]
     for path in victims:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     out = finish(start(copy, "train.duration=20 steps", PLAIN), code=1)
@@ -124,19 +143,31 @@ def test_missing_or_other_networks_are_named(trained, tmp_path):
     with pytest.raises(CheckpointError, match="config.sp.teacher_step: no checkpoint of step 7"):
         find(trained, 7, "config.sp.teacher")
     for setting, misfit in (
-        ("network.model_channels=16", r"\(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; 69 of 70 tensors"),
+        (
+            "network.model_channels=16",
+            r"\(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; 69 of 70 tensors",
+        ),
         ("network.num_blocks=2", r"\(params/\S+ is missing there, \(.*\) here; 22 of 92 tensors"),
     ):
         other = tiny.build(tiny.ONE_LEVEL, PLAIN, setting)
         shapes = jax.eval_shape(other.create, other.key)
-        with pytest.raises(CheckpointError, match=rf"sp.teacher: checkpoint .* is of another network {misfit}"):
+        with pytest.raises(
+            CheckpointError, match=rf"sp.teacher: checkpoint .* is of another network {misfit}"
+        ):
             load_weights(find(trained, field="config.sp.teacher"), shapes.params, shapes.buffers)
-    with pytest.raises(CheckpointError, match="config.sp.teacher_weights: 'best' given; expected ema or params"):
-        load_weights(find(trained, field="config.sp.teacher"), shapes.params, shapes.buffers, "best")
+    with pytest.raises(
+        CheckpointError, match="config.sp.teacher_weights: 'best' given; expected ema or params"
+    ):
+        load_weights(
+            find(trained, field="config.sp.teacher"), shapes.params, shapes.buffers, "best"
+        )
 
 
 def test_a_misfit_to_fine_tune_is_one_sentence_of_the_process_and_leaves_nothing(trained, tmp_path):
-    out = finish(start(tmp_path / "new", f"init.workdir={trained}", "network.model_channels=16", PLAIN), code=1)
+    out = finish(
+        start(tmp_path / "new", f"init.workdir={trained}", "network.model_channels=16", PLAIN),
+        code=1,
+    )
     assert out.startswith("error: config.init.workdir: checkpoint ") and out.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
@@ -157,9 +188,16 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(trained, tmp
 
     copy = tmp_path / "w"
     shutil.copytree(trained, copy)
-    out = finish(start(copy, "train.duration=20 steps", "sample.sigma_max=80.0", "log.every=1 steps", PLAIN))
+    out = finish(
+        start(copy, "train.duration=20 steps", "sample.sigma_max=80.0", "log.every=1 steps", PLAIN)
+    )
     assert find(copy).step == 20, out
     bad = tmp_path / "bad"
-    flags = ("train.duration=40 steps", "optim.learning_rate=1e30", "train.save_every=1 steps", PLAIN)
+    flags = (
+        "train.duration=40 steps",
+        "optim.learning_rate=1e30",
+        "train.save_every=1 steps",
+        PLAIN,
+    )
     out = finish(start(bad, *flags), code=1)
     assert "error: loss" in out and "newest good checkpoint is step" in out

@@ -1,4 +1,6 @@
-"""Samplers against exact solutions: published numbers, orders of convergence, moments, counts, seeds and slots."""
+"""Samplers against exact solutions: published numbers, orders of convergence, moments, counts,
+seeds and slots.
+"""
 
 import functools
 
@@ -9,7 +11,7 @@ import pytest
 from oracles import Gaussian, column, two_bumps
 
 from ogdm_jax.diffusion import grids, precondition
-from ogdm_jax.diffusion.sampling import SOLVERS, Churn, nfe, plain_kick, sample
+from ogdm_jax.sampling.sampler import SOLVERS, Churn, nfe, plain_kick, sample
 
 DATA = Gaussian(0.0, 0.5)  # the denoiser .25 x / (.25 + sigma^2) of the published numbers
 DETERMINISTIC = [name for name in SOLVERS if name != "ancestral"]
@@ -28,25 +30,42 @@ def number(x) -> float:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "solver, n, want", [("heun", 8, 0.69699380), ("heun", 18, 0.52762464), ("heun", 256, 0.50009542),
-                        ("euler", 15, 0.4081489), ("euler", 128, 0.48892261), ("spndm", 14, 0.4794465)],
-)  # fmt: skip
+    "solver, n, want",
+    [
+        ("heun", 8, 0.69699380),
+        ("heun", 18, 0.52762464),
+        ("heun", 256, 0.50009542),
+        ("euler", 15, 0.4081489),
+        ("euler", 128, 0.48892261),
+        ("spndm", 14, 0.4794465),
+    ],
+)
 def test_gaussian_goldens(solver, n, want):
     with jax.enable_x64(True):
         assert abs(number(sample(DATA.denoise, one(), grids.edm(n), solver)) - want) < 6e-8
-    assert abs(number(sample(DATA.denoise, jnp.ones((1, 1, 1, 1)), grids.edm(n), solver)) - want) < 1e-4
+    assert (
+        abs(number(sample(DATA.denoise, jnp.ones((1, 1, 1, 1)), grids.edm(n), solver)) - want)
+        < 1e-4
+    )
 
 
 def test_spndm_on_equal_steps_golden():
     with jax.enable_x64(True):
-        assert abs(number(sample(DATA.denoise, one(), grids.edm(14, rho=1), "spndm")) - 0.0527392) < 6e-8
+        assert (
+            abs(number(sample(DATA.denoise, one(), grids.edm(14, rho=1), "spndm")) - 0.0527392)
+            < 6e-8
+        )
 
 
 # Two routes to one result
 
 
 def test_ddim_is_euler_and_eta_one_is_ancestral():
-    data, z, key = two_bumps(), jax.random.normal(jax.random.key(0), (3, 2, 2, 1)), jax.random.key(5)
+    data, z, key = (
+        two_bumps(),
+        jax.random.normal(jax.random.key(0), (3, 2, 2, 1)),
+        jax.random.key(5),
+    )
     run = functools.partial(sample, data.denoise, z, grids.edm(9), key=key)
     np.testing.assert_array_equal(run("ddim"), run("euler"))
     np.testing.assert_allclose(run("ddim", eta=1.0), run("ancestral"), atol=2e-5)
@@ -65,13 +84,22 @@ def even(n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "solver, grid, order", [("euler", warped, 1), ("heun", warped, 2), ("dpmpp_2m", warped, 2), ("spndm", warped, 2),
-                            ("spndm", even, 2), ("fpndm", even, 4)],
-)  # fmt: skip
+    "solver, grid, order",
+    [
+        ("euler", warped, 1),
+        ("heun", warped, 2),
+        ("dpmpp_2m", warped, 2),
+        ("spndm", warped, 2),
+        ("spndm", even, 2),
+        ("fpndm", even, 4),
+    ],
+)
 def test_order_of_convergence(solver, grid, order):
-    """Error ratios of halved steps, on grids that end above 0; constant weights keep order 2 on a smoothly warped grid.
+    """Error ratios of halved steps, on grids that end above 0; constant weights keep order 2 on a
+    smoothly warped grid.
 
-    Heun's last step is Euler's in every grid, so its state is read one step before the end of a longer one.
+    Heun's last step is Euler's in every grid, so its state is read one step before the end of a
+    longer one.
     """
     data = two_bumps()
     with jax.enable_x64(True):
@@ -81,7 +109,9 @@ def test_order_of_convergence(solver, grid, order):
         def end(sigmas, solver):
             if solver != "heun":
                 return sample(data.denoise, z, sigmas, solver)
-            return sample(data.denoise, z, jnp.append(sigmas, 0.0), solver, trajectory=True)[1].states[-2]
+            return sample(data.denoise, z, jnp.append(sigmas, 0.0), solver, trajectory=True)[
+                1
+            ].states[-2]
 
         levels = np.array([grid(1)[0], grid(1)[-1]])
         truth = end(np.linspace(*levels, 3001), "fpndm")
@@ -95,7 +125,9 @@ def test_heun_error_falls_as_published():
     with jax.enable_x64(True):
         exact = float(DATA.ode(one(80.0), 80.0)[0, 0, 0, 0])
         for n, error in ((18, 0.0276), (64, 0.0018)):
-            assert abs(abs(number(sample(DATA.denoise, one(), grids.edm(n))) - exact) - error) < 1e-4
+            assert (
+                abs(abs(number(sample(DATA.denoise, one(), grids.edm(n))) - exact) - error) < 1e-4
+            )
 
 
 # Counts
@@ -112,9 +144,15 @@ def counted(data=DATA):
 
 
 @pytest.mark.parametrize(
-    "solver, settings", [*((s, {}) for s in SOLVERS), ("heun", {"churn": 2.0}), ("heun", {"eta": 0.5}),
-                         ("ddim", {"eta": 1.0}), ("ancestral", {"kick": plain_kick})],
-)  # fmt: skip
+    "solver, settings",
+    [
+        *((s, {}) for s in SOLVERS),
+        ("heun", {"churn": 2.0}),
+        ("heun", {"eta": 0.5}),
+        ("ddim", {"eta": 1.0}),
+        ("ancestral", {"kick": plain_kick}),
+    ],
+)
 def test_nfe(solver, settings, n=5):
     denoise, calls = counted()
     sample(denoise, jnp.ones((2, 2, 2, 1)), grids.edm(n), solver, key=jax.random.key(0), **settings)
@@ -146,7 +184,9 @@ def test_one_trace_in_steady_state():
 # Randomness
 
 
-@pytest.mark.parametrize("solver, settings", [("heun", {}), ("heun", {"churn": 4.0}), ("ancestral", {})])
+@pytest.mark.parametrize(
+    "solver, settings", [("heun", {}), ("heun", {"churn": 4.0}), ("ancestral", {})]
+)
 def test_an_image_depends_on_its_key_alone(solver, settings):
     data, n = two_bumps(), 64
     keys = jax.vmap(jax.random.key)(jnp.arange(n))
@@ -172,9 +212,9 @@ def test_scalar_key_is_folded_with_the_row():
 
 def test_keys_are_used_once():
     with jax.debug_key_reuse(True):
-        jax.jit(lambda k: sample(DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(4), churn=2.0, key=k))(
-            jax.random.key(0)
-        )
+        jax.jit(
+            lambda k: sample(DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(4), churn=2.0, key=k)
+        )(jax.random.key(0))
 
 
 def test_zero_churn_is_deterministic_and_needs_no_key():
@@ -182,34 +222,53 @@ def test_zero_churn_is_deterministic_and_needs_no_key():
     plain = sample(DATA.denoise, z, grids.edm(6))
     for churn in (0, Churn(), {"S_churn": 0.0}):
         np.testing.assert_array_equal(sample(DATA.denoise, z, grids.edm(6), churn=churn), plain)
-    outside = sample(DATA.denoise, z, grids.edm(6), churn=Churn(9.0, 100.0, 200.0), key=jax.random.key(0))
+    outside = sample(
+        DATA.denoise, z, grids.edm(6), churn=Churn(9.0, 100.0, 200.0), key=jax.random.key(0)
+    )
     np.testing.assert_allclose(outside, plain, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "solver, settings", [("heun", {"churn": Churn(8.0, 0.01, 50.0, 1.01)}), ("euler", {"churn": 8.0}),
-                         ("ancestral", {}), ("ancestral", {"variance": "large"}), ("ddim", {"eta": 0.5}),
-                         ("heun", {"eta": 1.0})],
-)  # fmt: skip
+    "solver, settings",
+    [
+        ("heun", {"churn": Churn(8.0, 0.01, 50.0, 1.01)}),
+        ("euler", {"churn": 8.0}),
+        ("ancestral", {}),
+        ("ancestral", {"variance": "large"}),
+        ("ddim", {"eta": 0.5}),
+        ("heun", {"eta": 1.0}),
+    ],
+)
 def test_gaussian_moments(solver, settings):
-    """Mean and spread of 65,536 numbers against the sampler's exact recursion, which tends to the data's."""
+    """Mean and spread of 65,536 numbers against the sampler's exact recursion, which tends to the
+    data's.
+    """
     data = Gaussian(0.3, 0.5)
 
     @jax.jit
     def images(key):
         z = jax.random.normal(jax.random.fold_in(key, 0), (64, 32, 32, 1))
-        return sample(data.denoise, z, grids.edm(24), solver, key=jax.random.fold_in(key, 1), **settings)
+        return sample(
+            data.denoise, z, grids.edm(24), solver, key=jax.random.fold_in(key, 1), **settings
+        )
 
     x = np.asarray(images(jax.random.key(0)))
     std = spread(solver, grids.edm(24), data.std, **settings)
     assert abs(x.std() / std - 1) < 4 / np.sqrt(2 * x.size)
-    assert abs(x.mean() - 0.3) < 4 * std / np.sqrt(x.size) + 1e-2 * 0.3  # the grid starts at 80, not at infinity
-    settings = {k: Churn(v.S_churn, v.S_min, v.S_max) if isinstance(v, Churn) else v for k, v in settings.items()}
+    assert (
+        abs(x.mean() - 0.3) < 4 * std / np.sqrt(x.size) + 1e-2 * 0.3
+    )  # the grid starts at 80, not at infinity
+    settings = {
+        k: Churn(v.S_churn, v.S_min, v.S_max) if isinstance(v, Churn) else v
+        for k, v in settings.items()
+    }
     assert abs(spread(solver, grids.edm(4000), data.std, **settings) / data.std - 1) < 2e-3
 
 
 def spread(solver, sigmas, data_std, churn=None, eta=0.0, variance="small") -> float:
-    """Standard deviation of the result for Gaussian data: solvers are linear there, so variances obey a recursion."""
+    """Standard deviation of the result for Gaussian data: solvers are linear there, so variances
+    obey a recursion.
+    """
     n, v = len(sigmas) - 1, sigmas[0] ** 2
     churn = churn if isinstance(churn, Churn) else Churn(churn or 0.0)
 
@@ -246,7 +305,9 @@ def test_noise_fn_info_and_kick():
         assert info.steps == 5 and info.key.shape == (2,)
         return plain_kick(evaluate, transition, x, noise, info)
 
-    run = functools.partial(sample, DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(5), key=jax.random.key(1))
+    run = functools.partial(
+        sample, DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(5), key=jax.random.key(1)
+    )
     for solver, settings in (("ancestral", {}), ("heun", {"eta": 0.7})):
         seen.clear()
         with jax.disable_jit():  # two compiled programs may round apart
@@ -254,7 +315,9 @@ def test_noise_fn_info_and_kick():
             b = run(solver, noise_fn=lambda step: noise[step], **settings)
         jax.effects_barrier()
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_allclose(seen, np.stack([np.arange(5), grids.edm(5)[:-1], grids.edm(5)[1:]], 1), rtol=1e-6)
+        np.testing.assert_allclose(
+            seen, np.stack([np.arange(5), grids.edm(5)[:-1], grids.edm(5)[1:]], 1), rtol=1e-6
+        )
         assert float(jnp.abs(run(solver, **settings) - b).max()) > 1e-4
 
 
@@ -279,11 +342,15 @@ def test_heun_uses_the_corrector():
     plain = sample(denoise, z, grids.edm(6))
     denoise.corrector = lambda x, sigma, label=None: DATA.denoise(x, sigma) + 0.1
     assert number(sample(denoise, z, grids.edm(6))) != number(plain)
-    assert number(sample(denoise, z, grids.edm(6), "euler")) == number(sample(DATA.denoise, z, grids.edm(6), "euler"))
+    assert number(sample(denoise, z, grids.edm(6), "euler")) == number(
+        sample(DATA.denoise, z, grids.edm(6), "euler")
+    )
 
 
 class Alternating:
-    """A churn rule with a carry: images whose last x0_hat was positive are churned in the next step."""
+    """A churn rule with a carry: images whose last x0_hat was positive are churned in the next
+    step.
+    """
 
     def init(self, batch):
         return jnp.zeros(batch, bool)
@@ -315,14 +382,22 @@ def test_label_and_rounding_reach_the_denoiser():
 
     denoise, calls = counted()
     denoise.round_sigma = lambda sigma: jnp.maximum(jnp.round(sigma), 1.0)
-    sample(denoise, jnp.ones((1, 1, 1, 1)), [8.4, 2.6, 0.0], "heun", churn=0.5, key=jax.random.key(0))
+    sample(
+        denoise, jnp.ones((1, 1, 1, 1)), [8.4, 2.6, 0.0], "heun", churn=0.5, key=jax.random.key(0)
+    )
     jax.effects_barrier()
-    assert sorted(calls) == [3.0, 4.0, 10.0]  # 8 (1 + .25) = 10 -> corrector at 3 -> 3 (1 + .25) = 3.75
+    assert sorted(calls) == [
+        3.0,
+        4.0,
+        10.0,
+    ]  # 8 (1 + .25) = 10 -> corrector at 3 -> 3 (1 + .25) = 3.75
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve", "iddpm"])
 def test_a_grid_outside_the_network_range_is_clipped(kind):
-    """The default grid reaches below what these networks know; iDDPM's table would round 0.002 to 0."""
+    """The default grid reaches below what these networks know; iDDPM's table would round 0.002 to
+    0.
+    """
     denoise = getattr(precondition, kind)(lambda x, c_noise, label=None: 0.3 * x)
     z = jnp.ones((1, 2, 2, 1))
     x = sample(denoise, z, grids.edm(12))
@@ -342,7 +417,9 @@ def test_trajectory():
         np.testing.assert_array_equal(path.states[0], z * 80)
         np.testing.assert_allclose(x, run(), rtol=1e-5, atol=1e-6)
         sigma = jnp.asarray(grids.edm(6)[3], jnp.float32)
-        np.testing.assert_allclose(path.x0_hats[3], DATA.denoise(path.states[3], sigma[None]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            path.x0_hats[3], DATA.denoise(path.states[3], sigma[None]), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -365,8 +442,14 @@ def test_a_single_step_is_the_denoised_image(solver):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"solver": "rk45"}, "solver='rk45'; expected one of euler, heun, ddim, ancestral, spndm, fpndm, dpmpp_2m"),
-        ({"kick": plain_kick}, "expected solver='ancestral', or solver='ddim' or 'heun' with eta > 0"),
+        (
+            {"solver": "rk45"},
+            "solver='rk45'; expected one of euler, heun, ddim, ancestral, spndm, fpndm, dpmpp_2m",
+        ),
+        (
+            {"kick": plain_kick},
+            "expected solver='ancestral', or solver='ddim' or 'heun' with eta > 0",
+        ),
         ({"kick": plain_kick, "solver": "ddim"}, "deterministic step"),
         ({"solver": "ancestral"}, "key=None; expected a key"),
         ({"churn": 1.0}, "key=None"),

@@ -1,4 +1,6 @@
-"""Every kind of image source: what it reads, and that each failure is one sentence that names it."""
+"""Every kind of image source: what it reads, and that each failure is one sentence that names
+it.
+"""
 
 import dataclasses
 import io
@@ -15,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ogdm_jax.cli.data import describe, main
 from ogdm_jax.data import SourceError, open_source
-from ogdm_jax.data.__main__ import describe, main
 from ogdm_jax.data.files import decode, encode
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import Rows
@@ -59,8 +61,14 @@ def test_digits():
     from sklearn.datasets import load_digits
 
     source, data = open_source("digits"), load_digits()
-    assert source.images.shape == (1797, 8, 8, 1) and source.images.dtype == np.uint8 and source.num_classes == 10
-    np.testing.assert_allclose(source.images[..., 0] / 255, data.images / 16, atol=0.5 / 255 + 1e-12)
+    assert (
+        source.images.shape == (1797, 8, 8, 1)
+        and source.images.dtype == np.uint8
+        and source.num_classes == 10
+    )
+    np.testing.assert_allclose(
+        source.images[..., 0] / 255, data.images / 16, atol=0.5 / 255 + 1e-12
+    )
     np.testing.assert_array_equal(source.labels, data.target)
     assert source.labels.dtype == np.int32 and source[3]["label"] == data.target[3]
     assert open_source("digits", resolution=16, channels=3).shape == (16, 16, 3)
@@ -71,14 +79,24 @@ def test_mnist5k():
     source = open_source("mnist5k")
     assert source.images.shape == (5000, 32, 32, 1)
     assert np.bincount(source.labels).tolist() == [500] * 10
-    assert source.images[:, :2].max() == 0 and source.images[:, :, -2:].max() == 0 and source.images.max() == 255
+    assert (
+        source.images[:, :2].max() == 0
+        and source.images[:, :, -2:].max() == 0
+        and source.images.max() == 255
+    )
 
 
 def test_folder_classes_are_sorted_and_lazy_equals_memory(tmp_path):
-    images = {f"{c}/{i}.png": picture(6, 5, 3) for c in ("dog", "ant", "cat/deep") for i in range(2)}
+    images = {
+        f"{c}/{i}.png": picture(6, 5, 3) for c in ("dog", "ant", "cat/deep") for i in range(2)
+    }
     name = write_folder(tmp_path, images)
     source, lazy = open_source(name), open_source(name, memory_limit=0)
-    assert source.class_names == ("ant", "cat", "dog") and source.num_classes == 3 and source.shape == (6, 5, 3)
+    assert (
+        source.class_names == ("ant", "cat", "dog")
+        and source.num_classes == 3
+        and source.shape == (6, 5, 3)
+    )
     assert source.in_memory and not lazy.in_memory
     for i, key in enumerate(sorted(images)):
         np.testing.assert_array_equal(source.images[i], images[key])
@@ -86,13 +104,18 @@ def test_folder_classes_are_sorted_and_lazy_equals_memory(tmp_path):
         assert source[i]["label"] == lazy[i]["label"] == source.class_names.index(key.split("/")[0])
     lazy = pickle.loads(pickle.dumps(lazy))
     whole, part = source.take(np.array([4, 1])), lazy.take(np.array([4, 1]))
-    assert all(np.array_equal(whole[k], part[k]) and whole[k].dtype == part[k].dtype for k in ("image", "label"))
+    assert all(
+        np.array_equal(whole[k], part[k]) and whole[k].dtype == part[k].dtype
+        for k in ("image", "label")
+    )
     with pytest.raises(IndexError):
         source[6]
 
 
 def test_folder_without_classes(tmp_path):
-    source = open_source(write_folder(tmp_path, {"b.png": picture(4, 4, 1), "a.png": picture(4, 4, 1)}))
+    source = open_source(
+        write_folder(tmp_path, {"b.png": picture(4, 4, 1), "a.png": picture(4, 4, 1)})
+    )
     assert source.num_classes == 0 and source.labels is None and source[0]["label"] == -1
     assert source[0]["label"].dtype == np.int32
 
@@ -100,7 +123,9 @@ def test_folder_without_classes(tmp_path):
 def test_resolution_crops_the_centre_and_resizes(tmp_path):
     image = np.zeros((8, 16, 3), np.uint8)
     image[:, 4:12] = (200, 100, 50)  # the centre square; the borders are black
-    source = open_source(write_folder(tmp_path, {"a.png": image, "b.png": picture(20, 10, 3)}), resolution=4)
+    source = open_source(
+        write_folder(tmp_path, {"a.png": image, "b.png": picture(20, 10, 3)}), resolution=4
+    )
     assert source.shape == (4, 4, 3)
     np.testing.assert_array_equal(source.images[0], np.broadcast_to([200, 100, 50], (4, 4, 3)))
 
@@ -112,7 +137,9 @@ def test_decode_modes():
         return buffer.getvalue()
 
     rgba = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
-    np.testing.assert_array_equal(decode(saved(rgba)), np.full((2, 2, 3), 255))  # transparent is white
+    np.testing.assert_array_equal(
+        decode(saved(rgba)), np.full((2, 2, 3), 255)
+    )  # transparent is white
     np.testing.assert_array_equal(decode(saved(Image.new("L", (3, 2), 7))), np.full((2, 3, 1), 7))
     palette = Image.new("RGB", (2, 2), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE)
     np.testing.assert_array_equal(decode(saved(palette)), np.broadcast_to([9, 8, 7], (2, 2, 3)))
@@ -129,11 +156,15 @@ def test_what_turns_or_clears_a_picture_is_seen_wherever_it_stands():
     exif[0x0112] = 6
     for kind in ("PNG", "TIFF", "WEBP"):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        Image.fromarray(image).save(
+            buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
+        )
         turned[kind] = buffer.getvalue()
     png = turned["PNG"]
     start = png.index(b"eXIf") - 4
-    end = start + 12 + int.from_bytes(png[start : start + 4])  # length, name and checksum around the data
+    end = (
+        start + 12 + int.from_bytes(png[start : start + 4])
+    )  # length, name and checksum around the data
     rest = png[:start] + png[end:]
     for name in (b"IDAT", b"IEND"):  # before and behind the pixels
         at = rest.index(name) - 4
@@ -145,18 +176,25 @@ def test_what_turns_or_clears_a_picture_is_seen_wherever_it_stands():
     assert decode(buffer.getvalue()).min() == 255
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 def test_zip_of_every_compression_behind_other_bytes(tmp_path, method):
     images = {f"{i}.png": picture(4, 4, 1) for i in range(5)}
     with zipfile.ZipFile(tmp_path / "plain.zip", "w", method) as archive:
         for name, image in images.items():
             info = zipfile.ZipInfo(name)
-            info.extra, info.compress_type = b"\xff\xff" + (600).to_bytes(2, "little") + bytes(600), method
+            info.extra, info.compress_type = (
+                b"\xff\xff" + (600).to_bytes(2, "little") + bytes(600),
+                method,
+            )
             archive.writestr(info, encode(image))
     (tmp_path / "a.zip").write_bytes(b"#!/bin/sh\n" * 9 + (tmp_path / "plain.zip").read_bytes())
     source = pickle.loads(pickle.dumps(open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)))
     for _ in range(2):
-        np.testing.assert_array_equal(source.take(np.arange(5))["image"], np.stack(list(images.values())))
+        np.testing.assert_array_equal(
+            source.take(np.arange(5))["image"], np.stack(list(images.values()))
+        )
 
 
 @pytest.mark.parametrize("compressed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -177,7 +215,9 @@ def test_a_damaged_zip_member_is_named(tmp_path, compressed):
             source[1]
     (tmp_path / "a.zip").write_bytes(good)
     lost = open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)
-    (tmp_path / "a.zip").unlink()  # the first image was read when it was opened: the file is still held
+    (
+        tmp_path / "a.zip"
+    ).unlink()  # the first image was read when it was opened: the file is still held
     assert lost.take(np.array([1]))["image"].shape == (1, 8, 8, 3)
     with pytest.raises(SourceError, match=r"a.png is no readable image \(FileNotFoundError\)"):
         pickle.loads(pickle.dumps(lost))[0]
@@ -195,7 +235,10 @@ def test_rows_of_a_reader(tmp_path):
 def test_a_damaged_record_is_named_among_the_good_ones_of_its_batch(tmp_path):
     name = prepare(open_source("digits"), tmp_path, shard_images=600)
     source = open_source(name, tmp_path, memory_limit=0)
-    assert source.take(np.array([1500, 3, 1500]))["label"].tolist() == source.take([1500, 3, 1500])["label"].tolist()
+    assert (
+        source.take(np.array([1500, 3, 1500]))["label"].tolist()
+        == source.take([1500, 3, 1500])["label"].tolist()
+    )
     shard = sorted((tmp_path / "digits" / "1.0.0").glob("*array_record*"))[1]
     content = bytearray(shard.read_bytes())
     at = content.index(b"IDAT", len(content) // 2) + 8
@@ -222,7 +265,9 @@ def test_zip_null_and_vector_labels(tmp_path):
     images = {"a.png": picture(4, 4, 1), "b.png": picture(4, 4, 1)}
     assert open_source(write_zip(tmp_path / "null.zip", images, None)).num_classes == 0
     vectors = open_source(
-        write_zip(tmp_path / "v.zip", images, [["b.png", [0.5, 1.0, 2.0]], ["a.png", [3.0, 4.0, 5.0]]])
+        write_zip(
+            tmp_path / "v.zip", images, [["b.png", [0.5, 1.0, 2.0]], ["a.png", [3.0, 4.0, 5.0]]]
+        )
     )
     assert vectors.num_classes == 3 and vectors.label_size == 3
     np.testing.assert_array_equal(vectors.labels, np.array([[3, 4, 5], [0.5, 1, 2]], np.float32))
@@ -231,7 +276,13 @@ def test_zip_null_and_vector_labels(tmp_path):
 
 def test_npz_selects_rows(tmp_path):
     images, group = picture(6, 4, 4, 3), np.arange(6)
-    np.savez(tmp_path / "a.npz", image=images, label=group - 1, group=group, label_names=np.array(list("abcde")))
+    np.savez(
+        tmp_path / "a.npz",
+        image=images,
+        label=group - 1,
+        group=group,
+        label_names=np.array(list("abcde")),
+    )
     source = open_source(f"npz:{tmp_path}/a.npz?group>=2&group<5")
     np.testing.assert_array_equal(source.images, images[2:5])
     np.testing.assert_array_equal(source.labels, [1, 2, 3])
@@ -248,12 +299,20 @@ def test_cifar10_archive(tmp_path):
         (tmp_path / f"data_batch_{k + 1}.bin").write_bytes(records[2 * k : 2 * k + 2].tobytes())
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
         for k in (4, 2, 3, 1, 5):
-            archive.add(tmp_path / f"data_batch_{k}.bin", f"cifar-10-batches-bin/data_batch_{k}.bin")
+            archive.add(
+                tmp_path / f"data_batch_{k}.bin", f"cifar-10-batches-bin/data_batch_{k}.bin"
+            )
     for path in (tmp_path, tmp_path / "c.tar.gz"):
         source = open_source(f"cifar10:{path}")
-        assert source.shape == (32, 32, 3) and source.num_classes == 10 and source.class_names[3] == "cat"
+        assert (
+            source.shape == (32, 32, 3)
+            and source.num_classes == 10
+            and source.class_names[3] == "cat"
+        )
         np.testing.assert_array_equal(source.labels, records[:, 0])
-        assert source.images[7, 5, 9, 2] == records[7, 1 + 2 * 1024 + 5 * 32 + 9]  # planes of red, green, blue by rows
+        assert (
+            source.images[7, 5, 9, 2] == records[7, 1 + 2 * 1024 + 5 * 32 + 9]
+        )  # planes of red, green, blue by rows
         with pytest.raises(SourceError, match="test_batch.bin is missing"):
             open_source(f"cifar10:{path}?test")
 
@@ -267,9 +326,15 @@ def test_tfds_reading_code_runs_offline_on_mock_data(tmp_path, no_network):
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name="cifar10", split="train", filetype_suffix="array_record"
     )
-    split = tfds.core.SplitInfo(name="train", shard_lengths=[4], num_bytes=1, filename_template=template)
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=[4], num_bytes=1, filename_template=template
+    )
     builder.info.set_splits(tfds.core.SplitDict([split]))
-    builder.info.features["label"].names = ["airplane", "automobile", *(f"class{i}" for i in range(2, 10))]
+    builder.info.features["label"].names = [
+        "airplane",
+        "automobile",
+        *(f"class{i}" for i in range(2, 10)),
+    ]
     builder.info.write_to_directory(folder)
     with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path)):
         for name in ("tfds:cifar10", "tfds:cifar10/train", "tfds:cifar10:3.0.2/train"):
@@ -282,16 +347,22 @@ def test_tfds_reading_code_runs_offline_on_mock_data(tmp_path, no_network):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["tfds:cifar10", "tfds:celeb_a/train", "tfds:imagenet_resized/64x64"])
+@pytest.mark.parametrize(
+    "name", ["tfds:cifar10", "tfds:celeb_a/train", "tfds:imagenet_resized/64x64"]
+)
 def test_unprepared_tfds_fails_at_once_and_says_how(tmp_path, no_network, name):
     start = time.monotonic()
-    with pytest.raises(SourceError, match="not prepared in .*array_record.*download_and_prepare") as caught:
+    with pytest.raises(
+        SourceError, match="not prepared in .*array_record.*download_and_prepare"
+    ) as caught:
         open_source(name, data_dir=tmp_path)
     assert time.monotonic() - start < 5
     assert name.removeprefix("tfds:").removesuffix("/train") in str(caught.value)
 
 
-@pytest.mark.parametrize("stored,reason", [("parquet", "loses examples"), ("tfrecord", "no random access")])
+@pytest.mark.parametrize(
+    "stored,reason", [("parquet", "loses examples"), ("tfrecord", "no random access")]
+)
 def test_other_tfds_formats_are_refused(tmp_path, stored, reason):
     prepare(open_source("digits"), tmp_path)
     info = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
@@ -303,7 +374,10 @@ def test_other_tfds_formats_are_refused(tmp_path, stored, reason):
 def test_tfds_splits(tmp_path):
     prepare(open_source("digits"), tmp_path, shard_images=700)
     assert len(open_source("tfds:digits/train[:10%]", data_dir=tmp_path)) == 180
-    for split, message in (("test", "has no split 'test'; expected one of train"), ("train[", "split 'train\\['")):
+    for split, message in (
+        ("test", "has no split 'test'; expected one of train"),
+        ("train[", "split 'train\\['"),
+    ):
         with pytest.raises(SourceError, match=message):
             open_source(f"tfds:digits/{split}", data_dir=tmp_path)
 
@@ -360,7 +434,10 @@ def test_prepared_zip_follows_edm(tmp_path):
         members = archive.infolist()
         assert {m.compress_type for m in members} == {zipfile.ZIP_STORED}
         assert members[1001].filename == "00001/img00001001.png" and len(members) == 1798
-        assert json.loads(archive.read("dataset.json"))["labels"][5] == ["00000/img00000005.png", int(digits.labels[5])]
+        assert json.loads(archive.read("dataset.json"))["labels"][5] == [
+            "00000/img00000005.png",
+            int(digits.labels[5]),
+        ]
     assert [p.name for p in tmp_path.iterdir()] == ["digits.zip"]
 
 
@@ -370,10 +447,16 @@ def test_prepare_keeps_missing_labels_or_refuses(tmp_path):
     with pytest.raises(SourceError, match="1 images have no class"):
         prepare(source, tmp_path / "a.zip")
     name = prepare(source, tmp_path / "out", name="five")
-    np.testing.assert_array_equal(open_source(name, data_dir=tmp_path / "out").labels, source.labels)
-    lazy = open_source(name, data_dir=tmp_path / "out", memory_limit=0)  # whose number of classes is not known
+    np.testing.assert_array_equal(
+        open_source(name, data_dir=tmp_path / "out").labels, source.labels
+    )
+    lazy = open_source(
+        name, data_dir=tmp_path / "out", memory_limit=0
+    )  # whose number of classes is not known
     again = prepare(lazy, tmp_path / "again", name="five")
-    np.testing.assert_array_equal(open_source(again, data_dir=tmp_path / "again").labels, source.labels)
+    np.testing.assert_array_equal(
+        open_source(again, data_dir=tmp_path / "again").labels, source.labels
+    )
 
 
 def _bad(root: Path) -> dict[str, str]:
@@ -393,19 +476,27 @@ def _bad(root: Path) -> dict[str, str]:
     bad[f"npz:{root}/none.npz"] = "no file"
     (root / "empty").mkdir()
     bad[f"folder:{root}/empty"] = "has no images"
-    bad[write_folder(root / "both", {"a.png": picture(4, 4, 3), "c/b.png": picture(4, 4, 3)})] = "sub-folder"
+    bad[write_folder(root / "both", {"a.png": picture(4, 4, 3), "c/b.png": picture(4, 4, 3)})] = (
+        "sub-folder"
+    )
     bad[write_folder(root / "mixed", {"a.png": picture(4, 4, 3), "b.png": picture(5, 4, 3)})] = (
         "b.png): is 4x5 where a.png is 4x4"
     )
-    bad[write_folder(root / "colour", {"a.png": picture(4, 4, 1), "b.png": picture(4, 4, 3)})] = "channels=3"
+    bad[write_folder(root / "colour", {"a.png": picture(4, 4, 1), "b.png": picture(4, 4, 3)})] = (
+        "channels=3"
+    )
     bad[write_folder(root / "broken", image)] = "a.png is no readable image"
     (root / "broken" / "a.png").write_bytes(encode(picture(9, 9, 3))[:60])
     bad[write_zip(root / "empty.zip", {})] = "has no images"
-    bad[write_zip(root / "partial.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", 1]])] = "no label for b.png"
-    bad[write_zip(root / "float.zip", image, [["a.png", 1.5]])] = "labels have type float64"
-    bad[write_zip(root / "shape.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", [1]], ["b.png", 1]])] = (
-        "mixes kinds"
+    bad[write_zip(root / "partial.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", 1]])] = (
+        "no label for b.png"
     )
+    bad[write_zip(root / "float.zip", image, [["a.png", 1.5]])] = "labels have type float64"
+    bad[
+        write_zip(
+            root / "shape.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", [1]], ["b.png", 1]]
+        )
+    ] = "mixes kinds"
     bad[write_zip(root / "odd.zip", image, {"a.png": 1})] = "malformed"
     (root / "text.zip").write_text("no archive")
     bad[f"zip:{root}/text.zip"] = "no readable zip"
@@ -465,7 +556,9 @@ def test_broken_image_of_a_lazy_source_is_named_when_read(tmp_path):
 
 def test_grey_images_join_a_colour_set(tmp_path):
     grey = picture(4, 4, 1)
-    source = open_source(write_folder(tmp_path, {"a.png": grey, "b.png": picture(4, 4, 3)}), channels=3)
+    source = open_source(
+        write_folder(tmp_path, {"a.png": grey, "b.png": picture(4, 4, 3)}), channels=3
+    )
     np.testing.assert_array_equal(source.images[0], np.repeat(grey, 3, -1))
 
 
@@ -476,7 +569,10 @@ def test_describe_measures_known_statistics(tmp_path):
     facts = describe(open_source(f"npz:{tmp_path}/a.npz"))
     np.testing.assert_allclose(facts["mean"], [0, -0.6, -0.5], atol=1e-12)
     np.testing.assert_allclose(facts["std"], [1, 0, np.sqrt(0.75)], atol=1e-7)
-    assert facts["sigma_data"] == pytest.approx(np.sqrt(1.75 / 3)) and facts["class_counts"] == [1, 2]
+    assert facts["sigma_data"] == pytest.approx(np.sqrt(1.75 / 3)) and facts["class_counts"] == [
+        1,
+        2,
+    ]
 
 
 def test_command_line_prepares_and_describes(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""SP: golden values and identities of spec/sp.md, early exit, gradients, gate, calibration, and the training slot."""
+"""SP: golden values and identities of spec/sp.md, early exit, gradients, gate, calibration, and the
+training slot.
+"""
 
 import functools
 import types
@@ -11,7 +13,8 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from ogdm_jax.diffusion import precondition, process, steps
-from ogdm_jax.methods import slots, sp
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods import sp
 
 RNG = np.random.default_rng
 SD = 0.5
@@ -68,7 +71,9 @@ def test_golden_values():
             return sp.self_perceptual_loss(squares, y, n, x0_hat, eps_hat, sigma_next)
 
         x0_hat = wide(skip) * x + wide(out) * f
-        np.testing.assert_allclose(sp.predicted_noise(x, f, sigma, SD), (x - x0_hat) / wide(sigma), atol=1e-13)
+        np.testing.assert_allclose(
+            sp.predicted_noise(x, f, sigma, SD), (x - x0_hat) / wide(sigma), atol=1e-13
+        )
         np.testing.assert_allclose(total(f), [0.15661065, 9.41716627], rtol=1e-6)
         grad = jax.grad(lambda f: jnp.mean(total(f)))(f).reshape(2, 4)
         truth = [
@@ -78,9 +83,15 @@ def test_golden_values():
         np.testing.assert_allclose(grad, truth, rtol=2e-6, atol=1e-8)
         exact = (y - wide(skip) * x) / wide(out)
         np.testing.assert_allclose(total(exact), 0, atol=1e-12)
-        np.testing.assert_allclose(sp.jump_sine(sigma, sigma_next, SD), [-0.4472136, 0.90373784], rtol=1e-6)
-        wrong = sp.self_perceptual_loss(squares, y, n, wide(skip) * x + wide(out) * f, n, sigma_next)
-        np.testing.assert_allclose(wrong, [0.05614514, 9.59483062], rtol=1e-6)  # what the true noise would give
+        np.testing.assert_allclose(
+            sp.jump_sine(sigma, sigma_next, SD), [-0.4472136, 0.90373784], rtol=1e-6
+        )
+        wrong = sp.self_perceptual_loss(
+            squares, y, n, wide(skip) * x + wide(out) * f, n, sigma_next
+        )
+        np.testing.assert_allclose(
+            wrong, [0.05614514, 9.59483062], rtol=1e-6
+        )  # what the true noise would give
 
 
 def test_a_perfect_prediction_costs_nothing():
@@ -99,39 +110,65 @@ def test_an_equal_level_costs_nothing_whatever_is_predicted():
 
 @pytest.mark.fast
 def test_jump_is_the_sampler_step_and_the_identities_hold():
-    """Section 3: predicted - real = (1 - s'/s)(D - y), = sin(theta - theta') (F - F*) in the network's scale."""
+    """Section 3: predicted - real = (1 - s'/s)(D - y), = sin(theta - theta') (F - F*) in the
+    network's scale.
+    """
     with jax.enable_x64(True):
         x0, eps, x0_hat, sigma, sigma_next = (jnp.asarray(a, jnp.float64) for a in problem())
         x = x0 + wide(sigma) * eps
         jumped = x0_hat + wide(sigma_next) * process.eps_from_x0(x, x0_hat, sigma)
-        np.testing.assert_allclose(jumped, steps.euler_update(x, x0_hat, sigma, sigma_next), atol=1e-9)
+        np.testing.assert_allclose(
+            jumped, steps.euler_update(x, x0_hat, sigma, sigma_next), atol=1e-9
+        )
         real = x0 + wide(sigma_next) * eps
-        np.testing.assert_allclose(jumped - real, wide(1 - sigma_next / sigma) * (x0_hat - x0), atol=1e-9)
+        np.testing.assert_allclose(
+            jumped - real, wide(1 - sigma_next / sigma) * (x0_hat - x0), atol=1e-9
+        )
         skip, out = skip_and_out(sigma)
         error = (x0_hat - x0) / wide(out)
         sine = sp.jump_sine(sigma, sigma_next, SD)
-        np.testing.assert_allclose(sine, np.sin(np.arctan(sigma / SD) - np.arctan(sigma_next / SD)), atol=1e-12)
+        np.testing.assert_allclose(
+            sine, np.sin(np.arctan(sigma / SD) - np.arctan(sigma_next / SD)), atol=1e-12
+        )
         np.testing.assert_allclose(scaled(jumped - real, sigma_next), wide(sine) * error, atol=1e-9)
         loss = loss_of(scaled, x0, eps, x0_hat, sigma, sigma_next)
-        np.testing.assert_allclose(loss, sine**2 * jnp.mean(jnp.square(error), (1, 2, 3)), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(
+            loss, sine**2 * jnp.mean(jnp.square(error), (1, 2, 3)), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_linear_features_and_mean_absolute_distance():
     x0, eps, x0_hat, sigma, sigma_next = problem(b=2)
     matrix = RNG(1).normal(size=(64, 7)).astype(np.float32)
-    features = lambda x, s: scaled(x, s).reshape(x.shape[0], -1) @ matrix  # noqa: E731
-    moved = (1 - sigma_next / sigma)[:, None] * (x0_hat - x0).reshape(2, -1) / np.sqrt(sigma_next**2 + SD**2)[:, None]
+    features = lambda x, s: scaled(x, s).reshape(x.shape[0], -1) @ matrix
+    moved = (
+        (1 - sigma_next / sigma)[:, None]
+        * (x0_hat - x0).reshape(2, -1)
+        / np.sqrt(sigma_next**2 + SD**2)[:, None]
+    )
     truth = moved @ matrix
-    np.testing.assert_allclose(loss_of(features, x0, eps, x0_hat, sigma, sigma_next), (truth**2).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss_of(features, x0, eps, x0_hat, sigma, sigma_next), (truth**2).mean(1), rtol=1e-4
+    )
     mae = loss_of(features, x0, eps, x0_hat, sigma, sigma_next, distance="mae")
     np.testing.assert_allclose(mae, np.abs(truth).mean(1), rtol=1e-4)
-    pair = lambda x, s: [features(x, s), 3 * features(x, s)]  # noqa: E731
-    np.testing.assert_allclose(loss_of(pair, x0, eps, x0_hat, sigma, sigma_next), 5 * (truth**2).mean(1), rtol=1e-4)
+    pair = lambda x, s: [features(x, s), 3 * features(x, s)]
+    np.testing.assert_allclose(
+        loss_of(pair, x0, eps, x0_hat, sigma, sigma_next), 5 * (truth**2).mean(1), rtol=1e-4
+    )
     for scale in (1.0, 100.0):
         relative = loss_of(
-            lambda x, s, c=scale: c * features(x, s), x0, eps, x0_hat, sigma, sigma_next, feature_norm="relative"
+            lambda x, s, c=scale: c * features(x, s),
+            x0,
+            eps,
+            x0_hat,
+            sigma,
+            sigma_next,
+            feature_norm="relative",
         )
-        size = (scaled(jnp.asarray(x0 + wide(sigma_next) * eps), sigma_next).reshape(2, -1) @ matrix) ** 2
+        size = (
+            scaled(jnp.asarray(x0 + wide(sigma_next) * eps), sigma_next).reshape(2, -1) @ matrix
+        ) ** 2
         np.testing.assert_allclose(relative, (truth**2).mean(1) / size.mean(1), rtol=1e-4)
     with pytest.raises(ValueError, match="unknown 'huber'"):
         loss_of(features, x0, eps, x0_hat, sigma, sigma_next, distance="huber")
@@ -172,8 +209,10 @@ def test_training_takes_the_stable_noise():
     np.testing.assert_array_equal(eps_hat, ex.eps_hat)
     kept = jax.jit(lambda ex, h: slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])
     sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
-    features = lambda x, s: denoiser(network())(x, s, ex.label, augment=ex.augment, tap="mid")  # noqa: E731
-    of_noise = lambda noise: sp.self_perceptual_loss(features, ex.x0, ex.eps, x0_hat, noise, sigma_next)  # noqa: E731
+    features = lambda x, s: denoiser(network())(x, s, ex.label, augment=ex.augment, tap="mid")
+    of_noise = lambda noise: sp.self_perceptual_loss(
+        features, ex.x0, ex.eps, x0_hat, noise, sigma_next
+    )
     np.testing.assert_allclose(kept(ex, x0_hat), of_noise(ex.eps_hat), rtol=1e-5)
     moved = ex.replace(eps_hat=ex.eps_hat + 0.1)
     np.testing.assert_allclose(kept(moved, x0_hat), of_noise(ex.eps_hat + 0.1), rtol=1e-5)
@@ -181,17 +220,21 @@ def test_training_takes_the_stable_noise():
 
 def test_gradient_goes_through_the_prediction_alone():
     x0, eps, x0_hat, sigma, sigma_next = (jnp.asarray(a) for a in problem(b=2))
-    total = lambda *a: jnp.sum(loss_of(squares, *a, sigma, sigma_next))  # noqa: E731
+    total = lambda *a: jnp.sum(loss_of(squares, *a, sigma, sigma_next))
     grad = jax.grad(total, argnums=2)(x0, eps, x0_hat)
     step = 1e-2 * RNG(2).normal(size=x0.shape).astype(np.float32)
     difference = (total(x0, eps, x0_hat + step) - total(x0, eps, x0_hat - step)) / 2
     np.testing.assert_allclose(jnp.vdot(grad, step), difference, rtol=1e-3)
-    constant = jax.grad(lambda y, n: jnp.sum(sp.self_perceptual_loss(squares, y, n, x0_hat, eps, sigma_next)), (0, 1))
+    constant = jax.grad(
+        lambda y, n: jnp.sum(sp.self_perceptual_loss(squares, y, n, x0_hat, eps, sigma_next)),
+        (0, 1),
+    )
     for g in constant(x0, eps):
         np.testing.assert_array_equal(g, 0)
 
 
-# A toy network in the place of the real one: one hidden layer (the "mid" tap), labels, augmentation, dropout.
+# A toy network in the place of the real one: one hidden layer (the "mid" tap), labels,
+# augmentation, dropout.
 
 
 @functools.cache
@@ -203,7 +246,11 @@ def network():
 
 def denoiser(params, buffers=None):
     def call(x, c_noise, label=None, augment=None, dropout_keys=None, tap=None):
-        h = x.reshape(x.shape[0], -1) @ params["enc"] + augment @ params["augment"] + c_noise[:, None]
+        h = (
+            x.reshape(x.shape[0], -1) @ params["enc"]
+            + augment @ params["augment"]
+            + c_noise[:, None]
+        )
         h = jnp.tanh(h + jax.nn.one_hot(label, 3) @ params["label"])
         if dropout_keys is not None:
             h = h * jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (16,)))(dropout_keys)
@@ -219,27 +266,49 @@ def example(b=6, seed=0, sigma=None):
     augment = np.zeros((b, 9), np.float32)
     augment[::2, 0] = 1
     return slots.Example(
-        x0=jnp.asarray(x0), image=jnp.asarray(x0), label=jnp.arange(b) % 3, augment=jnp.asarray(augment),
-        sigma=jnp.asarray(sigma), eps=jnp.asarray(eps), xt=jnp.asarray(x0 + wide(sigma) * eps),
-        index=jnp.arange(b, dtype=jnp.int32), key=jax.random.key(3), noise_key=jax.random.key(4),
-    )  # fmt: skip
+        x0=jnp.asarray(x0),
+        image=jnp.asarray(x0),
+        label=jnp.arange(b) % 3,
+        augment=jnp.asarray(augment),
+        sigma=jnp.asarray(sigma),
+        eps=jnp.asarray(eps),
+        xt=jnp.asarray(x0 + wide(sigma) * eps),
+        index=jnp.arange(b, dtype=jnp.int32),
+        key=jax.random.key(3),
+        noise_key=jax.random.key(4),
+    )
 
 
 def context(**more):
-    law = types.SimpleNamespace(sample=lambda keys: jnp.exp(-1.2 + 1.2 * jax.vmap(jax.random.normal)(keys)))
-    weight = lambda s: (jnp.square(s) + SD**2) / jnp.square(s * SD)  # noqa: E731
+    law = types.SimpleNamespace(
+        sample=lambda keys: jnp.exp(-1.2 + 1.2 * jax.vmap(jax.random.normal)(keys))
+    )
+    weight = lambda s: (jnp.square(s) + SD**2) / jnp.square(s * SD)
     fields = dict(
-        image_shape=(8, 8, 1), label_dim=3, batch=6, device_batch=6, devices=1, axis=None, sigma_data=SD,
-        sigma_min=0.002, sigma_max=80.0, weight=weight, denoiser=denoiser, learning_rate=1e-3, law=law,
+        image_shape=(8, 8, 1),
+        label_dim=3,
+        batch=6,
+        device_batch=6,
+        devices=1,
+        axis=None,
+        sigma_data=SD,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        weight=weight,
+        denoiser=denoiser,
+        learning_rate=1e-3,
+        law=law,
         weights=lambda folder, kind, step: (network(), {}, 7),
-    )  # fmt: skip
+    )
     return types.SimpleNamespace(**fields | more)
 
 
 def forward(params, ex):
     """(x0_hat, eps_hat) of the network in training."""
     denoise = denoiser(params)
-    return denoise.with_noise(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    return denoise.with_noise(
+        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
+    )
 
 
 def predicted(ex, params=None):
@@ -261,7 +330,9 @@ def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
         each, metrics = filled.distance(known, x0_hat, target, denoiser(params), frozen, memory)
         return jnp.mean(each), (each, metrics)
 
-    grads, (each, metrics) = jax.grad(loss, has_aux=True)(network() if params is None else params, frozen, memory)
+    grads, (each, metrics) = jax.grad(loss, has_aux=True)(
+        network() if params is None else params, frozen, memory
+    )
     return each, metrics, grads
 
 
@@ -279,9 +350,11 @@ def test_paper_preset_is_the_loss_of_the_definition():
     ex, params = example(), network()
     loss, metrics, grads = run(PAPER)
     assert np.isfinite(loss).all() and (loss > 0).all()
-    x0_hat = denoiser(params)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    x0_hat = denoiser(params)(
+        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
+    )
     sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
-    features = lambda x, s: denoiser(params)(x, s, ex.label, augment=ex.augment, tap="mid")  # noqa: E731
+    features = lambda x, s: denoiser(params)(x, s, ex.label, augment=ex.augment, tap="mid")
     eps_hat = (ex.xt - x0_hat) / wide(ex.sigma)
     truth = sp.self_perceptual_loss(features, ex.x0, ex.eps, x0_hat, eps_hat, sigma_next)
     np.testing.assert_allclose(loss, truth, rtol=1e-4)
@@ -295,7 +368,9 @@ def test_zero_weight_is_the_squared_error():
     loss, _, grads = run({"weight": 0.0})
     plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().weight))
     x0_hat = jax.jit(
-        lambda p: denoiser(p)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+        lambda p: denoiser(p)(
+            ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
+        )
     )
     np.testing.assert_allclose(loss, plain(x0_hat(params)), rtol=1e-5)
     assert np.isfinite(ravel_pytree(grads)[0]).all()
@@ -332,7 +407,9 @@ def test_the_teacher_is_in_eval_mode():
     """spec/sp.md 9.8: it never hears of dropout, while the trained network has it."""
 
     def quiet(params, buffers=None):
-        def call(x, sigma, label, augment, tap):  # any other keyword, dropout_keys above all, is an error
+        def call(
+            x, sigma, label, augment, tap
+        ):  # any other keyword, dropout_keys above all, is an error
             return denoiser(params)(x, sigma, label, augment=augment, tap=tap)
 
         return call
@@ -352,7 +429,10 @@ def test_another_teacher_is_noticed():
     other = jax.tree.map(lambda p: p + 1e-3, network())
     changed = sp.training(sp.DEFAULTS, context(weights=lambda folder, kind, step: (other, {}, 9)))
     sp.verify(filled.memory(), filled.frozen())
-    with pytest.raises(ValueError, match="other weights at step 9 than this .*; expected .*config.sp.teacher_step=7$"):
+    with pytest.raises(
+        ValueError,
+        match="other weights at step 9 than this .*; expected .*config.sp.teacher_step=7$",
+    ):
         sp.verify(filled.memory(), changed.frozen())
     loss, _, _ = run(PAPER, memory=changed.memory())
     assert np.isnan(loss).all()
@@ -361,24 +441,34 @@ def test_another_teacher_is_noticed():
 
 
 def test_calibration_reaches_the_share_and_freezes():
-    """The weighted SP gradient has 0.2 of the squared error's size once measured, and later steps change nothing."""
+    """The weighted SP gradient has 0.2 of the squared error's size once measured, and later steps
+    change nothing.
+    """
     filled = sp.training(sp.DEFAULTS | {"calibration": 2}, context())
-    memory, ex, weights = filled.memory(), example(sigma=np.geomspace(0.1, 2, 6).astype(np.float32)), []
+    memory, ex, weights = (
+        filled.memory(),
+        example(sigma=np.geomspace(0.1, 2, 6).astype(np.float32)),
+        [],
+    )
     for _ in range(4):
         _, metrics, _ = run({"calibration": 2}, ex, memory=memory)
         weights.append(float(metrics["sp/weight"][0]))
-        memory = filled.remember(memory, {k: jnp.mean(v) for k, v in metrics.items() if not isinstance(v, tuple)})
+        memory = filled.remember(
+            memory, {k: jnp.mean(v) for k, v in metrics.items() if not isinstance(v, tuple)}
+        )
     assert weights[0] == 0 and weights[1] > 0 and weights[2] == weights[3] and memory["count"] == 2
 
     params = network()
-    x0_hat = denoiser(params)(ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout"))
+    x0_hat = denoiser(params)(
+        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
+    )
     scale = wide(ex.sigma * SD / np.sqrt(np.square(ex.sigma) + SD**2))
 
     def size(weight, mse_weight):
         settings = sp.DEFAULTS | {"auto": False, "weight": weight, "mse_weight": mse_weight}
         slot = sp.training(settings, context())
         known, (frozen, memory) = predicted(ex), (slot.frozen(), slot.memory())
-        loss = lambda h: jnp.sum(slot.distance(known, h, ex.x0, None, frozen, memory)[0])  # noqa: E731
+        loss = lambda h: jnp.sum(slot.distance(known, h, ex.x0, None, frozen, memory)[0])
         return float(jnp.linalg.norm(scale * jax.grad(loss)(x0_hat)))
 
     np.testing.assert_allclose(size(weights[1], 0.0) / size(0.0, 1.0), 0.2, rtol=1e-3)
@@ -401,13 +491,17 @@ def test_laws_of_the_second_level():
     angle = np.arctan(np.asarray(draw("angle_uniform")) / SD)
     low, high = np.arctan(0.002 / SD), np.arctan(80 / SD)
     np.testing.assert_allclose(
-        np.quantile(angle, [0.25, 0.5, 0.75]), low + (high - low) * np.array([1, 2, 3]) / 4, atol=0.02
+        np.quantile(angle, [0.25, 0.5, 0.75]),
+        low + (high - low) * np.array([1, 2, 3]) / 4,
+        atol=0.02,
     )
     logs = np.log(np.asarray(draw("same")))
     np.testing.assert_allclose([logs.mean(), logs.std()], [-1.2, 1.2], atol=0.03)
     for kind in sp.SIGMA_NEXT:
         assert draw(kind).min() >= 0.002 and draw(kind).max() <= 80
-        np.testing.assert_allclose(draw(kind)[7:9], sp.draw_sigma_next(kind, keys[7:9], context()), rtol=1e-6)
+        np.testing.assert_allclose(
+            draw(kind)[7:9], sp.draw_sigma_next(kind, keys[7:9], context()), rtol=1e-6
+        )
 
 
 def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teacher():
@@ -433,13 +527,17 @@ def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teach
         ({"weight": -1.0}, "config.sp.weight: -1.0 given"),
         ({"auto": True, "mse_weight": 0.0}, "config.sp.auto"),
         ({"auto": True, "calibration": 0}, "config.sp.calibration: 0 given"),
-        ({"tap": "emb"}, "config.sp.tap: 'emb' given; expected mid, or blocks among augment, dec_block, enc, label"),
+        (
+            {"tap": "emb"},
+            "config.sp.tap: 'emb' given; expected mid, or blocks among augment, dec_block, enc, "
+            "label",
+        ),
         ({"tap": "enc,map_noise"}, "config.sp.tap: 'enc,map_noise' given"),
         ({"tap": ""}, "config.sp.tap: '' given"),
     ],
 )
 def test_wrong_settings_are_one_sentence(change, message):
-    weights = lambda folder, kind, step: (network() | {"map_noise": np.zeros(3)}, {}, 7)  # noqa: E731
+    weights = lambda folder, kind, step: (network() | {"map_noise": np.zeros(3)}, {}, 7)
     with pytest.raises(ValueError, match=message):
         sp.training(sp.DEFAULTS | change, context(weights=weights))
 
@@ -448,20 +546,31 @@ def test_presets_are_whole_settings():
     assert sp.preset("pixel_edm") == sp.DEFAULTS
     assert sp.preset("paper") == sp.DEFAULTS | PAPER
     assert tiny.config(name="cifar10_sp_paper").sp.to_dict() == sp.preset("paper")
-    with pytest.raises(ValueError, match="config.sp.preset: unknown 'edm'; expected one of paper, pixel_edm"):
+    with pytest.raises(
+        ValueError, match="config.sp.preset: unknown 'edm'; expected one of paper, pixel_edm"
+    ):
         sp.preset("edm")
 
 
 def test_what_the_run_tells_the_method(monkeypatch):
-    """Second levels lie where the teacher was trained, and are drawn one by one even where the first are stratified."""
+    """Second levels lie where the teacher was trained, and are drawn one by one even where the
+    first are stratified.
+    """
     told = []
-    monkeypatch.setattr(sp, "training", lambda settings, context: told.append(context) or slots.Slots("sp"))
-    run = tiny.build("methods=('sp',)", "precondition.kind=ve", "noise.law=ve", "noise.stratified=true")
+    monkeypatch.setattr(
+        sp, "training", lambda settings, context: told.append(context) or slots.Slots("sp")
+    )
+    run = tiny.build(
+        "methods=('sp',)", "precondition.kind=ve", "noise.law=ve", "noise.stratified=true"
+    )
     assert run.law.stratified and (told[0].sigma_min, told[0].sigma_max) == (0.02, 80.0)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
     for kind in sp.SIGMA_NEXT:
         assert (sp.draw_sigma_next(kind, keys, told[0]) >= 0.02).all()
-    with pytest.raises(ValueError, match="config.init.workdir: '' given; expected a trained folder, .*config.sp.teach"):
+    with pytest.raises(
+        ValueError,
+        match="config.init.workdir: '' given; expected a trained folder, .*config.sp.teach",
+    ):
         told[0].weights("", "ema", None)
 
 
@@ -473,34 +582,46 @@ def test_devices_agree():
 
     def loss(params, fields):
         part = ex.replace(**fields)
-        x0_hat, eps_hat = denoiser(params).with_noise(part.xt, part.sigma, part.label, augment=part.augment)
+        x0_hat, eps_hat = denoiser(params).with_noise(
+            part.xt, part.sigma, part.label, augment=part.augment
+        )
         part = part.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
         return jnp.mean(slot.distance(part, x0_hat, part.x0, None, frozen, memory)[0])
 
     fields = {n: getattr(ex, n) for n in names}
     cut = {n: a.reshape(4, 2, *a.shape[1:]) for n, a in fields.items()}
     whole = jax.jit(jax.value_and_grad(loss))(network(), fields)
-    step = lambda p, f: jax.lax.pmean(jax.value_and_grad(loss)(p, f), "data")  # noqa: E731
-    parts = jax.pmap(step, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4])(network(), cut)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3], b, rtol=2e-3, atol=1e-5), parts, whole)
+    step = lambda p, f: jax.lax.pmean(jax.value_and_grad(loss)(p, f), "data")
+    parts = jax.pmap(step, axis_name="data", in_axes=(None, 0), devices=jax.devices()[:4])(
+        network(), cut
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[3], b, rtol=2e-3, atol=1e-5), parts, whole
+    )
 
 
 def test_any_block_can_be_the_tap():
     """Blocks by name, several at once; what lies behind the deepest of them is not computed."""
     run = tiny.build("methods=()")
     shapes, rng = jax.eval_shape(run.model.init, jax.random.key(0)), RNG(0)
-    params, buffers = jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+    params, buffers = jax.tree.map(
+        lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes
+    )
     x, sigma = rng.normal(size=(2, 8, 8, 1)).astype(np.float32), jnp.array([0.5, 2.0])
 
     def features(tap):
         return jax.jit(lambda p: run.model.denoiser(p, buffers)(x, sigma, tap=tap))
 
     both = "enc_8x8_block0,dec_4x4_in1"
-    compiled = {t: features(t).lower(params).compile() for t in ("enc_8x8_block0", "mid", both, None)}
+    compiled = {
+        t: features(t).lower(params).compile() for t in ("enc_8x8_block0", "mid", both, None)
+    }
     early, mid = compiled[both](params)
     assert early.shape == (2, 8, 8, 8)
     np.testing.assert_array_equal(mid, compiled["mid"](params))
     flops = {t: program.cost_analysis()["flops"] for t, program in compiled.items()}
     assert flops["enc_8x8_block0"] < flops["mid"] / 2 < flops[None] / 4
-    with pytest.raises(ValueError, match="no block 'enc_3x3'; expected 'mid', 'emb' or some of .*dec_4x4_in0"):
+    with pytest.raises(
+        ValueError, match="no block 'enc_3x3'; expected 'mid', 'emb' or some of .*dec_4x4_in0"
+    ):
         features("dec_4x4_in1,enc_3x3")(params)

@@ -19,7 +19,11 @@ def draw(batch, *more):
 
 def batch(n: int = 400, label=None) -> dict:
     pixels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
-    return {"image": pixels, "label": np.arange(n) % 10 if label is None else label, "index": np.arange(n)}
+    return {
+        "image": pixels,
+        "label": np.arange(n) % 10 if label is None else label,
+        "index": np.arange(n),
+    }
 
 
 def test_images_levels_and_noise():
@@ -28,7 +32,9 @@ def test_images_levels_and_noise():
     np.testing.assert_allclose(e.x0, given["image"] / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(e.xt, e.x0 + e.sigma[:, None, None, None] * e.eps, rtol=1e-6)
     logs, eps = np.log(e.sigma), np.asarray(e.eps)
-    np.testing.assert_allclose([logs.mean(), logs.std()], [-1.2, 1.2], atol=0.2)  # 2206.00364, table 1
+    np.testing.assert_allclose(
+        [logs.mean(), logs.std()], [-1.2, 1.2], atol=0.2
+    )  # 2206.00364, table 1
     np.testing.assert_allclose([eps.mean(), eps.std()], [0, 1], atol=0.03)
 
 
@@ -39,14 +45,18 @@ def test_draws_belong_to_images_and_not_to_places():
     flags = ("data.xflip=true", "data.conditional=true", "data.label_dropout=0.5")
     straight, moved = draw(given, *flags), draw({k: v[order] for k, v in given.items()}, *flags)
     for name in ("x0", "label", "sigma", "eps"):
-        np.testing.assert_array_equal(getattr(moved, name), getattr(straight, name)[order], err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(moved, name), getattr(straight, name)[order], err_msg=name
+        )
 
 
 def test_half_of_the_images_are_mirrored():
     given = batch()
     e = draw(given, "data.xflip=true")
     same = np.isclose(e.x0, given["image"] / 127.5 - 1, atol=1e-6).all(axis=(1, 2, 3))
-    mirrored = np.isclose(e.x0, given["image"][:, :, ::-1] / 127.5 - 1, atol=1e-6).all(axis=(1, 2, 3))
+    mirrored = np.isclose(e.x0, given["image"][:, :, ::-1] / 127.5 - 1, atol=1e-6).all(
+        axis=(1, 2, 3)
+    )
     assert (same ^ mirrored).all() and 0.4 < mirrored.mean() < 0.6
 
 
@@ -54,7 +64,9 @@ def test_half_of_the_images_are_mirrored():
 def test_dropped_labels_are_no_class(vector):
     label = np.arange(400) % 10
     label = np.eye(10, dtype=np.float32)[label] if vector else label
-    seen = np.asarray(draw(batch(label=label), "data.conditional=true", "data.label_dropout=0.3").label)
+    seen = np.asarray(
+        draw(batch(label=label), "data.conditional=true", "data.label_dropout=0.3").label
+    )
     assert seen.shape == label.shape
     dropped = (seen == 0).all(axis=1) if vector else seen == -1
     assert 0.2 < dropped.mean() < 0.4
@@ -70,6 +82,8 @@ def test_the_loss_is_the_mean_over_images_of_a_weighted_sum_over_pixels():
     x0_hat = jax.jit(run.model.denoiser(state.params))(e.xt, e.sigma)
     squares = np.square(np.asarray(x0_hat, np.float64) - np.asarray(e.x0)).sum(axis=(1, 2, 3))
     sigma, data_std = np.asarray(e.sigma, np.float64), run.config.precondition.sigma_data
-    want = np.mean((sigma**2 + data_std**2) / (sigma * data_std) ** 2 * squares)  # 2206.00364, table 1
+    want = np.mean(
+        (sigma**2 + data_std**2) / (sigma * data_std) ** 2 * squares
+    )  # 2206.00364, table 1
     _, metrics = run.compile(state)(state, run.frozen(), run.plan.place_batch(given), run.key)
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)

@@ -1,4 +1,6 @@
-"""One-step rules: golden numbers, finite values and gradients at sigma 0, orders, what they reject."""
+"""One-step rules: golden numbers, finite values and gradients at sigma 0, orders, what they
+reject.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,13 @@ def test_projection_goldens():
     with jax.enable_x64(True):
         x, sigma, sigma_next = jnp.asarray(X), jnp.asarray(SIGMA), jnp.asarray(NEXT)
         euler = steps.euler(denoise, x, sigma, sigma_next)
-        np.testing.assert_allclose(euler.ravel(), [5.327113555, -0.908716084, 0.600956460, 1.297308465], atol=2e-7)
+        np.testing.assert_allclose(
+            euler.ravel(), [5.327113555, -0.908716084, 0.600956460, 1.297308465], atol=2e-7
+        )
         heun = steps.heun(denoise, x, sigma, sigma_next, floor=0.002)
-        np.testing.assert_allclose(heun.ravel(), [5.329516964, -1.046826984, 0.635256936, 1.298425615], atol=2e-7)
+        np.testing.assert_allclose(
+            heun.ravel(), [5.329516964, -1.046826984, 0.635256936, 1.298425615], atol=2e-7
+        )
 
 
 RULES = {
@@ -34,7 +40,9 @@ RULES = {
     "heun": lambda d, x, s, t: steps.heun(d, x, s, t),
     "ddim": lambda d, x, s, t: steps.ddim(d, x, s, t, eta=1.0, noise=jnp.ones_like(x)),
     "ancestral": lambda d, x, s, t: steps.ancestral(d, x, s, t, noise=jnp.ones_like(x)),
-    "ancestral_learned": lambda d, x, s, t: steps.ancestral(d, x, s, t, noise=jnp.ones_like(x), variance=0.4),
+    "ancestral_learned": lambda d, x, s, t: steps.ancestral(
+        d, x, s, t, noise=jnp.ones_like(x), variance=0.4
+    ),
     "heun_moments": lambda d, x, s, t: steps.heun_moments(d, x, d(x, s), s, t)[0],
     "dpmpp_2m": lambda d, x, s, t: steps.dpmpp_2m(x, d(x, s), 0.9 * d(x, s), s, t, 2 * s),
 }
@@ -68,7 +76,9 @@ def test_floor_keeps_euler():
 
 
 def test_shared_evaluation_and_second_keywords():
-    """x0_hat saves the first evaluation; the second one gets its own keywords and its own denoiser."""
+    """x0_hat saves the first evaluation; the second one gets its own keywords and its own
+    denoiser.
+    """
     calls = []
 
     def counted(x, sigma, label=None, tag=None):
@@ -108,14 +118,18 @@ def test_down_and_up_conserve_variance(eta):
 
 
 def test_heun_moments_carry_the_marginal():
-    """Heun down, noise up: the Gaussian marginal of sigma becomes that of sigma_next to third order of the step."""
+    """Heun down, noise up: the Gaussian marginal of sigma becomes that of sigma_next to third order
+    of the step.
+    """
     g = Gaussian(0.0, 0.5)
     with jax.enable_x64(True):
         x, sigma = jnp.ones((1, 1, 1, 1), jnp.float64), jnp.asarray([1.0])
         errors = []
         for ratio in (0.9, 0.95):
             sigma_next = ratio * sigma
-            mean, std = steps.heun_moments(g.denoise, x, g.denoise(x, sigma), sigma, sigma_next, eta=1.0)
+            mean, std = steps.heun_moments(
+                g.denoise, x, g.denoise(x, sigma), sigma, sigma_next, eta=1.0
+            )
             variance = float(mean[0, 0, 0, 0] ** 2 * (0.25 + sigma[0] ** 2) + std[0] ** 2)
             errors.append(abs(variance - float(0.25 + sigma_next[0] ** 2)))
     assert errors[1] < errors[0] / 6

@@ -1,4 +1,6 @@
-"""STF: closed forms, brute force in float64, exactness by enumeration, sharding, masks and memory."""
+"""STF: closed forms, brute force in float64, exactness by enumeration, sharding, masks and
+memory.
+"""
 
 import itertools
 
@@ -19,7 +21,9 @@ def brute_force(x, sigma, references, mask=None):
     """Target and effective sample size by the definition, in float64 numpy."""
     b, n = len(x), len(references)
     x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, references))
-    logits = -np.square(x[:, None] - y[None]).sum(-1) / (2 * np.asarray(sigma, np.float64)[:, None] ** 2)
+    logits = -np.square(x[:, None] - y[None]).sum(-1) / (
+        2 * np.asarray(sigma, np.float64)[:, None] ** 2
+    )
     if mask is not None:
         logits = np.where(np.broadcast_to(mask, (b, n)), logits, -np.inf)
     weights = np.exp(logits - logits.max(1, keepdims=True))
@@ -28,11 +32,15 @@ def brute_force(x, sigma, references, mask=None):
 
 
 def problem(b=6, n=21, shape=(4, 4, 3), seed=0, low=0.3, high=8.0):
-    """References, of which the first b are the sources, and noisy queries at noise levels where several compete."""
+    """References, of which the first b are the sources, and noisy queries at noise levels where
+    several compete.
+    """
     rng = RNG(seed)
     references = rng.uniform(-1, 1, (n, *shape)).astype(np.float32)
     sigma = np.geomspace(low, high, b).astype(np.float32)
-    x = references[:b] + sigma.reshape(b, *[1] * len(shape)) * rng.normal(size=(b, *shape)).astype(np.float32)
+    x = references[:b] + sigma.reshape(b, *[1] * len(shape)) * rng.normal(size=(b, *shape)).astype(
+        np.float32
+    )
     return x.astype(np.float32), sigma, references
 
 
@@ -78,14 +86,24 @@ def test_golden_case_of_the_authors_code():
 
 def test_golden_case_b_of_the_authors_code():
     """spec/stf.md 11, case B: sums of the output rows."""
-    references = np.moveaxis(np.sin(0.37 * np.arange(384) + 0.1).reshape(8, 3, 4, 4), 1, -1).astype(np.float32)
-    eps = np.moveaxis(np.cos(1.3 * np.arange(192) + 0.2).reshape(4, 3, 4, 4), 1, -1).astype(np.float32)
+    references = np.moveaxis(np.sin(0.37 * np.arange(384) + 0.1).reshape(8, 3, 4, 4), 1, -1).astype(
+        np.float32
+    )
+    eps = np.moveaxis(np.cos(1.3 * np.arange(192) + 0.2).reshape(4, 3, 4, 4), 1, -1).astype(
+        np.float32
+    )
     sigma = np.array([0.002, 0.3, 1.5, 80], np.float32)
     target, ess = stable(references[:4] + sigma[:, None, None, None] * eps, sigma, references)
     target = np.asarray(target, np.float64)
-    np.testing.assert_allclose(target.sum((1, 2, 3)), [1.659278, 2.78624, 0.98102, 0.610555], atol=3e-5)
-    np.testing.assert_allclose((target**2).sum((1, 2, 3)), [24.37534, 22.827957, 24.061985, 1.170315], rtol=2e-6)
-    np.testing.assert_allclose(target[3, 0, :4, 0], [-0.119406, -0.04205, 0.040998, 0.118496], atol=2e-6)
+    np.testing.assert_allclose(
+        target.sum((1, 2, 3)), [1.659278, 2.78624, 0.98102, 0.610555], atol=3e-5
+    )
+    np.testing.assert_allclose(
+        (target**2).sum((1, 2, 3)), [24.37534, 22.827957, 24.061985, 1.170315], rtol=2e-6
+    )
+    np.testing.assert_allclose(
+        target[3, 0, :4, 0], [-0.119406, -0.04205, 0.040998, 0.118496], atol=2e-6
+    )
     np.testing.assert_allclose(ess, [1, 1.000143, 1.101911, 7.999807], rtol=2e-6)
 
 
@@ -97,7 +115,9 @@ def test_golden_case_b_of_the_authors_code():
         ((-1, 0.5, 0.3, 0), 1.9, (-0.1620804, 0.2161072, 0, -0.0810402)),
     ],
 )
-@pytest.mark.parametrize("repeat", [1, 8])  # 4 numbers: exact differences; 32: the matrix-product form
+@pytest.mark.parametrize(
+    "repeat", [1, 8]
+)  # 4 numbers: exact differences; 32: the matrix-product form
 def test_two_points_have_the_tanh_posterior(x, sigma, truth, repeat):
     mu = np.tile(np.array([[0.6, -0.8, 0, 0.3]], np.float32), (1, repeat)) / np.sqrt(repeat)
     x = np.tile(np.array([x], np.float32), (1, repeat)) / np.sqrt(repeat)
@@ -131,7 +151,9 @@ def test_high_noise_gives_the_mean():
 
 
 def test_gaussian_data_shrink():
-    """Data N(0, s^2): E[y | x] = x s^2 / (s^2 + sigma^2), up to the Monte-Carlo error of n references."""
+    """Data N(0, s^2): E[y | x] = x s^2 / (s^2 + sigma^2), up to the Monte-Carlo error of n
+    references.
+    """
     references = 0.5 * RNG(0).normal(size=(200_000, 1)).astype(np.float32)
     x = jnp.linspace(-1.0, 1.0, 5)[:, None]
     target, _ = stable(x, jnp.full((5,), 0.8), references)
@@ -147,14 +169,22 @@ def test_full_set_is_the_score_of_the_empirical_mixture():
 
     score = jax.vmap(jax.grad(log_density))(jnp.asarray(x), jnp.asarray(sigma))
     target, _ = stable(x, sigma, references)
-    np.testing.assert_allclose(stf.target("score", jnp.asarray(x), target, sigma), score, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        stf.target("score", jnp.asarray(x), target, sigma), score, rtol=1e-4, atol=1e-4
+    )
 
 
 def enumerate_targets(replace: bool, include: bool):
-    """Mean bias and variance ratio of the target given x, over all reference batches of 3 out of 6 points."""
+    """Mean bias and variance ratio of the target given x, over all reference batches of 3 out of 6
+    points.
+    """
     points = np.array([[0.0, 1.0], [0.5, -0.4], [-1.0, 0.3], [0.9, 0.8], [-0.6, -0.9], [0.1, 0.2]])
     sigma, grid = 0.7, np.array([[0.3, 0.1], [-0.5, 0.4], [0.9, -0.2]])
-    draws = list(itertools.product(range(6), repeat=3)) if replace else list(itertools.permutations(range(6), 3))
+    draws = (
+        list(itertools.product(range(6), repeat=3))
+        if replace
+        else list(itertools.permutations(range(6), 3))
+    )
     likelihood = np.exp(-np.square(grid[:, None] - points[None]).sum(-1) / (2 * sigma**2))
     posterior = likelihood / likelihood.sum(1, keepdims=True)
     truth = posterior @ points
@@ -163,7 +193,9 @@ def enumerate_targets(replace: bool, include: bool):
     for draw in draws:  # source = draw[0], with probability given x proportional to its likelihood
         weight = likelihood[:, draw[0]] / sum(likelihood[:, d[0]] for d in draws)
         references = points[list(draw if include else draw[1:])]
-        target = np.asarray(run(jnp.asarray(grid), jnp.full((3,), sigma), jnp.asarray(references))[0])
+        target = np.asarray(
+            run(jnp.asarray(grid), jnp.full((3,), sigma), jnp.asarray(references))[0]
+        )
         first += weight[:, None] * target
         second += weight * np.square(target - truth).sum(-1)
     dsm = np.einsum("xk,xk->x", posterior, np.square(points[None] - truth[:, None]).sum(-1))
@@ -175,7 +207,9 @@ def test_target_is_unbiased_and_of_smaller_variance(replace):
     with jax.enable_x64(True):
         bias, ratio = enumerate_targets(replace, include=True)
         assert bias < 1e-12 and ratio < 0.9
-        assert enumerate_targets(replace, include=False)[0] > 0.1  # the check sees a source that is dropped
+        assert (
+            enumerate_targets(replace, include=False)[0] > 0.1
+        )  # the check sees a source that is dropped
 
 
 def test_symmetries():
@@ -195,9 +229,9 @@ def test_vp_coordinates_are_rescaled_ve_coordinates():
     x, sigma, references = problem()
     alpha = 1 / np.sqrt(1 + sigma**2)
     scaled = x * alpha[:, None, None, None]
-    logits = -np.square((scaled[:, None] - alpha[:, None, None, None, None] * references[None]).astype(np.float64)).sum(
-        (2, 3, 4)
-    ) / (2 * np.square(alpha * sigma)[:, None])
+    logits = -np.square(
+        (scaled[:, None] - alpha[:, None, None, None, None] * references[None]).astype(np.float64)
+    ).sum((2, 3, 4)) / (2 * np.square(alpha * sigma)[:, None])
     weights = np.exp(logits - logits.max(1, keepdims=True))
     truth = np.einsum("bn,nhwc->bhwc", weights / weights.sum(1, keepdims=True), references)
     np.testing.assert_allclose(stable(x, sigma, references)[0], truth, atol=3e-6)
@@ -208,9 +242,9 @@ def test_targets_of_all_parametrisations_agree():
     clean, noise = rng.normal(size=(2, 5, 4, 4, 1)).astype(np.float32)
     angle = np.linspace(0.1, 1.4, 5).astype(np.float32)
     alpha, sigma = np.cos(angle), np.sin(angle)
-    wide = lambda a: a[:, None, None, None]  # noqa: E731
+    wide = lambda a: a[:, None, None, None]
     x = jnp.asarray(wide(alpha) * clean + wide(sigma) * noise)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5)
     close(stf.target("x0", x, clean, sigma, alpha), clean)
     close(stf.target("eps", x, clean, sigma, alpha), noise)
     close(stf.target("score", x, clean, sigma, alpha), -noise / wide(sigma))
@@ -234,14 +268,18 @@ def test_masks_select_references():
     each[np.arange(6), np.arange(6)] = True
     for chunk in (None, 4):
         assert_like_brute_force(stable(x, sigma, references, one, chunk), x, sigma, references, one)
-        assert_like_brute_force(stable(x, sigma, references, each, chunk), x, sigma, references, each)
+        assert_like_brute_force(
+            stable(x, sigma, references, each, chunk), x, sigma, references, each
+        )
     subset = stable(x, sigma, references[one])[0]
     np.testing.assert_allclose(stable(x, sigma, references, one)[0], subset, atol=1e-6)
     assert np.isnan(stable(x, sigma, references, np.zeros(21, bool), 5)[0]).all()
 
 
 def test_class_masks():
-    """spec/stf.md 5: class-blind 0.236; classes -0.888 and 0.894. A query without a class uses everything."""
+    """spec/stf.md 5: class-blind 0.236; classes -0.888 and 0.894. A query without a class uses
+    everything.
+    """
     references = np.array([-1.0, -0.8, 0.8, 1.0], np.float32)[:, None]
     classes = jnp.array([0, 0, 1, 1])
     x, sigma, label = jnp.full((3, 1), 0.3), jnp.ones(3), jnp.array([-1, 0, 1])
@@ -262,7 +300,9 @@ def test_uint8_references_are_scaled_like_images():
         want = stable(x, sigma, as_float, chunk=chunk)
         np.testing.assert_allclose(got[0], want[0], atol=1e-6)
     exact, _ = stable(as_float[:6], jnp.full((6,), 0.01), stored)
-    np.testing.assert_allclose(exact, as_float[:6], atol=2.4e-7)  # one rounding: a compiler multiplies by 1 / 127.5
+    np.testing.assert_allclose(
+        exact, as_float[:6], atol=2.4e-7
+    )  # one rounding: a compiler multiplies by 1 / 127.5
 
 
 def test_a_source_of_its_own_equals_a_masked_reference():
@@ -274,12 +314,14 @@ def test_a_source_of_its_own_equals_a_masked_reference():
 
 def test_no_gradient_passes():
     x, sigma, references = (jnp.asarray(a) for a in problem())
-    total = lambda x, s, r: jnp.sum(stable(x, s, r, source=x)[0])  # noqa: E731
+    total = lambda x, s, r: jnp.sum(stable(x, s, r, source=x)[0])
     for grad in jax.grad(total, argnums=(0, 1, 2))(x, sigma, references):
         np.testing.assert_array_equal(grad, 0)
 
 
-@pytest.mark.parametrize("devices,way", [(1, "pmap"), (2, "pmap"), (4, "pmap"), (8, "pmap"), (4, "shard_map")])
+@pytest.mark.parametrize(
+    "devices,way", [(1, "pmap"), (2, "pmap"), (4, "pmap"), (8, "pmap"), (4, "shard_map")]
+)
 def test_sharded_equals_whole(devices, way):
     x, sigma, references = problem(b=8, n=40)
     label, classes = RNG(7).integers(-1, 3, 8), RNG(8).integers(0, 3, 40)
@@ -295,7 +337,9 @@ def test_sharded_equals_whole(devices, way):
             stable(x, sigma, references, axis_name="data", source=source),
         )
 
-    args = [jnp.asarray(a) for a in (x, sigma, references, keep, label, classes, references[::-1][:8])]
+    args = [
+        jnp.asarray(a) for a in (x, sigma, references, keep, label, classes, references[::-1][:8])
+    ]
     if way == "pmap":
         cut = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
         got = jax.pmap(local, axis_name="data", devices=jax.devices()[:devices])(*cut)
@@ -315,16 +359,25 @@ def test_sharded_equals_whole(devices, way):
 
 
 def test_masks_across_devices():
-    """All shapes of a mask under sharding, and replicated queries; different queries with such a mask give nan."""
+    """All shapes of a mask under sharding, and replicated queries; different queries with such a
+    mask give nan.
+    """
     x, sigma, references = problem(b=8, n=40)
     mask = RNG(5).uniform(size=(8, 40)) < 0.4
     mask[np.arange(8), np.arange(8)] = True
     want, _ = stable(x, sigma, references, mask)
     cut = references.reshape(4, 10, *references.shape[1:])
     own = x.reshape(4, 2, *x.shape[1:]), sigma.reshape(4, 2)
-    run = jax.pmap(lambda x, s, r, m: stable(x, s, r, m, axis_name="i")[0], axis_name="i", devices=jax.devices()[:4])
+    run = jax.pmap(
+        lambda x, s, r, m: stable(x, s, r, m, axis_name="i")[0],
+        axis_name="i",
+        devices=jax.devices()[:4],
+    )
     columns = np.moveaxis(mask.reshape(8, 4, 10), 1, 0)
-    for each in (columns, mask.reshape(4, 2, 40)):  # [all queries, own references], [own queries, all references]
+    for each in (
+        columns,
+        mask.reshape(4, 2, 40),
+    ):  # [all queries, own references], [own queries, all references]
         np.testing.assert_allclose(np.reshape(run(*own, cut, each), x.shape), want, atol=1e-6)
     same = [np.broadcast_to(a, (4, *a.shape)) for a in (x, sigma)]
     np.testing.assert_allclose(run(*same, cut, columns)[2], want, atol=1e-6)
@@ -343,10 +396,14 @@ def sizes(jaxpr):
 
 
 def test_no_array_of_batch_by_references_by_pixels():
-    """b 128, n 4096, 3072 numbers: at most 32 MB of temporaries where the authors' form needs 6.4 GB arrays."""
+    """b 128, n 4096, 3072 numbers: at most 32 MB of temporaries where the authors' form needs 6.4
+    GB arrays.
+    """
     shapes = [(128, 32, 32, 3), (128,), (4096, 32, 32, 3)]
     for dtype in (jnp.float32, jnp.uint8):
-        args = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.float32, dtype))]
+        args = [
+            jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.float32, dtype))
+        ]
         jaxpr = jax.make_jaxpr(stf.stable_target)(*args)
         assert max(sizes(jaxpr.jaxpr)) <= 4096 * 3072  # the references themselves, reshaped
         memory = jax.jit(stf.stable_target).lower(*args).compile().memory_analysis()
@@ -374,7 +431,9 @@ def test_precision_with_near_duplicates(sigma):
 
 
 def test_shared_references_reduce_the_batch_error_by_n_over_b():
-    """spec/stf.md 4: at high noise the error of the batch mean of targets is var(y)/n, against var(y)/b for DSM."""
+    """spec/stf.md 4: at high noise the error of the batch mean of targets is var(y)/n, against
+    var(y)/b for DSM.
+    """
     rng, b, n = RNG(0), 8, 128
     run = jax.jit(lambda x, r: stable(x, jnp.full((b,), 30.0), r)[0])
     shared, plain = [], []
@@ -392,7 +451,9 @@ def test_flips_undo_themselves_and_isometric_sees_the_rest():
     augment = np.zeros((5, 9), np.float32)
     augment[1, 0] = augment[2, 1] = augment[3, 0] = augment[3, 1] = 1
     augment[4, 6] = -0.3
-    np.testing.assert_array_equal(augmentation.flip(augmentation.flip(images, augment), augment), images)
+    np.testing.assert_array_equal(
+        augmentation.flip(augmentation.flip(images, augment), augment), images
+    )
     np.testing.assert_array_equal(augmentation.flip(images, augment)[1], images[1][:, ::-1])
     np.testing.assert_array_equal(augmentation.flip(images, augment)[3], images[3][::-1, ::-1])
     np.testing.assert_array_equal(augmentation.isometric(jnp.asarray(augment)), [1, 1, 1, 1, 0])

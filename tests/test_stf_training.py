@@ -12,7 +12,8 @@ from ogdm_jax import randomness
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.data.sources import from_arrays
 from ogdm_jax.diffusion import noise
-from ogdm_jax.methods import slots, stf
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods import stf
 from ogdm_jax.training import step
 
 RNG = np.random.default_rng
@@ -28,7 +29,11 @@ def as_image(pixels):
 def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
     """A batch whose images are the first b of SET, augmented by flips where the labels say so."""
     clean, sigma = as_image(SET[:b]), np.geomspace(low, 6, b).astype(np.float32)
-    x0 = clean if augment is None else np.asarray(augmentation.flip(jnp.asarray(clean), jnp.asarray(augment)))
+    x0 = (
+        clean
+        if augment is None
+        else np.asarray(augmentation.flip(jnp.asarray(clean), jnp.asarray(augment)))
+    )
     eps = RNG(seed).normal(size=x0.shape).astype(np.float32)
     return slots.Example(
         x0=jnp.asarray(x0),
@@ -46,7 +51,13 @@ def example(b=8, seed=0, label=False, augment=None, references=None, low=0.3):
 
 
 def context(b=8, devices=1, axis=None, **more):
-    fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis, "image_shape": (4, 4, 1)}
+    fields = {
+        "batch": b,
+        "device_batch": b // devices,
+        "devices": devices,
+        "axis": axis,
+        "image_shape": (4, 4, 1),
+    }
     fields |= {"xflip": False, "augment": None, "mesh": None, "label_dim": 3, "source": SOURCE}
     return types.SimpleNamespace(**fields | more)
 
@@ -70,10 +81,14 @@ def test_full_is_the_posterior_of_the_whole_set():
     target, metrics = fill({"source": "full", "chunk": 16}, ex)
     assert_target(target, ex, as_image(SET))
     values, weights = metrics["stf/moved/0.5-2"]
-    np.testing.assert_allclose(values, np.sqrt(np.square(target - ex.x0).sum((1, 2, 3))), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        values, np.sqrt(np.square(target - ex.x0).sum((1, 2, 3))), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(weights, (ex.sigma > 0.5) & (ex.sigma <= 2))
     assert set(metrics) == {
-        f"stf/{n}/{b}" for n in ("ess", "active", "moved") for b in ("0-0.5", "0.5-2", "2-10", "10-inf")
+        f"stf/{n}/{b}"
+        for n in ("ess", "active", "moved")
+        for b in ("0-0.5", "0.5-2", "2-10", "10-inf")
     }
     target, _ = fill({"source": "full"}, ex, context(xflip=True))
     assert_target(target, ex, as_image(np.concatenate([SET, SET[:, :, ::-1]])))
@@ -94,9 +109,13 @@ def test_stream_is_the_batch_and_what_the_loader_brought():
     assert_target(fill({"source": "stream", "n": 8}, ex)[0], ex, as_image(SET[:8]))
 
 
-@pytest.mark.parametrize("source,count", [("stream", 20), ("cache", 20), ("gather", 8), ("full", 50)])
+@pytest.mark.parametrize(
+    "source,count", [("stream", 20), ("cache", 20), ("gather", 8), ("full", 50)]
+)
 def test_the_source_is_a_reference_exactly_once(source, count):
-    """spec/stf.md 10.7. At very high noise all references weigh the same, so the effective sample size counts them."""
+    """spec/stf.md 10.7. At very high noise all references weigh the same, so the effective sample
+    size counts them.
+    """
     given = {"reference": jnp.asarray(SET[20:32]), "reference_label": jnp.asarray(CLASSES[20:32])}
     ex = example(references=given if source == "stream" else None, low=0.01)
     target, _ = fill({"source": source, "n": 20}, ex)
@@ -104,13 +123,19 @@ def test_the_source_is_a_reference_exactly_once(source, count):
     ex = ex.replace(sigma=jnp.full((8,), 1e5), xt=ex.x0 + 1e5 * ex.eps)
     target, metrics = fill({"source": source, "n": 20}, ex)
     np.testing.assert_allclose(metrics["stf/ess/10-inf"][0], count, rtol=1e-4)
-    known = {"stream": [*range(8), *range(20, 32)], "gather": range(8), "full": range(50)}.get(source)
+    known = {"stream": [*range(8), *range(20, 32)], "gather": range(8), "full": range(50)}.get(
+        source
+    )
     if known:
-        np.testing.assert_allclose(target, np.broadcast_to(as_image(SET[list(known)]).mean(0), target.shape), atol=1e-3)
+        np.testing.assert_allclose(
+            target, np.broadcast_to(as_image(SET[list(known)]).mean(0), target.shape), atol=1e-3
+        )
 
 
 def test_loss_is_zero_at_the_target_and_edms_without_stf():
-    """spec/stf.md 10.12, in the step's own words: nothing but the target changes, and no gradient passes through it."""
+    """spec/stf.md 10.12, in the step's own words: nothing but the target changes, and no gradient
+    passes through it.
+    """
     ex, law = example(), noise.edm()
     slot = stf.training(stf.DEFAULTS | {"source": "full"}, context())
     on, off, frozen = slots.combine([slot]), slots.combine([]), {"stf": arrays(slot)}
@@ -132,13 +157,17 @@ def test_cache_is_the_source_and_independent_draws():
     ex = example()
     np.testing.assert_array_equal(fill({"source": "cache", "n": 1}, ex)[0], ex.x0)
     target, _ = fill({"source": "cache", "n": 20}, ex)
-    key = randomness.fold_in_name(jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 0), "rows")
+    key = randomness.fold_in_name(
+        jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 0), "rows"
+    )
     rows = np.asarray(jax.random.randint(key, (19,), 0, 50))
     mask = np.concatenate([np.eye(8, dtype=bool), np.ones((8, 19), bool)], 1)
     assert_target(target, ex, as_image(np.concatenate([SET[:8], SET[rows]])), mask)
     # Another accumulation round: other draws, known by the group's first example.
     later = ex.replace(index=ex.index + 8)
-    key = randomness.fold_in_name(jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 8), "rows")
+    key = randomness.fold_in_name(
+        jax.random.fold_in(randomness.fold_in_name(ex.key, "stf"), 8), "rows"
+    )
     others = np.asarray(jax.random.randint(key, (19,), 0, 50))
     assert (others != rows).any()
     target, _ = fill({"source": "cache", "n": 20}, later)
@@ -149,25 +178,31 @@ def test_cache_is_the_source_and_independent_draws():
 
 @pytest.mark.parametrize("source", ["gather", "cache", "stream", "full"])
 def test_plans_agree(source):
-    """pmap with 4 devices = global arrays on a mesh of 4, labels included; gather and full = one device as well."""
+    """pmap with 4 devices = global arrays on a mesh of 4, labels included; gather and full = one
+    device as well.
+    """
     given = {"reference": jnp.asarray(SET[10:30]), "reference_label": jnp.asarray(CLASSES[10:30])}
     ex = example(label=True, references=given if source == "stream" else None)
     settings = {"source": source, "n": 7}
     whole, _ = fill(settings, ex, context(devices=4))
     slot = stf.training(stf.DEFAULTS | settings, context(devices=4, axis="data"))
     names = [
-        n for n in ("x0", "image", "label", "sigma", "eps", "xt", "index", "references") if getattr(ex, n) is not None
+        n
+        for n in ("x0", "image", "label", "sigma", "eps", "xt", "index", "references")
+        if getattr(ex, n) is not None
     ]
     cut = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), {n: getattr(ex, n) for n in names})
-    split = lambda a: np.reshape(a, (4, -1, *a.shape[1:]))  # noqa: E731
+    split = lambda a: np.reshape(a, (4, -1, *a.shape[1:]))
     frozen = jax.tree.map(split, arrays(slot)) if slot.divided else arrays(slot)
-    target = lambda fields, frozen: slot.target(ex.replace(**fields), frozen)[0]  # noqa: E731
+    target = lambda fields, frozen: slot.target(ex.replace(**fields), frozen)[0]
     axes = (0, 0 if slot.divided else None)
     run = jax.pmap(target, axis_name="data", in_axes=axes, devices=jax.devices()[:4])
     np.testing.assert_allclose(np.reshape(run(cut, frozen), whole.shape), whole, atol=1e-6)
     if source == "full":
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
-        np.testing.assert_allclose(fill(settings, ex, context(devices=4, mesh=mesh))[0], whole, atol=1e-6)
+        np.testing.assert_allclose(
+            fill(settings, ex, context(devices=4, mesh=mesh))[0], whole, atol=1e-6
+        )
     if source in ("gather", "full"):
         np.testing.assert_allclose(fill(settings, ex)[0], whole, atol=1e-6)
         known = SET[:8] if source == "gather" else SET
@@ -194,7 +229,9 @@ def test_matched_augmentation_flips_queries_and_targets():
     other[:, 0] = 1 - other[:, 0]
     mirrored = example(augment=other).replace(xt=ex.xt[:, :, ::-1], eps=ex.eps[:, :, ::-1])
     np.testing.assert_allclose(
-        fill({"source": "full"}, mirrored)[0], fill({"source": "full"}, ex)[0][:, :, ::-1], atol=1e-6
+        fill({"source": "full"}, mirrored)[0],
+        fill({"source": "full"}, ex)[0][:, :, ::-1],
+        atol=1e-6,
     )
 
 
@@ -230,9 +267,15 @@ def test_dropped_labels_see_every_class():
         ({"source": "bank"}, "config.stf.source: unknown 'bank'"),
         ({"augment": "all"}, "config.stf.augment: unknown 'all'"),
         ({"source": "stream", "n": 7}, "config.stf.n: 7 given; expected at least 8"),
-        ({"source": "stream", "n": 51}, "config.stf.n: 51 given; expected at most 50 with stream, as the set has 50 "),
+        (
+            {"source": "stream", "n": 51},
+            "config.stf.n: 51 given; expected at most 50 with stream, as the set has 50 ",
+        ),
         ({"source": "cache", "n": 0}, "config.stf.n: 0 given"),
-        ({"source": "full", "augment": "official"}, "config.stf.augment: 'official' given; expected matched or dsm"),
+        (
+            {"source": "full", "augment": "official"},
+            "config.stf.augment: 'official' given; expected matched or dsm",
+        ),
     ],
 )
 def test_wrong_settings_are_one_sentence(change, message):
@@ -241,16 +284,25 @@ def test_wrong_settings_are_one_sentence(change, message):
 
 
 def test_sources_of_data_that_do_not_fit_are_one_sentence():
-    with pytest.raises(ValueError, match="config.stf.source: 'full' given; expected stream or gather.*not in memory"):
-        stf.training(stf.DEFAULTS | {"source": "full"}, context(source=types.SimpleNamespace(images=None)))
-    vectors = context(source=from_arrays("vectors", SET, RNG(0).normal(size=(50, 3)).astype(np.float32)))
+    with pytest.raises(
+        ValueError,
+        match="config.stf.source: 'full' given; expected stream or gather.*not in memory",
+    ):
+        stf.training(
+            stf.DEFAULTS | {"source": "full"}, context(source=types.SimpleNamespace(images=None))
+        )
+    vectors = context(
+        source=from_arrays("vectors", SET, RNG(0).normal(size=(50, 3)).astype(np.float32))
+    )
     with pytest.raises(ValueError, match="config.stf.class_mask: True given; expected false"):
         stf.training(stf.DEFAULTS, vectors)
     stf.training(stf.DEFAULTS | {"class_mask": False}, vectors)
 
 
 def test_stream_refuses_sets_without_enough_other_images():
-    """Per device: its images and as many others as are not in the global batch; devices may share those."""
+    """Per device: its images and as many others as are not in the global batch; devices may share
+    those.
+    """
     stream = {"source": "stream", "n": 46}
     assert stf.training(stf.DEFAULTS | stream, context(devices=2)).references == 2 * 42
     with pytest.raises(ValueError, match="config.stf.n: 47 given; expected at most 46 with stream"):
@@ -262,18 +314,35 @@ def test_stream_refuses_sets_without_enough_other_images():
 
 @pytest.mark.parametrize("source", ["cache", "stream"])
 def test_training_holds_no_float_copy_of_the_references(source):
-    """b 128, n 4096, 32x32x3: 32 MB of temporaries, mirrored images included; as float32 they alone would take 50."""
+    """b 128, n 4096, 32x32x3: 32 MB of temporaries, mirrored images included; as float32 they alone
+    would take 50.
+    """
     b, n, size = 128, 4096, (32, 32, 3)
     big = from_arrays("big", np.broadcast_to(np.uint8(0), (5000, *size)))
     ctx = context(b, image_shape=size, source=big, xflip=True, label_dim=0)
     slot = stf.training(stf.DEFAULTS | {"source": source, "n": n}, ctx)
-    abstract = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    abstract = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     pixels, row, key = abstract(b, *size), abstract(b), jax.eval_shape(jax.random.key, 0)
-    given = {"reference": abstract(n - b, *size, dtype=jnp.uint8), "reference_label": abstract(n - b, dtype=jnp.int32)}
+    given = {
+        "reference": abstract(n - b, *size, dtype=jnp.uint8),
+        "reference_label": abstract(n - b, dtype=jnp.int32),
+    }
     ex = slots.Example(
-        x0=pixels, image=pixels, label=None, augment=None, sigma=row, eps=pixels, xt=pixels,
-        index=abstract(b, dtype=jnp.int32), key=key, noise_key=key, references=given if source == "stream" else None,
-    )  # fmt: skip
-    frozen = {"image": abstract(50_000, *size, dtype=jnp.uint8), "label": abstract(50_000, dtype=jnp.int32)}
+        x0=pixels,
+        image=pixels,
+        label=None,
+        augment=None,
+        sigma=row,
+        eps=pixels,
+        xt=pixels,
+        index=abstract(b, dtype=jnp.int32),
+        key=key,
+        noise_key=key,
+        references=given if source == "stream" else None,
+    )
+    frozen = {
+        "image": abstract(50_000, *size, dtype=jnp.uint8),
+        "label": abstract(50_000, dtype=jnp.int32),
+    }
     program = jax.jit(lambda ex, frozen: slot.target(ex, frozen)[0]).lower(ex, frozen).compile()
     assert program.memory_analysis().temp_size_in_bytes <= 32e6

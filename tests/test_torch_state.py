@@ -1,4 +1,6 @@
-"""read_torch against files made by torch itself and against files assembled byte by byte from known arrays."""
+"""read_torch against files made by torch itself and against files assembled byte by byte from known
+arrays.
+"""
 
 import subprocess
 import sys
@@ -23,14 +25,28 @@ def expected_types() -> dict[str, np.ndarray]:
     named = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
     state = {name: np.arange(6).reshape(2, 3).astype(named.get(name, name)) for name in TYPES}
     base = np.arange(100, dtype=np.float32).reshape(10, 10)
-    state |= {"window": base[2:5, 1::2], "column": base[:, 3], "transposed": base.T, "tied": base, "same": base}
+    state |= {
+        "window": base[2:5, 1::2],
+        "column": base[:, 3],
+        "transposed": base.T,
+        "tied": base,
+        "same": base,
+    }
     scalar, expanded = np.array(3.5, np.float32), np.full((3, 2), 7, np.float32)
     return state | {"scalar": scalar, "empty": np.zeros((0, 4), np.float32), "expanded": expanded}
 
 
 def expected_network() -> dict[str, np.ndarray]:
-    norm = {"weight": (4,), "bias": (4,), "running_mean": (4,), "running_var": (4,), "num_batches_tracked": ()}
-    shapes = {"0.weight": (4, 3, 3, 3), "0.bias": (4,)} | {f"1.{name}": shape for name, shape in norm.items()}
+    norm = {
+        "weight": (4,),
+        "bias": (4,),
+        "running_mean": (4,),
+        "running_var": (4,),
+        "num_batches_tracked": (),
+    }
+    shapes = {"0.weight": (4, 3, 3, 3), "0.bias": (4,)} | {
+        f"1.{name}": shape for name, shape in norm.items()
+    }
     shapes |= {"2.x.weight": (2, 4), "2.x.bias": (2,)}
     state = {}
     for i, (name, shape) in enumerate(shapes.items()):
@@ -61,7 +77,12 @@ def test_networks_saved_as_state_or_as_objects(name):
 
 def small_state() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {"model.enc.a.weight": (3, 2, 3, 3), "model.enc.a.bias": (3,), "model.out.weight": (2, 3), "u": (4,)}
+    shapes = {
+        "model.enc.a.weight": (3, 2, 3, 3),
+        "model.enc.a.bias": (3,),
+        "model.out.weight": (2, 3),
+        "u": (4,),
+    }
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -69,7 +90,9 @@ def small_state() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("write", [tf.zip_file, tf.legacy_file])
 def test_byte_orders(tmp_path, write, order):
     book, state = tf.Book(order), small_state()
-    (tmp_path / "x.pt").write_bytes(write({name: book.tensor(value) for name, value in state.items()}, book))
+    (tmp_path / "x.pt").write_bytes(
+        write({name: book.tensor(value) for name, value in state.items()}, book)
+    )
     assert_same(read_torch(tmp_path / "x.pt"), state)
 
 
@@ -81,10 +104,14 @@ def test_edm_snapshot_is_read_and_its_source_is_not_executed(tmp_path):
     state, proof = small_state(), tmp_path / "executed"
     ema = tf.network(state, tf.pickled_tensor, _init_kwargs={"img_resolution": 8}, sigma_data=0.5)
     loss = tf.persistent("EDMLoss", {"P_mean": -1.2}, f"open({str(proof)!r}, 'w')")
-    (tmp_path / "network-snapshot-1.pkl").write_bytes(tf.pickled({"ema": ema, "loss_fn": loss, "dataset_kwargs": {}}))
+    (tmp_path / "network-snapshot-1.pkl").write_bytes(
+        tf.pickled({"ema": ema, "loss_fn": loss, "dataset_kwargs": {}})
+    )
     assert_same(read_torch(tmp_path / "network-snapshot-1.pkl"), by_modules(state))
     root = open_torch(tmp_path / "network-snapshot-1.pkl").root
-    assert root["ema"].name == "EDMPrecond" and root["ema"].state["_init_kwargs"] == {"img_resolution": 8}
+    assert root["ema"].name == "EDMPrecond" and root["ema"].state["_init_kwargs"] == {
+        "img_resolution": 8
+    }
     assert root["loss_fn"].state == {"P_mean": -1.2}
     assert not proof.exists()
 
@@ -97,7 +124,9 @@ def test_edm_training_state(tmp_path, write):
         "param_groups": [{"lr": 1e-3}],
     }
     parts = {"net": tf.network(state, book.tensor), "optimizer_state": moments}
-    parts["disc"] = tf.network({"b4.out.weight": np.ones((1, 2), np.float32)}, book.tensor, "Discriminator")
+    parts["disc"] = tf.network(
+        {"b4.out.weight": np.ones((1, 2), np.float32)}, book.tensor, "Discriminator"
+    )
     (tmp_path / "training-state-1.pt").write_bytes(write(parts, book))
     assert_same(read_torch(tmp_path / "training-state-1.pt"), by_modules(state))
     assert list(read_torch(tmp_path / "training-state-1.pt", entry="disc")) == ["b4.out.weight"]
@@ -105,10 +134,15 @@ def test_edm_training_state(tmp_path, write):
 
 def test_modules_of_the_old_layout_carry_their_source_which_is_dropped(tmp_path):
     book = tf.Book()
-    cls = tf.Reference(("module", tf.Name("torch.nn.modules.linear", "Linear"), "/linear.py", "raise SystemExit"))
+    cls = tf.Reference(
+        ("module", tf.Name("torch.nn.modules.linear", "Linear"), "/linear.py", "raise SystemExit")
+    )
     weight = np.arange(6, dtype=np.float32).reshape(2, 3)
     made = tf.Call(
-        cls, (), tf.module_state({"weight": tf.parameter(book.tensor(weight)), "bias": None}, {}, {}), new=True
+        cls,
+        (),
+        tf.module_state({"weight": tf.parameter(book.tensor(weight)), "bias": None}, {}, {}),
+        new=True,
     )
     (tmp_path / "m.pth").write_bytes(tf.legacy_file(made, book))
     assert_same(read_torch(tmp_path / "m.pth"), {"weight": weight})
@@ -125,7 +159,12 @@ def test_storage_views_of_the_old_layout(tmp_path):
 def test_weights_of_a_torchscript_archive():
     """Its compressed program is not opened; the module classes it names are only names."""
     state = read_torch(MADE / "script.pt")
-    shapes = {"0.weight": (2, 2, 3, 1), "0.mean": (2,), "1.0.weight": (2, 2, 3, 1), "1.0.mean": (2,)}
+    shapes = {
+        "0.weight": (2, 2, 3, 1),
+        "0.mean": (2,),
+        "1.0.weight": (2, 2, 3, 1),
+        "1.0.mean": (2,),
+    }
     shapes |= {"1.1.weight": (2, 2, 1, 1), "1.1.bias": (2,)}
     assert {name: value.shape for name, value in state.items()} == shapes
     for i, value in enumerate(state.values()):
@@ -157,9 +196,13 @@ def test_random_strided_views_equal_numpys(tmp_path):
 
 def test_safetensors_written_by_their_library(tmp_path):
     state = {
-        name: value for name, value in sorted(expected_types().items()) if name not in ("complex64", "float8_e4m3fn")
+        name: value
+        for name, value in sorted(expected_types().items())
+        if name not in ("complex64", "float8_e4m3fn")
     }
-    state = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}
+    state = {
+        name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()
+    }
     save_file(state, tmp_path / "x.safetensors", metadata={"note": "ignored"})
     read = read_torch(tmp_path / "x.safetensors")
     assert_same({name: read[name] for name in state}, state)

@@ -1,4 +1,6 @@
-"""Our own code may warn of nothing: pytest's filters, and those of the commands that tests start."""
+"""Our own code may warn of nothing: pytest's filters, and those of the commands that tests
+start.
+"""
 
 import re
 import subprocess
@@ -7,7 +9,16 @@ import sys
 import pytest
 from strict.sitecustomize import filters
 
-OURS = ("ogdm_jax", "ogdm_jax.training.step", "train", "sample", "configs.digits", "tests.tiny", "test_cli", "__main__")
+OURS = (
+    "ogdm_jax",
+    "ogdm_jax.training.step",
+    "train",
+    "sample",
+    "configs.digits",
+    "tests.tiny",
+    "test_cli",
+    "__main__",
+)
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +31,9 @@ def test_only_modules_of_others_are_ignored_and_by_name():
         assert not any(re.match(module, name) for name in OURS), module
 
 
-@pytest.mark.parametrize("category", ["DeprecationWarning", "PendingDeprecationWarning", "UserWarning"])
+@pytest.mark.parametrize(
+    "category", ["DeprecationWarning", "PendingDeprecationWarning", "UserWarning"]
+)
 def test_a_command_that_warns_fails(category):
     code = f"import warnings; warnings.warn('this is old', {category})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -29,5 +42,9 @@ def test_a_command_that_warns_fails(category):
 
 def test_a_file_left_open_is_an_error(tmp_path):
     (tmp_path / "x").write_text("")
-    done = subprocess.run([sys.executable, "-c", "open('x')"], cwd=tmp_path, capture_output=True, text=True)
-    assert "ResourceWarning: unclosed file" in done.stderr  # said, although Python cannot raise where a file is dropped
+    done = subprocess.run(
+        [sys.executable, "-c", "open('x')"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        "ResourceWarning: unclosed file" in done.stderr
+    )  # said, although Python cannot raise where a file is dropped

@@ -1,4 +1,6 @@
-"""Reading processes: the batches, the resume and the errors of reading here, no JAX, and none left behind."""
+"""Reading processes: the batches, the resume and the errors of reading here, no JAX, and none left
+behind.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ from ogdm_jax.data.workers import WorkerError, Workers, default_count
 
 
 def equal(a, b) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
 
 
 def children() -> set[int]:
@@ -32,7 +36,10 @@ def gone(pids: set[int], seconds: float = 10.0) -> bool:
     """Whether all of these processes end within so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+        if not any(
+            psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
+            for p in pids
+        ):
             return True
         time.sleep(0.05)
     return False
@@ -49,11 +56,16 @@ class Wrapped:
 
 
 class Modules(Wrapped):
-    """Which modules the reading process has imported; it also prints, as a talkative library might."""
+    """Which modules the reading process has imported; it also prints, as a talkative library
+    might.
+    """
 
     def at(self, step):
         print("a word on the output")
-        found = {name: np.array(name in sys.modules) for name in ("jax", "jaxlib", "grain", "tensorflow", "train")}
+        found = {
+            name: np.array(name in sys.modules)
+            for name in ("jax", "jaxlib", "grain", "tensorflow", "train")
+        }
         return super().at(step) | found | {"pid": np.array(os.getpid())}
 
 
@@ -76,22 +88,34 @@ class Unbuildable(Wrapped):
 def sets(tmp_path_factory) -> dict[str, Source]:
     """Digits in memory, and as folder, zip and array_record sets that are read from disk."""
     root, digits = tmp_path_factory.mktemp("sets"), open_source("digits")
-    part = Source("part", digits.shape, 10, digits.class_names, digits.images[:300], digits.labels[:300])
+    part = Source(
+        "part", digits.shape, 10, digits.class_names, digits.images[:300], digits.labels[:300]
+    )
     for i, (image, label) in enumerate(zip(part.images, part.labels)):
         (root / "folder" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0]).save(root / "folder" / str(label) / f"{i:03d}.png")
     prepare(part, root / "part.zip")
     prepare(part, root, "part", shard_images=120)
-    names = {"folder": f"folder:{root}/folder", "zip": f"zip:{root}/part.zip", "array_record": "tfds:part"}
+    names = {
+        "folder": f"folder:{root}/folder",
+        "zip": f"zip:{root}/part.zip",
+        "array_record": "tfds:part",
+    }
     where = {kind: root if kind == "array_record" else None for kind in names}
-    return {"memory": part} | {k: open_source(name, where[k], memory_limit=0) for k, name in names.items()}
+    return {"memory": part} | {
+        k: open_source(name, where[k], memory_limit=0) for k, name in names.items()
+    }
 
 
 @pytest.mark.parametrize("kind,workers", [("folder", 2), ("zip", 1), ("array_record", 3)])
 def test_batches_are_those_of_threads_and_of_memory_and_resume(sets, kind, workers):
     source = sets[kind]
-    memory = sets["memory"] if kind != "folder" else open_source(source.name)  # a folder is in the order of its classes
-    known, threads = (batches(s, 32, seed=3, extra_references=8, threads=2) for s in (memory, source))
+    memory = (
+        sets["memory"] if kind != "folder" else open_source(source.name)
+    )  # a folder is in the order of its classes
+    known, threads = (
+        batches(s, 32, seed=3, extra_references=8, threads=2) for s in (memory, source)
+    )
     stream = batches(source, 32, seed=3, extra_references=8, workers=workers)
     expected = [next(known) for _ in range(12)]  # more than an epoch
     assert all(equal(next(threads), e) and equal(next(stream), e) for e in expected[:7])
@@ -104,7 +128,9 @@ def test_batches_are_those_of_threads_and_of_memory_and_resume(sets, kind, worke
     assert not children()
     assert equal(next(stream), expected[9])  # it can still be used
     stream.close()
-    share = batches(source, 32, 3, 8, process_index=1, process_count=2, extra_references=8, workers=2)
+    share = batches(
+        source, 32, 3, 8, process_index=1, process_count=2, extra_references=8, workers=2
+    )
     second = next(share)
     np.testing.assert_array_equal(second["image"], expected[8]["image"][16:])
     np.testing.assert_array_equal(second["reference"], expected[8]["reference"][4:])
@@ -115,8 +141,12 @@ def test_processes_import_no_jax_and_share_the_steps(sets):
     workers = Workers(Modules(batches(sets["zip"], 8, seed=0)), 5, 2)
     seen = [next(workers) for _ in range(6)]
     pids = {int(s["pid"]) for s in seen[:2]}
-    assert [int(s["pid"]) for s in seen] == [int(s["pid"]) for s in seen[:2]] * 3 and pids == children()
-    assert "jax" in sys.modules and not any(s[name] for s in seen for name in ("jax", "jaxlib", "grain", "train"))
+    assert [int(s["pid"]) for s in seen] == [
+        int(s["pid"]) for s in seen[:2]
+    ] * 3 and pids == children()
+    assert "jax" in sys.modules and not any(
+        s[name] for s in seen for name in ("jax", "jaxlib", "grain", "train")
+    )
     del workers  # without close
     assert gone(pids)
 
@@ -161,7 +191,9 @@ def test_a_killed_process_is_one_sentence(sets):
     assert children() == pids
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"reading process of step \d+'s batch ended by signal 9"):
+    with pytest.raises(
+        RuntimeError, match=r"reading process of step \d+'s batch ended by signal 9"
+    ):
         for _ in range(1000):  # some had arrived
             next(stream)
     step = stream.get_state()["step"]
@@ -179,7 +211,9 @@ def test_what_nobody_foresaw_keeps_its_traceback(sets):
 
 @pytest.mark.parametrize("steps", [Unwilling(None), Unbuildable(None)])
 def test_a_source_that_cannot_be_handed_over_is_one_sentence(steps):
-    with pytest.raises(RuntimeError, match=r"cannot be handed to reading processes .*config.data.workers=0"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be handed to reading processes .*config.data.workers=0"
+    ):
         next(Workers(steps, 0, 1))
 
 
@@ -228,10 +262,14 @@ def test_no_process_outlives_the_training_process(tmp_path, way):
 
 
 def test_number_of_processes_is_checked_and_follows_the_cores(sets, monkeypatch):
-    with pytest.raises(ValueError, match="workers is -2; expected a number of processes, 0 for threads, or -1"):
+    with pytest.raises(
+        ValueError, match="workers is -2; expected a number of processes, 0 for threads, or -1"
+    ):
         batches(sets["zip"], 4, 0, workers=-2)
     for cores, count in ((1, 1), (2, 1), (5, 2), (16, 8), (112, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False
+        )
         assert default_count() == batches(sets["zip"], 4, 0, workers=-1).workers == count
 
 
@@ -241,11 +279,16 @@ def test_the_setting_is_checked_and_reaches_the_batches(sets):
     import tiny
 
     from ogdm_jax.config import ConfigError
-    from ogdm_jax.training import finish, loop
+    from ogdm_jax.training import loop
+    from ogdm_jax.training import workdir as finish
 
-    with pytest.raises(ConfigError, match=r"data.workers: -2 given; expected a number of processes, 0 for threads"):
+    with pytest.raises(
+        ConfigError, match=r"data.workers: -2 given; expected a number of processes, 0 for threads"
+    ):
         finish.open_source(tiny.config("data.workers=-2"))
     for given, count in ((-1, default_count()), (0, 0), (3, 3)):
         config = tiny.config(f"data.workers={given}", "data.batch=8")
-        run = SimpleNamespace(config=config, source=sets["zip"], filled=SimpleNamespace(references=0))
+        run = SimpleNamespace(
+            config=config, source=sets["zip"], filled=SimpleNamespace(references=0)
+        )
         assert loop._batches(run).workers == count

@@ -1,4 +1,6 @@
-"""The shipped default configuration, shrunk until a step takes milliseconds: what the end-to-end tests run."""
+"""The shipped default configuration, shrunk until a step takes milliseconds: what the end-to-end
+tests run.
+"""
 
 from pathlib import Path
 
@@ -30,7 +32,9 @@ SHRINK = (
     "sample.steps=3",
     "evaluate.features=",
 )
-ONE_LEVEL = "network.channel_mult=(1,)"  # half the blocks to compile, where many programs are compared
+ONE_LEVEL = (
+    "network.channel_mult=(1,)"  # half the blocks to compile, where many programs are compared
+)
 
 
 def flags(*more: str) -> list[str]:
@@ -47,10 +51,14 @@ def build(*more: str, plan: str = "pmap", devices: int = 1) -> runs.Run:
 
 
 def train(run: runs.Run, steps: int):
-    """(state, metrics of the last step) after some steps from scratch, without the loop around them."""
+    """(state, metrics of the last step) after some steps from scratch, without the loop around
+    them.
+    """
     state = run.init()
     step, frozen = run.compile(state), run.frozen()
-    batches = data.batches(run.source, run.config.data.batch, run.config.seed, extra_references=run.filled.references)
+    batches = data.batches(
+        run.source, run.config.data.batch, run.config.seed, extra_references=run.filled.references
+    )
     metrics = {}
     for _ in range(steps):
         state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
@@ -62,4 +70,6 @@ def assert_trees(actual, expected, atol: float = 0.0):
     left, right = (jax.tree_util.tree_leaves_with_path(t) for t in (actual, expected))
     assert [p for p, _ in left] == [p for p, _ in right]
     for (path, a), (_, b) in zip(left, right, strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )

@@ -1,4 +1,6 @@
-"""Writes PyTorch's file layouts byte by byte, without torch: for the tests of the reader, friendly and hostile."""
+"""Writes PyTorch's file layouts byte by byte, without torch: for the tests of the reader, friendly
+and hostile.
+"""
 
 import io
 import json
@@ -80,7 +82,13 @@ def pickled(value: Any) -> bytes:
     return b"\x80\x04" + emit(value) + b"."
 
 
-STORAGES = {"f4": "FloatStorage", "f8": "DoubleStorage", "f2": "HalfStorage", "i8": "LongStorage", "u1": "ByteStorage"}
+STORAGES = {
+    "f4": "FloatStorage",
+    "f8": "DoubleStorage",
+    "f2": "HalfStorage",
+    "i8": "LongStorage",
+    "u1": "ByteStorage",
+}
 
 
 class Book:
@@ -106,25 +114,53 @@ def view(storage: Any, offset: Any, shape: Any, strides: Any) -> Call:
 
 
 def parameter(tensor: Call) -> Call:
-    return Call(Name("torch._utils", "_rebuild_parameter"), (tensor, True, Call(Name("collections", "OrderedDict"))))
+    return Call(
+        Name("torch._utils", "_rebuild_parameter"),
+        (tensor, True, Call(Name("collections", "OrderedDict"))),
+    )
 
 
-def zip_file(root: Any, book: Book, extra: dict[str, bytes] | None = None, compress: bool = False) -> bytes:
+def zip_file(
+    root: Any, book: Book, extra: dict[str, bytes] | None = None, compress: bool = False
+) -> bytes:
     """torch.save's archive. extra: further members, by full name."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
-        members = {"archive/data.pkl": pickled(root), "archive/byteorder": b"little" if book.order == "<" else b"big"}
+    with zipfile.ZipFile(
+        out, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    ) as archive:
+        members = {
+            "archive/data.pkl": pickled(root),
+            "archive/byteorder": b"little" if book.order == "<" else b"big",
+        }
         members |= {f"archive/data/{key}": data for key, (_, data) in book.storages.items()}
         for name, data in (members | {"archive/version": b"3\n"} | (extra or {})).items():
-            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
+            archive.writestr(
+                zipfile.ZipInfo(name),
+                data,
+                zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED,
+            )
     return out.getvalue()
 
 
 def legacy_file(root: Any, book: Book) -> bytes:
-    """torch.save before 1.6 (and of storages inside plain pickles). References get the sixth field of that layout."""
-    system = {"protocol_version": VERSION, "little_endian": book.order == "<", "type_sizes": {"long": 4}}
-    parts = [pickled(MAGIC), pickled(VERSION), pickled(system), pickled(root), pickled(list(book.storages))]
-    return b"".join(parts) + b"".join(struct.pack("<q", n) + data for n, data in book.storages.values())
+    """torch.save before 1.6 (and of storages inside plain pickles). References get the sixth field
+    of that layout.
+    """
+    system = {
+        "protocol_version": VERSION,
+        "little_endian": book.order == "<",
+        "type_sizes": {"long": 4},
+    }
+    parts = [
+        pickled(MAGIC),
+        pickled(VERSION),
+        pickled(system),
+        pickled(root),
+        pickled(list(book.storages)),
+    ]
+    return b"".join(parts) + b"".join(
+        struct.pack("<q", n) + data for n, data in book.storages.values()
+    )
 
 
 def legacy_storage(flat: np.ndarray) -> Call:
@@ -138,8 +174,12 @@ def pickled_tensor(array: np.ndarray) -> Call:
     return view(legacy_storage(array.reshape(-1)), 0, array.shape, tuple(strides))
 
 
-def persistent(name: str, state: dict, source: str = "raise SystemExit('the source was executed')") -> Call:
-    """An object of NVIDIA's persistence decorator, with the Python source that the original executes at load."""
+def persistent(
+    name: str, state: dict, source: str = "raise SystemExit('the source was executed')"
+) -> Call:
+    """An object of NVIDIA's persistence decorator, with the Python source that the original
+    executes at load.
+    """
     easy = Call(Name("dnnlib.util", "EasyDict"), (), new=True)
     meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": state}
     record = Raw(emit(easy) + b"(" + b"".join(emit(k) + emit(v) for k, v in meta.items()) + b"u")
@@ -159,8 +199,12 @@ def module_state(parameters: dict, buffers: dict, modules: dict, **attributes: A
     }
 
 
-def network(state: dict[str, np.ndarray], tensor: Any, name: str = "EDMPrecond", **attributes: Any) -> Call:
-    """A tree of persistent modules with the names of a state dict; tensor makes the pickle value of an array."""
+def network(
+    state: dict[str, np.ndarray], tensor: Any, name: str = "EDMPrecond", **attributes: Any
+) -> Call:
+    """A tree of persistent modules with the names of a state dict; tensor makes the pickle value of
+    an array.
+    """
     own = {key: parameter(tensor(value)) for key, value in state.items() if "." not in key}
     children: dict[str, dict] = {}
     for key, value in state.items():

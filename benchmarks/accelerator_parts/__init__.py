@@ -1,13 +1,15 @@
 """The parts of benchmarks/accelerator.py.
 
-A part is a module with `cases(options) -> list[Case]`. It is imported by the process that plans the run, which starts
+A part is a module with `cases(options) -> list[Case]`. It is imported by the process that plans the
+run, which starts
 neither JAX nor PyTorch: both are imported inside the functions that a worker process calls.
 
-    case.module.run(name, options, report) -> dict        measures; report(dict) hands over what is known so far
-    case.module.prepare(name, options, report) -> dict    compiles program `name` and keeps it in options.scratch
+    case.module.run(name, options, report) -> dict        measures; report(dict) hands over what is
+    known so far case.module.prepare(name, options, report) -> dict    compiles program `name` and
+    keeps it in options.scratch
 
-Cases that are not timed, and all that has to be compiled, run side by side first. Then nothing else touches the device
-while one case after the other is timed.
+Cases that are not timed, and all that has to be compiled, run side by side first. Then nothing else
+touches the device while one case after the other is timed.
 """
 
 import dataclasses
@@ -23,9 +25,12 @@ class Case:
 
     Attributes:
       part, name: what --only calls it, PART.NAME.   module: of this package, which measures it.
-      side: jax or torch, whose interpreter runs it.   timed: whether nothing else may run beside it.
-      programs: names that the module's `prepare` compiles for it.   needs: an option without which it cannot run.
-      seconds: it is not started with less time left.   rank: PyTorch's cases of all parts are timed in this order.
+      side: jax or torch, whose interpreter runs it.   timed: whether nothing else may run beside
+        it.
+      programs: names that the module's `prepare` compiles for it.   needs: an option without which
+        it cannot run.
+      seconds: it is not started with less time left.   rank: PyTorch's cases of all parts are timed
+        in this order.
     """
 
     part: str
@@ -40,8 +45,9 @@ class Case:
 
     @property
     def phase(self) -> str:
-        """The share of the time that it is timed in. PyTorch's cases come together: two programs of a kind that takes
-        all of a device's memory cannot wait for each other there, and starting one takes ten seconds."""
+        """The share of the time that it is timed in. PyTorch's cases come together: two programs of
+        a kind that takes all of a device's memory cannot wait for each other there, and starting
+        one takes ten seconds."""
         return "torch" if self.side == "torch" else self.part
 
 
@@ -51,7 +57,8 @@ class Options:
 
     Attributes:
       rehearse: tiny sizes.   scratch, out: folders for what is thrown away and for results.
-      edm: a checkout of NVlabs/edm, or "".   images: an .npz of colour images, or "".   golden: folder of golden files.
+      edm: a checkout of NVlabs/edm, or "".   images: an .npz of colour images, or "".   golden:
+        folder of golden files.
       memory: bytes that a program may need; 0 = unknown.   seconds: what this case may take.
     """
 

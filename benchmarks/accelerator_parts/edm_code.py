@@ -1,4 +1,6 @@
-"""EDM's published PyTorch code, imported from a checkout and run as it is; nothing of it is part of this package."""
+"""EDM's published PyTorch code, imported from a checkout and run as it is; nothing of it is part of
+this package.
+"""
 
 import importlib
 import importlib.util
@@ -10,8 +12,8 @@ from typing import Any
 def load(folder: str) -> types.SimpleNamespace:
     """networks, loss, augment of a checkout of NVlabs/edm, and torch with fast settings.
 
-    TF32 is allowed for matrix products and convolutions, as JAX has it by default, and cuDNN chooses its algorithms by
-    trying them.
+    TF32 is allowed for matrix products and convolutions, as JAX has it by default, and cuDNN
+    chooses its algorithms by trying them.
     """
     _stand_ins()
     sys.path.insert(0, folder)
@@ -19,13 +21,18 @@ def load(folder: str) -> types.SimpleNamespace:
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    parts = {name: importlib.import_module(f"training.{name}") for name in ("networks", "loss", "augment")}
+    parts = {
+        name: importlib.import_module(f"training.{name}")
+        for name in ("networks", "loss", "augment")
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return types.SimpleNamespace(torch=torch, device=device, **parts)
 
 
 class _StandIn(types.ModuleType):
-    """A module that is imported and decorates functions, but is never called: every attribute leaves them alone."""
+    """A module that is imported and decorates functions, but is never called: every attribute
+    leaves them alone.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -34,7 +41,9 @@ class _StandIn(types.ModuleType):
 
 
 def _stand_ins() -> None:
-    """What the code imports at its top, where it is missing: distutils left Python in 3.12, the rest is not needed."""
+    """What the code imports at its top, where it is missing: distutils left Python in 3.12, the
+    rest is not needed.
+    """
     for name in ("distutils", "requests", "tqdm", "click", "PIL"):
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = _StandIn(name)
@@ -46,7 +55,8 @@ def variant(code: Any, net: Any, name: str) -> Any:
     """The network of a case's name: WAY-TYPE.
 
     WAY    eager, channels_last, compile (channels_last, then torch.compile).
-    TYPE   float32 (TF32), autocast (bfloat16 by torch.autocast), bfloat16 (activations in bfloat16 throughout, the way
+    TYPE   float32 (TF32), autocast (bfloat16 by torch.autocast), bfloat16 (activations in bfloat16
+    throughout, the way
            in which the code runs float16).
     """
     way, kind = name.rsplit("-", 1)

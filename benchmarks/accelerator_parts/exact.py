@@ -1,7 +1,8 @@
-"""Is this device right? Golden files at the highest precision, accumulation, and resuming bit for bit.
+"""Is this device right? Golden files at the highest precision, accumulation, and resuming bit for
+bit.
 
-Nothing here is timed: the cases run side by side, with XLA's deterministic operations and without its search for the
-quickest algorithm (`ENV`).
+Nothing here is timed: the cases run side by side, with XLA's deterministic operations and without
+its search for the quickest algorithm (`ENV`).
 """
 
 import fnmatch
@@ -30,7 +31,9 @@ def cases(options: Options) -> list[Case]:
 def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
     jax = programs.start()
     jax.config.update("jax_default_matmul_precision", "highest")
-    return {"accumulate": accumulate, "resume": resume}.get(name, lambda options: golden(name, options))(options)
+    return {"accumulate": accumulate, "resume": resume}.get(
+        name, lambda options: golden(name, options)
+    )(options)
 
 
 def golden(name: str, options: Options) -> dict[str, Any]:
@@ -58,7 +61,8 @@ def golden(name: str, options: Options) -> dict[str, Any]:
 
 
 def _run(options: Options, *flags: str) -> Any:
-    """A tiny OGDM run on random images with dropout, augmentation and labels: all that a step draws.
+    """A tiny OGDM run on random images with dropout, augmentation and labels: all that a step
+    draws.
 
     In the rehearsal without OGDM and augmentation: they take a minute of a CPU's time to compile.
     """
@@ -66,8 +70,15 @@ def _run(options: Options, *flags: str) -> Any:
     from ogdm_jax import parallel
     from ogdm_jax.training import run as runs
 
-    small = (*sizes.REHEARSAL.flags, "data.batch=16", "data.conditional=true", "data.label_dropout=0.2")
-    small += ("ogdm.statistics_batch=8",)  # otherwise the discriminator's statistics are those of a whole round
+    small = (
+        *sizes.REHEARSAL.flags,
+        "data.batch=16",
+        "data.conditional=true",
+        "data.label_dropout=0.2",
+    )
+    small += (
+        "ogdm.statistics_batch=8",
+    )  # otherwise the discriminator's statistics are those of a whole round
     small += ("methods=", "data.augment=0.0") if options.rehearse else ()
     config = configs.load(ROOT / "configs" / "cifar10_ogdm.py", (*small, *flags))
     return runs.build(config, train.random_images((8, 8, 3), 64, 10), parallel.make_plan("mesh", 1))
@@ -92,7 +103,9 @@ def _trainer(run: Any) -> Callable[[Any, int, int], tuple[Any, dict[str, float]]
 
 
 def accumulate(options: Options) -> dict[str, Any]:
-    """Two halves of a batch, one after the other, make the step of the whole batch: draws belong to examples."""
+    """Two halves of a batch, one after the other, make the step of the whole batch: draws belong to
+    examples.
+    """
     import jax
     import numpy as np
 
@@ -100,15 +113,23 @@ def accumulate(options: Options) -> dict[str, Any]:
     start = jax.tree.map(np.asarray, whole.init())  # on the host: the step takes what it is given
     (a, seen), (b, also) = (_trainer(run)(start, 0, 2) for run in (whole, parts))
     names = seen.keys() & {"loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"}
-    off = max(abs(seen[name] - also[name]) / max(abs(seen[name]), 1.0) for name in names)  # loss/ogdm begins near 0
-    gaps = [np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in zip(*map(jax.tree.leaves, (a.params, b.params)))]
-    # Adam turns a gradient that is float noise into its sign: a weight may move by learning_rate a step.
+    off = max(
+        abs(seen[name] - also[name]) / max(abs(seen[name]), 1.0) for name in names
+    )  # loss/ogdm begins near 0
+    gaps = [
+        np.abs(np.asarray(x) - np.asarray(y)).max()
+        for x, y in zip(*map(jax.tree.leaves, (a.params, b.params)))
+    ]
+    # Adam turns a gradient that is float noise into its sign: a weight may move by learning_rate a
+    # step.
     passed = off < 2e-4 and max(gaps) < 2.5 * whole.config.optim.learning_rate
     return {"passed": bool(passed), "metrics_off": float(off), "weights_off": float(max(gaps))}
 
 
 def resume(options: Options) -> dict[str, Any]:
-    """Save in the middle, restore, go on: the bits of an uninterrupted run; beside it, whether a run repeats itself."""
+    """Save in the middle, restore, go on: the bits of an uninterrupted run; beside it, whether a
+    run repeats itself.
+    """
     import tempfile
 
     import jax
@@ -121,11 +142,14 @@ def resume(options: Options) -> dict[str, Any]:
     (straight, _), (again, _), (half, _) = (trained(start, 0, last) for last in (4, 4, 2))
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         with Checkpoints(folder) as saved:
-            saved.save(2, half, describe(run.config, run.source.shape, run.source.num_classes), {"step": 2})
+            saved.save(
+                2, half, describe(run.config, run.source.shape, run.source.num_classes), {"step": 2}
+            )
         with Checkpoints(folder) as saved:
             restored, _ = saved.restore(2, jax.eval_shape(run.create, run.key), run.plan)
     resumed, _ = trained(restored, 2, 4)
-    equal = lambda tree: all(  # noqa: E731
-        np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (straight, tree)))
+    equal = lambda tree: all(
+        np.array_equal(np.asarray(x), np.asarray(y))
+        for x, y in zip(*map(jax.tree.leaves, (straight, tree)))
     )
     return {"passed": equal(resumed), "repeats_itself": equal(again)}

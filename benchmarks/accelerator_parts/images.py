@@ -1,8 +1,10 @@
-"""Real colour images: EDM and OGDM from the same start, equal images seen, compared at few and at many evaluations.
+"""Real colour images: EDM and OGDM from the same start, equal images seen, compared at few and at
+many evaluations.
 
-Both networks begin with the same weights and see the same batches with the same noise; they train in turns of a few
-steps until the time is up, so that whenever that is, both have done equally many. The distance is fd_lite0 to the half
-of the set, beside that of the other half to it (the floor); a distance clearly below the floor would mean copies.
+Both networks begin with the same weights and see the same batches with the same noise; they train
+in turns of a few steps until the time is up, so that whenever that is, both have done equally many.
+The distance is fd_lite0 to the half of the set, beside that of the other half to it (the floor); a
+distance clearly below the floor would mean copies.
 """
 
 import time
@@ -28,10 +30,15 @@ _RECIPE = (
 
 def cases(options: Options) -> list[Case]:
     names = [f"images-{kind}-{method}" for kind in ("step", "init") for method in METHODS]
-    names += [f"images-{solver}-{evaluations}" for solver, evaluations in sizes.of(options.rehearse).evaluations]
+    names += [
+        f"images-{solver}-{evaluations}"
+        for solver, evaluations in sizes.of(options.rehearse).evaluations
+    ]
     names += [] if options.rehearse else ["images-lite0-features"]
     needs = "" if options.rehearse else "images"
-    return [Case("images", "edm-and-ogdm", "images", programs=tuple(names), needs=needs, seconds=30.0)]
+    return [
+        Case("images", "edm-and-ogdm", "images", programs=tuple(names), needs=needs, seconds=30.0)
+    ]
 
 
 def source_of(options: Options) -> Any:
@@ -41,7 +48,9 @@ def source_of(options: Options) -> Any:
     if not options.images:
         return train.random_images(sizes.REHEARSAL.shape, 96)
     if options.rehearse:
-        return data.open_source(f"npz:{options.images}?{SUBSET}&base<40", resolution=sizes.REHEARSAL.shape[0])
+        return data.open_source(
+            f"npz:{options.images}?{SUBSET}&base<40", resolution=sizes.REHEARSAL.shape[0]
+        )
     return data.open_source(f"npz:{options.images}?{SUBSET}")
 
 
@@ -57,11 +66,13 @@ def build(method: str, options: Options) -> Any:
 
 
 def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
-    """Compiles images-step-METHOD, images-init-METHOD, images-SOLVER-EVALUATIONS, or what fd_lite0 needs."""
+    """Compiles images-step-METHOD, images-init-METHOD, images-SOLVER-EVALUATIONS, or what fd_lite0
+    needs.
+    """
     jax = programs.start()
     import numpy as np
 
-    from ogdm_jax import generate
+    from ogdm_jax.sampling import generate
 
     _, kind, which = name.split("-")
     if kind in ("step", "init"):
@@ -72,7 +83,7 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
         return programs.save(name, options, run.compile(state), (state, *rest))
     run = build("edm", options)
     if kind == "lite0":  # no program of ours: it goes into JAX's own cache on disk
-        from ogdm_jax.evaluation import feature_space
+        from ogdm_jax.metrics import feature_space
 
         feature_space("lite0")(run.source.take(np.arange(32))["image"])
         return {}
@@ -82,7 +93,9 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
     images = generate.sampler(run.model, settings, jax.devices()[:1])
     weights = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((_sample_batch(options),), np.uint32)
-    return programs.save(name, options, images, (*weights, seeds, None, {}, {}), steps=settings.steps)
+    return programs.save(
+        name, options, images, (*weights, seeds, None, {}, {}), steps=settings.steps
+    )
 
 
 def _steps(solver: str, evaluations: int) -> int:
@@ -119,12 +132,17 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
             found["cells"].append(cell)
             _grid(rows, Path(options.out) / "images.png")
             report(found)
-    found["grid_rows"] = ["real", *(f"{c['method']} {c['solver']} {c['nfe']}" for c in found["cells"])]
+    found["grid_rows"] = [
+        "real",
+        *(f"{c['method']} {c['solver']} {c['nfe']}" for c in found["cells"]),
+    ]
     return found
 
 
 def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state by method, what it took): turns of `block` steps until the part's time, less that of judging, is up."""
+    """(state by method, what it took): turns of `block` steps until the part's time, less that of
+    judging, is up.
+    """
     import jax
     import numpy as np
 
@@ -132,13 +150,23 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
 
     size = sizes.of(options.rehearse)
     steps = {m: programs.load(f"images-step-{m}", options, prepare) for m in METHODS}
-    trained = {m: programs.load(f"images-init-{m}", options, prepare).run(jax.random.key(0)) for m in METHODS}
-    # Equal by construction (the same key); made equal bit for bit, whatever the two compiled programs round.
+    trained = {
+        m: programs.load(f"images-init-{m}", options, prepare).run(jax.random.key(0))
+        for m in METHODS
+    }
+    # Equal by construction (the same key); made equal bit for bit, whatever the two compiled
+    # programs round.
     start = jax.tree.map(np.asarray, trained["edm"].params)
-    trained["ogdm"] = trained["ogdm"].replace(params=jax.device_put(start), ema=jax.device_put(start))
+    trained["ogdm"] = trained["ogdm"].replace(
+        params=jax.device_put(start), ema=jax.device_put(start)
+    )
     frozen = run.frozen()
     batches = data.batches(run.source, size.images_batch, 0)
-    reserve = min(max(40.0, 0.35 * options.seconds), 90.0) if not options.rehearse else options.seconds - 3.0
+    reserve = (
+        min(max(40.0, 0.35 * options.seconds), 90.0)
+        if not options.rehearse
+        else options.seconds - 3.0
+    )
     until = began + options.seconds - reserve
     spent, done, losses = dict.fromkeys(METHODS, 0.0), 0, {}
     turn = 0.0
@@ -148,7 +176,9 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
         for method, program in steps.items():
             start = time.monotonic()
             for batch in block:
-                trained[method], metrics = program.run(trained[method], frozen, run.plan.place_batch(batch), run.key)
+                trained[method], metrics = program.run(
+                    trained[method], frozen, run.plan.place_batch(batch), run.key
+                )
             losses[method] = float(metrics["loss/denoise"])  # waits for the device
             if done:
                 spent[method] += time.monotonic() - start
@@ -161,15 +191,20 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
 
 
 def _judge(source: Any, samples: int) -> tuple[Callable[[Any], dict[str, float]], dict[str, Any]]:
-    """(uint8 images -> {"fd", "floor"}, {"features", "samples", "floor"}): fd_lite0 of as many real as drawn images."""
-    from ogdm_jax.evaluation import Moments, feature_space, frechet_distance, protocol
+    """(uint8 images -> {"fd", "floor"}, {"features", "samples", "floor"}): fd_lite0 of as many real
+    as drawn images.
+    """
+    from ogdm_jax.metrics import Moments, feature_space, frechet_distance, protocol
 
     space = feature_space("lite0")
     ((half, other),) = protocol.of_source(space, source, samples, splits=1).halves
     floor = float(frechet_distance(*other, *half))
 
     def judge(images: Any) -> dict[str, float]:
-        return {"fd": float(frechet_distance(*Moments().update(space(images)).finalize(), *half)), "floor": floor}
+        return {
+            "fd": float(frechet_distance(*Moments().update(space(images)).finalize(), *half)),
+            "floor": floor,
+        }
 
     return judge, {"features": space.name, "samples": samples, "floor": floor}
 
@@ -178,8 +213,8 @@ def _sample(sampler: programs.Program, state: Any, count: int, batch: int) -> An
     """uint8 images of the moving average, from seeds 0, 1, 2, ..., the same for every method."""
     import numpy as np
 
-    from ogdm_jax import generate
     from ogdm_jax.pixels import to_uint8
+    from ogdm_jax.sampling import generate
 
     parts = generate.generate(sampler.run, state.ema, state.buffers, np.arange(count), None, batch)
     return np.concatenate([to_uint8(part) for part in parts])
@@ -188,6 +223,6 @@ def _sample(sampler: programs.Program, state: Any, count: int, batch: int) -> An
 def _grid(rows: list[Any], path: Path) -> None:
     import numpy as np
 
-    from ogdm_jax.evaluation import report
+    from ogdm_jax.data import pictures as report
 
     report.save_png(path, report.sheet(np.concatenate(rows), columns=SHOWN))

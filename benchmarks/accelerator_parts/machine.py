@@ -9,7 +9,16 @@ from typing import Any
 
 from accelerator_parts import Options
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+)
 
 
 def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str, Any]:
@@ -17,8 +26,14 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
     if name == "torch":
         import torch
 
-        found = {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        return found | {"torch_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+        found = {
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+        return found | {
+            "torch_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        }
     from accelerator_parts import programs
 
     device = programs.start().devices()[0]
@@ -32,11 +47,18 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
 
 
 def card() -> dict[str, Any]:
-    """Name, driver and memory of the first NVIDIA card, {} where there is none; starts neither JAX nor PyTorch."""
+    """Name, driver and memory of the first NVIDIA card, {} where there is none; starts neither JAX
+    nor PyTorch.
+    """
     if not shutil.which("nvidia-smi"):
         return {}
     names = ("name", "driver_version", "memory.total")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(names)}",
+        "--format=csv,noheader,nounits",
+        "--id=0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     values = [value.strip() for value in done.stdout.strip().split(",")]
     if done.returncode or len(values) != len(names):

@@ -1,4 +1,6 @@
-"""Worker processes under a clock: a case that fails, is killed or overruns is one entry, and the others go on."""
+"""Worker processes under a clock: a case that fails, is killed or overruns is one entry, and the
+others go on.
+"""
 
 import contextlib
 import json
@@ -16,10 +18,12 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Process:
-    """An interpreter that runs accelerator_parts.worker; started by the first request, again after it died.
+    """An interpreter that runs accelerator_parts.worker; started by the first request, again after
+    it died.
 
     Args:
-      python: the interpreter.   env: its environment.   log: the file that its standard error is appended to.
+      python: the interpreter.   env: its environment.   log: the file that its standard error is
+        appended to.
     """
 
     def __init__(self, python: str, env: Mapping[str, str], log: Path):
@@ -29,11 +33,15 @@ class Process:
         self._over = False
         self._lines: queue.Queue[str | None] = queue.Queue()
 
-    def ask(self, request: Mapping[str, Any], seconds: float, report: Report = lambda _: None) -> dict[str, Any]:
-        """The answer to a request, or {"error": why there is none}. Never raises for what the worker does.
+    def ask(
+        self, request: Mapping[str, Any], seconds: float, report: Report = lambda _: None
+    ) -> dict[str, Any]:
+        """The answer to a request, or {"error": why there is none}. Never raises for what the
+        worker does.
 
         Args:
-          seconds: after this time the process is killed.   report: called with each preliminary answer.
+          seconds: after this time the process is killed.   report: called with each preliminary
+            answer.
         """
         until = time.monotonic() + max(seconds, 0.1)
         try:
@@ -90,7 +98,9 @@ class Process:
                     start_new_session=True,  # so that close() reaches its children, too
                 )
             self._lines = queue.Queue()
-            threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+            threading.Thread(
+                target=_read, args=(self._process.stdout, self._lines), daemon=True
+            ).start()
         return self._process, self._lines
 
 
@@ -112,11 +122,12 @@ def _tail(log: Path, size: int = 4000) -> str:
 def side_by_side(
     jobs: list[Any], processes: list[Process], work: Callable[[Process, Any], None], until: float
 ) -> list[Any]:
-    """Gives each job to the next free process, in order, and returns those that were not begun by then.
+    """Gives each job to the next free process, in order, and returns those that were not begun by
+    then.
 
     Args:
-      work: (process, job) -> None, called in a thread of its process.   until: time.monotonic() after which no job is
-        begun.
+      work: (process, job) -> None, called in a thread of its process.   until: time.monotonic()
+        after which no job is begun.
     """
     waiting = queue.SimpleQueue()
     for job in jobs:

@@ -1,4 +1,6 @@
-"""One small profile: which ten operations of DDPM++'s bfloat16 train step take the most time on the device."""
+"""One small profile: which ten operations of DDPM++'s bfloat16 train step take the most time on the
+device.
+"""
 
 import re
 import time
@@ -35,7 +37,9 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
         jax.block_until_ready(state)
     wall = time.perf_counter() - began
     (trace,) = folder.rglob("*.xplane.pb")
-    with warnings.catch_warnings():  # jaxlib's iterator of a trace's events has no __module__, says Python 3.12
+    with (
+        warnings.catch_warnings()
+    ):  # jaxlib's iterator of a trace's events has no __module__, says Python 3.12
         warnings.simplefilter("ignore", DeprecationWarning)
         found = top(jax.profiler.ProfileData.from_file(str(trace)))
     return found | {"steps": STEPS, "wall_ms": 1000 * wall}
@@ -44,12 +48,17 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
 def top(trace: Any, most: int = 10) -> dict[str, Any]:
     """Operations of a jax.profiler.ProfileData by the time they take, over all steps of the trace.
 
-    On an accelerator every event of a device's streams is a kernel, named by the operation of the compiled program that
-    it belongs to where the trace says so; on a CPU only such named events count. "operations" are single ones,
-    "kinds" add up those whose names differ by a number at the end.
+    On an accelerator every event of a device's streams is a kernel, named by the operation of the
+    compiled program that it belongs to where the trace says so; on a CPU only such named events
+    count. "operations" are single ones, "kinds" add up those whose names differ by a number at the
+    end.
     """
     planes = list(trace.planes)
-    device = [plane for plane in planes if plane.name.startswith("/device:") and "CUSTOM" not in plane.name]
+    device = [
+        plane
+        for plane in planes
+        if plane.name.startswith("/device:") and "CUSTOM" not in plane.name
+    ]
     single: Counter = Counter()
     for plane in device or planes:
         for line in plane.lines:
@@ -63,7 +72,8 @@ def top(trace: Any, most: int = 10) -> dict[str, Any]:
     for operation, ms in single.items():
         kinds[re.sub(r"([._]\d+)+$", "", operation)] += ms
     total = sum(single.values())
-    ranked = lambda found: [  # noqa: E731
-        {"name": name, "ms": round(ms, 3), "share": round(ms / total, 4)} for name, ms in found.most_common(most)
+    ranked = lambda found: [
+        {"name": name, "ms": round(ms, 3), "share": round(ms / total, 4)}
+        for name, ms in found.most_common(most)
     ]
     return {"device_ms": round(total, 3), "operations": ranked(single), "kinds": ranked(kinds)}

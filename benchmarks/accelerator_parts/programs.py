@@ -1,7 +1,9 @@
-"""Compiled programs as files: one process compiles, another runs, and tracing is paid once, beside other compilations.
+"""Compiled programs as files: one process compiles, another runs, and tracing is paid once, beside
+other compilations.
 
-A file holds the executable, its arguments' shapes, and what compiling it told. Arguments whose values do not matter for
-speed are drawn at random when the program is opened (never zeros, which some chips multiply quicker).
+A file holds the executable, its arguments' shapes, and what compiling it told. Arguments whose
+values do not matter for speed are drawn at random when the program is opened (never zeros, which
+some chips multiply quicker).
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ from typing import Any
 
 from accelerator_parts import Options
 
-COMPILED: dict[str, Any] = {}  # by this process, for where an executable cannot be written or read; cleared by worker
+COMPILED: dict[
+    str, Any
+] = {}  # by this process, for where an executable cannot be written or read; cleared by worker
 
 
 def start() -> Any:
@@ -30,7 +34,9 @@ def start() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """run(*arguments()) does the program's work. about: trace_s, compile_s, tflop, memory and what its maker added."""
+    """run(*arguments()) does the program's work. about: trace_s, compile_s, tflop, memory and what
+    its maker added.
+    """
 
     run: Callable[..., Any]
     leaves: list[Any]
@@ -49,11 +55,14 @@ def path_of(name: str, options: Options) -> Path:
     return Path(options.scratch) / "programs" / f"{name}.pickle"
 
 
-def save(name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], **more: Any) -> dict[str, Any]:
+def save(
+    name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], **more: Any
+) -> dict[str, Any]:
     """Compiles jitted(*arguments) and writes it.
 
     Args:
-      arguments: arrays, which are kept, or shapes (jax.ShapeDtypeStruct), for values drawn at random.
+      arguments: arrays, which are kept, or shapes (jax.ShapeDtypeStruct), for values drawn at
+        random.
       more: joins `about`.
 
     Returns:
@@ -93,7 +102,10 @@ def save(name: str, options: Options, jitted: Any, arguments: tuple[Any, ...], *
 
 def fits(about: dict[str, Any], options: Options) -> bool:
     """Whether the device's memory, where it is known, holds the program."""
-    return not (options.memory and about["memory_bytes"]) or about["memory_bytes"] < 0.9 * options.memory
+    return (
+        not (options.memory and about["memory_bytes"])
+        or about["memory_bytes"] < 0.9 * options.memory
+    )
 
 
 def load(name: str, options: Options, prepare: Callable[..., dict]) -> Program:

@@ -1,4 +1,6 @@
-"""Sampling: Heun's 18 steps beside PyTorch's loop, and guided sampling (DPS, DSG) over the unguided sampler."""
+"""Sampling: Heun's 18 steps beside PyTorch's loop, and guided sampling (DPS, DSG) over the unguided
+sampler.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +30,19 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
     import numpy as np
 
     from ogdm_jax import config as configs
-    from ogdm_jax import generate
-    from ogdm_jax import model as models
-    from ogdm_jax.diffusion.sampling import nfe
+    from ogdm_jax import models
+    from ogdm_jax.sampling import generate
+    from ogdm_jax.sampling.sampler import nfe
 
     size, (solver, dtype, guided) = sizes.of(options.rehearse), SAMPLERS[name]
     steps = size.guided_steps if guided else size.sample_steps
     eta = 1.0 if guided else 0.0
-    flags = (*size.flags, f"network.dtype={dtype}", f"sample.solver={solver}", f"sample.steps={steps}")
+    flags = (
+        *size.flags,
+        f"network.dtype={dtype}",
+        f"sample.solver={solver}",
+        f"sample.steps={steps}",
+    )
     config = configs.load(ROOT / "configs" / "cifar10_edm.py", (*flags, f"sample.eta={eta}"))
     model = models.build(config, size.shape, 0)
     batch = size.guided_batch if guided else size.sample_batch
@@ -54,12 +61,14 @@ def _guidance(name: str, shape: tuple[int, int, int], batch: int) -> tuple[Any, 
     import dsg_vs_dps
     import numpy as np
 
-    from ogdm_jax import restore
+    from ogdm_jax.inverse import tasks as restore
     from ogdm_jax.pixels import to_float
 
     settings = restore.Settings()
     clean = to_float(np.random.default_rng(0).integers(0, 256, (batch, *shape), np.uint8))
-    measured = restore.measure(restore.make_task("inpaint", settings, shape), settings, clean, np.arange(batch))
+    measured = restore.measure(
+        restore.make_task("inpaint", settings, shape), settings, clean, np.arange(batch)
+    )
     return dsg_vs_dps.guidance(name, measured, 0.2)
 
 
@@ -73,7 +82,9 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
     def work() -> None:
         last[:] = [program.run(*arguments)]
 
-    found = clock.timed(work, lambda: jax.block_until_ready(last), sizes.of(options.rehearse).timing)
+    found = clock.timed(
+        work, lambda: jax.block_until_ready(last), sizes.of(options.rehearse).timing
+    )
     about, seconds = program.about, found["ms"] / 1000
     finite = bool(np.isfinite(np.asarray(last[0])).all())
     return found | about | {"images_per_second": about["batch"] / seconds, "finite": finite}

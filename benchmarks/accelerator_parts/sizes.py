@@ -7,13 +7,19 @@ from typing import Any
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Attributes:
-    shape: of the images of CIFAR-10's network.   batch: of its train step.   flags: changes of configs/cifar10_edm.py.
-    method_flags: more changes where a method is on.   torch: the same network as settings of EDM's SongUNet.
-    adm_shape, adm_batch, adm_flags, adm_torch: of configs/imagenet64_edm.py.   classes: of its labels.
-    references: STF's reference set.   product: side of the matrix product that measures the device's rate.
-    sample_batch, sample_steps: of the unguided sampler.   guided_batch, guided_steps: of DSG and DPS.
+    shape: of the images of CIFAR-10's network.   batch: of its train step.   flags: changes of
+      configs/cifar10_edm.py.
+    method_flags: more changes where a method is on.   torch: the same network as settings of EDM's
+      SongUNet.
+    adm_shape, adm_batch, adm_flags, adm_torch: of configs/imagenet64_edm.py.   classes: of its
+      labels.
+    references: STF's reference set.   product: side of the matrix product that measures the
+      device's rate.
+    sample_batch, sample_steps: of the unguided sampler.   guided_batch, guided_steps: of DSG and
+      DPS.
     timing: seconds that one figure is repeated for.
-    images_flags: changes of configs/cifar10_ogdm.py for the real images.   images_batch: of its train step.
+    images_flags: changes of configs/cifar10_ogdm.py for the real images.   images_batch: of its
+      train step.
     evaluations: (solver, network evaluations) at which the real images are compared, in this order.
     samples: of each; 0 = half the set.   block: train steps between two looks at the clock.
     """
@@ -51,7 +57,9 @@ FULL = Size(
     adm_shape=(64, 64, 3),
     adm_batch=128,
     adm_flags=(),
-    adm_torch=dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]),
+    adm_torch=dict(
+        model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]
+    ),
     classes=1000,
     references=50_000,
     product=8192,
@@ -69,7 +77,10 @@ FULL = Size(
 
 _TINY = ("network.channel_mult=(1,)", "network.num_blocks=1", "network.attn_resolutions=(8,)")
 _DISCRIMINATOR = ("ogdm.channel_base=64", "ogdm.channel_max=8")
-_NO_DRAWS = ("data.augment=0.0", "network.dropout=0.0")  # they take half of a tiny step's compilation
+_NO_DRAWS = (
+    "data.augment=0.0",
+    "network.dropout=0.0",
+)  # they take half of a tiny step's compilation
 _TORCH = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8])
 REHEARSAL = Size(
     shape=(8, 8, 3),
@@ -89,7 +100,13 @@ REHEARSAL = Size(
     guided_batch=4,
     guided_steps=3,
     timing=0.2,
-    images_flags=(*_TINY, *_DISCRIMINATOR, *_NO_DRAWS, "network.model_channels=8", "optim.ramp=0 steps"),
+    images_flags=(
+        *_TINY,
+        *_DISCRIMINATOR,
+        *_NO_DRAWS,
+        "network.model_channels=8",
+        "optim.ramp=0 steps",
+    ),
     images_batch=16,
     evaluations=(("euler", 2), ("heun", 3)),
     samples=32,

@@ -13,9 +13,13 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
     torch, size = code.torch, sizes.of(options.rehearse)
     way = name.removeprefix("torch-heun-")
     side, _, channels = size.shape
-    net = code.networks.EDMPrecond(side, channels, model_type="SongUNet", augment_dim=9, **size.torch)
+    net = code.networks.EDMPrecond(
+        side, channels, model_type="SongUNet", augment_dim=9, **size.torch
+    )
     net = net.eval().requires_grad_(False).to(code.device)
-    net = edm_code.variant(code, net, {"float32": "eager-float32", "autocast": "channels_last-autocast"}.get(way, way))
+    net = edm_code.variant(
+        code, net, {"float32": "eager-float32", "autocast": "channels_last-autocast"}.get(way, way)
+    )
     latents = torch.randn(size.sample_batch, channels, side, side, device=code.device)
     last = []
 

@@ -1,6 +1,8 @@
-"""The train step of EDM's own code: its networks, loss and augmentation, and its training loop's operations.
+"""The train step of EDM's own code: its networks, loss and augmentation, and its training loop's
+operations.
 
-Those are: gradients set to none, forward and backward, nan_to_num of the gradients, Adam, moving average. Adam is fused
+Those are: gradients set to none, forward and backward, nan_to_num of the gradients, Adam, moving
+average. Adam is fused
 and the moving average is one call over all tensors: the loop's own form is slower.
 """
 
@@ -37,8 +39,14 @@ def measure(code: Any, name: str, options: Options, rounds: int) -> dict[str, An
     net = edm_code.variant(code, net, name)
     loss = code.loss.EDMLoss()
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-4, fused=code.device.type == "cuda")
-    images = torch.randint(0, 256, (batch, shape[2], *shape[:2]), dtype=torch.uint8, device=code.device)
-    labels = torch.eye(size.classes, device=code.device)[torch.arange(batch) % size.classes] if adm else None
+    images = torch.randint(
+        0, 256, (batch, shape[2], *shape[:2]), dtype=torch.uint8, device=code.device
+    )
+    labels = (
+        torch.eye(size.classes, device=code.device)[torch.arange(batch) % size.classes]
+        if adm
+        else None
+    )
     if code.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -48,7 +56,9 @@ def measure(code: Any, name: str, options: Options, rounds: int) -> dict[str, An
             rows = slice(part * batch // rounds, (part + 1) * batch // rounds)
             given = images[rows].to(torch.float32) / 127.5 - 1
             classes = None if labels is None else labels[rows]
-            loss(net=net, images=given, labels=classes, augment_pipe=pipe).sum().mul(1 / batch).backward()
+            loss(net=net, images=given, labels=classes, augment_pipe=pipe).sum().mul(
+                1 / batch
+            ).backward()
         for p in parameters:
             if p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
@@ -67,14 +77,20 @@ def measure(code: Any, name: str, options: Options, rounds: int) -> dict[str, An
     }
 
 
-def _network(code: Any, size: sizes.Size, adm: bool, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+def _network(
+    code: Any, size: sizes.Size, adm: bool, shape: tuple[int, int, int]
+) -> tuple[Any, Any]:
     """(network, augmentation) as train.py of EDM makes them for CIFAR-10 and for ImageNet-64."""
     if adm:
-        settings = dict(model_type="DhariwalUNet", dropout=0.1, label_dim=size.classes, **size.adm_torch)
+        settings = dict(
+            model_type="DhariwalUNet", dropout=0.1, label_dim=size.classes, **size.adm_torch
+        )
         return code.networks.EDMPrecond(shape[0], shape[2], **settings), None
     settings = dict(model_type="SongUNet", dropout=0.13, augment_dim=9, **size.torch)
     kinds = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
-    return code.networks.EDMPrecond(shape[0], shape[2], **settings), code.augment.AugmentPipe(p=0.12, **kinds)
+    return code.networks.EDMPrecond(shape[0], shape[2], **settings), code.augment.AugmentPipe(
+        p=0.12, **kinds
+    )
 
 
 def product(code: Any, options: Options) -> dict[str, Any]:
@@ -88,6 +104,8 @@ def product(code: Any, options: Options) -> dict[str, Any]:
         def work(a=a, b=b, out=out) -> None:
             torch.matmul(a, b, out=out)
 
-        seconds = clock.timed(work, lambda: edm_code.synchronise(code), size.timing / 2)["ms"] / 1000
+        seconds = (
+            clock.timed(work, lambda: edm_code.synchronise(code), size.timing / 2)["ms"] / 1000
+        )
         found[f"{dtype}_tflop_per_second"] = 2 * n**3 / seconds / 1e12
     return found

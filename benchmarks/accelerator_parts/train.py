@@ -1,6 +1,8 @@
-"""The train step: DDPM++ on CIFAR-10's recipe (dropout and augmentation on), every method over it, ADM at 64 pixels.
+"""The train step: DDPM++ on CIFAR-10's recipe (dropout and augmentation on), every method over it,
+ADM at 64 pixels.
 
-One call is forward, backward, Adam, moving average and every method's own networks, on a batch that lies on the device.
+One call is forward, backward, Adam, moving average and every method's own networks, on a batch that
+lies on the device.
 """
 
 from collections.abc import Callable
@@ -42,15 +44,23 @@ def pytorch(part: str, name: str, module: str, rank: int) -> Case:
     return Case(part, name, module, side="torch", needs="edm", seconds=seconds, rank=rank)
 
 
-def prepare(name: str, options: Options, report: Callable[[dict], None], rounds: int = 1) -> dict[str, Any]:
-    """Compiles the step of a name, with as few accumulation rounds (at least `rounds`) as the memory allows."""
+def prepare(
+    name: str, options: Options, report: Callable[[dict], None], rounds: int = 1
+) -> dict[str, Any]:
+    """Compiles the step of a name, with as few accumulation rounds (at least `rounds`) as the
+    memory allows.
+    """
     programs.start()
-    from ogdm_jax.model import parameter_count
+    from ogdm_jax.models import parameter_count
 
     while True:
         run = build(name, options, rounds)
         state, *rest = run.shapes()
-        about = {"batch": run.config.data.batch, "accumulate": rounds, "parameters": parameter_count(state.params)}
+        about = {
+            "batch": run.config.data.batch,
+            "accumulate": rounds,
+            "parameters": parameter_count(state.params),
+        }
         found = programs.save(name, options, run.compile(state), (state, *rest), **about)
         if programs.fits(found, options) or rounds >= 8:
             return found
@@ -58,7 +68,9 @@ def prepare(name: str, options: Options, report: Callable[[dict], None], rounds:
 
 
 def build(name: str, options: Options, rounds: int) -> Any:
-    """The run behind a name, on one device; of data and of a teacher's weights there are shapes alone."""
+    """The run behind a name, on one device; of data and of a teacher's weights there are shapes
+    alone.
+    """
     import method_cost
 
     from ogdm_jax import config as configs
@@ -67,9 +79,15 @@ def build(name: str, options: Options, rounds: int) -> Any:
 
     size, (config, variant, dtype) = sizes.of(options.rehearse), STEPS[name]
     adm = config == "imagenet64_edm"
-    flags = [*(size.adm_flags if adm else size.flags), f"network.dtype={dtype}", f"optim.accumulate={rounds}"]
+    flags = [
+        *(size.adm_flags if adm else size.flags),
+        f"network.dtype={dtype}",
+        f"optim.accumulate={rounds}",
+    ]
     flags += [f"data.batch={size.adm_batch if adm else size.batch}"]
-    flags += ["methods=sp", "sp.calibration=1"] if variant == "sp" else method_cost.VARIANTS[variant]
+    flags += (
+        ["methods=sp", "sp.calibration=1"] if variant == "sp" else method_cost.VARIANTS[variant]
+    )
     flags += () if variant == "baseline" else size.method_flags
     loaded = configs.load(ROOT / "configs" / f"{config}.py", flags)
     shape = ",".join(map(str, size.adm_shape if adm else size.shape))
@@ -115,7 +133,9 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         metrics.update(found)
 
     del state
-    found = clock.timed(work, lambda: jax.block_until_ready(holder[0]), sizes.of(options.rehearse).timing)
+    found = clock.timed(
+        work, lambda: jax.block_until_ready(holder[0]), sizes.of(options.rehearse).timing
+    )
     seconds, about = found["ms"] / 1000, program.about
     stats = jax.devices()[0].memory_stats() or {}
     finite = bool(np.isfinite(float(metrics["loss"])))
@@ -128,7 +148,9 @@ def measure(name: str, options: Options) -> dict[str, Any]:
 
 
 def product(options: Options) -> dict[str, Any]:
-    """TFLOP/s of one large matrix product in both types: the ceiling that the steps are held against."""
+    """TFLOP/s of one large matrix product in both types: the ceiling that the steps are held
+    against.
+    """
     jax = programs.start()
     import jax.numpy as jnp
 
@@ -142,6 +164,9 @@ def product(options: Options) -> dict[str, Any]:
         def work(a=a, b=b, last=last) -> None:
             last[:] = [multiply(a, b)]
 
-        seconds = clock.timed(work, lambda last=last: jax.block_until_ready(last), size.timing / 2)["ms"] / 1000
+        seconds = (
+            clock.timed(work, lambda last=last: jax.block_until_ready(last), size.timing / 2)["ms"]
+            / 1000
+        )
         found[f"{dtype}_tflop_per_second"] = 2 * n**3 / seconds / 1e12
     return found

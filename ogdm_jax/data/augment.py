@@ -1,13 +1,15 @@
-"""EDM's non-leaky geometric augmentation with its nine conditioning labels (arXiv 2206.00364, appendix F.2, table 6).
+"""EDM's non-leaky geometric augmentation with its nine conditioning labels (arXiv 2206.00364,
+appendix F.2, table 6).
 
-Flips move pixels exactly; scale, rotation, stretch and translation are one resampling. Every operation is drawn per
-example, so the result depends on an example's key alone. All shapes are static: the pipe is jittable and differentiable
-in the images.
+Flips move pixels exactly; scale, rotation, stretch and translation are one resampling. Every
+operation is drawn per example, so the result depends on an example's key alone. All shapes are
+static: the pipe is jittable and differentiable in the images.
 
-Difference from the authors' code: they pad each batch by the largest margin its transforms need (a dynamic shape); we
-always pad by the largest margin possible, width - 1 per side, which changes pixels by float rounding only (~1e-5).
-The fixed linear parts (reflect padding, 2x upsampling, the final low-pass and crop) are one matrix per axis, so an
-accelerator runs two matrix products, one bilinear gather and two matrix products.
+Difference from the authors' code: they pad each batch by the largest margin its transforms need (a
+dynamic shape); we always pad by the largest margin possible, width - 1 per side, which changes
+pixels by float rounding only (~1e-5). The fixed linear parts (reflect padding, 2x upsampling, the
+final low-pass and crop) are one matrix per axis, so an accelerator runs two matrix products, one
+bilinear gather and two matrix products.
 """
 
 import dataclasses
@@ -32,38 +34,50 @@ Draws = dict[str, Array]
 
 
 class Part(NamedTuple):
-    """One resampling operation: matrix [B,2,3] (output to input, pixels about the centre) and labels [B,k]."""
+    """One resampling operation: matrix [B,2,3] (output to input, pixels about the centre) and
+    labels [B,k].
+    """
 
     matrix: Array
     labels: Array
 
 
 def xflip(keys: Array, images: Array) -> Array:
-    """Mirrors each image left to right with probability 1/2. keys [B] typed, images [B,H,W,C] of any dtype."""
+    """Mirrors each image left to right with probability 1/2. keys [B] typed, images [B,H,W,C] of
+    any dtype.
+    """
     flip = randomness.uniform(randomness.fold_in_each(keys, "xflip")) < 0.5
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def flip(images: Array, augment: Array) -> Array:
-    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9]; its own inverse."""
+    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9];
+    its own inverse.
+    """
     images = jnp.where(augment[:, 0][:, None, None, None] != 0, images[:, :, ::-1], images)
     return jnp.where(augment[:, 1][:, None, None, None] != 0, images[:, ::-1], images)
 
 
 def isometric(augment: Array) -> Array:
-    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not act)."""
+    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not
+    act).
+    """
     return jnp.all(augment[:, 2:] == 0, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentPipe:
-    """Settings of the pipe; hashable, so usable as a static argument. Operation k acts with probability p * multiplier.
+    """Settings of the pipe; hashable, so usable as a static argument. Operation k acts with
+    probability p * multiplier.
 
-    Defaults are EDM's recipe; p is 0.12 for CIFAR-10 and 0.15 for FFHQ and AFHQv2. A multiplier of 0 removes the
-    operation and its labels. Labels, in this order, are zero where an operation did not act: xflip, yflip, scale,
-    cos(rotation) - 1, sin(rotation), aniso x, aniso y, translation x, translation y (`label_dim` of them).
+    Defaults are EDM's recipe; p is 0.12 for CIFAR-10 and 0.15 for FFHQ and AFHQv2. A multiplier of
+    0 removes the
+    operation and its labels. Labels, in this order, are zero where an operation did not act: xflip,
+    yflip, scale, cos(rotation) - 1, sin(rotation), aniso x, aniso y, translation x, translation y
+    (`label_dim` of them).
 
-    xflip's multiplier saturates: its draw always happens and flips half of the images. yflip flips p / 2 of them.
+    xflip's multiplier saturates: its draw always happens and flips half of the images. yflip flips
+    p / 2 of them.
 
     Raises:
       ValueError: p outside [0, 1], or a negative multiplier or standard deviation.
@@ -87,7 +101,10 @@ class AugmentPipe:
             raise ValueError(f"AugmentPipe: p is {self.p}; expected a probability in [0, 1]")
         for field in dataclasses.fields(self):
             if not getattr(self, field.name) >= 0:
-                raise ValueError(f"AugmentPipe: {field.name} is {getattr(self, field.name)}; expected a number >= 0")
+                raise ValueError(
+                    f"AugmentPipe: {field.name} is {getattr(self, field.name)}; expected a number "
+                    ">= 0"
+                )
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -100,11 +117,12 @@ class AugmentPipe:
         return sum(_LABELS[name] for name in self.ops)
 
     def draw(self, keys: Array) -> Draws:
-        """All random numbers of B examples from their keys [B], by name; each name folds into the key by itself.
+        """All random numbers of B examples from their keys [B], by name; each name folds into the
+        key by itself.
 
-        `*_u` are uniform thresholds (the operation acts where u < multiplier * p), flips' `w` are 0 or 1, other `w`
-        are standard normal, `v` are uniform angles, `aniso_ur` < 0.5 keeps the stretch's direction. Shapes [B] except
-        trans_w [2,B] and trans_u [1,B].
+        `*_u` are uniform thresholds (the operation acts where u < multiplier * p), flips' `w` are 0
+        or 1, other `w` are standard normal, `v` are uniform angles, `aniso_ur` < 0.5 keeps the
+        stretch's direction. Shapes [B] except trans_w [2,B] and trans_u [1,B].
         """
         draws, keys = {}, randomness.quick(keys)
         for name in (name for op in self.ops for name in _DRAWS[op]):
@@ -116,41 +134,57 @@ class AugmentPipe:
             elif name.endswith("flip_w"):
                 draws[name] = jnp.floor(2 * randomness.uniform(own))
             else:
-                draws[name] = randomness.normal(own) if name.endswith("_w") else randomness.uniform(own)
+                draws[name] = (
+                    randomness.normal(own) if name.endswith("_w") else randomness.uniform(own)
+                )
         return draws
 
     def apply(self, draws: Draws, images: Array) -> tuple[Array, Array]:
         """Transforms images [B,H,W,C] float32 by given draws.
 
         Returns:
-          (images [B,H,W,C], labels [B,label_dim]). Memory in between: (6H, 6W, C) numbers per example.
+          (images [B,H,W,C], labels [B,label_dim]). Memory in between: (6H, 6W, C) numbers per
+          example.
 
         Raises:
           ValueError: images not of rank 4 or with a side below 2.
         """
         if images.ndim != 4 or min(images.shape[1:3]) < 2:
-            raise ValueError(f"AugmentPipe: images have shape {images.shape}; expected [B,H,W,C] with H, W >= 2")
+            raise ValueError(
+                f"AugmentPipe: images have shape {images.shape}; expected [B,H,W,C] with H, W >= 2"
+            )
         batch, height, width, _ = images.shape
         labels = [jnp.zeros((batch, 0), images.dtype)]
         for name in (name for name in self.ops if name in _FLIPS):
-            w = _acts(jnp.asarray(draws[f"{name}_w"], images.dtype), draws[f"{name}_u"], getattr(self, name) * self.p)
+            w = _acts(
+                jnp.asarray(draws[f"{name}_w"], images.dtype),
+                draws[f"{name}_u"],
+                getattr(self, name) * self.p,
+            )
             images = jnp.where(w[:, None, None, None] > 0, jnp.flip(images, _FLIPS[name]), images)
             labels.append(w[:, None])
         parts = [_PARTS[name](self, draws, height, width) for name in self.ops if name in _PARTS]
         if parts:
-            images = warp(images, functools.reduce(_compose, [part.matrix for part in parts]).astype(images.dtype))
+            images = warp(
+                images,
+                functools.reduce(_compose, [part.matrix for part in parts]).astype(images.dtype),
+            )
         labels += [part.labels.astype(images.dtype) for part in parts]
         return images, jnp.concatenate(labels, axis=1)
 
     def augment(self, keys: Array, images: Array) -> tuple[Array, Array]:
-        """draw, then apply: keys [B] typed, images [B,H,W,C] float -> (images, labels [B,label_dim])."""
+        """draw, then apply: keys [B] typed, images [B,H,W,C] float -> (images, labels
+        [B,label_dim]).
+        """
         return self.apply(self.draw(keys), images)
 
 
 def warp(images: Array, matrix: Array) -> Array:
-    """Resamples images [B,H,W,C] at output-to-input maps [B,2,3] (pixels about the centre), band-limited by sym6.
+    """Resamples images [B,H,W,C] at output-to-input maps [B,2,3] (pixels about the centre),
+    band-limited by sym6.
 
-    Reflect-padded image, upsampled twice, bilinear, zero beyond the padding, low-passed and decimated.
+    Reflect-padded image, upsampled twice, bilinear, zero beyond the padding, low-passed and
+    decimated.
     """
     _, height, width, _ = images.shape
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -164,29 +198,39 @@ def warp(images: Array, matrix: Array) -> Array:
 
 
 def _grid(matrix: Array, height: int, width: int) -> tuple[Array, Array]:
-    """Row and column [B, 2(H+6), 2(W+6)] in the zero-ringed upsampled image at which each fine output pixel looks.
+    """Row and column [B, 2(H+6), 2(W+6)] in the zero-ringed upsampled image at which each fine
+    output pixel looks.
 
-    With u the offset of an output pixel from the centre in fine pixels, the image point is A (u + 1/2) + 2 t - 1/2: the
-    filter of even length shifts the fine lattice by half a fine pixel against the coarse one.
+    With u the offset of an output pixel from the centre in fine pixels, the image point is A (u +
+    1/2) + 2 t - 1/2: the filter of even length shifts the fine lattice by half a fine pixel against
+    the coarse one.
     """
     out = [np.arange(2 * (n + 2 * _CROP)) + 1.0 - (n + 2 * _CROP) for n in (height, width)]
     v, h = (jnp.asarray(o, matrix.dtype) for o in (out[0][None, :, None], out[1][None, None, :]))
     m = matrix[:, :, :, None, None]
     x = m[:, 0, 0] * h + m[:, 0, 1] * v + 2 * m[:, 0, 2]
     y = m[:, 1, 0] * h + m[:, 1, 1] * v + 2 * m[:, 1, 2]
-    # Fine image: 2 (3n-2) pixels, centre at 3n-2-1/2; another -1/2 from above; +1 for the ring. Beyond the ring: zeros.
-    return tuple(jnp.clip(c + (3 * n - 2), 0.0, 2.0 * (3 * n - 2) + 1) for c, n in ((y, height), (x, width)))
+    # Fine image: 2 (3n-2) pixels, centre at 3n-2-1/2; another -1/2 from above; +1 for the ring.
+    # Beyond the ring: zeros.
+    return tuple(
+        jnp.clip(c + (3 * n - 2), 0.0, 2.0 * (3 * n - 2) + 1) for c, n in ((y, height), (x, width))
+    )
 
 
 def _bilinear(fine: Array, y: Array, x: Array) -> Array:
-    """fine [h,w,c] at real positions y, x [p,q] inside it (one row and column must follow each) -> [p,q,c]."""
+    """fine [h,w,c] at real positions y, x [p,q] inside it (one row and column must follow each) ->
+    [p,q,c].
+    """
     top, left = jnp.floor(y), jnp.floor(x)
     fy, fx = (y - top)[None], (x - left)[None]
-    # All four neighbours at once, positions last: four gathers of pixels would move 40 times the memory on a TPU.
+    # All four neighbours at once, positions last: four gathers of pixels would move 40 times the
+    # memory on a TPU.
     squares = jax.lax.gather(
         fine,
         jnp.stack([top, left], axis=-1).astype(jnp.int32),
-        jax.lax.GatherDimensionNumbers(offset_dims=(0, 1, 2), collapsed_slice_dims=(), start_index_map=(0, 1)),
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(0, 1, 2), collapsed_slice_dims=(), start_index_map=(0, 1)
+        ),
         slice_sizes=(2, 2, fine.shape[-1]),
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
@@ -196,7 +240,9 @@ def _bilinear(fine: Array, y: Array, x: Array) -> Array:
 
 @functools.lru_cache(maxsize=32)
 def _upsample(n: int) -> np.ndarray:
-    """[2(3n-2)+3, n] float64: reflect pad by n-1, insert zeros, low-pass, then a ring of zeros (1 before, 2 after)."""
+    """[2(3n-2)+3, n] float64: reflect pad by n-1, insert zeros, low-pass, then a ring of zeros (1
+    before, 2 after).
+    """
     padded = 3 * n - 2
     reflect = np.pad(np.eye(n), [(n - 1, n - 1), (0, 0)], mode="reflect")
     fine = np.zeros((2 * padded - 1, n))
@@ -209,7 +255,9 @@ def _upsample(n: int) -> np.ndarray:
 def _downsample(n: int) -> np.ndarray:
     """[n, 2(n+6)] float64: low-pass, keep every second row, crop 3 per side."""
     half = (len(SYM6) - 1) // 2
-    return _filter(np.pad(np.eye(2 * (n + 2 * _CROP)), [(half, half), (0, 0)]), SYM6)[::2][_CROP:-_CROP]
+    return _filter(np.pad(np.eye(2 * (n + 2 * _CROP)), [(half, half), (0, 0)]), SYM6)[::2][
+        _CROP:-_CROP
+    ]
 
 
 def _filter(rows: np.ndarray, taps: np.ndarray) -> np.ndarray:
@@ -219,7 +267,9 @@ def _filter(rows: np.ndarray, taps: np.ndarray) -> np.ndarray:
 
 
 def _compose(left: Array, right: Array) -> Array:
-    """Product of two affine maps [B,2,3] as 3x3 matrices, in elementwise form: exact float32 on every device."""
+    """Product of two affine maps [B,2,3] as 3x3 matrices, in elementwise form: exact float32 on
+    every device.
+    """
     a, b = left[:, :, :, None], right[:, None, :, :]  # [B,2,3,1], [B,1,2,3]
     linear = a[:, :, 0] * b[:, :, 0] + a[:, :, 1] * b[:, :, 1]
     return linear + jnp.pad(left[:, :, 2:], [(0, 0), (0, 0), (2, 0)])

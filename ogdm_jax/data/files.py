@@ -16,12 +16,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ogdm_jax.data.sources import SourceError
 from ogdm_jax.places import files_below, is_local, local, place
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
-_UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, RuntimeError)
-# What Pillow notes of an image that is not to be taken as it lies: turned or transparent. TIFF notes it elsewhere.
+_UNREADABLE += (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    NotImplementedError,
+    RuntimeError,
+)
+# What Pillow notes of an image that is not to be taken as it lies: turned or transparent. TIFF
+# notes it elsewhere.
 _CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
-_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field close it
+_HEADER = struct.Struct(
+    "<26xHH"
+)  # of a zip member: the lengths of its name and of its extra field close it
 _UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
 
 
@@ -49,19 +59,29 @@ class FolderReader:
             return decode(self.content(i)), None
         except _UNREADABLE as error:
             raise SourceError(
-                f"{self.source}: {self.names[i]} is no readable image ({type(error).__name__}); replace or remove it"
+                f"{self.source}: {self.names[i]} is no readable image ({type(error).__name__}); "
+                "replace or remove it"
             ) from None
 
 
 class ZipReader(FolderReader):
-    """Members of a zip archive at `places`, an index read once: threads and processes share it, none parses its own.
+    """Members of a zip archive at `places`, an index read once: threads and processes share it,
+    none parses its own.
 
     Args:
-      places: int64 [N, 5]: where a member's header begins, its stored and its true number of bytes, its checksum and
-        its method (-1: one that only zipfile reads: encrypted, or compressed by bzip2 or lzma).
+      places: int64 [N, 5]: where a member's header begins, its stored and its true number of bytes,
+        its checksum and its method (-1: one that only zipfile reads: encrypted, or compressed by
+        bzip2 or lzma).
     """
 
-    def __init__(self, source: str, root: str, names: list[str], labels: np.ndarray | None, places: np.ndarray):
+    def __init__(
+        self,
+        source: str,
+        root: str,
+        names: list[str],
+        labels: np.ndarray | None,
+        places: np.ndarray,
+    ):
         super().__init__(source, root, names, labels)
         self.places, self._lock = places, threading.Lock()
         self._file: int | None = None
@@ -76,7 +96,9 @@ class ZipReader(FolderReader):
         if method < 0 or not is_local(self.root):
             return self._slowly(self.names[i])
         file = self._opened()
-        block = os.pread(file, _HEADER.size + stored + 512, start)  # 512: the name and what else stands before the data
+        block = os.pread(
+            file, _HEADER.size + stored + 512, start
+        )  # 512: the name and what else stands before the data
         if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
             raise zipfile.BadZipFile("no member begins where the archive's directory says")
         begin = _HEADER.size + sum(_HEADER.unpack_from(block))
@@ -102,51 +124,73 @@ class ZipReader(FolderReader):
                 file = self.root
                 if not is_local(file):
                     file = place(file).open("rb")
-                    weakref.finalize(self, file.close)  # zipfile closes only what it has opened itself
+                    weakref.finalize(
+                        self, file.close
+                    )  # zipfile closes only what it has opened itself
                 self._archive = zipfile.ZipFile(file)
             return self._archive.read(name)
 
 
 def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
-    """A folder of images, sorted by path. Classes: dataset.json as in EDM's zip where present, else sub-folder names.
+    """A folder of images, sorted by path. Classes: dataset.json as in EDM's zip where present, else
+    sub-folder names.
 
     Returns:
-      (reader, class names). Images directly in the folder and in sub-folders at once are refused: the former would
-      have no class.
+      (reader, class names). Images directly in the folder and in sub-folders at once are refused:
+      the former would have no class.
     """
     root, path = place(path), _plain(path)
     if not root.is_dir():
-        raise SourceError(f"{source}: there is no folder {path}; expected a folder of images, one sub-folder a class")
+        raise SourceError(
+            f"{source}: there is no folder {path}; expected a folder of images, one sub-folder a "
+            "class"
+        )
     names = sorted(name for name in files_below(root) if PurePath(name).suffix.lower() in SUFFIXES)
     if not names:
-        raise SourceError(f"{source}: has no images; expected files such as CLASS/NAME.png or NAME.png in it")
+        raise SourceError(
+            f"{source}: has no images; expected files such as CLASS/NAME.png or NAME.png in it"
+        )
     if (root / "dataset.json").is_file():
         labels = _json_labels(source, (root / "dataset.json").read_bytes(), names)
         return FolderReader(source, path, names, labels), ()
     classes = sorted({n.split("/")[0] for n in names if "/" in n})
     if classes and any("/" not in n for n in names):
         raise SourceError(
-            f"{source}: has images both at its top and in sub-folders; put every image in a class's sub-folder"
+            f"{source}: has images both at its top and in sub-folders; put every image in a "
+            "class's sub-folder"
         )
-    labels = np.array([classes.index(n.split("/")[0]) for n in names], np.int32) if classes else None
+    labels = (
+        np.array([classes.index(n.split("/")[0]) for n in names], np.int32) if classes else None
+    )
     return FolderReader(source, path, names, labels), tuple(classes)
 
 
 def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
-    """EDM's archive: images sorted by name; dataset.json {"labels": [[name, integer or float vector], ...] or null}."""
+    """EDM's archive: images sorted by name; dataset.json {"labels": [[name, integer or float
+    vector], ...] or null}.
+    """
     if not place(path).is_file():
         raise SourceError(
-            f"{source}: there is no file {path}; make one by python -m ogdm_jax.data prepare folder:DIR --out {path}"
+            f"{source}: there is no file {path}; make one by python -m ogdm_jax data prepare "
+            f"folder:DIR --out {path}"
         )
     try:
         with place(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member for member in archive.infolist()}
             table = archive.read("dataset.json") if "dataset.json" in members else None
     except _UNREADABLE as error:
-        raise SourceError(f"{source}: {path} is no readable zip archive ({type(error).__name__})") from None
-    names = sorted(n for n in members if PurePath(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX"))
+        raise SourceError(
+            f"{source}: {path} is no readable zip archive ({type(error).__name__})"
+        ) from None
+    names = sorted(
+        n
+        for n in members
+        if PurePath(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX")
+    )
     if not names:
-        raise SourceError(f"{source}: has no images; expected files such as 00000/img00000000.png in it")
+        raise SourceError(
+            f"{source}: has no images; expected files such as 00000/img00000000.png in it"
+        )
     labels = None if table is None else _json_labels(source, table, names)
     places = np.array([_place(members[n]) for n in names], np.int64)
     return ZipReader(source, _plain(path), names, labels, places), ()
@@ -158,18 +202,27 @@ def _plain(path: str) -> str:
 
 
 def _place(member: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
-    plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not member.flag_bits & _UNUSUAL
+    plain = (
+        member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        and not member.flag_bits & _UNUSUAL
+    )
     method = member.compress_type if plain else -1
     return member.header_offset, member.compress_size, member.file_size, member.CRC, method
 
 
 def decode(content: bytes) -> np.ndarray:
-    """An encoded image as uint8 [h,w,1] (grey) or [h,w,3]; transparency is laid on white, EXIF rotation applied."""
+    """An encoded image as uint8 [h,w,1] (grey) or [h,w,3]; transparency is laid on white, EXIF
+    rotation applied.
+    """
     with Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a channel")
         image.load()  # a PNG may say behind its pixels how it is to be turned
-        plain = image.mode in ("L", "RGB") and image.format != "TIFF" and _CHANGES.isdisjoint(image.info)
+        plain = (
+            image.mode in ("L", "RGB")
+            and image.format != "TIFF"
+            and _CHANGES.isdisjoint(image.info)
+        )
         array = np.asarray(image if plain else _upright(image))
     return array[:, :, None] if array.ndim == 2 else array
 
@@ -195,20 +248,29 @@ def encode(image: np.ndarray, compress_level: int = 6) -> bytes:
 def _json_labels(source: str, content: bytes, names: list[str]) -> np.ndarray | None:
     try:
         pairs = json.loads(content)["labels"]
-        table = None if pairs is None else {str(name).replace("\\", "/"): label for name, label in pairs}
+        table = (
+            None
+            if pairs is None
+            else {str(name).replace("\\", "/"): label for name, label in pairs}
+        )
     except (ValueError, KeyError, TypeError):
         raise SourceError(
-            f'{source}: dataset.json is malformed; expected {{"labels": [[name, label], ...]}} or null'
+            f"{source}: dataset.json is malformed; "
+            'expected {"labels": [[name, label], ...]} or null'
         ) from None
     if table is None:
         return None
     missing = next((n for n in names if n not in table), None)
     if missing is not None:
-        raise SourceError(f"{source}: dataset.json has no label for {missing}; expected one for every image, or null")
+        raise SourceError(
+            f"{source}: dataset.json has no label for {missing}; expected one for every image, or "
+            "null"
+        )
     labels = [table[n] for n in names]
     try:
         return np.array(labels)
     except ValueError:
         raise SourceError(
-            f"{source}: dataset.json mixes kinds of labels; expected all integers or all vectors of one length"
+            f"{source}: dataset.json mixes kinds of labels; expected all integers or all vectors "
+            "of one length"
         ) from None

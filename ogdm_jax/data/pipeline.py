@@ -1,10 +1,11 @@
 """Endless training batches whose order depends on the seed and the step alone.
 
-Global position p of the endless stream lies in epoch p // N, and every epoch has its own permutation, drawn from (seed,
-epoch). Step s of global batch size B takes positions s*B .. (s+1)*B - 1, of which each process reads its contiguous
-share. Reference images besides the batch are drawn from (seed, step) alone. Nothing is carried from step to step: a
-resumed run, or one on another number of processes, sees exactly the same global batches, whether the set is in memory
-or read from disk.
+Global position p of the endless stream lies in epoch p // N, and every epoch has its own
+permutation, drawn from (seed, epoch). Step s of global batch size B takes positions s*B .. (s+1)*B
+- 1, of which each process reads its contiguous share. Reference images besides the batch are drawn
+from (seed, step) alone. Nothing is carried from step to step: a resumed run, or one on another
+number of processes, sees exactly the same global batches, whether the set is in memory or read from
+disk.
 """
 
 import functools
@@ -20,12 +21,18 @@ _STEPS = 2**40  # the length that the endless stream of steps has for grain
 
 
 def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
-    """Rows [size] int64 of a set of n that step `step` uses, each epoch a fresh permutation without repeats.
+    """Rows [size] int64 of a set of n that step `step` uses, each epoch a fresh permutation without
+    repeats.
 
     Raises:
       ValueError: n or size below 1, or a negative seed or step.
     """
-    for what, value, least in (("n", n, 1), ("size", size, 1), ("seed", seed, 0), ("step", step, 0)):
+    for what, value, least in (
+        ("n", n, 1),
+        ("size", size, 1),
+        ("seed", seed, 0),
+        ("step", step, 0),
+    ):
         if value < least:
             raise ValueError(f"indices: {what} is {value}; expected an integer >= {least}")
     position, stop, pieces = step * size, (step + 1) * size, []
@@ -44,11 +51,14 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray) -> np.ndarray:
-    """Rows [size] int64 of a set of n: images of step `step` besides those of its batch, drawn without replacement.
+    """Rows [size] int64 of a set of n: images of step `step` besides those of its batch, drawn
+    without replacement.
 
-    So a batch's image meets itself among the references exactly once: as itself. Where the set has fewer than `size`
-    other images, their random order is repeated, for several devices: any run of as many neighbours as there are others
-    is still without repeats, and a device's share has to be no longer than that (`methods.stf.training` sees to it).
+    So a batch's image meets itself among the references exactly once: as itself. Where the set has
+    fewer than `size`
+    other images, their random order is repeated, for several devices: any run of as many neighbours
+    as there are others is still without repeats, and a device's share has to be no longer than that
+    (`methods.stf.training` sees to it).
 
     Args:
       batch: rows of the step's global batch.
@@ -59,7 +69,10 @@ def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray
     own = np.unique(batch)
     others = n - len(own)
     if others < 1:
-        raise ValueError(f"reference_indices: the batch holds all {n} images; expected a smaller batch, or size 0")
+        raise ValueError(
+            f"reference_indices: the batch holds all {n} images; expected a smaller batch, or size "
+            "0"
+        )
     rng = np.random.default_rng((seed, step, zlib.crc32(b"references")))
     rank = rng.choice(others, min(size, others), replace=False)
     # The r-th row that is not in `own`: r and the number of own rows in front of it.
@@ -70,14 +83,15 @@ def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray
 class Batches:
     """An endless iterator of one process's share of the global batches.
 
-    Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index" int32 [b] (the
-    example's place in the step's global batch), b = batch_size / process_count. With extra_references = n also
-    "reference" uint8 [n / process_count,H,W,C] and "reference_label": this process's share of n more images, none of
-    them in the step's global batch and none twice (`reference_indices` says what small sets allow).
+    Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index"
+    int32 [b] (the example's place in the step's global batch), b = batch_size / process_count. With
+    extra_references = n also "reference" uint8 [n / process_count,H,W,C] and "reference_label":
+    this process's share of n more images, none of them in the step's global batch and none twice
+    (`reference_indices` says what small sets allow).
 
-    Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is {"step": the next
-    step} in every case, the same in every process and for every process count; `set_state` takes it back. `at(step)` is
-    the batch of any step.
+    Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is
+    {"step": the next step} in every case, the same in every process and for every process count;
+    `set_state` takes it back. `at(step)` is the batch of any step.
     """
 
     def __init__(
@@ -92,7 +106,11 @@ class Batches:
         threads: int = 8,
         workers: int = 0,
     ):
-        sizes = (("batch_size", batch_size, 1), ("extra_references", extra_references, 0), ("threads", threads, 1))
+        sizes = (
+            ("batch_size", batch_size, 1),
+            ("extra_references", extra_references, 0),
+            ("threads", threads, 1),
+        )
         for what, value, least in sizes + (
             ("seed", seed, 0),
             ("start_step", start_step, 0),
@@ -101,13 +119,26 @@ class Batches:
             if value < least:
                 raise ValueError(f"batches: {what} is {value}; expected an integer >= {least}")
         if workers < -1:
-            raise ValueError(f"batches: workers is {workers}; expected a number of processes, 0 for threads, or -1")
+            raise ValueError(
+                f"batches: workers is {workers}; expected a number of processes, 0 for threads, or "
+                "-1"
+            )
         if not 0 <= process_index < process_count:
-            raise ValueError(f"batches: process_index is {process_index}; expected 0 to {process_count - 1}")
+            raise ValueError(
+                f"batches: process_index is {process_index}; expected 0 to {process_count - 1}"
+            )
         for what, value in (("batch_size", batch_size), ("extra_references", extra_references)):
             if value % process_count:
-                raise ValueError(f"batches: {what} is {value}; expected a multiple of the {process_count} processes")
-        self.source, self.batch_size, self.seed, self.extra_references = source, batch_size, seed, extra_references
+                raise ValueError(
+                    f"batches: {what} is {value}; expected a multiple of the {process_count} "
+                    "processes"
+                )
+        self.source, self.batch_size, self.seed, self.extra_references = (
+            source,
+            batch_size,
+            seed,
+            extra_references,
+        )
         self.process_index, self.process_count, self.threads = process_index, process_count, threads
         self.workers = default_count() if workers < 0 else workers
         self._step, self._ahead = start_step, None
@@ -156,7 +187,9 @@ class Batches:
         self._step = int(step)
 
     def close(self) -> None:
-        """Ends the threads or processes that read ahead; the iterator can still be used and starts them again."""
+        """Ends the threads or processes that read ahead; the iterator can still be used and starts
+        them again.
+        """
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
@@ -186,9 +219,11 @@ def batches(
       start_step: the first step, for a resumed run.
       process_index: which process this is, as jax.process_index().
       process_count: how many there are, as jax.process_count().
-      extra_references: images per step, over all processes, besides the batch (STF's reference batch); 0 for none.
+      extra_references: images per step, over all processes, besides the batch (STF's reference
+        batch); 0 for none.
       threads: batches that are read at once where the source is not in memory.
-      workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1 to 8).
+      workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1
+        to 8).
 
     Raises:
       ValueError: a size below 1, or one that the process count does not divide.
@@ -198,7 +233,9 @@ def batches(
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """The whole set once, in its own order: {"image", "label"} of batch_size rows, the last batch shorter."""
+    """The whole set once, in its own order: {"image", "label"} of batch_size rows, the last batch
+    shorter.
+    """
     if batch_size < 1:
         raise ValueError(f"in_order: batch_size is {batch_size}; expected an integer >= 1")
     for start in range(0, len(source), batch_size):
@@ -219,7 +256,9 @@ class _Steps:
 
 
 def _read_ahead(owner: Batches, step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from `step` on, read by processes or by grain's threads; at most 2 of each wait in memory."""
+    """Batches from `step` on, read by processes or by grain's threads; at most 2 of each wait in
+    memory.
+    """
     if owner.workers:
         return Workers(owner, step, owner.workers)
     import grain

@@ -1,4 +1,6 @@
-"""Writes image sets, resumable: array_record that tfds.data_source reads without TensorFlow, or EDM's zip."""
+"""Writes image sets, resumable: array_record that tfds.data_source reads without TensorFlow, or
+EDM's zip.
+"""
 
 import io
 import json
@@ -16,24 +18,31 @@ from ogdm_jax import places
 from ogdm_jax.data.files import encode
 from ogdm_jax.data.sources import Source, SourceError
 
-SHARD_BYTES = 64 << 20  # uint8 bytes of images a shard; an interrupted run repeats at most one shard
+SHARD_BYTES = (
+    64 << 20
+)  # uint8 bytes of images a shard; an interrupted run repeats at most one shard
 VERSION = "1.0.0"
 _PLAN, _LABELS = "plan.json", "labels.json"
 
 
-def prepare(source: Source, out: str | Path, name: str | None = None, shard_images: int | None = None) -> str:
+def prepare(
+    source: Source, out: str | Path, name: str | None = None, shard_images: int | None = None
+) -> str:
     """Writes a source to out and returns the name under which open_source reads it.
 
     Args:
       source: any source.
-      out: FILE.zip for EDM's archive, else a folder in which the tfds set `name` is prepared as split "train".
+      out: FILE.zip for EDM's archive, else a folder in which the tfds set `name` is prepared as
+        split "train".
       name: of the tfds set, in lower case; made from the source's name by default.
       shard_images: images a shard; about 64 MB by default.
 
-    Interrupted work lies beside the result (".parts") and is continued by the next call with the same source.
+    Interrupted work lies beside the result (".parts") and is continued by the next call with the
+    same source.
 
     Raises:
-      SourceError: out exists, parts of another source lie there, or the source cannot be written in this format.
+      SourceError: out exists, parts of another source lie there, or the source cannot be written in
+      this format.
     """
     size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
     bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
@@ -52,13 +61,16 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[in
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SourceError(
-            f"{source.name}: name {name!r} is no name of a set; expected lower-case letters, digits and _"
+            f"{source.name}: name {name!r} is no name of a set; expected lower-case letters, "
+            "digits and _"
         )
     if source.label_size:
         raise SourceError(
-            f"{source.name}: has label vectors, which array_record sets do not hold; write a .zip instead"
+            f"{source.name}: has label vectors, which array_record sets do not hold; write a .zip "
+            "instead"
         )
-    # tensorflow-datasets takes name and version from the last two folders, so the parts lie in folders of these names.
+    # tensorflow-datasets takes name and version from the last two folders, so the parts lie in
+    # folders of these names.
     final, parts = out / name / VERSION, out / f"{name}.parts" / name / VERSION
     features = {"image": tfds.features.Image(shape=source.shape, encoding_format="png")}
     # Labels that are read with their images do not show ahead how many classes there are.
@@ -76,7 +88,9 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[in
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for i in range(start, stop):
             item = source[i]
-            record = {"image": io.BytesIO(encode(item["image"]))} | ({"label": int(item["label"])} if has_label else {})
+            record = {"image": io.BytesIO(encode(item["image"]))} | (
+                {"label": int(item["label"])} if has_label else {}
+            )
             writer.write(features.serialize_example(features.encode_example(record)))
             tick()
         writer.close()
@@ -151,7 +165,8 @@ def _zip_labels(source: Source, labels: np.ndarray) -> list | None:
     if labels.ndim == 1 and labels.min() < 0:
         missing = int(np.sum(labels < 0))
         raise SourceError(
-            f"{source.name}: {missing} images have no class (-1), which EDM's zip cannot say; leave them out first"
+            f"{source.name}: {missing} images have no class (-1), which EDM's zip cannot say; "
+            "leave them out first"
         )
     return labels.tolist()
 
@@ -166,13 +181,21 @@ def _write_shards(
 ) -> None:
     """Writes the shards that are not there yet; a shard takes its name only when it is whole."""
     if final.exists():
-        raise SourceError(f"{source.name}: {final} exists already; remove it or choose another --out")
-    plan = {"source": source.name, "images": len(source), "shape": list(source.shape), "shards": len(shards)}
+        raise SourceError(
+            f"{source.name}: {final} exists already; remove it or choose another --out"
+        )
+    plan = {
+        "source": source.name,
+        "images": len(source),
+        "shape": list(source.shape),
+        "shards": len(shards),
+    }
     parts.mkdir(parents=True, exist_ok=True)
     note = parts / _PLAN
     if note.exists() and json.loads(note.read_text()) != plan:
         raise SourceError(
-            f"{source.name}: {parts} holds the unfinished work of another call; remove it or finish that one"
+            f"{source.name}: {parts} holds the unfinished work of another call; remove it or "
+            "finish that one"
         )
     note.write_text(json.dumps(plan))
     with tqdm(total=len(source), desc=str(final), unit="image", disable=None) as bar:
@@ -187,6 +210,10 @@ def _write_shards(
 
 def _default_name(source: str) -> str:
     kind, _, rest = source.partition(":")
-    stem = Path(rest.partition("?")[0].rstrip("/")).stem if kind in ("folder", "zip", "npz") else rest or kind
+    stem = (
+        Path(rest.partition("?")[0].rstrip("/")).stem
+        if kind in ("folder", "zip", "npz")
+        else rest or kind
+    )
     name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")
     return name if name[:1].isalpha() else f"set_{name}"

@@ -1,4 +1,6 @@
-"""Sets prepared by tensorflow-datasets, read by random access without TensorFlow and without touching the network."""
+"""Sets prepared by tensorflow-datasets, read by random access without TensorFlow and without
+touching the network.
+"""
 
 import difflib
 import re
@@ -13,7 +15,9 @@ from ogdm_jax.data.sources import SourceError
 
 
 class TfdsReader:
-    """Items of a tfds data source: the features `image`, encoded or not, and `label` where it is an integer."""
+    """Items of a tfds data source: the features `image`, encoded or not, and `label` where it is an
+    integer.
+    """
 
     labels = None  # each record holds its own
 
@@ -30,9 +34,12 @@ class TfdsReader:
         """(uint8 [h,w,1 or 3], label or None)."""
         try:
             return self._unpack(self.items[i])
-        except Exception as error:  # damaged files end in many error types of the record reader and the decoder
+        except (
+            Exception
+        ) as error:  # damaged files end in many error types of the record reader and the decoder
             raise SourceError(
-                f"{self.source}: record {i} cannot be read ({type(error).__name__}); prepare the set again"
+                f"{self.source}: record {i} cannot be read ({type(error).__name__}); prepare the "
+                "set again"
             ) from error
 
     def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
@@ -48,45 +55,67 @@ class TfdsReader:
         return image, int(record["label"]) if self.has_label else None
 
 
-def open_tfds(source: str, spec: str, data_dir: str | Path | None) -> tuple[TfdsReader, tuple[str, ...]]:
+def open_tfds(
+    source: str, spec: str, data_dir: str | Path | None
+) -> tuple[TfdsReader, tuple[str, ...]]:
     """`NAME[/CONFIG][:VERSION][/SPLIT]`, prepared as array_record in data_dir.
 
-    tensorflow-datasets itself would try to download a set that is missing, and hang for minutes without a network, so
-    only what is on disk is looked at.
+    tensorflow-datasets itself would try to download a set that is missing, and hang for minutes
+    without a network, so only what is on disk is looked at.
 
     Raises:
-      SourceError: unknown name or split, not prepared, prepared as parquet (that writer loses examples) or as tfrecord
+      SourceError: unknown name or split, not prepared, prepared as parquet (that writer loses
+      examples) or as tfrecord
         (no random access), or without a uint8 image.
     """
     import tensorflow_datasets as tfds
 
     if not spec:
-        raise SourceError("data source 'tfds:' names no data set; expected for example tfds:cifar10/train")
+        raise SourceError(
+            "data source 'tfds:' names no data set; expected for example tfds:cifar10/train"
+        )
     try:
-        data_dir = places.local(data_dir, "data_dir") if data_dir else data_dir  # array_record maps its files
+        data_dir = (
+            places.local(data_dir, "data_dir") if data_dir else data_dir
+        )  # array_record maps its files
     except places.PlaceError as error:
         raise SourceError(f"{source}: {error}, or the bucket mounted (gcsfuse)") from None
     where = str(data_dir) if data_dir else str(tfds.core.constants.DATA_DIR)
     if re.match(r"\w+:[a-zA-Z]", spec):  # tensorflow-datasets would ask the network about these
         raise SourceError(
-            f"{source}: sets of other sites (NAMESPACE:NAME) are not read; expected for example tfds:cifar10"
+            f"{source}: sets of other sites (NAMESPACE:NAME) are not read; expected for example "
+            "tfds:cifar10"
         )
     head, _, tail = spec.rpartition("/")
-    # "a/b" is a set and a split, or a set and its config: the reading that is prepared and has the split wins.
+    # "a/b" is a set and a split, or a set and its config: the reading that is prepared and has the
+    # split wins.
     readings = ([(head, tail)] if head else []) + [(spec, "train")]
-    found = [(builder, split) for name, split in readings if (builder := _builder(tfds, name, data_dir)) is not None]
+    found = [
+        (builder, split)
+        for name, split in readings
+        if (builder := _builder(tfds, name, data_dir)) is not None
+    ]
     if not found:
-        near = difflib.get_close_matches(spec.split("/")[0], tfds.list_builders(with_community_datasets=False), 1)
+        near = difflib.get_close_matches(
+            spec.split("/")[0], tfds.list_builders(with_community_datasets=False), 1
+        )
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SourceError(f"{source}: no such set is known to tensorflow-datasets or prepared in {where}{hint}")
-    ready = [(builder, split) for builder, split in found if (Path(builder.data_path) / "dataset_info.json").is_file()]
+        raise SourceError(
+            f"{source}: no such set is known to tensorflow-datasets or prepared in {where}{hint}"
+        )
+    ready = [
+        (builder, split)
+        for builder, split in found
+        if (Path(builder.data_path) / "dataset_info.json").is_file()
+    ]
     if not ready:
         raise SourceError(f"{source}: is not prepared in {where}; {_recipe(found[0][0], data_dir)}")
     builder, split = next(((b, s) for b, s in ready if _base_split(s) in b.info.splits), ready[0])
     splits = list(builder.info.splits)
     if _base_split(split) not in splits:
         raise SourceError(
-            f"{source}: has no split {split!r}; expected one of {', '.join(splits)}, or a slice: {splits[0]}[:10%]"
+            f"{source}: has no split {split!r}; expected one of {', '.join(splits)}, or a slice: "
+            f"{splits[0]}[:10%]"
         )
     formats = {f.value for f in builder.info.available_file_formats()}
     if "array_record" not in formats:
@@ -96,26 +125,46 @@ def open_tfds(source: str, spec: str, data_dir: str | Path | None) -> tuple[Tfds
             else "tfrecord, which has no random access"
         )
         raise SourceError(
-            f"{source}: is prepared as {reason}; delete it or choose another data_dir, and {_recipe(builder, data_dir)}"
+            f"{source}: is prepared as {reason}; delete it or choose another data_dir, and "
+            f"{_recipe(builder, data_dir)}"
         )
     features = (
-        dict(builder.info.features.items()) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+        dict(builder.info.features.items())
+        if isinstance(builder.info.features, tfds.features.FeaturesDict)
+        else {}
     )
     image, label = features.get("image"), features.get("label")
-    if image is None or len(image.shape) != 3 or np.dtype(image.np_dtype) != np.uint8 or image.shape[-1] not in (1, 3):
-        raise SourceError(f"{source}: its features are {sorted(features)}; expected a uint8 'image' [H,W,1 or 3]")
+    if (
+        image is None
+        or len(image.shape) != 3
+        or np.dtype(image.np_dtype) != np.uint8
+        or image.shape[-1] not in (1, 3)
+    ):
+        raise SourceError(
+            f"{source}: its features are {sorted(features)}; expected a uint8 'image' [H,W,1 or 3]"
+        )
     try:
         items = builder.as_data_source(split, file_format="array_record")
     except ValueError as error:
-        raise SourceError(f"{source}: split {split!r} is not understood ({str(error).splitlines()[0]})") from None
-    if isinstance(image, tfds.features.Image):  # stays encoded: `decode` reads it like every other picture, and faster
+        raise SourceError(
+            f"{source}: split {split!r} is not understood ({str(error).splitlines()[0]})"
+        ) from None
+    if isinstance(
+        image, tfds.features.Image
+    ):  # stays encoded: `decode` reads it like every other picture, and faster
         items.decoders = {"image": tfds.decode.SkipDecoding()}
-    has_label = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
-    return TfdsReader(source, items, has_label), tuple(getattr(label, "names", None) or ()) if has_label else ()
+    has_label = (
+        label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+    )
+    return TfdsReader(source, items, has_label), tuple(
+        getattr(label, "names", None) or ()
+    ) if has_label else ()
 
 
 def _builder(tfds, name: str, data_dir: str | Path | None):
-    """The builder of a name, from its code or from its prepared files alone; None where neither exists."""
+    """The builder of a name, from its code or from its prepared files alone; None where neither
+    exists.
+    """
     try:
         return tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
     except (ValueError, AttributeError, ImportError, tfds.core.registered.DatasetNotFoundError):
@@ -127,10 +176,13 @@ def _base_split(split: str) -> str:
 
 
 def _recipe(builder, data_dir: str | Path | None) -> str:
-    """How to prepare a set, for a machine that has a network (and TensorFlow, which most builders need)."""
+    """How to prepare a set, for a machine that has a network (and TensorFlow, which most builders
+    need).
+    """
     config = f"/{builder.builder_config.name}" if builder.builder_config else ""
     folder = "" if data_dir is None else f"data_dir={str(data_dir)!r}, "
     return (
         "where TensorFlow and a network are at hand run: import tensorflow_datasets as tfds; "
-        f"tfds.builder('{builder.name}{config}', {folder}file_format='array_record').download_and_prepare()"
+        f"tfds.builder('{builder.name}{config}', "
+        f"{folder}file_format='array_record').download_and_prepare()"
     )

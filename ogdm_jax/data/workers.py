@@ -1,9 +1,11 @@
 """Processes that read batches: of n processes each reads every n-th step's batch, ahead of its use.
 
-A process is a fresh interpreter that imports numpy and the readers, never JAX, and none of the program that trains. It
-is told on its input which batches to read, writes one after the other to its output, and waits there until each is
-fetched. It ends when its input closes: at close(), and when the training process ends, however that comes about.
-Ctrl-C and SIGTERM, which reach a whole group of processes, are the training process's to answer.
+A process is a fresh interpreter that imports numpy and the readers, never JAX, and none of the
+program that trains. It is told on its input which batches to read, writes one after the other to
+its output, and waits there until each is
+fetched. It ends when its input closes: at close(), and when the training process ends, however that
+comes about. Ctrl-C and SIGTERM, which reach a whole group of processes, are the training process's
+to answer.
 """
 
 import collections
@@ -41,14 +43,18 @@ class Steps(Protocol):
 
 def default_count() -> int:
     """Half of the cores that this process may use, at least 1 and at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(max(cores // 2, 1), 8)
 
 
 class Workers:
-    """An iterator over the batches of steps first, first + 1, ..., read by `count` processes in turn.
+    """An iterator over the batches of steps first, first + 1, ..., read by `count` processes in
+    turn.
 
-    Two batches a process are held ahead, one that is written and one that has arrived, and what else a pipe holds.
+    Two batches a process are held ahead, one that is written and one that has arrived, and what
+    else a pipe holds.
 
     Raises (from next):
       SourceError: as reading in this process would.
@@ -78,7 +84,8 @@ class Workers:
         message = self._coming.popleft().result()
         if message is None:
             raise RuntimeError(
-                f"the reading process of step {step}'s batch {_ending(process)}; expected it to go on: see what it "
+                f"the reading process of step {step}'s batch {_ending(process)}; expected it to go "
+                "on: see what it "
                 "printed, give it more memory, or read with threads (config.data.workers=0)"
             )
         batch, error = message
@@ -93,7 +100,9 @@ class Workers:
 
 
 def serve() -> None:
-    """The reading process: (first, stride) and steps come in, pickled; (batch, None) or (None, error) go out."""
+    """The reading process: (first, stride) and steps come in, pickled; (batch, None) or (None,
+    error) go out.
+    """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the batches
     try:
@@ -136,7 +145,8 @@ def _start() -> subprocess.Popen:
     # Reading needs no linear algebra: without this every process would keep a thread a core for it.
     env = {"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-P", "-c", _COMMAND]
-    # A process inherits which signals are held back, so these never reach it, not even while it starts.
+    # A process inherits which signals are held back, so these never reach it, not even while it
+    # starts.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)

@@ -1,7 +1,9 @@
-"""Samplers on the index grid of a discrete process, as DDPM-type models are published: DDIM and PNDM.
+"""Samplers on the index grid of a discrete process, as DDPM-type models are published: DDIM and
+PNDM.
 
-Inside, the state is x = x_vp / sqrt(alpha_bar) with sigma = sqrt(1 / alpha_bar - 1); there DDIM's transfer is the Euler
-step and both samplers are rules of steps.py. Outside, latents and images are in the model's own coordinate x_vp.
+Inside, the state is x = x_vp / sqrt(alpha_bar) with sigma = sqrt(1 / alpha_bar - 1); there DDIM's
+transfer is the Euler step and both samplers are rules of steps.py. Outside, latents and images are
+in the model's own coordinate x_vp.
 """
 
 from collections.abc import Callable
@@ -13,19 +15,23 @@ import numpy as np
 
 from ogdm_jax.diffusion import grids, precondition, steps
 from ogdm_jax.diffusion.process import Discrete, vp_scale
-from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.typing import Array, Denoise
 
-EpsModel = Callable[[Array, Array], Array]  # (x_vp [B,H,W,C], t [B] original index) -> eps [B,H,W,C]
+EpsModel = Callable[
+    [Array, Array], Array
+]  # (x_vp [B,H,W,C], t [B] original index) -> eps [B,H,W,C]
 
 
 def denoiser(eps_model: EpsModel, table: Discrete, clip: bool = False) -> Denoise:
-    """denoise(x, sigma) of an eps-predicting model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
+    """denoise(x, sigma) of an eps-predicting model: x0 = x - sigma eps(x / sqrt(1 + sigma^2),
+    t(sigma)).
 
     Args:
       eps_model: (x_vp, t) -> eps, labels bound; t is float, an original index of table.timesteps.
       table: the process; sigma is looked up in it (nearest level).
-      clip: clamp x0 to [-1, 1]; slopes are then re-derived from the clamped x0, as guided-diffusion does.
+      clip: clamp x0 to [-1, 1]; slopes are then re-derived from the clamped x0, as guided-diffusion
+        does.
     """
 
     return precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
@@ -42,7 +48,8 @@ def ddim(
 ) -> Array:
     """DDIM on n kept indices, from x_vp = latents (arXiv 2010.02502 eq. 12). n evaluations.
 
-    As in the published code the start is N(0, I) at the first kept index, although alpha_bar there is not 0.
+    As in the published code the start is N(0, I) at the first kept index, although alpha_bar there
+    is not 0.
 
     Args:
       eps_model: as in `denoiser`.
@@ -56,15 +63,21 @@ def ddim(
     table = Discrete.make() if table is None else table
     kept = grids.ddim_timesteps(n, len(table.timesteps), spacing)
     sigmas = np.append(table.sigma[kept][::-1], 0.0)
-    start = latents * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])  # sample() multiplies by sigmas[0]
+    start = latents * float(
+        np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
+    )  # sample() multiplies by sigmas[0]
     return sample(denoiser(eps_model, table, clip), start, sigmas, solver="ddim", **settings)
 
 
-def pndm(eps_model: EpsModel, latents: Array, n: int, table: Discrete | None = None, order: int = 2) -> Array:
-    """S-PNDM (order 2, n + 1 evaluations) or F-PNDM (order 4, n + 9) on n indices (arXiv 2202.09778).
+def pndm(
+    eps_model: EpsModel, latents: Array, n: int, table: Discrete | None = None, order: int = 2
+) -> Array:
+    """S-PNDM (order 2, n + 1 evaluations) or F-PNDM (order 4, n + 9) on n indices (arXiv
+    2202.09778).
 
-    The published code reads alpha_bar at index t + 1 while the network gets t, and ends at alpha_bar[0] and not at 1;
-    both are kept, because published figures were made so. x0 is not clipped.
+    The published code reads alpha_bar at index t + 1 while the network gets t, and ends at
+    alpha_bar[0] and not at 1; both are kept, because published figures were made so. x0 is not
+    clipped.
 
     Args:
       eps_model: as in `denoiser`; F-PNDM also asks for half-integer t.
@@ -86,7 +99,10 @@ def pndm(eps_model: EpsModel, latents: Array, n: int, table: Discrete | None = N
 
     def node(t: np.ndarray) -> dict[str, Array]:
         sigma = table.sigma[np.maximum(t, -1).astype(np.int64) + 1]
-        return {k: jnp.asarray(v, latents.dtype) for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))}
+        return {
+            k: jnp.asarray(v, latents.dtype)
+            for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))
+        }
 
     def slope(x: Array, at: dict[str, Array]) -> Array:
         return eps_model(at["scale"] * x, jnp.broadcast_to(at["t"], x.shape[:1])).astype(x.dtype)
@@ -112,7 +128,9 @@ def pndm(eps_model: EpsModel, latents: Array, n: int, table: Discrete | None = N
     starts, middles, ends = node(t[:-1]), node(middle), node(t[1:])
     x, earlier = latents / starts["scale"][0], ()
     for i in range(order - 1):
-        x, d = starter(x, *({k: v[i] for k, v in nodes.items()} for nodes in (starts, middles, ends)))
+        x, d = starter(
+            x, *({k: v[i] for k, v in nodes.items()} for nodes in (starts, middles, ends))
+        )
         earlier = (d, *earlier)
     rest = [{k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends)]
     (x, _), _ = jax.lax.scan(multistep, (x, earlier), tuple(rest))

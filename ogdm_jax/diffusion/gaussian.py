@@ -1,8 +1,11 @@
-"""guided-diffusion's chain in its own coordinate x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (2006.11239, 2102.09672).
+"""guided-diffusion's chain in its own coordinate x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+(2006.11239, 2102.09672).
 
-Everything else in the package works on x_t / sqrt(abar_t), where `precondition.adm` makes the same networks denoisers
-for every sampler. Here is the chain as DDPM programs write it: their one-step transitions, and their losses, with the
-bound that trains a variance. t counts the kept steps of a respaced chain; the network is told the original step.
+Everything else in the package works on x_t / sqrt(abar_t), where `precondition.adm` makes the same
+networks denoisers
+for every sampler. Here is the chain as DDPM programs write it: their one-step transitions, and
+their losses, with the bound that trains a variance. t counts the kept steps of a respaced chain;
+the network is told the original step.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ from ogdm_jax.diffusion.process import Discrete, space_timesteps
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.typing import Array
 
-EpsModel = Callable[[Array, Array], Array]  # (x_t [B,H,W,C], model time [B]) -> output [B,H,W,C], or 2C with variance
+EpsModel = Callable[
+    [Array, Array], Array
+]  # (x_t [B,H,W,C], model time [B]) -> output [B,H,W,C], or 2C with variance
 Gradient = Callable[[Array, Array], Array]  # (x_t, model time) -> grad_x log p(y | x_t), [B,H,W,C]
 
 
@@ -37,8 +42,9 @@ class Chain:
     Attributes:
       table: the kept steps.   steps: T of the whole process.
       predict: "eps" or "x0".
-      variance: "small" (posterior), "large" (beta, the posterior's at t = 0) or "learned": the network's further C
-        channels v give log variance = f log beta + (1 - f) log posterior, f = (v + 1) / 2 (2102.09672 eq. 15).
+      variance: "small" (posterior), "large" (beta, the posterior's at t = 0) or "learned": the
+        network's further C channels v give log variance = f log beta + (1 - f) log posterior, f =
+        (v + 1) / 2 (2102.09672 eq. 15).
       rescale: tell the network t 1000 / T instead of t.
     """
 
@@ -49,15 +55,27 @@ class Chain:
     rescale: bool = False
 
     def __post_init__(self):
-        for field, options in (("predict", ("eps", "x0")), ("variance", ("small", "large", "learned"))):
+        for field, options in (
+            ("predict", ("eps", "x0")),
+            ("variance", ("small", "large", "learned")),
+        ):
             if getattr(self, field) not in options:
-                raise ValueError(f"Chain.{field}: {getattr(self, field)!r} given; expected one of {', '.join(options)}")
+                raise ValueError(
+                    f"Chain.{field}: {getattr(self, field)!r} given; expected one of "
+                    f"{', '.join(options)}"
+                )
 
     @classmethod
     def make(
-        cls, schedule: str | Sequence[float] = "linear", steps: int = 1000, spacing: str | Sequence[int] = "", **more
+        cls,
+        schedule: str | Sequence[float] = "linear",
+        steps: int = 1000,
+        spacing: str | Sequence[int] = "",
+        **more,
     ) -> "Chain":
-        """The chain of `process.betas(schedule, steps)`, respaced by `process.space_timesteps` if spacing is given."""
+        """The chain of `process.betas(schedule, steps)`, respaced by `process.space_timesteps` if
+        spacing is given.
+        """
         keep = space_timesteps(steps, spacing) if spacing else None
         return cls(Discrete.make(schedule, steps, keep), steps, **more)
 
@@ -71,9 +89,13 @@ class Chain:
 
     @property
     def log_posterior_variance(self) -> np.ndarray:
-        """[T'] log of the posterior's variance; entry 0, which is log 0, repeats entry 1 (a single step: beta)."""
+        """[T'] log of the posterior's variance; entry 0, which is log 0, repeats entry 1 (a single
+        step: beta).
+        """
         variance = self.table.posterior_variance
-        return np.log(np.append(variance[1:2] if len(variance) > 1 else self.table.betas, variance[1:]))
+        return np.log(
+            np.append(variance[1:2] if len(variance) > 1 else self.table.betas, variance[1:])
+        )
 
     # -- the forward process
 
@@ -83,7 +105,9 @@ class Chain:
         return self._at(np.sqrt(bar), t, x0) * x0 + self._at(np.sqrt(1 - bar), t, x0) * noise
 
     def posterior(self, x0: Array, x: Array, t: Array) -> Moments:
-        """q(x_{t-1} | x_t, x0) (2006.11239 eq. 6, 7), the log variance of t = 0 replaced by that of t = 1."""
+        """q(x_{t-1} | x_t, x0) (2006.11239 eq. 6, 7), the log variance of t = 0 replaced by that of
+        t = 1.
+        """
         bar, before, beta = self.table.alpha_bar, self.table.alpha_bar_before, self.table.betas
         clean = self._at(beta * np.sqrt(before) / (1 - bar), t, x)
         noisy = self._at((1 - before) * np.sqrt(1 - beta) / (1 - bar), t, x)
@@ -103,7 +127,9 @@ class Chain:
     # -- the reverse process
 
     def p_moments(self, model: EpsModel, x: Array, t: Array, clip: bool = True) -> Moments:
-        """The model's transition p(x_{t-1} | x_t). clip: clamp x0 to [-1, 1] before the mean is formed."""
+        """The model's transition p(x_{t-1} | x_t). clip: clamp x0 to [-1, 1] before the mean is
+        formed.
+        """
         return self._transition(model(x, self.model_time(t)), x, t, clip)
 
     def _transition(self, output: Array, x: Array, t: Array, clip: bool) -> Moments:
@@ -116,19 +142,30 @@ class Chain:
         small = self.log_posterior_variance
         log_variance = self._at(small, t, x)
         if self.variance == "large":
-            log_variance = self._at(np.log(np.append(np.exp(small[:1]), self.table.betas[1:])), t, x)
+            log_variance = self._at(
+                np.log(np.append(np.exp(small[:1]), self.table.betas[1:])), t, x
+            )
         elif self.variance == "learned":
             if output.shape[-1] != 2 * channels:
                 raise ValueError(
-                    f"Chain: the network has {output.shape[-1]} output channels; expected {2 * channels}, "
+                    f"Chain: the network has {output.shape[-1]} output channels; expected "
+                    f"{2 * channels}, "
                     "half of them for the learned variance"
                 )
             fraction = (output[..., channels:] + 1) / 2
-            log_variance = fraction * self._at(np.log(self.table.betas), t, x) + (1 - fraction) * log_variance
+            log_variance = (
+                fraction * self._at(np.log(self.table.betas), t, x) + (1 - fraction) * log_variance
+            )
         return Moments(self.posterior(x0, x, t).mean, jnp.broadcast_to(log_variance, x.shape), x0)
 
     def p_sample(
-        self, model: EpsModel, x: Array, t: Array, noise: Array, clip: bool = True, gradient: Gradient | None = None
+        self,
+        model: EpsModel,
+        x: Array,
+        t: Array,
+        noise: Array,
+        clip: bool = True,
+        gradient: Gradient | None = None,
     ) -> Array:
         """x_{t-1} by ancestral sampling (2006.11239 alg. 2), without noise at t = 0.
 
@@ -154,7 +191,8 @@ class Chain:
     ) -> Array:
         """x_{t-1} by DDIM (2010.02502 eq. 12), eps re-derived from the (clamped) x0.
 
-        gradient: of a classifier; changes eps by -sqrt(1 - abar) gradient (2105.05233 alg. 2), after the clamp.
+        gradient: of a classifier; changes eps by -sqrt(1 - abar) gradient (2105.05233 alg. 2),
+          after the clamp.
         """
         x0 = self.p_moments(model, x, t, clip).x0
         bar, before = self.table.alpha_bar, self.table.alpha_bar_before
@@ -163,9 +201,15 @@ class Chain:
             eps = eps - self._at(np.sqrt(1 - bar), t, x) * gradient(x, self.model_time(t))
             x0 = self.x0_from_eps(x, eps, t)
         std = eta * np.sqrt((1 - before) / (1 - bar)) * np.sqrt(1 - bar / before)
-        mean = self._at(np.sqrt(before), t, x) * x0 + self._at(np.sqrt(1 - before - std**2), t, x) * eps
+        mean = (
+            self._at(np.sqrt(before), t, x) * x0
+            + self._at(np.sqrt(1 - before - std**2), t, x) * eps
+        )
         if noise is None and eta:
-            raise ValueError(f"ddim_sample: eta={eta} draws noise, but noise is None; expected noise shaped like x")
+            raise ValueError(
+                f"ddim_sample: eta={eta} draws noise, but noise is None; expected noise shaped "
+                "like x"
+            )
         return mean if noise is None else mean + per_example(t > 0, x) * self._at(std, t, x) * noise
 
     def ddim_reverse(self, model: EpsModel, x: Array, t: Array, clip: bool = True) -> Array:
@@ -178,7 +222,8 @@ class Chain:
     # -- losses, one number per example
 
     def bound(self, output: Array, x0: Array, x: Array, t: Array, clip: bool = False) -> Array:
-        """[B] term t of the variational bound in bits per dimension (2102.09672 eq. 4-7), from the network's output.
+        """[B] term t of the variational bound in bits per dimension (2102.09672 eq. 4-7), from the
+        network's output.
 
         KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at t = 0 -log p(x0 | x_1) of 8-bit pixels.
         """
@@ -187,11 +232,15 @@ class Chain:
         last = -pixel_log_likelihood(x0, ours.mean, 0.5 * ours.log_variance)
         return jnp.where(t == 0, _mean(last), _mean(kl)) / math.log(2)
 
-    def losses(self, model: EpsModel, x0: Array, t: Array, noise: Array, bound_scale: float = 1.0) -> dict[str, Array]:
-        """{"loss", "mse", and "vb" where the variance is learned}, [B] each: L_hybrid of 2102.09672 eq. 16.
+    def losses(
+        self, model: EpsModel, x0: Array, t: Array, noise: Array, bound_scale: float = 1.0
+    ) -> dict[str, Array]:
+        """{"loss", "mse", and "vb" where the variance is learned}, [B] each: L_hybrid of 2102.09672
+        eq. 16.
 
-        mse = mean over pixels of (prediction - target)^2; vb = bound_scale * bound, whose gradient reaches the variance
-        channels only. guided-diffusion's scale is 1, and T' / 1000 with rescale_learned_sigmas.
+        mse = mean over pixels of (prediction - target)^2; vb = bound_scale * bound, whose gradient
+        reaches the variance channels only. guided-diffusion's scale is 1, and T' / 1000 with
+        rescale_learned_sigmas.
         """
         x = self.q_sample(x0, t, noise)
         output = model(x, self.model_time(t))
@@ -214,10 +263,12 @@ def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2:
 
 
 def pixel_log_likelihood(x0: Array, mean: Array, log_std: Array) -> Array:
-    """log of the mass that N(mean, std^2) puts on x0's bin of width 2 / 255, elementwise (2006.11239 eq. 13).
+    """log of the mass that N(mean, std^2) puts on x0's bin of width 2 / 255, elementwise
+    (2006.11239 eq. 13).
 
-    The outermost bins reach to infinity. As in guided-diffusion the normal distribution function is approximated by
-    (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, and no mass counts for less than 1e-12.
+    The outermost bins reach to infinity. As in guided-diffusion the normal distribution function is
+    approximated by (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, and no mass counts for less
+    than 1e-12.
     """
 
     def distribution(z: Array) -> Array:

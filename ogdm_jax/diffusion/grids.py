@@ -1,6 +1,8 @@
-"""Sampling grids: n decreasing noise levels and a final 0, float64 NumPy [n + 1]; sample() casts them.
+"""Sampling grids: n decreasing noise levels and a final 0, float64 NumPy [n + 1]; sample() casts
+them.
 
-Every grid starts no backend and reads no device. k = i / (n - 1), i = 0..n-1 (k = 0 for n = 1: one step from the top).
+Every grid starts no backend and reads no device. k = i / (n - 1), i = 0..n-1 (k = 0 for n = 1: one
+step from the top).
 """
 
 from collections.abc import Sequence
@@ -18,11 +20,15 @@ def _fractions(n: int) -> np.ndarray:
 
 def _check_range(sigma_min: float, sigma_max: float) -> None:
     if not 0 < sigma_min < sigma_max < np.inf:
-        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected 0 < sigma_min < sigma_max < inf")
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected 0 < sigma_min < sigma_max < "
+            "inf"
+        )
 
 
 def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
-    """(sigma_max^(1/rho) + k (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (arXiv 2206.00364 eq. 5), then 0.
+    """(sigma_max^(1/rho) + k (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (arXiv 2206.00364 eq. 5),
+    then 0.
 
     Raises:
       ValueError: n < 1, not 0 < sigma_min < sigma_max, or rho <= 0.
@@ -35,13 +41,15 @@ def edm(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 
     return np.append((top + k * (bottom - top)) ** rho, 0.0)
 
 
-def vp(n: int, sigma_min: float | None = None, sigma_max: float | None = None, t_min: float = 1e-3) -> np.ndarray:
+def vp(
+    n: int, sigma_min: float | None = None, sigma_max: float | None = None, t_min: float = 1e-3
+) -> np.ndarray:
     """sigma_vp(1 + k (t_min - 1)): equal steps of VP time (arXiv 2206.00364 table 1), then 0.
 
     Args:
       n: steps.
-      sigma_min, sigma_max: ends; beta_d and beta_min are recomputed from them. Defaults: those of beta_d = 19.9,
-        beta_min = 0.1, which are 0.01048599 and 152.16697.
+      sigma_min, sigma_max: ends; beta_d and beta_min are recomputed from them. Defaults: those of
+        beta_d = 19.9, beta_min = 0.1, which are 0.01048599 and 152.16697.
       t_min: time of sigma_min.
     """
     k = _fractions(n)
@@ -49,7 +57,9 @@ def vp(n: int, sigma_min: float | None = None, sigma_max: float | None = None, t
     sigma_min = float(standard.sigma(t_min)) if sigma_min is None else sigma_min
     sigma_max = float(standard.sigma(1.0)) if sigma_max is None else sigma_max
     _check_range(sigma_min, sigma_max)
-    return np.append(process.VP.between(sigma_min, sigma_max, t_min).sigma(1 + k * (t_min - 1)), 0.0)
+    return np.append(
+        process.VP.between(sigma_min, sigma_max, t_min).sigma(1 + k * (t_min - 1)), 0.0
+    )
 
 
 def ve(n: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> np.ndarray:
@@ -60,9 +70,15 @@ def ve(n: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> np.ndarray:
 
 
 def iddpm(
-    n: int, sigma_min: float = 0.002, sigma_max: float = 81.0, steps: int = 1000, c1: float = 1e-3, c2: float = 8e-3
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 81.0,
+    steps: int = 1000,
+    c1: float = 1e-3,
+    c2: float = 8e-3,
 ) -> np.ndarray:
-    """Levels of the improved-DDPM table within [sigma_min, sigma_max], at index round((len - 1) k), then 0.
+    """Levels of the improved-DDPM table within [sigma_min, sigma_max], at index round((len - 1) k),
+    then 0.
 
     Raises:
       ValueError: n < 1, a bad range, or fewer than n levels in it.
@@ -72,7 +88,9 @@ def iddpm(
     levels = process.iddpm_levels(steps, c1, c2)
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
     if len(levels) < n:
-        raise ValueError(f"n={n}; expected at most {len(levels)}, the levels of the table in the range")
+        raise ValueError(
+            f"n={n}; expected at most {len(levels)}, the levels of the table in the range"
+        )
     return np.append(levels[np.round((len(levels) - 1) * k).astype(np.int64)], 0.0)
 
 
@@ -82,8 +100,9 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
     Args:
       n: how many.
       steps: T.
-      spacing: "uniform", floor(i T / n), and "quad", floor(linspace(0, sqrt(0.8 T), n)^2) (arXiv 2010.02502 D.2;
-        both never reach the last index); "even", round(i (T - 1) / (n - 1)), which does.
+      spacing: "uniform", floor(i T / n), and "quad", floor(linspace(0, sqrt(0.8 T), n)^2) (arXiv
+        2010.02502 D.2; both never reach the last index); "even", round(i (T - 1) / (n - 1)), which
+        does.
 
     Raises:
       ValueError: n outside 1..T, an unknown spacing, or indices that coincide.
@@ -99,7 +118,9 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
         raise ValueError(f"spacing={spacing!r}; expected uniform, quad or even")
     kept = np.floor((np.sqrt(0.8 * steps) * k) ** 2 + 1e-9).astype(np.int64)
     if len(np.unique(kept)) < n:
-        raise ValueError(f"n={n}; expected fewer steps: quad spacing of {steps} keeps some index twice")
+        raise ValueError(
+            f"n={n}; expected fewer steps: quad spacing of {steps} keeps some index twice"
+        )
     return kept
 
 
@@ -109,7 +130,8 @@ def ddim(
     spacing: str = "uniform",
     steps: int = 1000,
 ) -> np.ndarray:
-    """Noise levels sqrt(1 / alpha_bar - 1) of a respaced discrete process, then 0 (arXiv 2010.02502).
+    """Noise levels sqrt(1 / alpha_bar - 1) of a respaced discrete process, then 0 (arXiv
+    2010.02502).
 
     Args:
       n: steps.
@@ -123,12 +145,16 @@ def ddim(
 
 
 def respaced(
-    spacing: str | Sequence[int], betas: str | Sequence[float] | np.ndarray = "linear", steps: int = 1000
+    spacing: str | Sequence[int],
+    betas: str | Sequence[float] | np.ndarray = "linear",
+    steps: int = 1000,
 ) -> np.ndarray:
-    """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or "" (all steps).
+    """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or
+    "" (all steps).
 
     Raises:
-      ValueError: unknown betas, or a spacing that the steps do not allow (`process.space_timesteps`).
+      ValueError: unknown betas, or a spacing that the steps do not allow
+      (`process.space_timesteps`).
     """
     table = process.betas(betas, steps)
     keep = process.space_timesteps(len(table), spacing) if spacing else None
@@ -136,6 +162,8 @@ def respaced(
 
 
 def clip_range(denoise, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """(sigma_min, sigma_max) within the range a denoiser states in its attributes sigma_min and sigma_max, if any."""
+    """(sigma_min, sigma_max) within the range a denoiser states in its attributes sigma_min and
+    sigma_max, if any.
+    """
     low, high = getattr(denoise, "sigma_min", 0.0), getattr(denoise, "sigma_max", np.inf)
     return max(sigma_min, float(low)), min(sigma_max, float(high))

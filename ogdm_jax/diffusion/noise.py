@@ -1,7 +1,8 @@
-"""How noise levels are drawn in training, and what a squared error weighs at each (2206.00364, table 1 and section 5).
+"""How noise levels are drawn in training, and what a squared error weighs at each (2206.00364,
+table 1 and section 5).
 
-A law is a function of one number per example, a standard normal or a uniform one, so that tests, checkpoints of other
-programs and stratified draws can supply that number.
+A law is a function of one number per example, a standard normal or a uniform one, so that tests,
+checkpoints of other programs and stratified draws can supply that number.
 """
 
 import dataclasses
@@ -38,17 +39,26 @@ class NoiseLaw:
 
     def __post_init__(self):
         if self.kind_of_draw not in ("normal", "uniform"):
-            raise ValueError(f"NoiseLaw.kind_of_draw: {self.kind_of_draw!r} given; expected 'normal' or 'uniform'")
+            raise ValueError(
+                f"NoiseLaw.kind_of_draw: {self.kind_of_draw!r} given; expected 'normal' or "
+                "'uniform'"
+            )
 
     def sample(
-        self, keys: Array, index: Array | None = None, batch: int | None = None, key: Array | None = None
+        self,
+        keys: Array,
+        index: Array | None = None,
+        batch: int | None = None,
+        key: Array | None = None,
     ) -> Array:
         """Noise levels [B], one per key.
 
         Args:
           keys: [B] typed keys.
-          index, batch: a stratified law needs the examples' indices [B] in the global batch, and its size.
-          key: of the whole batch, optional: moves all strata by one common number, so that no level is an edge.
+          index, batch: a stratified law needs the examples' indices [B] in the global batch, and
+            its size.
+          key: of the whole batch, optional: moves all strata by one common number, so that no level
+            is an edge.
 
         Raises:
           ValueError: a stratified law without index and batch.
@@ -57,8 +67,11 @@ class NoiseLaw:
             draw = randomness.normal if self.kind_of_draw == "normal" else randomness.uniform
             return self.sigma(draw(keys))
         if index is None or batch is None:
-            raise ValueError("NoiseLaw.sample: no index and batch given; a stratified law expects both")
-        # Stratum i of n, moved by a number common to the batch: one draw in every n-th part of the circle of quantiles.
+            raise ValueError(
+                "NoiseLaw.sample: no index and batch given; a stratified law expects both"
+            )
+        # Stratum i of n, moved by a number common to the batch: one draw in every n-th part of the
+        # circle of quantiles.
         u = (index.astype(jnp.float32) + randomness.uniform(keys)) / batch
         if key is not None:
             u = jnp.mod(u + jax.random.uniform(randomness.fold_in_name(key, "strata")), 1.0)
@@ -88,37 +101,53 @@ def edm(
     clip: tuple[float, float] | None = None,
     stratified: bool = False,
 ) -> NoiseLaw:
-    """ln sigma ~ N(mean, std^2), weight (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2 (2206.00364, section 5).
+    """ln sigma ~ N(mean, std^2), weight (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2 (2206.00364,
+    section 5).
 
-    clip: (least, greatest) level, as in OGDM's code. Raises ValueError for a std or sigma_data that is not positive.
+    clip: (least, greatest) level, as in OGDM's code. Raises ValueError for a std or sigma_data that
+      is not positive.
     """
     for name, value in (("std", std), ("sigma_data", sigma_data)):
         if not value > 0:
             raise ValueError(f"noise.edm: {name} {value} given; expected a positive number")
     sigma = functools.partial(_log_normal, mean=mean, std=std, clip=clip)
-    return NoiseLaw("normal", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified)
+    return NoiseLaw(
+        "normal", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified
+    )
 
 
 def _vp(draw: Array, beta_d: float, beta_min: float, epsilon_t: float) -> Array:
     return process.VP(beta_d, beta_min).sigma(1 + draw * (epsilon_t - 1))
 
 
-def vp(beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5, stratified: bool = False) -> NoiseLaw:
-    """sigma(t) of the VP process (2011.13456), t = 1 + u (epsilon_t - 1) in [epsilon_t, 1]; weight 1 / sigma^2."""
+def vp(
+    beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5, stratified: bool = False
+) -> NoiseLaw:
+    """sigma(t) of the VP process (2011.13456), t = 1 + u (epsilon_t - 1) in [epsilon_t, 1]; weight
+    1 / sigma^2.
+    """
     sigma = functools.partial(_vp, beta_d=beta_d, beta_min=beta_min, epsilon_t=epsilon_t)
     return NoiseLaw("uniform", sigma, _inverse_square, stratified)
 
 
 def _of_table(draw: Array, levels: np.ndarray) -> Array:
     last = len(levels) - 1
-    return jnp.asarray(levels, draw.dtype)[jnp.minimum(jnp.floor(draw * len(levels)).astype(jnp.int32), last)]
+    return jnp.asarray(levels, draw.dtype)[
+        jnp.minimum(jnp.floor(draw * len(levels)).astype(jnp.int32), last)
+    ]
 
 
-def ddpm(betas: str | Sequence[float] | np.ndarray = "linear", steps: int = 1000, stratified: bool = False) -> NoiseLaw:
-    """Levels sqrt(1 / alpha_bar_t - 1) of a discrete process, t uniform over its steps (2006.11239 alg. 1).
+def ddpm(
+    betas: str | Sequence[float] | np.ndarray = "linear",
+    steps: int = 1000,
+    stratified: bool = False,
+) -> NoiseLaw:
+    """Levels sqrt(1 / alpha_bar_t - 1) of a discrete process, t uniform over its steps (2006.11239
+    alg. 1).
 
-    Weight 1 / sigma^2: of an eps-predicting network sum_pixels (x0_hat - x0)^2 / sigma^2 = sum (eps_hat - eps)^2. That
-    is h w c times L_simple, which is a mean over pixels. Raises ValueError for unknown betas.
+    Weight 1 / sigma^2: of an eps-predicting network sum_pixels (x0_hat - x0)^2 / sigma^2 = sum
+    (eps_hat - eps)^2. That is h w c times L_simple, which is a mean over pixels. Raises ValueError
+    for unknown betas.
     """
     levels = process.Discrete.make(betas, steps).sigma
     sigma = functools.partial(_of_table, levels=levels)
@@ -132,7 +161,9 @@ def _log_uniform(draw: Array, sigma_min: float, sigma_max: float) -> Array:
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0, stratified: bool = False) -> NoiseLaw:
     """sigma = sigma_min (sigma_max / sigma_min)^u, weight 1 / sigma^2 (2011.13456)."""
     if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"noise.ve: range ({sigma_min}, {sigma_max}) given; expected 0 < sigma_min < sigma_max")
+        raise ValueError(
+            f"noise.ve: range ({sigma_min}, {sigma_max}) given; expected 0 < sigma_min < sigma_max"
+        )
     sigma = functools.partial(_log_uniform, sigma_min=sigma_min, sigma_max=sigma_max)
     return NoiseLaw("uniform", sigma, _inverse_square, stratified)
 
@@ -142,18 +173,25 @@ def _angle(draw: Array, low: float, high: float, sigma_data: float) -> Array:
 
 
 def angle_uniform(
-    sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, stratified: bool = False
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+    stratified: bool = False,
 ) -> NoiseLaw:
-    """theta = arctan(sigma / sigma_data) uniform between the angles of sigma_min and sigma_max; EDM's weight.
+    """theta = arctan(sigma / sigma_data) uniform between the angles of sigma_min and sigma_max;
+    EDM's weight.
 
-    theta is the angle of the variance-preserving path cos(theta) x0 / sd + sin(theta) eps (self-perceptual loss,
-    a law for the second noise level).
+    theta is the angle of the variance-preserving path cos(theta) x0 / sd + sin(theta) eps
+    (self-perceptual loss, a law for the second noise level).
     """
     if not 0 < sigma_min < sigma_max or not sigma_data > 0:
         raise ValueError(
-            f"noise.angle_uniform: range ({sigma_min}, {sigma_max}) and sigma_data {sigma_data} given; "
+            f"noise.angle_uniform: range ({sigma_min}, {sigma_max}) and sigma_data {sigma_data} "
+            "given; "
             "expected 0 < sigma_min < sigma_max and a positive sigma_data"
         )
     low, high = math.atan(sigma_min / sigma_data), math.atan(sigma_max / sigma_data)
     sigma = functools.partial(_angle, low=low, high=high, sigma_data=sigma_data)
-    return NoiseLaw("uniform", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified)
+    return NoiseLaw(
+        "uniform", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified
+    )

@@ -1,7 +1,8 @@
-"""Weighted means over many references in one pass: softmax sums that merge like a log-sum-exp, over chunks and devices.
+"""Weighted means over many references in one pass: softmax sums that merge like a log-sum-exp, over
+chunks and devices.
 
-The engine of methods/stf.py: for queries x [B,D], levels sigma [B] and references y [n,D] the sums of w_k, w_k^2 and
-w_k y_k with w_k = exp(-|x - y_k|^2 / (2 sigma^2)), up to a factor per query.
+The engine of methods/stf.py: for queries x [B,D], levels sigma [B] and references y [n,D] the sums
+of w_k, w_k^2 and w_k y_k with w_k = exp(-|x - y_k|^2 / (2 sigma^2)), up to a factor per query.
 """
 
 import functools
@@ -14,16 +15,23 @@ import jax.numpy as jnp
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array
 
-_HIGHEST = jax.lax.Precision.HIGHEST  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
-_DIRECT = 16  # up to this many numbers an image, exact differences are used: points in the plane need their accuracy
+_HIGHEST = (
+    jax.lax.Precision.HIGHEST
+)  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
+# up to this many numbers an image, exact differences are used: points in the plane need their
+# accuracy
+_DIRECT = 16
 _BLOCK = 256  # pixels summed up by one matrix product
 _NUMBERS = 2**21  # float32 numbers that a chunk may hold by default
 
 
 class Sums(NamedTuple):
-    """Softmax sums over some of the references, relative to their largest log weight: merges like a log-sum-exp."""
+    """Softmax sums over some of the references, relative to their largest log weight: merges like a
+    log-sum-exp.
+    """
 
-    top: Array  # [B] largest sigma^2 log weight, -inf if none is allowed; the difference to it is taken exactly
+    # [B] largest sigma^2 log weight, -inf if none is allowed; the difference to it is taken exactly
+    top: Array
     mass: Array  # [B] sum of weights
     squares: Array  # [B] sum of squared weights
     total: Array  # [B,D] weighted sum of references
@@ -33,13 +41,17 @@ class OnDemand(NamedTuple):
     """References that are made chunk by chunk, so that they never lie in memory together."""
 
     shape: tuple[int, ...]  # [n, ...]
-    make: Callable[[Array], Array]  # indices [k] int32, 0 <= index < n -> images [k, ...], uint8 or float
+    make: Callable[
+        [Array], Array
+    ]  # indices [k] int32, 0 <= index < n -> images [k, ...], uint8 or float
 
 
 def class_mask(label: Array, reference_label: Array) -> Array:
-    """[B, n] bool: references of each query's class; all of them where the query's label is -1 (none, or dropped).
+    """[B, n] bool: references of each query's class; all of them where the query's label is -1
+    (none, or dropped).
 
-    A reference whose own label was dropped (-1) only serves queries without a label. A query's own source always stays.
+    A reference whose own label was dropped (-1) only serves queries without a label. A query's own
+    source always stays.
     """
     return (label[:, None] == reference_label[None, :]) | (label[:, None] < 0)
 
@@ -53,19 +65,26 @@ def _one_pass(x: Array, sigma: Array, references: Array, allowed: Array | None) 
         logits = _product(x, references) - 0.5 * jnp.sum(jnp.square(references), axis=1)[None]
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    # Computed once: a compiler that computes them twice, rounding otherwise, would spoil exp(0) = 1 for the nearest.
+    # Computed once: a compiler that computes them twice, rounding otherwise, would spoil exp(0) = 1
+    # for the nearest.
     logits = jax.lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=1)
-    weights = jnp.exp((logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None]) / jnp.square(sigma)[:, None])
+    weights = jnp.exp(
+        (logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None]) / jnp.square(sigma)[:, None]
+    )
     total = jnp.dot(weights, references, precision=_HIGHEST)
     return Sums(top, jnp.sum(weights, axis=1), jnp.sum(jnp.square(weights), axis=1), total)
 
 
 def _product(x: Array, references: Array) -> Array:
-    """x @ references.T in blocks of pixels: one long float32 sum has 10 times the error, which near-duplicates feel."""
+    """x @ references.T in blocks of pixels: one long float32 sum has 10 times the error, which
+    near-duplicates feel.
+    """
     block = max(_BLOCK, -(-x.shape[1] // 16))
     starts = range(0, x.shape[1], block)
-    dot = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), precision=_HIGHEST)
+    dot = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), precision=_HIGHEST
+    )
     return sum(dot(x[:, i : i + block], references[:, i : i + block]) for i in starts)
 
 
@@ -82,7 +101,9 @@ def alone(x: Array, source: Array) -> Sums:
 def _rescale(part: Sums, top: Array, sigma: Array) -> Sums:
     # -inf - -inf (nothing allowed so far) must give weight 0, not nan.
     scale = jnp.where(jnp.isfinite(part.top), jnp.exp((part.top - top) / jnp.square(sigma)), 0.0)
-    return Sums(top, part.mass * scale, part.squares * jnp.square(scale), part.total * scale[:, None])
+    return Sums(
+        top, part.mass * scale, part.squares * jnp.square(scale), part.total * scale[:, None]
+    )
 
 
 def merge(a: Sums, b: Sums, sigma: Array) -> Sums:
@@ -97,12 +118,18 @@ def across(part: Sums, sigma: Array, axis_name: str) -> Sums:
     part = _rescale(part, top, sigma)
     batch = top.shape[0] // jax.lax.axis_size(axis_name)
     mine = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axis_name) * batch, batch)
-    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True)
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True
+    )
     return Sums(mine, scatter(part.mass), scatter(part.squares), scatter(part.total))
 
 
-def shard_mask(mask: Array, x: Array, references: int, axis_name: str) -> tuple[Array, Array | None]:
-    """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask, the same queries."""
+def shard_mask(
+    mask: Array, x: Array, references: int, axis_name: str
+) -> tuple[Array, Array | None]:
+    """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask,
+    the same queries.
+    """
     devices, batch = jax.lax.axis_size(axis_name), x.shape[0]
     if mask.shape == (batch, devices * references) and devices > 1:
         everyone = jax.lax.all_gather(mask, axis_name, tiled=True)
@@ -115,7 +142,9 @@ def shard_mask(mask: Array, x: Array, references: int, axis_name: str) -> tuple[
 
 
 def weighted_sums(x, sigma, references, mask, chunk, label, reference_label) -> Sums:
-    """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so nothing is padded."""
+    """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so
+    nothing is padded.
+    """
     n, width = references.shape[0], x.shape[1]
     if not isinstance(references, OnDemand):
         references = references.reshape(n, width)
@@ -136,7 +165,9 @@ def weighted_sums(x, sigma, references, mask, chunk, label, reference_label) -> 
             allowed.append(class_mask(label, take(reference_label)))
         every = functools.reduce(jnp.logical_and, allowed) if allowed else None
         if isinstance(references, OnDemand):
-            images = jax.lax.stop_gradient(references.make(start + jnp.arange(chunk))).reshape(chunk, width)
+            images = jax.lax.stop_gradient(references.make(start + jnp.arange(chunk))).reshape(
+                chunk, width
+            )
         else:
             images = take(references)
         return _one_pass(x, sigma, to_float(images, x.dtype), every)
@@ -146,4 +177,6 @@ def weighted_sums(x, sigma, references, mask, chunk, label, reference_label) -> 
     if chunk == n:
         return sums
     starts = jnp.arange(chunk, n, chunk)
-    return jax.lax.scan(lambda carry, first: (merge(carry, part(first, hide=True), sigma), None), sums, starts)[0]
+    return jax.lax.scan(
+        lambda carry, first: (merge(carry, part(first, hide=True), sigma), None), sums, starts
+    )[0]

@@ -1,14 +1,15 @@
 """From a raw network to a denoiser: denoise(x, sigma) = c_skip x + c_out F(c_in x; c_noise).
 
-2206.00364, table 1 and appendix C. sigma is the standard deviation of the noise around an unscaled image (the
-variance-exploding coordinate) for all of them, so that losses and samplers need not know which one they are given.
+2206.00364, table 1 and appendix C. sigma is the standard deviation of the noise around an unscaled
+image (the variance-exploding coordinate) for all of them, so that losses and samplers need not know
+which one they are given.
 
 | | EDM | VP | VE | iDDPM | ADM |
 |---|---|---|---|---|---|
 | c_skip | sd^2 / (s^2 + sd^2) | 1 | 1 | 1 | 1 |
 | c_out | s sd / sqrt(s^2 + sd^2) | -s | s | -s | -s |
 | c_in | 1 / sqrt(s^2 + sd^2) | 1 / sqrt(s^2 + 1) | 1 | 1 / sqrt(s^2 + 1) | 1 / sqrt(s^2 + 1) |
-| c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 1000 - 1 - argmin_j abs(u_j - s) | t, nearest of a beta table |
+| c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 999 - argmin_j abs(u_j - s) | t of a beta table |
 """
 
 import dataclasses
@@ -26,15 +27,19 @@ Coefficients = tuple[Array, Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioned:
-    """A denoiser made of a network: denoise(x [B,H,W,C], sigma [B] or scalar, label, **extra) -> x0_hat [B,H,W,C].
+    """A denoiser made of a network: denoise(x [B,H,W,C], sigma [B] or scalar, label, **extra) ->
+    x0_hat [B,H,W,C].
 
     Attributes:
-      network_fn: F(x, c_noise, label, **extra). Channels beyond those of x (a learned variance) are dropped.
+      network_fn: F(x, c_noise, label, **extra). Channels beyond those of x (a learned variance) are
+        dropped.
       coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
       sigma_min, sigma_max: levels the network is made for.
-      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM, ADM); for samplers.
+      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM, ADM);
+        for samplers.
       clip: clamp x0_hat to [-1, 1].
-      learned_variance: the network's further channels v say the variance of DDPM's steps; see with_variance.
+      learned_variance: the network's further channels v say the variance of DDPM's steps; see
+        with_variance.
       rest: sigma [B] -> 1 - c_skip, where that difference cancels (EDM); None: c_skip is 0 or 1.
     """
 
@@ -48,23 +53,29 @@ class Preconditioned:
     rest: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
-        """x0_hat. Extra keywords go to the network; with tap, the network's features are returned as they are."""
+        """x0_hat. Extra keywords go to the network; with tap, the network's features are returned
+        as they are.
+        """
         return self._evaluate(x, sigma, label, **extra)[0]
 
     @property
     def with_variance(self) -> Callable[..., tuple[Array, Array]] | None:
-        """(x, sigma, label, **extra) -> (x0_hat, fraction) in one evaluation, or None without a learned variance.
+        """(x, sigma, label, **extra) -> (x0_hat, fraction) in one evaluation, or None without a
+        learned variance.
 
-        fraction [B,H,W,C] = (v + 1) / 2: where the variance lies between the logarithms of the smaller and the larger
-        one of `steps.posterior_std` (2102.09672 eq. 15); it may leave [0, 1]. Decorators hand this attribute on as is.
+        fraction [B,H,W,C] = (v + 1) / 2: where the variance lies between the logarithms of the
+        smaller and the larger one of `steps.posterior_std` (2102.09672 eq. 15); it may leave [0,
+        1]. Decorators hand this attribute on as is.
         """
         return self._evaluate if self.learned_variance else None
 
-    def with_noise(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> tuple[Array, Array]:
+    def with_noise(
+        self, x: Array, sigma: Array, label: Array | None = None, **extra
+    ) -> tuple[Array, Array]:
         """(x0_hat, eps_hat) in one evaluation, eps_hat = ((1 - c_skip) x - c_out F) / sigma.
 
-        That is (x - x0_hat) / sigma without its cancellation, which costs 4e-5 at sigma 0.002. With clip it is that
-        difference, of the clamped x0_hat.
+        That is (x - x0_hat) / sigma without its cancellation, which costs 4e-5 at sigma 0.002. With
+        clip it is that difference, of the clamped x0_hat.
         """
         x0_hat, _, output = self._parts(x, sigma, label, **extra)
         x, per_image = x.astype(x0_hat.dtype), lambda c: c[:, None, None, None]
@@ -75,39 +86,50 @@ class Preconditioned:
         rest = 1 - c_skip if self.rest is None else self.rest(sigma)
         return x0_hat, per_image(rest / sigma) * x - per_image(c_out / sigma) * output
 
-    def _evaluate(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> tuple[Array, Array | None]:
+    def _evaluate(
+        self, x: Array, sigma: Array, label: Array | None = None, **extra
+    ) -> tuple[Array, Array | None]:
         return self._parts(x, sigma, label, **extra)[:2]
 
-    def _parts(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> tuple[Array, Array | None, Array]:
+    def _parts(
+        self, x: Array, sigma: Array, label: Array | None = None, **extra
+    ) -> tuple[Array, Array | None, Array]:
         """(x0_hat, variance's fraction or None, the network's output in the image's channels)."""
         if x.ndim != 4:
             raise ValueError(f"denoise: x has shape {x.shape}; expected [B, H, W, C]")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         sigma = jnp.asarray(sigma, x.dtype)
         if sigma.shape not in ((), (1,), (x.shape[0],)):
-            raise ValueError(f"denoise: sigma has shape {sigma.shape}; expected one number or [{x.shape[0]}]")
+            raise ValueError(
+                f"denoise: sigma has shape {sigma.shape}; expected one number or [{x.shape[0]}]"
+            )
         c_skip, c_out, c_in, c_noise = self.coefficients(jnp.broadcast_to(sigma, (x.shape[0],)))
-        per_image = lambda c: c[:, None, None, None]  # noqa: E731
+        per_image = lambda c: c[:, None, None, None]
         output = self.network_fn(per_image(c_in) * x, c_noise, label, **extra)
         if extra.get("tap") is not None:
             return output, None, output
-        output, further = (part.astype(x.dtype) for part in jnp.split(output, [x.shape[-1]], axis=-1))
+        output, further = (
+            part.astype(x.dtype) for part in jnp.split(output, [x.shape[-1]], axis=-1)
+        )
         x0_hat = per_image(c_skip) * x + per_image(c_out) * output
         x0_hat = jnp.clip(x0_hat, -1, 1) if self.clip else x0_hat
         if not self.learned_variance:
             return x0_hat, None, output
         if further.shape != x.shape:
             raise ValueError(
-                f"denoise: the network has {further.shape[-1]} channels besides the {x.shape[-1]} of the image; "
+                f"denoise: the network has {further.shape[-1]} channels besides the {x.shape[-1]} "
+                "of the image; "
                 "expected as many for the learned variance"
             )
         return x0_hat, (further + 1) / 2, output
 
 
 def hand_on(denoise: Denoise, decorated: Denoise) -> Denoise:
-    """`decorated` with what samplers ask of the denoiser that it decorates: range of levels, rounding, variance.
+    """`decorated` with what samplers ask of the denoiser that it decorates: range of levels,
+    rounding, variance.
 
-    A guided denoiser keeps the variance of its base: only x0_hat is guided (with_variance is handed on as it is).
+    A guided denoiser keeps the variance of its base: only x0_hat is guided (with_variance is handed
+    on as it is).
     """
     for name in ("sigma_min", "sigma_max", "round_sigma", "with_variance"):
         if hasattr(denoise, name):
@@ -126,12 +148,16 @@ def _edm_rest(sigma: Array, sigma_data: float) -> Array:
 
 
 def edm(network_fn: NetworkFn, sigma_data: float = 0.5) -> Preconditioned:
-    """EDM: network input and target have variance 1 at every level for data of standard deviation sigma_data.
+    """EDM: network input and target have variance 1 at every level for data of standard deviation
+    sigma_data.
 
-    Levels (0, inf); c_noise = ln(sigma)/4 is finite for sigma > 0 only. Raises ValueError for sigma_data <= 0.
+    Levels (0, inf); c_noise = ln(sigma)/4 is finite for sigma > 0 only. Raises ValueError for
+    sigma_data <= 0.
     """
     if not sigma_data > 0:
-        raise ValueError(f"precondition.edm: sigma_data {sigma_data} given; expected a positive number")
+        raise ValueError(
+            f"precondition.edm: sigma_data {sigma_data} given; expected a positive number"
+        )
     coefficients, rest = (functools.partial(f, sigma_data=sigma_data) for f in (_edm, _edm_rest))
     return Preconditioned(network_fn, coefficients, rest=rest)
 
@@ -145,7 +171,9 @@ def _vp(sigma: Array) -> Coefficients:
 
 
 def vp(network_fn: NetworkFn) -> Preconditioned:
-    """Score SDE's variance-preserving networks (2011.13456): F = eps, levels sigma(1e-5) = 0.001 to sigma(1) = 152."""
+    """Score SDE's variance-preserving networks (2011.13456): F = eps, levels sigma(1e-5) = 0.001 to
+    sigma(1) = 152.
+    """
     return Preconditioned(network_fn, _vp, float(VP.sigma(1e-5)), float(VP.sigma(1.0)))
 
 
@@ -155,7 +183,9 @@ def _ve(sigma: Array) -> Coefficients:
 
 
 def ve(network_fn: NetworkFn, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Preconditioned:
-    """Score SDE's variance-exploding networks (2011.13456): F = sigma * score, that is -eps; levels 0.02 to 100."""
+    """Score SDE's variance-exploding networks (2011.13456): F = sigma * score, that is -eps; levels
+    0.02 to 100.
+    """
     return Preconditioned(network_fn, _ve, sigma_min, sigma_max)
 
 
@@ -170,7 +200,9 @@ def iddpm_index(sigma: Array, steps: int = 1000) -> Array:
 def _iddpm_round(sigma: Array, steps: int) -> Array:
     sigma = jnp.asarray(sigma)
     index = iddpm_index(sigma, steps)
-    return jnp.asarray(process.iddpm_levels(steps), jnp.promote_types(sigma.dtype, jnp.float32))[index]
+    return jnp.asarray(process.iddpm_levels(steps), jnp.promote_types(sigma.dtype, jnp.float32))[
+        index
+    ]
 
 
 def _iddpm(sigma: Array, steps: int) -> Coefficients:
@@ -179,10 +211,12 @@ def _iddpm(sigma: Array, steps: int) -> Coefficients:
 
 
 def iddpm(network_fn: NetworkFn, steps: int = 1000) -> Preconditioned:
-    """iDDPM and ADM networks on the cosine schedule (2102.09672, 2105.05233): F = eps at the nearest of `steps` levels.
+    """iDDPM and ADM networks on the cosine schedule (2102.09672, 2105.05233): F = eps at the
+    nearest of `steps` levels.
 
-    round_sigma gives that level; only the time step is rounded here, as in the authors' code, so samplers should round
-    their grid first. The network may have more output channels than x (a learned variance); they are dropped.
+    round_sigma gives that level; only the time step is rounded here, as in the authors' code, so
+    samplers should round their grid first. The network may have more output channels than x (a
+    learned variance); they are dropped.
     """
     u = process.iddpm_levels(steps)
     return Preconditioned(
@@ -222,15 +256,19 @@ def adm(
 ) -> Preconditioned:
     """DDPM's discrete networks: OpenAI's ADM, OGDM_adm's and DSG's U-Nets (2006.11239, 2105.05233).
 
-    F(x / sqrt(1 + sigma^2), t) = eps with t the step whose level sqrt(1 / alpha_bar - 1) is nearest on a logarithmic
-    scale. Only the time step is rounded, as in `iddpm`; samplers round their grid by round_sigma. A grid of
-    `grids.respaced` meets the levels exactly: then ancestral and ddim are guided-diffusion's p_sample and ddim_sample.
+    F(x / sqrt(1 + sigma^2), t) = eps with t the step whose level sqrt(1 / alpha_bar - 1) is nearest
+    on a logarithmic scale. Only the time step is rounded, as in `iddpm`; samplers round their grid
+    by round_sigma. A grid of `grids.respaced` meets the levels exactly: then ancestral and ddim are
+    guided-diffusion's p_sample and ddim_sample.
 
     Args:
-      betas: "linear" or "cosine", the numbers, or a table, whose kept steps are the known levels.   steps: T.
+      betas: "linear" or "cosine", the numbers, or a table, whose kept steps are the known levels.
+        steps: T.
       predict: "eps", or "x0" for networks that predict the image.
-      learned_variance: the network has 2 C output channels; the ancestral solver then takes its variance from them.
-      clip: clamp x0_hat to [-1, 1], as guided-diffusion does when it samples (and not when it trains).
+      learned_variance: the network has 2 C output channels; the ancestral solver then takes its
+        variance from them.
+      clip: clamp x0_hat to [-1, 1], as guided-diffusion does when it samples (and not when it
+        trains).
       rescale_timesteps: the network was told t 1000 / T.
 
     Raises:

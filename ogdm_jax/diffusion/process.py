@@ -1,8 +1,9 @@
 """Coordinates of diffusion processes and the change between what networks predict.
 
-Everything in the package lives in x = x0 + sigma * eps. Any process x_t = s(t) (x0 + sigma(t) eps) is that coordinate
-times a scale, so a process is four functions: sigma(t), its inverse, its derivative, and s(t). They accept NumPy
-arrays (float64 tables, made without starting a backend) and JAX arrays alike.
+Everything in the package lives in x = x0 + sigma * eps. Any process x_t = s(t) (x0 + sigma(t) eps)
+is that coordinate
+times a scale, so a process is four functions: sigma(t), its inverse, its derivative, and s(t). They
+accept NumPy arrays (float64 tables, made without starting a backend) and JAX arrays alike.
 """
 
 import dataclasses
@@ -22,14 +23,18 @@ def _namespace(v):
 
 @dataclasses.dataclass(frozen=True)
 class VP:
-    """Variance preserving: beta(t) = beta_min + beta_d t, t in [0, 1] (arXiv 2011.13456; 2206.00364 table 1)."""
+    """Variance preserving: beta(t) = beta_min + beta_d t, t in [0, 1] (arXiv 2011.13456; 2206.00364
+    table 1).
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
 
     @classmethod
     def between(cls, sigma_min: float, sigma_max: float, t_min: float = 1e-3) -> "VP":
-        """The process with sigma(t_min) = sigma_min and sigma(1) = sigma_max (EDM's ablation sampler)."""
+        """The process with sigma(t_min) = sigma_min and sigma(1) = sigma_max (EDM's ablation
+        sampler).
+        """
         low, high = np.log1p(sigma_min**2), np.log1p(sigma_max**2)
         beta_d = 2 * (low / t_min - high) / (t_min - 1)
         return cls(float(beta_d), float(high - beta_d / 2))
@@ -86,7 +91,8 @@ class EDM:
         return _namespace(t).ones_like(t)
 
 
-# What networks predict. x = x0 + sigma eps; x_vp = a x with a = 1 / sqrt(1 + sigma^2), b = sigma a, a^2 + b^2 = 1.
+# What networks predict. x = x0 + sigma eps; x_vp = a x with a = 1 / sqrt(1 + sigma^2), b = sigma a,
+# a^2 + b^2 = 1.
 
 
 def eps_from_x0(x: Array, x0: Array, sigma: Array) -> Array:
@@ -115,7 +121,9 @@ def vp_scale(sigma: Array) -> Array:
 
 
 def v_from_x0(x: Array, x0: Array, sigma: Array) -> Array:
-    """v = a eps - b x0 (arXiv 2202.00512 appendix D), with x in this package's coordinate (not scaled by a)."""
+    """v = a eps - b x0 (arXiv 2202.00512 appendix D), with x in this package's coordinate (not
+    scaled by a).
+    """
     a, s = per_example(vp_scale(sigma), x), per_example(sigma, x)
     return a * ((x - x0) / s - s * x0)
 
@@ -133,8 +141,8 @@ def betas(schedule: str | Sequence[float] | np.ndarray = "linear", steps: int = 
     """Variances beta_1..beta_T, float64 [T].
 
     Args:
-      schedule: "linear", 1e-4 to 0.02 scaled by 1000 / T (arXiv 2006.11239); "cosine", at most 0.999 (arXiv 2102.09672
-        eq. 17); or the numbers themselves.
+      schedule: "linear", 1e-4 to 0.02 scaled by 1000 / T (arXiv 2006.11239); "cosine", at most
+        0.999 (arXiv 2102.09672 eq. 17); or the numbers themselves.
       steps: T, not used when the numbers are given.
 
     Raises:
@@ -143,7 +151,9 @@ def betas(schedule: str | Sequence[float] | np.ndarray = "linear", steps: int = 
     if not isinstance(schedule, str):
         values = np.asarray(schedule, np.float64)
         if values.ndim != 1 or values.size == 0 or not ((values > 0) & (values <= 1)).all():
-            raise ValueError(f"betas: shape {values.shape}; expected a non-empty row of numbers in (0, 1]")
+            raise ValueError(
+                f"betas: shape {values.shape}; expected a non-empty row of numbers in (0, 1]"
+            )
         return values
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1")
@@ -161,8 +171,9 @@ def space_timesteps(steps: int, spacing: str | Sequence[int]) -> np.ndarray:
 
     Args:
       steps: T.
-      spacing: "ddimN", every k-th index for an integer k with exactly N of them; or one count per equal section of
-        0..T-1, as "10,15,20", "250" or a list: round(i (size - 1) / (count - 1)) within each section.
+      spacing: "ddimN", every k-th index for an integer k with exactly N of them; or one count per
+        equal section of 0..T-1, as "10,15,20", "250" or a list: round(i (size - 1) / (count - 1))
+        within each section.
 
     Raises:
       ValueError: no such integer stride, a section shorter than its count, or a count below 1.
@@ -172,15 +183,21 @@ def space_timesteps(steps: int, spacing: str | Sequence[int]) -> np.ndarray:
         for stride in range(1, steps):
             if len(range(0, steps, stride)) == wanted:
                 return np.arange(0, steps, stride)
-        raise ValueError(f"spacing={spacing!r}; expected 'ddimN' with an integer stride that keeps N of {steps} steps")
+        raise ValueError(
+            f"spacing={spacing!r}; expected 'ddimN' with an integer stride that keeps N of {steps} "
+            "steps"
+        )
     counts = [int(c) for c in spacing.split(",")] if isinstance(spacing, str) else list(spacing)
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
         if not 1 <= count <= size:
-            raise ValueError(f"spacing={spacing!r}; expected from 1 to {size} steps in section {i} of {steps}")
+            raise ValueError(
+                f"spacing={spacing!r}; expected from 1 to {size} steps in section {i} of {steps}"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # A running sum and not stride * j: its rounding decides ties, and networks were trained on those indices.
+        # A running sum and not stride * j: its rounding decides ties, and networks were trained on
+        # those indices.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
@@ -191,7 +208,8 @@ def space_timesteps(steps: int, spacing: str | Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Discrete:
-    """A DDPM of T' kept steps: tables in float64, index t = 0..T'-1 meaning t + 1 noising steps done.
+    """A DDPM of T' kept steps: tables in float64, index t = 0..T'-1 meaning t + 1 noising steps
+    done.
 
     Attributes:
       alpha_bar: [T'] products of 1 - beta over all original steps up to the kept one.
@@ -202,11 +220,17 @@ class Discrete:
     timesteps: np.ndarray
 
     @classmethod
-    def make(cls, schedule: str | Sequence[float] = "linear", steps: int = 1000, keep: Sequence[int] | None = None):
+    def make(
+        cls,
+        schedule: str | Sequence[float] = "linear",
+        steps: int = 1000,
+        keep: Sequence[int] | None = None,
+    ):
         """The process of `betas(schedule, steps)` on the kept original indices (None: all).
 
         Raises:
-          ValueError: an index outside 0..T-1, or a kept step of pure noise (alpha_bar 0, zero terminal SNR), whose
+          ValueError: an index outside 0..T-1, or a kept step of pure noise (alpha_bar 0, zero
+          terminal SNR), whose
             level sigma is infinite; the steps before it can be kept.
         """
         bar = np.cumprod(1 - betas(schedule, steps))
@@ -215,7 +239,10 @@ class Discrete:
             raise ValueError(f"keep: {kept.tolist()}; expected indices from 0 to {len(bar) - 1}")
         if not bar[kept].all():
             pure = kept[bar[kept] == 0].tolist()
-            raise ValueError(f"keep: alpha_bar is 0 at {pure}; expected steps of finite noise level, before these")
+            raise ValueError(
+                f"keep: alpha_bar is 0 at {pure}; expected steps of finite noise level, before "
+                "these"
+            )
         return cls(bar[kept], kept)
 
     @property
@@ -235,20 +262,26 @@ class Discrete:
 
     @property
     def posterior_variance(self) -> np.ndarray:
-        """beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) (arXiv 2006.11239 eq. 7); 0 at index 0."""
+        """beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) (arXiv 2006.11239 eq. 7);
+        0 at index 0.
+        """
         return self.betas * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
 
     def index(self, sigma: Array) -> Array:
-        """Index of the level nearest in log sigma, [B] int32; the grid's own levels are found exactly."""
+        """Index of the level nearest in log sigma, [B] int32; the grid's own levels are found
+        exactly.
+        """
         levels = np.log(self.sigma)
         between = jnp.asarray((levels[1:] + levels[:-1]) / 2, sigma.dtype)
         return jnp.searchsorted(between, jnp.log(sigma)).astype(jnp.int32)
 
 
 def iddpm_levels(steps: int = 1000, c1: float = 1e-3, c2: float = 8e-3) -> np.ndarray:
-    """EDM's table u_0 > ... > u_M = 0 of the improved-DDPM cosine schedule, float64 [M + 1] (arXiv 2206.00364 C.3.4).
+    """EDM's table u_0 > ... > u_M = 0 of the improved-DDPM cosine schedule, float64 [M + 1] (arXiv
+    2206.00364 C.3.4).
 
-    u_{j-1}^2 = (u_j^2 + 1) / max(abar(j-1) / abar(j), c1) - 1, abar(j) = sin^2(pi j / (2 M (c2 + 1))).
+    u_{j-1}^2 = (u_j^2 + 1) / max(abar(j-1) / abar(j), c1) - 1, abar(j) = sin^2(pi j / (2 M (c2 +
+    1))).
     """
     bar = np.sin(0.5 * np.pi * np.arange(steps + 1) / (steps * (c2 + 1))) ** 2
     levels = np.zeros(steps + 1)

@@ -1,10 +1,13 @@
-"""One-step rules from noise level sigma to a lower sigma_next, in the coordinate x = x0 + sigma * eps.
+"""One-step rules from noise level sigma to a lower sigma_next, in the coordinate x = x0 + sigma *
+eps.
 
-Samplers scan these rules over a grid; OGDM's projection is one of them applied to a training batch, so every rule takes
-one sigma per example ([B]), is differentiable, and stays finite, value and gradient, at sigma_next = 0. VP and DDPM
-samplers are the same rules on x_vp / sqrt(alpha_bar) with sigma = sqrt(1 / alpha_bar - 1): see process.py.
+Samplers scan these rules over a grid; OGDM's projection is one of them applied to a training batch,
+so every rule takes one sigma per example ([B]), is differentiable, and stays finite, value and
+gradient, at sigma_next = 0. VP and DDPM samplers are the same rules on x_vp / sqrt(alpha_bar) with
+sigma = sqrt(1 / alpha_bar - 1): see process.py.
 
-Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) that a kick (DPS, DSG) may bend.
+Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) that a kick (DPS,
+DSG) may bend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 
 from ogdm_jax.typing import Array, Denoise
 
-# Adams-Bashforth weights of equal steps, newest slope first. PNDM uses them on every grid (arXiv 2202.09778 eq. 12).
+# Adams-Bashforth weights of equal steps, newest slope first. PNDM uses them on every grid (arXiv
+# 2202.09778 eq. 12).
 ADAMS_BASHFORTH = {
     1: (1.0,),
     2: (3 / 2, -1 / 2),
@@ -24,12 +28,16 @@ ADAMS_BASHFORTH = {
 
 
 def per_example(v: Array, x: Array) -> Array:
-    """[B] -> [B,1,...,1] of x's rank and dtype, so that it multiplies x [B,...] without implicit broadcasting."""
+    """[B] -> [B,1,...,1] of x's rank and dtype, so that it multiplies x [B,...] without implicit
+    broadcasting.
+    """
     return jnp.asarray(v, x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def spread(std: Array, x: Array) -> Array:
-    """A transition's std, a number, [B] or like x, so that it multiplies x without implicit broadcasting."""
+    """A transition's std, a number, [B] or like x, so that it multiplies x without implicit
+    broadcasting.
+    """
     std = jnp.asarray(std)
     return per_example(std, x) if std.ndim <= 1 else std.astype(x.dtype)
 
@@ -40,17 +48,23 @@ def _sqrt(v: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
 
 
-def _x0(denoise: Denoise, x: Array, sigma: Array, label: Array | None, extra: Mapping[str, Any]) -> Array:
+def _x0(
+    denoise: Denoise, x: Array, sigma: Array, label: Array | None, extra: Mapping[str, Any]
+) -> Array:
     return denoise(x, sigma, label, **extra).astype(x.dtype)
 
 
 def slope(x: Array, x0_hat: Array, sigma: Array) -> Array:
-    """dx/dsigma of the probability-flow ODE (arXiv 2206.00364 eq. 3), the model's eps: (x - x0_hat) / sigma."""
+    """dx/dsigma of the probability-flow ODE (arXiv 2206.00364 eq. 3), the model's eps: (x - x0_hat)
+    / sigma.
+    """
     return (x - x0_hat) / per_example(sigma, x)
 
 
 def euler_update(x: Array, x0_hat: Array, sigma: Array, sigma_next: Array) -> Array:
-    """x0_hat + (sigma_next / sigma) (x - x0_hat); exactly x0_hat at sigma_next = 0. It is DDIM with eta = 0."""
+    """x0_hat + (sigma_next / sigma) (x - x0_hat); exactly x0_hat at sigma_next = 0. It is DDIM with
+    eta = 0.
+    """
     r = per_example(sigma_next, x) / per_example(sigma, x)
     return r * x + (1 - r) * x0_hat
 
@@ -64,7 +78,8 @@ def euler(
     x0_hat: Array | None = None,
     **extra,
 ) -> Array:
-    """One Euler step of dx/dsigma = (x - D(x; sigma)) / sigma (arXiv 2206.00364 algorithm 1 without its correction).
+    """One Euler step of dx/dsigma = (x - D(x; sigma)) / sigma (arXiv 2206.00364 algorithm 1 without
+    its correction).
 
     Args:
       denoise: the denoiser D.
@@ -95,16 +110,18 @@ def heun(
 ) -> Array:
     """One Heun step: Euler, then the mean of both slopes (arXiv 2206.00364 algorithm 1 lines 4-8).
 
-    Examples with sigma_next <= floor keep the Euler result; their correction is evaluated at sigma instead, so that
-    neither its value nor its gradient can be infinite. OGDM's released projection uses floor = 0.002 and masks by a
-    product, which gives nan at sigma_next = 0; the sampler of EDM drops the correction at 0 only.
+    Examples with sigma_next <= floor keep the Euler result; their correction is evaluated at sigma
+    instead, so that neither its value nor its gradient can be infinite. OGDM's released projection
+    uses floor = 0.002 and masks by a product, which gives nan at sigma_next = 0; the sampler of EDM
+    drops the correction at 0 only.
 
     Args:
-      denoise: the denoiser D. Its attribute `corrector`, where present, is the denoiser of the second evaluation (a
-        guidance may weigh predictor and corrector differently).
+      denoise: the denoiser D. Its attribute `corrector`, where present, is the denoiser of the
+        second evaluation (a guidance may weigh predictor and corrector differently).
       x, sigma, sigma_next, label, x0_hat, extra: as in `euler`.
       floor: sigma_next up to which no correction is made.
-      extra_next: keywords of the second evaluation (for example other dropout keys); None means those of the first.
+      extra_next: keywords of the second evaluation (for example other dropout keys); None means
+        those of the first.
 
     Returns:
       [B,H,W,C] state at sigma_next.
@@ -115,13 +132,21 @@ def heun(
     correct = sigma_next > floor
     sigma_safe = jnp.where(correct, sigma_next, sigma)
     corrector = getattr(denoise, "corrector", denoise)
-    second = _x0(corrector, predicted, sigma_safe, label, extra if extra_next is None else extra_next)
+    second = _x0(
+        corrector, predicted, sigma_safe, label, extra if extra_next is None else extra_next
+    )
     corrected = heun_update(x, x0_hat, predicted, second, sigma, sigma_next, sigma_safe)
     return jnp.where(correct.reshape((-1,) + (1,) * (x.ndim - 1)), corrected, predicted)
 
 
 def heun_update(
-    x: Array, x0_hat: Array, predicted: Array, second: Array, sigma: Array, sigma_next: Array, sigma_second: Array
+    x: Array,
+    x0_hat: Array,
+    predicted: Array,
+    second: Array,
+    sigma: Array,
+    sigma_next: Array,
+    sigma_second: Array,
 ) -> Array:
     """x + (sigma_next - sigma) (d + d') / 2 with d' = (predicted - second) / sigma_second."""
     h = per_example(sigma_next, x) - per_example(sigma, x)
@@ -129,12 +154,15 @@ def heun_update(
 
 
 def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tuple[Array, Array]:
-    """(sigma_down, std) with sigma_down^2 + std^2 = sigma_next^2 and std = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
+    """(sigma_down, std) with sigma_down^2 + std^2 = sigma_next^2 and std = eta sigma' sqrt(1 -
+    sigma'^2 / sigma^2).
 
-    DDIM's eta (arXiv 2010.02502 eq. 16) in this coordinate; eta = 1 gives the DDPM posterior: sigma_down =
-    sigma'^2 / sigma. eta in [0, 1], so std <= sigma_next. Shapes [B] in and out.
+    DDIM's eta (arXiv 2010.02502 eq. 16) in this coordinate; eta = 1 gives the DDPM posterior:
+    sigma_down = sigma'^2 / sigma. eta in [0, 1], so std <= sigma_next. Shapes [B] in and out.
     """
-    ratio = sigma_next / sigma  # products of sums below: differences of squares would cancel in float32
+    ratio = (
+        sigma_next / sigma
+    )  # products of sums below: differences of squares would cancel in float32
     std = eta * sigma_next * _sqrt((1 - ratio) * (1 + ratio))
     return sigma_next * _sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2), std
 
@@ -142,7 +170,9 @@ def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tu
 def ddim_moments(
     x: Array, x0_hat: Array, sigma: Array, sigma_next: Array, eta: float | Array = 0.0
 ) -> tuple[Array, Array]:
-    """(mean, std [B]) of DDIM's transition (arXiv 2010.02502 eq. 12): Euler to sigma_down, then noise std."""
+    """(mean, std [B]) of DDIM's transition (arXiv 2010.02502 eq. 12): Euler to sigma_down, then
+    noise std.
+    """
     down, std = split_sigma(sigma, sigma_next, eta)
     return euler_update(x, x0_hat, sigma, down), std
 
@@ -169,22 +199,27 @@ def ddim(
       ValueError: eta > 0 without noise.
     """
     if noise is None and not (isinstance(eta, int | float) and eta == 0):
-        raise ValueError(f"ddim: eta={eta} draws noise, but noise is None; expected noise shaped like x, or eta=0")
+        raise ValueError(
+            f"ddim: eta={eta} draws noise, but noise is None; expected noise shaped like x, or "
+            "eta=0"
+        )
     if x0_hat is None:
         x0_hat = _x0(denoise, x, sigma, label, extra)
     mean, std = ddim_moments(x, x0_hat, sigma, sigma_next, eta)
     return mean if noise is None else mean + per_example(std, x) * noise
 
 
-def posterior_std(sigma: Array, sigma_next: Array, variance: str | float | Array = "small") -> Array:
+def posterior_std(
+    sigma: Array, sigma_next: Array, variance: str | float | Array = "small"
+) -> Array:
     """Standard deviation of DDPM's reverse transition, in this coordinate; 0 where sigma_next = 0.
 
     Args:
       sigma, sigma_next: [B].
-      variance: "small", the posterior's beta_tilde = sigma'^2 (1 - sigma'^2 / sigma^2); "large", beta =
-        (1 + sigma'^2) (sigma^2 - sigma'^2) / (1 + sigma^2); "diffusion", sigma^2 - sigma'^2, of the reverse SDE
-        (arXiv 2011.13456 appendix E); or a number or array in [0, 1], the learned fraction between log "small" (0)
-        and log "large" (1) of arXiv 2102.09672 eq. 15.
+      variance: "small", the posterior's beta_tilde = sigma'^2 (1 - sigma'^2 / sigma^2); "large",
+        beta = (1 + sigma'^2) (sigma^2 - sigma'^2) / (1 + sigma^2); "diffusion", sigma^2 - sigma'^2,
+        of the reverse SDE (arXiv 2011.13456 appendix E); or a number or array in [0, 1], the
+        learned fraction between log "small" (0) and log "large" (1) of arXiv 2102.09672 eq. 15.
 
     Returns:
       [B], or the broadcast shape where variance is an array.
@@ -198,7 +233,9 @@ def posterior_std(sigma: Array, sigma_next: Array, variance: str | float | Array
     if isinstance(variance, str):
         named = {"small": small, "large": large, "diffusion": gap}
         if variance not in named:
-            raise ValueError(f"variance={variance!r}; expected {', '.join(named)} or a fraction in [0, 1]")
+            raise ValueError(
+                f"variance={variance!r}; expected {', '.join(named)} or a fraction in [0, 1]"
+            )
         return jnp.where(sigma_next > 0, _sqrt(named[variance]), 0.0)
     fraction = jnp.asarray(variance, small.dtype)
     small, large = (v.reshape(v.shape + (1,) * max(fraction.ndim - 1, 0)) for v in (small, large))
@@ -208,9 +245,14 @@ def posterior_std(sigma: Array, sigma_next: Array, variance: str | float | Array
 
 
 def ancestral_moments(
-    x: Array, x0_hat: Array, sigma: Array, sigma_next: Array, variance: str | float | Array = "small"
+    x: Array,
+    x0_hat: Array,
+    sigma: Array,
+    sigma_next: Array,
+    variance: str | float | Array = "small",
 ) -> tuple[Array, Array]:
-    """(mean, std) of DDPM's reverse transition (arXiv 2006.11239 eq. 7), whatever the choice of its variance.
+    """(mean, std) of DDPM's reverse transition (arXiv 2006.11239 eq. 7), whatever the choice of its
+    variance.
 
     mean = x0_hat + (sigma'^2 / sigma^2) (x - x0_hat), the posterior's; std as `posterior_std`.
     """
@@ -229,7 +271,9 @@ def ancestral(
     variance: str | float | Array = "small",
     **extra,
 ) -> Array:
-    """One ancestral (DDPM) step: `ancestral_moments` plus std * noise; noise=None returns the mean."""
+    """One ancestral (DDPM) step: `ancestral_moments` plus std * noise; noise=None returns the
+    mean.
+    """
     if x0_hat is None:
         x0_hat = _x0(denoise, x, sigma, label, extra)
     mean, std = ancestral_moments(x, x0_hat, sigma, sigma_next, variance)
@@ -248,19 +292,24 @@ def heun_moments(
     eta: float | Array = 1.0,
     **extra,
 ) -> tuple[Array, Array]:
-    """(mean, std [B]) of "Heun down, noise up": a Heun step to sigma_down, then noise back up to sigma_next.
+    """(mean, std [B]) of "Heun down, noise up": a Heun step to sigma_down, then noise back up to
+    sigma_next.
 
-    With an exact denoiser the ODE carries the density at sigma to the one at sigma_down, and N(0, std^2) carries that
-    to sigma_next: a second-order transition for guided sampling. One more evaluation; Euler where sigma_down = 0.
+    With an exact denoiser the ODE carries the density at sigma to the one at sigma_down, and N(0,
+    std^2) carries that
+    to sigma_next: a second-order transition for guided sampling. One more evaluation; Euler where
+      sigma_down = 0.
     """
     down, std = split_sigma(sigma, sigma_next, eta)
     return heun(denoise, x, sigma, down, label, x0_hat, **extra), std
 
 
 def pndm(x: Array, slopes: Sequence[Array], sigma: Array, sigma_next: Array) -> Array:
-    """One linear multistep step x + (sigma_next - sigma) sum_j w_j d_{i-j} with constant Adams-Bashforth weights.
+    """One linear multistep step x + (sigma_next - sigma) sum_j w_j d_{i-j} with constant
+    Adams-Bashforth weights.
 
-    PNDM's rule (arXiv 2202.09778 eq. 12) in this coordinate, where its transfer function is the Euler step.
+    PNDM's rule (arXiv 2202.09778 eq. 12) in this coordinate, where its transfer function is the
+    Euler step.
 
     Args:
       x: [B,H,W,C] state at sigma.
@@ -276,13 +325,16 @@ def pndm(x: Array, slopes: Sequence[Array], sigma: Array, sigma_next: Array) -> 
     return x + (per_example(sigma_next, x) - per_example(sigma, x)) * d
 
 
-def dpmpp_2m(x: Array, x0_hat: Array, x0_before: Array, sigma: Array, sigma_next: Array, sigma_before: Array) -> Array:
+def dpmpp_2m(
+    x: Array, x0_hat: Array, x0_before: Array, sigma: Array, sigma_next: Array, sigma_before: Array
+) -> Array:
     """One DPM-Solver++(2M) step (arXiv 2211.01095 algorithm 2) with lambda = -log sigma.
 
     x' = (sigma' / sigma) x + (1 - sigma' / sigma) (x0_hat + (x0_hat - x0_before) h / (2 h_before)),
     h = log(sigma / sigma'), h_before = log(sigma_before / sigma).
 
-    First order (Euler) where sigma_next = 0 or sigma_before = sigma, which also serves as the first step.
+    First order (Euler) where sigma_next = 0 or sigma_before = sigma, which also serves as the first
+    step.
 
     Args:
       x, x0_hat: state and denoised image at sigma; x0_before: the denoised image at sigma_before.
@@ -305,7 +357,8 @@ def pseudo_runge_kutta(
     """One classical Runge-Kutta step of order 4, F-PNDM's starter (arXiv 2202.09778 eq. 13).
 
     Args:
-      slopes_at: three functions x -> slope, at sigma, at sigma_middle (called twice) and at sigma_next.
+      slopes_at: three functions x -> slope, at sigma, at sigma_middle (called twice) and at
+        sigma_next.
       x: [B,H,W,C] state at sigma.
       sigma, sigma_middle, sigma_next: [B], all > 0.
 

@@ -1,8 +1,17 @@
-"""Checkpoints of other programs, read without running their code, and weights that others can read."""
+"""Checkpoints of other programs, read without running their code, and weights that others can
+read.
+"""
 
 from ogdm_jax.interop.pretrained import Pretrained, from_torch, load_pretrained
 from ogdm_jax.interop.recognise import UnrecognisedError
 from ogdm_jax.interop.restricted_pickle import UnsafeFileError
 from ogdm_jax.interop.torch_state import read_torch
 
-__all__ = ["Pretrained", "UnrecognisedError", "UnsafeFileError", "from_torch", "load_pretrained", "read_torch"]
+__all__ = [
+    "Pretrained",
+    "UnrecognisedError",
+    "UnsafeFileError",
+    "from_torch",
+    "load_pretrained",
+    "read_torch",
+]

@@ -1,7 +1,9 @@
-"""Weights that others can read: a .safetensors file with the authors' PyTorch names, and a JSON file beside it.
+"""Weights that others can read: a .safetensors file with the authors' PyTorch names, and a JSON
+file beside it.
 
-The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "precondition", "sigma_data", "dropout", ...}.
-The tensor names are those of the official code, so that its load_state_dict takes them as they are.
+The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "precondition",
+"sigma_data", "dropout", ...}. The tensor names are those of the official code, so that its
+load_state_dict takes them as they are.
 """
 
 import json
@@ -17,7 +19,14 @@ from safetensors.numpy import save_file
 from ogdm_jax import places
 from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
 from ogdm_jax.interop.settings import check_about
-from ogdm_jax.networks import ADMEncoder, ADMUNet, DhariwalUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.networks import (
+    ADMEncoder,
+    ADMUNet,
+    DhariwalUNet,
+    InceptionV3,
+    SongUNet,
+    StyleGAN2Discriminator,
+)
 from ogdm_jax.typing import PyTree
 
 FORMAT = 1
@@ -27,7 +36,9 @@ def about_path(path: str | os.PathLike) -> epath.Path:
     return places.place(path).with_suffix(".json")
 
 
-def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> epath.Path:
+def write(
+    path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> epath.Path:
     """Writes state as path (.safetensors) and about beside it. Returns the path.
 
     Raises:
@@ -65,14 +76,21 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def network_settings(network: nn.Module) -> dict[str, Any]:
-    """A network's attributes as JSON values, without those of computation (dtype, remat) and of flax."""
+    """A network's attributes as JSON values, without those of computation (dtype, remat) and of
+    flax.
+    """
     skipped = ("parent", "name", "dtype", "remat")
-    values = {field: getattr(network, field) for field in network.__dataclass_fields__ if field not in skipped}
+    values = {
+        field: getattr(network, field)
+        for field in network.__dataclass_fields__
+        if field not in skipped
+    }
     return {field: list(v) if isinstance(v, tuple) else v for field, v in values.items()}
 
 
 def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
-    """{PyTorch name: array} of a network, with the constants that EDM's strict load_state_dict wants.
+    """{PyTorch name: array} of a network, with the constants that EDM's strict load_state_dict
+    wants.
 
     OpenAI's networks get their legacy order of qkv channels.
 

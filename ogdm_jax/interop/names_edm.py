@@ -1,4 +1,6 @@
-"""PyTorch names of EDM's networks (NVlabs/edm, stf, OGDM_edm) <-> variables of SongUNet and DhariwalUNet."""
+"""PyTorch names of EDM's networks (NVlabs/edm, stf, OGDM_edm) <-> variables of SongUNet and
+DhariwalUNet.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +22,8 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) ->
     """The network of the authors' constructor arguments.
 
     Args:
-      settings: keyword arguments of EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond (network-snapshot's init_kwargs).
+      settings: keyword arguments of EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond
+        (network-snapshot's init_kwargs).
       cls: that class; iDDPMPrecond's network has twice the output channels.
       **more: further attributes, such as dtype.
 
@@ -34,7 +37,12 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) ->
     if model_type not in kinds:
         raise ValueError(f"model_type: {model_type!r} given; expected one of {', '.join(kinds)}")
     kind = kinds[model_type]
-    for name in ("use_fp16", "sigma_min", "sigma_max", "sigma_data"):  # of the preconditioning, not of the network
+    for name in (
+        "use_fp16",
+        "sigma_min",
+        "sigma_max",
+        "sigma_data",
+    ):  # of the preconditioning, not of the network
         settings.pop(name, None)
     unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
@@ -48,7 +56,9 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) ->
 
 
 def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
-    """Every tensor of the network (Fourier frequencies included) under both names; PyTorch's start with "model."."""
+    """Every tensor of the network (Fourier frequencies included) under both names; PyTorch's start
+    with "model.".
+    """
     entries = []
     for path, shape in shared.variable_shapes(network, *shared.image_input(network)).items():
         *modules, leaf = path[1:]
@@ -69,14 +79,18 @@ def _resample_filters(network: EdmNetwork, names: list[str]) -> dict[str, np.nda
     value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
     blocks = {name.rsplit(".", 2)[0] for name in names if name.endswith(".affine.weight")}
     layers = {f"{block}.{part}" for block in blocks for part in ("conv0", "skip")}
-    layers |= {name.removesuffix(".weight") for name in names if name.endswith("_aux_residual.weight")}
+    layers |= {
+        name.removesuffix(".weight") for name in names if name.endswith("_aux_residual.weight")
+    }
     return {f"{layer}.resample_filter": value for layer in layers if layer.endswith(_RESAMPLED)}
 
 
 def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
-    """Variables of the network from a state dict of the preconditioned model or of the bare network (no "model.").
+    """Variables of the network from a state dict of the preconditioned model or of the bare network
+    (no "model.").
 
-    Resampling filters and iDDPM's table `u` are constants and ignored where present. qkv channels are permuted to ours.
+    Resampling filters and iDDPM's table `u` are constants and ignored where present. qkv channels
+    are permuted to ours.
 
     Returns:
       {"params": ...}, and "buffers" for Fourier frequencies; numpy arrays, at least float32.
@@ -86,11 +100,15 @@ def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
     """
     if not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}
-    constants = [name for name in state if name.endswith(".resample_filter") or name in ("u", "model.u")]
+    constants = [
+        name for name in state if name.endswith(".resample_filter") or name in ("u", "model.u")
+    ]
     return shared.to_flax(state, edm_entries(network), "a network of EDM", constants)
 
 
-def flax_to_edm(variables: PyTree, network: EdmNetwork, constants: bool = False) -> dict[str, np.ndarray]:
+def flax_to_edm(
+    variables: PyTree, network: EdmNetwork, constants: bool = False
+) -> dict[str, np.ndarray]:
     """The inverse of edm_to_flax: {PyTorch name: array}; {"params": gradients} maps gradients.
 
     constants: also the resampling filters, for load_state_dict(strict=True) in the authors' code.

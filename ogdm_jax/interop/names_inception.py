@@ -1,10 +1,11 @@
 """Names of FID's InceptionV3 in PyTorch files <-> the variables of networks.InceptionV3.
 
-Three layouts of one network: the raw module (pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity);
-pytorch-fid's wrapper, whose four blocks number the same modules (`blocks.2.0` is Mixed_5b); and NVIDIA's detector
-(inception-2015-12-05.pt, .pkl), whose modules have the names of the TensorFlow graph (`layers.mixed_9.tower.conv`) and
-whose norms have no scale. NVIDIA's file was not at hand: its module names are those that public code uses, the names
-inside them the graph's, and every shape is checked.
+Three layouts of one network: the raw module (pytorch-fid's pt_inception-2015-12-05-6726825d.pth,
+torch-fidelity); pytorch-fid's wrapper, whose four blocks number the same modules (`blocks.2.0` is
+Mixed_5b); and NVIDIA's detector (inception-2015-12-05.pt, .pkl), whose modules have the names of
+the TensorFlow graph (`layers.mixed_9.tower.conv`) and whose norms have no scale. NVIDIA's file was
+not at hand: its module names are those that public code uses, the names inside them the graph's,
+  and every shape is checked.
 """
 
 import re
@@ -24,12 +25,22 @@ _BLOCKS = (
     tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e")),
     ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 )
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
 # NVIDIA's modules in the order of the graph, and the layers of each kind of block -> ours.
-_STEM = dict(zip(("conv", "conv_1", "conv_2", "conv_3", "conv_4"), (*_BLOCKS[0], *_BLOCKS[1]), strict=True))
-_MIXED = dict(zip(["mixed", *(f"mixed_{i}" for i in range(1, 11))], (*_BLOCKS[2], *_BLOCKS[3]), strict=True))
+_STEM = dict(
+    zip(("conv", "conv_1", "conv_2", "conv_3", "conv_4"), (*_BLOCKS[0], *_BLOCKS[1]), strict=True)
+)
+_MIXED = dict(
+    zip(["mixed", *(f"mixed_{i}" for i in range(1, 11))], (*_BLOCKS[2], *_BLOCKS[3]), strict=True)
+)
 
 
 def _chain(tower: str, *layers: str) -> dict[str, str]:
@@ -90,7 +101,10 @@ def _torch_name(path: tuple[str, ...]) -> str:
 def inception_entries(network: InceptionV3) -> list[Entry]:
     """Every tensor under both names, in the order of the checkpoint's names."""
     shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32))
-    return sorted((Entry(_torch_name(path), path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+    return sorted(
+        (Entry(_torch_name(path), path, shape) for path, shape in shapes.items()),
+        key=lambda e: e.name,
+    )
 
 
 def raw_name(name: str) -> str:
@@ -104,7 +118,9 @@ def raw_name(name: str) -> str:
 
 
 def scales_left_out(names: Iterable[str]) -> list[str]:
-    """Of raw names, the norms' scales that NVIDIA's layout leaves out because they are 1; [] for the other layouts."""
+    """Of raw names, the norms' scales that NVIDIA's layout leaves out because they are 1; [] for
+    the other layouts.
+    """
     names = set(names)
     norms = {name.removesuffix("running_var") for name in names if name.endswith(".bn.running_var")}
     scales = sorted(f"{norm}weight" for norm in norms)
@@ -112,9 +128,11 @@ def scales_left_out(names: Iterable[str]) -> list[str]:
 
 
 def inception_to_flax(state: Mapping[str, np.ndarray], network: InceptionV3) -> PyTree:
-    """{"params": ..., "buffers": ...} from a state dict; counts of batches and an auxiliary head are ignored.
+    """{"params": ..., "buffers": ...} from a state dict; counts of batches and an auxiliary head
+    are ignored.
 
-    pytorch-fid's wrapper has no `fc`: its head becomes zeros (pool3 does not need it). NVIDIA's norms have scale 1.
+    pytorch-fid's wrapper has no `fc`: its head becomes zeros (pool3 does not need it). NVIDIA's
+    norms have scale 1.
 
     Raises:
       ValueError: a tensor is missing, has another shape, or has no place in the network.

@@ -1,4 +1,6 @@
-"""What every name map needs: tensor layouts, the order of attention channels, and a strict exchange of tensors."""
+"""What every name map needs: tensor layouts, the order of attention channels, and a strict exchange
+of tensors.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -13,8 +15,8 @@ from ogdm_jax.typing import PyTree
 
 Path = tuple[str, ...]
 
-# Axes of the first dimension of a qkv kernel in a checkpoint: h heads, c channels a head, x = {q, k, v}.
-# Ours is "xhc" everywhere, in which q, k and v are contiguous.
+# Axes of the first dimension of a qkv kernel in a checkpoint: h heads, c channels a head, x = {q,
+# k, v}. Ours is "xhc" everywhere, in which q, k and v are contiguous.
 EDM_ORDER, LEGACY_ORDER, NEW_ORDER = "hcx", "hxc", "xhc"
 
 
@@ -23,10 +25,12 @@ class Entry:
     """One tensor under both of its names.
 
     Attributes:
-      name: in the PyTorch state dict.   path: (collection, module, ..., leaf) in our variables.   shape: ours.
-      layout: how PyTorch stores it. "auto": HWIO as OIHW, [in, out] as [out, in], vectors as they are; "conv1d": as a
-        one-dimensional convolution of width 1 [out, in, 1]; "same": as ours.
-      heads, order: of a qkv layer: attention heads and the checkpoint's channel order; heads 0 = not a qkv layer.
+      name: in the PyTorch state dict.   path: (collection, module, ..., leaf) in our variables.
+        shape: ours.
+      layout: how PyTorch stores it. "auto": HWIO as OIHW, [in, out] as [out, in], vectors as they
+        are; "conv1d": as a one-dimensional convolution of width 1 [out, in, 1]; "same": as ours.
+      heads, order: of a qkv layer: attention heads and the checkpoint's channel order; heads 0 =
+        not a qkv layer.
     """
 
     name: str
@@ -47,8 +51,13 @@ class Entry:
     def to_flax(self, value: np.ndarray) -> np.ndarray:
         value = np.asarray(value)
         if value.shape != self.torch_shape:
-            raise ValueError(f"state: {self.name} has shape {value.shape}; the network expects {self.torch_shape}")
-        value = value.astype(np.promote_types(value.dtype, np.float32))  # half-precision checkpoints
+            raise ValueError(
+                f"state: {self.name} has shape {value.shape}; the network expects "
+                f"{self.torch_shape}"
+            )
+        value = value.astype(
+            np.promote_types(value.dtype, np.float32)
+        )  # half-precision checkpoints
         value = _reorder(value, self.heads, self.order, NEW_ORDER)
         if self.layout != "same" and len(self.shape) > 1:
             value = value[..., 0] if self.layout == "conv1d" else value
@@ -73,7 +82,9 @@ def _reorder(value: np.ndarray, heads: int, source: str, target: str) -> np.ndar
     return split.transpose(*axes, *range(3, split.ndim)).reshape(value.shape)
 
 
-def variable_shapes(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[Path, tuple[int, ...]]:
+def variable_shapes(
+    network: nn.Module, *inputs: jax.ShapeDtypeStruct
+) -> dict[Path, tuple[int, ...]]:
     """{path: shape} of all variables of a network, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(network.init, key, *inputs)
@@ -87,8 +98,11 @@ def image_input(network: nn.Module) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtyp
     return struct((1, side, side, channels), jnp.float32), struct((1,), jnp.float32)
 
 
-def to_flax(state: Mapping[str, np.ndarray], entries: Iterable[Entry], what: str, ignore: Iterable[str] = ()) -> PyTree:
-    """Variables of a network from a PyTorch state dict: every tensor in its place, none missing, none left over.
+def to_flax(
+    state: Mapping[str, np.ndarray], entries: Iterable[Entry], what: str, ignore: Iterable[str] = ()
+) -> PyTree:
+    """Variables of a network from a PyTorch state dict: every tensor in its place, none missing,
+    none left over.
 
     Args:
       entries: the network's tensors.   what: the kind of network, for the messages.
@@ -102,17 +116,21 @@ def to_flax(state: Mapping[str, np.ndarray], entries: Iterable[Entry], what: str
     missing = [e.name for e in entries if e.name not in left]
     if missing:
         raise ValueError(
-            f"state: {missing[0]} is missing ({len(missing)} of {len(entries)} tensors); expected {what} of this size"
+            f"state: {missing[0]} is missing ({len(missing)} of {len(entries)} tensors); expected "
+            f"{what} of this size"
         )
     extra = sorted(left - {e.name for e in entries})
     if extra:
         raise ValueError(
-            f"state: {extra[0]} has no place in the network ({len(extra)} such); expected {what} of this size"
+            f"state: {extra[0]} has no place in the network ({len(extra)} such); expected {what} "
+            "of this size"
         )
     return traverse_util.unflatten_dict({e.path: e.to_flax(state[e.name]) for e in entries})
 
 
 def to_torch(variables: PyTree, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
-    """{PyTorch name: array} of the collections that `variables` has: {"params": gradients} maps gradients."""
+    """{PyTorch name: array} of the collections that `variables` has: {"params": gradients} maps
+    gradients.
+    """
     flat = traverse_util.flatten_dict(dict(variables))
     return {e.name: e.to_torch(flat[e.path]) for e in entries if e.path[0] in variables}

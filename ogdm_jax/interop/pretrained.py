@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
-from ogdm_jax.interop import export, names_adm, names_discriminator, names_edm, names_inception, recognise
+from ogdm_jax.interop import (
+    export,
+    names_adm,
+    names_discriminator,
+    names_edm,
+    names_inception,
+    recognise,
+)
 from ogdm_jax.interop.restricted_pickle import UnsafeFileError, quote
 from ogdm_jax.interop.settings import check_about, check_settings
 from ogdm_jax.interop.torch_records import Module
@@ -23,9 +30,19 @@ from ogdm_jax.typing import Denoise, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _LISTED = 6  # names of each kind of mismatch that a message shows
-_MOST_TENSORS = 5000  # of a network; the published ones have fewer than 1,000, and each layer is traced
+_MOST_TENSORS = (
+    5000  # of a network; the published ones have fewer than 1,000, and each layer is traced
+)
 # What a network that cannot be raises, here or in JAX, where names promise what shapes do not keep.
-_MISFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, flax.errors.FlaxError)
+_MISFIT = (
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    flax.errors.FlaxError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +50,13 @@ class Pretrained:
     """A network, its variables, and what the file says about them. Unpacks as (network, variables).
 
     Attributes:
-      kind: one of recognise.KINDS.   network: a flax module.   variables: {"params": ..., "buffers": ... if any}.
-      precondition: edm, vp, ve, iddpm or adm where the file says so or its kind implies it; else None.
+      kind: one of recognise.KINDS.   network: a flax module.   variables: {"params": ...,
+        "buffers": ... if any}.
+      precondition: edm, vp, ve, iddpm or adm where the file says so or its kind implies it; else
+        None.
       sigma_data: of edm.   schedule: of adm, the betas: linear or cosine.
-      dropout: of the original training where the file says so; the network itself always has 0 unless a setting asks.
+      dropout: of the original training where the file says so; the network itself always has 0
+        unless a setting asks.
     """
 
     kind: str
@@ -51,7 +71,9 @@ class Pretrained:
         return iter((self.network, self.variables))
 
     def denoiser(self) -> Denoise:
-        """denoise(x, sigma, label=None, **extra) under the file's preconditioning (EDM's where it does not say)."""
+        """denoise(x, sigma, label=None, **extra) under the file's preconditioning (EDM's where it
+        does not say).
+        """
 
         def network_fn(x, c_noise, label=None, **extra):
             return self.network.apply(self.variables, x, c_noise, label, **extra)
@@ -64,18 +86,25 @@ class Pretrained:
         return getattr(precondition, self.precondition)(network_fn)
 
 
-def from_torch(state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any) -> tuple[nn.Module, PyTree]:
+def from_torch(
+    state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
+) -> tuple[nn.Module, PyTree]:
     """(network, variables) of a PyTorch state dict; variables are numpy arrays, at least float32.
 
     Args:
-      state: {name: array}, as read_torch gives it. A prefix "module." (of data-parallel training) is dropped.
-      kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also OGDM_adm's), adm_encoder
-        (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception; None recognises it from the names.
-      **settings: attributes of the network that replace what names and shapes show, such as dropout=0.1, or add what
-        they cannot show: img_resolution, head_channels or num_heads, and qkv_order (legacy or new) of OpenAI's models.
+      state: {name: array}, as read_torch gives it. A prefix "module." (of data-parallel training)
+        is dropped.
+      kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also
+        OGDM_adm's), adm_encoder (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception;
+        None recognises it from the names.
+      **settings: attributes of the network that replace what names and shapes show, such as
+      dropout=0.1, or add what
+        they cannot show: img_resolution, head_channels or num_heads, and qkv_order (legacy or new)
+          of OpenAI's models.
 
     Raises:
-      ValueError: an unknown kind or setting, a setting that the tensors do not show, or tensors that are missing,
+      ValueError: an unknown kind or setting, a setting that the tensors do not show, or tensors
+      that are missing,
         unexpected or of other shapes (listed, in one sentence).
     """
     state = _plain(state)
@@ -86,14 +115,18 @@ def from_torch(state: Mapping[str, np.ndarray], kind: str | None = None, **setti
 def match(
     state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
 ) -> tuple[nn.Module, Callable[[Mapping[str, np.ndarray]], PyTree]]:
-    """A state dict's network and the function that converts it, from names and shapes alone. Errors as from_torch."""
+    """A state dict's network and the function that converts it, from names and shapes alone. Errors
+    as from_torch.
+    """
     state = _plain(state)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = kind or recognise.kind_of(shapes)
     if kind not in _BUILD:
         raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
     if len(shapes) > _MOST_TENSORS:
-        raise recognise.UnrecognisedError(f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}")
+        raise recognise.UnrecognisedError(
+            f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}"
+        )
     cls, build = _BUILD[kind]
     check_settings(cls, settings)
     try:
@@ -103,20 +136,25 @@ def match(
             raise
         what = "shapes, or the settings given," if settings else "shapes"
         raise recognise.UnrecognisedError(
-            f"state: has names of the {kind} network, but its {what} make none ({type(error).__name__})"
+            f"state: has names of the {kind} network, but its {what} make none "
+            f"({type(error).__name__})"
         ) from error
     _compare(kind, shapes, expected, optional)
     return network, convert
 
 
 def load_pretrained(
-    path: str | os.PathLike | TorchFile, kind: str | None = None, entry: str | None = None, **settings: Any
+    path: str | os.PathLike | TorchFile,
+    kind: str | None = None,
+    entry: str | None = None,
+    **settings: Any,
 ) -> Pretrained:
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
 
-    Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside a .safetensors file,
-    or from iDDPM's table `u`; a plain state dict does not say (precondition="vp" and the like may be given). OpenAI's
-    U-Nets are "adm" with the published schedule, linear for unknown ones.
+    Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside
+    a .safetensors file, or from iDDPM's table `u`; a plain state dict does not say
+    (precondition="vp" and the like may be given). OpenAI's U-Nets are "adm" with the published
+    schedule, linear for unknown ones.
 
     Args:
       path, entry: see read_torch; also what open_torch gives.
@@ -140,11 +178,15 @@ def load_pretrained(
         about["precondition"] = about["precondition"] or "adm"
         about["schedule"] = about["schedule"] or recognise.schedule_of(network)
     schedule = about["schedule"] or "linear"
-    return Pretrained(kind, network, variables, about["precondition"], sigma_data, about.get("dropout"), schedule)
+    return Pretrained(
+        kind, network, variables, about["precondition"], sigma_data, about.get("dropout"), schedule
+    )
 
 
 def describe(file: TorchFile, entry: str | None = None) -> dict[str, Any]:
-    """What a file says beside the tensors: any of kind, settings, precondition, sigma_data, dropout."""
+    """What a file says beside the tensors: any of kind, settings, precondition, sigma_data,
+    dropout.
+    """
     about = export.read_about(file.path)
     if about is not None:
         return about
@@ -156,34 +198,50 @@ def describe(file: TorchFile, entry: str | None = None) -> dict[str, Any]:
         return {}
     arguments = part.state.get("_init_kwargs")
     dropout = arguments.get("dropout") if isinstance(arguments, dict) else None
-    found = {"precondition": _CLASSES[part.name], "sigma_data": part.state.get("sigma_data"), "dropout": dropout}
+    found = {
+        "precondition": _CLASSES[part.name],
+        "sigma_data": part.state.get("sigma_data"),
+        "dropout": dropout,
+    }
     return {name: value for name, value in found.items() if isinstance(value, str | float | int)}
 
 
 def _plain(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     wrapped = bool(state) and all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+    return {
+        name.removeprefix("module.") if wrapped else name: value for name, value in state.items()
+    }
 
 
-def _compare(kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, optional: set[str]) -> None:
+def _compare(
+    kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, optional: set[str]
+) -> None:
     """Raises ValueError listing what is missing, unexpected or misshapen."""
     missing = [name for name in expected if name not in shapes]
     unexpected = [quote(name) for name in shapes if name not in expected and name not in optional]
     wrong = [
-        f"{n} {shapes[n]} instead of {e}" for n, e in expected.items() if n in shapes and tuple(shapes[n]) != tuple(e)
+        f"{n} {shapes[n]} instead of {e}"
+        for n, e in expected.items()
+        if n in shapes and tuple(shapes[n]) != tuple(e)
     ]
     found = [
-        f"{len(items)} {what} ({', '.join(items[:_LISTED])}{', ...' if len(items) > _LISTED else ''})"
+        f"{len(items)} {what} ({', '.join(items[:_LISTED])}"
+        f"{', ...' if len(items) > _LISTED else ''})"
         for what, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
         if items
     ]
     if found:
-        raise ValueError(f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}")
+        raise ValueError(
+            f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}"
+        )
 
 
-# kind -> (state, shapes, given settings) -> (network, {name: shape} it needs, names it may have, state -> variables)
+# kind -> (state, shapes, given settings) -> (network, {name: shape} it needs, names it may have,
+# state -> variables)
 
-_Built = tuple[nn.Module, dict[str, tuple[int, ...]], set[str], Callable[[Mapping[str, np.ndarray]], PyTree]]
+_Built = tuple[
+    nn.Module, dict[str, tuple[int, ...]], set[str], Callable[[Mapping[str, np.ndarray]], PyTree]
+]
 
 
 @functools.lru_cache(maxsize=16)  # a second or two for the published sizes
@@ -196,7 +254,9 @@ def _edm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str
     network = names_edm.edm_network(settings)
     prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
     needed = {name.removeprefix(prefix): shape for name, shape in _edm_shapes(network).items()}
-    optional = {name for name in shapes if name.endswith(".resample_filter") or name in ("u", "model.u")}
+    optional = {
+        name for name in shapes if name.endswith(".resample_filter") or name in ("u", "model.u")
+    }
     return network, needed, optional, lambda s: names_edm.edm_to_flax(s, network)
 
 
@@ -204,14 +264,26 @@ def _adm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str
     settings = recognise.adm_settings(shapes, given)
     order = settings.pop("qkv_order")
     network = _make(ADMUNet, settings)
-    return network, _adm_shapes(network, order), set(), lambda s: names_adm.adm_to_flax(s, network, order)
+    return (
+        network,
+        _adm_shapes(network, order),
+        set(),
+        lambda s: names_adm.adm_to_flax(s, network, order),
+    )
 
 
-def _adm_encoder(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+def _adm_encoder(
+    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
+) -> _Built:
     settings = recognise.encoder_settings(shapes, given)
     order = settings.pop("qkv_order")
     network = _make(ADMEncoder, settings)
-    return network, _adm_shapes(network, order), set(), lambda s: names_adm.adm_encoder_to_flax(s, network, order)
+    return (
+        network,
+        _adm_shapes(network, order),
+        set(),
+        lambda s: names_adm.adm_encoder_to_flax(s, network, order),
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -219,14 +291,18 @@ def _adm_shapes(network: ADMUNet | ADMEncoder, order: str) -> dict[str, tuple[in
     return {entry.name: entry.torch_shape for entry in names_adm.adm_entries(network, order)}
 
 
-def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+def _discriminator(
+    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
+) -> _Built:
     settings = names_discriminator.discriminator_settings(state, given.get("t_dim", 2)) | given
     network = _make(StyleGAN2Discriminator, settings)
     side, channels = network.img_resolution, network.img_channels
     struct = jax.ShapeDtypeStruct
     inputs = struct((4, side, side, channels), np.float32), struct((4, network.t_dim), np.float32)
     labels = struct((4, network.label_dim), np.float32) if network.label_dim else None
-    variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs, labels)["params"]
+    variables = jax.eval_shape(
+        network.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs, labels
+    )["params"]
     needed = {}
     for module in names_discriminator.discriminator_modules(network):
         block, layer = module.split(".")
@@ -234,22 +310,36 @@ def _discriminator(state: dict[str, np.ndarray], shapes: recognise.Shapes, given
             shape = array.shape if leaf == "bias" else array.shape[::-1]
             needed[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = shape
     optional = {name for name in shapes if name.endswith("resample_filter")}
-    return network, needed, optional, lambda s: names_discriminator.discriminator_to_flax(s, network)
+    return (
+        network,
+        needed,
+        optional,
+        lambda s: names_discriminator.discriminator_to_flax(s, network),
+    )
 
 
-def _inception(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
+def _inception(
+    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
+) -> _Built:
     """The raw module, NVIDIA's detector, or pytorch-fid's wrapper, which has no classes."""
     ours = {name: names_inception.raw_name(name) for name in shapes}
     theirs = {raw: name for name, raw in ours.items()}
     classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
     network = _make(InceptionV3, {"num_classes": classes} | given)
-    needed = {theirs.get(e.name, e.name): e.torch_shape for e in names_inception.inception_entries(network)}
+    needed = {
+        theirs.get(e.name, e.name): e.torch_shape
+        for e in names_inception.inception_entries(network)
+    }
     if not {"fc.weight", "fc.bias"} & set(theirs):
         needed = {name: shape for name, shape in needed.items() if not name.startswith("fc.")}
     implied = set(names_inception.scales_left_out(theirs))
     needed = {name: shape for name, shape in needed.items() if name not in implied}
     unused = ("AuxLogits.", "Conv2d_AuxLogits.")
-    optional = {n for n, raw in ours.items() if raw.endswith("num_batches_tracked") or raw.startswith(unused)}
+    optional = {
+        n
+        for n, raw in ours.items()
+        if raw.endswith("num_batches_tracked") or raw.startswith(unused)
+    }
     return network, needed, optional, lambda s: names_inception.inception_to_flax(s, network)
 
 

@@ -1,8 +1,9 @@
 """What network a state dict belongs to, from the names and shapes of its tensors.
 
-Shapes show widths, depths, attention, classes and resampling. They cannot show the number of attention heads,
-OpenAI's order of qkv channels, a U-Net's image size (except in EDM's names) or dropout: for the published OpenAI and
-OGDM_adm models these stand in a table; for others they are settings that the user gives.
+Shapes show widths, depths, attention, classes and resampling. They cannot show the number of
+attention heads, OpenAI's order of qkv channels, a U-Net's image size (except in EDM's names) or
+dropout: for the published OpenAI and OGDM_adm models these stand in a table; for others they are
+  settings that the user gives.
 """
 
 import re
@@ -17,13 +18,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 _MOST_TAPS = 64  # of a resampling filter
 KINDS = ("edm", "adm", "adm_encoder", "ogdm_discriminator", "inception")
 
-# (model_channels, channel_mult, blocks a level, downsampling factors with attention, input channels) -> the hidden.
-# Sources: the flags published beside the checkpoints (openai/guided-diffusion, Junoh-Kang/OGDM_adm, DSG's yaml files).
+# (model_channels, channel_mult, blocks a level, downsampling factors with attention, input
+# channels) -> the hidden. Sources: the flags published beside the checkpoints
+# (openai/guided-diffusion, Junoh-Kang/OGDM_adm, DSG's yaml files).
 _PUBLISHED: dict[tuple, dict[str, Any]] = {
-    (192, (1, 2, 3, 4), 3, (2, 4, 8), 3): {"img_resolution": 64, "head_channels": 64, "qkv_order": "new"},
+    (192, (1, 2, 3, 4), 3, (2, 4, 8), 3): {
+        "img_resolution": 64,
+        "head_channels": 64,
+        "qkv_order": "new",
+    },
     (256, (1, 1, 2, 3, 4), 2, (4, 8, 16), 3): {"img_resolution": 128, "num_heads": 4},
     (256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), 3): {"img_resolution": 256, "head_channels": 64},
-    (256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 3): {"img_resolution": 512, "head_channels": 64},
+    (256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), 3): {
+        "img_resolution": 512,
+        "head_channels": 64,
+    },
     (192, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), 6): {"img_resolution": 256, "num_heads": 4},
     (192, (1, 1, 2, 2, 4, 4), 2, (16, 32), 6): {"img_resolution": 512, "head_channels": 64},
     (128, (1, 1, 2, 2, 4, 4), 1, (16,), 3): {"img_resolution": 256, "head_channels": 64},
@@ -32,19 +41,30 @@ _PUBLISHED: dict[tuple, dict[str, Any]] = {
 }
 
 
-_COSINE = {"model_channels": 192, "img_channels": 3, "img_resolution": 64}  # the one published with cosine betas
+_COSINE = {
+    "model_channels": 192,
+    "img_channels": 3,
+    "img_resolution": 64,
+}  # the one published with cosine betas
 
 
 def schedule_of(network: Any) -> str:
-    """The betas an OpenAI U-Net was trained with, as published: "cosine" of the 64-pixel model, "linear" of all others.
+    """The betas an OpenAI U-Net was trained with, as published: "cosine" of the 64-pixel model,
+    "linear" of all others.
 
     A network outside the table counts as linear, the default of that code.
     """
-    return "cosine" if all(getattr(network, field) == value for field, value in _COSINE.items()) else "linear"
+    return (
+        "cosine"
+        if all(getattr(network, field) == value for field, value in _COSINE.items())
+        else "linear"
+    )
 
 
 class UnrecognisedError(ValueError):
-    """A state dict of no known network, or one whose settings its tensors do not determine; one sentence."""
+    """A state dict of no known network, or one whose settings its tensors do not determine; one
+    sentence.
+    """
 
 
 def kind_of(shapes: Shapes) -> str:
@@ -56,11 +76,15 @@ def kind_of(shapes: Shapes) -> str:
         return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
     if "mapping.embed.weight" in shapes and "b4.out.weight" in shapes:
         return "ogdm_discriminator"
-    if any(re.match(r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed)\.", name) for name in names):
+    if any(
+        re.match(r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed)\.", name)
+        for name in names
+    ):
         return "inception"
     some = ", ".join(quote(name) for name in sorted(names)[:3])
     raise UnrecognisedError(
-        f"state: {len(names)} tensors ({some}, ...) of no known network; expected {', '.join(KINDS)}"
+        f"state: {len(names)} tensors ({some}, ...) of no known network; expected "
+        f"{', '.join(KINDS)}"
     )
 
 
@@ -68,7 +92,8 @@ def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Constructor arguments of EDM's networks, in the authors' words (model_type included).
 
     Raises:
-      UnrecognisedError: an encoder or decoder variant that no published model uses, or levels that do not fit together.
+      UnrecognisedError: an encoder or decoder variant that no published model uses, or levels that
+      do not fit together.
     """
     state = {name.removeprefix("model."): value for name, value in state.items()}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -76,13 +101,19 @@ def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     song = "out_conv.weight" not in shapes
     variant = [name for name in shapes if re.search(r"_aux_(down|skip|up)\.", name)]
     if variant or sides != [sides[0] >> i for i in range(len(sides))]:
-        odd = f"{quote(variant[0])}: a 'skip' variant" if variant else f"the encoder's sides {sides}"
-        raise UnrecognisedError(f"state: {odd} is not offered; expected EDM's published encoders and decoders")
+        odd = (
+            f"{quote(variant[0])}: a 'skip' variant" if variant else f"the encoder's sides {sides}"
+        )
+        raise UnrecognisedError(
+            f"state: {odd} is not offered; expected EDM's published encoders and decoders"
+        )
     first = shapes[f"enc.{sides[0]}x{sides[0]}_conv.weight"]
     emb, noise = _get(shapes, "map_layer0.weight", 2)
     blocks = len(_all(shapes, rf"enc\.{sides[0]}x{sides[0]}_block(\d+)\.conv0\.weight"))
     width = first[0] if song else noise
-    widths = [_get(shapes, f"enc.{side}x{side}_block{blocks - 1}.conv1.weight")[0] for side in sides]
+    widths = [
+        _get(shapes, f"enc.{side}x{side}_block{blocks - 1}.conv1.weight")[0] for side in sides
+    ]
     out = _get(shapes, f"dec.{sides[0]}x{sides[0]}_aux_conv.weight" if song else "out_conv.weight")
     settings = {
         "model_type": "SongUNet" if song else "DhariwalUNet",
@@ -113,7 +144,8 @@ def adm_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of OpenAI's U-Net (ADMUNet's attributes, and qkv_order).
 
     Raises:
-      UnrecognisedError: image size or heads of a model outside the table, and not among the given settings.
+      UnrecognisedError: image size or heads of a model outside the table, and not among the given
+      settings.
     """
     output = _blocks(shapes, "output_blocks")
     ends = [i for i, parts in enumerate(output) if any(p in ("up", "conv") for p in parts)]
@@ -123,29 +155,40 @@ def adm_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of OpenAI's classifiers and DG's heads (ADMEncoder's, and qkv_order). Heads are 64 wide unless given.
+    """Settings of OpenAI's classifiers and DG's heads (ADMEncoder's, and qkv_order). Heads are 64
+    wide unless given.
 
     Raises:
-      UnrecognisedError: the depth, or without an attention pool the image size, does not follow from the tensors.
+      UnrecognisedError: the depth, or without an attention pool the image size, does not follow
+      from the tensors.
     """
     blocks = len(_blocks(shapes, "input_blocks"))
     depths = [d for d in range(1, blocks) if blocks % (d + 1) == 0 and _fits(shapes, d)]
     if "num_blocks" in given:
         depths = [int(given["num_blocks"])]
     if len(depths) != 1:
-        raise UnrecognisedError(f"num_blocks: {depths} all fit the state's tensors; give the number of blocks a level")
+        raise UnrecognisedError(
+            f"num_blocks: {depths} all fit the state's tensors; give the number of blocks a level"
+        )
     settings = _encoder(shapes, depths[0])
     factor = 2 ** (len(settings["channel_mult"]) - 1)
     if "out.2.positional_embedding" in shapes:
-        settings["pool"], settings["out_channels"] = "attention", _get(shapes, "out.2.c_proj.weight")[0]
-        settings["img_resolution"] = round((shapes["out.2.positional_embedding"][1] - 1) ** 0.5) * factor
+        settings["pool"], settings["out_channels"] = (
+            "attention",
+            _get(shapes, "out.2.c_proj.weight")[0],
+        )
+        settings["img_resolution"] = (
+            round((shapes["out.2.positional_embedding"][1] - 1) ** 0.5) * factor
+        )
     elif "out.3.weight" in shapes and "out.0.weight" in shapes:
         settings["pool"] = "adaptive" if len(shapes["out.3.weight"]) == 4 else "spatial_v2"
         settings["out_channels"] = shapes["out.3.weight"][0]
     else:
         settings["pool"], settings["out_channels"] = "spatial", _get(shapes, "out.2.weight")[0]
     if "img_resolution" not in settings | dict(given):
-        raise UnrecognisedError("img_resolution: the tensors of this classifier do not show it; give it as a setting")
+        raise UnrecognisedError(
+            "img_resolution: the tensors of this classifier do not show it; give it as a setting"
+        )
     settings["img_resolution"] = int(given.get("img_resolution", settings.get("img_resolution", 0)))
     return _finish(settings, {"head_channels": 64, "qkv_order": "legacy"}, given)
 
@@ -155,19 +198,31 @@ def _hidden(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     fields = ("model_channels", "channel_mult", "num_blocks", "attention_factors", "img_channels")
     published = _PUBLISHED.get(tuple(settings[field] for field in fields), {})
     heads = {"num_heads", "head_channels"}
-    for field, there in (("img_resolution", {"img_resolution"}), ("head_channels (or num_heads)", heads)):
-        if not there & (set(given) | set(published)) and not (field[0] == "h" and not settings["attention_factors"]):
+    for field, there in (
+        ("img_resolution", {"img_resolution"}),
+        ("head_channels (or num_heads)", heads),
+    ):
+        if not there & (set(given) | set(published)) and not (
+            field[0] == "h" and not settings["attention_factors"]
+        ):
             raise UnrecognisedError(
-                f"{field}: the tensors do not show it and the model is none of the published ones; give it as a setting"
+                f"{field}: the tensors do not show it and the model is none of the published ones; "
+                "give it as a setting"
             )
     if heads & set(given):
         published = {name: value for name, value in published.items() if name not in heads}
     return _finish(settings, {"qkv_order": "legacy"} | published, given)
 
 
-def _finish(settings: dict[str, Any], hidden: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(
+    settings: dict[str, Any], hidden: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Attention by image side, as everywhere in this package, instead of by downsampling factor."""
-    settings = {**settings, **{name: value for name, value in hidden.items() if name not in given}, **given}
+    settings = {
+        **settings,
+        **{name: value for name, value in hidden.items() if name not in given},
+        **given,
+    }
     factors = settings.pop("attention_factors")
     settings.setdefault("attn_resolutions", tuple(settings["img_resolution"] // f for f in factors))
     return settings
@@ -179,7 +234,9 @@ def _encoder(shapes: Shapes, depth: int) -> dict[str, Any]:
     emb, width = _get(shapes, "time_embed.0.weight", 2)
     starts = range(1, len(blocks), depth + 1)
     widths = [_get(shapes, f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in starts]
-    attended = tuple(2**level for level, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes)
+    attended = tuple(
+        2**level for level, i in enumerate(starts) if f"input_blocks.{i}.1.qkv.weight" in shapes
+    )
     block = widths[0], _get(shapes, "input_blocks.1.0.emb_layers.1.weight")[0]
     return {
         "img_channels": _get(shapes, "input_blocks.0.0.weight")[1],
@@ -189,25 +246,33 @@ def _encoder(shapes: Shapes, depth: int) -> dict[str, Any]:
         "num_blocks": depth,
         "attention_factors": attended,
         "scale_shift": block[1] == 2 * block[0],
-        "resblock_updown": not any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in shapes),
+        "resblock_updown": not any(
+            re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in shapes
+        ),
     } | ({} if emb == 4 * width else {"channel_mult_emb": _ratio(emb, width)})
 
 
 def _fits(shapes: Shapes, depth: int) -> bool:
-    """Whether every depth + 1st input block is a downsampling block and the others form levels of equal kind."""
+    """Whether every depth + 1st input block is a downsampling block and the others form levels of
+    equal kind.
+    """
     blocks = _blocks(shapes, "input_blocks")
     for start in range(1, len(blocks), depth + 1):
         inside = blocks[start : start + depth]
         down = blocks[start + depth : start + depth + 1]
         if any("op" in parts for parts in inside) or len({"qkv" in parts for parts in inside}) > 1:
             return False
-        if any("skip" in parts for parts in inside[1:] + down) or any("qkv" in parts for parts in down):
+        if any("skip" in parts for parts in inside[1:] + down) or any(
+            "qkv" in parts for parts in down
+        ):
             return False
     return True
 
 
 def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
-    """What each numbered entry contains: res, qkv (attention), op (strided conv), conv (upsampling), up, skip."""
+    """What each numbered entry contains: res, qkv (attention), op (strided conv), conv
+    (upsampling), up, skip.
+    """
     found: dict[int, set[str]] = {}
     for name in shapes:
         match = re.fullmatch(rf"{group}\.(\d+)\.(\d+)\.(.+)", name)
@@ -223,7 +288,9 @@ def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
             }
             found.setdefault(index, set()).update({kinds[head]} if head in kinds else set())
     if sorted(found) != list(range(len(found))):
-        raise UnrecognisedError(f"state: {group} has the entries {sorted(found)}; expected 0, 1, 2, ... without a gap")
+        raise UnrecognisedError(
+            f"state: {group} has the entries {sorted(found)}; expected 0, 1, 2, ... without a gap"
+        )
     return [found[i] for i in sorted(found)]
 
 
@@ -233,9 +300,13 @@ def _all(shapes: Shapes, pattern: str) -> list[str]:
 
 def _get(shapes: Shapes, name: str, rank: int | None = None) -> tuple[int, ...]:
     if name not in shapes:
-        raise UnrecognisedError(f"state: {name} is missing, without which the network's size is unknown")
+        raise UnrecognisedError(
+            f"state: {name} is missing, without which the network's size is unknown"
+        )
     if rank not in (None, len(shapes[name])):
-        raise UnrecognisedError(f"state: {name} has shape {shapes[name]}; expected {rank} dimensions")
+        raise UnrecognisedError(
+            f"state: {name} has shape {shapes[name]}; expected {rank} dimensions"
+        )
     return shapes[name]
 
 
@@ -246,12 +317,20 @@ def _ratio(value: int, unit: int) -> int | float:
 def _taps(resample_filter: np.ndarray) -> tuple[int, ...]:
     """[1,1,k,k] = outer(f, f) / sum(f)^2 -> f in whole numbers."""
     shape = np.shape(resample_filter)
-    if len(shape) != 4 or shape[:2] != (1, 1) or shape[2] != shape[3] or not 0 < shape[2] <= _MOST_TAPS:
+    if (
+        len(shape) != 4
+        or shape[:2] != (1, 1)
+        or shape[2] != shape[3]
+        or not 0 < shape[2] <= _MOST_TAPS
+    ):
         raise UnrecognisedError(
-            f"resample_filter: the state's has shape {shape}; expected (1, 1, k, k) with k to {_MOST_TAPS}"
+            f"resample_filter: the state's has shape {shape}; expected (1, 1, k, k) with k to "
+            f"{_MOST_TAPS}"
         )
     row = np.asarray(resample_filter, np.float64)[0, 0].sum(axis=0)
     taps = np.round(row / row.min()).astype(int) if row.min() > 0 else np.ones(len(row), int)
     if not np.allclose(np.outer(taps, taps) / taps.sum() ** 2, resample_filter[0, 0], atol=1e-3):
-        raise UnrecognisedError("resample_filter: the state's filter is not an outer product of whole numbers")
+        raise UnrecognisedError(
+            "resample_filter: the state's filter is not an outer product of whole numbers"
+        )
     return tuple(int(tap) for tap in taps)

@@ -1,10 +1,11 @@
 """A pickle reader that can only build inert data.
 
-The standard unpickler is a small machine whose GLOBAL and REDUCE instructions import and call whatever the file
-names. This one is written out instruction by instruction, imports nothing, and calls only functions that its caller
-listed (`Admit`), so a file cannot run code by construction. Memory is bounded by the file's size: declared lengths
-are compared with the bytes that are left before anything is allocated, byte strings are views into the file, one Budget
-for the whole file limits the instructions and what calls may copy, and only plain scalars may be dictionary keys
+The standard unpickler is a small machine whose GLOBAL and REDUCE instructions import and call
+whatever the file names. This one is written out instruction by instruction, imports nothing, and
+calls only functions that its caller listed (`Admit`), so a file cannot run code by construction.
+Memory is bounded by the file's size: declared lengths are compared with the bytes that are left
+before anything is allocated, byte strings are views into the file, one Budget for the whole file
+limits the instructions and what calls may copy, and only plain scalars may be dictionary keys
 (hashing a tuple of tuples that share memory takes exponential time).
 """
 
@@ -16,20 +17,26 @@ from typing import Any
 MAX_INSTRUCTIONS = 1_000_000  # a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
 MAX_INT_BYTES = 64
 MAX_LINE = 4096
-MAX_MEMO = 2**32  # the format's own limit in binary; memo entries written as text could have keys that all collide
+MAX_MEMO = (
+    2**32
+)  # the format's own limit in binary; memo entries written as text could have keys that all collide
 _PER_ITEM = 100  # bytes of an item of a dictionary or set, about
 _MARK = object()
 
 
 class UnsafeFileError(ValueError):
-    """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one sentence."""
+    """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one
+    sentence.
+    """
 
 
 @dataclass
 class Budget:
-    """What one file may still cost, pickles inside pickles included: instructions, and bytes beside those of the file.
+    """What one file may still cost, pickles inside pickles included: instructions, and bytes beside
+    those of the file.
 
-    A few bytes of a pickle can name a long text, list or array again and again; whoever copies is charged first.
+    A few bytes of a pickle can name a long text, list or array again and again; whoever copies is
+    charged first.
     """
 
     bytes: int
@@ -48,7 +55,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Global:
-    """What an admitted `module.name` stands for. call serves REDUCE; a class (is_class) also serves NEWOBJ."""
+    """What an admitted `module.name` stands for. call serves REDUCE; a class (is_class) also serves
+    NEWOBJ.
+    """
 
     name: str
     call: Callable[..., Any] | None = None
@@ -56,7 +65,9 @@ class Global:
 
 
 class Inert:
-    """Base of the records that stand for objects; build receives what BUILD would have given to __setstate__."""
+    """Base of the records that stand for objects; build receives what BUILD would have given to
+    __setstate__.
+    """
 
     def build(self, state: Any) -> None:
         raise UnsafeFileError(f"it gives a state to {_type(self)}")
@@ -86,10 +97,12 @@ def _weight(value: Any) -> int:
 def load(
     data: memoryview, start: int, admit: Admit, budget: Budget, persistent: Persistent | None = None
 ) -> tuple[Any, int]:
-    """Reads the one pickle that begins at data[start]; returns the object and the position after its STOP.
+    """Reads the one pickle that begins at data[start]; returns the object and the position after
+    its STOP.
 
-    admit(module, name) gives the Global or raises UnsafeFileError; persistent(id) resolves torch's storage references.
-    Raises UnsafeFileError for every instruction, global or length that is not admitted, and beyond the file's budget.
+    admit(module, name) gives the Global or raises UnsafeFileError; persistent(id) resolves torch's
+    storage references. Raises UnsafeFileError for every instruction, global or length that is not
+    admitted, and beyond the file's budget.
     """
     machine = _Machine(data, start, admit, budget, persistent)
     try:
@@ -98,13 +111,34 @@ def load(
         raise
     except (IndexError, KeyError) as error:  # a pop from an empty stack, a memo entry never written
         raise UnsafeFileError("its pickle is corrupt: an instruction finds no operand") from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, struct.error) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+        struct.error,
+    ) as error:
         raise UnsafeFileError(f"its pickle is corrupt ({quote(str(error))})") from error
 
 
 class _Machine:
-    def __init__(self, data: memoryview, start: int, admit: Admit, budget: Budget, persistent: Persistent | None):
-        self.data, self.at, self.admit, self.budget, self.persistent = data, start, admit, budget, persistent
+    def __init__(
+        self,
+        data: memoryview,
+        start: int,
+        admit: Admit,
+        budget: Budget,
+        persistent: Persistent | None,
+    ):
+        self.data, self.at, self.admit, self.budget, self.persistent = (
+            data,
+            start,
+            admit,
+            budget,
+            persistent,
+        )
         self.stack: list = []
         self.memo: dict[int, Any] = {}
 
@@ -117,7 +151,8 @@ class _Machine:
             instruction = _INSTRUCTIONS.get(code)
             if instruction is None:
                 raise UnsafeFileError(
-                    f"its pickle holds the instruction {_FORBIDDEN.get(code, hex(code))}, which is not admitted"
+                    f"its pickle holds the instruction {_FORBIDDEN.get(code, hex(code))}, which is "
+                    "not admitted"
                 )
             instruction(self)
         raise UnsafeFileError(f"its pickle has more than {MAX_INSTRUCTIONS} instructions")
@@ -127,7 +162,8 @@ class _Machine:
     def take(self, count: int) -> memoryview:
         if count > len(self.data) - self.at:
             raise UnsafeFileError(
-                f"it is truncated or lies about a length ({count} bytes declared, {len(self.data) - self.at} left)"
+                f"it is truncated or lies about a length ({count} bytes declared, "
+                f"{len(self.data) - self.at} left)"
             )
         self.at += count
         return self.data[self.at - count : self.at]
@@ -159,7 +195,9 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise UnsafeFileError(f"its pickle is corrupt: it adds items to {_type(self.stack[-1])}")
+            raise UnsafeFileError(
+                f"its pickle is corrupt: it adds items to {_type(self.stack[-1])}"
+            )
         return self.stack[-1]
 
     def since_mark(self) -> list:
@@ -190,15 +228,22 @@ class _Machine:
         args, function = self.pop(), self.pop()
         if not isinstance(function, Global) or function.call is None or not isinstance(args, tuple):
             raise UnsafeFileError(
-                f"it calls {quote(getattr(function, 'name', function))}, which is not admitted as a function"
+                f"it calls {quote(getattr(function, 'name', function))}, which is not admitted as "
+                "a function"
             )
         self.charge(args)
         self.push(function.call(*args))
 
     def new_object(self, args: Any, cls: Any) -> None:
-        if not isinstance(cls, Global) or not cls.is_class or cls.call is None or not isinstance(args, tuple):
+        if (
+            not isinstance(cls, Global)
+            or not cls.is_class
+            or cls.call is None
+            or not isinstance(args, tuple)
+        ):
             raise UnsafeFileError(
-                f"it makes an object of {quote(getattr(cls, 'name', cls))}, which is not admitted as a class"
+                f"it makes an object of {quote(getattr(cls, 'name', cls))}, which is not admitted "
+                "as a class"
             )
         self.charge(args)
         self.push(cls.call(*args))
@@ -213,7 +258,9 @@ class _Machine:
         self.charge(state if isinstance(state, tuple) else (state,))
         if isinstance(target, Inert):
             target.build(state)
-        elif not isinstance(target, dict):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
+        elif not isinstance(
+            target, dict
+        ):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
             raise UnsafeFileError(f"it gives a state to {_type(target)}")
 
     def persist(self) -> None:
@@ -253,7 +300,8 @@ class _Machine:
 def scalar(key: Any) -> Any:
     """A dictionary key or an item of a set.
 
-    Python hashes integers modulo 2^61 - 1: without a limit a file could choose keys that all collide.
+    Python hashes integers modulo 2^61 - 1: without a limit a file could choose keys that all
+    collide.
     """
     if not isinstance(key, str | int | float | None):
         raise UnsafeFileError(f"its pickle has a key of {_type(key)}")
@@ -366,7 +414,9 @@ def _table() -> dict[int, Callable[[_Machine], Any]]:
         0x81: lambda m: m.new_object(*two(m)[::-1]),
         0x92: new_object_with_names,
         0x80: _Machine.protocol,
-        0x95: lambda m: m.take(8),  # FRAME: a buffering hint; lengths are checked where they are used
+        0x95: lambda m: m.take(
+            8
+        ),  # FRAME: a buffering hint; lengths are checked where they are used
         ord("Q"): _Machine.persist,
     }
 

@@ -1,4 +1,6 @@
-"""Are the values that a JSON file, a pickle or a command line gives for a network of the right type and range?"""
+"""Are the values that a JSON file, a pickle or a command line gives for a network of the right type
+and range?
+"""
 
 import types
 import typing
@@ -13,13 +15,18 @@ from ogdm_jax.interop.recognise import KINDS
 from ogdm_jax.interop.restricted_pickle import quote
 
 PRECONDITIONS, SCHEDULES = ("edm", "vp", "ve", "iddpm", "adm"), ("linear", "cosine")
-_LARGEST, _LONGEST = 2**20, 16  # no width, side or count of a network that could be built is larger; entries of a list
+_LARGEST, _LONGEST = (
+    2**20,
+    16,
+)  # no width, side or count of a network that could be built is larger; entries of a list
 _MOST_BLOCKS = 64  # a level: every block is traced
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
     """Whether a value is a number from low up to, but not including, high; NaN is not."""
-    return lambda value: isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value < high)
+    return lambda value: (
+        isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value < high)
+    )
 
 
 _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -27,7 +34,10 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "settings": (lambda value: isinstance(value, dict), "a JSON object"),
     "precondition": (lambda value: value in PRECONDITIONS, f"one of {', '.join(PRECONDITIONS)}"),
     "schedule": (lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "sigma_data": (_number(np.finfo(np.float32).tiny, np.finfo(np.float32).max), "a positive number"),
+    "sigma_data": (
+        _number(np.finfo(np.float32).tiny, np.finfo(np.float32).max),
+        "a positive number",
+    ),
     "dropout": (_number(0, 1), "a number from 0 to below 1"),
 }
 
@@ -56,7 +66,9 @@ def check_settings(cls: type[nn.Module], settings: Mapping[str, Any]) -> None:
         if name == "dropout":
             check_about({name: value})
         elif name == "num_blocks" and not (_is(value, int) and 1 <= value <= _MOST_BLOCKS):
-            raise ValueError(f"{name}: {_shown(value)} given; expected a whole number from 1 to {_MOST_BLOCKS}")
+            raise ValueError(
+                f"{name}: {_shown(value)} given; expected a whole number from 1 to {_MOST_BLOCKS}"
+            )
         if name.startswith("channel_mult") and hint is not None:  # fractions of the width occur
             hint = float if hint is int else Sequence[float]
         expected = _expected(hint)
@@ -82,7 +94,10 @@ def _expected(hint: Any) -> str | None:
         return _expected(typing.get_args(hint)[0])
     if typing.get_origin(hint) is Sequence:
         return f"a list such as [1, 2], each entry {_expected(typing.get_args(hint)[0])}"
-    numbers = {int: f"a whole number from 0 to below {_LARGEST}", float: f"a number from 0 to below {_LARGEST}"}
+    numbers = {
+        int: f"a whole number from 0 to below {_LARGEST}",
+        float: f"a number from 0 to below {_LARGEST}",
+    }
     return (numbers | {str: "a text", bool: "true or false"}).get(hint)
 
 

@@ -1,8 +1,8 @@
 """The only globals a checkpoint may name, and the inert records that stand for them.
 
-Tensors become (storage, offset, shape, strides); modules (torch.nn containers and NVIDIA's self-describing
-"persistent" classes, whose source text is dropped unread) become a class name and a dictionary of attributes. Nothing
-here imports what it names.
+Tensors become (storage, offset, shape, strides); modules (torch.nn containers and NVIDIA's
+self-describing "persistent" classes, whose source text is dropped unread) become a class name and a
+dictionary of attributes. Nothing here imports what it names.
 """
 
 import math
@@ -59,12 +59,16 @@ _STORAGES = {
     "UntypedStorage": "uint8",
 }
 MAX_DIMENSIONS = 32
-MAX_COUNT = 2**48  # of numbers; also where a dimension of 0 leaves none, because numpy multiplies the others
+MAX_COUNT = (
+    2**48
+)  # of numbers; also where a dimension of 0 leaves none, because numpy multiplies the others
 
 
 @dataclass
 class Storage(Inert):
-    """A flat run of numbers. data is filled by the container (archive member, trailing bytes) once it is known."""
+    """A flat run of numbers. data is filled by the container (archive member, trailing bytes) once
+    it is known.
+    """
 
     dtype: np.dtype
     count: int
@@ -72,18 +76,26 @@ class Storage(Inert):
     byteorder: str = "<"
 
     def array(self, dtype: np.dtype) -> np.ndarray:
-        """A view of the file's bytes; of a big-endian file the bytes of every number are still in its order."""
+        """A view of the file's bytes; of a big-endian file the bytes of every number are still in
+        its order.
+        """
         if self.data is None or len(self.data) != self.count * self.dtype.itemsize:
             have = "no" if self.data is None else len(self.data)
-            raise UnsafeFileError(f"a storage of {self.count} {self.dtype} numbers has {have} bytes")
+            raise UnsafeFileError(
+                f"a storage of {self.count} {self.dtype} numbers has {have} bytes"
+            )
         if len(self.data) % dtype.itemsize:
-            raise UnsafeFileError(f"a storage of {len(self.data)} bytes does not hold whole {dtype} numbers")
+            raise UnsafeFileError(
+                f"a storage of {len(self.data)} bytes does not hold whole {dtype} numbers"
+            )
         return np.frombuffer(self.data, dtype)
 
 
 @dataclass
 class Tensor(Inert):
-    """numpy's view of a tensor: element (i, j, ..) is storage[offset + i strides[0] + j strides[1] + ..]."""
+    """numpy's view of a tensor: element (i, j, ..) is storage[offset + i strides[0] + j strides[1]
+    + ..].
+    """
 
     storage: Storage
     offset: int
@@ -99,21 +111,32 @@ class Tensor(Inert):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.ndarray:
-        """A bounds-checked view of the storage (a scalar or empty tensor included), or a copy in native byte order."""
+        """A bounds-checked view of the storage (a scalar or empty tensor included), or a copy in
+        native byte order.
+        """
         flat = self.storage.array(self.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         if last >= len(flat):
-            raise UnsafeFileError(f"a tensor of shape {self.shape} reaches element {last} of a storage of {len(flat)}")
-        steps = [s * self.dtype.itemsize if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+            raise UnsafeFileError(
+                f"a tensor of shape {self.shape} reaches element {last} of a storage of {len(flat)}"
+            )
+        steps = [
+            s * self.dtype.itemsize if n > 1 else 0
+            for n, s in zip(self.shape, self.strides, strict=True)
+        ]
+        view = np.lib.stride_tricks.as_strided(
+            flat[self.offset :], self.shape, steps, writeable=False
+        )
         return view.byteswap() if self.storage.byteorder == ">" else view
 
 
 @dataclass
 class Module(Inert):
-    """An nn.Module, loss or other object kept as data: what class it says it is, and its attributes."""
+    """An nn.Module, loss or other object kept as data: what class it says it is, and its
+    attributes.
+    """
 
     name: str
     state: dict[str, Any]
@@ -126,7 +149,9 @@ class Module(Inert):
 
 @dataclass
 class ScriptModule(Module):
-    """A module of a TorchScript archive, whose attributes lie side by side: those that are not persistent, too."""
+    """A module of a TorchScript archive, whose attributes lie side by side: those that are not
+    persistent, too.
+    """
 
     def build(self, state: Any) -> None:
         super().build(state)
@@ -175,8 +200,14 @@ def _numpy_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         raise UnsafeFileError("a numpy array is not stored as plain numbers")
     shape = shape_of(shape)
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
-        raise UnsafeFileError(f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes")
-    return np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("=")).reshape(shape, order=order)
+        raise UnsafeFileError(
+            f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes"
+        )
+    return (
+        np.frombuffer(data, dtype.dtype)
+        .astype(dtype.dtype.newbyteorder("="))
+        .reshape(shape, order=order)
+    )
 
 
 def _dims(value: Any, what: str) -> tuple[int, ...]:
@@ -184,7 +215,9 @@ def _dims(value: Any, what: str) -> tuple[int, ...]:
         value = (value,)
     good = isinstance(value, tuple | list) and len(value) <= MAX_DIMENSIONS
     if not good or not all(type(n) is int and 0 <= n < MAX_COUNT for n in value):
-        raise UnsafeFileError(f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up")
+        raise UnsafeFileError(
+            f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up"
+        )
     return tuple(value)
 
 
@@ -202,7 +235,8 @@ def _need(value: Any, kind: type, what: str) -> Any:
     return value
 
 
-# What stands for each admitted call. Extra arguments (requires_grad, hooks, layout) carry no numbers.
+# What stands for each admitted call. Extra arguments (requires_grad, hooks, layout) carry no
+# numbers.
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -211,7 +245,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_: Any,
 ) -> Tensor:
     storage = _need(storage, Storage, "the storage of a tensor")
     return _strided(storage, offset, shape, strides, _need(dtype, np.dtype, "the type of a tensor"))
@@ -231,8 +272,12 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 def _ordered_dict(pairs: Any = ()) -> dict:
     result = {}
     for pair in _need(pairs, list | tuple, "the content of an ordered dictionary"):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)):
-            raise UnsafeFileError("an ordered dictionary holds something else than pairs of name and value")
+        if not (
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str | int)
+        ):
+            raise UnsafeFileError(
+                "an ordered dictionary holds something else than pairs of name and value"
+            )
         result[scalar(pair[0])] = pair[1]
     return result
 
@@ -243,7 +288,9 @@ def _set_of(items: Any = ()) -> set:
 
 
 def _persistent_object(meta: Any) -> Module:
-    """NVIDIA's persistence record: its `module_src` (Python source that the original executes) is dropped unread."""
+    """NVIDIA's persistence record: its `module_src` (Python source that the original executes) is
+    dropped unread.
+    """
     meta = _need(meta, dict, "a persistence record")
     if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
         raise UnsafeFileError("a persistence record does not describe a class")
@@ -254,7 +301,9 @@ def _persistent_object(meta: Any) -> Module:
 
 
 def _numpy_dtype(code: Any, *_: Any) -> NumpyType:
-    if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248]|c8|c16|b1|\?)", code):
+    if not isinstance(code, str) or not re.fullmatch(
+        r"[<>|=]?([iu][1248]|f[248]|c8|c16|b1|\?)", code
+    ):
         raise UnsafeFileError(f"the numpy type {quote(code)} is not a plain number")
     return NumpyType(np.dtype(code))
 
@@ -284,7 +333,9 @@ def _device(*parts: Any) -> str:
     return ":".join(str(part)[:16] for part in parts)
 
 
-def _calls(load_nested: Callable[[Any], Storage]) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
+def _calls(
+    load_nested: Callable[[Any], Storage],
+) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
     """Full name -> (what stands for the call, whether the name is a class)."""
     plain: dict[str, Callable[..., Any] | None] = {
         "torch._utils._rebuild_tensor": _tensor,
@@ -324,10 +375,14 @@ def _list(values: Any, *_: Any) -> Any:
     return values
 
 
-def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) -> Callable[[str, str], Global]:
-    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a `_load_from_bytes` call.
+def admit_with(
+    load_nested: Callable[[Any], Storage], scripted: bool = False
+) -> Callable[[str, str], Global]:
+    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a
+    `_load_from_bytes` call.
 
-    scripted: the file is a TorchScript archive, so classes of its program are admitted, as names of inert records.
+    scripted: the file is a TorchScript archive, so classes of its program are admitted, as names of
+      inert records.
     """
     calls = _calls(load_nested)
 
@@ -347,6 +402,8 @@ def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) ->
             return Global(full, lambda *_: ScriptModule(leaf, {}), True)
         if scripted and _LIST.fullmatch(full):
             return Global(full, _list, False)
-        raise UnsafeFileError(f"it names {quote(full)}, which is not among the constructors of tensors")
+        raise UnsafeFileError(
+            f"it names {quote(full)}, which is not among the constructors of tensors"
+        )
 
     return admit

@@ -1,11 +1,13 @@
 """Reads PyTorch checkpoints without PyTorch and without running anything that a file contains.
 
-Five layouts, told apart by their first bytes: torch.save's zip archive (torch >= 1.6; of a TorchScript archive the
-weights, never the program) and its older stream of pickles, plain pickles (EDM's network-snapshot-*.pkl, whose official
-reader executes Python source found inside), and safetensors. All go through restricted_pickle, so the worst that a
-hostile file can do is to be refused. Bytes are mapped, not loaded; every declared size is compared with the real one
-before an array is made. What parsing copies and all arrays together may take at most 4 times the file's size + 16 MiB,
-beside about 200 bytes an instruction of a pickle, of which a file may have a million (restricted_pickle.Budget).
+Five layouts, told apart by their first bytes: torch.save's zip archive (torch >= 1.6; of a
+TorchScript archive the weights, never the program) and its older stream of pickles, plain pickles
+(EDM's network-snapshot-*.pkl, whose official reader executes Python source found inside), and
+safetensors. All go through restricted_pickle, so the worst that a hostile file can do is to be
+refused. Bytes are mapped, not loaded; every declared size is compared with the real one before an
+array is made. What parsing copies and all arrays together may take at most 4 times the file's size
++ 16 MiB, beside about 200 bytes an instruction of a pickle, of which a file may have a million
+(restricted_pickle.Budget).
 """
 
 import contextlib
@@ -26,7 +28,16 @@ import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.interop.restricted_pickle import Budget, UnsafeFileError, load, quote
-from ogdm_jax.interop.torch_records import DTYPES, MAX_COUNT, Module, NumpyArray, Storage, Tensor, admit_with, shape_of
+from ogdm_jax.interop.torch_records import (
+    DTYPES,
+    MAX_COUNT,
+    Module,
+    NumpyArray,
+    Storage,
+    Tensor,
+    admit_with,
+    shape_of,
+)
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
@@ -34,15 +45,38 @@ MAX_ENTRIES = 50_000
 MAX_DEPTH = 64
 MAX_NAME = 512  # characters of a tensor's, module's or archive member's name
 MAX_HEADER = 8 << 20
-_PER_MEMBER, _PER_VALUE = 16, 128  # memory, at most: of a zip directory per byte of it, of parsed JSON per value
+_PER_MEMBER, _PER_VALUE = (
+    16,
+    128,
+)  # memory, at most: of a zip directory per byte of it, of parsed JSON per value
 # Where a checkpoint of several parts keeps the weights to use: averaged ones first.
-PREFERRED = ("ema", "ema_model", "params_ema", "state_dict", "model_state_dict", "model", "net", "network")
+PREFERRED = (
+    "ema",
+    "ema_model",
+    "params_ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+)
 _SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "BOOL": "bool",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+}
 Leaf = Tensor | NumpyArray
 
 
@@ -57,13 +91,16 @@ class TorchFile:
 
 
 def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by their PyTorch names; types as stored (bfloat16 through ml_dtypes), memory order C.
+    """The tensors of a checkpoint by their PyTorch names; types as stored (bfloat16 through
+    ml_dtypes), memory order C.
 
-    Reads `.pt`/`.pth` state dicts of any torch version since 0.4, `.safetensors`, EDM's `network-snapshot-*.pkl` (its
-    `ema`) and `training-state-*.pt` (its `net`, without the optimiser). entry names the part to read where a file has
-    several; without it averaged weights come first (see PREFERRED). Tensors that share one storage and layout come
-    back as one array. Nothing from the file is executed; a file that would need it, or whose sizes contradict each
-    other, raises UnsafeFileError (a ValueError) with one sentence naming the file and the reason. Needs no torch.
+    Reads `.pt`/`.pth` state dicts of any torch version since 0.4, `.safetensors`, EDM's
+    `network-snapshot-*.pkl` (its `ema`) and `training-state-*.pt` (its `net`, without the
+    optimiser). entry names the part to read where a file has several; without it averaged weights
+    come first (see PREFERRED). Tensors that share one storage and layout come back as one array.
+    Nothing from the file is executed; a file that would need it, or whose sizes contradict each
+    other, raises UnsafeFileError (a ValueError) with one sentence naming the file and the reason.
+    Needs no torch.
     """
     return tensors(open_torch(path), entry)
 
@@ -82,7 +119,9 @@ def _naming(path: Path) -> Iterator[None]:
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error.__cause__
     except MemoryError as error:
-        raise UnsafeFileError(f"{path}: cannot be read: it needs more memory than there is.") from error
+        raise UnsafeFileError(
+            f"{path}: cannot be read: it needs more memory than there is."
+        ) from error
 
 
 def open_torch(path: str | os.PathLike) -> TorchFile:
@@ -103,8 +142,8 @@ def open_torch(path: str | os.PathLike) -> TorchFile:
 def _parse(data: memoryview, handle: Any, budget: Budget) -> tuple[str, Any]:
     if data[:4] == b"PK\x03\x04":
         return "zip", _read_zip(data, handle, budget)
-    # Before pickles, whose first byte 0x80 may be that of a header's length. No pickle passes: its bytes 5 to 7 are not
-    # all 0 in front of a brace unless a length in it exceeds the file.
+    # Before pickles, whose first byte 0x80 may be that of a header's length. No pickle passes: its
+    # bytes 5 to 7 are not all 0 in front of a brace unless a length in it exceeds the file.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
         return "safetensors", _read_safetensors(data, budget)
     if data[0] == 0x80:
@@ -123,7 +162,9 @@ def _parse(data: memoryview, handle: Any, budget: Budget) -> tuple[str, Any]:
 
 
 class _Charged:
-    """A file whose reads are charged: zipfile reads the directory at once and makes an object of every entry."""
+    """A file whose reads are charged: zipfile reads the directory at once and makes an object of
+    every entry.
+    """
 
     def __init__(self, handle: Any, budget: Budget):
         self.seek, self.tell, self._handle, self._budget = handle.seek, handle.tell, handle, budget
@@ -143,29 +184,44 @@ def _members(data: memoryview, handle: Any, budget: Budget) -> dict[str, memoryv
     except UnsafeFileError:
         raise
     except Exception as error:  # the directory parser raises many kinds; all mean the same here
-        raise UnsafeFileError(f"its zip directory is damaged or truncated ({quote(str(error))})") from error
+        raise UnsafeFileError(
+            f"its zip directory is damaged or truncated ({quote(str(error))})"
+        ) from error
     if sum(info.compress_size for info in infos) > len(data):  # before any is read
         raise UnsafeFileError("its members overlap: together they are longer than the file")
     found: dict[str, memoryview] = {}
     for info in infos:
         name = info.filename
         if len(name) > MAX_NAME:
-            raise UnsafeFileError(f"its member {quote(name)} has a name of more than {MAX_NAME} characters")
-        if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name.split("/")[0]:
+            raise UnsafeFileError(
+                f"its member {quote(name)} has a name of more than {MAX_NAME} characters"
+            )
+        if (
+            name.startswith("/")
+            or "\\" in name
+            or ".." in name.split("/")
+            or ":" in name.split("/")[0]
+        ):
             raise UnsafeFileError(f"its member {quote(name)} points outside the archive")
         if name in found:
             raise UnsafeFileError(f"its member {quote(name)} occurs twice")
         if re.match(r"[^/]+/code/", name):
             continue
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise UnsafeFileError(f"its member {quote(name)} is compressed, which torch.save never does")
+            raise UnsafeFileError(
+                f"its member {quote(name)} is compressed, which torch.save never does"
+            )
         if info.flag_bits & 0x1:
             raise UnsafeFileError(f"its member {quote(name)} is encrypted")
         start = info.header_offset
         header = data[start : start + 30]
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise UnsafeFileError(f"its member {quote(name)} has no header where the directory says")
-        start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            raise UnsafeFileError(
+                f"its member {quote(name)} has no header where the directory says"
+            )
+        start += (
+            30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        )
         if info.file_size > len(data) - start:
             raise UnsafeFileError(f"its member {quote(name)} is declared longer than the file")
         found[name] = data[start : start + info.file_size]
@@ -178,7 +234,9 @@ def _read_zip(data: memoryview, handle: Any, budget: Budget) -> Any:
     members = _members(data, handle, budget)
     pickles = [name for name in members if re.fullmatch(r"[^/]*/data\.pkl|data\.pkl", name)]
     if len(pickles) != 1:
-        raise UnsafeFileError(f"it is a zip archive with {len(pickles)} data.pkl members, where torch.save writes one")
+        raise UnsafeFileError(
+            f"it is a zip archive with {len(pickles)} data.pkl members, where torch.save writes one"
+        )
     prefix = pickles[0].removesuffix("data.pkl")
     scripted = f"{prefix}constants.pkl" in members
     order = bytes(members.get(f"{prefix}byteorder", b"little"))
@@ -194,7 +252,9 @@ def _read_zip(data: memoryview, handle: Any, budget: Budget) -> Any:
         if key not in storages:
             storages[key] = Storage(kind.dtype, count, content, ">" if order == b"big" else "<")
         if (storages[key].dtype, storages[key].count) != (kind.dtype, count):
-            raise UnsafeFileError(f"its storage {quote(key)} is declared twice with different sizes")
+            raise UnsafeFileError(
+                f"its storage {quote(key)} is declared twice with different sizes"
+            )
         return storages[key]
 
     root = _load_all(members[pickles[0]], budget, persistent, scripted)
@@ -203,7 +263,9 @@ def _read_zip(data: memoryview, handle: Any, budget: Budget) -> Any:
     return root
 
 
-def _load_all(data: memoryview, budget: Budget, persistent: Any = None, scripted: bool = False) -> Any:
+def _load_all(
+    data: memoryview, budget: Budget, persistent: Any = None, scripted: bool = False
+) -> Any:
     admit = admit_with(functools.partial(_read_nested, budget), scripted)
     root, end = load(data, 0, admit, budget, persistent)
     _expect_end(data, end)
@@ -220,7 +282,9 @@ def _reference(reference: Any) -> tuple[Storage, str, int]:
     if not good or not isinstance(reference[1], Storage) or not isinstance(reference[2], str):
         raise UnsafeFileError("its pickle refers to something else than a storage")
     if len(reference[2]) > MAX_NAME:
-        raise UnsafeFileError(f"its storage {quote(reference[2])} has a key of more than {MAX_NAME} characters")
+        raise UnsafeFileError(
+            f"its storage {quote(reference[2])} has a key of more than {MAX_NAME} characters"
+        )
     count = reference[4]
     if type(count) is not int or not 0 <= count < 2**48:
         raise UnsafeFileError(f"its storage {quote(reference[2])} has no sensible size")
@@ -238,7 +302,9 @@ def _read_pickles(data: memoryview, budget: Budget) -> tuple[str, Any]:
 
 
 def _read_nested(budget: Budget, data: Any) -> Storage:
-    """The torch file inside a pickled tensor: a legacy stream that holds one storage and nothing nested further."""
+    """The torch file inside a pickled tensor: a legacy stream that holds one storage and nothing
+    nested further.
+    """
     if not isinstance(data, memoryview | bytes):
         raise UnsafeFileError("a nested storage is not a byte string")
 
@@ -252,7 +318,9 @@ def _read_nested(budget: Budget, data: Any) -> Storage:
 
 
 def _read_legacy(data: memoryview, budget: Budget, nested: Any) -> Any:
-    """Five pickles (magic, version, system, object, list of storage keys); then per key its count and numbers."""
+    """Five pickles (magic, version, system, object, list of storage keys); then per key its count
+    and numbers.
+    """
     admit = admit_with(nested)
     magic, at = load(data, 0, admit, budget)
     version, at = load(data, at, admit, budget)
@@ -265,29 +333,40 @@ def _read_legacy(data: memoryview, budget: Budget, nested: Any) -> Any:
 
     def persistent(reference: Any) -> Any:
         if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module":
-            return reference[
-                1
-            ]  # (a class, its file, its source): the class was admitted by name, the source is dropped
+            # (a class, its file, its source): the class was admitted by name, the source is dropped
+            return reference[1]
         kind, key, count = _reference(reference)
         root = roots.setdefault(key, Storage(kind.dtype, count, None, order))
         if (root.dtype, root.count) != (kind.dtype, count):
-            raise UnsafeFileError(f"its storage {quote(key)} is declared twice with different sizes")
+            raise UnsafeFileError(
+                f"its storage {quote(key)} is declared twice with different sizes"
+            )
         view = reference[5] if len(reference) > 5 else None
         if view is None:
             return root
-        if not (isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:])):
+        if not (
+            isinstance(view, tuple)
+            and len(view) == 3
+            and all(type(n) is int and n >= 0 for n in view[1:])
+        ):
             raise UnsafeFileError(f"its storage {quote(key)} is viewed in an unknown way")
         views.append((Storage(kind.dtype, view[2], None, order), key, view[1]))
         return views[-1][0]
 
     content, at = load(data, at, admit, budget, persistent)
     keys, at = load(data, at, admit, budget)
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(roots):
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or sorted(keys) != sorted(roots)
+    ):
         raise UnsafeFileError("its list of storages does not match the storages in use")
     for key in keys:
         root = roots[key]
         if len(data) - at < 8 or int.from_bytes(data[at : at + 8], "little") != root.count:
-            raise UnsafeFileError(f"its storage {quote(key)} is missing or has another size than declared")
+            raise UnsafeFileError(
+                f"its storage {quote(key)} is missing or has another size than declared"
+            )
         root.data = data[at + 8 : at + 8 + root.count * root.dtype.itemsize]
         at += 8 + root.count * root.dtype.itemsize
         if at > len(data):
@@ -301,7 +380,8 @@ def _read_legacy(data: memoryview, budget: Budget, nested: Any) -> Any:
     return content
 
 
-# safetensors: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the numbers
+# safetensors: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, the
+# numbers
 
 
 def _read_safetensors(data: memoryview, budget: Budget) -> dict[str, Tensor]:
@@ -326,16 +406,27 @@ def _read_safetensors(data: memoryview, budget: Budget) -> dict[str, Tensor]:
     body, result, spans = data[8 + length :], {}, []
     for name, item in header.items():
         try:
-            dtype, shape, (begin, end) = DTYPES[_SAFETENSORS[item["dtype"]]], item["shape"], item["data_offsets"]
+            dtype, shape, (begin, end) = (
+                DTYPES[_SAFETENSORS[item["dtype"]]],
+                item["shape"],
+                item["data_offsets"],
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise UnsafeFileError(f"the header of {quote(name)} lacks a known dtype, shape or data_offsets") from error
-        if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < MAX_COUNT for n in (*shape, begin, end))):
+            raise UnsafeFileError(
+                f"the header of {quote(name)} lacks a known dtype, shape or data_offsets"
+            ) from error
+        if not (
+            isinstance(shape, list)
+            and all(type(n) is int and 0 <= n < MAX_COUNT for n in (*shape, begin, end))
+        ):
             raise UnsafeFileError(f"the header of {quote(name)} holds impossible sizes")
         shape = shape_of(shape)
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         count = math.prod(shape)
         if not begin <= end <= len(body) or end - begin != count * dtype.itemsize:
-            raise UnsafeFileError(f"{quote(name)} of shape {shape} does not fit its data_offsets ({begin}, {end})")
+            raise UnsafeFileError(
+                f"{quote(name)} of shape {shape} does not fit its data_offsets ({begin}, {end})"
+            )
         result[name] = Tensor(Storage(dtype, count, body[begin:end]), 0, shape, strides, dtype)
         spans.append((begin, end))
     position = 0
@@ -352,16 +443,22 @@ def _read_safetensors(data: memoryview, budget: Budget) -> dict[str, Tensor]:
 
 
 def select(root: Any, entry: str | None = None) -> Module | dict:
-    """The part of a parsed file that holds the weights: a module, or a dictionary with tensors in it."""
+    """The part of a parsed file that holds the weights: a module, or a dictionary with tensors in
+    it.
+    """
     if entry is not None:
         if not isinstance(root, dict) or not _holds_tensors(root.get(entry)):
-            raise UnsafeFileError(f"it has no part {quote(entry)} with tensors (there is: {_listing(root)})")
+            raise UnsafeFileError(
+                f"it has no part {quote(entry)} with tensors (there is: {_listing(root)})"
+            )
         return root[entry]
     if _holds_tensors(root):
         return root
     parts = {}
     if isinstance(root, dict):
-        distinct = {id(value): value for value in root.values()}  # a file can name one part many times
+        distinct = {
+            id(value): value for value in root.values()
+        }  # a file can name one part many times
         holding = {place for place, value in distinct.items() if _holds_tensors(value)}
         parts = {key: value for key, value in root.items() if id(value) in holding}
     for key in PREFERRED:
@@ -369,7 +466,11 @@ def select(root: Any, entry: str | None = None) -> Module | dict:
             return parts[key]
     if len(parts) == 1:
         return next(iter(parts.values()))
-    reason = "several parts with tensors, choose one with entry=..." if parts else "no dictionary of tensors"
+    reason = (
+        "several parts with tensors, choose one with entry=..."
+        if parts
+        else "no dictionary of tensors"
+    )
     raise UnsafeFileError(f"it holds {reason} (there is: {_listing(parts or root)})")
 
 
@@ -386,12 +487,16 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def leaves(part: Module | dict) -> Iterator[tuple[str, Leaf]]:
-    """(name, tensor) in PyTorch's state_dict order: a module's parameters, buffers that persist, then its children."""
+    """(name, tensor) in PyTorch's state_dict order: a module's parameters, buffers that persist,
+    then its children.
+    """
     if isinstance(part, dict):
         for name, value in part.items():
             if isinstance(value, Leaf):
                 if not isinstance(name, str) or len(name) > MAX_NAME:
-                    raise UnsafeFileError(f"a tensor is named by a {quote(name)}, no text of {MAX_NAME} letters")
+                    raise UnsafeFileError(
+                        f"a tensor is named by a {quote(name)}, no text of {MAX_NAME} letters"
+                    )
                 yield name, value
         return
     seen = 0  # modules and what they name: shared ones count each time, as their tensors would
@@ -402,11 +507,17 @@ def leaves(part: Module | dict) -> Iterator[tuple[str, Leaf]]:
         groups = {group: _named(module, group) for group in ("_parameters", "_buffers", "_modules")}
         seen += 1 + sum(map(len, groups.values()))
         if seen > MAX_ENTRIES or depth > MAX_DEPTH:
-            raise UnsafeFileError(f"its modules are nested too deeply or in a circle, or more than {MAX_ENTRIES}")
+            raise UnsafeFileError(
+                f"its modules are nested too deeply or in a circle, or more than {MAX_ENTRIES}"
+            )
         for group, items in groups.items():
-            if not all(isinstance(name, str) and len(prefix) + len(name) <= MAX_NAME for name in items):
+            if not all(
+                isinstance(name, str) and len(prefix) + len(name) <= MAX_NAME for name in items
+            ):
                 what = f"of at most {MAX_NAME} letters"
-                raise UnsafeFileError(f"the {group} of {quote(module.name)} are not a dictionary by name {what}")
+                raise UnsafeFileError(
+                    f"the {group} of {quote(module.name)} are not a dictionary by name {what}"
+                )
         skipped = module.state.get("_non_persistent_buffers_set")
         for group in ("_parameters", "_buffers"):
             for name, value in groups[group].items():
@@ -414,7 +525,11 @@ def leaves(part: Module | dict) -> Iterator[tuple[str, Leaf]]:
                     group == "_buffers" and isinstance(skipped, set) and name in skipped
                 ):
                     yield f"{prefix}{name}", value
-        children = [(prefix, name, c, depth + 1) for name, c in groups["_modules"].items() if isinstance(c, Module)]
+        children = [
+            (prefix, name, c, depth + 1)
+            for name, c in groups["_modules"].items()
+            if isinstance(c, Module)
+        ]
         pending.extend(reversed(children))
 
 

@@ -1,9 +1,11 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), also within a limited interval (arXiv 2404.07724).
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), also within a limited interval
+(arXiv 2404.07724).
 
     D_w(x, sigma, y) = D(x, sigma, -) + w (D(x, sigma, y) - D(x, sigma, -))
 
-for a denoiser trained with label dropout (config.data.label_dropout > 0). w = 1 is the conditional model, w = 0 the
-unconditional one; the papers also write 1 + w or s for it. Outside the interval the conditional model answers alone.
+for a denoiser trained with label dropout (config.data.label_dropout > 0). w = 1 is the conditional
+model, w = 0 the unconditional one; the papers also write 1 + w or s for it. Outside the interval
+the conditional model answers alone.
 """
 
 from typing import Any
@@ -14,39 +16,50 @@ import numpy as np
 
 from ogdm_jax.diffusion.precondition import hand_on
 from ogdm_jax.diffusion.steps import per_example
-from ogdm_jax.methods.slots import Guidance
+from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 
-def guide(denoise: Denoise, weight: Any = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")) -> Denoise:
+def guide(
+    denoise: Denoise, weight: Any = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")
+) -> Denoise:
     """The denoiser under classifier-free guidance where sigma_min <= sigma <= sigma_max.
 
-    Both evaluations run as one batch of twice the size; outside the interval (a real branch, where every example is
-    outside) there is only one.
+    Both evaluations run as one batch of twice the size; outside the interval (a real branch, where
+    every example is outside) there is only one.
 
     Args:
-      denoise: trained with label dropout. Its `corrector` is guided too; its range of levels, rounding and learned
-        variance (that of the given labels) are handed on. Under `dg.guide` is the published order; over it, the log
-        ratio is asked for the label -1 as well.
+      denoise: trained with label dropout. Its `corrector` is guided too; its range of levels,
+        rounding and learned variance (that of the given labels) are handed on. Under `dg.guide` is
+        the published order; over it, the log ratio is asked for the label -1 as well.
       weight: w above; a number or an array.
-      sigma_min, sigma_max: the interval, per example; 2404.07724 finds 0.28 to 2.9 best on ImageNet-512.
+      sigma_min, sigma_max: the interval, per example; 2404.07724 finds 0.28 to 2.9 best on
+        ImageNet-512.
 
     Raises:
       ValueError: an empty interval; at the call, no labels.
     """
     if not sigma_min <= sigma_max:
-        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max")
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
+        )
     if isinstance(weight, int | float) and weight == 1:
         return denoise
 
     def guided(x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
         if label is None:
-            raise ValueError("label=None; classifier-free guidance expects labels of a conditional denoiser")
+            raise ValueError(
+                "label=None; classifier-free guidance expects labels of a conditional denoiser"
+            )
         active = (sigma >= sigma_min) & (sigma <= sigma_max)
 
         def both() -> Array:
-            none = jnp.full_like(label, -1) if jnp.issubdtype(label.dtype, jnp.integer) else jnp.zeros_like(label)
-            twice = lambda v: jnp.concatenate([v, v]) if hasattr(v, "shape") and v.shape else v  # noqa: E731
+            none = (
+                jnp.full_like(label, -1)
+                if jnp.issubdtype(label.dtype, jnp.integer)
+                else jnp.zeros_like(label)
+            )
+            twice = lambda v: jnp.concatenate([v, v]) if hasattr(v, "shape") and v.shape else v
             more = {name: twice(value) for name, value in extra.items()}
             out = denoise(twice(x), twice(sigma), jnp.concatenate([label, none]), **more)
             conditional, plain = jnp.split(out, 2)
@@ -63,11 +76,17 @@ def guide(denoise: Denoise, weight: Any = 1.5, sigma_min: float = 0.0, sigma_max
     return hand_on(denoise, guided)
 
 
-def guidance(weight: float = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")) -> Guidance:
-    """Classifier-free guidance as one sampling method; the weight is an array, so another one compiles nothing."""
+def guidance(
+    weight: float = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")
+) -> Guidance:
+    """Classifier-free guidance as one sampling method; the weight is an array, so another one
+    compiles nothing.
+    """
 
     def shift(denoise: Denoise, frozen: PyTree) -> Denoise:
         return guide(denoise, frozen["weight"], sigma_min, sigma_max)
 
-    guide(lambda x, sigma, label=None: x, weight, sigma_min, sigma_max)  # refuses a bad interval here
+    guide(
+        lambda x, sigma, label=None: x, weight, sigma_min, sigma_max
+    )  # refuses a bad interval here
     return Guidance(name="cfg", shift=shift, frozen={"weight": np.float32(weight)})

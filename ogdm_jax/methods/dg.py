@@ -1,14 +1,17 @@
-"""Discriminator guidance: a trained score is corrected by the gradient of a real-against-generated log ratio.
+"""Discriminator guidance: a trained score is corrected by the gradient of a real-against-generated
+log ratio.
 
-DG (Kim et al., arXiv 2211.17091) trains a classifier d(x, t) of noisy real images against noisy samples of a finished
-model. At the optimum its logit is log p_data(x; t) - log p_model(x; t), whose gradient c is what the model's score
-lacks. For x = x0 + sigma eps the corrected score s + w c is, by Tweedie's formula, the denoiser
+DG (Kim et al., arXiv 2211.17091) trains a classifier d(x, t) of noisy real images against noisy
+samples of a finished model. At the optimum its logit is log p_data(x; t) - log p_model(x; t), whose
+gradient c is what the model's score lacks. For x = x0 + sigma eps the corrected score s + w c is,
+by Tweedie's formula, the denoiser
 
     D'(x, sigma) = D(x, sigma) + w sigma^2 c(x, sigma),     c = grad_x log_ratio(x, sigma)
 
-so one decorator, `guide`, serves every solver. This is not OGDM's discriminator (methods/ogdm.py), which is trained
-beside the denoiser on sampler steps and is gone after training; DG's is trained afterwards by
-`ogdm_jax.training.discriminator`, belongs to one checkpoint and one sampler, and acts only while sampling.
+so one decorator, `guide`, serves every solver. This is not OGDM's discriminator (methods/ogdm.py),
+which is trained beside the denoiser on sampler steps and is gone after training; DG's is trained
+afterwards by `ogdm_jax.discriminator.training`, belongs to one checkpoint and one sampler, and acts
+only while sampling.
 
 | also written as | with c taken where | form |
 |---|---|---|
@@ -26,32 +29,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion.churn import Churn, Info
 from ogdm_jax.diffusion.precondition import hand_on
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
-from ogdm_jax.methods.slots import Guidance
+from ogdm_jax.methods.contract import Guidance
+from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
-CLOCK = VP()  # linear beta from 0.1 to 20: the clock on which the authors' discriminators are trained and used
+CLOCK = (
+    VP()
+)  # linear beta from 0.1 to 20: the clock on which the authors' discriminators are trained and used
 COSINE_S = 0.008
 CLOCKS = ("vp", "cosine")
 
-# Published settings (spec: the authors' defaults and README; ffhq64 and imagenet64 are of a third party). A weight on
-# the predictor alone acts like half of it as steps grow; `second` guides both evaluations and is the consistent choice.
+# Published settings (spec: the authors' defaults and README; ffhq64 and imagenet64 are of a third
+# party). A weight on the predictor alone acts like half of it as steps grow; `second` guides both
+# evaluations and is the consistent choice.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {"weight": 2.0, "corrector_weight": 0.0, "time_min": 0.01},
-    "cifar10_conditional": {"weight": 1.0, "corrector_weight": 0.0, "time_min": 0.01, "boost": True},
-    "ffhq64": {"weight": 1.0, "corrector_weight": 0.0, "time_min": 0.01, "boost": True, "boost_churn": 0.0},
-    "imagenet64": {"weight": 1.1, "corrector_weight": 0.0, "time_min": 0.01, "boost": True, "boost_churn": 0.0},
+    "cifar10_conditional": {
+        "weight": 1.0,
+        "corrector_weight": 0.0,
+        "time_min": 0.01,
+        "boost": True,
+    },
+    "ffhq64": {
+        "weight": 1.0,
+        "corrector_weight": 0.0,
+        "time_min": 0.01,
+        "boost": True,
+        "boost_churn": 0.0,
+    },
+    "imagenet64": {
+        "weight": 1.1,
+        "corrector_weight": 0.0,
+        "time_min": 0.01,
+        "boost": True,
+        "boost_churn": 0.0,
+    },
     "second": {"weight": 1.0, "corrector_weight": 1.0, "time_min": 0.01},
 }
 
 
 def vp_time(sigma):
-    """t in [0, 1] of the linear VP process at which noise over signal is sigma: the inverse of sqrt(exp(B(t)) - 1).
+    """t in [0, 1] of the linear VP process at which noise over signal is sigma: the inverse of
+    sqrt(exp(B(t)) - 1).
 
-    B(t) = 0.1 t + 19.9 t^2 / 2. sigma 0.044688 -> 0.01, 1 -> 0.25896, 80 -> 0.933511. Any shape; NumPy or JAX.
+    B(t) = 0.1 t + 19.9 t^2 / 2. sigma 0.044688 -> 0.01, 1 -> 0.25896, 80 -> 0.933511. Any shape;
+    NumPy or JAX.
     """
     return CLOCK.time(sigma)
 
@@ -67,10 +92,12 @@ def vp_sigma(t):
 
 
 def cosine_time(t):
-    """The time of the cosine schedule (s = 0.008) with the signal-to-noise ratio of time t on the linear one.
+    """The time of the cosine schedule (s = 0.008) with the signal-to-noise ratio of time t on the
+    linear one.
 
-    OpenAI's 64-pixel classifier was trained on the cosine clock: discriminators over it are asked at this time, in
-    training too (the authors' sampling code converts, their training code does not).
+    OpenAI's 64-pixel classifier was trained on the cosine clock: discriminators over it are asked
+    at this time, in training too (the authors' sampling code converts, their training code does
+    not).
     """
     xp = jnp if isinstance(t, jax.Array) else np
     start = np.cos(COSINE_S / (1 + COSINE_S) * np.pi / 2)
@@ -78,10 +105,12 @@ def cosine_time(t):
 
 
 def training_sigma(u, t_min: float = 1e-5, importance: bool = True):
-    """Noise level of a uniform number u in [0, 1): log-uniform between sigma(t_min) = 0.001 and sigma(1) = 152.
+    """Noise level of a uniform number u in [0, 1): log-uniform between sigma(t_min) = 0.001 and
+    sigma(1) = 152.
 
-    The density g^2 / s^2 of time in the authors' importance sampling is uniform in log sigma, so no antiderivative is
-    needed (theirs loses the smallest times in float32). importance=False: uniform time on [t_min, 1].
+    The density g^2 / s^2 of time in the authors' importance sampling is uniform in log sigma, so no
+    antiderivative is needed (theirs loses the smallest times in float32). importance=False: uniform
+    time on [t_min, 1].
     """
     if not importance:
         return vp_sigma(t_min + (1 - t_min) * u)
@@ -94,8 +123,9 @@ def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp"
 
     Args:
       logit: (x_vp [B,...], time [B] in [0, 1], label) -> [B]; x_vp = x / sqrt(1 + sigma^2).
-      clip: the probability is clipped to [clip, 1 - clip], as the authors do: where |logit| is above 11.5 the gradient
-        is 0, because a saturated discriminator points nowhere. 0: no clipping.
+      clip: the probability is clipped to [clip, 1 - clip], as the authors do: where |logit| is
+        above 11.5 the gradient is 0, because a saturated discriminator points nowhere. 0: no
+          clipping.
       clock: "vp", or "cosine" (see cosine_time).
 
     Raises:
@@ -118,8 +148,12 @@ def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp"
     return ratio
 
 
-def correction(log_ratio: LogRatio, x: Array, sigma: Array, label: Array | None = None) -> tuple[Array, Array]:
-    """(sigma^2 c like x, log ratio [B]): what weight 1 adds to the denoised image. One backward pass to x."""
+def correction(
+    log_ratio: LogRatio, x: Array, sigma: Array, label: Array | None = None
+) -> tuple[Array, Array]:
+    """(sigma^2 c like x, log ratio [B]): what weight 1 adds to the denoised image. One backward
+    pass to x.
+    """
 
     def total(x: Array) -> tuple[Array, Array]:
         value = log_ratio(x, sigma, label)
@@ -138,42 +172,53 @@ def guide(
     corrector_weight: Any = None,
     gating: str = "example",
 ) -> Denoise:
-    """D'(x, sigma) = D(x, sigma) + w sigma^2 grad_x log_ratio(x, sigma) where sigma_min <= sigma <= sigma_max.
+    """D'(x, sigma) = D(x, sigma) + w sigma^2 grad_x log_ratio(x, sigma) where sigma_min <= sigma <=
+    sigma_max.
 
-    arXiv 2211.17091, adjusted score s + w c, in the denoiser's form. Outside the window the discriminator is not
-    evaluated at all (a real branch, where all examples are outside).
+    arXiv 2211.17091, adjusted score s + w c, in the denoiser's form. Outside the window the
+    discriminator is not evaluated at all (a real branch, where all examples are outside).
 
     Args:
-      denoise: the denoiser; a classifier-free-guided one is fine, and so is one guided by another discriminator. Its
-        sigma_min, sigma_max (range of levels), round_sigma and with_variance are handed on; its `corrector` is guided
-        too.
-      log_ratio: (x, sigma [B], label) -> [B], log p_data - log p_model (see `log_ratio`, or any closed form).
-      weight: number, array (traced ones can change without a new compilation), or function of sigma [B].
-      sigma_min, sigma_max: window of guided levels, per example. The authors' time_min = 0.01 is 0.044688.
-      corrector_weight: for Heun's second evaluation; None = weight. The authors publish 2 and 0. Their code raises an
-        IndexError for any second weight but 0; here it is evaluated where Heun does, at (x', sigma').
-      gating: "example"; "batch" is the authors' rule, by the smallest level of the batch (differs only under churn).
+      denoise: the denoiser; a classifier-free-guided one is fine, and so is one guided by another
+        discriminator. Its sigma_min, sigma_max (range of levels), round_sigma and with_variance are
+        handed on; its `corrector` is guided too.
+      log_ratio: (x, sigma [B], label) -> [B], log p_data - log p_model (see `log_ratio`, or any
+        closed form).
+      weight: number, array (traced ones can change without a new compilation), or function of sigma
+        [B].
+      sigma_min, sigma_max: window of guided levels, per example. The authors' time_min = 0.01 is
+        0.044688.
+      corrector_weight: for Heun's second evaluation; None = weight. The authors publish 2 and 0.
+        Their code raises an IndexError for any second weight but 0; here it is evaluated where Heun
+        does, at (x', sigma').
+      gating: "example"; "batch" is the authors' rule, by the smallest level of the batch (differs
+        only under churn).
 
     Returns:
-      The guided denoiser. Derivatives of it are those of `denoise`: the correction is a constant to them. Its
-      `parts(x, sigma, label)` -> (x0_hat, shift, log ratio [B]) are what `Boost` needs.
+      The guided denoiser. Derivatives of it are those of `denoise`: the correction is a constant to
+      them. Its `parts(x, sigma, label)` -> (x0_hat, shift, log ratio [B]) are what `Boost` needs.
 
     Raises:
       ValueError: an empty window or an unknown gating.
     """
     if not sigma_min <= sigma_max:
-        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max")
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
+        )
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
     window = (sigma_min, sigma_max, gating)
     guided = hand_on(denoise, _guided(denoise, log_ratio, weight, window))
     base = getattr(denoise, "corrector", denoise)
     if corrector_weight is None and base is denoise:
-        return guided  # one denoiser for both evaluations; a corrector that is itself would let decorators recurse
+        # one denoiser for both evaluations; a corrector that is itself would let decorators recurse
+        return guided
     second_weight = weight if corrector_weight is None else corrector_weight
     if _is_zero(weight) and _is_zero(second_weight):
         return denoise
-    guided.corrector = base if _is_zero(second_weight) else _guided(base, log_ratio, second_weight, window)
+    guided.corrector = (
+        base if _is_zero(second_weight) else _guided(base, log_ratio, second_weight, window)
+    )
     return guided
 
 
@@ -181,18 +226,24 @@ def _is_zero(weight: Any) -> bool:
     return isinstance(weight, int | float) and weight == 0
 
 
-def _guided(denoise: Denoise, log_ratio: LogRatio, weight: Any, window: tuple[float, float, str]) -> Denoise:
+def _guided(
+    denoise: Denoise, log_ratio: LogRatio, weight: Any, window: tuple[float, float, str]
+) -> Denoise:
     low, high, gating = window
 
-    def parts(x: Array, sigma: Array, label: Array | None = None, **extra) -> tuple[Array, Array, Array]:
+    def parts(
+        x: Array, sigma: Array, label: Array | None = None, **extra
+    ) -> tuple[Array, Array, Array]:
         x0_hat = denoise(x, sigma, label, **extra)
-        w = jnp.broadcast_to(jnp.asarray(weight(sigma) if callable(weight) else weight, sigma.dtype), sigma.shape)
+        w = jnp.broadcast_to(
+            jnp.asarray(weight(sigma) if callable(weight) else weight, sigma.dtype), sigma.shape
+        )
         level = jnp.full_like(sigma, jnp.min(sigma)) if gating == "batch" else sigma
         active = (level >= low) & (level <= high) & (w != 0)
 
         def inside() -> tuple[Array, Array]:
-            # A constant to whoever differentiates the denoiser (DSG and its kin go through the base alone): a second
-            # derivative of the discriminator costs more than it steers.
+            # A constant to whoever differentiates the denoiser (DSG and its kin go through the base
+            # alone): a second derivative of the discriminator costs more than it steers.
             shift, ratio = correction(log_ratio, jax.lax.stop_gradient(x), sigma, label)
             shift = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), shift.astype(x.dtype), 0)
             return per_example(w, x) * shift, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
@@ -215,16 +266,19 @@ def _guided(denoise: Denoise, log_ratio: LogRatio, weight: Any, window: tuple[fl
 
 @dataclasses.dataclass(frozen=True)
 class Boost:
-    """Boosting, a churn rule: images that the discriminator finds too model-like get more noise and more guidance.
+    """Boosting, a churn rule: images that the discriminator finds too model-like get more noise and
+    more guidance.
 
-    The carry is each image's last log ratio (+inf before the first). On every churn_every-th step, images whose carry
-    is negative get S_churn = churn; on every factor_every-th step, images whose log ratio is negative there and then
-    get factor times the predictor's correction. These are the periods of the released code; the paper says every odd
-    step. Use it with solver "heun" or "euler" on a denoiser whose outermost decorator is `guide`.
+    The carry is each image's last log ratio (+inf before the first). On every churn_every-th step,
+    images whose carry is negative get S_churn = churn; on every factor_every-th step, images whose
+    log ratio is negative there and then get factor times the predictor's correction. These are the
+    periods of the released code; the paper says every odd step. Use it with solver "heun" or
+    "euler" on a denoiser whose outermost decorator is `guide`.
 
     Attributes:
       base: churn of the other steps and images; its S_min and S_max hold for all.
-      churn, noise: S_churn and S_noise of boosted images; with churn 0 those of base, and boosting only weighs.
+      churn, noise: S_churn and S_noise of boosted images; with churn 0 those of base, and boosting
+        only weighs.
       churn_every, factor, factor_every: see above.
     """
 
@@ -244,18 +298,31 @@ class Boost:
             return gamma, scale
         hit = (carry < 0) & (info.step % self.churn_every == 0)
         more = Churn(self.churn, self.base.S_min, self.base.S_max).amounts((), info)[0]
-        return jnp.where(hit, more, gamma), jnp.where(hit, jnp.asarray(self.noise, scale.dtype), scale)
+        return jnp.where(hit, more, gamma), jnp.where(
+            hit, jnp.asarray(self.noise, scale.dtype), scale
+        )
 
     def evaluate(
-        self, denoise: Denoise, carry: PyTree, x: Array, sigma: Array, label: Array | None, info: Info
+        self,
+        denoise: Denoise,
+        carry: PyTree,
+        x: Array,
+        sigma: Array,
+        label: Array | None,
+        info: Info,
     ) -> tuple[Array, PyTree]:
         parts = getattr(denoise, "parts", None)
         if parts is None:
-            raise ValueError("churn=Boost: the denoiser has no log ratio; expected dg.guide as its outermost decorator")
+            raise ValueError(
+                "churn=Boost: the denoiser has no log ratio; expected dg.guide as its outermost "
+                "decorator"
+            )
         x0_hat, shift, ratio = parts(x, sigma, label)
         twice = (ratio < 0) & (info.step % self.factor_every == 0)
         factor = jnp.where(twice, jnp.asarray(self.factor, x.dtype), 1)
-        return x0_hat + per_example(factor, x) * shift.astype(x0_hat.dtype), ratio.astype(carry.dtype)
+        return x0_hat + per_example(factor, x) * shift.astype(x0_hat.dtype), ratio.astype(
+            carry.dtype
+        )
 
 
 def guidance(
@@ -273,17 +340,21 @@ def guidance(
 
     Args:
       ratio_of: frozen -> log_ratio(x, sigma, label) -> [B].   frozen: the discriminator's weights.
-      weight, corrector_weight: of Heun's two evaluations; other solvers only use the first. They travel as arrays, so
-        that other weights need no new compilation.
+      weight, corrector_weight: of Heun's two evaluations; other solvers only use the first. They
+        travel as arrays, so that other weights need no new compilation.
       time_min, time_max: window on the VP clock, as the authors give it.
-      boost: fill the churn slot with `Boost`, over `churn` (None: no churn where nothing is boosted).
-      boost_churn: S_churn of boosted images; 0: boosting doubles weights only, and all images get `churn`.
+      boost: fill the churn slot with `Boost`, over `churn` (None: no churn where nothing is
+        boosted).
+      boost_churn: S_churn of boosted images; 0: boosting doubles weights only, and all images get
+        `churn`.
 
     Raises:
       ValueError: a window that is not 0 <= time_min < time_max.
     """
     if not 0 <= time_min < time_max:
-        raise ValueError(f"time_min={time_min}, time_max={time_max}; expected 0 <= time_min < time_max")
+        raise ValueError(
+            f"time_min={time_min}, time_max={time_max}; expected 0 <= time_min < time_max"
+        )
     low, high = float(vp_sigma(np.float64(time_min))), float(vp_sigma(np.float64(time_max)))
     rule = Boost(base=churn or Churn(), churn=boost_churn)
 

@@ -1,15 +1,18 @@
 """OGDM: observation-guided diffusion (2310.04041, CVPR 2024).
 
-The denoiser is trained on its usual loss plus an observation loss: one sampler step of random length, from level t down
-to a level s, must land where a discriminator D sees real noised images of level s,
+The denoiser is trained on its usual loss plus an observation loss: one sampler step of random
+length, from level t down to a level s, must land where a discriminator D sees real noised images of
+level s,
 
-    L = L_denoise + gamma * E[ ell_G( D( f_theta(x_t; t -> s), t, s ) ) ],   ell_G(z) = -z or softplus(-z),
+    L = L_denoise + gamma * E[ ell_G( D( f_theta(x_t; t -> s), t, s ) ) ],   ell_G(z) = -z or
+    softplus(-z),
 
-while D is trained beside it on real = x0 + sigma_s eps against fake = f_theta(x_t; t -> s), both made from the same
-x0 and eps, with R1 on the real images. Sampling is unchanged and costs nothing.
+while D is trained beside it on real = x0 + sigma_s eps against fake = f_theta(x_t; t -> s), both
+made from the same x0 and eps, with R1 on the real images. Sampling is unchanged and costs nothing.
 
-gamma is relative to a loss that is a mean over pixels; losses here are sums, so the penalty is gamma * h*w*c * ell_G.
-The two released repositories (on EDM and on guided-diffusion) differ in a dozen switches: PRESETS has both.
+gamma is relative to a loss that is a mean over pixels; losses here are sums, so the penalty is
+gamma * h*w*c * ell_G. The two released repositories (on EDM and on guided-diffusion) differ in a
+dozen switches: PRESETS has both.
 """
 
 import dataclasses
@@ -24,11 +27,13 @@ from ogdm_jax import config, randomness
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
 from ogdm_jax.diffusion.process import Discrete
-from ogdm_jax.methods.slots import Companion, Context, Example, Metrics, Slots
+from ogdm_jax.methods.contract import Companion, Context, Example, Metrics, Slots
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
 
-Discriminate = Callable[[Array], Array]  # images [B,h,w,c] -> logits [B], with condition and label bound
+Discriminate = Callable[
+    [Array], Array
+]  # images [B,h,w,c] -> logits [B], with condition and label bound
 
 
 def _choose(field: str, value: str, options: tuple[str, ...]) -> None:
@@ -45,21 +50,31 @@ class Settings:
 
     Attributes:
       gamma: weight of the observation loss, relative to a mean-per-pixel denoising loss.
-      k: largest jump: a fraction of EDM's rho-warped time axis (law "edm"; above 1 the number of levels of a Karras
-        grid whose next lower level is taken), or a fraction of the discrete steps (law "adm").
-      law: how s is drawn given t, "edm" (2310.04041's EDM code) or "adm" (pair_T,k of its guided-diffusion code).
-      solver: the projection's sampler step, "euler", "heun" or "ddim" (equal to euler in this coordinate).
+      k: largest jump: a fraction of EDM's rho-warped time axis (law "edm"; above 1 the number of
+        levels of a Karras grid whose next lower level is taken), or a fraction of the discrete
+        steps (law "adm").
+      law: how s is drawn given t, "edm" (2310.04041's EDM code) or "adm" (pair_T,k of its
+        guided-diffusion code).
+      solver: the projection's sampler step, "euler", "heun" or "ddim" (equal to euler in this
+        coordinate).
       loss: "hinge" or "logistic", of both players.
-      r1, r1_interval: coefficient of the R1 penalty, and every how many steps it is taken (then times the interval).
-      share_denoise: the projection starts from the denoising loss's own x0_hat, which saves one network call.
-      pass_augment: the projection's own network calls see the augmentation labels (always so with share_denoise).
-      resample: what the discriminator's step draws anew: "all" (levels, noise, augmentation) or only "noise".
-      condition: what the discriminator is told: "sigma" (sigma_t, sigma_s), "log_sigma" (their logarithms / 4), or
-        "index" (t, s with t the index and s the gap; law "adm" only).
-      input_scale: images go to the discriminator as they are ("none"), in variance-preserving coordinates ("vp",
-        divided by sqrt(1 + sigma_s^2)), or with unit variance ("unit", divided by sqrt(sigma_data^2 + sigma_s^2)).
-      scale_by_pixels: multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly notices).
-      statistics_batch: examples that share minibatch statistics; 0 = all of a device's batch, as the authors.
+      r1, r1_interval: coefficient of the R1 penalty, and every how many steps it is taken (then
+        times the interval).
+      share_denoise: the projection starts from the denoising loss's own x0_hat, which saves one
+        network call.
+      pass_augment: the projection's own network calls see the augmentation labels (always so with
+        share_denoise).
+      resample: what the discriminator's step draws anew: "all" (levels, noise, augmentation) or
+        only "noise".
+      condition: what the discriminator is told: "sigma" (sigma_t, sigma_s), "log_sigma" (their
+        logarithms / 4), or "index" (t, s with t the index and s the gap; law "adm" only).
+      input_scale: images go to the discriminator as they are ("none"), in variance-preserving
+        coordinates ("vp", divided by sqrt(1 + sigma_s^2)), or with unit variance ("unit", divided
+        by sqrt(sigma_data^2 + sigma_s^2)).
+      scale_by_pixels: multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly
+        notices).
+      statistics_batch: examples that share minibatch statistics; 0 = all of a device's batch, as
+        the authors.
       channel_base, channel_max: widths of the discriminator.
       learning_rate, betas: of the discriminator's Adam; None = the denoiser's peak rate.
       decay: optimiser steps in which that rate falls linearly to 0; 0 = constant.
@@ -102,39 +117,77 @@ class Settings:
         _choose("schedule", self.schedule, ("linear", "cosine"))
         _require(0 <= self.gamma < float("inf"), "gamma", self.gamma, "a number of at least 0")
         _require(self.r1 >= 0, "r1", self.r1, "a number of at least 0")
-        _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "a whole number of at least 1")
+        _require(
+            self.r1_interval >= 1, "r1_interval", self.r1_interval, "a whole number of at least 1"
+        )
         _require(self.k >= 0, "k", self.k, "a number of at least 0")
         _require(self.decay >= 0, "decay", self.decay, "a number of steps of at least 0")
         if self.law == "adm":
-            _require(self.k <= 1, "k", self.k, "a fraction of the discrete steps, at most 1, with law 'adm'")
+            _require(
+                self.k <= 1,
+                "k",
+                self.k,
+                "a fraction of the discrete steps, at most 1, with law 'adm'",
+            )
         else:
-            _require(self.condition != "index", "condition", self.condition, "'sigma' or 'log_sigma' with law 'edm'")
+            _require(
+                self.condition != "index",
+                "condition",
+                self.condition,
+                "'sigma' or 'log_sigma' with law 'edm'",
+            )
 
 
 DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
 
-# What the released codes do, switch by switch. The augmentation-free ADM code tells the discriminator (t, gap).
+# What the released codes do, switch by switch. The augmentation-free ADM code tells the
+# discriminator (t, gap).
 PRESETS: dict[str, dict[str, Any]] = {
     "edm": {
-        "gamma": 0.025, "k": 0.2, "law": "edm", "solver": "euler", "loss": "hinge", "r1": 1.0, "r1_interval": 1,
-        "share_denoise": False, "pass_augment": False, "resample": "all", "condition": "sigma", "input_scale": "none",
-        "scale_by_pixels": True, "statistics_batch": 0,
+        "gamma": 0.025,
+        "k": 0.2,
+        "law": "edm",
+        "solver": "euler",
+        "loss": "hinge",
+        "r1": 1.0,
+        "r1_interval": 1,
+        "share_denoise": False,
+        "pass_augment": False,
+        "resample": "all",
+        "condition": "sigma",
+        "input_scale": "none",
+        "scale_by_pixels": True,
+        "statistics_batch": 0,
     },
     "adm": {
-        "gamma": 0.01, "k": 0.1, "law": "adm", "solver": "ddim", "loss": "hinge", "r1": 0.25, "r1_interval": 1,
-        "share_denoise": True, "pass_augment": False, "resample": "noise", "condition": "index", "input_scale": "vp",
-        "scale_by_pixels": False, "statistics_batch": 0,
+        "gamma": 0.01,
+        "k": 0.1,
+        "law": "adm",
+        "solver": "ddim",
+        "loss": "hinge",
+        "r1": 0.25,
+        "r1_interval": 1,
+        "share_denoise": True,
+        "pass_augment": False,
+        "resample": "noise",
+        "condition": "index",
+        "input_scale": "vp",
+        "scale_by_pixels": False,
+        "statistics_batch": 0,
     },
-}  # fmt: skip
+}
 
 
 def preset(name: str) -> dict[str, Any]:
-    """All settings of a released convention, "edm" or "adm" (for config.ogdm.update). Raises ValueError otherwise."""
+    """All settings of a released convention, "edm" or "adm" (for config.ogdm.update). Raises
+    ValueError otherwise.
+    """
     _choose("preset", name, tuple(PRESETS))
     return DEFAULTS | PRESETS[name]
 
 
-# -- the projection and the two losses ------------------------------------------------------------------------------
+# -- the projection and the two losses
+# ------------------------------------------------------------------------------
 
 
 def project(
@@ -148,15 +201,18 @@ def project(
     floor: float = 0.002,
     **extra,
 ) -> Array:
-    """One deterministic sampler step x_t -> x_s with the current denoiser: what the discriminator judges.
+    """One deterministic sampler step x_t -> x_s with the current denoiser: what the discriminator
+    judges.
 
-        d = (x_t - D(x_t; sigma_t)) / sigma_t,   Euler: x_s = x_t + (sigma_s - sigma_t) d   (2206.00364, alg. 1)
+        d = (x_t - D(x_t; sigma_t)) / sigma_t,   Euler: x_s = x_t + (sigma_s - sigma_t) d
+        (2206.00364, alg. 1)
 
-    Heun's correction is left out where sigma_s <= floor, as in the authors' code (their sampler, and EDM's, leave it
-    out only on the last step, to 0). DDIM is Euler in this coordinate.
+    Heun's correction is left out where sigma_s <= floor, as in the authors' code (their sampler,
+    and EDM's, leave it out only on the last step, to 0). DDIM is Euler in this coordinate.
 
     Args:
-      xt: [B,h,w,c].   sigma, sigma_next: [B], 0 <= sigma_next <= sigma.   solver: "euler", "heun" or "ddim".
+      xt: [B,h,w,c].   sigma, sigma_next: [B], 0 <= sigma_next <= sigma.   solver: "euler", "heun"
+        or "ddim".
       x0_hat: [B,h,w,c] = denoise(xt, sigma, label) if it is known already.
       extra: passed on to every call of denoise.
 
@@ -168,19 +224,26 @@ def project(
     """
     _choose("solver", solver, ("euler", "heun", "ddim"))
     if solver == "heun":
-        # float32's 0.002 is above the number 0.002: the slack keeps a level that was clipped to the floor at the floor.
-        return steps.heun(denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, floor=floor * (1 + 1e-6), **extra)
+        # float32's 0.002 is above the number 0.002: the slack keeps a level that was clipped to the
+        # floor at the floor.
+        return steps.heun(
+            denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, floor=floor * (1 + 1e-6), **extra
+        )
     return getattr(steps, solver)(denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, **extra)
 
 
 def generator_loss(logits: Array, kind: str = "hinge") -> Array:
-    """ell_G of fake logits [B]: -z ("hinge", the authors' choice) or softplus(-z) = -log sigmoid(z) ("logistic")."""
+    """ell_G of fake logits [B]: -z ("hinge", the authors' choice) or softplus(-z) = -log sigmoid(z)
+    ("logistic").
+    """
     _choose("loss", kind, ("hinge", "logistic"))
     return -logits if kind == "hinge" else jax.nn.softplus(-logits)
 
 
 def discriminator_loss(real_logits: Array, fake_logits: Array, kind: str = "hinge") -> Array:
-    """[B]: relu(1 - z_r) + relu(1 + z_f) ("hinge") or softplus(-z_r) + softplus(z_f) ("logistic")."""
+    """[B]: relu(1 - z_r) + relu(1 + z_f) ("hinge") or softplus(-z_r) + softplus(z_f)
+    ("logistic").
+    """
     _choose("loss", kind, ("hinge", "logistic"))
     if kind == "hinge":
         return jax.nn.relu(1 - real_logits) + jax.nn.relu(1 + fake_logits)
@@ -190,7 +253,8 @@ def discriminator_loss(real_logits: Array, fake_logits: Array, kind: str = "hing
 def r1_penalty(discriminate: Discriminate, images: Array) -> Array:
     """|grad_x sum_b D(x_b)|^2 per example [B] (1801.04406, eq. 9, without its gamma / 2).
 
-    The gradient is of the batch's sum, so that it has the cross terms of minibatch statistics, as in the authors' code.
+    The gradient is of the batch's sum, so that it has the cross terms of minibatch statistics, as
+    in the authors' code.
     """
     return logits_and_r1(discriminate, images)[1]
 
@@ -202,13 +266,15 @@ def logits_and_r1(discriminate: Discriminate, images: Array) -> tuple[Array, Arr
     return logits, jnp.sum(jnp.square(gradient), axis=tuple(range(1, images.ndim)))
 
 
-# -- what the discriminator sees ------------------------------------------------------------------------------------
+# -- what the discriminator sees
+# ------------------------------------------------------------------------------------
 
 
 def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
     """The pair (t, s) of each example by settings.law from its level [B] and a uniform number [B].
 
-    Law "adm" takes the index whose level is nearest on a logarithmic scale: exact for levels drawn from the table.
+    Law "adm" takes the index whose level is nearest on a logarithmic scale: exact for levels drawn
+    from the table.
     """
     if settings.law == "edm":
         limits = (settings.sigma_min, settings.sigma_max, settings.rho)
@@ -224,11 +290,17 @@ def condition(pair: Pair, settings: Settings) -> Array:
     if settings.condition == "index":
         return jnp.stack([pair.index, pair.gap], axis=1).astype(pair.sigma.dtype)
     levels = jnp.stack([pair.sigma, pair.sigma_next], axis=1)
-    return levels if settings.condition == "sigma" else jnp.log(jnp.maximum(levels, settings.sigma_min)) / 4
+    return (
+        levels
+        if settings.condition == "sigma"
+        else jnp.log(jnp.maximum(levels, settings.sigma_min)) / 4
+    )
 
 
 def view(images: Array, pair: Pair, settings: Settings, sigma_data: float = 0.5) -> Array:
-    """Images of level sigma_next in the scale in which the discriminator gets them, by settings.input_scale."""
+    """Images of level sigma_next in the scale in which the discriminator gets them, by
+    settings.input_scale.
+    """
     if settings.input_scale == "none":
         return images
     constant = 1.0 if settings.input_scale == "vp" else sigma_data**2
@@ -250,7 +322,8 @@ def observation(
     Args:
       discriminate: (images of level sigma_next, pair) -> logits [B].
       x0_hat: the denoiser's output at (xt, sigma), or None to evaluate it here.
-      extra: keywords of the first and of the second (Heun's) network call, so that each has its own dropout.
+      extra: keywords of the first and of the second (Heun's) network call, so that each has its own
+        dropout.
     """
     if x0_hat is None:
         x0_hat = denoise(xt, pair.sigma, label, **extra[0])
@@ -258,10 +331,14 @@ def observation(
     return fake, discriminate(fake, pair)
 
 
-def _projected(denoise, xt, pair: Pair, label, settings: Settings, x0_hat, extra: Mapping[str, Any]) -> Array:
+def _projected(
+    denoise, xt, pair: Pair, label, settings: Settings, x0_hat, extra: Mapping[str, Any]
+) -> Array:
     """project() of a pair, with the solver and the floor of settings."""
     levels = (pair.sigma, pair.sigma_next)
-    return project(denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min, **extra)
+    return project(
+        denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min, **extra
+    )
 
 
 def companion_loss(
@@ -272,10 +349,12 @@ def companion_loss(
     settings: Settings,
     step: Array | int = 0,
 ) -> tuple[Array, Metrics]:
-    """The discriminator's loss per example: l_D + r1 * R1(real), with R1 every r1_interval steps (the authors: 1).
+    """The discriminator's loss per example: l_D + r1 * R1(real), with R1 every r1_interval steps
+    (the authors: 1).
 
     Args:
-      discriminate: (images, pair) -> logits [B], a function of what discriminator sees (see view) and of the pair.
+      discriminate: (images, pair) -> logits [B], a function of what discriminator sees (see view)
+        and of the pair.
       real, fake: [B,h,w,c] as the discriminator sees them; no gradient goes into fake's making.
       step: int32 scalar, the optimiser step.
 
@@ -283,7 +362,7 @@ def companion_loss(
       ([B], metrics).
     """
     fake_logits = discriminate(jax.lax.stop_gradient(fake), pair)
-    judge = lambda x: discriminate(x, pair)  # noqa: E731
+    judge = lambda x: discriminate(x, pair)
     if settings.r1 == 0:
         real_logits, r1 = judge(real), jnp.zeros_like(fake_logits)
     elif settings.r1_interval == 1:
@@ -298,21 +377,29 @@ def companion_loss(
         r1 = settings.r1_interval * r1
     loss = discriminator_loss(real_logits, fake_logits, settings.loss) + settings.r1 * r1
     right = 0.5 * ((real_logits > 0).astype(loss.dtype) + (fake_logits < 0).astype(loss.dtype))
-    metrics = {"ogdm/real_logit": real_logits, "ogdm/fake_logit": fake_logits, "ogdm/r1": r1, "ogdm/accuracy": right}
+    metrics = {
+        "ogdm/real_logit": real_logits,
+        "ogdm/fake_logit": fake_logits,
+        "ogdm/r1": r1,
+        "ogdm/accuracy": right,
+    }
     if settings.scale_by_pixels:
         loss = loss * (real.size // real.shape[0])
     return loss, metrics
 
 
-# -- the training slots ---------------------------------------------------------------------------------------------
+# -- the training slots
+# ---------------------------------------------------------------------------------------------
 
 
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
     """Fills the penalty slot with the observation loss and brings the discriminator as companion.
 
     Raises:
-      ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8, the device batch
-        cannot be cut into groups of minibatch statistics, or law "adm" has other levels than the noise law.
+      ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8,
+      the device batch
+        cannot be cut into groups of minibatch statistics, or law "adm" has other levels than the
+        noise law.
     """
     settings = Settings(**{k: tuple(v) if k == "betas" else v for k, v in dict(settings).items()})
     _check_levels(settings, context)
@@ -321,7 +408,9 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     pixels = shape[0] * shape[1] * shape[2]
 
     def discriminate(params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
-        return lambda x, pair: network.apply({"params": params}, x, condition(pair, settings), label)
+        return lambda x, pair: network.apply(
+            {"params": params}, x, condition(pair, settings), label
+        )
 
     def looked_at(params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
         judge = discriminate(params, label)
@@ -338,9 +427,14 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         shared = x0_hat if settings.share_denoise else None
         judge = looked_at(jax.lax.stop_gradient(params), example.label)
         extra = _extra(example, settings, "ogdm")
-        _, logits = observation(denoise, judge, example.xt, pair, example.label, settings, shared, extra)
+        _, logits = observation(
+            denoise, judge, example.xt, pair, example.label, settings, shared, extra
+        )
         loss = settings.gamma * pixels * generator_loss(logits, settings.loss)
-        return loss, {"ogdm/generator_logit": logits, "ogdm/level_ratio": pair.sigma_next / pair.sigma}
+        return loss, {
+            "ogdm/generator_logit": logits,
+            "ogdm/level_ratio": pair.sigma_next / pair.sigma,
+        }
 
     def loss(params, example, denoise, frozen, step):
         del frozen
@@ -357,8 +451,16 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         return network.init(key, jnp.zeros((1, *shape)), jnp.ones((1, 2)), label)["params"]
 
     peak = context.learning_rate if settings.learning_rate is None else settings.learning_rate
-    rate = (lambda step: peak * jnp.maximum(1.0 - step / settings.decay, 0.0)) if settings.decay else peak
-    return Slots("ogdm", penalty=penalty, companion=Companion(init, loss, rate, settings.betas, settings.resample))
+    rate = (
+        (lambda step: peak * jnp.maximum(1.0 - step / settings.decay, 0.0))
+        if settings.decay
+        else peak
+    )
+    return Slots(
+        "ogdm",
+        penalty=penalty,
+        companion=Companion(init, loss, rate, settings.betas, settings.resample),
+    )
 
 
 def _check_levels(settings: Settings, context: Context) -> None:
@@ -371,7 +473,8 @@ def _check_levels(settings: Settings, context: Context) -> None:
         chain.shape == levels.shape and np.allclose(chain, levels),
         "schedule",
         f"{settings.schedule}, {settings.diffusion_steps} steps",
-        "the schedule and diffusion_steps of config.precondition, from which noise.law 'ddpm' draws",
+        "the schedule and diffusion_steps of config.precondition, from which noise.law 'ddpm' "
+        "draws",
     )
 
 
@@ -379,13 +482,16 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     """The companion's network for a training context; see training for what it raises."""
     h, w, c = context.image_shape
     if h != w or h < 8 or h & (h - 1):
-        raise ValueError(f"config.ogdm: images are {h}x{w}; expected squares with a side 2^n of at least 8")
+        raise ValueError(
+            f"config.ogdm: images are {h}x{w}; expected squares with a side 2^n of at least 8"
+        )
     chunk = min(settings.statistics_batch or context.device_batch, context.device_batch)
     _require(
         context.device_batch % chunk == 0 and chunk % min(4, chunk) == 0,
         "statistics_batch",
         settings.statistics_batch,
-        f"a divisor of the {context.device_batch} images of a device's round that groups of 4 divide",
+        f"a divisor of the {context.device_batch} images of a device's round that groups of 4 "
+        "divide",
     )
     return StyleGAN2Discriminator(
         img_resolution=h,
@@ -394,12 +500,18 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
         channel_base=settings.channel_base,
         channel_max=settings.channel_max,
         dtype=context.dtype,
-        mbstd_batch=chunk,  # under a mesh the network sees the global batch: its own "all" would cross devices
+        # under a mesh the network sees the global batch: its own "all" would cross devices
+        mbstd_batch=chunk,
     )
 
 
-def _extra(example: Example, settings: Settings, purpose: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _extra(
+    example: Example, settings: Settings, purpose: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keywords of the projection's network calls, each with dropout of its own."""
-    # Fakes must be made alike in both players' steps: where the denoising output is shared, it knows the augmentation.
+    # Fakes must be made alike in both players' steps: where the denoising output is shared, it
+    # knows the augmentation.
     augment = example.augment if settings.pass_augment or settings.share_denoise else None
-    return tuple({"augment": augment, "dropout_keys": example.keys(f"dropout/{purpose}/{i}")} for i in (1, 2))
+    return tuple(
+        {"augment": augment, "dropout_keys": example.keys(f"dropout/{purpose}/{i}")} for i in (1, 2)
+    )

@@ -1,19 +1,23 @@
-"""Self-perceptual objective (Lin and Yang, arXiv 2401.00110, algorithm 1): a model judged by its own features.
+"""Self-perceptual objective (Lin and Yang, arXiv 2401.00110, algorithm 1): a model judged by its
+own features.
 
-Phase 1 trains with the squared error. Phase 2 freezes a copy f of that model and fine-tunes the model so that
+Phase 1 trains with the squared error. Phase 2 freezes a copy f of that model and fine-tunes the
+model so that
 
-    L = mean( (f(x0_hat + s' eps_hat; s') - f(x0 + s' eps; s'))^2 ),   f(x; s): mid-block features, s' a fresh level
+    L = mean( (f(x0_hat + s' eps_hat; s') - f(x0 + s' eps; s'))^2 ),   f(x; s): mid-block features,
+    s' a fresh level
 
-where eps is the noise that made x_t and eps_hat = (x_t - x0_hat) / sigma the predicted noise: both pairs jump to s'
-along their own straight line, so the loss is 0 at s' = sigma and no new noise enters. In the network's own scale the
-two inputs of f differ by sin(theta - theta') times the output error, theta = arctan(sigma / sigma_data): well scaled
-at every pair of levels.
+where eps is the noise that made x_t and eps_hat = (x_t - x0_hat) / sigma the predicted noise: both
+pairs jump to s' along their own straight line, so the loss is 0 at s' = sigma and no new noise
+enters. In the network's own scale the two inputs of f differ by sin(theta - theta') times the
+output error, theta = arctan(sigma / sigma_data): well scaled at every pair of levels.
 
-The authors published no training code. Our own additions, off in the preset `paper`: a pixel-space anchor (the squared
-error stays), a noise gate, and a weight calibrated once. The fine-tuned network is no posterior mean any more.
+The authors published no training code. Our own additions, off in the preset `paper`: a pixel-space
+anchor (the squared error stays), a noise gate, and a weight calibrated once. The fine-tuned network
+is no posterior mean any more.
 
-The teacher is saved by reference: the configuration names its folder, the state its step and the hash of its weights,
-and no run goes on with other weights than it began with.
+The teacher is saved by reference: the configuration names its folder, the state its step and the
+hash of its weights, and no run goes on with other weights than it began with.
 """
 
 import functools
@@ -28,26 +32,44 @@ import numpy as np
 from ogdm_jax.config import choose, require
 from ogdm_jax.diffusion import noise, precondition
 from ogdm_jax.diffusion.process import eps_from_x0
-from ogdm_jax.methods import slots
-from ogdm_jax.methods.slots import Context, Example, Metrics, Slots
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods.contract import Context, Example, Metrics, Slots
 from ogdm_jax.typing import Array, Denoise, Features, PyTree
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's loss: nothing but features, at every noise level.
-    "paper": {"mse_weight": 0.0, "weight": 1.0, "auto": False, "sigma_next": "sd_uniform", "sigma_max": float("inf")},
-    # Pixels have no decoder that hides high-frequency drift: keep the squared error, stay where x0_hat is an image.
-    "pixel_edm": {"mse_weight": 1.0, "weight": 1.0, "auto": True, "sigma_next": "same", "sigma_max": 2.3},
+    "paper": {
+        "mse_weight": 0.0,
+        "weight": 1.0,
+        "auto": False,
+        "sigma_next": "sd_uniform",
+        "sigma_max": float("inf"),
+    },
+    # Pixels have no decoder that hides high-frequency drift: keep the squared error, stay where
+    # x0_hat is an image.
+    "pixel_edm": {
+        "mse_weight": 1.0,
+        "weight": 1.0,
+        "auto": True,
+        "sigma_next": "same",
+        "sigma_max": 2.3,
+    },
 }
 DEFAULTS: dict[str, Any] = PRESETS["pixel_edm"] | {
     "teacher": "",  # training folder of the frozen copy; "" = init.workdir
-    "teacher_step": None,  # step of the checkpoint it is; None = the newest (a resumed run may have to name it)
+    # step of the checkpoint it is; None = the newest (a resumed run may have to name it)
+    "teacher_step": None,
     "teacher_weights": "ema",  # ema or params of that checkpoint
-    "tap": "mid",  # which features of the teacher: mid = output of the middle block, or blocks' names with commas
-    "feature_norm": "none",  # none (paper) or relative: divided by the real features' mean square
+    # which features of the teacher: mid = output of the middle block, or blocks' names with
+    # commas
+    "tap": "mid",
+    # none (paper) or relative: divided by the real features' mean square
+    "feature_norm": "none",
     "distance": "mse",  # mse or mae of the features
     "share": 0.2,  # auto: size of the feature gradient relative to the squared error's
     "calibration": 100,  # auto: steps over which the weight is measured; then it stays
-    "normalize_jump": False,  # divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'
+    # divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'
+    "normalize_jump": False,
     "remat": False,  # recompute the teacher's activations in the backward pass
     "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
 }
@@ -55,7 +77,8 @@ SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
 DISTANCES = ("mse", "mae")
 FEATURE_NORMS = ("none", "relative")
 
-# Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma / sigma_data.
+# Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma /
+# sigma_data.
 _SD_MEAN, _SD_STD = 0.776, 1.587
 _SMALLEST_JUMP = 0.05
 
@@ -63,9 +86,10 @@ _SMALLEST_JUMP = 0.05
 def preset(name: str) -> dict[str, Any]:
     """All settings of a published recipe's loss, "paper" or "pixel_edm" (for config.sp.update).
 
-    What else the paper's recipe has lies in other groups of the configuration; configs/cifar10_sp_paper.py sets it: the
-    law of t as wide as that of t' (noise.mean, noise.std), learning rate 3e-5 (optim), EMA of 0.9995 per step (ema),
-    50,000 steps (train) of 896 images (data).
+    What else the paper's recipe has lies in other groups of the configuration;
+    configs/cifar10_sp_paper.py sets it: the law of t as wide as that of t' (noise.mean, noise.std),
+    learning rate 3e-5 (optim), EMA of 0.9995 per step (ema), 50,000 steps (train) of 896 images
+    (data).
 
     Raises:
       ValueError: another name.
@@ -83,20 +107,24 @@ def self_perceptual_loss(
     distance: str = "mse",
     feature_norm: str = "none",
 ) -> Array:
-    """Distance of the features of the predicted and the true pair at a fresh noise level (2401.00110, algorithm 1).
+    """Distance of the features of the predicted and the true pair at a fresh noise level
+    (2401.00110, algorithm 1).
 
-    The real branch is a constant; the gradient flows through x0_hat and eps_hat, into the inputs of `features`.
+    The real branch is a constant; the gradient flows through x0_hat and eps_hat, into the inputs of
+    `features`.
 
     Args:
-      features: (x [B,H,W,C], sigma [B]) -> [B, ...], or a list of such arrays: the frozen teacher in eval mode, with
-        the labels and augmentation labels of the example.
-      x0, eps: [B,H,W,C], x_t = x0 + sigma * eps.   x0_hat, eps_hat: [B,H,W,C], the prediction from x_t.
+      features: (x [B,H,W,C], sigma [B]) -> [B, ...], or a list of such arrays: the frozen teacher
+        in eval mode, with the labels and augmentation labels of the example.
+      x0, eps: [B,H,W,C], x_t = x0 + sigma * eps.   x0_hat, eps_hat: [B,H,W,C], the prediction from
+        x_t.
       sigma_next: [B] > 0, the level s' at which both are compared, drawn independently of sigma.
-      distance: mse (paper) or mae.   feature_norm: none (paper), or relative: over the real features' mean square
-        (mse) or mean absolute value (mae).
+      distance: mse (paper) or mae.   feature_norm: none (paper), or relative: over the real
+        features' mean square (mse) or mean absolute value (mae).
 
     Returns:
-      [B] float32 >= 0: the mean over features; with several feature arrays, the mean of their means.
+      [B] float32 >= 0: the mean over features; with several feature arrays, the mean of their
+      means.
 
     Raises:
       ValueError: an unknown distance or feature_norm.
@@ -105,11 +133,15 @@ def self_perceptual_loss(
     return _distance(predicted, real, distance, feature_norm)
 
 
-def predicted_noise(xt: Array, network_output: Array, sigma: Array, sigma_data: float = 0.5) -> Array:
-    """eps_hat from EDM's raw output F, exact at small sigma and safe for a half-precision F (spec/sp.md 1).
+def predicted_noise(
+    xt: Array, network_output: Array, sigma: Array, sigma_data: float = 0.5
+) -> Array:
+    """eps_hat from EDM's raw output F, exact at small sigma and safe for a half-precision F
+    (spec/sp.md 1).
 
-    eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) / sigma without its
-    cancellation. Training gets it with x0_hat from `precondition.Preconditioned.with_noise`, for every preconditioning.
+    eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) /
+    sigma without its cancellation. Training gets it with x0_hat from
+    `precondition.Preconditioned.with_noise`, for every preconditioning.
 
     Args:
       xt, network_output: [B,H,W,C].   sigma: [B].
@@ -121,15 +153,20 @@ def predicted_noise(xt: Array, network_output: Array, sigma: Array, sigma_data: 
 
 
 def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array:
-    """sin(theta - theta') [B] with theta = arctan(sigma / sigma_data): how much of an output error f gets to see."""
-    norms = jnp.sqrt(jnp.square(sigma) + sigma_data**2) * jnp.sqrt(jnp.square(sigma_next) + sigma_data**2)
+    """sin(theta - theta') [B] with theta = arctan(sigma / sigma_data): how much of an output error
+    f gets to see.
+    """
+    norms = jnp.sqrt(jnp.square(sigma) + sigma_data**2) * jnp.sqrt(
+        jnp.square(sigma_next) + sigma_data**2
+    )
     return sigma_data * (sigma - sigma_next) / norms
 
 
 def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
     """The noise levels s' [B] of typed keys [B], clipped to the context's range.
 
-    kind  "same": the training law again.   "sd_uniform": log-normal fitted to the paper's uniform t (much noisier).
+    kind  "same": the training law again.   "sd_uniform": log-normal fitted to the paper's uniform t
+    (much noisier).
           "angle_uniform": theta' uniform between the range's ends.
 
     Raises:
@@ -152,15 +189,25 @@ def calibration() -> dict[str, Array]:
 
 
 def calibrate(state: Mapping[str, Array], mse: Array, sp: Array, steps: int) -> dict[str, Array]:
-    """Adds a step's mean squared gradient norms of both losses; after `steps` steps the state no longer changes."""
+    """Adds a step's mean squared gradient norms of both losses; after `steps` steps the state no
+    longer changes.
+    """
     open_ = (state["count"] < steps).astype(jnp.int32)
-    return {"count": state["count"] + open_, "mse": state["mse"] + open_ * mse, "sp": state["sp"] + open_ * sp}
+    return {
+        "count": state["count"] + open_,
+        "mse": state["mse"] + open_ * mse,
+        "sp": state["sp"] + open_ * sp,
+    }
 
 
 def calibrated_weight(state: Mapping[str, Array], share: float) -> Array:
-    """The weight at which SP's gradient is `share` of the squared error's; 0 before the first measurement."""
+    """The weight at which SP's gradient is `share` of the squared error's; 0 before the first
+    measurement.
+    """
     known = state["sp"] > 0
-    return jnp.where(known, share * jnp.sqrt(state["mse"] / jnp.where(known, state["sp"], 1.0)), 0.0)
+    return jnp.where(
+        known, share * jnp.sqrt(state["mse"] / jnp.where(known, state["sp"], 1.0)), 0.0
+    )
 
 
 def fingerprint(variables: PyTree) -> np.ndarray:
@@ -187,11 +234,15 @@ def _wide(v: Array, x: Array) -> Array:
     return v[(slice(None),) + (None,) * (x.ndim - 1)]
 
 
-def _both(features: Features, x0, eps, x0_hat, eps_hat, sigma_next) -> tuple[list[Array], list[Array]]:
-    """Predicted and real features, each a list of [B,K] float32. Two calls: one of 2B would keep what the real half
-    needs for a backward pass that never comes."""
+def _both(
+    features: Features, x0, eps, x0_hat, eps_hat, sigma_next
+) -> tuple[list[Array], list[Array]]:
+    """Predicted and real features, each a list of [B,K] float32. Two calls: one of 2B would keep
+    what the real half needs for a backward pass that never comes."""
     level = _wide(sigma_next, x0)
-    flat = lambda tree: [f.reshape(f.shape[0], -1).astype(jnp.float32) for f in jax.tree.leaves(tree)]  # noqa: E731
+    flat = lambda tree: [
+        f.reshape(f.shape[0], -1).astype(jnp.float32) for f in jax.tree.leaves(tree)
+    ]
     real = features(jax.lax.stop_gradient(x0 + level * eps), sigma_next)
     return flat(features(x0_hat + level * eps_hat, sigma_next)), jax.lax.stop_gradient(flat(real))
 
@@ -207,24 +258,40 @@ def _distance(predicted: list[Array], real: list[Array], distance: str, feature_
 
 
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
-    """Fills the distance slot: mse_weight * (squared error to the target) + weight * gate * self-perceptual loss.
+    """Fills the distance slot: mse_weight * (squared error to the target) + weight * gate *
+    self-perceptual loss.
 
-    STF may replace the target of the squared error; SP compares with the features of the actual image and noise. The
-    teacher is read from settings["teacher"] when the run starts, and its fingerprint travels with the state: resuming
-    with another teacher makes the loss nan, and `verify` says why. A weight of 0 is plain training, bit for bit.
+    STF may replace the target of the squared error; SP compares with the features of the actual
+    image and noise. The teacher is read from settings["teacher"] when the run starts, and its
+    fingerprint travels with the state: resuming with another teacher makes the loss nan, and
+      `verify` says why. A weight of 0 is plain training, bit for bit.
 
     Raises:
       ValueError: an unknown name, a number out of range, or no teacher.
     """
-    for key, options in (("sigma_next", SIGMA_NEXT), ("distance", DISTANCES), ("feature_norm", FEATURE_NORMS)):
+    for key, options in (
+        ("sigma_next", SIGMA_NEXT),
+        ("distance", DISTANCES),
+        ("feature_norm", FEATURE_NORMS),
+    ):
         choose(f"sp.{key}", settings[key], options)
     for key in ("mse_weight", "weight", "share", "sigma_max"):
         require(settings[key] >= 0, f"sp.{key}", settings[key], "a number of at least 0")
     # Nothing to calibrate for a weight of 0.
     settings = dict(settings) | {"auto": settings["auto"] and settings["weight"] > 0}
     if settings["auto"]:
-        require(settings["mse_weight"] > 0, "sp.auto", True, "mse_weight > 0: it measures against the squared error")
-        require(settings["calibration"] >= 1, "sp.calibration", settings["calibration"], "at least 1 step with auto")
+        require(
+            settings["mse_weight"] > 0,
+            "sp.auto",
+            True,
+            "mse_weight > 0: it measures against the squared error",
+        )
+        require(
+            settings["calibration"] >= 1,
+            "sp.calibration",
+            settings["calibration"],
+            "at least 1 step with auto",
+        )
     teacher = functools.cache(functools.partial(_teacher, settings, context))
     _check_tap(settings["tap"], teacher()["params"])
 
@@ -233,7 +300,9 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         return calibration() | jax.tree.map(jnp.asarray, known)
 
     def remember(memory: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
-        return memory | calibrate(memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"])
+        return memory | calibrate(
+            memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"]
+        )
 
     return Slots(
         name="sp",
@@ -246,23 +315,33 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
 
 
 def _teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    params, buffers, step = context.weights(*(settings[f"teacher{part}"] for part in ("", "_weights", "_step")))
+    params, buffers, step = context.weights(
+        *(settings[f"teacher{part}"] for part in ("", "_weights", "_step"))
+    )
     variables = jax.tree.map(np.asarray, {"params": params, "buffers": buffers})
     return variables | {"fingerprint": fingerprint(variables), "step": np.int32(step)}
 
 
 def _check_tap(tap: str, params: Mapping[str, Any]) -> None:
-    """Refuses what is no block, and the embedding ("emb", map_*): it does not see the image, so the loss would be 0."""
+    """Refuses what is no block, and the embedding ("emb", map_*): it does not see the image, so the
+    loss would be 0.
+    """
     blocks = sorted(name for name in params if not name.startswith("map_"))
     known = tap == "mid" or all(name in blocks for name in tap.split(","))
-    require(known, "sp.tap", tap, f"mid, or blocks among {', '.join(blocks)} with commas between them")
+    require(
+        known, "sp.tap", tap, f"mid, or blocks among {', '.join(blocks)} with commas between them"
+    )
 
 
-def _fill(settings, context: Context, example: Example, x0_hat, target, denoise: Denoise, frozen, memory):
+def _fill(
+    settings, context: Context, example: Example, x0_hat, target, denoise: Denoise, frozen, memory
+):
     squared = slots.squared_error(example, x0_hat, target, context.weight)
     same_teacher = jnp.all(memory["teacher"] == frozen["fingerprint"])
     if settings["weight"] == 0:  # bitwise the plain denoiser's gradient
-        return jnp.where(same_teacher, settings["mse_weight"] * squared, jnp.nan), {"loss/mse": squared}
+        return jnp.where(same_teacher, settings["mse_weight"] * squared, jnp.nan), {
+            "loss/mse": squared
+        }
     teacher = context.denoiser(frozen["params"], frozen["buffers"])
 
     def features(x: Array, sigma: Array) -> Array:
@@ -270,20 +349,24 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoise:
 
     if settings["remat"]:
         features = jax.checkpoint(features)
-    sigma, sigma_next = example.sigma, draw_sigma_next(settings["sigma_next"], example.keys("sp/sigma_next"), context)
+    sigma, sigma_next = (
+        example.sigma,
+        draw_sigma_next(settings["sigma_next"], example.keys("sp/sigma_next"), context),
+    )
     gate = (sigma <= settings["sigma_max"]).astype(jnp.float32)
     if settings["normalize_jump"]:
         sine = jump_sine(sigma, sigma_next, context.sigma_data)
         gate = gate / jnp.maximum(jnp.square(sine), _SMALLEST_JUMP)
-    # The gradient takes the way through x0_hat, which is exact; the value is the stable one of example.eps_hat.
+    # The gradient takes the way through x0_hat, which is exact; the value is the stable one of
+    # example.eps_hat.
     rounding = jax.lax.stop_gradient(example.eps_hat - eps_from_x0(example.xt, x0_hat, sigma))
 
     def gated(x0_hat: Array) -> tuple[Array, Array]:
         eps_hat = eps_from_x0(example.xt, x0_hat, sigma) + rounding
         predicted, real = _both(features, example.x0, example.eps, x0_hat, eps_hat, sigma_next)
-        return gate * _distance(predicted, real, settings["distance"], settings["feature_norm"]), _cosine(
-            predicted, real
-        )
+        return gate * _distance(
+            predicted, real, settings["distance"], settings["feature_norm"]
+        ), _cosine(predicted, real)
 
     perceptual, cosine = gated(x0_hat)
     weight, norms = jnp.asarray(settings["weight"], jnp.float32), {}
@@ -293,8 +376,14 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoise:
     loss = settings["mse_weight"] * squared + weight * perceptual
     loss = jnp.where(same_teacher, loss, jnp.nan)
     each = jnp.ones_like(loss)
-    metrics: Metrics = {"loss/mse": squared, "loss/sp": perceptual, "sp/cosine": cosine, "sp/weight": weight * each}
-    # What no teacher may notice: a prediction whose mean colour is off, without the squared error as an anchor.
+    metrics: Metrics = {
+        "loss/mse": squared,
+        "loss/sp": perceptual,
+        "sp/cosine": cosine,
+        "sp/weight": weight * each,
+    }
+    # What no teacher may notice: a prediction whose mean colour is off, without the squared error
+    # as an anchor.
     colour = jnp.mean(jax.lax.stop_gradient(x0_hat) - example.x0, axis=(1, 2))
     metrics["sp/colour"] = jnp.mean(jnp.abs(colour), axis=-1)
     metrics |= slots.noise_bins({"sp/loss": perceptual}, sigma, settings["bins"])
@@ -303,28 +392,34 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoise:
 
 def _cosine(predicted: list[Array], real: list[Array]) -> Array:
     """Cosine between predicted and real features [B]."""
-    dot = lambda a, b: sum(jnp.sum(x * y, axis=1) for x, y in zip(a, b))  # noqa: E731
+    dot = lambda a, b: sum(jnp.sum(x * y, axis=1) for x, y in zip(a, b))
     return jax.lax.stop_gradient(
         dot(predicted, real) * jax.lax.rsqrt(dot(predicted, predicted) * dot(real, real) + 1e-20)
     )
 
 
-def _gradient_norms(settings, context: Context, example: Example, x0_hat, target, gated, memory) -> Metrics:
-    """Squared norms [b] of both losses' gradients in the network's own output scale, while the calibration is open.
+def _gradient_norms(
+    settings, context: Context, example: Example, x0_hat, target, gated, memory
+) -> Metrics:
+    """Squared norms [b] of both losses' gradients in the network's own output scale, while the
+    calibration is open.
 
-    EDM's F-space, where both losses are well scaled: d/dF = c_out d/dx0_hat. It needs one more backward pass through
-    the teacher, and only in those steps.
+    EDM's F-space, where both losses are well scaled: d/dF = c_out d/dx0_hat. It needs one more
+    backward pass through the teacher, and only in those steps.
     """
     x0_hat, target = jax.lax.stop_gradient((x0_hat, target))
     sigma, data = example.sigma, context.sigma_data
     scale = jnp.square(sigma * data) / (jnp.square(sigma) + data**2)
-    norm = lambda g: scale * jnp.sum(jnp.square(g), axis=(1, 2, 3))  # noqa: E731
+    norm = lambda g: scale * jnp.sum(jnp.square(g), axis=(1, 2, 3))
 
     def measure() -> tuple[Array, Array]:
-        squared = lambda x: settings["mse_weight"] * jnp.sum(slots.squared_error(example, x, target, context.weight))  # noqa: E731
-        perceptual = lambda x: jnp.sum(gated(x)[0])  # noqa: E731
+        squared = lambda x: (
+            settings["mse_weight"]
+            * jnp.sum(slots.squared_error(example, x, target, context.weight))
+        )
+        perceptual = lambda x: jnp.sum(gated(x)[0])
         return norm(jax.grad(squared)(x0_hat)), norm(jax.grad(perceptual)(x0_hat))
 
-    closed = lambda: (jnp.zeros_like(sigma), jnp.zeros_like(sigma))  # noqa: E731
+    closed = lambda: (jnp.zeros_like(sigma), jnp.zeros_like(sigma))
     mse, sp = jax.lax.cond(memory["count"] < settings["calibration"], measure, closed)
     return {"sp/grad_mse": mse, "sp/grad_sp": sp}

@@ -1,13 +1,17 @@
-"""Stable target field: regress on a posterior mean over a reference batch (Xu, Tong, Jaakkola, arXiv 2302.00670).
+"""Stable target field: regress on a posterior mean over a reference batch (Xu, Tong, Jaakkola,
+arXiv 2302.00670).
 
-    target = sum_k w_k y_k,   w = softmax_k( -|x - y_k|^2 / (2 sigma^2) ),   y_1..y_n references, the source among them
+    target = sum_k w_k y_k,   w = softmax_k( -|x - y_k|^2 / (2 sigma^2) ),   y_1..y_n references,
+    the source among them
 
-It is E[source | x, set of references], so it has the same expectation given x as the clean image and never a larger
-variance, exactly, when the source is one of the references and they are exchangeable. At low noise the weights are
-one-hot and the target is the clean image bit for bit. Nothing else of a loss changes.
+It is E[source | x, set of references], so it has the same expectation given x as the clean image
+and never a larger variance, exactly, when the source is one of the references and they are
+exchangeable. At low noise the weights are one-hot and the target is the clean image bit for bit.
+Nothing else of a loss changes.
 
-Differences from the authors' code: a matrix-product form instead of an array (batch, references, pixels); classes and
-augmentation can enter the weights; no in-place writes; works for every noise law and preconditioning.
+Differences from the authors' code: a matrix-product form instead of an array (batch, references,
+pixels); classes and augmentation can enter the weights; no in-place writes; works for every noise
+law and preconditioning.
 """
 
 import functools
@@ -23,12 +27,13 @@ from ogdm_jax.config import choose, require
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, weighted_sums
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
-from ogdm_jax.methods.slots import Context, Example, Metrics, Slots, noise_bins
+from ogdm_jax.methods.contract import Context, Example, Metrics, Slots, noise_bins
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
 DEFAULTS: dict[str, Any] = {
-    "source": "cache",  # where references come from: stream (loader), cache (resident set), gather (batch), full (all)
+    # where references come from: stream (loader), cache (resident set), gather (batch), full (all)
+    "source": "cache",
     "n": 1024,  # references per device, the source included (stream, cache)
     "chunk": 0,  # references worked on at once; 0 = chosen so that temporaries stay near 10 MB
     "class_mask": True,  # conditional models: only references of the same class count
@@ -51,29 +56,35 @@ def stable_target(
     label: Array | None = None,
     reference_label: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Posterior mean of the source over a reference batch (2302.00670, eq. 6 and algorithm 1; spec 1 and 7).
+    """Posterior mean of the source over a reference batch (2302.00670, eq. 6 and algorithm 1; spec
+    1 and 7).
 
-    target_i = sum_k w_ik y_k,  w_i = softmax_k( (x_i . y_k - |y_k|^2 / 2) / sigma_i^2 ): |x|^2 cancels. Computed as one
-    attention-like pass with an online softmax; temporaries are O(B (D + chunk) + chunk D), never B n D. Matrix products
-    run at the highest precision. For x = alpha y + sigma eps pass x / alpha and sigma / alpha.
+    target_i = sum_k w_ik y_k,  w_i = softmax_k( (x_i . y_k - |y_k|^2 / 2) / sigma_i^2 ): |x|^2
+    cancels. Computed as one attention-like pass with an online softmax; temporaries are O(B (D +
+    chunk) + chunk D), never B n D. Matrix products run at the highest precision. For x = alpha y +
+    sigma eps pass x / alpha and sigma / alpha.
 
     Args:
       xt: [B, ...] noisy images.   sigma: [B] or scalar, > 0.
-      references: [n, ...] float in [-1, 1] or uint8, which is scaled like training images chunk by chunk. They must
-        hold each query's clean image exactly once, unless `source` does. OnDemand: made when needed.
+      references: [n, ...] float in [-1, 1] or uint8, which is scaled like training images chunk by
+        chunk. They must hold each query's clean image exactly once, unless `source` does. OnDemand:
+        made when needed.
       mask: bool, which references count: [n] for all queries, or [B, n].
       chunk: references per pass; None chooses it.
-      axis_name: a mapped axis over which the references are divided: this device holds n of them. The queries are
-        gathered, the references never; every device gets the targets of its own queries, weighed against all. A mask is
-        then [n] (own references), [all queries, n], [own queries, all references], or [B, n] if all devices ask the
-        same queries (nan if they do not).
-      source: [B, ...] one more reference for each query alone: its own clean image, when `references` lacks it.
-      label: [B] int32 and reference_label [n] int32: only references of the query's class count; a query of label -1
-        uses all. Compared chunk by chunk, so cheaper than a mask; both masks may be given.
+      axis_name: a mapped axis over which the references are divided: this device holds n of them.
+        The queries are gathered, the references never; every device gets the targets of its own
+        queries, weighed against all. A mask is then [n] (own references), [all queries, n], [own
+        queries, all references], or [B, n] if all devices ask the same queries (nan if they do
+        not).
+      source: [B, ...] one more reference for each query alone: its own clean image, when
+        `references` lacks it.
+      label: [B] int32 and reference_label [n] int32: only references of the query's class count; a
+        query of label -1 uses all. Compared chunk by chunk, so cheaper than a mask; both masks may
+        be given.
 
     Returns:
-      (target like xt, effective sample size [B] = 1 / sum_k w_k^2). No gradient passes. A query with no allowed
-      reference gets nan.
+      (target like xt, effective sample size [B] = 1 / sum_k w_k^2). No gradient passes. A query
+      with no allowed reference gets nan.
 
     Raises:
       ValueError: shapes that do not fit, no references, or a chunk below 1.
@@ -87,14 +98,19 @@ def stable_target(
     x = jax.lax.stop_gradient(xt).astype(dtype).reshape(batch, -1)
     sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
     if source is not None:
-        own = alone(x, to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype))
+        own = alone(
+            x, to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype)
+        )
     queries, levels, same = x, sigma, None
     if axis_name is not None:
         if mask is not None and mask.ndim == 2:
             mask, same = shard_mask(mask, x, references.shape[0], axis_name)
         gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
         queries, levels, label = gather(x), gather(sigma), None if label is None else gather(label)
-    if mask is not None and mask.shape not in ((references.shape[0],), (queries.shape[0], references.shape[0])):
+    if mask is not None and mask.shape not in (
+        (references.shape[0],),
+        (queries.shape[0], references.shape[0]),
+    ):
         raise ValueError(
             f"stable_target: mask has shape {mask.shape}; expected [{references.shape[0]}] or "
             f"[{queries.shape[0]}, {references.shape[0]}] (references, or queries x references)"
@@ -110,15 +126,25 @@ def stable_target(
     return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
 
 
-def target(kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float = 1.0, sigma_data: float = 0.5) -> Array:
-    """What a network of another parametrisation should predict when its clean image should be x0 (spec 1).
+def target(
+    kind: str,
+    xt: Array,
+    x0: Array,
+    sigma: Array,
+    alpha: Array | float = 1.0,
+    sigma_data: float = 0.5,
+) -> Array:
+    """What a network of another parametrisation should predict when its clean image should be x0
+    (spec 1).
 
-    kind    "x0": x0                        "eps": (x - alpha x0) / sigma        "score": (alpha x0 - x) / sigma^2
-            "v": (alpha x - x0) / sigma (alpha^2 + sigma^2 = 1)      "flow": (x - x0) / t, with sigma = t, alpha = 1 - t
-            "F": (x0 - c_skip x) / c_out (EDM's network space, alpha = 1)
+    kind    "x0": x0                        "eps": (x - alpha x0) / sigma        "score": (alpha x0
+    - x) / sigma^2
+            "v": (alpha x - x0) / sigma (alpha^2 + sigma^2 = 1)      "flow": (x - x0) / t, with
+            sigma = t, alpha = 1 - t "F": (x0 - c_skip x) / c_out (EDM's network space, alpha = 1)
 
     Args:
-      xt: [B, ...] = alpha * clean + sigma * noise.   x0: [B, ...], a clean image or a posterior mean.
+      xt: [B, ...] = alpha * clean + sigma * noise.   x0: [B, ...], a clean image or a posterior
+        mean.
       sigma: [B].   alpha: [B] or a number.   sigma_data: of EDM's preconditioning.
 
     Raises:
@@ -146,40 +172,60 @@ def target(kind: str, xt: Array, x0: Array, sigma: Array, alpha: Array | float =
 def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) -> None:
     if references.shape[1:] != xt.shape[1:] or references.shape[0] < 1:
         raise ValueError(
-            f"stable_target: references have shape {references.shape}; expected [n, ...] like xt's {xt.shape}, n >= 1"
+            f"stable_target: references have shape {references.shape}; expected [n, ...] like xt's "
+            f"{xt.shape}, n >= 1"
         )
     if np.shape(sigma) not in ((), (xt.shape[0],)):
-        raise ValueError(f"stable_target: sigma has shape {np.shape(sigma)}; expected [{xt.shape[0]}]")
+        raise ValueError(
+            f"stable_target: sigma has shape {np.shape(sigma)}; expected [{xt.shape[0]}]"
+        )
     if chunk is not None and chunk < 1:
-        raise ValueError(f"stable_target: chunk is {chunk}; expected a positive number of references")
+        raise ValueError(
+            f"stable_target: chunk is {chunk}; expected a positive number of references"
+        )
     if source is not None and source.shape != xt.shape:
-        raise ValueError(f"stable_target: source has shape {source.shape}; expected xt's {xt.shape}")
-    for name, value, size in (("label", label, xt.shape[0]), ("reference_label", reference_label, references.shape[0])):
-        if (label is None) != (reference_label is None) or (value is not None and value.shape != (size,)):
+        raise ValueError(
+            f"stable_target: source has shape {source.shape}; expected xt's {xt.shape}"
+        )
+    for name, value, size in (
+        ("label", label, xt.shape[0]),
+        ("reference_label", reference_label, references.shape[0]),
+    ):
+        if (label is None) != (reference_label is None) or (
+            value is not None and value.shape != (size,)
+        ):
             given = None if value is None else value.shape
-            raise ValueError(f"stable_target: {name} has shape {given}; expected [{size}], with its partner given too")
+            raise ValueError(
+                f"stable_target: {name} has shape {given}; expected [{size}], with its partner "
+                "given too"
+            )
 
 
 def training(settings: Mapping[str, Any], context: Context) -> Slots:
     """Fills the target slot: the clean image becomes a posterior mean, where the reference batch is
 
-      stream: this device's images and n - b more that the loader brings (the authors' convention). The loader's are
-        none of the step's batch and, on one device, different images: a set without as many others is refused.
-      cache: each image and n - 1 independent draws from the set, which lies on the devices as uint8; other draws for
-        every device and accumulation round.
+      stream: this device's images and n - b more that the loader brings (the authors' convention).
+        The loader's are none of the step's batch and, on one device, different images: a set
+        without as many others is refused.
+      cache: each image and n - 1 independent draws from the set, which lies on the devices as
+        uint8; other draws for every device and accumulation round.
       gather: the global batch; the images of other devices stay there, the queries travel.
-      full: the whole set: the exact posterior mean of the data, without variance. The batch is not appended.
+      full: the whole set: the exact posterior mean of the data, without variance. The batch is not
+        appended.
 
-    With labelled augmentation (EDM's pipe) the exact target is E[x0 | x, augmentation]. Modes: "matched" flips a query
-    back, weighs plain references and flips the target again; images with any other operation keep the clean image as
-    target. "dsm" keeps it for every augmented image. "official" weighs references augmented at random, whatever their
+    With labelled augmentation (EDM's pipe) the exact target is E[x0 | x, augmentation]. Modes:
+    "matched" flips a query back, weighs plain references and flips the target again; images with
+    any other operation keep the clean image as target. "dsm" keeps it for every augmented image.
+    "official" weighs references augmented at random, whatever their
     labels: a leak that the authors accept.
 
-    In all of them the source is a reference exactly once, and exchangeable with the others: only then is the target
-    without bias. (A stream batch that runs over the end of an epoch may hold an image twice, as two examples.)
+    In all of them the source is a reference exactly once, and exchangeable with the others: only
+    then is the target without bias. (A stream batch that runs over the end of an epoch may hold an
+    image twice, as two examples.)
 
     Raises:
-      ValueError: an unknown source or mode; n too small, or for stream too large for the set; a set that is not in
+      ValueError: an unknown source or mode; n too small, or for stream too large for the set; a set
+      that is not in
         memory; "official" with a full set; class masks for label vectors.
     """
     source = choose("stf.source", settings["source"], SOURCES)
@@ -195,19 +241,28 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
         least = context.device_batch if source == "stream" else 1
         require(n >= least, "stf.n", n, f"at least {least} references per device")
     if source == "stream" and n > context.device_batch:
-        # References of other devices may be the same images; of one device they may not, nor any of the global batch.
+        # References of other devices may be the same images; of one device they may not, nor any of
+        # the global batch.
         size, batch = len(context.source), context.batch
         require(
             n <= context.device_batch + size - batch,
             "stf.n",
             n,
-            f"at most {context.device_batch + max(size - batch, 0)} with stream, as the set has {size} images of which "
+            f"at most {context.device_batch + max(size - batch, 0)} with stream, as the set has "
+            f"{size} images of which "
             f"a batch takes {batch}; or stf.source cache or full",
         )
     leaks = context.augment is not None and mode == "official"
-    require(not (leaks and source == "full"), "stf.augment", mode, "matched or dsm with stf.source full")
+    require(
+        not (leaks and source == "full"), "stf.augment", mode, "matched or dsm with stf.source full"
+    )
     vectors = context.label_dim > 0 and getattr(context.source, "label_size", 0) > 0
-    require(not (vectors and settings["class_mask"]), "stf.class_mask", True, "false for a source of label vectors")
+    require(
+        not (vectors and settings["class_mask"]),
+        "stf.class_mask",
+        True,
+        "false for a source of label vectors",
+    )
 
     return Slots(
         name="stf",
@@ -221,24 +276,36 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
 def _resident(context: Context) -> dict[str, np.ndarray]:
     """The data set as it lies on every device."""
     images, labels = context.source.images, context.source.labels
-    return {"image": images, "label": np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels)}
+    return {
+        "image": images,
+        "label": np.full(len(images), -1, np.int32) if labels is None else np.asarray(labels),
+    }
 
 
 def _whole_set(context: Context) -> dict[str, np.ndarray]:
-    """The set, both ways round with unlabelled flips, filled up with rows that do not count: the devices divide it."""
+    """The set, both ways round with unlabelled flips, filled up with rows that do not count: the
+    devices divide it.
+    """
     images, labels = _resident(context).values()
     if context.xflip:
-        images, labels = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])
+        images, labels = (
+            np.concatenate([images, images[:, :, ::-1]]),
+            np.concatenate([labels, labels]),
+        )
     more = -len(images) % context.devices
     counts = np.arange(len(images) + more) < len(images)
-    fill = lambda a: np.concatenate([a, np.repeat(a[:1], more, 0)])  # noqa: E731
+    fill = lambda a: np.concatenate([a, np.repeat(a[:1], more, 0)])
     return {"image": fill(images), "label": fill(labels), "counts": counts}
 
 
 def _target(settings: Mapping[str, Any], context: Context, example: Example, frozen: PyTree | None):
     augment, mode = example.augment, settings["augment"]
     plain = augment is not None and mode != "official"
-    unflip = functools.partial(flip, augment=augment) if plain and mode == "matched" else lambda images: images
+    unflip = (
+        functools.partial(flip, augment=augment)
+        if plain and mode == "matched"
+        else lambda images: images
+    )
     clean = example.image if plain else example.x0
     mean, ess = _posterior(settings, context, example, frozen, unflip(example.xt), clean, plain)
     mean = unflip(mean)
@@ -251,17 +318,26 @@ def _target(settings: Mapping[str, Any], context: Context, example: Example, fro
 
 
 def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Array, Array]:
-    """Target and effective sample size [b] for queries xt whose sources are `clean`, by the kind of reference batch."""
+    """Target and effective sample size [b] for queries xt whose sources are `clean`, by the kind of
+    reference batch.
+    """
     kind, chunk = settings["source"], settings["chunk"] or None
     label = example.label if settings["class_mask"] else None
     if kind == "gather":
-        return stable_target(xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label)
+        return stable_target(
+            xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label
+        )
     if kind == "full":
         return _over_devices(context, chunk, xt, example.sigma, label, frozen)
 
-    # Where arrays are global (a mesh), each device's images still meet references of their own, as under pmap.
+    # Where arrays are global (a mesh), each device's images still meet references of their own, as
+    # under pmap.
     batch = xt.shape[0]
-    groups = batch // context.device_batch if context.axis is None and batch % context.device_batch == 0 else 1
+    groups = (
+        batch // context.device_batch
+        if context.axis is None and batch % context.device_batch == 0
+        else 1
+    )
     given, reference_label = _references(settings, context, example, frozen, groups, plain)
 
     def of_group(xt, sigma, clean, label, given, reference_label):
@@ -283,7 +359,7 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
             known["reference_label"] = jnp.concatenate([label, reference_label])
         return stable_target(xt, sigma, references, None, chunk, **known)
 
-    split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])  # noqa: E731
+    split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])
     parts = jax.tree.map(split, (xt, example.sigma, clean, label))
     if groups == 1:
         first = jax.tree.map(lambda a: a[0], (*parts, given, reference_label))
@@ -293,7 +369,9 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
 
 
 def _over_devices(context, chunk, xt, sigma, label, rows) -> tuple[Array, Array]:
-    """The target against a set of which every device holds its rows: queries travel, references never."""
+    """The target against a set of which every device holds its rows: queries travel, references
+    never.
+    """
 
     def target(xt, sigma, label, rows, axis):
         reference_label = None if label is None else rows["label"]
@@ -305,31 +383,37 @@ def _over_devices(context, chunk, xt, sigma, label, rows) -> tuple[Array, Array]
     (axis,) = context.mesh.axis_names
     spec = jax.sharding.PartitionSpec(axis)
     mapped = functools.partial(target, axis=axis)
-    mapped = jax.shard_map(mapped, mesh=context.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    mapped = jax.shard_map(
+        mapped, mesh=context.mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
     return mapped(xt, sigma, label, rows)
 
 
-def _references(settings, context, example, frozen, groups: int, plain: bool) -> tuple[dict[str, Array], Array | None]:
-    """What `_images` makes the references besides the sources from, and their labels [groups, m] for class masks.
+def _references(
+    settings, context, example, frozen, groups: int, plain: bool
+) -> tuple[dict[str, Array], Array | None]:
+    """What `_images` makes the references besides the sources from, and their labels [groups, m]
+    for class masks.
 
-    Rows of the set, or the loader's uint8 images, and which are mirrored: [groups, m, ...]. Float images (50 MB for
-    4,096 of 32x32x3) only where the augmentation acts on them.
+    Rows of the set, or the loader's uint8 images, and which are mirrored: [groups, m, ...]. Float
+    images (50 MB for 4,096 of 32x32x3) only where the augmentation acts on them.
     """
-    # A group is known by its first example: another one on every device and in every round, the same on every plan.
+    # A group is known by its first example: another one on every device and in every round, the
+    # same on every plan.
     keys = randomness.example_keys(example.key, "stf", example.index.reshape(groups, -1)[:, 0])
     if settings["source"] == "cache":
-        draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])  # noqa: E731
+        draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])
         given = {"rows": jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))}
         labels = jnp.asarray(frozen["label"])[given["rows"]]
     else:
         nothing = jnp.zeros((0, *context.image_shape), jnp.uint8), jnp.zeros((0,), jnp.int32)
         loaded = example.references or dict(zip(("reference", "reference_label"), nothing))
-        split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])  # noqa: E731
+        split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])
         given, labels = {"image": split(loaded["reference"])}, split(loaded["reference_label"])
     if example.label is None or not settings["class_mask"]:
         labels = None
     count = jnp.arange(next(iter(given.values())).shape[1])
-    each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)  # noqa: E731
+    each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)
     if context.xflip:
         given["mirrored"] = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
     if example.augment is not None and not plain:
@@ -339,15 +423,21 @@ def _references(settings, context, example, frozen, groups: int, plain: bool) ->
 
 
 def _images(frozen: PyTree | None, given: dict[str, Array], k: Array) -> Array:
-    """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored where drawn."""
-    images = jnp.asarray(frozen["image"])[given["rows"][k]] if "rows" in given else given["image"][k]
+    """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored
+    where drawn.
+    """
+    images = (
+        jnp.asarray(frozen["image"])[given["rows"][k]] if "rows" in given else given["image"][k]
+    )
     if "mirrored" in given:
         images = jnp.where(given["mirrored"][k][:, None, None, None], images[:, :, ::-1], images)
     return images
 
 
 def _metrics(bins, example: Example, mean: Array, ess: Array) -> Metrics:
-    """Per noise bin: effective sample size, share of active targets, and |target - x0| (over all pixels)."""
+    """Per noise bin: effective sample size, share of active targets, and |target - x0| (over all
+    pixels).
+    """
     moved = jnp.sqrt(jnp.sum(jnp.square(mean - example.x0), axis=(1, 2, 3)))
     values = {"stf/ess": ess, "stf/active": (ess > ACTIVE).astype(ess.dtype), "stf/moved": moved}
     return noise_bins(values, example.sigma, bins)

@@ -6,4 +6,11 @@ from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.networks.inception import InceptionV3
 from ogdm_jax.networks.unet import SongUNet
 
-__all__ = ["ADMEncoder", "ADMUNet", "DhariwalUNet", "InceptionV3", "SongUNet", "StyleGAN2Discriminator"]
+__all__ = [
+    "ADMEncoder",
+    "ADMUNet",
+    "DhariwalUNet",
+    "InceptionV3",
+    "SongUNet",
+    "StyleGAN2Discriminator",
+]

@@ -1,7 +1,7 @@
 """The ADM U-Net in EDM's form (DhariwalUNet; 2105.05233 and 2206.00364, appendix F.1), NHWC.
 
-`encode`, `middle` and `decode` are the trunk shared with OpenAI's form (adm_openai.py): the same blocks under the same
-parameter names, EDM's (enc_64x64_block0, dec_8x8_in0, ...).
+`encode`, `middle` and `decode` are the trunk shared with OpenAI's form (adm_openai.py): the same
+blocks under the same parameter names, EDM's (enc_64x64_block0, dec_8x8_in0, ...).
 """
 
 import math
@@ -18,8 +18,17 @@ from ogdm_jax.typing import Array
 Block = Callable[..., Array]  # block(h, name, features, attend=False, up=False, down=False) -> h
 
 
-def encode(h: Array, block: Block, sides: Sequence[int], widths: Sequence[int], depth: int, attend_at: Sequence[int]):
-    """The encoder behind its first convolution: (deepest features, skips of every block), parameters enc_RxR_*."""
+def encode(
+    h: Array,
+    block: Block,
+    sides: Sequence[int],
+    widths: Sequence[int],
+    depth: int,
+    attend_at: Sequence[int],
+):
+    """The encoder behind its first convolution: (deepest features, skips of every block),
+    parameters enc_RxR_*.
+    """
     skips = [h]
     for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
         if level:
@@ -46,7 +55,9 @@ def decode(
     depth: int,
     attend_at: Sequence[int],
 ) -> Array:
-    """The decoder in front of the last norm; every block takes one skip, and attends at the resolutions named."""
+    """The decoder in front of the last norm; every block takes one skip, and attends at the
+    resolutions named.
+    """
     for level in reversed(range(len(sides))):
         side, width = sides[level], widths[level]
         if level < len(sides) - 1:
@@ -58,10 +69,12 @@ def decode(
 
 
 class DhariwalUNet(nn.Module):
-    """The raw network F of EDM's ImageNet-64 models. Heads have 64 channels: narrower blocks do not attend.
+    """The raw network F of EDM's ImageNet-64 models. Heads have 64 channels: narrower blocks do not
+    attend.
 
-    Attributes: as SongUNet's, without its encoder, embedding and filter variants. OpenAI's conventions (32 groups in
-    every norm, time steps instead of c_noise, other heads and resampling) have their own module, ADMUNet.
+    Attributes: as SongUNet's, without its encoder, embedding and filter variants. OpenAI's
+    conventions (32 groups in every norm, time steps instead of c_noise, other heads and resampling)
+    have their own module, ADMUNet.
     """
 
     img_resolution: int
@@ -117,7 +130,9 @@ class DhariwalUNet(nn.Module):
         widths = [self.model_channels * mult for mult in self.channel_mult]
         plan = (block, sides, widths, self.num_blocks, self.attn_resolutions)
         first = f"enc_{sides[0]}x{sides[0]}_conv"
-        h = layers.Conv(widths[0], 3, init, init, name=first, dtype=self.dtype)(x.astype(self.dtype))
+        h = layers.Conv(widths[0], 3, init, init, name=first, dtype=self.dtype)(
+            x.astype(self.dtype)
+        )
         h, skips = encode(h, *plan)
         h = middle(h, block, sides[-1])
         if tap == "mid":
@@ -128,13 +143,21 @@ class DhariwalUNet(nn.Module):
         h = layers.Conv(features, 3, zero, name="out_conv", dtype=self.dtype)(h)
         return h.astype(layers.wide(x.dtype))
 
-    def _embed(self, batch: int, c_noise: Array, label: Array | None, augment: Array | None, init, zero) -> Array:
-        """Noise level, augmentation and class as one vector [B, model_channels * channel_mult_emb]."""
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None, init, zero
+    ) -> Array:
+        """Noise level, augmentation and class as one vector [B, model_channels *
+        channel_mult_emb].
+        """
         c_noise = jnp.broadcast_to(jnp.asarray(c_noise), (batch,))
         emb = layers.positional_embedding(c_noise, self.model_channels)
 
-        def dense(name: str, features: int, h: Array, kernel_init=init, bias_init=init, **more) -> Array:
-            return layers.Dense(features, kernel_init, bias_init, name=name, dtype=emb.dtype, **more)(h)
+        def dense(
+            name: str, features: int, h: Array, kernel_init=init, bias_init=init, **more
+        ) -> Array:
+            return layers.Dense(
+                features, kernel_init, bias_init, name=name, dtype=emb.dtype, **more
+            )(h)
 
         if self.augment_dim and (augment is not None or self.is_initializing()):
             given = jnp.zeros((batch, self.augment_dim)) if augment is None else augment

@@ -1,9 +1,10 @@
 """OGDM's discriminator: StyleGAN2's residual discriminator, conditional on a pair of noise levels.
 
-2310.04041 trains it beside the denoiser, on (noised real image, projected image) pairs. The layers are those of
-StyleGAN2-ADA's "resnet" discriminator (2006.06676, no augmentation, no half precision, no clamping) whose label input
-is widened by the two numbers that say from which level to which level the projection went. Images are judged in the
-compute type that the network is given; the condition, the minibatch statistics and the logit stay float32.
+2310.04041 trains it beside the denoiser, on (noised real image, projected image) pairs. The layers
+are those of StyleGAN2-ADA's "resnet" discriminator (2006.06676, no augmentation, no half precision,
+no clamping) whose label input is widened by the two numbers that say from which level to which
+level the projection went. Images are judged in the compute type that the network is given; the
+condition, the minibatch statistics and the logit stay float32.
 """
 
 import math
@@ -28,9 +29,11 @@ def _normal(scale: float = 1.0) -> Callable[..., Array]:
 
 
 class EqualConv(nn.Module):
-    """k x k convolution with equalised learning rate: kernel ~ N(0, 1) is stored, kernel / sqrt(fan_in) is used.
+    """k x k convolution with equalised learning rate: kernel ~ N(0, 1) is stored, kernel /
+    sqrt(fan_in) is used.
 
-    The stored scale is what makes Adam's step the same relative size in every layer, hence part of the method.
+    The stored scale is what makes Adam's step the same relative size in every layer, hence part of
+    the method.
     """
 
     features: int
@@ -62,7 +65,9 @@ class EqualDense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", _normal(1.0 / self.multiplier), shape) * (self.multiplier / math.sqrt(shape[0]))
+        kernel = self.param("kernel", _normal(1.0 / self.multiplier), shape) * (
+            self.multiplier / math.sqrt(shape[0])
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) * self.multiplier
         return jnp.dot(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)[None, :]
 
@@ -70,8 +75,9 @@ class EqualDense(nn.Module):
 class Mapping(nn.Module):
     """Condition [B, d] -> [B, features]: embedding, second-moment normalisation, 8 slow layers.
 
-    The normalisation leaves only the direction of a bias-free embedding: at initialisation a pair of raw noise levels
-    is seen by its ratio alone, the magnitude has to be learned through the embedding's bias.
+    The normalisation leaves only the direction of a bias-free embedding: at initialisation a pair
+    of raw noise levels is seen by its ratio alone, the magnitude has to be learned through the
+    embedding's bias.
     """
 
     features: int
@@ -87,7 +93,9 @@ class Mapping(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """[B, r, r, c] -> [B, r/2, r/2, out]: two convolutions beside a 1x1 skip, both branches scaled by sqrt(1/2)."""
+    """[B, r, r, c] -> [B, r/2, r/2, out]: two convolutions beside a 1x1 skip, both branches scaled
+    by sqrt(1/2).
+    """
 
     features: int
     out: int
@@ -97,7 +105,9 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         if self.from_rgb:
             x = _leaky(EqualConv(self.features, 1, name="fromrgb")(x))
-        y = EqualConv(self.out, 1, bias=False, name="skip")(fir(x, _TAPS, down=2, padding=1)) * math.sqrt(0.5)
+        y = EqualConv(self.out, 1, bias=False, name="skip")(
+            fir(x, _TAPS, down=2, padding=1)
+        ) * math.sqrt(0.5)
         h = _leaky(EqualConv(self.features, 3, padding=1, name="conv0")(x))
         h = EqualConv(self.out, 3, stride=2, name="conv1")(fir(h, _TAPS, padding=2))
         return y + _leaky(h, gain=1.0)  # sqrt(2) of the activation times sqrt(1/2) of the branch
@@ -121,16 +131,19 @@ class Epilogue(nn.Module):
 
 
 def minibatch_deviation(x: Array, group: int = 4, batch: int | None = None) -> Array:
-    """How much the examples of a group differ: one number per group, as an extra channel (1710.10196, section 3).
+    """How much the examples of a group differ: one number per group, as an extra channel
+    (1710.10196, section 3).
 
-    In a chunk of n examples, example i shares its group with i + n/g, i + 2n/g, ... where g = min(group, n); the number
-    is the mean over pixels and channels of the standard deviation over the group.
+    In a chunk of n examples, example i shares its group with i + n/g, i + 2n/g, ... where g =
+    min(group, n); the number is the mean over pixels and channels of the standard deviation over
+    the group.
 
     Args:
       x: [B, h, w, c].
       group: examples in a group.
-      batch: examples in a chunk; None takes the whole batch as one chunk. Chunks are contiguous, so that a batch
-        that is cut over devices at multiples of `batch` has the same numbers as the uncut one.
+      batch: examples in a chunk; None takes the whole batch as one chunk. Chunks are contiguous, so
+        that a batch that is cut over devices at multiples of `batch` has the same numbers as the
+        uncut one.
 
     Returns:
       [B, h, w, 1].
@@ -143,7 +156,8 @@ def minibatch_deviation(x: Array, group: int = 4, batch: int | None = None) -> A
     members = min(group, chunk)
     if size % chunk or chunk % members:
         raise ValueError(
-            f"discriminator batch: {size} examples given; expected a multiple of {chunk if size % chunk else members} "
+            f"discriminator batch: {size} examples given; expected a multiple of "
+            f"{chunk if size % chunk else members} "
             "for the minibatch statistics"
         )
     y = x.reshape(size // chunk, members, chunk // members, h, w, c)
@@ -153,9 +167,11 @@ def minibatch_deviation(x: Array, group: int = 4, batch: int | None = None) -> A
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """D(x, (t, s), label) -> logit: is x a noised real image of level s, or a projection from level t to s?
+    """D(x, (t, s), label) -> logit: is x a noised real image of level s, or a projection from level
+    t to s?
 
-    Parameters at the published sizes: 23,872,000 (32x32), 23,877,120 (32x32, 10 classes), 28,853,760 (64x64).
+    Parameters at the published sizes: 23,872,000 (32x32), 23,877,120 (32x32, 10 classes),
+    28,853,760 (64x64).
 
     Attributes:
       img_resolution: side of the square images, a power of two of at least 8.
@@ -164,10 +180,10 @@ class StyleGAN2Discriminator(nn.Module):
       t_dim: numbers of the noise condition (2: from which level, to which level).
       channel_base, channel_max: channels at side r are min(channel_base // r, channel_max).
       mbstd_group: group of the minibatch standard deviation.
-      mbstd_batch: see minibatch_deviation; None is the authors' behaviour (statistics over a device's batch), a number
-        makes the result independent of the number of devices.
-      dtype: compute type of the convolutions and of the layers behind them; None = that of the images. Parameters are
-        float32.
+      mbstd_batch: see minibatch_deviation; None is the authors' behaviour (statistics over a
+        device's batch), a number makes the result independent of the number of devices.
+      dtype: compute type of the convolutions and of the layers behind them; None = that of the
+        images. Parameters are float32.
     """
 
     img_resolution: int
@@ -184,7 +200,9 @@ class StyleGAN2Discriminator(nn.Module):
         return min(self.channel_base // side, self.channel_max)
 
     @nn.compact
-    def __call__(self, x: Array, cond_t: Array, label: Array | None = None, tap: str | None = None) -> Array:
+    def __call__(
+        self, x: Array, cond_t: Array, label: Array | None = None, tap: str | None = None
+    ) -> Array:
         """Logits of images.
 
         Args:
@@ -197,16 +215,21 @@ class StyleGAN2Discriminator(nn.Module):
           [B] unbounded logits.
 
         Raises:
-          ValueError: the image side is no power of two of at least 8, a shape does not fit, or the batch cannot be
+          ValueError: the image side is no power of two of at least 8, a shape does not fit, or the
+          batch cannot be
             grouped (see minibatch_deviation).
         """
         side = self.img_resolution
         if side < 8 or side & (side - 1):
             raise ValueError(f"img_resolution: {side} given; expected a power of two of at least 8")
         if x.shape[1:] != (side, side, self.img_channels):
-            raise ValueError(f"x: shape {x.shape} given; expected [B, {side}, {side}, {self.img_channels}]")
+            raise ValueError(
+                f"x: shape {x.shape} given; expected [B, {side}, {side}, {self.img_channels}]"
+            )
         if cond_t.shape != (x.shape[0], self.t_dim):
-            raise ValueError(f"cond_t: shape {cond_t.shape} given; expected {(x.shape[0], self.t_dim)}")
+            raise ValueError(
+                f"cond_t: shape {cond_t.shape} given; expected {(x.shape[0], self.t_dim)}"
+            )
         cond = cond_t.astype(x.dtype)
         if self.label_dim:
             label = one_hot(label, x.shape[0], self.label_dim).astype(x.dtype)
@@ -217,7 +240,10 @@ class StyleGAN2Discriminator(nn.Module):
         x = x if self.dtype is None else x.astype(self.dtype)
         while side > 4:
             x = ResidualBlock(
-                self.channels(side), self.channels(side // 2), side == self.img_resolution, name=f"b{side}"
+                self.channels(side),
+                self.channels(side // 2),
+                side == self.img_resolution,
+                name=f"b{side}",
             )(x)
             side //= 2
         return Epilogue(self.channels(4), self.mbstd_group, self.mbstd_batch, name="b4")(x, cmap)

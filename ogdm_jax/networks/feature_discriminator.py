@@ -1,4 +1,6 @@
-"""DG's network (arXiv 2211.17091): a frozen encoder's features under a shallow head, or an encoder trained alone."""
+"""DG's network (arXiv 2211.17091): a frozen encoder's features under a shallow head, or an encoder
+trained alone.
+"""
 
 import dataclasses
 
@@ -15,10 +17,11 @@ class FeatureDiscriminator:
     """logit = head(features(x_vp, t), t, label), the logit of "real"; no sigmoid inside.
 
     Attributes:
-      head: out_channels 1. On an extractor it takes features (8x8x512 in the authors' pixel models), else the image.
-        With label_dim > 0 it is conditional (1000 rows in the authors' files, whatever the data set).
-      extractor: the frozen encoder (an ADM classifier of noisy images), which never sees labels; None: the head is
-        trained from scratch.
+      head: out_channels 1. On an extractor it takes features (8x8x512 in the authors' pixel
+        models), else the image. With label_dim > 0 it is conditional (1000 rows in the authors'
+        files, whatever the data set).
+      extractor: the frozen encoder (an ADM classifier of noisy images), which never sees labels;
+        None: the head is trained from scratch.
     """
 
     head: ADMEncoder
@@ -26,7 +29,9 @@ class FeatureDiscriminator:
 
     def __post_init__(self):
         if self.head.out_channels != 1:
-            raise ValueError(f"head.out_channels: {self.head.out_channels} given; expected 1, the logit")
+            raise ValueError(
+                f"head.out_channels: {self.head.out_channels} given; expected 1, the logit"
+            )
 
     @property
     def label_dim(self) -> int:
@@ -48,10 +53,12 @@ class FeatureDiscriminator:
         label: Array | None = None,
         dropout_keys: Array | None = None,
     ) -> Array:
-        """[B] logits of x_vp [B,H,W,C] = (x0 + sigma eps) / sqrt(1 + sigma^2) at times [B] in [0, 1].
+        """[B] logits of x_vp [B,H,W,C] = (x0 + sigma eps) / sqrt(1 + sigma^2) at times [B] in [0,
+        1].
 
         Args:
-          params: of the head.   frozen: params of the extractor, or None without one. Gradients reach x_vp through it.
+          params: of the head.   frozen: params of the extractor, or None without one. Gradients
+            reach x_vp through it.
           label: [B] int32 true classes, needed by a conditional head: it knows no "no class".
 
         Raises:
@@ -61,7 +68,9 @@ class FeatureDiscriminator:
         if self.extractor is not None:
             h = self.extractor.apply({"params": frozen}, x_vp, time, tap="mid")
         if self.label_dim and label is None:
-            raise ValueError("label=None; a conditional discriminator expects the classes of the images")
+            raise ValueError(
+                "label=None; a conditional discriminator expects the classes of the images"
+            )
         label = label if self.label_dim else None
         return self.head.apply({"params": params}, h, time, label, dropout_keys=dropout_keys)[:, 0]
 
@@ -89,12 +98,15 @@ def build(
         found = (extractor.img_resolution, extractor.img_channels)
         if found != (side, channels):
             raise ValueError(
-                f"extractor: made for {found[0]} pixels and {found[1]} channels; expected {side} and {channels}"
+                f"extractor: made for {found[0]} pixels and {found[1]} channels; expected {side} "
+                f"and {channels}"
             )
         extractor = extractor.clone(time_scale=TIME_SCALE, dtype=dtype, remat=remat)
         side, channels = extractor.sides[-1], extractor.widths[-1]
     if side % 2 ** (len(channel_mult) - 1):
-        raise ValueError(f"channel_mult: {tuple(channel_mult)} given; its levels do not halve a side of {side}")
+        raise ValueError(
+            f"channel_mult: {tuple(channel_mult)} given; its levels do not halve a side of {side}"
+        )
     head = ADMEncoder(
         img_resolution=side,
         img_channels=channels,

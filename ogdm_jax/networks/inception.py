@@ -1,9 +1,11 @@
-"""InceptionV3 as the Frechet Inception distance uses it, and the two ways in which images are brought to its size.
+"""InceptionV3 as the Frechet Inception distance uses it, and the two ways in which images are
+brought to its size.
 
-The network of the TensorFlow archive inception-2015-12-05 as pytorch-fid 0.3.0 and torch-fidelity 0.4.0 rebuilt it
-(architecture: Szegedy et al., arXiv 1512.00567). It differs from torchvision's in four places: average pools leave the
-padding out of the mean (Mixed_5b-5d, 6b-6e, 7b), the last block pools the maximum, BatchNorm has epsilon 1e-3, and the
-head has 1,008 classes. Module names are the checkpoint's.
+The network of the TensorFlow archive inception-2015-12-05 as pytorch-fid 0.3.0 and torch-fidelity
+0.4.0 rebuilt it (architecture: Szegedy et al., arXiv 1512.00567). It differs from torchvision's in
+four places: average pools leave the padding out of the mean (Mixed_5b-5d, 6b-6e, 7b), the last
+block pools the maximum, BatchNorm has epsilon 1e-3, and the head has 1,008 classes. Module names
+are the checkpoint's.
 """
 
 import flax.linen as nn
@@ -14,7 +16,8 @@ import numpy as np
 from ogdm_jax.typing import Array
 
 SIZE = 299
-# Parallel branches of a block: each a chain of (name, channels, kernel height x width); stride-2 layers end with "s".
+# Parallel branches of a block: each a chain of (name, channels, kernel height x width); stride-2
+# layers end with "s".
 _Layer = tuple[str, int, str]
 _Branch = tuple[_Layer, ...]
 
@@ -23,7 +26,11 @@ def _a(pool: int) -> tuple[_Branch, ...]:
     return (
         (("branch1x1", 64, "1x1"),),
         (("branch5x5_1", 48, "1x1"), ("branch5x5_2", 64, "5x5")),
-        (("branch3x3dbl_1", 64, "1x1"), ("branch3x3dbl_2", 96, "3x3"), ("branch3x3dbl_3", 96, "3x3")),
+        (
+            ("branch3x3dbl_1", 64, "1x1"),
+            ("branch3x3dbl_2", 96, "3x3"),
+            ("branch3x3dbl_3", 96, "3x3"),
+        ),
         (("avg", 0, ""), ("branch_pool", pool, "1x1")),
     )
 
@@ -35,7 +42,10 @@ def _c(width: int) -> tuple[_Branch, ...]:
         (("branch7x7_1", width, "1x1"), ("branch7x7_2", width, "1x7"), ("branch7x7_3", 192, "7x1")),
         (
             ("branch7x7dbl_1", width, "1x1"),
-            *((f"branch7x7dbl_{i + 2}", width if i < 3 else 192, kernel) for i, kernel in enumerate(double)),
+            *(
+                (f"branch7x7dbl_{i + 2}", width if i < 3 else 192, kernel)
+                for i, kernel in enumerate(double)
+            ),
         ),
         (("avg", 0, ""), ("branch_pool", 192, "1x1")),
     )
@@ -104,7 +114,9 @@ class FrozenNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, FrozenNorm, rectifier. kernel such as "1x7"; "3x3s" has stride 2 and no padding."""
+    """Convolution without bias, FrozenNorm, rectifier. kernel such as "1x7"; "3x3s" has stride 2
+    and no padding.
+    """
 
     features: int
     kernel: str
@@ -120,7 +132,8 @@ class ConvNorm(nn.Module):
             (stride, stride),
             "SAME" if self.padded and stride == 1 else "VALID",
             use_bias=False,
-            precision=jax.lax.Precision.HIGHEST,  # a published FID is a float32 number; TF32 and bfloat16 shift it
+            # a published FID is a float32 number; TF32 and bfloat16 shift it
+            precision=jax.lax.Precision.HIGHEST,
             name="conv",
         )(x)
         return nn.relu(FrozenNorm(name="bn")(x))
@@ -141,7 +154,8 @@ class Mixed(nn.Module):
                     h = _pool(h, name)
                     continue
                 sides = [
-                    ConvNorm(features, k, name=n)(h) for n, k in zip(name.split("|"), kernel.split("|"), strict=True)
+                    ConvNorm(features, k, name=n)(h)
+                    for n, k in zip(name.split("|"), kernel.split("|"), strict=True)
                 ]
                 h = jnp.concatenate(sides, -1) if len(sides) > 1 else sides[0]
             outputs.append(h)
@@ -151,15 +165,21 @@ class Mixed(nn.Module):
 def _pool(x: Array, kind: str) -> Array:
     if kind == "avg":
         return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
-    return nn.max_pool(x, (3, 3), (2, 2), "VALID") if kind == "maxs" else nn.max_pool(x, (3, 3), (1, 1), "SAME")
+    return (
+        nn.max_pool(x, (3, 3), (2, 2), "VALID")
+        if kind == "maxs"
+        else nn.max_pool(x, (3, 3), (1, 1), "SAME")
+    )
 
 
 class InceptionV3(nn.Module):
-    """x [b, h, w, 3], already in the network's range (about [-1, 1]) and at least 75 x 75 -> pool3 features [b, 2048].
+    """x [b, h, w, 3], already in the network's range (about [-1, 1]) and at least 75 x 75 -> pool3
+    features [b, 2048].
 
-    tap="all" returns a dict instead: means over positions after the two stem pools and Mixed_6e ("64", "192", "768":
-    torch-fidelity's names), "pool3", "logits" [b, 1008] and "logits_unbiased" (without the bias, as the Inception
-    score of the TensorFlow graph takes them). Under jit only what is used is computed.
+    tap="all" returns a dict instead: means over positions after the two stem pools and Mixed_6e
+    ("64", "192", "768": torch-fidelity's names), "pool3", "logits" [b, 1008] and "logits_unbiased"
+    (without the bias, as the Inception score of the TensorFlow graph takes them). Under jit only
+    what is used is computed.
     """
 
     num_classes: int = 1008
@@ -184,7 +204,9 @@ class InceptionV3(nn.Module):
             if name == "Mixed_6e":
                 taps["768"] = x.mean((1, 2))
         taps["pool3"] = x.mean((1, 2))
-        head = nn.Dense(self.num_classes, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")
+        head = nn.Dense(
+            self.num_classes, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc"
+        )
         taps["logits_unbiased"] = head(taps["pool3"])
         bias = self.param("fc_bias", nn.initializers.zeros, (self.num_classes,))
         taps["logits"] = taps["logits_unbiased"] + bias[None]
@@ -208,9 +230,11 @@ def _lerp(x: Array, axis: int, size: int, half_pixel: bool) -> Array:
 def resize(images: Array, size: int = SIZE, half_pixel: bool = False) -> Array:
     """Bilinear resizing [b, h, w, c] -> [b, size, size, c] without antialiasing.
 
-    half_pixel=False is TensorFlow 1's resize_bilinear (align_corners=False: output i samples input i * h / size), the
-    way of the original FID, of NVIDIA's detector and of torch-fidelity. half_pixel=True samples (i + 1/2) h / size
-    - 1/2, PyTorch's interpolate, the way of pytorch-fid. The two give different FIDs for the same images.
+    half_pixel=False is TensorFlow 1's resize_bilinear (align_corners=False: output i samples input
+    i * h / size), the way of the original FID, of NVIDIA's detector and of torch-fidelity.
+    half_pixel=True samples (i + 1/2) h / size
+    - 1/2, PyTorch's interpolate, the way of pytorch-fid. The two give different FIDs for the same
+      images.
     """
     return _lerp(_lerp(images.astype(jnp.float32), 1, size, half_pixel), 2, size, half_pixel)
 
@@ -218,8 +242,8 @@ def resize(images: Array, size: int = SIZE, half_pixel: bool = False) -> Array:
 def prepare(images: Array, route: str = "tf") -> Array:
     """uint8 images [b, h, w, 1 or 3] -> the network's input [b, 299, 299, 3]; grey is repeated.
 
-    route "tf": TensorFlow-1 resize, then (v - 128) / 128 (original FID, EDM, StyleGAN). route "pytorch_fid": v / 255,
-    half-pixel resize, then 2 v - 1.
+    route "tf": TensorFlow-1 resize, then (v - 128) / 128 (original FID, EDM, StyleGAN). route
+    "pytorch_fid": v / 255, half-pixel resize, then 2 v - 1.
     """
     if route not in ("tf", "pytorch_fid"):
         raise ValueError(f"route: '{route}'; expected 'tf' or 'pytorch_fid'.")

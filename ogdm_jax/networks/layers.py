@@ -1,7 +1,7 @@
 """Layers of the score networks (2206.00364, appendix F; 2105.05233), NHWC.
 
-Parameters are float32 and are cast to the compute type where they are used; statistics, embeddings and attention
-weights are float32 (float64 for float64 inputs) whatever the compute type.
+Parameters are float32 and are cast to the compute type where they are used; statistics, embeddings
+and attention weights are float32 (float64 for float64 inputs) whatever the compute type.
 """
 
 import functools
@@ -15,7 +15,15 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import randomness
-from ogdm_jax.networks.convolution import conv2d, downsample, fir, mean_pool, nearest, settled, upsample
+from ogdm_jax.networks.convolution import (
+    conv2d,
+    downsample,
+    fir,
+    mean_pool,
+    nearest,
+    settled,
+    upsample,
+)
 from ogdm_jax.typing import Array
 
 __all__ = [
@@ -47,16 +55,22 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def scaled_init(mode: str, scale: float = 1.0) -> Initializer:
-    """EDM's initialisers by name, times scale: xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal.
+    """EDM's initialisers by name, times scale: xavier_uniform, xavier_normal, kaiming_uniform,
+    kaiming_normal.
 
-    Variance 2 / (fan_in + fan_out) for xavier, 1 / fan_in for kaiming; a uniform law has bound sqrt(3 variance). The
-    fans are those of a kernel [..., in, out], or given as `fans` (a bias shares those of its kernel).
+    Variance 2 / (fan_in + fan_out) for xavier, 1 / fan_in for kaiming; a uniform law has bound
+    sqrt(3 variance). The fans are those of a kernel [..., in, out], or given as `fans` (a bias
+    shares those of its kernel).
     """
     scheme, law = mode.split("_")
     if scheme not in ("xavier", "kaiming") or law not in ("uniform", "normal"):
-        raise ValueError(f"mode: {mode!r} given; expected xavier or kaiming, then _uniform or _normal")
+        raise ValueError(
+            f"mode: {mode!r} given; expected xavier or kaiming, then _uniform or _normal"
+        )
 
-    def init(key: Array, shape: Sequence[int], dtype=jnp.float32, fans: tuple[int, int] | None = None) -> Array:
+    def init(
+        key: Array, shape: Sequence[int], dtype=jnp.float32, fans: tuple[int, int] | None = None
+    ) -> Array:
         field = math.prod(shape[:-2])
         fan_in, fan_out = fans or (field * shape[-2], field * shape[-1])
         variance = 2 / (fan_in + fan_out) if scheme == "xavier" else 1 / fan_in
@@ -90,8 +104,9 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """k x k convolution with zero padding k // 2, after resampling by 2 where up or down is set.
 
-    The kernel is [k, k, in, out]; kernel=0 only resamples. fused (with down): kernel first, low-pass and every second
-    pixel after it, then the bias, as in NCSN++'s residual input. stride=2 is OpenAI's learned halving. A 1x1 kernel is
+    The kernel is [k, k, in, out]; kernel=0 only resamples. fused (with down): kernel first,
+    low-pass and every second pixel after it, then the bias, as in NCSN++'s residual input. stride=2
+    is OpenAI's learned halving. A 1x1 kernel is
     a convolution as well: on a CPU the gradient of the equivalent matrix product is slow.
     """
 
@@ -117,7 +132,9 @@ class Conv(nn.Module):
         if not self.kernel:
             return x
         area, inputs = self.kernel**2, x.shape[-1]
-        kernel = self.param("kernel", self.kernel_init, (self.kernel, self.kernel, inputs, self.features))
+        kernel = self.param(
+            "kernel", self.kernel_init, (self.kernel, self.kernel, inputs, self.features)
+        )
         margin = (len(self.taps) - 1) // 2 if fused else 0
         x = conv2d(x, kernel.astype(self.dtype), self.kernel // 2 + margin, self.stride)
         if fused:
@@ -136,8 +153,9 @@ def _bias(module: Dense | Conv, fans: tuple[int, int], ndim: int) -> Array:
 class GroupNorm(nn.Module):
     """Group normalisation of x [B,H,W,C] with biased variance.
 
-    groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always use 32. The gradient is the closed form
-    (`_normalise_backward`): on CPU a tenth of a train step faster than autodiff's, on TPU half of its memory.
+    groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always use 32. The gradient is the
+    closed form (`_normalise_backward`): on CPU a tenth of a train step faster than autodiff's, on
+    TPU half of its memory.
     """
 
     eps: float
@@ -148,24 +166,29 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         groups = self.groups or max(1, min(32, channels // 4))
         if channels % groups:
-            raise ValueError(f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups")
+            raise ValueError(
+                f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups"
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return _closed_form(x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps)
+        return _closed_form(
+            x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps
+        )
 
 
 def _normalise(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
-    """(x - mean) / sqrt(variance + eps) * scale + bias of each group, in at least float32; x [B,H,W,C], scale, bias
-    [1,1,1,C]."""
+    """(x - mean) / sqrt(variance + eps) * scale + bias of each group, in at least float32; x
+    [B,H,W,C], scale, bias [1,1,1,C]."""
     return _normalise_forward(x, scale, bias, groups, eps)[0]
 
 
 def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
     """(mean, 1 / sqrt(variance + eps)) of every channel's group, [B,1,1,C].
 
-    Sums per channel in one pass over x, then combined per group. The channel's centre pixel is subtracted before
-    squaring: it cancels in the result, and unlike E[x^2] - E[x]^2 nothing is lost where a channel's mean is large
-    against its spread.
+    Sums per channel in one pass over x, then combined per group. The channel's centre pixel is
+    subtracted before
+    squaring: it cancels in the result, and unlike E[x^2] - E[x]^2 nothing is lost where a channel's
+    mean is large against its spread.
     """
     h, w = x.shape[1:3]
     x = x.astype(wide(x.dtype))
@@ -182,12 +205,14 @@ def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
 def _group_mean(v: Array, groups: int) -> Array:
     """The mean over a group's channels, at each of them: [B,1,1,C] -> [B,1,1,C].
 
-    A product with a constant matrix: cutting channels into groups by a reshape costs a TPU, where channels lie along
-    the lanes of its registers, three copies for every mean.
+    A product with a constant matrix: cutting channels into groups by a reshape costs a TPU, where
+    channels lie along the lanes of its registers, three copies for every mean.
     """
     size = v.shape[-1] // groups
     within = np.kron(np.eye(groups), np.full((size, size), 1 / size))
-    return jnp.einsum("bhwc,cd->bhwd", v, jnp.asarray(within, v.dtype), precision=lax.Precision.HIGHEST)
+    return jnp.einsum(
+        "bhwc,cd->bhwd", v, jnp.asarray(within, v.dtype), precision=lax.Precision.HIGHEST
+    )
 
 
 _closed_form = jax.custom_vjp(_normalise, nondiff_argnums=(3, 4))
@@ -200,9 +225,11 @@ def _normalise_forward(x: Array, scale: Array, bias: Array, groups: int, eps: fl
 
 
 def _normalise_backward(groups: int, eps: float, residuals, dy: Array):
-    """With z = (x - mean) inverse, g = dy scale and means <.> over a group: dx = inverse (g - <g> - z <g z>).
+    """With z = (x - mean) inverse, g = dy scale and means <.> over a group: dx = inverse (g - <g> -
+    z <g z>).
 
-    Two passes over x and dy, one for the sums and one for dx; differentiable again like any other function.
+    Two passes over x and dy, one for the sums and one for dx; differentiable again like any other
+    function.
     """
     x, scale, mean, inverse = residuals
     pixels = x.shape[1] * x.shape[2]
@@ -219,14 +246,17 @@ _closed_form.defvjp(_normalise_forward, _normalise_backward)
 
 
 def settle(module: nn.Module, x: Array, norm: str) -> Array:
-    """x before the module's norm of this name and whatever else reads it: see `convolution.settled`."""
+    """x before the module's norm of this name and whatever else reads it: see
+    `convolution.settled`.
+    """
     if module.is_initializing():
         return x
     return settled(x, module.variables["params"][norm]["scale"])
 
 
 def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) -> Array:
-    """[cos | sin] of c_noise * f_j, f_j = 10000^(-j / (n/2 - endpoint)), j < n/2; c_noise [B] -> [B, channels].
+    """[cos | sin] of c_noise * f_j, f_j = 10000^(-j / (n/2 - endpoint)), j < n/2; c_noise [B] ->
+    [B, channels].
 
     endpoint=False is OpenAI's timestep embedding. Frequencies are float64 numbers rounded once.
     """
@@ -238,14 +268,18 @@ def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) 
 
 
 class FourierEmbedding(nn.Module):
-    """[cos | sin] of 2 pi f c_noise with frozen f ~ scale N(0, 1) in collection "buffers"; [B] -> [B, channels]."""
+    """[cos | sin] of 2 pi f c_noise with frozen f ~ scale N(0, 1) in collection "buffers"; [B] ->
+    [B, channels].
+    """
 
     channels: int
     scale: float = 16.0
 
     @nn.compact
     def __call__(self, c_noise: Array) -> Array:
-        make = lambda: self.scale * jax.random.normal(self.make_rng("params"), (self.channels // 2,))  # noqa: E731
+        make = lambda: (
+            self.scale * jax.random.normal(self.make_rng("params"), (self.channels // 2,))
+        )
         freqs = self.variable("buffers", "freqs", make).value
         c_noise = c_noise.astype(wide(c_noise.dtype))
         angles = c_noise[:, None] * (2 * np.pi * freqs)[None, :]
@@ -253,10 +287,11 @@ class FourierEmbedding(nn.Module):
 
 
 def dropout(x: Array, rate: float, keys: Array | None, site: str) -> Array:
-    """Inverted dropout, one mask per example from its own key and the site's name; the identity where keys is None.
+    """Inverted dropout, one mask per example from its own key and the site's name; the identity
+    where keys is None.
 
-    The masks come from `randomness.quick` keys: of the network's own size and dozens a step, they would be a third of
-    all element-wise work with threefry.
+    The masks come from `randomness.quick` keys: of the network's own size and dozens a step, they
+    would be a third of all element-wise work with threefry.
     """
     if keys is None or rate == 0:
         return x
@@ -266,7 +301,8 @@ def dropout(x: Array, rate: float, keys: Array | None, site: str) -> Array:
 
 
 def one_hot(label: Array | None, batch: int, classes: int) -> Array:
-    """Classes as [B, classes] numbers: int labels [B] (-1: no class) or None (no class) -> 0 and 1; floats unchanged.
+    """Classes as [B, classes] numbers: int labels [B] (-1: no class) or None (no class) -> 0 and 1;
+    floats unchanged.
 
     Raises:
       ValueError: float labels of another width, or integers of another shape.
@@ -286,8 +322,8 @@ def attention(qkv: Array, heads: int) -> Array:
     """softmax(q k^T / sqrt(c)) v of each head over the pixels, the weights in float32.
 
     Args:
-      qkv: [B,H,W,3C], channels ordered ({q, k, v}, head, c). The published checkpoints order them otherwise; interop
-        permutes the kernel once, so that here q, k and v are contiguous.
+      qkv: [B,H,W,3C], channels ordered ({q, k, v}, head, c). The published checkpoints order them
+        otherwise; interop permutes the kernel once, so that here q, k and v are contiguous.
 
     Returns:
       [B,H,W,C], channels ordered (head, c).

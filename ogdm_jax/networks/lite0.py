@@ -1,7 +1,9 @@
-"""EfficientNet-Lite0: the ImageNet classifier whose weights a registry package ships (features of `fd_lite0`).
+"""EfficientNet-Lite0: the ImageNet classifier whose weights a registry package ships (features of
+`fd_lite0`).
 
-Architecture: EfficientNet-B0 (Tan and Le, arXiv 1905.11946, table 1) without squeeze-and-excitation and with ReLU6, as
-tensorflow/tpu's efficientnet/lite publishes it. Module names are the PyTorch checkpoint's, dots as underscores.
+Architecture: EfficientNet-B0 (Tan and Le, arXiv 1905.11946, table 1) without squeeze-and-excitation
+and with ReLU6, as tensorflow/tpu's efficientnet/lite publishes it. Module names are the PyTorch
+checkpoint's, dots as underscores.
 """
 
 import flax.linen as nn
@@ -14,9 +16,19 @@ from ogdm_jax.networks.inception import FrozenNorm
 from ogdm_jax.typing import Array
 
 # kernel, stride of the first block, expansion, channels, blocks
-_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4))
+_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+)
 _LAST = (3, 1, 6, 320, 1)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1]: what the weights were trained on
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # of ImageNet in [0, 1]: what the weights were trained on
 
 
 def _conv(features: int, kernel: int, stride: int, name: str) -> nn.Conv:
@@ -33,11 +45,15 @@ class Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = self.kernel, self.kernel, 1, x.shape[-1]
-        return depthwise(x, self.param("kernel", nn.initializers.lecun_normal(), shape), self.stride)
+        return depthwise(
+            x, self.param("kernel", nn.initializers.lecun_normal(), shape), self.stride
+        )
 
 
 class InvertedResidual(nn.Module):
-    """Widen by 1x1, filter each channel, narrow by 1x1; added to the input where the shapes allow."""
+    """Widen by 1x1, filter each channel, narrow by 1x1; added to the input where the shapes
+    allow.
+    """
 
     features: int
     kernel: int
@@ -49,7 +65,9 @@ class InvertedResidual(nn.Module):
         h, width = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
             h = nn.relu6(FrozenNorm(name="_bn0")(_conv(width, 1, 1, "_expand_conv")(h)))
-        h = nn.relu6(FrozenNorm(name="_bn1")(Depthwise(self.kernel, self.stride, name="_depthwise_conv")(h)))
+        h = nn.relu6(
+            FrozenNorm(name="_bn1")(Depthwise(self.kernel, self.stride, name="_depthwise_conv")(h))
+        )
         h = FrozenNorm(name="_bn2")(_conv(self.features, 1, 1, "_project_conv")(h))
         return x + h if h.shape == x.shape else h
 
@@ -65,7 +83,9 @@ class EfficientNetLite0(nn.Module):
         index = 0
         for kernel, stride, expansion, features, blocks in (*_STAGES, _LAST):
             for i in range(blocks):
-                block = InvertedResidual(features, kernel, stride if i == 0 else 1, expansion, name=f"_blocks_{index}")
+                block = InvertedResidual(
+                    features, kernel, stride if i == 0 else 1, expansion, name=f"_blocks_{index}"
+                )
                 x = block(x)
                 index += 1
         x = nn.relu6(FrozenNorm(name="_bn1")(_conv(1280, 1, 1, "_conv_head")(x))).mean((1, 2))
@@ -73,7 +93,9 @@ class EfficientNetLite0(nn.Module):
 
 
 def prepare_lite0(images: Array, size: int) -> Array:
-    """uint8 images [b, h, w, 1 or 3] -> [b, size, size, 3], bilinear (antialiased when shrinking), normalised."""
+    """uint8 images [b, h, w, 1 or 3] -> [b, size, size, 3], bilinear (antialiased when shrinking),
+    normalised.
+    """
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images: shape {images.shape}; expected [b, h, w, 1 or 3].")
     images = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32) / 255

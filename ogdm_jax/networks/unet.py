@@ -1,8 +1,8 @@
 """DDPM++ and NCSN++ in the form of EDM (SongUNet; 2011.13456 and 2206.00364, appendix F.1), NHWC.
 
-DDPM++ = positional embedding, standard encoder, filter [1, 1]; NCSN++ = Fourier embedding, residual encoder, filter
-[1, 3, 3, 1]. Parameters are named as in the published checkpoints, with "_" for "." between part and layer
-(enc_32x32_block0), so that interop/names_edm.py is a table of transposes.
+DDPM++ = positional embedding, standard encoder, filter [1, 1]; NCSN++ = Fourier embedding, residual
+encoder, filter [1, 3, 3, 1]. Parameters are named as in the published checkpoints, with "_" for "."
+between part and layer (enc_32x32_block0), so that interop/names_edm.py is a table of transposes.
 """
 
 import math
@@ -18,12 +18,23 @@ from ogdm_jax.typing import Array
 TAPS = (None, "mid", "emb")
 
 
-def check_input(network: str, x: Array, resolution: int, channels: int, levels: int, tap: str | None) -> None:
-    """Raises ValueError where x is not [B,H,W,channels] with sides that the levels can halve, or the tap is unknown."""
+def check_input(
+    network: str, x: Array, resolution: int, channels: int, levels: int, tap: str | None
+) -> None:
+    """Raises ValueError where x is not [B,H,W,channels] with sides that the levels can halve, or
+    the tap is unknown.
+    """
     factor = 2 ** (levels - 1)
-    if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % factor or x.shape[2] % factor or resolution % factor:
+    if (
+        x.ndim != 4
+        or x.shape[-1] != channels
+        or x.shape[1] % factor
+        or x.shape[2] % factor
+        or resolution % factor
+    ):
         raise ValueError(
-            f"{network}: x has shape {x.shape} (img_resolution {resolution}); expected [B, H, W, {channels}] "
+            f"{network}: x has shape {x.shape} (img_resolution {resolution}); expected [B, H, W, "
+            f"{channels}] "
             f"with sides divisible by {factor}"
         )
     if tap not in TAPS:
@@ -34,10 +45,12 @@ class SongUNet(nn.Module):
     """The raw network F of EDM's DDPM++ and NCSN++.
 
     Attributes:
-      img_resolution, img_channels: of the input.   out_channels: of the output; None = img_channels.
+      img_resolution, img_channels: of the input.   out_channels: of the output; None =
+        img_channels.
       label_dim: classes, 0 = unconditional.   augment_dim: augmentation labels (9), 0 = none.
-      model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions: widths and depths; encoder blocks
-        attend at the resolutions named, decoder levels only in their last block, the deepest level always.
+      model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions: widths and
+        depths; encoder blocks attend at the resolutions named, decoder levels only in their last
+        block, the deepest level always.
       dropout: probability; active only where dropout_keys are given.
       embedding_type: positional or fourier.   channel_mult_noise: 1 (DDPM++) or 2 (NCSN++).
       encoder_type: standard or residual.   resample_filter: low-pass taps.
@@ -45,7 +58,8 @@ class SongUNet(nn.Module):
       remat: recompute the blocks' activations in the backward pass.
 
     Raises:
-      ValueError: an unknown embedding_type, encoder_type or decoder_type ('skip' variants of the authors' code, which
+      ValueError: an unknown embedding_type, encoder_type or decoder_type ('skip' variants of the
+      authors' code, which
         no published model uses, are not offered).
     """
 
@@ -76,7 +90,9 @@ class SongUNet(nn.Module):
         ):
             given = getattr(self, field)
             if given not in known:
-                raise ValueError(f"SongUNet.{field}: {given!r} given; expected {' or '.join(map(repr, known))}")
+                raise ValueError(
+                    f"SongUNet.{field}: {given!r} given; expected {' or '.join(map(repr, known))}"
+                )
         super().__post_init__()
 
     @nn.compact
@@ -93,13 +109,16 @@ class SongUNet(nn.Module):
 
         Args:
           x: [B,H,W,C], already times c_in.   c_noise: [B] or a scalar.
-          label: [B] int32 (-1 = no class), [B, label_dim] float, or None (no class). Ignored where label_dim is 0.
+          label: [B] int32 (-1 = no class), [B, label_dim] float, or None (no class). Ignored where
+            label_dim is 0.
           augment: [B, augment_dim] or None (not augmented, the same as zeros).
           dropout_keys: [B] typed keys; None switches dropout off.
-          tap: None, "mid" (output of the deepest level's second block, no decoder behind it) or "emb".
+          tap: None, "mid" (output of the deepest level's second block, no decoder behind it) or
+            "emb".
 
         Returns:
-          [B,H,W,out_channels], at least float32. With a tap: the features [B,h,w,c], or the embedding [B,e].
+          [B,H,W,out_channels], at least float32. With a tap: the features [B,h,w,c], or the
+          embedding [B,e].
         """
         levels = len(self.channel_mult)
         check_input("SongUNet", x, self.img_resolution, self.img_channels, levels, tap)
@@ -146,8 +165,11 @@ class SongUNet(nn.Module):
             else:
                 h = block(h, at + "down", h.shape[-1], down=True)
                 if self.encoder_type == "residual":
-                    # The low-passed input image travels beside the blocks and joins them at every level.
-                    aux = conv(at + "aux_residual", h.shape[-1], down=True, fused=True, taps=taps)(aux)
+                    # The low-passed input image travels beside the blocks and joins them at every
+                    # level.
+                    aux = conv(at + "aux_residual", h.shape[-1], down=True, fused=True, taps=taps)(
+                        aux
+                    )
                     h = aux = (h + aux) * math.sqrt(0.5)
             skips.append(h)
             for i in range(self.num_blocks):
@@ -166,7 +188,9 @@ class SongUNet(nn.Module):
                 h = block(h, at + "up", h.shape[-1], up=True)
             for i in range(self.num_blocks + 1):
                 attend = i == self.num_blocks and side in self.attn_resolutions
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), f"{at}block{i}", width, attend)
+                h = block(
+                    jnp.concatenate([h, skips.pop()], axis=-1), f"{at}block{i}", width, attend
+                )
 
         at = f"dec_{self.img_resolution}x{self.img_resolution}_"
         h = layers.settle(self, h, at + "aux_norm")
@@ -174,15 +198,21 @@ class SongUNet(nn.Module):
         features = self.img_channels if self.out_channels is None else self.out_channels
         return conv(at + "aux_conv", features, almost_zero)(h).astype(out_type)
 
-    def _embed(self, batch: int, c_noise: Array, label: Array | None, augment: Array | None, init) -> Array:
-        """Noise level, class and augmentation as one vector [B, model_channels * channel_mult_emb]."""
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None, init
+    ) -> Array:
+        """Noise level, class and augmentation as one vector [B, model_channels *
+        channel_mult_emb].
+        """
         width = self.model_channels * self.channel_mult_noise
         c_noise = jnp.broadcast_to(jnp.asarray(c_noise), (batch,))
         if self.embedding_type == "fourier":
             emb = layers.FourierEmbedding(width, name="map_noise")(c_noise)
         else:
             emb = layers.positional_embedding(c_noise, width, endpoint=True)
-        emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1)  # [sin | cos], as the checkpoints expect
+        emb = jnp.concatenate(
+            jnp.split(emb, 2, axis=1)[::-1], axis=1
+        )  # [sin | cos], as the checkpoints expect
 
         def dense(name: str, features: int, h: Array, **more) -> Array:
             return layers.Dense(features, init, name=name, dtype=emb.dtype, **more)(h)

@@ -1,1 +1,3 @@
-"""What a run will need, from the compiler, without the run: memory, arithmetic, communication and time per step."""
+"""What a run will need, from the compiler, without the run: memory, arithmetic, communication and
+time per step.
+"""

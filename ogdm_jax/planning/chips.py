@@ -16,8 +16,10 @@ class Chip:
     """One device.
 
     Attributes:
-      bfloat16: operations a second of its matrix units.   hbm: bytes of memory.   bandwidth: bytes a second of it.
-      link: bytes a second that it sends to its neighbours (half of the published sum of both directions).
+      bfloat16: operations a second of its matrix units.   hbm: bytes of memory.   bandwidth: bytes
+        a second of it.
+      link: bytes a second that it sends to its neighbours (half of the published sum of both
+        directions).
       source: where the figures are published.
     """
 
@@ -39,13 +41,22 @@ CHIPS = {
     "A100": Chip(312e12, 80e9, 2.039e12, 300e9, _GPU.format("A100 80GB SXM")),
 }
 TPUS = tuple(name for name in CHIPS if name.startswith("v"))
-_ACCELERATOR = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # as TPU_ACCELERATOR_TYPE spells them
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as jax spells them in device_kind
+_ACCELERATOR = {
+    "v5e": "v5litepod",
+    "v5p": "v5p",
+    "v6e": "v6e",
+}  # as TPU_ACCELERATOR_TYPE spells them
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+}  # as jax spells them in device_kind
 _CORES = {"v5p": 2}  # that name counts cores there
 
 
 def topology(words: str) -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of words such as "v5e:4x4": devices to compile for, on a machine that has none of them.
+    """(chip, devices) of words such as "v5e:4x4": devices to compile for, on a machine that has
+    none of them.
 
     Sets the environment variables without which libtpu would ask a TPU machine's metadata for them.
 
@@ -56,7 +67,8 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
     sides = shape.split("x")
     if chip not in TPUS or not colon or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ConfigError(
-            f"--plan-for: {words!r} given; expected a chip ({', '.join(TPUS)}) and a shape, such as v5e:4x4, v5p:2x2x1"
+            f"--plan-for: {words!r} given; expected a chip ({', '.join(TPUS)}) and a shape, such "
+            "as v5e:4x4, v5p:2x2x1"
         )
     chips = math.prod(map(int, sides))
     known = {
@@ -75,25 +87,34 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
     except Exception as error:  # jaxlib raises whatever libtpu says
         if importlib.util.find_spec("libtpu") is None:
             raise ConfigError(
-                f"--plan-for: {words!r} needs libtpu, which is not installed; pip install 'ogdm_jax[tpu]'"
+                f"--plan-for: {words!r} needs libtpu, which is not installed; pip install "
+                "'ogdm_jax[tpu]'"
             ) from None
-        raise ConfigError(f"--plan-for: {words!r} is no topology that libtpu knows: {_line(error)}") from None
+        raise ConfigError(
+            f"--plan-for: {words!r} is no topology that libtpu knows: {_line(error)}"
+        ) from None
     return chip, tuple(found.devices)
 
 
 def here() -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of this machine; the chip is "" where the table has no figures of it, as for CPUs."""
+    """(chip, devices) of this machine; the chip is "" where the table has no figures of it, as for
+    CPUs.
+    """
     devices = tuple(jax.devices())
     return chip_of(devices[0].device_kind), devices
 
 
 def chip_of(kind: str) -> str:
-    """The name in CHIPS of a jax device_kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; "" for any other."""
+    """The name in CHIPS of a jax device_kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; ""
+    for any other.
+    """
     return _KINDS.get(kind) or next((name for name in CHIPS if name in kind), "")
 
 
 def memory(chip: str, devices: tuple[Any, ...]) -> int | None:
-    """Bytes of one device's memory: what a device that is here says, else the published figure; None: unknown."""
+    """Bytes of one device's memory: what a device that is here says, else the published figure;
+    None: unknown.
+    """
     try:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     except Exception:  # a device that is only compiled for; jaxlib's error class has no public name

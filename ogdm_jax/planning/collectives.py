@@ -11,10 +11,11 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count": n, "bytes": b}}: operations of the program and the size of their results on one device.
+    """{kind: {"count": n, "bytes": b}}: operations of the program and the size of their results on
+    one device.
 
-    An operation on a tuple of arrays counts once, with the bytes of all of them. The asynchronous forms name their
-    operand first and their result behind it (all-reduce: the result alone).
+    An operation on a tuple of arrays counts once, with the bytes of all of them. The asynchronous
+    forms name their operand first and their result behind it (all-reduce: the result alone).
     """
     found: dict[str, dict[str, int]] = {}
     for match in _OPERATION.finditer(hlo):
@@ -39,10 +40,11 @@ def _size(kind: str, sides: str) -> int:
 
 
 def seconds(found: dict[str, dict[str, Any]], devices: int, link: float) -> float:
-    """At least so long do these take over links of `link` bytes a second, each device sending at that rate.
+    """At least so long do these take over links of `link` bytes a second, each device sending at
+    that rate.
 
-    A ring sends 2 (n-1)/n of an all-reduce's bytes, (n-1)/n of what an all-gather makes, and (n-1) times what a
-    reduce-scatter leaves.
+    A ring sends 2 (n-1)/n of an all-reduce's bytes, (n-1)/n of what an all-gather makes, and (n-1)
+    times what a reduce-scatter leaves.
     """
     share = (devices - 1) / devices
     factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1.0, "collective-permute": 1.0}

@@ -1,4 +1,6 @@
-"""Operations of a traced program's convolutions and matrix products, by the type they are computed in."""
+"""Operations of a traced program's convolutions and matrix products, by the type they are computed
+in.
+"""
 
 import math
 from collections import Counter
@@ -8,17 +10,19 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Equations that hold a program and how it is run: the parameter that holds it. Every output of the program is taken for
-# needed where its own outputs do not tell.
+# Equations that hold a program and how it is run: the parameter that holds it. Every output of the
+# program is taken for needed where its own outputs do not tell.
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def matmul_flops(program: core.ClosedJaxpr) -> dict[str, float]:
-    """{"bfloat16": n, "float32": n}: 2 operations per multiply-add, over all devices, of what the outputs need.
+    """{"bfloat16": n, "float32": n}: 2 operations per multiply-add, over all devices, of what the
+    outputs need.
 
-    The type is that of the wider operand. A scan counts its body as often as it runs; of a branch the dearest counts;
-    a while loop of unknown length counts once. Multiplications with the zeros that a strided convolution's gradient
-    inserts do not count, nor do equations whose results nothing reads.
+    The type is that of the wider operand. A scan counts its body as often as it runs; of a branch
+    the dearest counts; a while loop of unknown length counts once. Multiplications with the zeros
+    that a strided convolution's gradient inserts do not count, nor do equations whose results
+    nothing reads.
 
     Args:
       program: of `jax.jit(f).trace(*args).jaxpr` or `jax.make_jaxpr(f)(*args)`.
@@ -50,7 +54,9 @@ def _equation(equation: Any, used: list[bool]) -> Counter:
         left, right = (v.aval for v in equation.invars[:2])
         work = _dot if name == "dot_general" else _convolution
         wider = left.dtype if left.dtype.itemsize >= right.dtype.itemsize else right.dtype
-        return Counter({str(wider): work(left.shape, right.shape, equation.outvars[0].aval.shape, params)})
+        return Counter(
+            {str(wider): work(left.shape, right.shape, equation.outvars[0].aval.shape, params)}
+        )
     if name == "cond":
         branches = [_count(_open(b), _open(b).outvars) for b in params["branches"]]
         return max(branches, key=lambda c: sum(c.values()), default=Counter())
@@ -64,7 +70,11 @@ def _equation(equation: Any, used: list[bool]) -> Counter:
     if inner is None:
         return Counter()
     body = _open(inner)
-    outputs = [v for v, u in zip(body.outvars, used) if u] if len(body.outvars) == len(used) else body.outvars
+    outputs = (
+        [v for v, u in zip(body.outvars, used) if u]
+        if len(body.outvars) == len(used)
+        else body.outvars
+    )
     devices = math.prod(params["mesh"].shape.values()) if name == "shard_map" else 1
     return _times(_count(body, outputs), devices)
 
@@ -84,7 +94,9 @@ def _dot(left: tuple, right: tuple, out: tuple, params: dict) -> float:
 
 def _convolution(left: tuple, right: tuple, out: tuple, params: dict) -> float:
     numbers = params["dimension_numbers"]
-    window = math.prod(right[axis] for axis in numbers.rhs_spec[1:])  # inputs of a group, and the kernel's sides
+    window = math.prod(
+        right[axis] for axis in numbers.rhs_spec[1:]
+    )  # inputs of a group, and the kernel's sides
     return 2.0 * math.prod(out) * window / math.prod(params["lhs_dilation"])
 
 

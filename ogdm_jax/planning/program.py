@@ -1,4 +1,6 @@
-"""The full-size train step of a configuration, compiled for devices that need not be here, without data or weights."""
+"""The full-size train step of a configuration, compiled for devices that need not be here, without
+data or weights.
+"""
 
 import dataclasses
 import re
@@ -11,9 +13,9 @@ from ml_collections import ConfigDict
 
 from ogdm_jax import data, parallel
 from ogdm_jax.config import ConfigError
+from ogdm_jax.discriminator import training as discriminator
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
-from ogdm_jax.training import discriminator
 from ogdm_jax.training import run as runs
 
 # (image shape, classes, images) of the sources that the configurations name.
@@ -35,9 +37,11 @@ class Compiled:
     """What the compiler says of one program; bytes are those of one device.
 
     Attributes:
-      parameters: of the denoiser.   arguments, temporaries, peak: HBM.   moved: bytes read and written, or None.
+      parameters: of the denoiser.   arguments, temporaries, peak: HBM.   moved: bytes read and
+        written, or None.
       operations: {type: operations of convolutions and matrix products, over all devices}.
-      sent: see planning.collectives.   seconds: that the compiler took.   fits: whether its own limit was kept.
+      sent: see planning.collectives.   seconds: that the compiler took.   fits: whether its own
+        limit was kept.
     """
 
     parameters: int
@@ -51,25 +55,36 @@ class Compiled:
     fits: bool = True
 
 
-def source_like(config: ConfigDict, image_shape: str = "", classes: int = -1, images: int = 0) -> data.Source:
+def source_like(
+    config: ConfigDict, image_shape: str = "", classes: int = -1, images: int = 0
+) -> data.Source:
     """A source of the configuration's sizes without its images: zeros that take no memory.
 
     Args:
-      image_shape: "H,W,C" or "" for the table's.   classes, images: of the set; -1 and 0 for the table's.
+      image_shape: "H,W,C" or "" for the table's.   classes, images: of the set; -1 and 0 for the
+        table's.
 
     Raises:
       ConfigError: a source that is not in the table and no image_shape, or a malformed one.
     """
     name = config.data.source or "tfds:cifar10"  # a discriminator's is its prior's
-    known = next((SHAPES[key] for key in SHAPES if name == key or name.startswith((f"{key}/", f"{key}:"))), None)
+    known = next(
+        (SHAPES[key] for key in SHAPES if name == key or name.startswith((f"{key}/", f"{key}:"))),
+        None,
+    )
     shape, labels, count = known or (None, 0, 50_000)
     if image_shape:
         sides = image_shape.split(",")
         if len(sides) != 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
-            raise ConfigError(f"--image-shape: {image_shape!r} given; expected H,W,C such as 32,32,3")
+            raise ConfigError(
+                f"--image-shape: {image_shape!r} given; expected H,W,C such as 32,32,3"
+            )
         shape = tuple(int(side) for side in sides)
     if shape is None:
-        raise ConfigError(f"config.data.source: {name!r} has no known size; give --image-shape H,W,C, such as 32,32,3")
+        raise ConfigError(
+            f"config.data.source: {name!r} has no known size; give --image-shape H,W,C, such as "
+            "32,32,3"
+        )
     side, channels = config.data.resolution, config.data.channels
     shape = (side or shape[0], side or shape[1], channels or shape[2])
     labels, count = labels if classes < 0 else classes, images or count
@@ -86,7 +101,9 @@ def source_like(config: ConfigDict, image_shape: str = "", classes: int = -1, im
 
 
 def build(config: ConfigDict, source: data.Source, plan: parallel.Plan) -> runs.Run:
-    """The run of a configuration; weights that it would read (a teacher's) are zeros of their shape."""
+    """The run of a configuration; weights that it would read (a teacher's) are zeros of their
+    shape.
+    """
     if "dg" in config:
         return discriminator.planned(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
@@ -115,13 +132,23 @@ def compile_step(run: runs.Run) -> Compiled:
         if not used:
             raise
         return Compiled(
-            parameters, 0, 0, _size(*used.groups()[:2]), None, operations, {}, time.monotonic() - began, fits=False
+            parameters,
+            0,
+            0,
+            _size(*used.groups()[:2]),
+            None,
+            operations,
+            {},
+            time.monotonic() - began,
+            fits=False,
         )
     seconds = time.monotonic() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments become results
+    peak += (
+        memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )  # donated arguments become results
     return Compiled(
         parameters=parameters,
         arguments=memory.argument_size_in_bytes,

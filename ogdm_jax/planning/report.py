@@ -21,19 +21,24 @@ def figures(
 ) -> dict[str, Any]:
     """Everything known of a compiled step: the keys of `--plan-out`.
 
-    seconds_lower_bound is the largest of three times that no program can undercut on this chip: its matrix operations
-    at the published rate, its traffic at the published bandwidth (where the compiler tells it), and its messages. It is
+    seconds_lower_bound is the largest of three times that no program can undercut on this chip: its
+    matrix operations at the published rate, its traffic at the published bandwidth (where the
+    compiler tells it), and its messages. It is
     no forecast: what a step really takes must be measured.
 
     Args:
-      chip: a name of CHIPS, or "" where nothing is published (a CPU): then what follows from rates is None.
+      chip: a name of CHIPS, or "" where nothing is published (a CPU): then what follows from rates
+        is None.
       memory: bytes of one device, None where unknown.
     """
     batch, known = config.data.batch, CHIPS.get(chip)
     total = sum(compiled.operations.values()) / devices
     bounds: dict[str, float] = {}
     if known:
-        bounds = {"compute": total / known.bfloat16, "messages": seconds_sent(compiled.sent, devices, known.link)}
+        bounds = {
+            "compute": total / known.bfloat16,
+            "messages": seconds_sent(compiled.sent, devices, known.link),
+        }
         if compiled.moved is not None:
             bounds["memory"] = compiled.moved / known.bandwidth
     least = max(bounds.values()) if bounds else None
@@ -83,9 +88,13 @@ def text(plan: dict[str, Any]) -> str:
     """The figures as lines."""
     hbm = plan["hbm_bytes"]
     of = f" of {hbm['available'] / GIB:.1f}" if hbm["available"] else ""
-    sent = ", ".join(f"{v['count']} {k} ({v['bytes'] / 2**20:.1f} MiB)" for k, v in sorted(plan["collectives"].items()))
+    sent = ", ".join(
+        f"{v['count']} {k} ({v['bytes'] / 2**20:.1f} MiB)"
+        for k, v in sorted(plan["collectives"].items())
+    )
     lines = [
-        f"{plan['name']}: {plan['parameters']:,} parameters; batch {plan['batch']} on {plan['devices']} x "
+        f"{plan['name']}: {plan['parameters']:,} parameters; batch {plan['batch']} on "
+        f"{plan['devices']} x "
         f"{plan['chip']}, plan {plan['plan']}",
         f"memory of a device   {hbm['peak'] / GIB:.2f}{of} GiB "
         f"(arguments {hbm['arguments'] / GIB:.3f}, temporaries {hbm['temporaries'] / GIB:.3f})",
@@ -96,14 +105,20 @@ def text(plan: dict[str, Any]) -> str:
     if plan["seconds_lower_bound"]:
         bound = max(plan["seconds_bounds"], key=plan["seconds_bounds"].get)
         lines.append(
-            f"time of a step       at least {1000 * plan['seconds_lower_bound']:.3g} ms ({bound}): at most "
-            f"{plan['images_per_second']:,.0f} images/s, at least {_days(plan['days'])} for {plan['steps']:,} steps"
+            f"time of a step       at least {1000 * plan['seconds_lower_bound']:.3g} ms ({bound}): "
+            "at most "
+            f"{plan['images_per_second']:,.0f} images/s, at least {_days(plan['days'])} for "
+            f"{plan['steps']:,} steps"
         )
     lines.append(
-        f"fits                 {'yes' if plan['fits'] else 'NO'}{'; ' + plan['advice'] if plan['advice'] else ''}"
+        "fits                 "
+        f"{'yes' if plan['fits'] else 'NO'}{'; ' + plan['advice'] if plan['advice'] else ''}"
     )
     about = ", ".join(f"{k} {v}" for k, v in plan["versions"].items() if k != "level")
-    lines.append(f"compiled in          {plan['compile_seconds']:.0f} s at level {plan['versions']['level']} ({about})")
+    lines.append(
+        f"compiled in          {plan['compile_seconds']:.0f} s at level "
+        f"{plan['versions']['level']} ({about})"
+    )
     return "\n".join(lines)
 
 

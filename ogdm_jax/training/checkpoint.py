@@ -10,7 +10,8 @@ data    where the loader stands.
 
     workdir/evaluations.json
 
-The reports of evaluations in training, by step: the record of the best, which a resumed run reads again.
+The reports of evaluations in training, by step: the record of the best, which a resumed run reads
+again.
 """
 
 import contextlib
@@ -34,17 +35,29 @@ from ogdm_jax.typing import PyTree
 
 ITEMS = ("params", "ema", "state", "config", "data")
 RECORD = "evaluations.json"
-_PROTOCOL = ("features", "n", "n_samples", "solver", "steps")  # distances compare where these are equal
+_PROTOCOL = (
+    "features",
+    "n",
+    "n_samples",
+    "solver",
+    "steps",
+)  # distances compare where these are equal
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another network; the message is one sentence that names it."""
+    """A checkpoint is missing, damaged, or of another network; the message is one sentence that
+    names it.
+    """
 
 
 class Checkpoints:
-    """The checkpoints of one training folder. Close it (or use it in a `with`), so that the last save is finished."""
+    """The checkpoints of one training folder. Close it (or use it in a `with`), so that the last
+    save is finished.
+    """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 3, keep_every: int = 0, keep_best: int = 0):
+    def __init__(
+        self, workdir: str | os.PathLike, keep: int = 3, keep_every: int = 0, keep_best: int = 0
+    ):
         self.folder = places.absolute(places.workdir(workdir)) / "checkpoints"
         self.reports = evaluations(workdir)
         kept = [policies.LatestN(max(keep, 1)), _Best(self.reports, keep_best)]
@@ -68,7 +81,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def record(self, report: Mapping[str, Any]) -> bool:
-        """Notes the report of an evaluation (with its "step"); the next save knows it. Call it in every process.
+        """Notes the report of an evaluation (with its "step"); the next save knows it. Call it in
+        every process.
 
         Returns:
           Whether no other checkpoint's distance is smaller.
@@ -76,16 +90,26 @@ class Checkpoints:
         self.reports[report["step"]] = dict(report)
         if jax.process_index() == 0:
             path = self.folder.parent / RECORD
-            with places.written(path) as new:  # in one go: whoever stops the run here leaves a whole file
-                new.write_text(json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1) + "\n")
-        return ranked(self.reports, [*self._manager.all_steps(), report["step"]])[:1] == [report["step"]]
+            with places.written(
+                path
+            ) as new:  # in one go: whoever stops the run here leaves a whole file
+                new.write_text(
+                    json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1)
+                    + "\n"
+                )
+        return ranked(self.reports, [*self._manager.all_steps(), report["step"]])[:1] == [
+            report["step"]
+        ]
 
     def preempted(self, step: int) -> bool:
-        """Whether the processes of a pod agreed that one of them was told to stop (False outside pods)."""
+        """Whether the processes of a pod agreed that one of them was told to stop (False outside
+        pods).
+        """
         return self._manager.reached_preemption(step)
 
     def save(self, step: int, state: TrainState, about: dict, data: dict) -> None:
-        """Starts to save; training may go on at once. A step that is already there is left as it is.
+        """Starts to save; training may go on at once. A step that is already there is left as it
+        is.
 
         Args:
           about: describe()'s dict.   data: the loader's get_state().
@@ -112,10 +136,14 @@ class Checkpoints:
         Raises:
           CheckpointError: the files are damaged or belong to another network.
         """
-        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in _split(plan.shapes(like)).items()}
+        wanted = {
+            name: ocp.args.StandardRestore(tree) for name, tree in _split(plan.shapes(like)).items()
+        }
         found = _guard(
             self.folder / str(step),
-            lambda: self._manager.restore(step, args=ocp.args.Composite(**wanted, data=ocp.args.JsonRestore())),
+            lambda: self._manager.restore(
+                step, args=ocp.args.Composite(**wanted, data=ocp.args.JsonRestore())
+            ),
         )
         rest = found["state"]
         return TrainState(
@@ -156,15 +184,25 @@ class _Best(policies.PreservationPolicy):
 def evaluations(workdir: str | os.PathLike) -> dict[int, dict[str, Any]]:
     """{step: report} of the evaluations of a training folder; {} where there were none."""
     path = places.place(workdir) / RECORD
-    return {report["step"]: report for report in json.loads(path.read_text())} if path.is_file() else {}
+    return (
+        {report["step"]: report for report in json.loads(path.read_text())}
+        if path.is_file()
+        else {}
+    )
 
 
 def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> list[int]:
-    """Those of the steps that were evaluated as the last report was (features, n, sampler), smallest distance first."""
+    """Those of the steps that were evaluated as the last report was (features, n, sampler),
+    smallest distance first.
+    """
     if not reports:
         return []
     last = reports[max(reports)]
-    alike = [s for s in set(steps) & set(reports) if all(reports[s].get(k) == last.get(k) for k in _PROTOCOL)]
+    alike = [
+        s
+        for s in set(steps) & set(reports)
+        if all(reports[s].get(k) == last.get(k) for k in _PROTOCOL)
+    ]
     return sorted(alike, key=lambda step: (reports[step]["fd"], step))
 
 
@@ -189,28 +227,40 @@ class Snapshot:
     field: str = "--workdir"
 
 
-def find(workdir: str | os.PathLike, step: int | str | None = None, field: str = "--workdir") -> Snapshot:
-    """The newest checkpoint of a training folder, that of a given step, or the "best" of its evaluations.
+def find(
+    workdir: str | os.PathLike, step: int | str | None = None, field: str = "--workdir"
+) -> Snapshot:
+    """The newest checkpoint of a training folder, that of a given step, or the "best" of its
+    evaluations.
 
     field: the setting that named the folder, for messages.
 
     Raises:
-      CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable configuration.
+      CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable
+      configuration.
     """
-    folder, steps = places.absolute(places.workdir(workdir, field)) / "checkpoints", complete(workdir)
+    folder, steps = (
+        places.absolute(places.workdir(workdir, field)) / "checkpoints",
+        complete(workdir),
+    )
     if not steps:
         raise CheckpointError(
-            f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that train.py wrote"
+            f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that "
+            "train.py wrote"
         )
     if step == "best":
         best = ranked(evaluations(workdir), steps)
         if not best:
             at = _beside(field, "step")
-            raise CheckpointError(f"{at}: no checkpoint in {str(workdir)!r} was evaluated; expected a number")
+            raise CheckpointError(
+                f"{at}: no checkpoint in {str(workdir)!r} was evaluated; expected a number"
+            )
         step = best[0]
     if step is not None and step not in steps:
         at = _beside(field, "step")
-        raise CheckpointError(f"{at}: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}")
+        raise CheckpointError(
+            f"{at}: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}"
+        )
     path = folder / str(step if step is not None else steps[-1])
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         saved = _guard(path, lambda: reader.restore(path / "config"))
@@ -228,52 +278,77 @@ def complete(workdir: str | os.PathLike) -> list[int]:
     """The steps whose checkpoints are written to their end, in order."""
     folder = places.place(workdir) / "checkpoints"
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not places.is_local(folder):  # no folder can be renamed in a bucket: a file in it says that it is complete
+    if not places.is_local(
+        folder
+    ):  # no folder can be renamed in a bucket: a file in it says that it is complete
         found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
     return sorted(int(path.name) for path in found)
 
 
 def _beside(field: str, what: str) -> str:
-    """The setting beside the one that names a folder: --workdir's is --step, config.sp.teacher's is ..._step."""
+    """The setting beside the one that names a folder: --workdir's is --step, config.sp.teacher's is
+    ..._step.
+    """
     return field.removesuffix("workdir") + what if field.endswith("workdir") else f"{field}_{what}"
 
 
-def load_weights(snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema") -> tuple[PyTree, PyTree]:
-    """The (params, buffers) of a checkpoint: of the moving average ("ema") or as trained ("params").
+def load_weights(
+    snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema"
+) -> tuple[PyTree, PyTree]:
+    """The (params, buffers) of a checkpoint: of the moving average ("ema") or as trained
+    ("params").
 
     Args:
       params, buffers: arrays or shapes of the network they are for; shardings given there are kept.
 
     Raises:
-      CheckpointError: damaged files, a network of other names or shapes, or weights of another name.
+      CheckpointError: damaged files, a network of other names or shapes, or weights of another
+      name.
     """
     if which not in ("ema", "params"):
-        raise CheckpointError(f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params")
+        raise CheckpointError(
+            f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params"
+        )
     _same_network(snapshot, {"params": params, "buffers": buffers})
     with ocp.StandardCheckpointer() as reader:
         ema = _guard(
             snapshot.path,
-            lambda: reader.restore(snapshot.path / "ema", _shapes({"params": params, "buffers": buffers})),
+            lambda: reader.restore(
+                snapshot.path / "ema", _shapes({"params": params, "buffers": buffers})
+            ),
         )
         if which == "params":
-            ema["params"] = _guard(snapshot.path, lambda: reader.restore(snapshot.path / "params", _shapes(params)))
+            ema["params"] = _guard(
+                snapshot.path, lambda: reader.restore(snapshot.path / "params", _shapes(params))
+            )
     return ema["params"], ema["buffers"]
 
 
 def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
-    """Compares names and shapes before anything is read: orbax says of a misfit less, and that in several threads."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:  # a Checkpointer warns of other metadata
+    """Compares names and shapes before anything is read: orbax says of a misfit less, and that in
+    several threads.
+    """
+    with contextlib.closing(
+        ocp.StandardCheckpointHandler()
+    ) as reader:  # a Checkpointer warns of other metadata
         stored = _guard(snapshot.path, lambda: reader.metadata(snapshot.path / "ema").tree)
     there, here = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
         for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, wanted))
     )
     names = here | there
     differ = [name for name in names if there.get(name) != here.get(name)]
     if differ:
-        first = f"{differ[0]} is {there.get(differ[0], 'missing')} there, {here.get(differ[0], 'missing')} here"
+        first = (
+            f"{differ[0]} is {there.get(differ[0], 'missing')} there, "
+            f"{here.get(differ[0], 'missing')} here"
+        )
         raise CheckpointError(
-            f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; {len(differ)} of "
+            f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; "
+            f"{len(differ)} of "
             f"{len(names)} tensors differ); expected the network settings that it was trained with"
         )
 
@@ -281,15 +356,21 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
 def _shapes(tree: PyTree) -> PyTree:
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or default), tree
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or default
+        ),
+        tree,
     )
 
 
 def _guard(path: epath.Path, read):
-    """Runs a read; whatever goes wrong inside the storage library becomes one sentence with the path."""
+    """Runs a read; whatever goes wrong inside the storage library becomes one sentence with the
+    path.
+    """
     try:
         return read()
-    except Exception as error:  # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
+    # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
+    except Exception as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"checkpoint {path}: damaged, or of another network ({type(error).__name__}: {first})"

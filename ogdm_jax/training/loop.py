@@ -1,7 +1,9 @@
 """The training loop. Order, on purpose: save, THEN take the next batch, step, log.
 
-The checkpoint therefore holds the loader's position before the next batch, and a resumed run sees exactly what an
-uninterrupted one sees. Resume priority: the workdir's own checkpoint, then config.init.workdir, then fresh.
+The checkpoint therefore holds the loader's position before the next batch, and a resumed run sees
+exactly what an
+uninterrupted one sees. Resume priority: the workdir's own checkpoint, then config.init.workdir,
+  then fresh.
 """
 
 import dataclasses
@@ -18,15 +20,16 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ogdm_jax import cluster, data, generate, parallel, places
+from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
-from ogdm_jax.evaluation import report
-from ogdm_jax.methods import slots
-from ogdm_jax.training import finish
-from ogdm_jax.training import metrics as logs
+from ogdm_jax.data import pictures as report
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import logs
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
+from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
 from ogdm_jax.typing import PyTree
 
@@ -34,7 +37,9 @@ Say = Callable[[str], None]
 
 
 class NotFinite(RuntimeError):
-    """A loss became nan or infinite; the message names it, the step, and the checkpoint that is still good."""
+    """A loss became nan or infinite; the message names it, the step, and the checkpoint that is
+    still good.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Task:
     Attributes:
       build: (config, plan, workdir, say) -> Run.
       batches: run -> endless iterator of this process's batches, with get_state and set_state.
-      watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all processes.
-      evaluator: (run, workdir) -> evaluate(state) -> report with "fd", called every config.evaluate.every.
+      watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all
+        processes.
+      evaluator: (run, workdir) -> evaluate(state) -> report with "fd", called every
+        config.evaluate.every.
     """
 
     build: Callable[[ConfigDict, parallel.Plan, epath.Path, Say], runs.Run]
@@ -68,11 +75,12 @@ def train(
       profile: the (first, last) step of which a trace is written to workdir/profile.
 
     Returns:
-      The run and its last state. After SIGTERM or Ctrl-C the state is saved, and cluster.Stopped raised.
+      The run and its last state. After SIGTERM or Ctrl-C the state is saved, and cluster.Stopped
+      raised.
 
     Raises:
-      ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything is compiled.
-      NotFinite: a loss is not finite; the last good checkpoint is kept.
+      ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything
+      is compiled. NotFinite: a loss is not finite; the last good checkpoint is kept.
     """
     task, workdir = task or DENOISER, places.workdir(workdir)
     cluster.compare(_shared(config, workdir))
@@ -84,13 +92,18 @@ def train(
         configs.check_same_run(find(workdir).config, config, slots.training_names())
     run = task.build(config, plan, workdir, say)
     profiles.check(profile, run.steps)
-    given = _given(run) if config.init.workdir and not resumes else None  # before the loop writes anything
+    given = (
+        _given(run) if config.init.workdir and not resumes else None
+    )  # before the loop writes anything
     lead = jax.process_index() == 0
     batch = config.data.batch
     cluster.keep_safe(lambda: _safe(workdir))
     with (
         Checkpoints(
-            workdir, config.train.keep, configs.duration(config.train.keep_every, batch), config.evaluate.keep_best
+            workdir,
+            config.train.keep,
+            configs.duration(config.train.keep_every, batch),
+            config.evaluate.keep_best,
         ) as saved,
         logs.Writer(workdir, config.log.tensorboard, lead) as writer,
         profiles.Profiler(profile if lead else None, workdir, say) as profiler,
@@ -101,7 +114,18 @@ def train(
         if lead:
             with places.written(workdir / "config.json") as new:
                 new.write_text(configs.to_json(config))
-        state = _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir, say if lead else _silent)
+        state = _steps(
+            task,
+            run,
+            state,
+            saved,
+            batches,
+            writer,
+            profiler,
+            stopped,
+            workdir,
+            say if lead else _silent,
+        )
     return run, state
 
 
@@ -116,12 +140,20 @@ def _safe(workdir: epath.Path) -> str:
     """How a run goes on after one of its processes died, for the last sentence of the others."""
     steps = complete(workdir)
     if not steps:
-        return f"no checkpoint in {workdir} is complete yet; the same command in all processes starts afresh"
-    return f"step {steps[-1]} in {workdir} is safe; the same command in all processes goes on from there"
+        return (
+            f"no checkpoint in {workdir} is complete yet; the same command in all processes starts "
+            "afresh"
+        )
+    return (
+        f"step {steps[-1]} in {workdir} is safe; the same command in all processes goes on from "
+        "there"
+    )
 
 
 def _given(run: runs.Run) -> tuple[PyTree, PyTree, epath.Path]:
-    """(params, buffers) that fine-tuning starts from, where the plan wants them, and their checkpoint."""
+    """(params, buffers) that fine-tuning starts from, where the plan wants them, and their
+    checkpoint.
+    """
     init = run.config.init
     snapshot = find(init.workdir, field="config.init.workdir")
     shapes = run.plan.shapes(jax.eval_shape(run.create, run.key))
@@ -129,7 +161,11 @@ def _given(run: runs.Run) -> tuple[PyTree, PyTree, epath.Path]:
 
 
 def _start(
-    run: runs.Run, saved: Checkpoints, batches, given: tuple[PyTree, PyTree, epath.Path] | None, say: Say
+    run: runs.Run,
+    saved: Checkpoints,
+    batches,
+    given: tuple[PyTree, PyTree, epath.Path] | None,
+    say: Say,
 ) -> states.TrainState:
     """The state to begin with, by resume priority."""
     latest = saved.latest()
@@ -146,7 +182,9 @@ def _start(
     return state
 
 
-def _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir, say) -> states.TrainState:
+def _steps(
+    task, run, state, saved, batches, writer, profiler, stopped, workdir, say
+) -> states.TrainState:
     config, plan, batch = run.config, run.plan, run.config.data.batch
     every = {
         "save": configs.duration(config.train.save_every, batch),
@@ -170,9 +208,16 @@ def _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir,
         done = step == run.steps
         stop = stopped() or saved.preempted(step)
         due = {name: bool(n) and step % n == 0 and step > first for name, n in every.items()}
-        if every["evaluate"] and step == first > 0 and step % every["evaluate"] == 0 and step not in saved.reports:
+        if (
+            every["evaluate"]
+            and step == first > 0
+            and step % every["evaluate"] == 0
+            and step not in saved.reports
+        ):
             due["evaluate"] = True  # stopped between saving and measuring
-        if stop or done or due["save"] or due["evaluate"]:  # so that there is a checkpoint to keep as the best
+        if (
+            stop or done or due["save"] or due["evaluate"]
+        ):  # so that there is a checkpoint to keep as the best
             _check_finite(step, interval, saved)
             saved.save(step, plan.globalise(state), about, batches.get_state())
         paused = time.monotonic()
@@ -202,7 +247,10 @@ def _steps(task, run, state, saved, batches, writer, profiler, stopped, workdir,
             _check_finite(step + 1, interval, saved)
             values = interval.means()
             seconds = time.monotonic() - began
-            values |= {"kimg": (step + 1) * batch / 1000, "images_per_second": count * batch / max(seconds, 1e-9)}
+            values |= {
+                "kimg": (step + 1) * batch / 1000,
+                "images_per_second": count * batch / max(seconds, 1e-9),
+            }
             began, count = time.monotonic(), 0
             writer.write(step + 1, values)
             say(logs.line(step + 1, values))
@@ -214,12 +262,15 @@ def _check_finite(step: int, interval: logs.Interval, saved: Checkpoints) -> Non
     bad = interval.bad_loss()
     if bad:
         raise NotFinite(
-            f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step {saved.latest()}: "
+            f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step "
+            f"{saved.latest()}: "
             "lower optim.learning_rate or the method's weight and start again from there"
         )
 
 
-def _grids(run: runs.Run, workdir: epath.Path, writer: logs.Writer) -> Callable[[int, states.TrainState], None]:
+def _grids(
+    run: runs.Run, workdir: epath.Path, writer: logs.Writer
+) -> Callable[[int, states.TrainState], None]:
     """Writes samples/STEP.png of the moving average, from the same seeds every time."""
     settings = run.config.sample
     compiled = []
@@ -233,7 +284,9 @@ def _grids(run: runs.Run, workdir: epath.Path, writer: logs.Writer) -> Callable[
         seeds = np.arange(settings.num)
         classes = run.model.label_dim
         labels = seeds % classes if classes else None
-        images = np.concatenate(list(generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)))
+        images = np.concatenate(
+            list(generate.generate(compiled[0], params, buffers, seeds, labels, settings.num))
+        )
         picture = report.sheet(images)
         report.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)
@@ -264,10 +317,11 @@ DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=finish.E
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one acts at once.
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one
+    acts at once.
 
-    Among several processes JAX's own handler of SIGTERM stays: through it all of them learn of a signal to one, and
-    stop at the same step (Checkpoints.preempted). Ctrl-C is passed on to it.
+    Among several processes JAX's own handler of SIGTERM stays: through it all of them learn of a
+    signal to one, and stop at the same step (Checkpoints.preempted). Ctrl-C is passed on to it.
     """
     flagged = []
     previous = {}

@@ -1,4 +1,6 @@
-"""Adam with EDM's ramp, gradient sanitising, and the exponential moving average (2206.00364, appendix F)."""
+"""Adam with EDM's ramp, gradient sanitising, and the exponential moving average (2206.00364,
+appendix F).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ from ogdm_jax.typing import Array, PyTree
 
 
 def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Schedule:
-    """lr(step) = peak * min(step / ramp, 1) * max(1 - step / decay, 0); 0 switches ramp or decay off.
+    """lr(step) = peak * min(step / ramp, 1) * max(1 - step / decay, 0); 0 switches ramp or decay
+    off.
 
-    With a ramp the very first step has learning rate 0, as in EDM (the ramp counts images seen before the step).
+    With a ramp the very first step has learning rate 0, as in EDM (the ramp counts images seen
+    before the step).
     """
 
     def schedule(step: Array) -> Array:
@@ -30,13 +34,24 @@ def optimiser(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
     """The denoiser's Adam and its learning rate as a function of the step.
 
     Raises:
-      ConfigError: a learning rate or eps that is not positive, a negative weight decay or EMA ramp-up, or betas outside
+      ConfigError: a learning rate or eps that is not positive, a negative weight decay or EMA
+      ramp-up, or betas outside
         [0, 1).
     """
     settings, batch = config.optim, config.data.batch
-    require(settings.learning_rate > 0, "optim.learning_rate", settings.learning_rate, "a positive number")
+    require(
+        settings.learning_rate > 0,
+        "optim.learning_rate",
+        settings.learning_rate,
+        "a positive number",
+    )
     require(settings.eps > 0, "optim.eps", settings.eps, "a positive number")
-    require(settings.weight_decay >= 0, "optim.weight_decay", settings.weight_decay, "a number of at least 0")
+    require(
+        settings.weight_decay >= 0,
+        "optim.weight_decay",
+        settings.weight_decay,
+        "a number of at least 0",
+    )
     require(config.ema.rampup >= 0, "ema.rampup", config.ema.rampup, "a number of at least 0")
     schedule = learning_rate(
         settings.learning_rate,
@@ -46,23 +61,37 @@ def optimiser(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
     return adam(schedule, tuple(settings.betas), settings.eps, settings.weight_decay), schedule
 
 
-def adam(rate: optax.ScalarOrSchedule, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0):
+def adam(
+    rate: optax.ScalarOrSchedule,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+):
     """Adam, or AdamW where weight_decay > 0. Raises ConfigError for betas outside [0, 1)."""
-    require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "two numbers in [0, 1)")
+    require(
+        len(betas) == 2 and all(0 <= b < 1 for b in betas),
+        "optim.betas",
+        betas,
+        "two numbers in [0, 1)",
+    )
     if weight_decay:
         return optax.adamw(rate, *betas, eps=eps, weight_decay=weight_decay)
     return optax.adam(rate, *betas, eps=eps)
 
 
 def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
-    """Replaces nan by 0 and +-inf by +-1e5 (EDM's rule), and counts what was replaced. Run it after averaging."""
+    """Replaces nan by 0 and +-inf by +-1e5 (EDM's rule), and counts what was replaced. Run it after
+    averaging.
+    """
     bad = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(grads))
     clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
     return clean, jnp.asarray(bad, jnp.int32)
 
 
 def ema_beta(step: Array, batch: int, halflife_images: float, rampup: float) -> Array:
-    """beta = 0.5^(batch / h), h = min(halflife, rampup * images seen before the step); no ramp-up where rampup is 0."""
+    """beta = 0.5^(batch / h), h = min(halflife, rampup * images seen before the step); no ramp-up
+    where rampup is 0.
+    """
     halflife = jnp.asarray(halflife_images, jnp.float32)
     if rampup:
         halflife = jnp.minimum(halflife, rampup * batch * step.astype(jnp.float32))

@@ -1,4 +1,6 @@
-"""A jax.profiler trace of some steps of a run, for TensorBoard or Perfetto: train.py --profile FIRST,LAST."""
+"""A jax.profiler trace of some steps of a run, for TensorBoard or Perfetto: train.py --profile
+FIRST,LAST.
+"""
 
 import contextlib
 import pathlib
@@ -27,18 +29,25 @@ def parse(text: str) -> Steps | None:
     numbers = re.fullmatch(r"(\d{1,12}),(\d{1,12})", text.replace(" ", ""))
     steps = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if not 1 <= steps[0] <= steps[1]:
-        raise ConfigError(f"--profile: {text!r} given; expected FIRST,LAST with 1 <= FIRST <= LAST, such as 10,12")
+        raise ConfigError(
+            f"--profile: {text!r} given; expected FIRST,LAST with 1 <= FIRST <= LAST, such as 10,12"
+        )
     return steps
 
 
 def check(steps: Steps | None, total: int) -> None:
     """Raises ConfigError for steps that the run does not reach."""
     if steps and steps[1] > total:
-        raise ConfigError(f"--profile: {steps[0]},{steps[1]} given; expected steps up to {total}, where the run ends")
+        raise ConfigError(
+            f"--profile: {steps[0]},{steps[1]} given; expected steps up to {total}, where the run "
+            "ends"
+        )
 
 
 class Profiler:
-    """Traces the lead process while it takes the steps, into workdir/profile. Use it in a `with`."""
+    """Traces the lead process while it takes the steps, into workdir/profile. Use it in a
+    `with`.
+    """
 
     def __init__(self, steps: Steps | None, workdir: epath.Path, say: Callable[[str], None]):
         self._steps, self._target, self._say = steps, workdir / "profile", say
@@ -68,9 +77,14 @@ class Profiler:
             self._say(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
 
     def skipped(self, start: int) -> None:
-        """Says so where a run goes on behind the steps: the command of a run that was pre-empted must still work."""
+        """Says so where a run goes on behind the steps: the command of a run that was pre-empted
+        must still work.
+        """
         if self._steps and start >= self._steps[1]:
-            self._say(f"--profile: steps {self._steps[0]} to {self._steps[1]} lie before step {start}; none is traced")
+            self._say(
+                f"--profile: steps {self._steps[0]} to {self._steps[1]} lie before step {start}; "
+                "none is traced"
+            )
 
     def _stop(self) -> None:
         if not self._on:

@@ -1,4 +1,6 @@
-"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step; checked first."""
+"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step;
+checked first.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,11 +13,10 @@ import optax
 from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
-from ogdm_jax import model as models
-from ogdm_jax import parallel, randomness
+from ogdm_jax import models, parallel, randomness
 from ogdm_jax.data import Source, augment
 from ogdm_jax.diffusion import grids, noise
-from ogdm_jax.methods import slots
+from ogdm_jax.methods import contract as slots
 from ogdm_jax.training import checkpoint, optim, state, step
 from ogdm_jax.typing import PyTree
 
@@ -50,13 +51,21 @@ class Run:
     def frozen(self) -> PyTree:
         """The step's frozen argument: whole trees on all devices, divided ones each on its own."""
         trees = slots.frozen_trees(self.filled)
-        return {"whole": self.plan.place(trees["whole"]), "divided": self.plan.place_rows(trees["divided"])}
+        return {
+            "whole": self.plan.place(trees["whole"]),
+            "divided": self.plan.place_rows(trees["divided"]),
+        }
 
     def shapes(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        """The step's arguments as shapes, laid out as the plan wants them: all that compiling ahead of time needs."""
+        """The step's arguments as shapes, laid out as the plan wants them: all that compiling ahead
+        of time needs.
+        """
         given = jax.eval_shape(self.create, jax.random.key(0))
         trees = slots.frozen_trees(self.filled)
-        frozen = {"whole": jax.tree.map(_shape, trees["whole"]), "divided": self.plan.row_shapes(trees["divided"])}
+        frozen = {
+            "whole": jax.tree.map(_shape, trees["whole"]),
+            "divided": self.plan.row_shapes(trees["divided"]),
+        }
         batch = self.plan.row_shapes(jax.eval_shape(lambda: self.example_batch()))
         return given, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))
 
@@ -65,8 +74,8 @@ class Run:
         n, source = self.config.data.batch, self.source
         wide = (source.label_size,) if source.label_size else ()
         kind = jnp.float32 if source.label_size else jnp.int32
-        images = lambda n: jnp.zeros((n, *source.shape), jnp.uint8)  # noqa: E731
-        labels = lambda n: jnp.zeros((n, *wide), kind)  # noqa: E731
+        images = lambda n: jnp.zeros((n, *source.shape), jnp.uint8)
+        labels = lambda n: jnp.zeros((n, *wide), kind)
         batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
         if more := self.filled.references:
             batch |= {"reference": images(more), "reference_label": labels(more)}
@@ -81,15 +90,20 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def build(
-    config: ConfigDict, source: Source, plan: parallel.Plan, stand_in: Callable[[PyTree], PyTree] | None = None
+    config: ConfigDict,
+    source: Source,
+    plan: parallel.Plan,
+    stand_in: Callable[[PyTree], PyTree] | None = None,
 ) -> Run:
     """Builds and checks a run.
 
     Args:
-      stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint: for whoever only compiles.
+      stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint: for
+        whoever only compiles.
 
     Raises:
-      ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices or another setting.
+      ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices
+      or another setting.
     """
     batch = config.data.batch
     model = models.build(config, source.shape, source.num_classes)
@@ -107,9 +121,13 @@ def build(
             return *stand_in(shapes), 0
         field = "config.sp.teacher" if folder else "config.init.workdir"
         folder = folder or config.init.workdir
-        configs.require(bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher")
+        configs.require(
+            bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher"
+        )
         snapshot = checkpoint.find(folder, at, field)
-        return *jax.tree.map(np.asarray, checkpoint.load_weights(snapshot, *shapes, which)), snapshot.step
+        return *jax.tree.map(
+            np.asarray, checkpoint.load_weights(snapshot, *shapes, which)
+        ), snapshot.step
 
     levels = grids.clip_range(model.denoiser({}), config.sample.sigma_min, config.sample.sigma_max)
     pipe = augment.AugmentPipe(p=config.data.augment) if config.data.augment > 0 else None
@@ -127,16 +145,26 @@ def build(
         denoiser=model.denoiser,
         learning_rate=config.optim.learning_rate,
         source=source,
-        law=dataclasses.replace(law, stratified=False),  # the same strata twice would tie a second level to the first
+        law=dataclasses.replace(
+            law, stratified=False
+        ),  # the same strata twice would tie a second level to the first
         weights=weights,
         xflip=config.data.xflip,
         augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
         mesh=None if plan.axis else plan.mesh,
         dtype=model.network.dtype,
     )
-    filled = slots.combine([slots.module(name).training(config[name], context) for name in config.methods])
+    filled = slots.combine(
+        [slots.module(name).training(config[name], context) for name in config.methods]
+    )
     steps = configs.duration(config.train.duration, batch, "config.train.duration")
-    for key in ("train.save_every", "train.keep_every", "log.every", "sample.every", "evaluate.every"):
+    for key in (
+        "train.save_every",
+        "train.keep_every",
+        "log.every",
+        "sample.every",
+        "evaluate.every",
+    ):
         configs.duration(configs.flatten(config)[key], batch, f"config.{key}")
     pure = step.make_step(config, model, law, filled, tx, rate, **plan.words)
     memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
@@ -144,12 +172,16 @@ def build(
 
 
 def noise_law(config: ConfigDict) -> noise.NoiseLaw:
-    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width of 0 or less."""
+    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width
+    of 0 or less.
+    """
     settings = config.noise
     configs.choose("noise.law", settings.law, ("edm", "vp", "ve", "ddpm"))
     if settings.law == "ddpm":
         models.discrete_table(config)  # checks the two settings
-        return noise.ddpm(config.precondition.schedule, config.precondition.diffusion_steps, settings.stratified)
+        return noise.ddpm(
+            config.precondition.schedule, config.precondition.diffusion_steps, settings.stratified
+        )
     if settings.law != "edm":
         return getattr(noise, settings.law)(stratified=settings.stratified)
     configs.require(settings.std > 0, "noise.std", settings.std, "a positive number")

@@ -6,8 +6,8 @@ import optax
 from flax import struct
 
 from ogdm_jax import randomness
-from ogdm_jax.methods import slots
-from ogdm_jax.model import Model
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.models import Model
 from ogdm_jax.training import optim
 from ogdm_jax.typing import Array, PyTree
 
@@ -26,7 +26,8 @@ class TrainState:
 
     Attributes:
       step: scalar int32, optimiser steps done.
-      params, ema: the denoiser's parameters and their moving average.   buffers: its frozen tensors.
+      params, ema: the denoiser's parameters and their moving average.   buffers: its frozen
+        tensors.
       opt_state: of the denoiser's Adam.
       companions: {method: CompanionState}.   memory: {method: small numbers a method carries}.
     """
@@ -45,17 +46,25 @@ def companion_optimiser(companion: slots.Companion) -> optax.GradientTransformat
 
 
 def create(
-    model: Model, filled: slots.Filled, tx: optax.GradientTransformation, memory: dict[str, PyTree], key: Array
+    model: Model,
+    filled: slots.Filled,
+    tx: optax.GradientTransformation,
+    memory: dict[str, PyTree],
+    key: Array,
 ) -> TrainState:
-    """A fresh state; jit it or eval_shape it. The same key gives the same denoiser whatever methods are on.
+    """A fresh state; jit it or eval_shape it. The same key gives the same denoiser whatever methods
+    are on.
 
     Args:
-      memory: {method: numbers} as slots.per_method(filled, "memory") made them (some read files, so not here).
+      memory: {method: numbers} as slots.per_method(filled, "memory") made them (some read files, so
+        not here).
     """
     params, buffers = model.init(randomness.fold_in_name(key, "network"))
     companions = {}
     for method in filled.companions:
-        companion_params = method.companion.init(randomness.fold_in_name(key, f"{method.name}/companion"))
+        companion_params = method.companion.init(
+            randomness.fold_in_name(key, f"{method.name}/companion")
+        )
         companions[method.name] = CompanionState(
             companion_params, companion_optimiser(method.companion).init(companion_params)
         )
@@ -71,5 +80,7 @@ def create(
 
 
 def copy(tree: PyTree) -> PyTree:
-    """Equal values in buffers of their own: params and ema must not alias, or donation frees one buffer twice."""
+    """Equal values in buffers of their own: params and ema must not alias, or donation frees one
+    buffer twice.
+    """
     return jax.tree.map(jnp.copy, tree)

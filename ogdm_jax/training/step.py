@@ -1,7 +1,9 @@
-"""The train step: step(state, frozen, batch, key) -> (state, metrics), pure, the same under pmap, mesh and one device.
+"""The train step: step(state, frozen, batch, key) -> (state, metrics), pure, the same under pmap,
+mesh and one device.
 
-Order of updates (OGDM's official code, 2310.04041): the denoiser on its loss, then every companion on its own loss with
-the updated denoiser, then the moving average. Of devices the step knows `axis`, `gather` and `scatter`.
+Order of updates (OGDM's official code, 2310.04041): the denoiser on its loss, then every companion
+on its own loss with the updated denoiser, then the moving average. Of devices the step knows
+`axis`, `gather` and `scatter`.
 """
 
 from collections.abc import Callable
@@ -17,8 +19,8 @@ from ogdm_jax import randomness
 from ogdm_jax.config import duration
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.diffusion.noise import NoiseLaw
-from ogdm_jax.methods import slots
-from ogdm_jax.model import Model
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.models import Model
 from ogdm_jax.pixels import to_float
 from ogdm_jax.training import optim
 from ogdm_jax.training.state import CompanionState, TrainState, companion_optimiser
@@ -31,15 +33,19 @@ Step = Callable[[TrainState, PyTree, Batch, Array], tuple[TrainState, dict[str, 
 def draw_example(
     config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, key: Array, noise_key: Array
 ) -> slots.Example:
-    """Augmentation, label dropout, noise level and noise of a (micro-)batch, each image from keys of its own."""
+    """Augmentation, label dropout, noise level and noise of a (micro-)batch, each image from keys
+    of its own.
+    """
     index = batch["index"]
-    keys = lambda purpose: randomness.example_keys(key, purpose, index)  # noqa: E731
+    keys = lambda purpose: randomness.example_keys(key, purpose, index)
     image = to_float(batch["image"])
     if config.data.xflip:
         image = augmentation.xflip(keys("xflip"), image)
     x0, augment = image, None
     if config.data.augment > 0:
-        x0, augment = augmentation.AugmentPipe(p=config.data.augment).augment(keys("augment"), image)
+        x0, augment = augmentation.AugmentPipe(p=config.data.augment).augment(
+            keys("augment"), image
+        )
     label = batch["label"] if model.label_dim else None
     if label is not None and config.data.label_dropout > 0:
         hidden = randomness.uniform(keys("label_dropout")) < config.data.label_dropout
@@ -85,15 +91,19 @@ def make_step(
 
     Args:
       axis: name of the mapped device axis, or None (one device, or a mesh whose arrays are global).
-      ravel: average gradients as one vector: between processes that is many times cheaper than leaf by leaf.
-      loss: (params, state, frozen, batch, key) -> (mean loss, `sums` of metrics), in place of the denoiser's: the step
-        of another kind of network (DG's discriminator); then model and law are not used.
-      gather, scatter: of a plan that divides parameters: they are gathered where a network uses them, and gradients
-        scattered before anything is done with them.
+      ravel: average gradients as one vector: between processes that is many times cheaper than leaf
+        by leaf.
+      loss: (params, state, frozen, batch, key) -> (mean loss, `sums` of metrics), in place of the
+        denoiser's: the step of another kind of network (DG's discriminator); then model and law are
+        not used.
+      gather, scatter: of a plan that divides parameters: they are gathered where a network uses
+        them, and gradients scattered before anything is done with them.
     """
     rounds, batch_size = config.optim.accumulate, config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
-    rampup = 0.0 if config.init.workdir else config.ema.rampup  # the average starts at good weights (EDM --transfer)
+    rampup = (
+        0.0 if config.init.workdir else config.ema.rampup
+    )  # the average starts at good weights (EDM --transfer)
 
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
@@ -112,36 +122,59 @@ def make_step(
             companion = gather(state.companions[method.name].params) if method.companion else None
             # Its own lookup: a penalty sees its frozen tree and memory, never another method's.
             added, more = method.penalty(
-                example, x0_hat, denoise, companion, frozen.get(method.name), state.memory.get(method.name)
+                example,
+                x0_hat,
+                denoise,
+                companion,
+                frozen.get(method.name),
+                state.memory.get(method.name),
             )
             loss = loss + added
             metrics |= more | {f"loss/{method.name}": added}
         return jnp.mean(loss), sums(metrics | {"loss": loss})
 
-    def companion_loss(params, method: slots.Slots, state: TrainState, frozen, batch: Batch, key: Array):
+    def companion_loss(
+        params, method: slots.Slots, state: TrainState, frozen, batch: Batch, key: Array
+    ):
         fresh = randomness.fold_in_name(key, f"{method.name}/companion")
-        example = draw_example(config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh)
+        example = draw_example(
+            config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh
+        )
         denoise = model.denoiser(jax.lax.stop_gradient(gather(state.params)), state.buffers)
-        loss, metrics = method.companion.loss(params, example, denoise, frozen.get(method.name), state.step)
+        loss, metrics = method.companion.loss(
+            params, example, denoise, frozen.get(method.name), state.step
+        )
         return jnp.mean(loss), sums(metrics | {f"loss/{method.name}_companion": loss})
 
-    def step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: PyTree, batch: Batch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)
-        frozen = frozen["whole"] | frozen["divided"]  # by method; which devices hold what is settled by now
-        grads, sums = _accumulate(loss or denoiser_loss, gather(state.params), rounds, batch, state, frozen, step_key)
+        frozen = (
+            frozen["whole"] | frozen["divided"]
+        )  # by method; which devices hold what is settled by now
+        grads, sums = _accumulate(
+            loss or denoiser_loss, gather(state.params), rounds, batch, state, frozen, step_key
+        )
         grads, bad = optim.sanitise(_average(scatter(grads), axis, ravel))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         norm = optax.tree.norm(grads)
         beta = optim.ema_beta(state.step, batch_size, halflife, rampup)
         seen = state.step
-        state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        state = state.replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
 
         for method in filled.companions:
             before = state.companions[method.name]
-            own = lambda p, s, f, b, k, m=method: companion_loss(p, m, s, f, b, k)  # noqa: E731
-            grads, more = _accumulate(own, gather(before.params), rounds, batch, state, frozen, step_key)
+            own = lambda p, s, f, b, k, m=method: companion_loss(p, m, s, f, b, k)
+            grads, more = _accumulate(
+                own, gather(before.params), rounds, batch, state, frozen, step_key
+            )
             grads, worse = optim.sanitise(_average(scatter(grads), axis, ravel))
-            updates, opt_state = companion_optimiser(method.companion).update(grads, before.opt_state, before.params)
+            updates, opt_state = companion_optimiser(method.companion).update(
+                grads, before.opt_state, before.params
+            )
             after = CompanionState(optax.apply_updates(before.params, updates), opt_state)
             state = state.replace(companions=state.companions | {method.name: after})
             sums |= more
@@ -152,7 +185,9 @@ def make_step(
         for method in filled.methods:
             if method.remember is not None:
                 memory[method.name] = method.remember(memory[method.name], metrics)
-        state = state.replace(step=seen + 1, ema=optim.ema_update(state.ema, state.params, beta), memory=memory)
+        state = state.replace(
+            step=seen + 1, ema=optim.ema_update(state.ema, state.params, beta), memory=memory
+        )
         return state, metrics | {
             "grad_norm": norm,
             "grad_nonfinite": bad,
@@ -163,31 +198,43 @@ def make_step(
     return step
 
 
-def _denoising_loss(filled, law, example, x0_hat, denoise, frozen, memory) -> tuple[Array, slots.Metrics]:
-    """Target and distance, by their owners or by default: the clean image and the weighted squared error."""
+def _denoising_loss(
+    filled, law, example, x0_hat, denoise, frozen, memory
+) -> tuple[Array, slots.Metrics]:
+    """Target and distance, by their owners or by default: the clean image and the weighted squared
+    error.
+    """
     target, metrics = example.x0, {}
     if filled.target:
         target, metrics = filled.target.target(example, frozen.get(filled.target.name))
     if filled.distance:
         name = filled.distance.name
-        loss, more = filled.distance.distance(example, x0_hat, target, denoise, frozen.get(name), memory.get(name))
+        loss, more = filled.distance.distance(
+            example, x0_hat, target, denoise, frozen.get(name), memory.get(name)
+        )
         return loss, metrics | more
     return slots.squared_error(example, x0_hat, target, law.weight), metrics
 
 
 def _accumulate(loss, params, rounds: int, batch: Batch, state, frozen, key) -> tuple[PyTree, dict]:
-    """Mean gradient and summed metrics over `rounds` equal parts of the batch: exactly the big batch's."""
+    """Mean gradient and summed metrics over `rounds` equal parts of the batch: exactly the big
+    batch's.
+    """
     grad = jax.grad(loss, has_aux=True)
     if rounds == 1:
         return grad(params, state, frozen, batch, key)
-    references = {k: v for k, v in batch.items() if k.startswith("reference")}  # shared by all rounds, never cut
+    references = {
+        k: v for k, v in batch.items() if k.startswith("reference")
+    }  # shared by all rounds, never cut
     parts = jax.tree.map(
         lambda a: a.reshape(rounds, a.shape[0] // rounds, *a.shape[1:]),
         {k: v for k, v in batch.items() if k not in references},
     )
 
     def body(carry, part):
-        return jax.tree.map(jnp.add, carry, grad(params, state, frozen, part | references, key)), None
+        return jax.tree.map(
+            jnp.add, carry, grad(params, state, frozen, part | references, key)
+        ), None
 
     part = jax.tree.map(lambda a: a[0], parts) | references
     shapes = jax.eval_shape(grad, params, state, frozen, part, key)

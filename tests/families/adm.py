@@ -33,7 +33,9 @@ def common(k: dict) -> dict:
         "model_channels": k["model_channels"],
         "channel_mult": tuple(k["channel_mult"]),
         "num_blocks": k["num_res_blocks"],
-        "attn_resolutions": tuple(k["image_size"] // factor for factor in k["attention_resolutions"]),
+        "attn_resolutions": tuple(
+            k["image_size"] // factor for factor in k["attention_resolutions"]
+        ),
         "num_heads": k["num_heads"],
         "head_channels": max(k["num_head_channels"], 0),
         "scale_shift": k["use_scale_shift_norm"],
@@ -57,12 +59,16 @@ def order(k: dict) -> str:
 
 
 def factors(resolutions, size: int) -> list[int]:
-    """Downsampling factors of a flag like "32,16,8"; a side above the image's gives factor 0, which nothing has."""
+    """Downsampling factors of a flag like "32,16,8"; a side above the image's gives factor 0, which
+    nothing has.
+    """
     return [f for f in (size // int(r) for r in str(resolutions).split(",")) if f]
 
 
 def published(cls: str, flags: dict) -> tuple[ADMUNet | ADMEncoder, str]:
-    """(network, qkv order) of the flags of create_model, sr_create_model, create_classifier (DG's included)."""
+    """(network, qkv order) of the flags of create_model, sr_create_model, create_classifier (DG's
+    included).
+    """
     if cls == "create_classifier":
         k = {name.removeprefix("classifier_"): value for name, value in flags.items()}
         size, channels = k["image_size"], k.get("in_channels", 3)
@@ -121,12 +127,16 @@ def check_unet(golden: Golden):
     value = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
     (_, out), (g_params, g_x) = value(params, x, t.astype(jnp.float32))
     golden.assert_close("out", nchw(out))
-    golden.assert_norms("grad_norms", norms(names_adm.flax_to_adm({"params": g_params}, network, order(k))))
+    golden.assert_norms(
+        "grad_norms", norms(names_adm.flax_to_adm({"params": g_params}, network, order(k)))
+    )
     golden.assert_close("grad_x", nchw(g_x), atol=2e-5 * float(np.max(np.abs(golden["grad_x"]))))
     fractions = jnp.asarray([12.5, 333.25, *t[2:]], jnp.float32)
     n = len(golden["out_float_t"])
     actual = nchw(value(params, x, fractions)[0][1])[:n]
-    np.testing.assert_allclose(actual, golden["out_float_t"], rtol=0, atol=2 * golden.tolerance("out"))
+    np.testing.assert_allclose(
+        actual, golden["out_float_t"], rtol=0, atol=2 * golden.tolerance("out")
+    )
 
     @jit
     def taps(x, t):
@@ -134,7 +144,9 @@ def check_unet(golden: Golden):
 
     emb, feature = taps(x, t)
     # Stored in front of the silu that every block applies.
-    np.testing.assert_allclose(emb, jax.nn.silu(golden.truth("emb")), rtol=0, atol=golden.tolerance("emb"))
+    np.testing.assert_allclose(
+        emb, jax.nn.silu(golden.truth("emb")), rtol=0, atol=golden.tolerance("emb")
+    )
     golden.assert_close("feature", nchw(feature)[: len(golden["feature"])])
 
 
@@ -148,9 +160,13 @@ def check_classifier(golden: Golden):
 
     def log_prob(params, x):
         logits = network.apply({"params": params}, x, t)
-        return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(y)[:, None], axis=1)), logits
+        return jnp.sum(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(y)[:, None], axis=1)
+        ), logits
 
-    (total, logits), (g_params, g_x) = jit(jax.value_and_grad(log_prob, (0, 1), has_aux=True))(params, x)
+    (total, logits), (g_params, g_x) = jit(jax.value_and_grad(log_prob, (0, 1), has_aux=True))(
+        params, x
+    )
     golden.assert_close("logits", logits)
     golden.assert_close("grad_log_prob", nchw(g_x))
     np.testing.assert_allclose(-total / len(y), golden["cross_entropy"], rtol=1e-5)
@@ -165,5 +181,7 @@ def check_embedding(golden: Golden):
     actual = layers.positional_embedding(jnp.asarray(golden["t"]), golden.config["dim"])
     np.testing.assert_allclose(actual, golden["emb"], rtol=0, atol=1e-4)
     with jax.enable_x64(True):  # the stored numbers are float32 cosines of angles of up to 1000
-        exact = layers.positional_embedding(jnp.asarray(golden["t"].astype(np.float64)), golden.config["dim"])
+        exact = layers.positional_embedding(
+            jnp.asarray(golden["t"].astype(np.float64)), golden.config["dim"]
+        )
         np.testing.assert_allclose(exact, golden["emb"], rtol=0, atol=1e-4)

@@ -1,4 +1,6 @@
-"""Golden files of discriminator guidance: the clock, extractor and head, and the sampler of EDM-G++."""
+"""Golden files of discriminator guidance: the clock, extractor and head, and the sampler of
+EDM-G++.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,11 @@ from oracles import Mixture, column
 from families import adm
 from families.samplers import CHURN, nhwc_steps
 from ogdm_jax.diffusion import grids
-from ogdm_jax.diffusion.churn import Churn
-from ogdm_jax.diffusion.sampling import sample
 from ogdm_jax.interop import names_adm
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
+from ogdm_jax.sampling.churn import Churn
+from ogdm_jax.sampling.sampler import sample
 
 
 @family("dg_vp_clock")
@@ -24,8 +26,9 @@ def clock(golden: Golden):
         np.testing.assert_allclose(dg.vp_scale(t), golden["mean"], rtol=1e-12)
         np.testing.assert_allclose(dg.vp_sigma(t), golden["std"] / golden["mean"], rtol=1e-9)
         np.testing.assert_allclose(dg.cosine_time(t), golden["t_cos"], rtol=1e-9, atol=1e-12)
-        # The authors work in float32 here, where exp(B) - 1 at their smallest time is 1.2 % off: the file's Z says what
-        # they took for the lower end. With that end the times are ours; the smallest lose digits once more.
+        # The authors work in float32 here, where exp(B) - 1 at their smallest time is 1.2 % off:
+        # the file's Z says what they took for the lower end. With that end the times are ours; the
+        # smallest lose digits once more.
         u = jnp.asarray(golden["u"], jnp.float64)
         high = np.log(dg.vp_sigma(np.float64(1.0)))
         times = np.asarray(dg.vp_time(jnp.exp(high - (1 - u) * float(golden["Z"]) / 2)))
@@ -38,14 +41,18 @@ def clock(golden: Golden):
         )
         times = dg.vp_time(dg.training_sigma(u, importance=False))
         np.testing.assert_allclose(times, golden["time_uniform"], rtol=1e-5)
-    np.testing.assert_allclose(dg.vp_time(jnp.asarray(golden["sigma"], jnp.float32)), golden["tau"], rtol=2e-6)
+    np.testing.assert_allclose(
+        dg.vp_time(jnp.asarray(golden["sigma"], jnp.float32)), golden["tau"], rtol=2e-6
+    )
 
 
 @family("dg_disc_")
 def discriminator(golden: Golden):
     clock = "cosine" if golden.config["img_resolution_arg"] == 64 else "vp"
     extractor, head = (
-        adm.published("create_classifier", golden.config[f"{name}_kwargs"])[0].clone(time_scale=999.0)
+        adm.published("create_classifier", golden.config[f"{name}_kwargs"])[0].clone(
+            time_scale=999.0
+        )
         for name in ("extractor", "head")
     )
     frozen, params = (
@@ -54,7 +61,11 @@ def discriminator(golden: Golden):
     )
     network = FeatureDiscriminator(head, extractor)
     x, sigma = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["sigma"])
-    label = jnp.asarray(golden["class_labels"].argmax(-1), jnp.int32) if "class_labels" in golden else None
+    label = (
+        jnp.asarray(golden["class_labels"].argmax(-1), jnp.int32)
+        if "class_labels" in golden
+        else None
+    )
     tau = dg.vp_time(sigma)
     t_net = dg.cosine_time(tau) if clock == "cosine" else tau
     golden.assert_close("tau", tau)
@@ -63,15 +74,17 @@ def discriminator(golden: Golden):
 
     @adm.jit
     def values(params, frozen, x):
-        logit = lambda x, t, y: network.logit(params, frozen, x, t, y)  # noqa: E731
+        logit = lambda x, t, y: network.logit(params, frozen, x, t, y)
         shift, ratio = dg.correction(dg.log_ratio(logit, 1e-5, clock), x, sigma, label)
         x_vp = x * column(jax.lax.rsqrt(1 + sigma**2), x)
-        apply = lambda tap: extractor.apply({"params": frozen}, x_vp, t_net, tap=tap)  # noqa: E731
+        apply = lambda tap: extractor.apply({"params": frozen}, x_vp, t_net, tap=tap)
         return logit(x_vp, t_net, label), ratio, shift, apply("mid")[:1], apply(None)
 
     logit, ratio, shift, feature, classes = values(params, frozen, x)
     golden.assert_close("logit", logit)
-    np.testing.assert_allclose(ratio, golden["log_ratio"], rtol=0, atol=2 * golden.tolerance("logit"))
+    np.testing.assert_allclose(
+        ratio, golden["log_ratio"], rtol=0, atol=2 * golden.tolerance("logit")
+    )
     golden.assert_close("guidance", nchw(-shift))
     scale = column(sigma, x) ** 2 * column(golden["alpha"], x)
     golden.assert_close("grad_logit_x_vp", nchw(shift / scale))
@@ -89,11 +102,15 @@ def sampler(golden: Golden):
 
             def logit(x_vp, time, label, seen=seen):
                 m = dg.vp_scale(time)
-                value = data.log_density(x_vp, jnp.sqrt(1 - m**2), m) - model.log_density(x_vp, jnp.sqrt(1 - m**2), m)
+                value = data.log_density(x_vp, jnp.sqrt(1 - m**2), m) - model.log_density(
+                    x_vp, jnp.sqrt(1 - m**2), m
+                )
                 jax.debug.callback(lambda v: seen.append(np.asarray(v)), value, ordered=True)
                 return value
 
-            low, high = (float(dg.vp_sigma(np.float64(settings[k]))) for k in ("time_min", "time_max"))
+            low, high = (
+                float(dg.vp_sigma(np.float64(settings[k]))) for k in ("time_min", "time_max")
+            )
             guided = dg.guide(
                 lambda x, sigma, label=None: model.denoise(x, sigma),
                 dg.log_ratio(logit),
@@ -106,7 +123,11 @@ def sampler(golden: Golden):
             churn = Churn(**{k: settings[k] for k in CHURN if k in settings})
             if settings["boosting"]:
                 churn = dg.Boost(base=churn)
-            noise = jnp.asarray(nhwc_steps(golden[f"noise_{name}"])) if f"noise_{name}" in golden else None
+            noise = (
+                jnp.asarray(nhwc_steps(golden[f"noise_{name}"]))
+                if f"noise_{name}" in golden
+                else None
+            )
             n, grid = (
                 settings.get("num_steps", 18),
                 {k: settings[k] for k in ("sigma_min", "sigma_max", "rho") if k in settings},
@@ -120,8 +141,12 @@ def sampler(golden: Golden):
                 noise_fn=None if noise is None else lambda step, noise=noise: noise[step],
             )
             jax.effects_barrier()
-            np.testing.assert_allclose(nchw(x), golden[f"x_{name}"], rtol=0, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                nchw(x), golden[f"x_{name}"], rtol=0, atol=1e-4, err_msg=name
+            )
             ratios = golden[f"log_ratio_{name}"]
             assert len(seen) == len(ratios), name
             if seen:
-                np.testing.assert_allclose(np.stack(seen), ratios, rtol=1e-4, atol=1e-4, err_msg=name)
+                np.testing.assert_allclose(
+                    np.stack(seen), ratios, rtol=1e-4, atol=1e-4, err_msg=name
+                )

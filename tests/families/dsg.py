@@ -1,4 +1,6 @@
-"""Golden files of DSG and DPS: the conditioning step, measurement operators, and the transitions they start from."""
+"""Golden files of DSG and DPS: the conditioning step, measurement operators, and the transitions
+they start from.
+"""
 
 import re
 
@@ -7,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from golden_support import Golden, family, nchw, nhwc
 
-from ogdm_jax.diffusion import degrade, kicks, operators, steps
+from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
+from ogdm_jax.inverse import degradations as degrade
+from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
+from ogdm_jax.sampling import kicks
 
 
 def operator(name: str, golden: Golden) -> operators.Operator:
@@ -17,7 +22,9 @@ def operator(name: str, golden: Golden) -> operators.Operator:
     if name == "inpaint":
         return operators.inpaint(nhwc(golden["mask"]))
     if name == "blur":
-        size, std = re.search(r"(\d+)x\d+, std ([\d.]+)", golden.config["operators"]["blur"]).groups()
+        size, std = re.search(
+            r"(\d+)x\d+, std ([\d.]+)", golden.config["operators"]["blur"]
+        ).groups()
         return operators.gaussian_blur(int(size), float(std))
     if name.startswith("sr"):
         return operators.super_resolution(int(name[2:]), size)
@@ -43,8 +50,12 @@ def check_step(golden: Golden):
         for rate in golden.config["guidance_rates"]:
             out = dsg.spherical_step(jnp.asarray(mean), sigma, jnp.asarray(eps), grad, rate)
             key = f"out_{name}_g{rate:g}"
-            golden.assert_close(key, nchw(out), max(golden.tolerance(key), 2e-6 * float(jnp.abs(out).max())))
-        for key in (k for k in golden.arrays if k.startswith("dps_scale") and k.endswith(f"_{name}")):
+            golden.assert_close(
+                key, nchw(out), max(golden.tolerance(key), 2e-6 * float(jnp.abs(out).max()))
+            )
+        for key in (
+            k for k in golden.arrays if k.startswith("dps_scale") and k.endswith(f"_{name}")
+        ):
             scale = float(key.removeprefix("dps_scale").removesuffix(f"_{name}"))
             golden.assert_close(key, nchw(dsg.dps_step(mean, sigma, eps, grad, scale)), 3e-6)
 
@@ -59,7 +70,9 @@ def check_super_resolution(golden: Golden):
         np.testing.assert_allclose(degrade.resize_matrix(factor, size), matrix, atol=1e-7)
         op = operators.super_resolution(factor, size)
         if f"x_{key}" in golden:
-            golden.assert_close(f"y_{key}", nchw(op.forward(jnp.asarray(nhwc(golden[f"x_{key}"])))), 2e-6)
+            golden.assert_close(
+                f"y_{key}", nchw(op.forward(jnp.asarray(nhwc(golden[f"x_{key}"])))), 2e-6
+            )
         if case == golden.config["cases"][0]:
             ramp = np.linspace(0, 1, size)[:, None] * np.linspace(-1, 1, size)[None]
             y = op.forward(jnp.asarray(ramp, jnp.float32)[None, ..., None])
@@ -71,7 +84,9 @@ def check_gaussian_blur(golden: Golden):
     for case in golden.config["cases"]:
         key, size, std = case["key"], case["kernel_size"], case["std"]
         taps = degrade.gaussian_taps(size, std)
-        np.testing.assert_allclose(np.outer(taps, taps), golden[f"kernel_{key}"], rtol=0, atol=1e-15)
+        np.testing.assert_allclose(
+            np.outer(taps, taps), golden[f"kernel_{key}"], rtol=0, atol=1e-15
+        )
         assert np.flatnonzero(taps).max() - size // 2 == case["nonzero_radius"]
         x = jnp.asarray(nhwc(golden[f"x_{key}"]))
         for op in (operators.gaussian_blur(size, std), operators.motion_blur(np.outer(taps, taps))):
@@ -80,7 +95,9 @@ def check_gaussian_blur(golden: Golden):
 
 @family("dsg_p_sample")
 def check_transition(golden: Golden):
-    """Mean and std of DDIM (eta 1) and DDPM (learned variance) in our coordinate, carried to theirs; clipped x0."""
+    """Mean and std of DDIM (eta 1) and DDPM (learned variance) in our coordinate, carried to
+    theirs; clipped x0.
+    """
     law = golden.config["model"]
     for key, at in golden.json("settings").items():
         with jax.enable_x64(True):
@@ -103,5 +120,7 @@ def check_transition(golden: Golden):
             mean_vp = np.asarray(mean * scale)
         golden.assert_close(f"x0_{key}", nchw(x0), 2e-5)
         golden.assert_close(f"mean_{key}", nchw(mean_vp), 2e-5)
-        if at["sampler"] == "ddim" or i > 0:  # at index 0 DDPM states a std there that it never uses; ours is 0
+        if (
+            at["sampler"] == "ddim" or i > 0
+        ):  # at index 0 DDPM states a std there that it never uses; ours is 0
             golden.assert_close(f"sigma_t_{key}", nchw(std_vp), 2e-6)

@@ -1,4 +1,6 @@
-"""EDM's networks under the four preconditionings, and the three losses, against the authors' numbers."""
+"""EDM's networks under the four preconditionings, and the three losses, against the authors'
+numbers.
+"""
 
 import functools
 
@@ -19,7 +21,8 @@ WRAP = {
 }
 
 
-# Most of the time goes into compiling; a lower level halves it and changes no number beyond rounding.
+# Most of the time goes into compiling; a lower level halves it and changes no number beyond
+# rounding.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -52,7 +55,7 @@ def check_denoiser(golden: Golden):
     label, augment = optional(golden, "class_labels"), optional(golden, "augment_labels")
 
     def denoise(params, x, sigma, label, augment, tap=None):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)  # noqa: E731
+        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
         return wrap(fn)(x, sigma, label, augment=augment, tap=tap)
 
     def objective(params, x):
@@ -60,35 +63,51 @@ def check_denoiser(golden: Golden):
         scale = 1.0 if cls == "EDMPrecond" else 1 / (1 + sigma)[:, None, None, None]
         return jnp.sum(jnp.square(d * scale)), d
 
-    (_, d), (g_params, g_x) = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(variables["params"], x)
+    (_, d), (g_params, g_x) = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(
+        variables["params"], x
+    )
     golden.assert_close("D_x", nchw(d))
     golden.assert_norms("grad_norms", norms(g_params, network))
     largest = np.max(np.abs(golden["grad_x"]))
-    golden.assert_close("grad_x", nchw(g_x), atol=2e-5 * largest if cls != "VPPrecond" else 2e-3 * largest)
+    golden.assert_close(
+        "grad_x", nchw(g_x), atol=2e-5 * largest if cls != "VPPrecond" else 2e-3 * largest
+    )
 
-    # One compiled function for every variant: missing labels are zeros (that None is zeros, the embedding shows).
+    # One compiled function for every variant: missing labels are zeros (that None is zeros, the
+    # embedding shows).
     n = len(golden["feature"])
     x, sigma, label, augment = jax.tree.map(lambda a: a[:n], (x, sigma, label, augment))
-    nothing = lambda a: None if a is None else jnp.zeros_like(a)  # noqa: E731
+    nothing = lambda a: None if a is None else jnp.zeros_like(a)
     emb = functools.partial(denoise, variables["params"], x, sigma, tap="emb")
-    np.testing.assert_allclose(emb(label, augment), golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb"))
+    np.testing.assert_allclose(
+        emb(label, augment), golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb")
+    )
     np.testing.assert_array_equal(emb(None, None), emb(nothing(label), nothing(augment)))
 
     @jit
     def both(*arguments):
-        return denoise(variables["params"], *arguments), denoise(variables["params"], *arguments, tap="mid")
+        return denoise(variables["params"], *arguments), denoise(
+            variables["params"], *arguments, tap="mid"
+        )
 
     golden.assert_close("feature", nchw(both(x, sigma, label, augment)[1]))
     variants = {
         "D_x_no_class": (x, sigma, nothing(label), augment),
         "D_x_no_augment": (x, sigma, label, nothing(augment)),
-        "D_x_scalar_sigma": (x, jnp.full_like(sigma, golden["sigma"].reshape(-1)[2]), label, nothing(augment)),
+        "D_x_scalar_sigma": (
+            x,
+            jnp.full_like(sigma, golden["sigma"].reshape(-1)[2]),
+            label,
+            nothing(augment),
+        ),
     }
     for name, arguments in variants.items():
         if name in golden:
             stored = golden[name]
             actual = nchw(both(*arguments)[0])[: len(stored)]
-            np.testing.assert_allclose(actual, stored, rtol=0, atol=golden.tolerance("D_x"), err_msg=name)
+            np.testing.assert_allclose(
+                actual, stored, rtol=0, atol=golden.tolerance("D_x"), err_msg=name
+            )
     check_levels(golden, wrap)
 
 
@@ -106,19 +125,30 @@ def check_levels(golden: Golden, wrap):
         np.testing.assert_allclose(getattr(denoise, name), float(stored), rtol=0.03, err_msg=name)
     with jax.enable_x64(True):
         if "sigma_of_t" in golden:
-            np.testing.assert_allclose(process.VP().sigma(golden["t"]), golden["sigma_of_t"], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                process.VP().sigma(golden["t"]), golden["sigma_of_t"], rtol=1e-6, atol=1e-6
+            )
             time = process.VP().time(np.asarray(golden["sigma"], np.float64))
             np.testing.assert_allclose(time, golden["sigma_inv_f64"], rtol=1e-9)
         if "u" in golden:
-            # The authors' recursion runs in float32; its last levels are off by up to 5e-4 of themselves.
+            # The authors' recursion runs in float32; its last levels are off by up to 5e-4 of
+            # themselves.
             np.testing.assert_allclose(process.iddpm_levels(), golden["u"], rtol=3e-5, atol=5e-6)
-            np.testing.assert_array_equal(precondition.iddpm_index(golden["sigma"]), golden["round_index"])
+            np.testing.assert_array_equal(
+                precondition.iddpm_index(golden["sigma"]), golden["round_index"]
+            )
             probe = golden["probe_sigma"]
             np.testing.assert_array_equal(precondition.iddpm_index(probe), golden["probe_index"])
-            np.testing.assert_allclose(denoise.round_sigma(probe), golden["probe_round"], rtol=3e-5, atol=5e-6)
+            np.testing.assert_allclose(
+                denoise.round_sigma(probe), golden["probe_round"], rtol=3e-5, atol=5e-6
+            )
 
 
-LAWS = {"EDMLoss": (noise.edm, "EDMPrecond"), "VPLoss": (noise.vp, "VPPrecond"), "VELoss": (noise.ve, "VEPrecond")}
+LAWS = {
+    "EDMLoss": (noise.edm, "EDMPrecond"),
+    "VPLoss": (noise.vp, "VPPrecond"),
+    "VELoss": (noise.ve, "VEPrecond"),
+}
 
 
 @golden_support.family("loss_edm")
@@ -135,11 +165,13 @@ def check_loss(golden: Golden):
     np.testing.assert_allclose(sigma, golden.truth("sigma").reshape(-1), rtol=2e-5)
     images, unit = nhwc(golden["images"]), nhwc(golden["noise_unit"])
     x_noisy = images + unit * sigma[:, None, None, None]
-    golden.assert_close("x_noisy", nchw(x_noisy), atol=2e-5 * float(np.max(np.abs(golden["x_noisy"]))))
+    golden.assert_close(
+        "x_noisy", nchw(x_noisy), atol=2e-5 * float(np.max(np.abs(golden["x_noisy"])))
+    )
     label, augment = optional(golden, "labels"), optional(golden, "augment_labels")
 
     def objective(params):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)  # noqa: E731
+        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
         d = wrap(fn)(x_noisy, sigma, label, augment=augment)
         loss = law.weight(sigma)[:, None, None, None] * jnp.square(d - images)
         return jnp.sum(loss) / len(images), loss

@@ -1,4 +1,6 @@
-"""guided-diffusion's chain: tables, one-step transitions, losses, and whole loops through this package's sampler."""
+"""guided-diffusion's chain: tables, one-step transitions, losses, and whole loops through this
+package's sampler.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from golden_support import Golden, family, nchw, nhwc
 
 from ogdm_jax.diffusion import grids, precondition, process
 from ogdm_jax.diffusion.gaussian import Chain
-from ogdm_jax.diffusion.sampling import sample
+from ogdm_jax.sampling.sampler import sample
 
 
 def chain(golden: Golden) -> Chain:
@@ -27,7 +29,10 @@ def chain(golden: Golden) -> Chain:
 
 def network(golden: Golden):
     """The file's analytic model, and its classifier's gradient."""
-    m, learned = golden.config["model"], golden.config["create_gaussian_diffusion"].get("learn_sigma")
+    m, learned = (
+        golden.config["model"],
+        golden.config["create_gaussian_diffusion"].get("learn_sigma"),
+    )
 
     def model(x, t, label=None):
         t = t[:, None, None, None].astype(x.dtype)
@@ -50,13 +55,17 @@ def check_tables(golden: Golden, ours: Chain):
         ("posterior_log_variance_clipped", ours.log_posterior_variance),
         ("timestep_map", ours.table.timesteps),
     ):
-        np.testing.assert_allclose(values[::stride], golden[name], rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            values[::stride], golden[name], rtol=1e-9, atol=1e-12, err_msg=name
+        )
 
 
 def check_steps(golden: Golden, ours: Chain):
     """One step from each t, with and without clamp and classifier."""
     model, gradient = network(golden)
-    x, x0, noise, q_noise = (jnp.asarray(nhwc(golden[n]).astype(np.float64)) for n in ("x", "x0", "noise", "q_noise"))
+    x, x0, noise, q_noise = (
+        jnp.asarray(nhwc(golden[n]).astype(np.float64)) for n in ("x", "x0", "noise", "q_noise")
+    )
     t = jnp.asarray(golden["t"])
     assert golden.config["cond_fn"] == "grad = -0.3x + 0.1cos(x) + 0.0002 t"
     values = {
@@ -83,7 +92,11 @@ def check_steps(golden: Golden, ours: Chain):
 def check_losses(golden: Golden, ours: Chain):
     model, _ = network(golden)
     x0, noise = (jnp.asarray(nhwc(golden[n]).astype(np.float64)) for n in ("x0", "q_noise"))
-    t, kind, kept = jnp.asarray(golden["t"]), golden.config["loss_type"].removeprefix("LossType."), ours.table.timesteps
+    t, kind, kept = (
+        jnp.asarray(golden["t"]),
+        golden.config["loss_type"].removeprefix("LossType."),
+        ours.table.timesteps,
+    )
     if kind.endswith("KL"):
         x = ours.q_sample(x0, t, noise)
         bound = ours.bound(model(x, ours.model_time(t)), x0, x, t)
@@ -95,7 +108,9 @@ def check_losses(golden: Golden, ours: Chain):
 
 
 def check_loops(golden: Golden, ours: Chain):
-    """Whole loops by sample() in this package's coordinate, from the denoiser that precondition.adm makes."""
+    """Whole loops by sample() in this package's coordinate, from the denoiser that precondition.adm
+    makes.
+    """
     if "loop_noise" not in golden:
         return
     model, _ = network(golden)
@@ -114,12 +129,17 @@ def check_loops(golden: Golden, ours: Chain):
     noise = jnp.asarray(np.moveaxis(golden["loop_noise"].astype(np.float64), 2, -1))
     start = nhwc(golden["loop_xT"]).astype(np.float64) * np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
     for name, settings in (
-        ("loop_ancestral", {"solver": "ancestral", "variance": None if k.get("learn_sigma") else ours.variance}),
+        (
+            "loop_ancestral",
+            {"solver": "ancestral", "variance": None if k.get("learn_sigma") else ours.variance},
+        ),
         ("loop_ddim0", {"solver": "ddim"}),
         ("loop_ddim1", {"solver": "ddim", "eta": 1.0}),
     ):
         if name in golden:
-            x = sample(denoise, jnp.asarray(start), sigmas, noise_fn=lambda step: noise[step], **settings)
+            x = sample(
+                denoise, jnp.asarray(start), sigmas, noise_fn=lambda step: noise[step], **settings
+            )
             np.testing.assert_allclose(nchw(x), golden.truth(name), rtol=0, atol=1e-9, err_msg=name)
 
 

@@ -1,4 +1,6 @@
-"""inception_*: FID's InceptionV3 on hash weights, both uint8 routes, and the resized images themselves."""
+"""inception_*: FID's InceptionV3 on hash weights, both uint8 routes, and the resized images
+themselves.
+"""
 
 import functools
 
@@ -27,8 +29,13 @@ def check_inception(golden: Golden):
         golden.assert_close(name, out[ours], atol=max(loose, 2e-6 * np.abs(golden[name]).max()))
 
     images = jnp.asarray(nhwc(golden["x_uint8"]))
-    tf, half = jax.jit(prepare)(images), jax.jit(functools.partial(prepare, route="pytorch_fid"))(images)
-    out = run(variables, jnp.concatenate([tf, half]))  # one batch of both routes: one compilation at this size
+    tf, half = (
+        jax.jit(prepare)(images),
+        jax.jit(functools.partial(prepare, route="pytorch_fid"))(images),
+    )
+    out = run(
+        variables, jnp.concatenate([tf, half])
+    )  # one batch of both routes: one compilation at this size
     out = jax.tree.map(np.asarray, out)
     n = len(images)
     golden.assert_close("tf_pool3", out["pool3"][:n])
@@ -38,7 +45,11 @@ def check_inception(golden: Golden):
     golden.assert_close("pytorch_fid_pool3_of_uint8", out["pool3"][n:], atol=loose)
 
     resized = nchw(resize(images))
-    golden.assert_close("tf_resize_stride13", resized[:1, :, ::13, ::13], atol=5e-4)  # positions in float32 there
-    np.testing.assert_allclose(resized.sum((2, 3), dtype=np.float64), golden["tf_resize_sum"], rtol=1e-6)
+    golden.assert_close(
+        "tf_resize_stride13", resized[:1, :, ::13, ::13], atol=5e-4
+    )  # positions in float32 there
+    np.testing.assert_allclose(
+        resized.sum((2, 3), dtype=np.float64), golden["tf_resize_sum"], rtol=1e-6
+    )
     halfpixel = nchw(resize(images / jnp.float32(255), half_pixel=True))
     golden.assert_close("halfpixel_resize_stride13", halfpixel[:1, :, ::13, ::13], atol=2e-6)

@@ -1,4 +1,6 @@
-"""Golden checks of OGDM: discriminator, projection, and both repositories' losses with all draws supplied."""
+"""Golden checks of OGDM: discriminator, projection, and both repositories' losses with all draws
+supplied.
+"""
 
 import dataclasses
 import functools
@@ -48,7 +50,7 @@ def disc(g: Golden):
     label = g["class_labels"] if g["class_labels"].shape[1] else None
 
     def both(network, variables, x, cond, label):
-        judge = lambda images: network.apply(variables, images, cond, label)  # noqa: E731
+        judge = lambda images: network.apply(variables, images, cond, label)
         real, r1 = ogdm.logits_and_r1(judge, x)
         return {"logits_real": real, "logits_fake": judge(0.5 * x), "r1": r1}
 
@@ -60,13 +62,19 @@ def disc(g: Golden):
         g.assert_close(name, value)
     with jax.enable_x64(True):
         network, variables = _discriminator(g, g.config["kwargs"])
-        x, cond, label = _wide(nhwc(g["x"])), _wide(g["time_cond"]), None if label is None else _wide(label)
+        x, cond, label = (
+            _wide(nhwc(g["x"])),
+            _wide(g["time_cond"]),
+            None if label is None else _wide(label),
+        )
 
         def run(params):
             values = both(network, {"params": params}, x, cond, label)
             real, fake, r1 = values.values()
             total = jnp.mean(ogdm.discriminator_loss(real, fake, "hinge") + r1)
-            gradient = jax.grad(lambda images: jnp.sum(network.apply({"params": params}, images, cond, label)))(x)
+            gradient = jax.grad(
+                lambda images: jnp.sum(network.apply({"params": params}, images, cond, label))
+            )(x)
             return total, values | {
                 "total_hinge_r1": total,
                 "hinge": ogdm.discriminator_loss(real, fake, "hinge"),
@@ -85,7 +93,9 @@ def disc(g: Golden):
 
 
 _ANALYTIC = {
-    "0.25x/(0.25+s^2)+0.3*tanh(x+ln(s)/4)": lambda x, s: 0.25 * x / (0.25 + s**2) + 0.3 * jnp.tanh(x + jnp.log(s) / 4),
+    "0.25x/(0.25+s^2)+0.3*tanh(x+ln(s)/4)": lambda x, s: (
+        0.25 * x / (0.25 + s**2) + 0.3 * jnp.tanh(x + jnp.log(s) / 4)
+    ),
     "x/(1+s^2)": lambda x, s: x / (1 + s**2),
 }
 
@@ -111,14 +121,19 @@ def edm_step(g: Golden):
         for name, run in g.json("settings").items():
             below = jumps.next_sigma(sigma, u, run["k"])
             np.testing.assert_allclose(below, g[f"sigma_s_k{run['k']}"], rtol=1e-5, err_msg=name)
-            # The official state has x's dtype; from its own level, so that only the projection is compared.
+            # The official state has x's dtype; from its own level, so that only the projection is
+            # compared.
             wide = run["x_dtype"].endswith("float64")
             start = x if wide else x.astype(jnp.float32)
             solver = "euler" if run["ddim"] else "heun"
-            end = ogdm.project(_analytic(g), start, sigma, jnp.asarray(g[f"sigma_s_k{run['k']}"]), solver)
+            end = ogdm.project(
+                _analytic(g), start, sigma, jnp.asarray(g[f"sigma_s_k{run['k']}"]), solver
+            )
             truth = nhwc(g[f"x_s_{name}"])
             # The denoiser is float32 in both; Heun divides its rounding by sigma_s.
-            np.testing.assert_allclose(end, truth, rtol=0, atol=2e-6 * max(1.0, np.abs(truth).max()), err_msg=name)
+            np.testing.assert_allclose(
+                end, truth, rtol=0, atol=2e-6 * max(1.0, np.abs(truth).max()), err_msg=name
+            )
         if "discrete_grid" not in g:
             return
         grid, sigma = g["discrete_grid"], _wide(g["discrete_grid"])[g["discrete_index"]]
@@ -134,13 +149,15 @@ def _sigmas(normal: np.ndarray) -> jax.Array:
 
 
 def _denoiser(g: Golden):
-    """(variables -> denoise, variables, gradients -> norms by PyTorch name) of the file's EDM network."""
+    """(variables -> denoise, variables, gradients -> norms by PyTorch name) of the file's EDM
+    network.
+    """
     network = edm_network(g.config["kwargs_net"], dtype=jnp.float64)
     variables = jax.tree.map(_wide, edm_to_flax(g.state_dict("net_"), network))
     frozen = {k: v for k, v in variables.items() if k != "params"}
 
     def denoiser(params):
-        apply = lambda *a, **extra: network.apply({"params": params, **frozen}, *a, **extra)  # noqa: E731
+        apply = lambda *a, **extra: network.apply({"params": params, **frozen}, *a, **extra)
         return precondition.edm(apply)
 
     def norms(grads):
@@ -156,7 +173,11 @@ def losses(g: Golden):
         denoiser, params, norms_of = _denoiser(g)
         settings = ogdm.Settings(
             **ogdm.PRESETS["edm"]
-            | {"k": g.config["k"], "gamma": g.config["gamma"], "solver": "euler" if g.config["ddim"] else "heun"}
+            | {
+                "k": g.config["k"],
+                "gamma": g.config["gamma"],
+                "solver": "euler" if g.config["ddim"] else "heun",
+            }
         )
         label, augment, y = _label(g), _wide(g["augment_labels"]), _wide(nhwc(g["images"]))
         pixels = y[0].size
@@ -167,7 +188,9 @@ def losses(g: Golden):
             return pair, _wide(nhwc(g[f"{kind}_noise_unit"]))
 
         def judge(disc_params):
-            return lambda x, pair: network.apply(disc_params, x, ogdm.condition(pair, settings), label)
+            return lambda x, pair: network.apply(
+                disc_params, x, ogdm.condition(pair, settings), label
+            )
 
         def generator(net_params):
             pair, eps = draws("G")
@@ -185,16 +208,23 @@ def losses(g: Golden):
             pair, eps = draws("D")
             xt = y + pair.sigma[:, None, None, None] * eps
             real = y + pair.sigma_next[:, None, None, None] * eps
-            fake = ogdm.project(denoiser(params), xt, pair.sigma, pair.sigma_next, settings.solver, label)
+            fake = ogdm.project(
+                denoiser(params), xt, pair.sigma, pair.sigma_next, settings.solver, label
+            )
             loss, metrics = ogdm.companion_loss(judge(disc_params), real, fake, pair, settings)
             loss, r1 = loss / pixels, metrics["ogdm/r1"]
             return jnp.mean(loss), {"lossD": loss - settings.r1 * r1, "r1": r1}
 
-        for function, at, prefix in ((generator, params, "G_net"), (discriminator, variables, "D_disc")):
+        for function, at, prefix in (
+            (generator, params, "G_net"),
+            (discriminator, variables, "D_disc"),
+        ):
             grads, values = quick_jit(jax.grad(function, has_aux=True))(at)
             for name, value in values.items():
                 g.assert_close(name, value)
-            g.assert_norms(f"grad_norms_{prefix}", norms_of(grads) if at is params else _norms(grads, network))
+            g.assert_norms(
+                f"grad_norms_{prefix}", norms_of(grads) if at is params else _norms(grads, network)
+            )
 
 
 @family("ogdm_adm_losses")
@@ -203,11 +233,15 @@ def adm_losses(g: Golden):
     with jax.enable_x64(True):
         values, sigma = jax.device_get(quick_jit(lambda: _adm_values(g))())
     for name, value in values.items():
-        # Tables are float32 in the official code: x0 is off by the rounding of x / sqrt(abar), of order sigma * 1e-7.
+        # Tables are float32 in the official code: x0 is off by the rounding of x / sqrt(abar), of
+        # order sigma * 1e-7.
         rounding = 4e-7 * sigma.reshape((-1,) + (1,) * (value.ndim - 1))
         scale = 2e-5 if name.startswith(("lossG", "lossD_", "grad")) else 2e-6
         error = np.abs(value - g[name])
-        assert np.all(error <= scale * max(1.0, np.abs(g[name]).max()) + rounding), (name, error.max())
+        assert np.all(error <= scale * max(1.0, np.abs(g[name]).max()) + rounding), (
+            name,
+            error.max(),
+        )
 
 
 def _adm_values(g: Golden):
@@ -223,16 +257,18 @@ def _adm_values(g: Golden):
         return x - s * (model["a"] * jnp.tanh(x_vp) + model["b"] * t + model.get("c", 0) * x_vp)
 
     if g.config["disc"].startswith("toy"):
-        judge = lambda x, pair: jnp.mean(x**2, axis=(1, 2, 3)) + 0.001 * (pair.index - pair.gap)  # noqa: E731
+        judge = lambda x, pair: jnp.mean(x**2, axis=(1, 2, 3)) + 0.001 * (pair.index - pair.gap)
     else:
         network, variables = _discriminator(g, g.config["kwargs_disc"], "disc_")
-        judge = lambda x, pair: network.apply(variables, x, ogdm.condition(pair, settings))  # noqa: E731
-    seen = lambda x: ogdm.view(x, pair, settings)  # noqa: E731
-    official = lambda x: jnp.moveaxis(seen(x), -1, 1)  # noqa: E731
+        judge = lambda x, pair: network.apply(variables, x, ogdm.condition(pair, settings))
+    seen = lambda x: ogdm.view(x, pair, settings)
+    official = lambda x: jnp.moveaxis(seen(x), -1, 1)
 
     xt = x0 + s * _wide(nhwc(g["noise_G"]))
     x0_hat = denoise(xt, pair.sigma)
-    fake, logits = ogdm.observation(denoise, lambda x, pair: judge(seen(x), pair), xt, pair, None, settings, x0_hat)
+    fake, logits = ogdm.observation(
+        denoise, lambda x, pair: judge(seen(x), pair), xt, pair, None, settings, x0_hat
+    )
     values = {
         "abar_t": 1 / (1 + pair.sigma**2),
         "abar_target": 1 / (1 + pair.sigma_next**2),
@@ -240,7 +276,9 @@ def _adm_values(g: Golden):
         "xhat0": jnp.moveaxis(x0_hat, -1, 1),
         "lossDM": jnp.mean((x0_hat - x0) ** 2, axis=(1, 2, 3)) / pair.sigma**2,
         "fake": official(fake),
-        "ddim_step_of_x0": official(ogdm.project(denoise, xt, pair.sigma, pair.sigma_next, "ddim", x0_hat=x0)),
+        "ddim_step_of_x0": official(
+            ogdm.project(denoise, xt, pair.sigma, pair.sigma_next, "ddim", x0_hat=x0)
+        ),
     }
     noise = _wide(nhwc(g["noise_D"]))
     real = x0 + pair.sigma_next[:, None, None, None] * noise

@@ -1,4 +1,6 @@
-"""Golden files of the samplers: EDM's two, OGDM's S-PNDM, iDDPM rounding, and OGDM's index-grid samplers."""
+"""Golden files of the samplers: EDM's two, OGDM's S-PNDM, iDDPM rounding, and OGDM's index-grid
+samplers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,10 @@ from golden_support import Golden, family, nchw, nhwc
 from oracles import Mixture
 
 from ogdm_jax.diffusion import discrete, grids
-from ogdm_jax.diffusion.ablation import ablation
-from ogdm_jax.diffusion.churn import Churn, gamma_of
 from ogdm_jax.diffusion.process import iddpm_levels
-from ogdm_jax.diffusion.sampling import nfe, sample
+from ogdm_jax.sampling.ablation import ablation
+from ogdm_jax.sampling.churn import Churn, gamma_of
+from ogdm_jax.sampling.sampler import nfe, sample
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 ABLATION = {"num_steps": "n", "discretization": "grid", "epsilon_s": "t_min"}
@@ -19,8 +21,9 @@ ABLATION = {"num_steps": "n", "discretization": "grid", "epsilon_s": "t_min"}
 def official_levels(called: list[float]) -> np.ndarray:
     """Our iDDPM table with the file's own digits for those levels that its network calls name.
 
-    The authors make the table in float32, we in float64: relative differences up to 5e-4 at the lowest level, while
-    neighbours differ by a percent or more down there. So which level is chosen stays our decision.
+    The authors make the table in float32, we in float64: relative differences up to 5e-4 at the
+    lowest level, while neighbours differ by a percent or more down there. So which level is chosen
+    stays our decision.
     """
     table = iddpm_levels()[:-1]
     called = np.unique(called)
@@ -36,10 +39,13 @@ def denoiser(golden: Golden, called: list[float]):
         return mixture.denoise(x, sigma)
 
     if "net_sigma_min" in golden.config:
-        denoise.sigma_min, denoise.sigma_max = golden.config["net_sigma_min"], golden.config["net_sigma_max"]
+        denoise.sigma_min, denoise.sigma_max = (
+            golden.config["net_sigma_min"],
+            golden.config["net_sigma_max"],
+        )
         levels = np.append(official_levels([*called, denoise.sigma_min, denoise.sigma_max]), 0.0)
-        # The authors' float32 distances (squares of differences expanded) err by percents close to a midpoint, so a
-        # near tie, and nothing else, goes to the level that they called.
+        # The authors' float32 distances (squares of differences expanded) err by percents close to
+        # a midpoint, so a near tie, and nothing else, goes to the level that they called.
         factor = np.where(np.isin(levels, called), 0.95, 1.0)
 
         def round_sigma(sigma):
@@ -50,7 +56,9 @@ def denoiser(golden: Golden, called: list[float]):
     return denoise
 
 
-def iddpm_grid(n: int, low: float, high: float, called: list[float], churn: dict, euler: bool) -> np.ndarray:
+def iddpm_grid(
+    n: int, low: float, high: float, called: list[float], churn: dict, euler: bool
+) -> np.ndarray:
     """grids.iddpm, checked to the authors' float32, in the digits of the file's network calls."""
     ours, called = grids.iddpm(n, low, high)[:-1], np.asarray(called)
     rule = Churn(**churn)
@@ -68,27 +76,45 @@ def check(golden: Golden, default: str):
             settings = {k: v for k, v in settings.items() if k != "function"}
             churn = {k: settings.pop(k) for k in CHURN if k in settings}
             noise = nhwc_steps(golden[f"noise_{name}"]) if f"noise_{name}" in golden else None
-            x = run(golden, function, settings, churn, noise, called=golden.json("sigma_calls")[name])
-            np.testing.assert_allclose(nchw(x), golden[f"x_{name}"], rtol=0, atol=1e-9, err_msg=name)
+            x = run(
+                golden, function, settings, churn, noise, called=golden.json("sigma_calls")[name]
+            )
+            np.testing.assert_allclose(
+                nchw(x), golden[f"x_{name}"], rtol=0, atol=1e-9, err_msg=name
+            )
 
 
 def nhwc_steps(noise: np.ndarray) -> np.ndarray:
     return np.moveaxis(noise, 2, -1)
 
 
-def run(golden: Golden, function: str, settings: dict, churn: dict, noise: np.ndarray | None, called: list):
+def run(
+    golden: Golden,
+    function: str,
+    settings: dict,
+    churn: dict,
+    noise: np.ndarray | None,
+    called: list,
+):
     denoise = denoiser(golden, called)
     latents = jnp.asarray(nhwc(golden["latents"]), jnp.float64)
-    slots = {"churn": churn or None, "noise_fn": None if noise is None else lambda step: jnp.asarray(noise)[step]}
+    slots = {
+        "churn": churn or None,
+        "noise_fn": None if noise is None else lambda step: jnp.asarray(noise)[step],
+    }
     if function == "ablation_sampler":
         settings = {ABLATION.get(k, k): v for k, v in settings.items()}
         if settings.get("grid") == "iddpm" and not hasattr(denoise, "round_sigma"):
-            low, high = (settings.setdefault(k, v) for k, v in (("sigma_min", 0.002), ("sigma_max", 81.0)))
+            low, high = (
+                settings.setdefault(k, v) for k, v in (("sigma_min", 0.002), ("sigma_max", 81.0))
+            )
             euler, n = settings.get("solver") == "euler", settings.get("n", 18)
             settings["grid"] = iddpm_grid(n, low, high, called, churn, euler)
         return ablation(denoise, latents, **settings, **slots)
     n = settings.get("num_steps", 18)
-    low, high = grids.clip_range(denoise, settings.get("sigma_min", 0.002), settings.get("sigma_max", 80.0))
+    low, high = grids.clip_range(
+        denoise, settings.get("sigma_min", 0.002), settings.get("sigma_max", 80.0)
+    )
     default_rho = 1 if function == "spndm_sampler" else 7
     sigmas = grids.edm(n, low, high, settings.get("rho", default_rho))
     if function == "spndm_sampler":
@@ -102,7 +128,9 @@ def sampler_edm(golden: Golden):
     for name, levels in golden.json("sigma_calls").items():
         settings = golden.json("settings")[name]
         if "S_churn" not in settings:
-            sigmas = grids.edm(**{"n": 18, **{{"num_steps": "n"}.get(k, k): v for k, v in settings.items()}})
+            sigmas = grids.edm(
+                **{"n": 18, **{{"num_steps": "n"}.get(k, k): v for k, v in settings.items()}}
+            )
             np.testing.assert_allclose(levels[::2], sigmas[:-1], rtol=1e-12)
         assert len(levels) == nfe("heun", settings.get("num_steps", 18))
 
@@ -134,7 +162,9 @@ def gmm(golden: Golden):
             ("D_x", mixture.denoise(x, sigma)),
             ("score", mixture.score(x, sigma)),
         ):
-            np.testing.assert_allclose(nchw(value), golden[name], rtol=1e-9, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                nchw(value), golden[name], rtol=1e-9, atol=1e-9, err_msg=name
+            )
         np.testing.assert_allclose(mixture.log_density(x, sigma), golden["logp"], rtol=1e-10)
         slope = jax.grad(lambda x: mixture.log_density(x, sigma).sum())(x)
         np.testing.assert_allclose(slope, mixture.score(x, sigma), rtol=1e-8, atol=1e-8)

@@ -14,7 +14,9 @@ from ogdm_jax.methods import stf
 def targets(golden: Golden):
     x, sigma, references = nhwc(golden["x"]), golden["sigma"], nhwc(golden["ref"])
     for chunk in (None, 1 + len(references) // 3):
-        target, ess = jax.jit(stf.stable_target, static_argnames="chunk")(x, sigma, references, chunk=chunk)
+        target, ess = jax.jit(stf.stable_target, static_argnames="chunk")(
+            x, sigma, references, chunk=chunk
+        )
         golden.assert_close("target", nchw(target))
         np.testing.assert_allclose(ess, golden["ess"], rtol=2e-4)
     with jax.enable_x64(True):
@@ -26,7 +28,9 @@ def targets(golden: Golden):
 
 @family("loss_edm_stf")
 def loss(golden: Golden):
-    """EDM's loss with the stable target; the first entries of ref_images are the images; nothing is augmented."""
+    """EDM's loss with the stable target; the first entries of ref_images are the images; nothing is
+    augmented.
+    """
     network, variables, wrap = model(str(golden.path), golden.config["precond"])
     law = noise.edm()
     sigma = law.sigma(jnp.asarray(golden["rnd_normal"].reshape(-1)))
@@ -36,12 +40,14 @@ def loss(golden: Golden):
     np.testing.assert_array_equal(references[: len(x)], nhwc(golden["images"]))
 
     def objective(params):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)  # noqa: E731
+        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
         target, _ = stf.stable_target(x, sigma, references)
         each = law.weight(sigma)[:, None, None, None] * jnp.square(wrap(fn)(x, sigma) - target)
         return jnp.sum(each) / len(x), (each, target)
 
-    (total, (each, target)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
+    (total, (each, target)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+        variables["params"]
+    )
     golden.assert_close("target", nchw(target), atol=5e-6)
     golden.assert_close("loss", nchw(each))
     np.testing.assert_allclose(total, golden["loss_sum_over_B"], rtol=1e-5)

@@ -1,6 +1,8 @@
-"""Python imports this file as it starts, in the commands that tests run (conftest.py names the folder in PYTHONPATH).
+"""Python imports this file as it starts, in the commands that tests run (conftest.py names the
+folder in PYTHONPATH).
 
-It makes the warnings that are errors inside pytest errors there, too: the filters of pyproject.toml, read again.
+It makes the warnings that are errors inside pytest errors there, too: the filters of
+pyproject.toml, read again.
 """
 
 import tomllib
@@ -12,7 +14,9 @@ _PROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
 
 
 def filters() -> list[tuple[str, str, str, str]]:
-    """(action, message, category, module) of every line of pytest's filterwarnings; the later ones come first."""
+    """(action, message, category, module) of every line of pytest's filterwarnings; the later ones
+    come first.
+    """
     lines = tomllib.loads(_PROJECT.read_text())["tool"]["pytest"]["ini_options"]["filterwarnings"]
     return [tuple((line.split(":") + [""] * 3)[:4]) for line in lines]
 
@@ -22,7 +26,10 @@ def install() -> None:
     for action, message, category, module in filters():
         package, _, name = category.rpartition(".")
         warnings.filterwarnings(
-            action, message, getattr(import_module(package or "builtins"), name or "Warning"), module
+            action,
+            message,
+            getattr(import_module(package or "builtins"), name or "Warning"),
+            module,
         )
 
 

@@ -1,0 +1,1 @@
+"""Command lines: words to settings, nothing else."""

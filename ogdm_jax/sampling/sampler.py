@@ -1,0 +1,256 @@
+"""sample(): from noise to images along a grid of noise levels, as one scan. An image depends on its
+own key alone.
+
+| solver | rule | evaluations for N steps | random |
+|---|---|---|---|
+| euler | probability-flow ODE, order 1 | N | churn |
+| heun | order 2, EDM's sampler (arXiv 2206.00364 algorithms 1, 2) | 2 N - 1 | churn; eta > 0 |
+| ddim | arXiv 2010.02502; eta = 0 is euler, eta = 1 is DDPM | N | eta > 0 |
+| ancestral | DDPM (arXiv 2006.11239), with a choice of variance | N | always |
+| spndm, fpndm | linear multistep (arXiv 2202.09778) | N + 1, N + 9 | no |
+| dpmpp_2m | DPM-Solver++(2M) (arXiv 2211.01095) | N | no |
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax import randomness
+from ogdm_jax.diffusion import grids
+from ogdm_jax.sampling import solvers
+from ogdm_jax.sampling.churn import Churn, ChurnRule, Info, as_rule
+from ogdm_jax.sampling.solvers import plain_kick
+from ogdm_jax.typing import Array, Denoise
+
+__all__ = ["SOLVERS", "Churn", "ChurnRule", "Info", "Trajectory", "nfe", "plain_kick", "sample"]
+
+SOLVERS = {
+    "euler": solvers.euler,
+    "heun": solvers.heun,
+    "ddim": solvers.ddim,
+    "ancestral": solvers.ancestral,
+    "spndm": solvers.spndm,
+    "fpndm": solvers.fpndm,
+    "dpmpp_2m": solvers.dpmpp_2m,
+}
+
+
+class Trajectory(NamedTuple):
+    """states [N+1,B,H,W,C], states[i] at sigmas[i]; x0_hats [N,B,H,W,C], the first evaluation of
+    each step.
+    """
+
+    states: Array
+    x0_hats: Array
+
+
+def nfe(solver: str, steps: int) -> int:
+    """Network evaluations of `sample` with this many steps.
+
+    Raises:
+      ValueError: unknown solver.
+    """
+    _check_solver(solver)
+    return {"heun": 2 * steps - 1, "spndm": steps + 1, "fpndm": steps + 9}.get(solver, steps)
+
+
+def sample(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Array | np.ndarray,
+    solver: str = "heun",
+    key: Array | None = None,
+    churn: Any = None,
+    label: Array | None = None,
+    kick: Callable[..., tuple[Array, Array]] | None = None,
+    trajectory: bool = False,
+    *,
+    eta: float | Array = 0.0,
+    variance: str | float | Array | None = None,
+    round_sigma: Callable[[Array], Array] | None = None,
+    noise_fn: Callable[[Array], Array] | None = None,
+) -> Array | tuple[Array, Trajectory]:
+    """Carries latents * sigmas[0] down the grid. Pure; wrap it in jax.jit to compile it once.
+
+    Args:
+      denoise: D(x [B,...], sigma [B], label) -> x0_hat. Attributes it may have: `corrector`, the
+        denoiser of Heun's second evaluation; `sigma_min` and `sigma_max`, to which the grid is
+        clipped (several levels may become one: better make the grid with grids.clip_range);
+        `round_sigma`, the nearest level it knows (iDDPM, ADM); `with_variance`, for ancestral steps
+        with a learned variance (precondition.Preconditioned).
+      latents: [B,H,W,C] ~ N(0, I). The state keeps their dtype: float64 latents give a float64
+        sampler.
+      sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
+      solver: a name of SOLVERS.
+      key: typed key, needed by random settings: a scalar (image i uses fold_in(key, i)) or [B], one
+        per image.
+      churn: None, a number S_churn, a mapping of `Churn`'s fields, or a `ChurnRule`; for euler and
+        heun.
+      label: [B] int32 or None.
+      kick: how a stochastic transition becomes the next state (DPS, DSG): kick(evaluate,
+        transition, x, noise, info) -> (x_next, x0_hat), with evaluate(x) -> x0_hat,
+        transition(x0_hat, x) -> (mean, std [B]) and `Info`.
+      trajectory: also return a `Trajectory`.
+      eta: noise of ddim (0 to 1), or of heun, which then steps down to sqrt(sigma'^2 - std^2) and
+        adds std * noise.
+      variance: of ancestral, see `steps.posterior_std`; or "learned", what the denoiser's
+        `with_variance` says. None: "learned" where the denoiser has one, else "small".
+      round_sigma: replaces the denoiser's own; [..] -> [..].
+      noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
+
+    Returns:
+      [B,H,W,C], or that and the Trajectory.
+
+    Raises:
+      ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
+      does not use.
+    """
+    _check_solver(solver)
+    rule = as_rule(churn)
+    random_steps = solver == "ancestral" or not (isinstance(eta, int | float) and eta == 0)
+    _check_settings(solver, rule, kick, eta, variance, random_steps)
+    if (random_steps or rule is not None) and key is None and noise_fn is None:
+        raise ValueError(
+            f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
+        )
+    dtype, batch = latents.dtype, latents.shape[0]
+    round_sigma = round_sigma or getattr(denoise, "round_sigma", None) or (lambda sigma: sigma)
+    sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, dtype)
+    keys = _image_keys(key, batch)
+
+    def key_of(step: Array) -> Array | None:
+        return None if keys is None else randomness.fold_in_each(_at_step(keys, step), "kick")
+
+    noise = step_noise(key, latents, noise_fn)
+    variance = _variance(denoise, variance) if solver == "ancestral" else "small"
+    problem = solvers.Problem(
+        denoise, label, noise, kick or plain_kick, rule, round_sigma, eta, variance
+    )
+    x = latents * sigmas[0]
+    phases, memory = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
+    result, kept = solvers.run(phases, memory, x, sigmas, key_of, trajectory)
+    if not trajectory:
+        return result
+    return result, Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
+
+
+def step_noise(
+    key: Array | None, like: Array, noise_fn: Callable[[Array], Array] | None = None
+) -> Callable[[Array], Array]:
+    """step -> noise like `like` [B,...], row i from image i's key and the step; or what noise_fn
+    gives instead.
+
+    Drawn in float32 and then cast, so that samplers of both precisions see the same noise.
+    """
+    keys = _image_keys(key, like.shape[0])
+
+    def noise(step: Array) -> Array:
+        if noise_fn is not None:
+            return noise_fn(step).astype(like.dtype)
+        drawn = randomness.normal(
+            randomness.fold_in_each(_at_step(keys, step), "noise"), like.shape[1:]
+        )
+        return drawn.astype(like.dtype)
+
+    return noise
+
+
+def _image_keys(key: Array | None, batch: int) -> Array | None:
+    if key is None:
+        return None
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(
+            f"key: shape {key.shape}; expected a scalar key or one per image, ({batch},)"
+        )
+    return key
+
+
+def _at_step(keys: Array, step: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+
+
+def _known_levels(
+    denoise: Denoise, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype
+) -> Array:
+    """The grid in the state's dtype, its levels (not the final 0) clipped and rounded to those the
+    network knows.
+
+    Without the clip iDDPM's rounding would take 0.002 to its table's 0, where slopes divide by
+    zero.
+    """
+    sigmas = jnp.asarray(sigmas, dtype)
+    low, high = grids.clip_range(denoise, 0.0, float("inf"))
+    return jnp.concatenate(
+        [round_sigma(jnp.clip(sigmas[:-1], low, high)).astype(dtype), sigmas[-1:]]
+    )
+
+
+def _variance(denoise: Denoise, variance: str | float | Array | None) -> str | float | Array:
+    """The ancestral solver's variance, with None replaced by what the denoiser offers."""
+    offered = getattr(denoise, "with_variance", None) is not None
+    if variance is None:
+        return "learned" if offered else "small"
+    if isinstance(variance, str) and variance == "learned" and not offered:
+        raise ValueError(
+            "variance='learned': the denoiser has no with_variance; expected one with a learned "
+            "variance"
+        )
+    return variance
+
+
+def _check_solver(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
+
+
+def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
+    if np.ndim(sigmas) != 1 or np.shape(sigmas)[0] < 2:
+        raise ValueError(
+            f"sigmas: shape {np.shape(sigmas)}; expected [N + 1] levels with N of at least 1"
+        )
+    if not isinstance(sigmas, jax.core.Tracer):
+        values = np.asarray(sigmas)
+        if not (np.isfinite(values).all() and (np.diff(values) < 0).all() and values[-1] >= 0):
+            raise ValueError(
+                "sigmas: expected finite numbers that fall at every step, the last one 0"
+            )
+    return sigmas
+
+
+def _check_settings(
+    solver: str, rule: Any, kick: Any, eta: Any, variance: Any, random_steps: bool
+) -> None:
+    known = isinstance(eta, int | float)
+    if known and not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}; expected a number from 0 to 1")
+    if random_steps and solver not in ("ddim", "heun", "ancestral"):
+        raise ValueError(
+            f"eta={eta} with solver {solver!r}; expected solver 'ddim' or 'heun', or eta=0"
+        )
+    if solver == "ancestral" and not (known and eta == 0):
+        raise ValueError(
+            f"eta={eta} with solver 'ancestral'; expected solver 'ddim' or 'heun', or eta=0"
+        )
+    if solver != "ancestral" and not (
+        variance is None or isinstance(variance, str) and variance == "small"
+    ):
+        raise ValueError(
+            f"variance={variance!r} with solver {solver!r}; expected solver 'ancestral'"
+        )
+    if rule is not None and (solver not in ("euler", "heun") or random_steps):
+        raise ValueError(
+            f"churn with solver {solver!r} and eta={eta}; expected solver 'heun' or 'euler' with "
+            "eta=0"
+        )
+    if kick is not None and not random_steps and rule is None:
+        raise ValueError(
+            f"kick with solver {solver!r}, eta={eta}: a deterministic step has no noise to bend; "
+            "expected "
+            "solver='ancestral', or solver='ddim' or 'heun' with eta > 0, or churn with 'heun' or "
+            "'euler'"
+        )
