@@ -254,7 +254,7 @@ class Runner:
             )
             sys.path.append(str(ROOT / "tests"))
             # compiles far more than it computes
-            flags = f"{flags} {importlib.import_module('compiling').FLAGS}"
+            flags = f"{flags} {importlib.import_module('tests.support.compiling').FLAGS}"
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
         made = pool.Process(python, env, self.scratch / f"log-{len(self.processes)}.txt")
         self.processes.append(made)

@@ -3,14 +3,9 @@ errors.
 """
 
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).parent)
-)  # oracles, golden_support and families are imported by name
-
-import compiling
+from tests.support import compiling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Both workers and all commands that the tests start share compiled programs; a second run of the

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian, two_bumps
 
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling.ablation import ablation
 from ogdm_jax.sampling.sampler import Churn, sample
+from tests.support.oracles import Gaussian, two_bumps
 
 pytestmark = pytest.mark.fast
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+
+from tests.support import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import accelerator

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families.adm import published
 
 from ogdm_jax.interop import names_adm
 from ogdm_jax.interop.names_shared import EDM_ORDER, LEGACY_ORDER, NEW_ORDER, _reorder
 from ogdm_jax.networks import ADMEncoder, ADMUNet
+from tests.support.families.adm import published
 
 FULLSIZE = Path(__file__).parent / "golden" / "fullsize"
 CLASSES = ("create_model", "sr_create_model", "create_classifier")

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe, find, load_weights
+from tests.support import tiny
 
 pytestmark = pytest.mark.fast
 

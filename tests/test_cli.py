@@ -8,12 +8,12 @@ import struct
 import subprocess
 import sys
 
-import compiling
 import numpy as np
 import pytest
-import tiny
-from commands import arrays, entry, picture_size
 from tensorboardX.proto import event_pb2
+
+from tests.support import compiling, tiny
+from tests.support.commands import arrays, entry, picture_size
 
 ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
 

@@ -7,11 +7,11 @@ import re
 import time
 
 import pytest
-import tiny
-from commands import entry
 
 from ogdm_jax import cluster
 from ogdm_jax.config import ConfigError
+from tests.support import tiny
+from tests.support.commands import entry
 
 ALL = {"coordinator": "10.0.0.2:1234", "processes": 2, "process": 1}
 

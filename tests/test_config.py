@@ -6,13 +6,13 @@ import types
 import jax
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.training import run as runs
+from tests.support import tiny
 
 NAMES = sorted(
     p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__")

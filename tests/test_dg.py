@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from oracles import Gaussian, Mixture, column
 
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.methods import cfg, dg, dsg
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.sampler import sample
+from tests.support.oracles import Gaussian, Mixture, column
 
 MODEL, DATA = Gaussian(-0.3, 0.5), Gaussian(0.2, 0.5)
 

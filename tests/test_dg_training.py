@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from ml_collections import ConfigDict
-from oracles import Mixture
 from PIL import Image
 
 from ogdm_jax import config as configs
@@ -30,6 +28,8 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+from tests.support import tiny
+from tests.support.oracles import Mixture
 
 SMALL = (
     "train.duration=4 steps",

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import column, two_bumps
 
 from ogdm_jax.diffusion import discrete, grids, process
 from ogdm_jax.sampling.sampler import sample
+from tests.support.oracles import column, two_bumps
 
 
 def test_index_grid_goldens():

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
@@ -14,6 +13,7 @@ from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods import ogdm
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import workdir as finish
+from tests.support import tiny
 
 ADM = (
     "network.kind=openai",

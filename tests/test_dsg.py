@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from guidance_cases import (
+
+from ogdm_jax.diffusion import grids, steps
+from ogdm_jax.inverse import operators
+from ogdm_jax.methods import dsg
+from ogdm_jax.sampling import kicks
+from ogdm_jax.sampling.churn import Info
+from ogdm_jax.sampling.sampler import sample
+from ogdm_jax.sampling.solvers import plain_kick
+from tests.support.guidance_cases import (
     DATA,
     LATENTS,
     LOSS,
@@ -20,15 +28,7 @@ from guidance_cases import (
     norms,
     transition_at,
 )
-from oracles import Gaussian
-
-from ogdm_jax.diffusion import grids, steps
-from ogdm_jax.inverse import operators
-from ogdm_jax.methods import dsg
-from ogdm_jax.sampling import kicks
-from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.sampling.solvers import plain_kick
+from tests.support.oracles import Gaussian
 
 ROOT_N = np.sqrt(32)
 STD = np.array([0.3, 1.0, 7.0], np.float32)

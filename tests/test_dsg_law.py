@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from guidance_cases import DATA, LATENTS, LOSS, SHAPE
 
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
 from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
 from ogdm_jax.sampling.sampler import sample
+from tests.support.guidance_cases import DATA, LATENTS, LOSS, SHAPE
 
 
 def test_vp_chain_is_the_same_chain():

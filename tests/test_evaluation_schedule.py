@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax.config import ConfigError
 from ogdm_jax.training import loop
 from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import CheckpointError, evaluations, find, ranked
+from tests.support import tiny
 
 DISTANCES = {4: 5.0, 8: 2.0, 12: 3.0, 16: 4.0, 20: 1.0}  # of what the schedule meets
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import column
 
 from ogdm_jax.diffusion import grids, noise, precondition, process, steps
 from ogdm_jax.diffusion.gaussian import Chain, gaussian_kl, pixel_log_likelihood
 from ogdm_jax.methods import cfg, dg, dsg
 from ogdm_jax.sampling.sampler import plain_kick, sample
+from tests.support.oracles import column
 
 STD = 0.6  # of Gaussian data, whose exact eps is linear in x_t
 

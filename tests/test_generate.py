@@ -3,13 +3,13 @@
 import ml_collections
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import models
 from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import workdir as finish
+from tests.support import tiny
 
 pytestmark = pytest.mark.fast
 

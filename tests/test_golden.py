@@ -3,17 +3,14 @@ file's own config.
 """
 
 import importlib
-import os
 import pkgutil
-from pathlib import Path
 
-import families
-import golden_support
 import pytest
 
-FOLDER = Path(os.environ.get("OGDM_GOLDEN", Path(__file__).parent / "golden"))
+from tests.support import families, golden_support
+
 for _module in pkgutil.iter_modules(families.__path__):
-    importlib.import_module(f"families.{_module.name}")
+    importlib.import_module(f"tests.support.families.{_module.name}")
 
 # Families that are not built yet, with the issue that will build them. An entry goes when its check
 # is registered.
@@ -28,10 +25,10 @@ def _longest(prefixes, name: str) -> str | None:
 
 
 def _cases():
-    files = sorted(FOLDER.glob("*.npz"))
+    files = sorted(golden_support.FOLDER.glob("*.npz"))
     if not files:
         raise pytest.UsageError(
-            f"OGDM_GOLDEN: no .npz file in {FOLDER}; expected the folder of golden files"
+            f"OGDM_GOLDEN: no .npz file in {golden_support.FOLDER}; expected the folder of golden files"
         )
     for path in files:
         built, planned = _longest(golden_support.FAMILIES, path.stem), _longest(PLANNED, path.stem)

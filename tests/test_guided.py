@@ -9,14 +9,10 @@ import subprocess
 import sys
 import types
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-import tiny
-from commands import arrays, picture_size
 from PIL import Image
 
 from ogdm_jax import config as configs
@@ -31,6 +27,8 @@ from ogdm_jax.metrics import distances as metrics
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.solvers import plain_kick
 from ogdm_jax.training.checkpoint import Checkpoints, describe
+from tests.support import compiling, oracles, tiny
+from tests.support.commands import arrays, picture_size
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
 SPEC = importlib.util.spec_from_file_location("sample_command", tiny.ROOT / "sample.py")

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-import hostile
 import numpy as np
 import pytest
 
 from ogdm_jax.interop import UnsafeFileError, read_torch
+from tests.support import hostile
 
 CASES = hostile.table()
 WATCHED = (

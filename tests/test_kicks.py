@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from guidance_cases import DATA, LATENTS, LOSS, MASK, SHAPE, Y, evaluate_at, info_at, transition_at
 
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.inverse import operators
@@ -16,6 +15,17 @@ from ogdm_jax.methods import dsg
 from ogdm_jax.sampling import kicks
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.sampling.solvers import plain_kick
+from tests.support.guidance_cases import (
+    DATA,
+    LATENTS,
+    LOSS,
+    MASK,
+    SHAPE,
+    Y,
+    evaluate_at,
+    info_at,
+    transition_at,
+)
 
 
 class TestOtherMethods:

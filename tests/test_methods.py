@@ -8,7 +8,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import data, parallel
 from ogdm_jax.methods import contract as slots
@@ -16,6 +15,7 @@ from ogdm_jax.methods import sp
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
+from tests.support import tiny
 
 TRAINING = slots.training_names()
 PAIRS = list(itertools.combinations(TRAINING, 2))

@@ -4,14 +4,13 @@ each, no traceback.
 
 import json
 
-import hostile
 import numpy as np
 import pytest
-import test_pretrained
-from commands import interop
 from safetensors.numpy import save_file
 
 from ogdm_jax.interop import from_torch, load_pretrained
+from tests.support import hostile, snapshots
+from tests.support.commands import interop
 
 pytestmark = pytest.mark.fast
 
@@ -40,7 +39,7 @@ def test_state_dicts_of_no_network_are_refused_in_one_sentence(name, tmp_path):
 def exported(tmp_path_factory):
     """A small network of EDM's as export writes it: (file, its JSON)."""
     folder = tmp_path_factory.mktemp("exported")
-    snapshot = test_pretrained.published(folder)
+    snapshot = snapshots.published(folder)
     for words in (
         ("convert", snapshot.name, "--out", "work"),
         ("export", "work", "--out", "x.safetensors"),

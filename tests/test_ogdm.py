@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian
-from test_discriminator import drawn
 
 from ogdm_jax.diffusion import grids, jumps, noise
 from ogdm_jax.diffusion.process import Discrete
@@ -18,6 +16,8 @@ from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.sampling.sampler import sample
+from tests.support.discriminators import drawn
+from tests.support.oracles import Gaussian
 
 SHAPE = (8, 8, 3)
 TINY = {"channel_base": 64, "channel_max": 8}

@@ -5,13 +5,10 @@ and sample.
 import shlex
 from pathlib import Path
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from commands import inside, interop
 from safetensors.numpy import save_file
 
 from ogdm_jax import config as configs
@@ -22,6 +19,8 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.training import checkpoint
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import workdir as finish
+from tests.support import golden_support, tiny
+from tests.support.commands import inside, interop
 
 GOLDEN = Path(__file__).parent / "golden"
 

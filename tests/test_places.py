@@ -6,11 +6,8 @@ import errno
 import json
 from pathlib import Path
 
-import bucket as buckets
 import numpy as np
 import pytest
-import tiny
-from commands import entry
 from etils import epath
 from PIL import Image
 
@@ -24,6 +21,9 @@ from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.metrics.statistics import load_statistics
 from ogdm_jax.training import checkpoint, loop
 from ogdm_jax.training import workdir as finish
+from tests.support import bucket as buckets
+from tests.support import tiny
+from tests.support.commands import entry
 
 
 @pytest.fixture

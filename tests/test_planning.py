@@ -9,7 +9,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from jax import lax
 
 from ogdm_jax import config as configs
@@ -17,6 +16,7 @@ from ogdm_jax import data, parallel
 from ogdm_jax.cli import plan as command
 from ogdm_jax.config import ConfigError
 from ogdm_jax.planning import chips, collectives, flops, program, report
+from tests.support import tiny
 
 
 def convolve(x, kernel, stride):

@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
+
+from tests.support import tiny
 
 STEPS = 10
 # One level compiles quickly; every draw of an example that plans could divide wrongly is on.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 import pytest
-import tiny
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel, platforms
 from ogdm_jax.networks import convolution
 from ogdm_jax.planning import flops, program
 from ogdm_jax.sampling import generate
+from tests.support import tiny
 
 CONFIGS = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem != "base")
 # The published layers at a fraction of the depth and width: what a layer is does not depend on

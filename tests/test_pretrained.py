@@ -7,16 +7,10 @@ import json
 import shlex
 from pathlib import Path
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import torch_files as tf
-from commands import interop, script
-from families import adm
-from golden_support import nchw, nhwc
 from safetensors.numpy import load_file
 
 from ogdm_jax.interop import (
@@ -32,6 +26,12 @@ from ogdm_jax.interop import (
 )
 from ogdm_jax.networks import DhariwalUNet
 from ogdm_jax.training import workdir as finish
+from tests.support import golden_support, tiny
+from tests.support import torch_files as tf
+from tests.support.commands import interop, script
+from tests.support.families import adm
+from tests.support.golden_support import nchw, nhwc
+from tests.support.snapshots import published
 
 GOLDEN = Path(__file__).parent / "golden"
 LISTS = sorted(GOLDEN.glob("fullsize/*.json.gz"))
@@ -432,37 +432,6 @@ def test_discriminators(name):
 
 
 # the command line
-
-
-def published(folder: Path, side: int = 8, labels: int = 10, channels: int = 1) -> Path:
-    """A snapshot pickle of hash weights that fits the digits: grey, 8 pixels, 10 classes."""
-    settings = {
-        "img_resolution": side,
-        "img_channels": channels,
-        "label_dim": labels,
-        "augment_dim": 0,
-    }
-    settings |= {
-        "model_channels": 8,
-        "channel_mult": (1, 2),
-        "num_blocks": 1,
-        "attn_resolutions": (4,),
-    }
-    network = names_edm.edm_network(settings | {"model_type": "SongUNet"})
-    shapes = {entry.name: entry.torch_shape for entry in names_edm.edm_entries(network)}
-    state = {}
-    for rank, (name, shape) in enumerate(sorted(shapes.items())):
-        hashed = (
-            golden_support.hash_values(int(np.prod(shape)), rank).reshape(shape).astype(np.float32)
-        )
-        fan = np.prod(shape[1:]) if len(shape) > 1 else 100
-        state[name] = (
-            hashed / np.sqrt(fan) + (len(shape) == 1 and name.endswith("weight"))
-        ).astype(np.float32)
-    ema = tf.network(state, tf.pickled_tensor, sigma_data=0.5, _init_kwargs={"dropout": 0.1})
-    path = folder / "network-snapshot-000001.pkl"
-    path.write_bytes(tf.pickled({"ema": ema}))
-    return path
 
 
 @pytest.fixture(scope="module")

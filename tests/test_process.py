@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian
 
 from ogdm_jax.diffusion import process, steps
+from tests.support.oracles import Gaussian
 
 pytestmark = pytest.mark.fast
 

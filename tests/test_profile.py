@@ -4,12 +4,12 @@ test_places.py writes a trace.
 
 import jax
 import pytest
-import tiny
-from commands import entry
 
 from ogdm_jax import places
 from ogdm_jax.config import ConfigError
 from ogdm_jax.training import profile
+from tests.support import tiny
+from tests.support.commands import entry
 
 
 @pytest.mark.parametrize(

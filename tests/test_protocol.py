@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import startup
 from ogdm_jax.cli import evaluation as commands
@@ -14,6 +13,7 @@ from ogdm_jax.cli.evaluate import main
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
 from ogdm_jax.training import loop
+from tests.support import tiny
 
 
 class Pixels:

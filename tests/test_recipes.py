@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 
 from ogdm_jax import config as configs
 from ogdm_jax import startup
+from tests.support import tiny
 
 RECIPES = tiny.ROOT / "recipes"
 ENV = {

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 
-import compiling
 import jax
 import pytest
-import tiny
 
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, find, load_weights
+from tests.support import compiling, tiny
 
 ENV = os.environ | {
     "XLA_FLAGS": f"{compiling.FLAGS} --xla_force_host_platform_device_count=2",

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian, column, two_bumps
 
 from ogdm_jax.diffusion import grids, precondition
 from ogdm_jax.sampling.sampler import SOLVERS, Churn, nfe, plain_kick, sample
+from tests.support.oracles import Gaussian, column, two_bumps
 
 DATA = Gaussian(0.0, 0.5)  # the denoiser .25 x / (.25 + sigma^2) of the published numbers
 DETERMINISTIC = [name for name in SOLVERS if name != "ancestral"]

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.flatten_util import ravel_pytree
 
 from ogdm_jax.diffusion import precondition, process, steps
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import sp
+from tests.support import tiny
 
 RNG = np.random.default_rng
 SD = 0.5

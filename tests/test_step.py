@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import data
 from ogdm_jax.training.step import draw_example
+from tests.support import tiny
 
 KEY = jax.random.key(5)
 

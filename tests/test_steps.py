@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import Gaussian, column
 
 from ogdm_jax.diffusion import steps
+from tests.support.oracles import Gaussian, column
 
 pytestmark = pytest.mark.fast
 

@@ -12,23 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.methods import stf
+from tests.support.oracles import brute_force
 
 RNG = np.random.default_rng
 stable = jax.jit(stf.stable_target, static_argnames=("chunk", "axis_name"))
-
-
-def brute_force(x, sigma, references, mask=None):
-    """Target and effective sample size by the definition, in float64 numpy."""
-    b, n = len(x), len(references)
-    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, references))
-    logits = -np.square(x[:, None] - y[None]).sum(-1) / (
-        2 * np.asarray(sigma, np.float64)[:, None] ** 2
-    )
-    if mask is not None:
-        logits = np.where(np.broadcast_to(mask, (b, n)), logits, -np.inf)
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    weights /= weights.sum(1, keepdims=True)
-    return weights @ y, 1 / np.square(weights).sum(1)
 
 
 def problem(b=6, n=21, shape=(4, 4, 3), seed=0, low=0.3, high=8.0):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_stf import brute_force
 
 from ogdm_jax import randomness
 from ogdm_jax.data import augment as augmentation
@@ -15,6 +14,7 @@ from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import stf
 from ogdm_jax.training import step
+from tests.support.oracles import brute_force
 
 RNG = np.random.default_rng
 SET = RNG(10).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)

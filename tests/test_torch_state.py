@@ -9,11 +9,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch_files as tf
 from safetensors.numpy import save_file
 
 from ogdm_jax.interop import UnsafeFileError, export, read_torch
 from ogdm_jax.interop.torch_state import open_torch
+from tests.support import torch_files as tf
 
 pytestmark = pytest.mark.fast
 

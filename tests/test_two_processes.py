@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 
-import compiling
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, complete, evaluations, find
+from tests.support import compiling, tiny
 
 STEPS = 5
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from strict.sitecustomize import filters
+from tests.strict.sitecustomize import filters
 
 OURS = (
     "ogdm_jax",

@@ -276,11 +276,10 @@ def test_number_of_processes_is_checked_and_follows_the_cores(sets, monkeypatch)
 def test_the_setting_is_checked_and_reaches_the_batches(sets):
     from types import SimpleNamespace
 
-    import tiny
-
     from ogdm_jax.config import ConfigError
     from ogdm_jax.training import loop
     from ogdm_jax.training import workdir as finish
+    from tests.support import tiny
 
     with pytest.raises(
         ConfigError, match=r"data.workers: -2 given; expected a number of processes, 0 for threads"

@@ -43,10 +43,10 @@ def golden(name: str, options: Options) -> dict[str, Any]:
     tests = str(ROOT / "tests")
     if tests not in sys.path:
         sys.path.insert(0, tests)
-    import golden_support
+    from tests.support import golden_support
 
     for module in MODULES:
-        loaded = importlib.import_module(f"families.{module}")
+        loaded = importlib.import_module(f"tests.support.families.{module}")
         if jax.default_backend() != "cpu":  # the shortcut of the tests is for CPU's compiler
             for alias in {"jit", "quick_jit"} & set(vars(loaded)):
                 setattr(loaded, alias, jax.jit)

@@ -1,11 +1,11 @@
 """Golden files augment_*: EDM's pipe on supplied draws, any subset of its operations."""
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.data.augment import AugmentPipe
+from tests.support import golden_support
 
 OFF = dict(xflip=0, yflip=0, scale=0, rotate_frac=0, aniso=0, translate_frac=0)
 

@@ -5,14 +5,14 @@ samplers.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, family, nchw, nhwc
-from oracles import Mixture
 
 from ogdm_jax.diffusion import discrete, grids
 from ogdm_jax.diffusion.process import iddpm_levels
 from ogdm_jax.sampling.ablation import ablation
 from ogdm_jax.sampling.churn import Churn, gamma_of
 from ogdm_jax.sampling.sampler import nfe, sample
+from tests.support.golden_support import Golden, family, nchw, nhwc
+from tests.support.oracles import Mixture
 
 CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 ABLATION = {"num_steps": "n", "discretization": "grid", "epsilon_s": "t_min"}

@@ -5,17 +5,17 @@ EDM-G++.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, family, nchw, nhwc
-from oracles import Mixture, column
 
-from families import adm
-from families.samplers import CHURN, nhwc_steps
 from ogdm_jax.diffusion import grids
 from ogdm_jax.interop import names_adm
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
+from tests.support.families import adm
+from tests.support.families.samplers import CHURN, nhwc_steps
+from tests.support.golden_support import Golden, family, nchw, nhwc
+from tests.support.oracles import Mixture, column
 
 
 @family("dg_vp_clock")

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import compiling
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from ogdm_jax import cluster, startup
 from ogdm_jax.cli import interop as __main__
+from tests.support import compiling, tiny
 
 
 def script(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, family, nchw, nhwc
 
-from families.edm import model, norms
 from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import stf
+from tests.support.families.edm import model, norms
+from tests.support.golden_support import Golden, family, nchw, nhwc
 
 
 @family("stf_")

@@ -7,8 +7,17 @@ import struct
 import zipfile
 
 import numpy as np
-import torch_files as tf
-from torch_files import Book, Call, Name, legacy_file, safetensors_file, view, zip_file
+
+from tests.support import torch_files as tf
+from tests.support.torch_files import (
+    Book,
+    Call,
+    Name,
+    legacy_file,
+    safetensors_file,
+    view,
+    zip_file,
+)
 
 LINEAR = tf.emit(Name("torch.nn.modules.linear", "Linear"))
 

@@ -1,6 +1,6 @@
 """Malicious and damaged checkpoints: name -> (bytes, a fragment of the sentence that refuses them).
 
-`python tests/hostile.py` prints a table: file, peak memory and time of reading it, exit code of the
+`python -m tests.support.hostile` prints a table: file, peak memory and time of reading it, exit code of the
 command line, sentence.
 """
 
@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch_files as tf
-from hostile_costs import costly
-from torch_files import (
+
+from tests.support import torch_files as tf
+from tests.support.hostile_costs import costly
+from tests.support.torch_files import (
     Book,
     Call,
     Name,

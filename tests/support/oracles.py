@@ -10,8 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import hash_values
 from jax.scipy.special import logsumexp
+
+from tests.support.golden_support import hash_values
 
 
 def column(v, x):
@@ -126,3 +127,17 @@ def two_bumps(side: int = 2) -> Mixture:
     size = side * side
     mu = [0.5 * hash_values(size, 300 + k).reshape(side, side, 1) for k in range(3)]
     return Mixture([0.5, 0.3, 0.2], [0.3, 0.5, 0.2], np.stack(mu))
+
+
+def brute_force(x, sigma, references, mask=None):
+    """Target and effective sample size by the definition, in float64 numpy."""
+    b, n = len(x), len(references)
+    x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, references))
+    logits = -np.square(x[:, None] - y[None]).sum(-1) / (
+        2 * np.asarray(sigma, np.float64)[:, None] ** 2
+    )
+    if mask is not None:
+        logits = np.where(np.broadcast_to(mask, (b, n)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    return weights @ y, 1 / np.square(weights).sum(1)

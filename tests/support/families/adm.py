@@ -2,15 +2,15 @@
 
 import functools
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, nchw, nhwc
 
 from ogdm_jax.interop import names_adm
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.adm_openai import ADMEncoder, ADMUNet
+from tests.support import golden_support
+from tests.support.golden_support import Golden, nchw, nhwc
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

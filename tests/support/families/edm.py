@@ -4,14 +4,14 @@ numbers.
 
 import functools
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, nchw, nhwc
 
 from ogdm_jax.diffusion import noise, precondition, process
 from ogdm_jax.interop.names import edm_network, edm_to_flax, flax_to_edm
+from tests.support import golden_support
+from tests.support.golden_support import Golden, nchw, nhwc
 
 WRAP = {
     "EDMPrecond": precondition.edm,

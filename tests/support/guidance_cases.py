@@ -5,11 +5,11 @@ its parts.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracles import Gaussian
 
 from ogdm_jax.diffusion import steps
 from ogdm_jax.inverse import operators
 from ogdm_jax.sampling.churn import Info
+from tests.support.oracles import Gaussian
 
 SHAPE = (3, 4, 4, 2)
 MASK = np.zeros((1, 4, 4, 1), np.float32)

@@ -11,7 +11,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 SHRINK = (
     "network.model_channels=8",

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, family, nhwc
 
 from ogdm_jax.diffusion import jumps, precondition
 from ogdm_jax.diffusion.process import Discrete
@@ -16,6 +15,7 @@ from ogdm_jax.interop.names import edm_network, edm_to_flax, flax_to_edm
 from ogdm_jax.interop.names_discriminator import discriminator_to_flax, flax_to_discriminator
 from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
+from tests.support.golden_support import Golden, family, nhwc
 
 # These programs run once: most of their time is XLA's optimiser, which exactness does not need.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_support import Golden, family, nchw, nhwc
 
 from ogdm_jax.diffusion import grids, precondition, process
 from ogdm_jax.diffusion.gaussian import Chain
 from ogdm_jax.sampling.sampler import sample
+from tests.support.golden_support import Golden, family, nchw, nhwc
 
 
 def chain(golden: Golden) -> Chain:

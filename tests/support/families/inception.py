@@ -4,14 +4,14 @@ themselves.
 
 import functools
 
-import golden_support
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, nchw, nhwc
 
 from ogdm_jax.interop.names_inception import inception_to_flax
 from ogdm_jax.networks.inception import InceptionV3, prepare, resize
+from tests.support import golden_support
+from tests.support.golden_support import Golden, nchw, nhwc
 
 
 @golden_support.family("inception_")

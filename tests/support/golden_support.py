@@ -4,10 +4,13 @@ configuration is special.
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+FOLDER = Path(os.environ.get("OGDM_GOLDEN", Path(__file__).parent.parent / "golden"))
 
 
 def hash_values(n: int, p: int) -> np.ndarray:

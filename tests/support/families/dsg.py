@@ -7,7 +7,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_support import Golden, family, nchw, nhwc
 
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
@@ -15,6 +14,7 @@ from ogdm_jax.inverse import degradations as degrade
 from ogdm_jax.inverse import operators
 from ogdm_jax.methods import dsg
 from ogdm_jax.sampling import kicks
+from tests.support.golden_support import Golden, family, nchw, nhwc
 
 
 def operator(name: str, golden: Golden) -> operators.Operator:
