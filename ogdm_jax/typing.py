@@ -11,22 +11,19 @@ PyTree = Any
 
 
 class NetworkFn(Protocol):
-    """The raw network F: (x [b,h,w,c] already scaled by c_in, c_noise [b], label [b] int32 or None)
-    -> [b,h,w,c'].
-    """
+    """The raw network F: (x [b,h,w,c] already scaled by c_in, c_noise [b], label) -> [b,h,w,c']."""
 
-    def __call__(self, x: Array, c_noise: Array, label: Array | None = None, **extra) -> Array: ...
+    def __call__(self, x: Array, c_noise: Array, label: PyTree = None, /) -> Array: ...
 
 
 class Denoise(Protocol):
-    """E[x0 | x] for x = x0 + sigma * eps: (x [b,h,w,c], sigma [b] > 0, label [b] int32 or None) ->
-    x0_hat [b,h,w,c].
+    """E[x0 | x] for x = x0 + sigma * eps: (x [b,h,w,c], sigma [b] > 0, label) -> x0_hat [b,h,w,c].
 
-    A label of -1 means "no class". Extra keywords (augment, dropout_keys, tap) travel to the
-    network unchanged.
+    A label is int32 [b] classes (-1: none), float vectors [b,k], any pytree of arrays with a row
+    per image, or None. `diffusion.denoiser.Denoiser` is one; a plain function is another.
     """
 
-    def __call__(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> Array: ...
+    def __call__(self, x: Array, sigma: Array, label: PyTree = None, /) -> Array: ...
 
 
 class Features(Protocol):
