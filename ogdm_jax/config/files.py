@@ -2,7 +2,6 @@
 anything is compiled.
 """
 
-import ast
 import importlib.util
 import json
 import math
@@ -13,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
+from ogdm_jax.config.fields import ConfigError, parse, require, suggestion
 
 # What may differ between a workdir's saved configuration and the one that resumes it: length,
 # bookkeeping, hardware.
@@ -29,12 +28,6 @@ RESUMABLE = (
     "sp.teacher",
 )
 _TRAINED_WITH = ("sample.sigma_min", "sample.sigma_max")  # they also clip the training levels
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type, or out of range; the message is one sentence that
-    names it.
-    """
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -62,6 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     if root not in sys.path:
         sys.path.insert(0, root)  # overlays import configs.base, wherever the command was started
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # of a file that ends in .py
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     if not hasattr(loaded, "get_config"):
@@ -94,7 +88,7 @@ def override(config: ConfigDict, text: str) -> None:
             f"--config.{key}: is a group of settings ({', '.join(sorted(old))}); expected one of "
             "its keys"
         )
-    node[leaf] = _parse(key, value, old)
+    node[leaf] = parse(key, value, old)
 
 
 def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
@@ -103,88 +97,11 @@ def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
         if not isinstance(node, ConfigDict) or part not in node:
             known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no sub-keys"
             where = ".".join(parts[:i]) or "the configuration"
-            raise ConfigError(f"--config.{key}: unknown key {part!r}; {where} has {known}")
+            near = suggestion(part, node) if isinstance(node, ConfigDict) else ""
+            raise ConfigError(f"--config.{key}: unknown key {part!r}{near}; {where} has {known}")
         if i < len(parts) - 1:
             node = node[part]
     return node, parts[-1]
-
-
-def _parse(key: str, text: str, old: Any) -> Any:
-    """Reads text as the type of old: bool, int, float, str or tuple; None-valued settings take any
-    literal.
-    """
-    if isinstance(old, str):
-        return text
-    if isinstance(old, bool):
-        if text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-        raise ConfigError(f"--config.{key}: {text!r} is not a truth value; expected true or false")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = (
-            tuple(part.strip() for part in text.split(",") if part.strip())
-            if isinstance(old, tuple)
-            else text
-        )
-    if isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if old and value and not all(_number(v) == _number(old[0]) for v in value):
-            raise ConfigError(
-                f"--config.{key}: {text!r} has entries of another type; expected something like "
-                f"{old!r}"
-            )
-        return value
-    if isinstance(old, float) and (
-        _number(value) or text.strip().lower() in ("inf", "-inf")
-    ):  # no literal says inf
-        return float(value)
-    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if old is not None and type(value) is not type(old):
-        raise ConfigError(
-            f"--config.{key}: {text!r} is of another type; expected {type(old).__name__} such as "
-            f"{old!r}"
-        )
-    return value
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def duration(text: str | int, batch: int, key: str = "duration") -> int:
-    """Optimiser steps of a duration such as "2000 steps", "500 kimg" or "200 Mimg" (images rounded
-    up to whole steps).
-
-    Raises:
-      ConfigError: not a number and a unit, or negative.
-    """
-    number, _, unit = str(text).strip().partition(" ")
-    unit = unit.strip() or "steps"
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = math.nan
-    if unit not in _UNITS or not math.isfinite(amount) or amount < 0:
-        raise ConfigError(
-            f"{key}: {text!r} is no duration; expected a number and one of {', '.join(_UNITS)}"
-        )
-    per_unit = _UNITS[unit]
-    return math.ceil(amount) if per_unit is None else math.ceil(amount * per_unit / batch)
-
-
-def require(condition: bool, key: str, value: Any, expected: str) -> None:
-    """Raises ConfigError "config.key: value ...; expected ..." unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"config.{key}: {value!r} given; expected {expected}")
-
-
-def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> Any:
-    """The option of that name; raises ConfigError listing the names otherwise."""
-    if value not in options:
-        raise ConfigError(f"config.{key}: unknown {value!r}; expected one of {', '.join(options)}")
-    return options[value] if isinstance(options, Mapping) else value
 
 
 def to_json(config: ConfigDict) -> str:
