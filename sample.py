@@ -75,12 +75,13 @@ def main() -> None:
         from ogdm_jax.data import output as files
         from ogdm_jax.pixels import to_uint8
         from ogdm_jax.sampling import generate
-        from ogdm_jax.training import workdir as finish
+        from ogdm_jax.training.evaluate import distance
+        from ogdm_jax.training.workdir import open_workdir
 
         args = guided.prepare(args)
         seeds = generate.parse_seeds(args.seeds, args.num)
         out = files.check_output(args.out)
-        run = finish.open_workdir(args.workdir, args.step, args.weights)
+        run = open_workdir(args.workdir, args.step, args.weights)
         chosen = {
             "solver": args.solver,
             "steps": args.steps,
@@ -124,7 +125,7 @@ def main() -> None:
                 )
             )
         if args.evaluate:
-            print(json.dumps(finish.distance(run.config, pictures)))
+            print(json.dumps(distance(run.config, pictures)))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def main() -> None:
     from ogdm_jax.metrics.features import distance_report
     from ogdm_jax.pixels import to_uint8
     from ogdm_jax.sampling import generate
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training import checkpoint
+    from ogdm_jax.training.evaluate import references, space_of
+    from ogdm_jax.training.workdir import open_source, open_workdir
 
     out = Path(args.out)
     priors = dict(text.split("=", 1) for text in args.prior)
@@ -72,10 +74,10 @@ def main() -> None:
 
     def measured(model, config, guidance) -> list[dict]:
         """One report per set of reported images."""
-        source = finish.open_source(model.config)
+        source = open_source(model.config)
         sampler = generate.sampler(model.model, config.sample, jax.devices()[:1], guidance=guidance)
         found, num = [], config.evaluate.num or len(source)
-        space = finish.space_of(config if config.evaluate.features else model.config)
+        space = space_of(config if config.evaluate.features else model.config)
         for repeat in range(args.repeats):
             seeds = FIRST_SEED * (repeat + 1) + np.arange(num)
             labels = generate.labels_for(seeds, model.model.label_dim, None)
@@ -83,11 +85,11 @@ def main() -> None:
                 sampler, model.params, model.buffers, seeds, labels, 256, guidance
             )
             images = np.concatenate([to_uint8(part) for part in parts])
-            found.append(distance_report(space, images, finish.references(source)))
+            found.append(distance_report(space, images, references(source)))
         return found
 
     for prior, folder in priors.items():
-        model = finish.open_workdir(folder)
+        model = open_workdir(folder)
         for sampler in args.sampler or ("euler:18", "heun:18"):
             solver, steps = sampler.split(":")
             seeds: list[int | None] = [None, *map(int, args.seeds.split(","))]
@@ -109,9 +111,7 @@ def main() -> None:
                 if seed is not None:
                     workdir = out / f"{prior}-{solver}{steps}-{seed}"
                     discriminator.train(config, workdir, say=lambda line: print(line, flush=True))
-                    best = min(
-                        finish.checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"]
-                    )
+                    best = min(checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"])
                     chosen = {"variant": "guided", "weight": best["weight"], "step": best["step"]}
                     guidance = (
                         *guidance,

@@ -91,9 +91,9 @@ def main() -> None:
     from ogdm_jax.inverse import tasks as restore
     from ogdm_jax.pixels import to_float, to_uint8
     from ogdm_jax.sampling import generate
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_workdir
 
-    trained = finish.open_workdir(args.workdir)
+    trained = open_workdir(args.workdir)
     shape = trained.model.image_shape
     total = args.tune + args.num
     source = restore.open_input(args.input, shape)

@@ -55,8 +55,8 @@ def main() -> None:
     from ogdm_jax import data, parallel
     from ogdm_jax.methods import sp
     from ogdm_jax.training import run as runs
-    from ogdm_jax.training import workdir as finish
     from ogdm_jax.training.checkpoint import Checkpoints, describe
+    from ogdm_jax.training.workdir import open_source
 
     teacher = tempfile.TemporaryDirectory()
     variants = dict(VARIANTS)
@@ -74,7 +74,7 @@ def main() -> None:
     turns, compiled, times = {}, {}, {name: [] for name in variants}
     for name, flags in variants.items():
         config = configs.load(args.config, (*startup.split_overrides(rest), *flags))
-        run = runs.build(config, finish.open_source(config), parallel.make_plan("pmap", 1))
+        run = runs.build(config, open_source(config), parallel.make_plan("pmap", 1))
         holder = [run.init()]
         if name == "baseline":
             with Checkpoints(teacher.name) as checkpoints:

@@ -33,7 +33,7 @@ def main() -> None:
     startup.prepare()
     import study
 
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_source
 
     out = Path(args.out)
     shared = startup.split_overrides(rest)
@@ -61,7 +61,7 @@ def main() -> None:
         for name, flags in variants.items():
             model = study.trained(out / f"{name}-{seed}", args.config, *flags)
             measure = measure or study.Measure(
-                model.config.evaluate.features, finish.open_source(model.config), args.num
+                model.config.evaluate.features, open_source(model.config), args.num
             )
             results = out / f"{name}-{seed}.jsonl"
             done = [(e["solver"], e["NFE"]) for e in study.read(results)]

@@ -34,7 +34,7 @@ def main() -> None:
     import study
 
     from ogdm_jax.methods import sp
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_source, open_workdir
 
     out, measure = Path(args.out), None
     presets = {
@@ -54,8 +54,8 @@ def main() -> None:
         variants |= {f"SP {name}": (*more, "methods=sp", *flags) for name, flags in presets.items()}
         for name, flags in variants.items():
             folder = out / f"{name.replace(' ', '_')}-{seed}"
-            model = study.trained(folder, "digits", *flags) if flags else finish.open_workdir(base)
-            measure = measure or study.Measure("digits", finish.open_source(model.config), args.num)
+            model = study.trained(folder, "digits", *flags) if flags else open_workdir(base)
+            measure = measure or study.Measure("digits", open_source(model.config), args.num)
             done = [e["sampler"] for e in study.read(folder.with_suffix(".jsonl"))]
             for solver, steps in SAMPLERS:
                 sampler = f"{solver} {study.evaluations(solver, steps)} NFE"

@@ -31,7 +31,7 @@ def main() -> None:
     startup.prepare()
     import study
 
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_source, open_workdir
 
     out, measure = Path(args.out), None
     shared = (
@@ -49,9 +49,9 @@ def main() -> None:
                 for updates in range(args.every, args.updates + 1, args.every):
                     if updates in done:
                         continue
-                    model = finish.open_workdir(folder, updates)
+                    model = open_workdir(folder, updates)
                     measure = measure or study.Measure(
-                        "digits", finish.open_source(model.config), args.num
+                        "digits", open_source(model.config), args.num
                     )
                     found = measure(model, "heun", 10, seed)
                     entry = {"law": law, "target": target, "updates": updates, "seed": seed} | found

@@ -18,7 +18,7 @@ from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling import sampler as sampling
 from ogdm_jax.training import loop
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Constant recipe of every continuation: a decaying rate from the first step, and a moving average
@@ -26,13 +26,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 TUNING = ("optim.ramp=0 steps", "ema.rampup=0.0", "ema.halflife=2 kimg")
 
 
-def trained(workdir: Path, config: str, *flags: str) -> finish.Trained:
+def trained(workdir: Path, config: str, *flags: str) -> TrainedModel:
     """The model of a folder, trained there first if its last checkpoint is missing."""
     settings = configs.load(CONFIGS / f"{config}.py", flags)
     steps = configs.duration(settings.train.duration, settings.data.batch)
     if not (workdir / "checkpoints" / str(steps)).is_dir():
         loop.train(settings, workdir, say=lambda line: None)
-    return finish.open_workdir(workdir)
+    return open_workdir(workdir)
 
 
 def steps_of(solver: str, evaluations: int) -> int:
@@ -49,7 +49,7 @@ class Measure:
         self._num = num
         self._samplers: dict[tuple, generate.Images] = {}
 
-    def features_of(self, model: finish.Trained, solver: str, steps: int, seed: int) -> np.ndarray:
+    def features_of(self, model: TrainedModel, solver: str, steps: int, seed: int) -> np.ndarray:
         """Features of images from seeds of their own: seed * 100,000, and so on."""
         settings = model.settings(solver=solver, steps=steps, num=self._num)
         key = (solver, steps, model.model.network)
@@ -64,9 +64,7 @@ class Measure:
         )
         return self._features(np.concatenate([to_uint8(part) for part in parts]))
 
-    def __call__(
-        self, model: finish.Trained, solver: str, steps: int, seed: int
-    ) -> dict[str, float]:
+    def __call__(self, model: TrainedModel, solver: str, steps: int, seed: int) -> dict[str, float]:
         """fd, precision, recall of `num` images against the whole set."""
         drawn = self.features_of(model, solver, steps, seed)
         precision, recall = metrics.precision_recall(self._real, drawn, 3)

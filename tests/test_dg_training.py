@@ -26,8 +26,9 @@ from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.networks.feature_discriminator import build
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training import evaluate
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import tiny
 from tests.support.oracles import Mixture
 
@@ -336,7 +337,7 @@ def test_the_loss_begins_at_chance_and_only_the_head_is_trained(trained):
 
 def test_what_was_trained_guides_the_prior(trained, prior):
     folder, run, _, _ = trained
-    model, heard = finish.open_workdir(prior), []
+    model, heard = open_workdir(prior), []
     settings = model.settings(solver="heun", steps=3)
     method = discriminator.open_guidance(
         folder, run=model, settings=settings, weight=50.0, warn=heard.append
@@ -403,7 +404,7 @@ def test_folders_of_the_other_kind_are_named(trained, prior):
     with pytest.raises(
         CheckpointError, match="holds a discriminator; expected the folder of a denoiser"
     ):
-        finish.open_workdir(trained[0])
+        open_workdir(trained[0])
     with pytest.raises(CheckpointError, match="--discriminator: .* holds no discriminator"):
         discriminator.open_guidance(prior)
 
@@ -454,7 +455,7 @@ def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
     run = dataclasses.replace(run, config=ConfigDict(run.config).unlock())
     run.config.dg.weight, run.config.dg.weights = 3.0, (1.0, 2.0)
     monkeypatch.setattr(
-        finish,
+        evaluate,
         "distance_report",
         lambda space, images, real: {"fd": float(images[0, 0, 0, 0] != 50)},
     )

@@ -12,7 +12,7 @@ from ogdm_jax import data, parallel
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods import ogdm
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import open_source
 from tests.support import tiny
 
 ADM = (
@@ -122,15 +122,15 @@ def test_wrong_settings_are_one_sentence(text, words):
 
 
 def test_images_are_resized_and_coloured_by_configuration():
-    assert finish.open_source(tiny.config()).shape == (8, 8, 1)
-    assert finish.open_source(tiny.config("data.resolution=16", "data.channels=3")).shape == (
+    assert open_source(tiny.config()).shape == (8, 8, 1)
+    assert open_source(tiny.config("data.resolution=16", "data.channels=3")).shape == (
         16,
         16,
         3,
     )
     for text in ("data.resolution=-1", "data.channels=2"):
         with pytest.raises(configs.ConfigError, match=text.split("=")[0]):
-            finish.open_source(tiny.config(text))
+            open_source(tiny.config(text))
     older = tiny.config().copy_and_resolve_references().unlock()
     del older.data.resolution, older.data.channels
-    assert finish.open_source(older).shape == (8, 8, 1)
+    assert open_source(older).shape == (8, 8, 1)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ogdm_jax.config import ConfigError
-from ogdm_jax.training import loop
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training import evaluate, loop
 from ogdm_jax.training.checkpoint import CheckpointError, evaluations, find, ranked
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import tiny
 
 DISTANCES = {4: 5.0, 8: 2.0, 12: 3.0, 16: 4.0, 20: 1.0}  # of what the schedule meets
@@ -33,7 +33,7 @@ def distances(monkeypatch):
     """The reports of the run, with distances that the test chooses; steps and samples that cost
     nothing.
     """
-    made, real = [], finish.distance_report
+    made, real = [], evaluate.distance_report
 
     def report(space, samples, reference):
         assert samples.dtype == np.uint8 and reference.shape == (
@@ -43,14 +43,14 @@ def distances(monkeypatch):
         made.append(real(space, samples, reference) | {"fd": DISTANCES[4 * (len(made) + 1)]})
         return made[-1]
 
-    monkeypatch.setattr(finish, "space_of", lambda config: Pixels())
+    monkeypatch.setattr(evaluate, "space_of", lambda config: Pixels())
     monkeypatch.setattr(
-        finish.Evaluator, "_samples", lambda self, state: self.run.source.images[:12]
+        evaluate.Evaluator, "_samples", lambda self, state: self.run.source.images[:12]
     )
     no_grids = dataclasses.replace(loop.DENOISER, watch=lambda *_: lambda step, state: None)
     monkeypatch.setattr(loop, "DENOISER", no_grids)
     monkeypatch.setattr(loop.runs.Run, "compile", lambda self, like: _count)
-    monkeypatch.setattr(finish, "distance_report", report)
+    monkeypatch.setattr(evaluate, "distance_report", report)
     return made
 
 
@@ -97,7 +97,7 @@ def test_the_best_checkpoint_stays_through_a_resume(tmp_path, distances):
     )
     _train(tmp_path, 16)  # another process would find what this one wrote
     assert _kept(tmp_path) == {8, 16} and find(tmp_path, "best").step == 8
-    assert finish.open_workdir(tmp_path, "best").step == 8
+    assert open_workdir(tmp_path, "best").step == 8
     _train(tmp_path, 20)
     assert _kept(tmp_path) == {8, 20} or _kept(tmp_path) == {20}  # 8 leaves with the next save
     assert find(tmp_path, "best").step == 20 and len(distances) == 5
@@ -126,7 +126,7 @@ def test_samples_are_those_of_the_command_line_on_any_devices(tmp_path):
     images = {}
     for devices in (1, 4):
         run = tiny.build("methods=", "evaluate.num=6", devices=devices)
-        images[devices] = finish.Evaluator(run, tmp_path)._samples(run.init())
+        images[devices] = evaluate.Evaluator(run, tmp_path)._samples(run.init())
     assert images[1].shape == (6, 8, 8, 1) and images[1].dtype == np.uint8
     assert np.abs(images[1].astype(int) - images[4].astype(int)).max() <= 1
     assert jax.local_device_count() >= 4

@@ -8,7 +8,7 @@ from ogdm_jax import models
 from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import TrainedModel
 from tests.support import tiny
 
 pytestmark = pytest.mark.fast
@@ -68,7 +68,7 @@ def test_grids_that_cannot_be_are_one_sentence(model):
 def test_folders_from_before_the_settings_open_again():
     config = ml_collections.ConfigDict(tiny.config()).unlock()
     del config.sample.eta, config.sample.grid
-    trained = finish.Trained(config.lock(), models.build(tiny.config(), (8, 8, 1), 0), {}, {}, 0)
+    trained = TrainedModel(config.lock(), models.build(tiny.config(), (8, 8, 1), 0), {}, {}, 0)
     settings = trained.settings(steps=5)
     assert (settings.eta, settings.grid, settings.steps) == (0.0, "edm", 5)
     assert trained.settings(grid="vp").grid == "vp"

@@ -18,7 +18,7 @@ from ogdm_jax.networks import ADMUNet
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import checkpoint
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import golden_support, tiny
 from tests.support.commands import inside, interop
 
@@ -62,7 +62,7 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
         qkv_order="new",
         schedule="cosine",
     )
-    trained = finish.open_workdir(folder / "work")
+    trained = open_workdir(folder / "work")
     jax.tree.map(np.testing.assert_array_equal, trained.params, found.variables["params"])
     assert trained.model.network == found.network == network and found.precondition == "adm"
     assert (trained.config.noise.law, trained.config.precondition.schedule) == ("ddpm", "cosine")
@@ -129,7 +129,7 @@ def test_a_converted_openai_network_fine_tunes_and_samples(openai):
         and float(np.asarray(metrics["grad_norm"])) > 0
     )
 
-    trained = finish.open_workdir(folder / "work")
+    trained = open_workdir(folder / "work")
     images = generate.sampler(trained.model, trained.settings("ancestral", 2, 2), jax.devices()[:1])
     pictures = generate.generate(
         images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2

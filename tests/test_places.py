@@ -20,7 +20,7 @@ from ogdm_jax.interop import export
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.metrics.statistics import load_statistics
 from ogdm_jax.training import checkpoint, loop
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import bucket as buckets
 from tests.support import tiny
 from tests.support.commands import entry
@@ -59,7 +59,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     loop.train(settings(4), uri, say=lambda _: None, profile=(2, 3))
     loop.train(settings(6), uri, say=lambda _: None)
     loop.train(settings(6), folder, say=lambda _: None)
-    there, here = (finish.open_workdir(where) for where in (uri, folder))
+    there, here = (open_workdir(where) for where in (uri, folder))
     assert there.step == here.step == 6
     tiny.assert_trees(there.params, here.params)
     assert (

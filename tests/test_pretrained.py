@@ -25,7 +25,7 @@ from ogdm_jax.interop import (
     recognise,
 )
 from ogdm_jax.networks import DhariwalUNet
-from ogdm_jax.training import workdir as finish
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import golden_support, tiny
 from tests.support import torch_files as tf
 from tests.support.commands import interop, script
@@ -445,7 +445,7 @@ def converted(tmp_path_factory):
 
 def test_converted_weights_are_the_files(converted):
     folder, source, _ = converted
-    found, trained = load_pretrained(source), finish.open_workdir(folder / "work")
+    found, trained = load_pretrained(source), open_workdir(folder / "work")
     jax.tree.map(np.testing.assert_array_equal, trained.params, found.variables["params"])
     assert trained.model.network.clone(dropout=0.0) == found.network and trained.step == 0
     assert trained.config.network.dropout == 0.1 and trained.config.data.conditional

@@ -278,13 +278,13 @@ def test_the_setting_is_checked_and_reaches_the_batches(sets):
 
     from ogdm_jax.config import ConfigError
     from ogdm_jax.training import loop
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_source
     from tests.support import tiny
 
     with pytest.raises(
         ConfigError, match=r"data.workers: -2 given; expected a number of processes, 0 for threads"
     ):
-        finish.open_source(tiny.config("data.workers=-2"))
+        open_source(tiny.config("data.workers=-2"))
     for given, count in ((-1, default_count()), (0, 0), (3, 3)):
         config = tiny.config(f"data.workers={given}", "data.batch=8")
         run = SimpleNamespace(

@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-def open_run(args: argparse.Namespace) -> finish.Trained:
+def open_run(args: argparse.Namespace) -> finish.TrainedModel:
     step = args.step or None
     if step not in (None, "best"):
         configs.require(step.isdigit(), "--step", step, "a number or best")
@@ -123,7 +123,7 @@ def open_run(args: argparse.Namespace) -> finish.Trained:
     return finish.open_workdir(args.workdir, step)
 
 
-def open_reference(args: argparse.Namespace, trained: finish.Trained) -> Source:
+def open_reference(args: argparse.Namespace, trained: finish.TrainedModel) -> Source:
     """The source that --reference names, in the model's size, or the one that was trained on."""
     config = ConfigDict(trained.config)
     if args.data_dir:
@@ -137,7 +137,7 @@ def open_reference(args: argparse.Namespace, trained: finish.Trained) -> Source:
 
 
 def open_space(
-    args: argparse.Namespace, trained: finish.Trained, source: Source | None
+    args: argparse.Namespace, trained: finish.TrainedModel, source: Source | None
 ) -> FeatureSpace:
     settings = trained.config.evaluate
     name = args.features or settings.features or "auto"
@@ -160,7 +160,7 @@ def open_space(
 
 def stream(
     args: argparse.Namespace,
-    trained: finish.Trained,
+    trained: finish.TrainedModel,
     settings: ConfigDict,
     seeds: Sequence[int],
     churn: Any = None,
@@ -280,7 +280,10 @@ def _name(workdir: str) -> str:
 
 
 def measure(
-    args: argparse.Namespace, trained: finish.Trained, space: FeatureSpace, reference: np.ndarray
+    args: argparse.Namespace,
+    trained: finish.TrainedModel,
+    space: FeatureSpace,
+    reference: np.ndarray,
 ) -> list[dict[str, Any]]:
     """The distance report of every solver at every number of steps. reference: features [n, dim] of
     the real images.
@@ -312,7 +315,7 @@ def measure(
     return reports
 
 
-def facts(trained: finish.Trained, settings: ConfigDict) -> list[tuple[str, str, str]]:
+def facts(trained: finish.TrainedModel, settings: ConfigDict) -> list[tuple[str, str, str]]:
     seen = trained.step * trained.config.data.batch
     height, width, channels = trained.model.image_shape
     classes = f"{trained.model.label_dim} classes" if trained.model.label_dim else "no labels"
@@ -338,7 +341,7 @@ def nearest(
 
 
 def trajectory(
-    trained: finish.Trained, settings: ConfigDict, seeds: np.ndarray
+    trained: finish.TrainedModel, settings: ConfigDict, seeds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(sigmas [N+1], states, x0_hats) of the images of these seeds; states are scaled to the spread
     of clean images.

@@ -227,9 +227,9 @@ def _text(value: Any) -> str:
 
 def export_(args: argparse.Namespace) -> None:
     from ogdm_jax.interop import export
-    from ogdm_jax.training import workdir as finish
+    from ogdm_jax.training.workdir import open_workdir
 
-    run = finish.open_workdir(args.source, args.step, args.weights)
+    run = open_workdir(args.source, args.step, args.weights)
     variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
     settings = export.network_settings(run.model.network)
     settings.pop(

@@ -29,7 +29,7 @@ from ogdm_jax.methods.sp import fingerprint
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import nfe
-from ogdm_jax.training.workdir import Trained
+from ogdm_jax.training.workdir import TrainedModel
 
 FIRST_SEED = (
     2**31
@@ -37,12 +37,12 @@ FIRST_SEED = (
 SAMPLER = ("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho")  # of config.sample
 
 
-def digest(prior: Trained) -> str:
+def digest(prior: TrainedModel) -> str:
     """SHA-256 of a model's weights and frozen tensors, as 64 hexadecimal digits."""
     return fingerprint({"params": prior.params, "buffers": prior.buffers}).tobytes().hex()
 
 
-def origin(config: ConfigDict, prior: Trained, num: int) -> dict[str, Any]:
+def origin(config: ConfigDict, prior: TrainedModel, num: int) -> dict[str, Any]:
     """What identifies a set of samples: the weights that made it and every setting of the
     sampler.
     """
@@ -65,7 +65,7 @@ def base_guidance(config: ConfigDict) -> tuple[Guidance, ...]:
 
 def obtain(
     config: ConfigDict,
-    prior: Trained,
+    prior: TrainedModel,
     num: int,
     path: epath.Path,
     devices: Sequence[Any],
@@ -139,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 def _draw(
-    config: ConfigDict, prior: Trained, num: int, devices: Sequence[Any]
+    config: ConfigDict, prior: TrainedModel, num: int, devices: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [num,h,w,c], int32 labels [num], -1 without classes)."""
     guidance = base_guidance(config)

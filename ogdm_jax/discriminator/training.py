@@ -40,12 +40,12 @@ from ogdm_jax.networks import feature_discriminator
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.pixels import to_float
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import checkpoint, loop, optim
+from ogdm_jax.training import checkpoint, evaluate, loop, optim
 from ogdm_jax.training import logs as metrics
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import step as steps
-from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
 # The group config.dg. Optimiser, moving average and schedule are the groups optim, ema and train.
@@ -86,7 +86,7 @@ class DiscriminatorRun(runs.Run):
       frozen_network: params of the extractor, or None.
     """
 
-    prior: finish.Trained = None
+    prior: TrainedModel = None
     kept: tuple[Source, Source] = ()
     held_out: tuple[Source, Source] = ()
     frozen_network: PyTree = None
@@ -124,7 +124,7 @@ def build(
     parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
     prior = open_prior(config)
     generate.check_settings(config.sample, prior.model)
-    source = finish.open_source(config if config.data.source else prior.config)
+    source = open_source(config if config.data.source else prior.config)
     if source.shape != prior.model.image_shape:
         raise configs.ConfigError(
             f"config.data.source: images of {source.shape}; expected the prior's "
@@ -193,13 +193,13 @@ def samples_of(settings: Mapping[str, Any], workdir: str | os.PathLike) -> epath
     return places.place(workdir) / "samples.npz"
 
 
-def open_prior(config: ConfigDict) -> finish.Trained:
+def open_prior(config: ConfigDict) -> TrainedModel:
     """The model to guide. Raises CheckpointError where the folder holds none."""
     settings = config.dg
     step = (
         int(settings.prior_step) if settings.prior_step.isdigit() else settings.prior_step or None
     )
-    return finish.open_workdir(settings.prior, step, settings.prior_weights, "config.dg.prior")
+    return open_workdir(settings.prior, step, settings.prior_weights, "config.dg.prior")
 
 
 def open_network(
@@ -336,7 +336,7 @@ class HeldOut:
         return jax.jit(values)
 
 
-class Evaluator(finish.Evaluator):
+class Evaluator(evaluate.Evaluator):
     """Distance of the guided prior's samples to the data at config.dg.weight and .weights; the best
     counts.
     """
@@ -458,7 +458,7 @@ def guidance_of(
 def open_guidance(
     workdir: str | os.PathLike,
     step: int | str | None = None,
-    run: finish.Trained | None = None,
+    run: TrainedModel | None = None,
     settings: ConfigDict | None = None,
     preset: str = "",
     warn: Callable[[str], None] = print,

@@ -29,8 +29,9 @@ from ogdm_jax.training import logs
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
-from ogdm_jax.training import workdir as finish
 from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
+from ogdm_jax.training.evaluate import Evaluator, check_evaluation, make_evaluation
+from ogdm_jax.training.workdir import open_source
 from ogdm_jax.typing import PyTree
 
 Say = Callable[[str], None]
@@ -58,7 +59,7 @@ class Task:
     build: Callable[[ConfigDict, parallel.Plan, epath.Path, Say], runs.Run]
     batches: Callable[[runs.Run], Any]
     watch: Callable[[runs.Run, epath.Path, logs.Writer], Callable[[int, states.TrainState], None]]
-    evaluator: Callable[[runs.Run, epath.Path], finish.Evaluator]
+    evaluator: Callable[[runs.Run, epath.Path], Evaluator]
 
 
 def train(
@@ -86,7 +87,7 @@ def train(
     cluster.compare(_shared(config, workdir))
     places.writable(workdir, "--workdir", keep=jax.process_count() > 1)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
-    finish.check_evaluation(config)
+    check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
         configs.check_same_run(find(workdir).config, config, slots.training_names())
@@ -203,7 +204,7 @@ def _steps(
     profiler.skipped(first)
     bar = _progress(first, run.steps, say)
     watch = task.watch(run, workdir, writer)
-    evaluate = finish.evaluations(task.evaluator(run, workdir), workdir, saved, writer, say)
+    evaluate = make_evaluation(task.evaluator(run, workdir), workdir, saved, writer, say)
     for step in range(first, run.steps + 1):
         done = step == run.steps
         stop = stopped() or saved.preempted(step)
@@ -295,7 +296,7 @@ def _grids(
 
 
 def _build(config: ConfigDict, plan: parallel.Plan, workdir: epath.Path, say: Say) -> runs.Run:
-    run = runs.build(config, finish.open_source(config), plan)
+    run = runs.build(config, open_source(config), plan)
     generate.check_settings(config.sample, run.model)
     return run
 
@@ -312,7 +313,7 @@ def _batches(run: runs.Run) -> data.Batches:
     )
 
 
-DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=finish.Evaluator)
+DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=Evaluator)
 
 
 @contextmanager

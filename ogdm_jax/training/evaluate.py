@@ -1,0 +1,252 @@
+"""How far a model's samples are from its data, measured while it trains and after it."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ogdm_jax import config as configs
+from ogdm_jax import models, places
+from ogdm_jax.config import require
+from ogdm_jax.data import Source, pictures
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
+from ogdm_jax.pixels import to_uint8
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.sampler import nfe
+from ogdm_jax.training import checkpoint, logs
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import state as states
+from ogdm_jax.training.workdir import TrainedModel, open_source
+from ogdm_jax.typing import PyTree
+
+Draw = Callable[[ConfigDict, Sequence[int], str], Iterable[np.ndarray]]
+SHOWN = 64  # images of an evaluation's samples.png
+
+
+def space_of(config: ConfigDict) -> FeatureSpace:
+    """The feature space in which a configuration measures distances."""
+    settings = config.evaluate
+    return feature_space(settings.features or config.data.source, settings.get("weights") or None)
+
+
+def references(source: Source) -> np.ndarray:
+    """uint8 images that samples are compared with: all of a source, at most 50,000 of them."""
+    return source.take(np.arange(min(len(source), 50_000)))["image"]
+
+
+def distance(config: ConfigDict, samples: np.ndarray) -> dict[str, Any]:
+    """The distance report of uint8 samples [n,h,w,c] against the data of a configuration."""
+    return distance_report(space_of(config), samples, references(open_source(config)))
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Raises ConfigError for a schedule without a feature space, or one whose weights are not
+    there.
+    """
+    settings = config.evaluate
+    every = configs.duration(settings.every, config.data.batch, "config.evaluate.every")
+    require(
+        not every or settings.features,
+        "evaluate.every",
+        settings.every,
+        "'0 steps' while evaluate.features is ''",
+    )
+    require(settings.keep_best >= 0, "evaluate.keep_best", settings.keep_best, "at least 0")
+    require(settings.num >= 0, "evaluate.num", settings.num, "at least 0")
+    if settings.features == "inception":
+        found = places.local(settings.weights, "config.evaluate.weights").is_file()
+        require(found, "evaluate.weights", settings.weights, "the weights file of Inception")
+
+
+class Evaluator:
+    """Samples from the moving average and measures how far they are from the data.
+
+    What stays the same is made once: the compiled sampler, the feature space, the features of the
+    data. All processes sample their share of the seeds; the lead process measures, and all get its
+    report. An image depends on its seed alone, so all evaluations of a run see the same noise.
+
+    What another kind of run samples with (DG's discriminator guides its prior) are the four
+    properties and methods `_model`, `_churn`, `_weights` and `_guidance`.
+    """
+
+    def __init__(self, run: runs.Run, workdir: epath.Path):
+        self.run, self._workdir, self._sampler = run, workdir, None
+
+    def __call__(self, state: states.TrainState) -> dict[str, Any]:
+        """The distance report with the step and the sampler. Every process of the run has to call
+        it.
+
+        Writes workdir/samples.png and, as evaluation.json, the report.
+        """
+        return self._write(*self._measure(state))
+
+    @property
+    def _model(self) -> models.Model:
+        return self.run.model
+
+    @property
+    def _churn(self) -> Any:
+        return None
+
+    def _weights(self, state: states.TrainState) -> tuple[PyTree, PyTree]:
+        return self.run.plan.local_copy(state.ema), self.run.plan.local_copy(state.buffers)
+
+    def _guidance(self, state: states.TrainState) -> tuple[slots.Guidance, ...]:
+        return ()
+
+    @functools.cached_property
+    def _space(self) -> FeatureSpace:
+        return space_of(self.run.config)
+
+    @functools.cached_property
+    def _reference(self) -> np.ndarray:
+        """The data's features [n, dim]."""
+        return self._space(references(self.run.source))
+
+    def _measure(self, state: states.TrainState) -> tuple[dict[str, Any], np.ndarray]:
+        """(report, the first images) in every process of the run, which all have to call it;
+        nothing is written.
+        """
+        images = self._samples(state)
+        shown = images[:SHOWN].copy()  # not a view that keeps all of them
+        report = self._report(images, int(state.step)) if jax.process_index() == 0 else {}
+        if jax.process_count() == 1:
+            return report, shown
+        text = np.zeros(1 << 14, np.uint8)
+        encoded = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        text[: len(encoded)] = encoded
+        text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+        return json.loads(text.tobytes().rstrip(b"\0")), shown
+
+    def _write(self, report: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
+        """The report, which the lead process writes beside its images."""
+        if jax.process_index() == 0:
+            pictures.save_png(self._workdir / "samples.png", pictures.sheet(images, columns=8))
+            with places.written(self._workdir / "evaluation.json") as new:
+                new.write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+    def _report(self, images: np.ndarray, step: int) -> dict[str, Any]:
+        settings = self.run.config.sample
+        report = {"step": step} | distance_report(self._space, images, self._reference)
+        return report | sampler_words(settings)
+
+    def _samples(self, state: states.TrainState) -> np.ndarray:
+        """uint8 images of seeds 0 to num - 1, in every process of the run."""
+        index, count = jax.process_index(), jax.process_count()
+        num = self.run.config.evaluate.num or len(self.run.source)
+        mine = np.resize(np.arange(num)[index::count], -(-num // count))  # as many in every process
+        images = np.concatenate([to_uint8(part) for part in self._draw(state, mine)])
+        if count == 1:
+            return images
+        everything = np.asarray(multihost_utils.process_allgather(images))  # [processes, share,...]
+        return everything.swapaxes(0, 1).reshape(-1, *images.shape[1:])[:num]
+
+    def _draw(self, state: states.TrainState, seeds: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields this process's images of the seeds, from its own devices."""
+        devices = self.run.plan.local_devices
+        mesh = Mesh(np.asarray(devices), ("images",))
+        whole = NamedSharding(mesh, PartitionSpec())
+        rows = NamedSharding(mesh, PartitionSpec("images"))
+        trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
+        params, buffers = jax.device_put(trees, whole)
+        guidance = [
+            dataclasses.replace(g, frozen=jax.device_put(g.frozen, whole))
+            for g in self._guidance(state)
+        ]
+        if self._sampler is None:
+            self._sampler = generate.sampler(
+                self._model, self.run.config.sample, devices, self._churn, guidance
+            )
+        compiled = self._sampler
+
+        def sampler(params, buffers, seeds, labels, frozen, given):
+            """Rows placed by hand: between processes jit places no host arrays on several
+            devices.
+            """
+            seeds, labels, given = jax.device_put((seeds, labels, given), rows)
+            return compiled(params, buffers, seeds, labels, frozen, given)
+
+        labels = generate.labels_for(seeds, self._model.label_dim, None)
+        batch = len(devices) * min(256, -(-len(seeds) // len(devices)))
+        return generate.generate(sampler, params, buffers, seeds, labels, batch, guidance)
+
+
+def sampler_words(settings: ConfigDict) -> dict[str, Any]:
+    """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance."""
+    evaluations = nfe(settings.solver, settings.steps)
+    return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
+
+
+def make_evaluation(
+    evaluator: Evaluator,
+    workdir: epath.Path,
+    saved: checkpoint.Checkpoints,
+    writer: logs.Writer,
+    tell: Callable[[str], None],
+) -> Callable[[states.TrainState], None]:
+    """What the loop calls to evaluate: it measures, logs, tells, and notes in `saved` which
+    checkpoint is the best. Without config.evaluate.features it does nothing.
+    """
+
+    def evaluate(state: states.TrainState) -> None:
+        if not evaluator.run.config.evaluate.features:
+            return
+        report = evaluator(state)
+        best = saved.record(report)
+        logged = {report["features"]: report["fd"]} | {
+            k: report[k] for k in ("floor", "n", "kid", "precision", "recall")
+        }
+        writer.write(report["step"], {f"evaluate/{name}": value for name, value in logged.items()})
+        tell(f"{_sentence(report, best)}\nsamples: {workdir / 'samples.png'}")
+
+    return evaluate
+
+
+def _sentence(report: dict[str, Any], best: bool) -> str:
+    """A report in one line."""
+    sentence = (
+        f"{report['features']} {report['fd']:.3f} (real against real {report['floor']:.3f}; "
+        f"n = {report['n']}, {report['solver']}, {report['nfe']} network evaluations)"
+    )
+    if not best:
+        sentence += ", not the best"
+    if "unguided" in report:
+        sentence += f"; weight {report['weight']:g}, unguided {report['unguided']:.3f}"
+    return sentence
+
+
+def measure_samplers(
+    trained: TrainedModel,
+    choices: Iterable[ConfigDict],
+    space: FeatureSpace,
+    reference: np.ndarray,
+    num: int,
+    draw: Draw,
+) -> list[dict[str, Any]]:
+    """The distance report of a model at each of several settings of the sampler.
+
+    Args:
+      trained: the model.
+      choices: settings, see `TrainedModel.settings`.
+      space: where distances are measured.
+      reference: features [n, dim] of the real images.
+      num: images of a distance, from the seeds 0 to num - 1.
+      draw: (settings, seeds, title) -> batches of uint8 images.
+    """
+    reports = []
+    for settings in choices:
+        title = f"{settings.solver} {settings.steps}"
+        values = [space(part) for part in draw(settings, range(num), title)]
+        report = distance_report(space, np.concatenate(values), reference)
+        reports.append({"step": trained.step} | sampler_words(settings) | report)
+    return reports
