@@ -186,7 +186,9 @@ def run_protocol(args: argparse.Namespace) -> dict[str, Any]:
     if args.out:
         places.writable(places.place(args.out, "--out"), "--out", file=True)
     trained = open_run(args)
-    settings = trained.settings(args.solver, args.steps, args.num, args.eta)
+    settings = trained.settings(
+        solver=args.solver, steps=args.steps, num=args.num, eta=args.eta
+    )
     churn = generate.parse_churn(args.churn, settings.solver)
     if args.reference.endswith(".npz") and is_statistics(args.reference):
         space = open_space(args, trained, None)
@@ -295,7 +297,7 @@ def measure(
             f"--steps: {args.steps!r} given; expected numbers such as 3,5,9,18"
         ) from None
     plans = [
-        trained.settings(solver, n) for solver in args.solvers.split(",") if solver for n in steps
+        trained.settings(solver=solver, steps=n) for solver in args.solvers.split(",") if solver for n in steps
     ]
     num = args.num or min(len(reference), MOST)
     reports = []
