@@ -1,5 +1,5 @@
-"""The report page: well-formed, self-contained, with number and floor beside every distance; charts
-at right places.
+"""The report page: well-formed, self-contained, with number and floor beside every distance; its
+charts show what they are told.
 """
 
 import io
@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from ogdm_jax.report import charts, html
+from ogdm_jax.report.findings import Findings, Nearest, Path
 
 pytestmark = pytest.mark.fast
 
 
-def findings(channels: int = 1, side: int = 8) -> html.Findings:
+def findings(channels: int = 1, side: int = 8) -> Findings:
     """A page's worth of made-up figures."""
     rng = np.random.default_rng(0)
 
@@ -75,7 +76,7 @@ def findings(channels: int = 1, side: int = 8) -> html.Findings:
         for n in (100, 200)
     ]
     path = rng.normal(size=(19, 2, side, side, channels)).clip(-1, 1)
-    return html.Findings(
+    return Findings(
         title="run <1>: ogdm on digits",
         facts=[("network", "12,345", "parameters")],
         distances=distances,
@@ -83,10 +84,10 @@ def findings(channels: int = 1, side: int = 8) -> html.Findings:
         best=100,
         samples=images(64),
         real=images(64),
-        made="heun, 18 steps, 35 network evaluations",
-        nearest=(images(8), images(8, 5), rng.uniform(1, 9, (8, 5))),
+        sampler="heun, 18 steps, 35 network evaluations",
+        nearest=Nearest(images(8), images(8, 5), rng.uniform(1, 9, (8, 5))),
         progress=[(n, html.png(images(1)[0])) for n in (50, 100)],
-        trajectory=(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1]),
+        path=Path(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1]),
         config={"data.source": "digits", "methods": ("ogdm",), "ema.rampup": 0.05},
     )
 
@@ -128,9 +129,8 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
     page = html.page(findings(channels, side))
     elements, words = parsed(page)
     tags = [tag for tag, _ in elements]
-    assert (
-        "script" not in tags and "link" not in tags and "@import" not in page and "url(" not in page
-    )
+    assert "script" not in tags and "link" not in tags and "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
     for tag, attributes in elements:
         assert "href" not in attributes and not any(name.startswith("on") for name in attributes)
         if tag == "img":
@@ -156,34 +156,47 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
     )  # grids, neighbours, states and denoised, progress
 
 
+def rows(page: str) -> list[list[str]]:
+    """The cells of every row of the first table."""
+    table = page[page.index("<table>") : page.index("</table>")]
+    return [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table)][1:]
+
+
 def test_every_distance_has_its_number_and_floor():
-    elements, words = parsed(html.distances(findings().distances))
-    rows = [
-        row
-        for row in re.findall("<tr>(.*?)</tr>", html.distances(findings().distances))
-        if "<td>" in row
-    ]
-    cells = [re.findall("<td>(.*?)</td>", row) for row in rows]
-    assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4 and [c[2] for c in cells[4:]] == [
-        "5",
-        "9",
-        "17",
-        "35",
-    ]
+    page = html.page(findings())
+    cells = rows(page)
+    assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4
+    assert [c[2] for c in cells[4:]] == ["5", "9", "17", "35"]
     assert all(c[3] == "898" and c[5] == "2.9" and c[8] == c[9] == "1,797" for c in cells)
     assert all(c[10] == "0.1 (0)" and c[11] == "0.8 (0.9)" and c[14] == "0.6 (–)" for c in cells)
-    assert "real against real, n = 898" in words and "euler: 100 at 3" in words and "fd_x" in words
-    assert any("dashed" in attributes.get("class", "") for _, attributes in elements)
+    chart = charts.svg(charts.distance_chart(findings().distances))
+    for text in ("fd_x", "euler", "heun", "real against real, n = 898", "stroke-dasharray"):
+        assert text in chart
 
 
 def test_what_is_not_there_is_left_out():
-    page = html.page(html.Findings("empty"))
+    page = html.page(Findings("empty"))
     assert "<section" not in page and "<details" not in page and parsed(page)
-    assert (
-        html.distances([]) == "" and html.curves([]) == "" and charts.line_chart([], "x", "y") == ""
-    )
-    nothing = charts.Line("a", [1.0, 2.0], [float("nan"), -1.0])
-    assert charts.line_chart([nothing], "x", "y", log_y=True) == ""
+    assert charts.training_charts([]) == [] and drawn([]) == ""
+    assert drawn([charts.Line("a", [1.0, 2.0], [float("nan"), -1.0])], log_y=True) == ""
+
+
+def test_training_charts_name_what_they_show():
+    shown = charts.training_charts(findings().metrics)
+    assert [chart.title for chart in shown] == [
+        "fd_x",
+        "loss",
+        "loss/denoise",
+        "loss/ogdm",
+        "gradient norm",
+        "learning rate",
+        "images per second",
+        "ogdm/r1",
+        "ogdm/accuracy",
+    ]
+    assert [line.name for line in shown[0].lines] == ["samples", "real against real"]
+    assert shown[0].lines[0].x == [6.4, 12.8] and shown[0].x_label == "thousand images seen"
+    assert len(shown[3].lines[0].y) == 19  # one of the 20 was no number
 
 
 def test_pictures_come_back_from_the_page():
@@ -193,25 +206,20 @@ def test_pictures_come_back_from_the_page():
             np.testing.assert_array_equal(np.asarray(file).reshape(picture.shape), picture)
 
 
-def test_points_lie_where_the_axes_say():
-    """On a log axis equal ratios are equal distances; ticks and points share the map; everything is
-    inside.
-    """
-    x, y = [1, 10, 100], [1000, 10, 0.1]
-    svg = charts.line_chart([charts.Line("a", x, y)], "n", "d", log_x=True, log_y=True)
-    points = [
-        (float(a), float(b))
-        for a, b in re.findall('<circle class="dot c0" cx="(.*?)" cy="(.*?)"', svg)[-3:]
-    ]
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert (
-        x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-        and y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
-        and y2 > y0
+def drawn(lines: list[charts.Line], **more) -> str:
+    return charts.svg(charts.Chart("d", "n & m", lines, **more))
+
+
+def test_a_chart_takes_its_colours_from_the_page_and_loads_nothing():
+    lines = [charts.Line(name, [1, 10, 100], [1000, 10, 0.1]) for name in "abcde"]
+    picture = drawn(lines, log_x=True, log_y=True, markers=True)
+    elements, words = parsed(picture)
+    assert all(f"var(--s{i})" in picture for i in range(4)) and "http" not in picture
+    assert not re.findall("#[0-9a-f]{6};", picture)
+    assert {"a", "e", "d", "n & m", "0.1", "1,000", "100"} <= set(words.split("  ")) | set(
+        re.findall(">([^<>]+)</text>", picture.replace("&amp;", "&"))
     )
-    assert 0 < x0 and x2 < charts.LARGE[0] and 0 < y0 and y2 < charts.LARGE[1]
-    tick = re.search(r'<text x="([\d.]+)" y="266" text-anchor="middle">10</text>', svg)
-    assert float(tick.group(1)) == pytest.approx(x1, abs=0.2)
+    assert elements[0][1]["aria-label"] == "d against n & m"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +229,7 @@ def test_points_lie_where_the_axes_say():
         (0.3, 0.72, False, [0.3, 0.4, 0.5, 0.6, 0.7]),
         (1, 1000, True, [1, 10, 100, 1000]),
         (3, 40, True, [3, 10, 30]),
+        (3, 5, True, [3, 3.5, 4, 4.5, 5]),
         (-1, 1, False, [-1, -0.5, 0, 0.5, 1]),
     ],
 )
@@ -246,21 +255,14 @@ def test_numbers_for_people(value, text):
 
 def test_one_point_and_constant_curves_are_drawn():
     for line in (charts.Line("a", [5], [3.0]), charts.Line("a", [1, 2], [0.0, 0.0])):
-        assert "NaN" not in (svg := charts.line_chart([line], "x", "y")) and svg.count(
-            "<circle"
-        ) == len(line.x)
-    assert (
-        "nan"
-        not in charts.line_chart(
-            [charts.Line("a", [1, 2], [7.0, 7.0])], "x", "y", log_y=True
-        ).lower()
-    )
+        assert "var(--s0)" in drawn([line], markers=True)
+    flat = drawn([charts.Line("a", [1, 2], [7.0, 7.0])], log_y=True)
+    assert "nan" not in flat.lower() and "var(--s0)" in flat
 
 
 def test_a_floor_known_once_is_a_line_across_the_chart():
     both = [charts.Line("samples", [5], [9.0]), charts.Line("floor", [5], [3.0], dashed=True)]
-    last = re.findall(
-        r'<path class="dashed" d="M([\d.]+) ([\d.]+)H([\d.]+)">', charts.line_chart(both, "x", "y")
-    )[-1]
-    left, height, right = map(float, last)
-    assert right - left > charts.LARGE[0] / 2 and 0 < height < charts.LARGE[1]
+    dashed = re.findall(r'd="M ([\d.]+) ([\d.]+) \s*L ([\d.]+) ([\d.]+)[^>]*dasharray', drawn(both))
+    left, height, right, same = map(float, dashed[0])
+    width, tall = (72 * side for side in charts.SMALL)
+    assert right - left > width / 2 and height == same and 0 < height < tall

@@ -1,1 +1,1 @@
-"""A training folder as one HTML page."""
+"""The report of a training folder: findings collects what is measured, html renders the page."""

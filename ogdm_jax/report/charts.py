@@ -1,21 +1,57 @@
-"""Line charts as inline SVG: colours from the page's style sheet, light and dark; a title on every
-point; no script.
+"""Line charts as SVG for the page, drawn by matplotlib; the colours come from the page's style.
+
+matplotlib writes one fixed colour into a figure, a page is light or dark: each colour below stands
+for a variable of the style sheet and is replaced by it. Text stays text, in the page's size.
 """
 
 import dataclasses
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-LARGE, SMALL = (480, 290), (310, 200)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
-_MARKERS = (
-    '<circle class="{c}" cx="{x}" cy="{y}" r="{r}">',
-    '<rect class="{c}" x="{a}" y="{b}" width="{d}" height="{d}">',
-    '<path class="{c}" d="M{x} {t}L{u} {v}L{a} {v}Z">',
-    '<path class="{c}" d="M{x} {t}L{u} {y}L{x} {v}L{a} {y}Z">',
-)
-COLOURS = len(_MARKERS)
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+LARGE, SMALL = (6.6, 4.0), (4.2, 2.7)  # inches of 72 units; a letter has 9 to 10 of them
+COLOURS = {
+    "#1f5fbf": "var(--s0)",
+    "#b9500b": "var(--s1)",
+    "#1a7a4a": "var(--s2)",
+    "#7a45b8": "var(--s3)",
+    "#5a616b": "var(--soft)",
+    "#e3e4e0": "var(--rule)",
+    "#1b1d21": "var(--ink)",
+}
+_LINES, (_SOFT, _RULE, _INK) = list(COLOURS)[:4], list(COLOURS)[4:]
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ogdm_jax",
+    "font.size": 9,
+    "axes.edgecolor": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": _SOFT,
+}
+_MARKERS = "os^D"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +64,19 @@ class Line:
     dashed: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Curves over one axis; `title` says what y is."""
+
+    title: str
+    x_label: str
+    lines: Sequence[Line]
+    log_x: bool = False
+    log_y: bool = False
+    markers: bool = False
+    size: tuple[float, float] = SMALL
+
+
 def nice(value: float) -> str:
     """A number for people: 4 significant digits, no 1e+00 forms between 0.001 and a million."""
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
@@ -38,154 +87,154 @@ def nice(value: float) -> str:
     return f"{value:.4g}"
 
 
-def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers between low and high: 1-2-5 steps, or on a log axis 1-2-5 (or powers of ten)
-    themselves.
+def svg(chart: Chart) -> str:
+    """The chart as an <svg> element, or "" where there is nothing to draw.
+
+    Points that are not finite, or not positive on a log axis, are left out.
     """
-    if log:
+    drawn = [(line, points) for line in chart.lines if len(points := _points(line, chart))]
+    if not drawn:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=chart.size, layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.subplots()
+        axes.patch.set_visible(False)
+        scales = {True: "log", False: "linear"}
+        axes.set(xlabel=chart.x_label, xscale=scales[chart.log_x], yscale=scales[chart.log_y])
+        axes.set_title(chart.title, loc="left", fontweight="bold")
+        number = 0
+        for line, points in drawn:
+            if line.dashed:
+                _draw_reference(axes, line, points)
+                continue
+            axes.plot(
+                *points.T,
+                color=_LINES[number % len(_LINES)],
+                label=line.name,
+                marker=_MARKERS[number % len(_MARKERS)] if chart.markers else None,
+                markersize=5,
+                clip_on=False,
+            )
+            number += 1
+        _set_ticks(axes.xaxis, chart.log_x)
+        _set_ticks(axes.yaxis, chart.log_y)
+        if len(drawn) > 1:
+            figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.2)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format")))
+    return _for_the_page(file.getvalue(), f"{chart.title} against {chart.x_label}")
+
+
+def _points(line: Line, chart: Chart) -> np.ndarray:
+    """The points that can be drawn [n, 2]."""
+    points = np.array([line.x, line.y], np.float64).T
+    low = [0.0 if log else -math.inf for log in (chart.log_x, chart.log_y)]
+    return points[np.isfinite(points).all(1) & (points > low).all(1)]
+
+
+def _draw_reference(axes: Any, line: Line, points: np.ndarray) -> None:
+    """A dashed curve; of one value only, a line across the chart."""
+    how = {"color": _SOFT, "linestyle": (0, (5, 4)), "linewidth": 1.2, "label": line.name}
+    if len(np.unique(points[:, 0])) == 1:
+        axes.axhline(points[0, 1], **how)
+    else:
+        axes.plot(*points.T, **how)
+
+
+def _set_ticks(axis: Axis, log: bool) -> None:
+    """Puts about five ticks at round numbers of an axis."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(FixedLocator(ticks(low, high, log)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: nice(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ticks(low: float, high: float, log: bool) -> list[float]:
+    """Round numbers between low and high, both included.
+
+    On a log axis of about a decade and more they are 1, 2 or 3, and 5 times powers of ten; else
+    they are equal steps of 1, 2 or 5.
+    """
+    if log and high > 8 * low:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = []
         for digits in ((1,), (1, 3), (1, 2, 5)):
-            found = [
-                v
-                for d in decades
-                for m in digits
-                if low * 0.999 <= (v := m * 10.0**d) <= high * 1.001
-            ]
+            values = [d * 10.0**n for n in decades for d in digits]
+            found = [v for v in values if low <= v <= high]
             if len(found) >= 3:
                 break
         return found[:: max(1, math.ceil(len(found) / 6))]
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
-class _Axis:
-    """Numbers to pixels, with a little room at the ends."""
-
-    def __init__(
-        self, values: Sequence[float], start: float, end: float, log: bool, room: float = 0.05
-    ):
-        self.log = log
-        low, high = min(values), max(values)
-        if low == high:
-            low, high = (
-                (low / 2, high * 2)
-                if log
-                else (low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1))
-            )
-        a, b = (math.log10(low), math.log10(high)) if log else (low, high)
-        a, b = a - room * (b - a), b + room * (b - a)
-        if not log and low >= 0 > a:
-            a = 0.0
-        self._map = lambda t: start + (t - a) / (b - a) * (end - start)
-        self.ticks = ticks(10**a, 10**b, True) if log else ticks(a, b, False)
-
-    def __call__(self, value: float) -> float:
-        return round(self._map(math.log10(value) if self.log else value), 1)
+def _for_the_page(text: str, label: str) -> str:
+    """A file of matplotlib as an element of a page: no addresses, the page's colours."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", text)
+    for colour, variable in COLOURS.items():
+        text = text.replace(colour, variable)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip()
 
 
-def line_chart(
-    lines: Sequence[Line],
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
-    markers: bool = True,
-    size: tuple[int, int] = LARGE,
-) -> str:
-    """An <svg> with a legend above it where there are several lines; "" where there is nothing to
-    draw.
+def distance_chart(reports: Sequence[Mapping[str, Any]]) -> Chart:
+    """Distance against network evaluations: one curve a solver, the floor of each n dashed.
 
-    Points that are not finite, or not positive on a log axis, are left out. size: in units of which
-    a letter has 11.5.
+    Args:
+      reports: one or more of metrics.distance_report, with solver, steps and nfe.
     """
-    width, height = size
-    drawn = []
-    for line in lines:
-        points = [
-            (float(x), float(y))
-            for x, y in zip(line.x, line.y, strict=True)
-            if math.isfinite(x)
-            and math.isfinite(y)
-            and (x > 0 or not log_x)
-            and (y > 0 or not log_y)
-        ]
-        if points:
-            drawn.append((line, points))
-    if not drawn:
-        return ""
-    horizontal = _Axis(
-        [x for _, points in drawn for x, _ in points], _LEFT, width - _RIGHT, log_x, 0.03
-    )
-    vertical = _Axis([y for _, points in drawn for _, y in points], height - _BOTTOM, _TOP, log_y)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{y_label} against {x_label}")}">'
-    ]
-    for value in vertical.ticks:
-        y = vertical(value)
-        parts.append(f'<path class="rule" d="M{_LEFT} {y}H{width - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{nice(value)}</text>')
-    for value in horizontal.ticks:
-        x = horizontal(value)
-        parts.append(f'<path class="tick" d="M{x} {height - _BOTTOM}v4"/>')
-        parts.append(
-            f'<text x="{x}" y="{height - _BOTTOM + 16}" text-anchor="middle">{nice(value)}</text>'
-        )
-    parts.append(f'<path class="axis" d="M{_LEFT} {height - _BOTTOM}H{width - _RIGHT}"/>')
-    middle = (_LEFT + width - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    colour, legend = 0, []
-    for line, points in drawn:
-        path = "M" + "L".join(f"{horizontal(x)} {vertical(y)}" for x, y in points)
-        if (
-            line.dashed and len({x for x, _ in points}) == 1
-        ):  # a reference known once: a line to compare with
-            path = f"M{_LEFT} {vertical(points[0][1])}H{width - _RIGHT}"
-        if line.dashed:
-            kind, key = (
-                "dashed",
-                '<svg viewBox="0 0 18 10"><path class="dashed" d="M0 5H18"/></svg>',
-            )
-        else:
-            kind = f"c{colour % COLOURS}"
-            key = f'<svg viewBox="0 0 18 10"><path class="line {kind}" d="M0 5H18"/>'
-            key += (_marker(colour, 9, 5, kind) + "</svg>") if markers else "</svg>"
-        title = escape(line.name)
-        style = kind if line.dashed else f"line {kind}"
-        parts.append(f'<path class="{style}" d="{path}"><title>{title}</title></path>')
-        if not line.dashed:
-            for x, y in points if markers else ():
-                told = f"{title}: {nice(y)} at {nice(x)}"
-                parts.append(_marker(colour, horizontal(x), vertical(y), kind, told))
-            colour += 1
-        legend.append(f"<span>{key}{title}</span>")
-    parts.append("</svg>")
-    heading = (
-        "<div "
-        f'class="legend"><b>{escape(y_label)}</b>{"".join(legend) if len(drawn) > 1 else ""}</div>'
-    )
-    return f'<div class="chart">{heading}{"".join(parts)}</div>'
+    lines = []
+    for solver in dict.fromkeys(report["solver"] for report in reports):
+        of_solver = sorted((r for r in reports if r["solver"] == solver), key=lambda r: r["nfe"])
+        lines.append(Line(solver, [r["nfe"] for r in of_solver], [r["fd"] for r in of_solver]))
+    evaluations = [report["nfe"] for report in reports]
+    for n in sorted({report["n"] for report in reports}):
+        floor = float(np.mean([r["floor"] for r in reports if r["n"] == n]))
+        ends = [min(evaluations), max(evaluations)]
+        lines.append(Line(f"real against real, n = {n:,}", ends, [floor] * 2, dashed=True))
+    label = "network evaluations an image"
+    return Chart(reports[0]["features"], label, lines, True, True, markers=True, size=LARGE)
 
 
-def _marker(index: int, x: float, y: float, kind: str, title: str = "") -> str:
-    r = 3.5
-    places = {
-        "x": x,
-        "y": y,
-        "r": r,
-        "d": 2 * r,
-        "a": x - r,
-        "b": y - r,
-        "t": y - r,
-        "u": x + r,
-        "v": y + r,
-    }
-    shape = _MARKERS[index % len(_MARKERS)].format(
-        c=f"dot {kind}", **{k: round(v, 1) for k, v in places.items()}
-    )
-    tag = shape[1 : shape.index(" ")]
-    return f"{shape}<title>{title}</title></{tag}>" if title else f"{shape}</{tag}>"
+_NAMES = {
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "images_per_second": "images per second",
+}
+_NOT_SHOWN, _OTHERS = ("step", "kimg", "grad_nonfinite"), ("loss/", "evaluate/")
+
+
+def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Small charts of what training logged, over thousands of images.
+
+    Args:
+      metrics: the lines of metrics.jsonl.
+
+    Returns:
+      Evaluations with their floor, then losses, then the rest.
+    """
+    images = {line["step"]: line["kimg"] for line in metrics if "kimg" in line}
+    label = "thousand images seen" if images else "steps"
+
+    def curve(name: str, title: str, dashed: bool = False) -> Line:
+        points = {m["step"]: m[name] for m in metrics if name in m and not isinstance(m[name], str)}
+        x = [images.get(step, step) for step in points]
+        return Line(title, x, list(points.values()), dashed)
+
+    names = [n for n in dict.fromkeys(n for m in metrics for n in m) if n not in _NOT_SHOWN]
+    distances = [name for name in names if name.startswith(("evaluate/fd", "evaluate/fid"))]
+    parts = [name for name in names if name.startswith("loss/")]
+    losses = [name for name in names if name == "loss"]
+    losses += parts if len(parts) > 1 else []  # a single part is the whole
+    rest = [name for name in names if name != "loss" and not name.startswith(_OTHERS)]
+    charts = []
+    for name in distances:
+        lines = [curve(name, "samples"), curve("evaluate/floor", "real against real", dashed=True)]
+        charts.append(Chart(name.partition("/")[2], label, lines, log_y=True, markers=True))
+    for name in [*losses, *sorted(rest, key=lambda name: "/" in name)]:
+        charts.append(Chart(_NAMES.get(name, name), label, [curve(name, name)]))
+    return charts

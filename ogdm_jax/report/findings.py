@@ -1,0 +1,226 @@
+"""What the report of a training folder shows, collected as plain data; html.py renders it."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ogdm_jax import config as configs
+from ogdm_jax import models, places, randomness
+from ogdm_jax.metrics.features import FeatureSpace
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.sampler import nfe, sample
+from ogdm_jax.training import checkpoint
+from ogdm_jax.training.workdir import TrainedModel
+from ogdm_jax.typing import Array, PyTree
+
+SHOWN = 64  # images of the grid
+TRACED = 3  # seeds of the trajectories
+COMPARED, NEIGHBOURS = 8, 5  # samples, and the nearest images of each
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """Samples [k,h,w,c], the closest real images [k,m,h,w,c] and their distances [k,m]."""
+
+    samples: np.ndarray
+    real: np.ndarray
+    distances: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A sampler's way: sigmas [N+1], states [N+1,b,h,w,c] in about [-1, 1], x0_hats [N,b,h,w,c]."""
+
+    sigmas: np.ndarray
+    states: np.ndarray
+    x0_hats: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a report shows; what is None or empty is left out of the page.
+
+    Attributes:
+      title: of the page.
+      facts: (name, value, note) of the tiles.
+      distances: reports of metrics.distance_report with solver, steps and nfe.
+      metrics: the lines of metrics.jsonl.
+      best: the step whose evaluation in training found the smallest distance.
+      samples: uint8 [n,h,w,c].
+      real: uint8 [n,h,w,c].
+      sampler: how the samples were made, in words.
+      nearest: the closest training images in the feature space.
+      progress: (step, PNG bytes) of grids that training wrote.
+      path: the way of some samples from noise to image.
+      config: {"group.key": value}.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str, str]] = ()
+    distances: Sequence[Mapping[str, Any]] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
+    best: int | None = None
+    samples: np.ndarray | None = None
+    real: np.ndarray | None = None
+    sampler: str = ""
+    nearest: Nearest | None = None
+    progress: Sequence[tuple[int, bytes]] = ()
+    path: Path | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def collect(
+    trained: TrainedModel,
+    workdir: str,
+    samples: np.ndarray,
+    real: np.ndarray,
+    space: FeatureSpace,
+    features: np.ndarray,
+    distances: Sequence[Mapping[str, Any]],
+) -> Findings:
+    """The findings of a training folder.
+
+    Args:
+      trained: its model.
+      workdir: the folder.
+      samples: uint8 images of the seeds from 0, at least COMPARED of them.
+      real: uint8 images of the data.
+      space: where distances are measured.
+      features: of `real` [n, dim].
+      distances: reports, see `Findings`.
+    """
+    settings, config = trained.settings(), trained.config
+    evaluated = checkpoint.ranked(checkpoint.evaluations(workdir), checkpoint.complete(workdir))
+    evaluations = nfe(settings.solver, settings.steps)
+    methods = " + ".join(config.methods) or "plain"
+    return Findings(
+        title=f"{_name(workdir)}: {methods} on {config.data.source}",
+        facts=facts(trained, settings),
+        distances=distances,
+        metrics=read_metrics(workdir),
+        best=evaluated[0] if evaluated else None,
+        samples=samples,
+        real=real[np.random.default_rng(0).permutation(len(real))[:SHOWN]],
+        sampler=f"{settings.solver}, {settings.steps} steps, {evaluations} network evaluations",
+        nearest=nearest(space, samples[:COMPARED], real, features),
+        progress=read_progress(workdir),
+        path=trace(trained, settings, np.arange(TRACED)),
+        config=configs.flatten(config),
+    )
+
+
+def _name(workdir: str) -> str:
+    """The name of a folder, of "." too."""
+    local = places.is_local(workdir)
+    return pathlib.Path(workdir).resolve().name if local else places.place(workdir).name
+
+
+def facts(trained: TrainedModel, settings: ConfigDict) -> list[tuple[str, str, str]]:
+    """(name, value, note) of the checkpoint, the network and the sampler."""
+    seen = trained.step * trained.config.data.batch
+    height, width, channels = trained.model.image_shape
+    classes = f"{trained.model.label_dim} classes" if trained.model.label_dim else "no labels"
+    count = models.parameter_count(trained.params)
+    evaluations = f"{nfe(settings.solver, settings.steps)} evaluations an image"
+    return [
+        ("checkpoint", f"step {trained.step:,}", f"{seen:,} images seen"),
+        ("network", f"{count:,}", f"parameters; {height} x {width} x {channels}, {classes}"),
+        ("sampler", f"{settings.solver}, {settings.steps}", evaluations),
+    ]
+
+
+def nearest(
+    space: FeatureSpace, samples: np.ndarray, real: np.ndarray, features: np.ndarray
+) -> Nearest:
+    """The real images that are closest to each sample in a feature space.
+
+    Args:
+      space: where distances are measured.
+      samples: uint8 [k,h,w,c].
+      real: uint8 [n,h,w,c].
+      features: of `real` [n, dim].
+    """
+    values = space(samples).astype(np.float64)
+    far = np.stack([np.linalg.norm(features - row[None], axis=1) for row in values])
+    rows = np.argsort(far, axis=1)[:, :NEIGHBOURS]
+    return Nearest(samples, real[rows], np.take_along_axis(far, rows, axis=1))
+
+
+def trace(trained: TrainedModel, settings: ConfigDict, seeds: np.ndarray) -> Path:
+    """The way of these seeds' images; states are scaled to the spread of clean images."""
+    labels = generate.labels_for(seeds, trained.model.label_dim, None)
+    sigmas = generate.noise_levels(trained.model, settings)
+
+    @jax.jit
+    def run(params: PyTree, buffers: PyTree, seeds: Array, labels: Array | None) -> PyTree:
+        keys = generate.seed_keys(seeds)
+        latents = randomness.normal(
+            randomness.fold_in_each(keys, "latent"), trained.model.image_shape
+        )
+        denoise = trained.model.denoiser(params, buffers)
+        key = randomness.fold_in_each(keys, "steps")
+        more = {"label": labels, "eta": settings.eta, "trajectory": True}
+        return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
+
+    seeds = np.asarray(seeds, np.uint32)
+    path = jax.device_get(run(trained.params, trained.buffers, seeds, labels))
+    clean = trained.config.precondition.sigma_data
+    scale = clean / np.sqrt(sigmas**2 + clean**2)
+    return Path(sigmas, path.states * scale[:, None, None, None, None], path.x0_hats)
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole.
+
+    A killed run cuts its last line short, and the first line of the next run may hang on it.
+    """
+    path, found = places.place(workdir) / "metrics.jsonl", []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "step" in line]
+
+
+def read_progress(workdir: str, most: int = 4) -> list[tuple[int, bytes]]:
+    """(step, PNG bytes) of at most so many grids that training wrote, even over the steps."""
+    folder = places.place(workdir) / "samples"
+    paths = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+    if not paths:
+        return []
+    chosen = np.linspace(0, len(paths) - 1, min(len(paths), most)).round().astype(int)
+    return [(int(paths[i].stem), paths[i].read_bytes()) for i in np.unique(chosen)]
+
+
+_TEXTS = ("features", "solver")
+_NUMBERS = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
+_NUMBERS += ("n_samples", "n_reference")
+
+
+def read_distances(path: str) -> list[dict[str, Any]]:
+    """A file of distances as `ogdm report` writes it.
+
+    Raises:
+      ValueError: it is missing, or another file.
+    """
+    known = "expected distances.json, which report writes into the training folder"
+    try:
+        reports = json.loads(places.place(path, "--distances").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--distances: {path} cannot be read ({type(error).__name__}); {known}"
+        ) from None
+    for report in reports if isinstance(reports, list) else [None]:
+        if not isinstance(report, dict):
+            raise ValueError(f"--distances: {path} is no list of distances; {known}")
+        for names, kind in ((_TEXTS, str), (_NUMBERS, float | int)):
+            wrong = next((name for name in names if not isinstance(report.get(name), kind)), None)
+            if wrong:
+                raise ValueError(f"--distances: {path} has no {wrong} of the right type; {known}")
+    return reports
