@@ -2,7 +2,7 @@
 
 import sys
 
-COMMANDS = ("data", "interop", "evaluation")
+COMMANDS = ("data", "interop", "evaluate", "report")
 
 
 def main() -> int | None:
@@ -15,6 +15,8 @@ def main() -> int | None:
         from ogdm_jax.cli.data import main as run
     elif command == "interop":
         from ogdm_jax.cli.interop import main as run
+    elif command == "report":
+        from ogdm_jax.cli.report import main as run
     else:
         from ogdm_jax.cli.evaluate import main as run
     return run()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ogdm_jax import startup
-from ogdm_jax.cli.evaluate import main, paired, source_name
+from ogdm_jax.cli.evaluate import main
 from ogdm_jax.data import open_source
+from ogdm_jax.data.output import source_name
 from ogdm_jax.metrics import (
     Moments,
     Statistics,
@@ -15,6 +16,7 @@ from ogdm_jax.metrics import (
     save_statistics,
     statistics_report,
 )
+from ogdm_jax.metrics.protocol import paired
 from ogdm_jax.metrics.statistics import is_statistics
 
 pytestmark = pytest.mark.fast
@@ -105,7 +107,7 @@ def test_statistics_of_another_space_are_refused():
 def test_command_line_against_images_then_against_their_statistics(capsys, folder):
     stats, out = folder / "stats.npz", folder / "out" / "report.json"
     words = ("--samples", folder / "noisy.npz", "--reference", "digits")
-    report = _run(capsys, *words, "--save_statistics", stats, "--out", out)
+    report = _run(capsys, *words, "--save-statistics", stats, "--out", out)
     assert (
         report["features"] == "fd_digits" and report["n"] == 500 and report["n_reference"] == 1797
     )

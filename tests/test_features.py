@@ -9,8 +9,13 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ogdm_jax.data import open_source
-from ogdm_jax.metrics import distance_report, feature_space, frechet_distance, train_features
-from ogdm_jax.metrics import distances as metrics
+from ogdm_jax.metrics import (
+    Moments,
+    distance_report,
+    feature_space,
+    frechet_distance,
+    train_features,
+)
 from ogdm_jax.metrics.features import short_name
 
 pytestmark = pytest.mark.fast
@@ -30,7 +35,7 @@ def halves():
 
 
 def _distance(features, x, y):
-    moments = [metrics.Moments().update(features(images)).finalize() for images in (x, y)]
+    moments = [Moments().update(features(images)).finalize() for images in (x, y)]
     return frechet_distance(*moments[0], *moments[1])
 
 

@@ -143,7 +143,7 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
     words += [
         "--out",
         "gs://bucket/reports/report.json",
-        "--save_statistics",
+        "--save-statistics",
         "gs://bucket/reports/digits.npz",
     ]
     scoring.main([*words, "--k", "2"])

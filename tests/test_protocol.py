@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ogdm_jax import startup
-from ogdm_jax.cli import evaluation as commands
-from ogdm_jax.cli.evaluate import main
+from ogdm_jax.cli import evaluate, measuring, report
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
+from ogdm_jax.report import findings
 from ogdm_jax.training import loop
 from tests.support import tiny
 
@@ -145,13 +145,13 @@ def workdir(tmp_path_factory):
 def cheap(monkeypatch):
     """The test's process has its own settings, and pixels are features enough."""
     monkeypatch.setattr(startup, "prepare", lambda: None)
-    monkeypatch.setattr(commands, "open_space", lambda *_: Pixels())
+    monkeypatch.setattr(measuring, "open_model_space", lambda *_: Pixels())
 
 
 def test_protocol_command(workdir, capsys):
     out = workdir / "protocol.json"
     words = f"protocol --workdir {workdir} --num 40 --ranges 2 --first 8 --batch 8 --devices 1 --out {out}"
-    main(words.split())
+    assert evaluate.main(words.split()) == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert json.loads(out.read_text()) == result and "seeds 8-47: fd_pixels" in said.err
@@ -169,8 +169,8 @@ def test_protocol_command(workdir, capsys):
 
 
 def test_report_command(workdir, capsys):
-    words = f"report --workdir {workdir} --num 12 --solvers heun --steps 2 --batch 8 --devices 1"
-    main(words.split())
+    words = f"--workdir {workdir} --num 12 --solvers heun --steps 2 --batch 8 --devices 1"
+    assert report.main(words.split()) == 0
     assert "wrote" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
     titles = (
@@ -194,8 +194,8 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
     """
     lines = b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n{"step": 4}\n7\n{"step": 5, "\xc3'
     (tmp_path / "metrics.jsonl").write_bytes(lines)
-    assert [line["step"] for line in commands._metrics(str(tmp_path))] == [1, 4]
-    assert commands._metrics(str(tmp_path / "nothing")) == []
+    assert [line["step"] for line in findings.read_metrics(str(tmp_path))] == [1, 4]
+    assert findings.read_metrics(str(tmp_path / "nothing")) == []
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,9 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
         ("report --workdir WORK --steps 3,x", "--steps: '3,x' given"),
         ("report --workdir WORK --solvers magic --steps 2", "sample.solver"),
         ("report --workdir WORK --step best", "was evaluated"),
-        ("protocol --workdir WORK --step newest", "a number or best"),
-        ("protocol --workdir WORK --ranges 0", "--ranges"),
-        ("protocol --workdir nowhere", "holds no checkpoint"),
+        ("evaluate protocol --workdir WORK --step newest", "a number or best"),
+        ("evaluate protocol --workdir WORK --ranges 0", "--ranges"),
+        ("evaluate protocol --workdir nowhere", "holds no checkpoint"),
         (
             "report --workdir WORK --distances WORK/nothing.json",
             "nothing.json cannot be read (FileNotFoundError)",
@@ -227,7 +227,9 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
 )
 def test_commands_refuse_in_one_sentence(workdir, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
-        main(words.replace("WORK", str(workdir)).split())
+        command, _, rest = words.partition(" ")
+        run = {"report": report.main, "evaluate": evaluate.main}[command]
+        run(rest.replace("WORK", str(workdir)).split())
     error = capsys.readouterr().err.strip()
     assert (
         stop.value.code == 1

@@ -68,12 +68,6 @@ def write(
             report.save_png(path / f"img{seed:08d}.png", image)
 
 
-def weights_of(space: Any) -> dict[str, Any]:
-    """What a report says of a feature network's weights; nothing for a space without any."""
-    digest = getattr(space, "weights_sha256", "")
-    return {"weights_sha256": digest, "weights_verified": space.verified} if digest else {}
-
-
 def print_json(result: dict[str, Any], out: str | None) -> None:
     """Prints a result and, where a file is named, writes it there, too."""
     text = json.dumps(result, indent=1)

@@ -1,20 +1,25 @@
 """Distances between sets of feature vectors, and image fidelity, in float64 on the host.
 
 The functions take what any feature network returned (x, y [n, d]) and do not know which network it
-was; the name of the feature space belongs beside every number (evaluation.features). Images are [n,
-h, w, c] or [h, w, c].
+was; the name of the feature space belongs beside every number (features.py). Arrays may be of NumPy
+or JAX, of any type of number.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import threadpoolctl
+from jaxtyping import Float, Num
+from numpy.typing import ArrayLike
 from scipy.ndimage import correlate1d
 
 # rows of a distance matrix held at once (x 50,000 float64 = 1.6 GB); of a kernel matrix columns too
 _CHUNK = 4096
+Features = Num[ArrayLike, "n d"]
+Images = Num[ArrayLike, "*n h w c"]  # one image or n of them
 
 
 def _threads(work: float) -> contextlib.AbstractContextManager:
@@ -31,16 +36,16 @@ def _pools() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()  # looks through all loaded libraries: once
 
 
-def _features(x, name: str) -> np.ndarray:
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2:
-        raise ValueError(f"{name}: shape {x.shape}; expected [number of examples, features].")
-    if not np.isfinite(x).all():
+def _features(x: ArrayLike, name: str) -> np.ndarray:
+    array = np.asarray(x, np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"{name}: shape {array.shape}; expected [number of examples, features].")
+    if not np.isfinite(array).all():
         raise ValueError(f"{name}: contains NaN or infinity; expected finite features.")
-    return x
+    return array
 
 
-def _pair(x, y, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _pair(x: ArrayLike, y: ArrayLike, least: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = _features(x, "x"), _features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
@@ -59,41 +64,46 @@ class Moments:
     spread.
     """
 
-    def __init__(self, dim: int | None = None):
+    def __init__(self, dim: int = 0) -> None:
+        """Nothing seen yet; dim: features of a row, 0 to take it from the first batch."""
         self.count = 0
-        self.mean = None if dim is None else np.zeros(dim)
-        self._scatter = None if dim is None else np.zeros((dim, dim))
+        self.mean = np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))
 
-    def update(self, features) -> "Moments":
-        """Adds a batch [b, d]; returns self."""
-        features = _features(features, "features")
-        if len(features) == 0:
+    def update(self, features: Num[ArrayLike, "b d"]) -> Self:
+        """Adds a batch; returns self."""
+        batch = _features(features, "features")
+        if len(batch) == 0:
             return self
-        mean = features.mean(0)
-        centred = features - mean[None]
-        with _threads(features.size * len(mean)):
-            return self._add(len(features), mean, centred.T @ centred)
+        mean = batch.mean(0)
+        centred = batch - mean[None]
+        with _threads(batch.size * len(mean)):
+            return self._add(len(batch), mean, centred.T @ centred)
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: "Moments") -> Self:
         """Adds what another stream (another process, another device) has seen; returns self."""
         return self if other.count == 0 else self._add(other.count, other.mean, other._scatter)
 
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
-        if self.mean is None:
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> Self:
+        if self.count == 0 and len(self.mean) == 0:
             self.mean, self._scatter = np.zeros_like(mean), np.zeros_like(scatter)
         if self.mean.shape != mean.shape:
             raise ValueError(f"features: {len(mean)} a row; expected {len(self.mean)} as before.")
         total = self.count + count
-        shift = mean - self.mean
+        between = mean - self.mean
         self._scatter = (
-            self._scatter + scatter + np.outer(shift, shift) * (self.count * count / total)
+            self._scatter + scatter + np.outer(between, between) * (self.count * count / total)
         )
-        self.mean = self.mean + shift * (count / total)
+        self.mean = self.mean + between * (count / total)
         self.count = total
         return self
 
-    def finalize(self) -> tuple[np.ndarray, np.ndarray]:
-        """(mu [d], cov [d, d]) with the divisor n - 1, as EDM's fid.py and numpy.cov."""
+    def finalize(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+        """(mu, cov) with the divisor n - 1, as EDM's fid.py and numpy.cov.
+
+        Raises:
+          ValueError: fewer than two examples were seen.
+        """
         if self.count < 2:
             raise ValueError(
                 f"Moments: {self.count} examples seen; expected at least 2 for a covariance."
@@ -115,25 +125,28 @@ def _root(cov: np.ndarray, name: str) -> np.ndarray:
     return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
 
 
-def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): the squared Wasserstein-2 distance of two
-    Gaussians.
+def frechet_distance(
+    mu1: Num[ArrayLike, " d"],
+    cov1: Num[ArrayLike, "d d"],
+    mu2: Num[ArrayLike, " d"],
+    cov2: Num[ArrayLike, "d d"],
+) -> float:
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), squared Wasserstein-2 distance of Gaussians.
 
-    Source: Heusel et al., arXiv 1706.08500, eq. 6 (FID is this on Inception's pool3 features). mu
-    [d], cov [d, d].
+    Source: Heusel et al., arXiv 1706.08500, eq. 6 (FID is this on Inception's pool3 features).
 
     The official code takes scipy.linalg.sqrtm of the product, which is not symmetric, turns complex
     on rank-deficient covariances and needs a guard (adding 1e-6 to the diagonal). Here tr (C1
     C2)^(1/2) is the sum of singular values of R1 R2^T with C = R^T R from symmetric
     eigen-decompositions: real, never negative, no squaring, any rank. It agrees with the sqrtm
     route to 1e-6 wherever that one is well conditioned.
+
+    Raises:
+      ValueError: shapes that do not belong together, numbers that are not finite, or a covariance
+        with a negative eigenvalue.
     """
-    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
-    cov1, cov2 = (
-        np.atleast_2d(np.asarray(cov1, np.float64)),
-        np.atleast_2d(np.asarray(cov2, np.float64)),
-    )
-    mu1, mu2 = np.atleast_1d(mu1), np.atleast_1d(mu2)
+    mu1, mu2 = (np.atleast_1d(np.asarray(mu, np.float64)) for mu in (mu1, mu2))
+    cov1, cov2 = (np.atleast_2d(np.asarray(cov, np.float64)) for cov in (cov1, cov2))
     dim = len(mu1)
     if mu2.shape != (dim,) or cov1.shape != (dim, dim) or cov2.shape != (dim, dim):
         shapes = f"{mu1.shape}, {cov1.shape}, {mu2.shape}, {cov2.shape}"
@@ -151,9 +164,7 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
 
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    """Sum of the kernel over all pairs; of a set with itself, each pair of chunks is computed
-    once.
-    """
+    """Sum of the kernel over all pairs; pairs of chunks of a set with itself are computed once."""
     same, total = x is y, 0.0
     for i in range(0, len(x), _CHUNK):
         rows = x[i : i + _CHUNK]
@@ -169,12 +180,15 @@ def _kernel_diagonal(x: np.ndarray) -> float:
     return float(((np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3).sum())
 
 
-def kernel_distance(x, y) -> float:
-    """KID: the unbiased squared MMD with k(a, b) = (a . b / d + 1)^3. Source: Binkowski et al.,
-    arXiv 1801.01401.
+def kernel_distance(x: Features, y: Num[ArrayLike, "m d"]) -> float:
+    """KID, the unbiased squared MMD with k(a, b) = (a . b / d + 1)^3.
 
-    x [n, d], y [m, d]. Over all pairs (i != j within a set), so it does not depend on a random
-    choice of subsets; its expectation is 0 for equal laws and a single estimate may be negative.
+    Source: Binkowski et al., arXiv 1801.01401. Over all pairs (i != j within a set), so it does not
+    depend on a random choice of subsets; its expectation is 0 for equal distributions and a single
+    estimate may be negative.
+
+    Raises:
+      ValueError: fewer than two examples, or other numbers of features.
     """
     x, y = _pair(x, y, 2)
     with _threads((len(x) + len(y)) ** 2 * x.shape[1]):
@@ -185,10 +199,23 @@ def kernel_distance(x, y) -> float:
 
 
 def kernel_distance_subsets(
-    x, y, subsets: int = 100, size: int = 1000, seed: int = 0
+    x: Features,
+    y: Num[ArrayLike, "m d"],
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """(mean, standard deviation) of KID over random subsets without replacement: how papers usually
-    print it.
+    """(mean, standard deviation) of KID over random subsets, as papers usually print it.
+
+    Args:
+      x: features of one set.
+      y: features of the other.
+      subsets: how many are drawn.
+      size: examples of each, without replacement.
+      seed: of the draws.
+
+    Raises:
+      ValueError: a subset larger than a set.
     """
     x, y = _pair(x, y, 2)
     if not 2 <= size <= min(len(x), len(y)):
@@ -225,15 +252,17 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
     return radii
 
 
-def manifolds(x, y, k: int) -> dict[str, float]:
-    """{"precision", "recall", "density", "coverage"} of generated y [m, d] against real x [n, d],
-    from one pass.
+def manifolds(x: Features, y: Num[ArrayLike, "m d"], k: int) -> dict[str, float]:
+    """{"precision", "recall", "density", "coverage"} of generated y against real x, in one pass.
 
     precision = share of y within the ball of some x_i, whose radius is the distance to x_i's k-th
     neighbour in x (borders count); recall = the same with the sets exchanged. Source: Kynkaanniemi
     et al., arXiv 1904.06991, eq. 1-2. density = 1/(k m) * the number of pairs with y_j inside the
-    open ball of x_i (1 on average for equal laws, may exceed 1); coverage = share of the open balls
+    open ball of x_i (1 on average for equal distributions, may exceed 1); coverage = share of the open balls
     that hold some y_j. Source: Naeem et al., arXiv 2002.09797, eq. 3-4.
+
+    Raises:
+      ValueError: k neighbours are more than a set has, or other numbers of features.
     """
     x, y = _pair(x, y, 2)
     if not 1 <= k < min(len(x), len(y)):
@@ -245,46 +274,50 @@ def manifolds(x, y, k: int) -> dict[str, float]:
     # A copy of a training image lies exactly on spheres; this is how far the rounding of a matrix
     # product can move it.
     tie = 1e-12 * max(float((x**2).sum(1).max()), float((y**2).sum(1).max()))
-    in_real, in_fake, covered, pairs = (
-        np.zeros(len(y), bool),
-        np.zeros(len(x), bool),
-        np.zeros(len(x), bool),
-        0,
-    )
+    near_real = np.zeros(len(y), bool)
+    near_generated, covered, pairs = np.zeros(len(x), bool), np.zeros(len(x), bool), 0
     with _threads((len(x) + len(y)) ** 2 * x.shape[1]):
         x_radii, y_radii = _radii(x, k), _radii(y, k)
         for rows, distances in _squared_distances(x, y):
-            in_real |= (distances <= x_radii[rows, None] + tie).any(0)
-            in_fake[rows] = (distances <= y_radii[None] + tie).any(1)
+            near_real |= (distances <= x_radii[rows, None] + tie).any(0)
+            near_generated[rows] = (distances <= y_radii[None] + tie).any(1)
             inside = distances < x_radii[rows, None] - tie
             covered[rows] = inside.any(1)
             pairs += int(inside.sum())
     return {
-        "precision": float(in_real.mean()),
-        "recall": float(in_fake.mean()),
+        "precision": float(near_real.mean()),
+        "recall": float(near_generated.mean()),
         "density": pairs / (k * len(y)),
         "coverage": float(covered.mean()),
     }
 
 
-def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
-    """(precision, recall) of generated y [m, d] against real x [n, d]: see `manifolds`."""
+def precision_recall(x: Features, y: Num[ArrayLike, "m d"], k: int = 3) -> tuple[float, float]:
+    """(precision, recall) of generated y against real x, see `manifolds`."""
     found = manifolds(x, y, k)
     return found["precision"], found["recall"]
 
 
-def density_coverage(x, y, k: int = 5) -> tuple[float, float]:
-    """(density, coverage) of generated y [m, d] against real x [n, d]: see `manifolds`."""
+def density_coverage(x: Features, y: Num[ArrayLike, "m d"], k: int = 5) -> tuple[float, float]:
+    """(density, coverage) of generated y against real x, see `manifolds`."""
     found = manifolds(x, y, k)
     return found["density"], found["coverage"]
 
 
-def inception_score(probabilities, splits: int = 10) -> tuple[float, float]:
-    """(mean, standard deviation) over splits of exp E KL(p(y|x) || p(y)). Source: Salimans et al.,
-    arXiv 1606.03498.
+def inception_score(
+    probabilities: Num[ArrayLike, "n classes"], splits: int = 10
+) -> tuple[float, float]:
+    """(mean, standard deviation) over splits of exp E KL(p(y|x) || p(y)).
 
-    probabilities [n, classes], rows sum to 1. Each split keeps its own p(y); between 1 and the
-    number of classes.
+    Source: Salimans et al., arXiv 1606.03498. Each split has its own p(y); a score lies between 1
+    and the number of classes.
+
+    Args:
+      probabilities: of the classes, rows sum to 1.
+      splits: parts of the set.
+
+    Raises:
+      ValueError: rows that are no probabilities, or fewer of them than splits.
     """
     p = _features(probabilities, "probabilities")
     if p.min(initial=0) < 0 or np.abs(p.sum(1) - 1).max(initial=0) > 1e-3:
@@ -303,7 +336,7 @@ def inception_score(probabilities, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _images(a, b) -> tuple[np.ndarray, np.ndarray, bool]:
+def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray, bool]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim not in (3, 4):
         raise ValueError(
@@ -313,10 +346,16 @@ def _images(a, b) -> tuple[np.ndarray, np.ndarray, bool]:
     return (a, b, False) if a.ndim == 4 else (a[None], b[None], True)
 
 
-def psnr(a, b, data_range: float = 2.0) -> np.ndarray:
+def psnr(a: Images, b: Images, data_range: float = 2.0) -> Float[np.ndarray, "*n"]:
     """10 log10(range^2 / mean squared error) in dB, one number an image; infinite for equal images.
 
-    data_range = largest minus smallest possible value: 2 for [-1, 1] (default), 255 for uint8.
+    Args:
+      a: one image or several.
+      b: as many of the same shape.
+      data_range: largest minus smallest possible value, 2 for [-1, 1], 255 for uint8.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     a, b, single = _images(a, b)
     error = np.mean((a - b) ** 2, axis=(1, 2, 3))
@@ -325,13 +364,24 @@ def psnr(a, b, data_range: float = 2.0) -> np.ndarray:
     return result[0] if single else result
 
 
-def ssim(a, b, data_range: float = 2.0, window: str = "gaussian") -> np.ndarray:
+def ssim(
+    a: Images, b: Images, data_range: float = 2.0, window: str = "gaussian"
+) -> Float[np.ndarray, "*n"]:
     """Structural similarity in [-1, 1], one number an image, mean over positions and channels.
 
     (2 ma mb + C1)(2 cov + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)) with local moments, C = (0.01
-    L)^2 and (0.03 L)^2. Source: Wang et al. 2004. window "gaussian": 11 x 11, std 1.5, as
-    published; "uniform": 7 x 7 with sample covariances, scikit-image's default. Only positions
-    whose window lies inside the image count, as in scikit-image.
+    L)^2 and (0.03 L)^2. Source: Wang et al. 2004. Only positions whose window lies inside the image
+    count, as in scikit-image.
+
+    Args:
+      a: one image or several.
+      b: as many of the same shape.
+      data_range: L, largest minus smallest possible value, 2 for [-1, 1], 255 for uint8.
+      window: "gaussian" (11 x 11, std 1.5, as published) or "uniform" (7 x 7 with sample
+        covariances, scikit-image's default).
+
+    Raises:
+      ValueError: the shapes differ, images smaller than the window, or an unknown window.
     """
     a, b, single = _images(a, b)
     if window == "gaussian":

@@ -3,82 +3,82 @@
 import hashlib
 import re
 from pathlib import PurePath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Shaped
 
-from ogdm_jax.metrics import distances as metrics
+from ogdm_jax.data import Source, open_source
+from ogdm_jax.metrics.distances import (
+    Features,
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    manifolds,
+)
+from ogdm_jax.metrics.networks import NetworkFeatures, inception_features, lite0_features
 from ogdm_jax.metrics.statistics import Statistics
 from ogdm_jax.metrics.trained import TrainedFeatures, train_features
 from ogdm_jax.pixels import to_uint8
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
+Images = Shaped[np.ndarray, "n h w c"]
 
 
 class FeatureSpace(Protocol):
-    """uint8 images [n, h, w, c] -> float32 [n, dim]. `name` is the name of the Frechet distance
-    taken in it.
+    """A function uint8 images [n,h,w,c] -> float32 features [n, dim].
+
+    Attributes:
+      name: of the Frechet distance taken in it.
+      dim: features of an image.
     """
 
-    name: str
-    dim: int
+    @property
+    def name(self) -> str: ...  # noqa: D102
 
-    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
 
 
 def feature_space(
-    source, weights: str | None = None, route: str = "tf", size: int = 96
-) -> FeatureSpace:
-    """A feature space by name: a labelled image source, "lite0", or "inception" with a weights
-    file.
+    source: str | Source, weights: str | None = None, route: str = "tf", size: int = 96
+) -> TrainedFeatures | NetworkFeatures:
+    """A feature space by name.
 
-    source: a name for data.open_source or an opened Source: a classifier is trained on its labels
-        (evaluation.trained; digits: about 5 seconds on one core, once per process, nothing written
-        to disk). feature_space("digits").name == "fd_digits". Distances compare between runs that
-        used the same source at the same size; a number called fd_digits says nothing about other
-        data and is never "FID".
-    "lite0": evaluation.networks.lite0_features(size), name "fd_lite0": colour images, offline.
-    "inception": evaluation.networks.inception_features(weights, route), name "fid" or
-    "fid_pytorch".
+    Args:
+      source: "lite0" (networks.lite0_features, named "fd_lite0": colour images, offline);
+        "inception" (networks.inception_features, named "fid" or "fid_pytorch"); or a labelled
+        source, opened or by a name for data.open_source, on whose labels a classifier is trained
+        (trained.py; digits take about 5 seconds on one core, once per process). A space trained on
+        digits is named "fd_digits": distances compare between runs that used the same source at the
+        same size, say nothing about other data, and are never "FID".
+      weights: Inception's file.
+      route: of Inception, "tf" or "pytorch_fid".
+      size: of lite0, pixels a side.
 
     Raises:
       ValueError: the source cannot be opened, has no class labels, or a classifier cannot learn
-      them; weights missing.
+        them; weights are missing.
     """
-    if not isinstance(source, str):
-        return _of_source(source)
-    if source in ("lite0", "inception"):
-        from ogdm_jax.metrics import (
-            networks,  # only here: the trained features need no network of another package
-        )
-
-        return (
-            networks.lite0_features(size)
-            if source == "lite0"
-            else networks.inception_features(weights, route)
-        )
-    return _of_name(source)
+    if source == "lite0":
+        return lite0_features(size)
+    if source == "inception":
+        return inception_features(weights, route)
+    return _trained_on(open_source(source) if isinstance(source, str) else source)
 
 
-_TRAINED: dict[
-    tuple[str, str], TrainedFeatures
-] = {}  # by name and content, so that one process trains once
+# by name and content, so that one process trains once
+_TRAINED: dict[tuple[str, str], TrainedFeatures] = {}
 
 
-def _of_name(name: str) -> TrainedFeatures:
-    from ogdm_jax.data import open_source  # only here: who brings a Source needs no reader
-
-    return _of_source(open_source(name))
-
-
-def _of_source(source) -> TrainedFeatures:
-    taken = source.images is None
-    everything = (
-        source.take(np.arange(len(source)))
-        if taken
-        else {"image": source.images, "label": source.labels}
-    )
-    images, labels = everything["image"], everything["label"]
+def _trained_on(source: Source) -> TrainedFeatures:
+    """The space of a source's labels."""
+    images, labels = source.images, source.labels
+    if images is None:
+        everything = source.take(np.arange(len(source)))
+        images, labels = everything["image"], everything["label"]
     if labels is None or np.asarray(labels).ndim != 1 or np.max(labels, initial=-1) < 1:
         raise ValueError(
             f"{source.name}: no class labels; a trained feature space needs a source with two or "
@@ -95,8 +95,9 @@ def _of_source(source) -> TrainedFeatures:
 
 
 def short_name(source: str) -> str:
-    """digits -> digits, tfds:cifar10/train -> cifar10, npz:/data/emoji32.npz?base<1700 ->
-    emoji32.
+    """The word for a source in a distance's name.
+
+    digits -> digits, tfds:cifar10/train -> cifar10, npz:/data/emoji32.npz?base<1700 -> emoji32.
     """
     kind, separator, rest = source.partition(":")
     rest = rest.partition("?")[0] if separator else kind
@@ -104,102 +105,119 @@ def short_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", word) or "source"
 
 
-def _extracted(features: FeatureSpace, data, name: str) -> np.ndarray:
+def weights_of(space: FeatureSpace) -> dict[str, Any]:
+    """What a report says of a feature network's weights; nothing for a space without any."""
+    if not isinstance(space, NetworkFeatures) or not space.weights_sha256:
+        return {}
+    return {"weights_sha256": space.weights_sha256, "weights_verified": space.verified}
+
+
+def _extracted(space: FeatureSpace, data: Images | Features, name: str) -> np.ndarray:
+    """Features [n, dim], in float64, of images or of what was extracted before."""
     data = np.asarray(data)
-    if data.ndim == 2:
-        if data.shape[1] != features.dim:
-            raise ValueError(
-                f"{name}: {data.shape[1]} features; {features.name} has {features.dim}."
-            )
-        return data
-    if data.ndim != 4:
+    if data.ndim == 4:
+        data = space(to_uint8(data))
+    elif data.ndim != 2:
         raise ValueError(
             f"{name}: shape {data.shape}; expected images [n, h, w, c] or their features [n, "
-            f"{features.dim}]."
+            f"{space.dim}]."
         )
-    return features(to_uint8(data))
-
-
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return metrics.Moments().update(x).finalize()
+    elif data.shape[1] != space.dim:
+        raise ValueError(f"{name}: {data.shape[1]} features; {space.name} has {space.dim}.")
+    return data.astype(np.float64)
 
 
 def _frechet(x: np.ndarray, y: np.ndarray) -> float:
-    return metrics.frechet_distance(*_moments(x), *_moments(y))
+    return frechet_distance(*Moments().update(x).finalize(), *Moments().update(y).finalize())
 
 
 def statistics_report(
-    features: FeatureSpace, samples, reference: Statistics
-) -> dict[str, float | int | str | None]:
-    """The Frechet distance to published moments: papers' protocol, in which no floor can be
-    measured.
+    space: FeatureSpace, samples: Images | Features, reference: Statistics
+) -> dict[str, Any]:
+    """The Frechet distance to published moments, as in papers; no floor can be measured.
 
-    Returns: {"features", "n_samples", "n_reference" (None where the file does not say), "fd_all",
-    "floor": None}.
+    Args:
+      space: where distances are measured.
+      samples: images [n,h,w,c] or features [n, dim].
+      reference: the moments.
+
+    Returns:
+      {"features", "n_samples", "n_reference" (None where the file does not say), "fd_all",
+      "floor": None}.
 
     Raises:
       ValueError: the statistics have another number of features, or say that they are of another
-      feature space.
+        feature space.
     """
-    reference.require(features, "reference")
-    y = _extracted(features, samples, "samples").astype(np.float64)
+    reference.require(space, "reference")
+    moments = Moments().update(_extracted(space, samples, "samples"))
     return {
-        "features": features.name,
-        "n_samples": len(y),
+        "features": space.name,
+        "n_samples": moments.count,
         "n_reference": reference.count,
-        "fd_all": metrics.frechet_distance(*_moments(y), reference.mu, reference.cov),
+        "fd_all": frechet_distance(*moments.finalize(), reference.mu, reference.cov),
         "floor": None,
     }
 
 
 def distance_report(
-    features: FeatureSpace, samples, reference, k: int = 5, splits: int | None = None, seed: int = 0
-) -> dict[str, float | int | str]:
-    """Distances between samples and reference, each with the number of images and what real images
-    score.
+    space: FeatureSpace,
+    samples: Images | Features,
+    reference: Images | Features,
+    k: int = 5,
+    splits: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Distances between samples and reference, with their numbers and what real images score.
 
-    samples, reference: uint8 or [-1, 1] images [n, h, w, c], or features [n, dim] extracted before
-      (2-D).
+    A Frechet distance falls with the number of images even for equal distributions, so it means
+    something only beside the floor: the reference is split in random halves A and B, and with
+    n = min(len(samples), len(reference) // 2)
 
-    A Frechet distance falls with the number of images even for equal laws, so it means something
-    only beside the floor: the reference is split in random halves A and B, and with n =
-        min(len(samples), len(reference) // 2) fd    = distance of n samples to n images of A,
-        mean over `splits` random splits floor = distance of n images of B to the same n of A,
-        mean over the same splits
+        fd    = distance of n samples to n images of A, mean over `splits` random splits
+        floor = distance of n images of B to the same n of A, mean over the same splits
+
     `fd` at `floor` is as good as real; clearly below it, the samples copy the reference. `fd_all`
-    uses all samples and
-    the whole reference, as papers do: smaller than fd through the larger numbers, and not
-    comparable with `floor`. kid (unbiased) uses everything; kid_floor is B against A. precision,
-    recall, density, coverage (k neighbours) take n_neighbours images of either side of the first
+    uses all samples and the whole reference, as papers do: smaller because of the larger numbers,
+    and not comparable with `floor`. kid (unbiased) uses everything; kid_floor is B against A.
+    precision, recall, density and coverage take n_neighbours images of either side of the first
     split, each with its floor (B against A).
 
-    Returns: {"features": name, "n", "n_samples", "n_reference", "fd", "floor", "fd_over_floor",
-    "fd_all", "kid", "kid_floor", "n_neighbours", "precision", "precision_floor", ...}; plain
-    numbers, ready for JSON.
+    Args:
+      space: where distances are measured.
+      samples: images [n,h,w,c], uint8 or in [-1, 1], or features [n, dim].
+      reference: the same of real images.
+      k: neighbours of precision, recall, density and coverage.
+      splits: None takes 4, or 1 above 512 features.
+      seed: of the splits.
+
+    Returns:
+      {"features": name, "n", "n_samples", "n_reference", "fd", "floor", "fd_over_floor", "fd_all",
+      "kid", "kid_floor", "n_neighbours", "precision", "precision_floor", ...}; plain numbers.
+
+    Raises:
+      ValueError: too few images, other shapes, or no split.
     """
-    x, y = _extracted(features, reference, "reference"), _extracted(features, samples, "samples")
+    x, y = _extracted(space, reference, "reference"), _extracted(space, samples, "samples")
     n = min(len(y), len(x) // 2)
     if n <= k:
         raise ValueError(
             f"samples, reference: {len(y)} and {len(x)} images; expected more than {k} and "
             f"{2 * k + 1}."
         )
-    splits = (4 if features.dim <= 512 else 1) if splits is None else splits
+    splits = default_splits(space) if splits is None else splits
     if splits < 1:
         raise ValueError(f"splits: {splits}; expected at least 1.")
-    x, y = x.astype(np.float64), y.astype(np.float64)
     rng = np.random.default_rng(seed)
-    pairs = []
-    for i in range(splits):
+    parts = []
+    for _ in range(splits):
         order, chosen = rng.permutation(len(x)), rng.permutation(len(y))[:n]
-        a, b, generated = x[order[:n]], x[order[n : 2 * n]], y[chosen]
-        pairs.append((_frechet(generated, a), _frechet(b, a)))
-        if i == 0:
-            first = a, b, generated
-    fd, floor = (float(np.mean(column)) for column in zip(*pairs))
-    a, b, generated = first
+        parts.append((order[:n], order[n : 2 * n], chosen))
+    fd = float(np.mean([_frechet(y[chosen], x[a]) for a, _, chosen in parts]))
+    floor = float(np.mean([_frechet(x[b], x[a]) for a, b, _ in parts]))
+    a, b, generated = x[parts[0][0]], x[parts[0][1]], y[parts[0][2]]
     result = {
-        "features": features.name,
+        "features": space.name,
         "n": n,
         "n_samples": len(y),
         "n_reference": len(x),
@@ -207,11 +225,16 @@ def distance_report(
         "floor": floor,
         "fd_over_floor": fd / floor if floor > 0 else float("inf"),
         "fd_all": _frechet(y, x),
-        "kid": metrics.kernel_distance(x, y),
-        "kid_floor": metrics.kernel_distance(a, b),
+        "kid": kernel_distance(x, y),
+        "kid_floor": kernel_distance(a, b),
         "n_neighbours": min(n, MOST_NEIGHBOURS),
     }
-    a, b, generated = (part[:MOST_NEIGHBOURS] for part in first)
+    a, b, generated = (part[:MOST_NEIGHBOURS] for part in (a, b, generated))
     for ending, part in (("", generated), ("_floor", b)):
-        result |= {name + ending: value for name, value in metrics.manifolds(a, part, k).items()}
+        result |= {name + ending: value for name, value in manifolds(a, part, k).items()}
     return result
+
+
+def default_splits(space: FeatureSpace) -> int:
+    """Random splits that a floor is the mean of: 4, or 1 where a Frechet distance takes long."""
+    return 4 if space.dim <= 512 else 1

@@ -1,31 +1,40 @@
-"""Distances of streams of images: EDM's protocol with no more than one batch of images in memory.
+"""Whole measurements: of a set of images, and of EDM's three sets while they are drawn.
 
 EDM (arXiv 2206.00364, appendix F.1) draws 50,000 images three times, from seeds 0-49999,
 50000-99999 and 100000-149999, and reports the smallest of the three distances to the whole training
-set.
+set. No more than one batch of images is in memory.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ogdm_jax.data import Source
-from ogdm_jax.metrics.distances import Moments, frechet_distance
-from ogdm_jax.metrics.features import FeatureSpace
+from ogdm_jax.metrics.distances import Moments, frechet_distance, inception_score, psnr, ssim
+from ogdm_jax.metrics.features import (
+    FeatureSpace,
+    default_splits,
+    distance_report,
+    statistics_report,
+)
+from ogdm_jax.metrics.networks import NetworkFeatures
 from ogdm_jax.metrics.statistics import Statistics
+from ogdm_jax.metrics.trained import TrainedFeatures
 
 Gaussian = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """The Gaussian of the real images; for the floor, those of n images twice, in each of some
-    random splits.
+    """What samples are compared with.
 
-    count: of the real images, None where published statistics do not say.   halves: ((A, B), ...),
-      both of n images.
+    Attributes:
+      whole: the Gaussian (mean, covariance) of all real images.
+      count: of the real images; None where published statistics do not say.
+      n: images of each half.
+      halves: Gaussians of two disjoint halves (A, B) of n real images, for each random split.
     """
 
     whole: Gaussian
@@ -35,21 +44,24 @@ class Reference:
 
 
 def seed_ranges(num: int, ranges: int, first: int = 0) -> list[range]:
-    """[0..num-1], [num..2 num - 1], ...; raises ValueError where there is nothing, or seeds go
-    beyond 32 bits.
+    """[first..first + num - 1], and so many more of the same length behind it.
+
+    Raises:
+      ValueError: an empty range, or seeds beyond 32 bits.
     """
     if num < 2 or ranges < 1 or first < 0 or first + num * ranges > 2**32:
-        given = f"{num}, {ranges}, {first}"
         raise ValueError(
-            f"--num, --ranges, --first: {given} given; expected at least 2, 1 and 0, and seeds "
-            "below 2^32"
+            f"--num, --ranges, --first: {num}, {ranges}, {first} given; expected at least 2, 1 "
+            "and 0, and seeds below 2^32"
         )
     return [range(first + i * num, first + (i + 1) * num) for i in range(ranges)]
 
 
 def of_statistics(space: FeatureSpace, published: Statistics) -> Reference:
-    """Published moments: nothing to split, so no floor. Raises ValueError where they are of another
-    feature space.
+    """Published moments as a reference: nothing to split, so no floor.
+
+    Raises:
+      ValueError: they are of another feature space.
     """
     published.require(space, "--reference")
     return Reference((published.mu, published.cov), published.count)
@@ -63,8 +75,15 @@ def of_source(
     seed: int = 0,
     batch: int = 4096,
 ) -> Reference:
-    """Reads a source once, `batch` images at a time. n = min(num, half of the source); splits: 4,
-    or 1 above 512 dims.
+    """Reads a source once as a reference.
+
+    Args:
+      space: where distances are measured.
+      source: of the real images.
+      num: images of a set of samples; n is this number, or half of the source.
+      splits: None takes `default_splits`.
+      seed: of the splits.
+      batch: images in memory at a time.
 
     Raises:
       ValueError: fewer than four images.
@@ -74,19 +93,18 @@ def of_source(
         raise ValueError(
             f"--reference: {source.name} has {len(source)} images; expected at least 4 for a floor"
         )
-    splits = (4 if space.dim <= 512 else 1) if splits is None else splits
+    splits = default_splits(space) if splits is None else splits
     rng = np.random.default_rng(seed)
-    places = [
-        np.argsort(rng.permutation(len(source))) for _ in range(splits)
-    ]  # place[i]: where image i comes
+    # at[i] is where image i comes in a split: below n in A, below 2 n in B
+    splitting = [np.argsort(rng.permutation(len(source))) for _ in range(splits)]
     whole, pairs = Moments(), [(Moments(), Moments()) for _ in range(splits)]
     for start in range(0, len(source), batch):
         rows = np.arange(start, min(start + batch, len(source)))
         values = space(source.take(rows)["image"])
         whole.update(values)
-        for place, (a, b) in zip(places, pairs, strict=True):
-            a.update(values[place[rows] < n])
-            b.update(values[(place[rows] >= n) & (place[rows] < 2 * n)])
+        for at, (a, b) in zip(splitting, pairs, strict=True):
+            a.update(values[at[rows] < n])
+            b.update(values[(at[rows] >= n) & (at[rows] < 2 * n)])
     halves = [(a.finalize(), b.finalize()) for a, b in pairs]
     return Reference(whole.finalize(), len(source), n, halves)
 
@@ -94,13 +112,18 @@ def of_source(
 def score(
     space: FeatureSpace, batches: Iterable[np.ndarray], reference: Reference
 ) -> dict[str, Any]:
-    """One set's distances; `batches` of uint8 images are taken one by one and forgotten.
+    """The distances of one set of images.
+
+    Args:
+      space: where distances are measured.
+      batches: of uint8 images, taken one by one and forgotten.
+      reference: what they are compared with.
 
     Returns:
       {"n_samples", "n_reference", "fd_all", "n", "fd", "floor", "fd_over_floor"}: fd_all of all
       samples against the whole reference; fd of the first n samples against n real images (mean
-      over the splits) and floor of n other real images against the same ones; the last four None
-      against published statistics.
+      over the splits) and floor of n other real images against the same ones; the last four are
+      None against published statistics.
     """
     everything, first = Moments(), Moments()
     for images in batches:
@@ -114,21 +137,108 @@ def score(
     }
     result |= dict.fromkeys(("n", "fd", "floor", "fd_over_floor"))
     if reference.halves:
-        mine = first.finalize()
-        fd = float(np.mean([frechet_distance(*mine, *a) for a, _ in reference.halves]))
+        samples = first.finalize()
+        fd = float(np.mean([frechet_distance(*samples, *a) for a, _ in reference.halves]))
         floor = float(np.mean([frechet_distance(*b, *a) for a, b in reference.halves]))
         ratio = fd / floor if floor > 0 else float("inf")
         result |= {"n": first.count, "fd": fd, "floor": floor, "fd_over_floor": ratio}
     return result
 
 
+def score_ranges(
+    space: FeatureSpace,
+    reference: Reference,
+    ranges: Sequence[range],
+    draw: Callable[[range, str], Iterable[np.ndarray]],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Draws and measures one set of images for each range of seeds.
+
+    Args:
+      space: where distances are measured.
+      reference: what the sets are compared with.
+      ranges: of seeds, see `seed_ranges`.
+      draw: (seeds, title) -> batches of uint8 images.
+      tell: hears the distance of each of several sets.
+
+    Returns:
+      As `smallest`.
+    """
+    sets = []
+    for seeds in ranges:
+        name = f"{seeds[0]}-{seeds[-1]}"
+        sets.append({"seeds": name} | score(space, draw(seeds, f"seeds {name}"), reference))
+        if len(ranges) > 1:
+            tell(f"seeds {name}: {space.name} {sets[-1]['fd_all']:.4f}")
+    return smallest(space, sets)
+
+
 def smallest(space: FeatureSpace, sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The protocol's figure with its conditions (None where a set has none), and every set's beside
-    it.
+    """The smallest fd_all as "fd_all_min", with what was measured beside it, and all "sets".
+
+    What published statistics cannot tell is None.
     """
     best = min(sets, key=lambda report: report["fd_all"])
     keys = ("n_samples", "n_reference", "n", "fd", "floor", "fd_over_floor")
-    figure = {"features": space.name, "fd_all_min": best["fd_all"]} | {
-        key: best.get(key) for key in keys
+    figure = {"features": space.name, "fd_all_min": best["fd_all"]}
+    return figure | {key: best.get(key) for key in keys} | {"sets": list(sets)}
+
+
+def score_set(
+    space: TrainedFeatures | NetworkFeatures,
+    samples: Mapping[str, np.ndarray],
+    reference: Statistics | np.ndarray,
+    k: int = 5,
+    seed: int = 0,
+) -> tuple[dict[str, Any], Moments]:
+    """The report of a set of images in memory, and the moments of its features.
+
+    Beside the distances it has the Inception score in Inception's own space, and in the space of a
+    trained classifier the share of samples whose label is the classifier's.
+
+    Args:
+      space: where distances are measured.
+      samples: {"image": uint8 [n,h,w,c], "label": int [n], -1 for none}.
+      reference: published moments, or features [n, dim] of real images.
+      k: neighbours of precision, recall, density and coverage.
+      seed: of the splits.
+
+    Raises:
+      ValueError: too few images, or moments of another feature space.
+    """
+    values, probabilities = space.both(samples["image"])
+    if isinstance(reference, Statistics):
+        result = statistics_report(space, values, reference)
+    else:
+        result = distance_report(space, values, reference, k, seed=seed)
+    labels = samples["label"]
+    if isinstance(space, TrainedFeatures):
+        if labels.ndim == 1 and (labels >= 0).all():
+            result["label_agreement"] = float((probabilities.argmax(1) == labels).mean())
+    elif space.name.startswith("fid"):
+        mean, spread = inception_score(probabilities, min(10, len(values)))
+        result |= {"inception_score": mean, "inception_score_std": spread}
+    return result, Moments().update(values)
+
+
+def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int | None]:
+    """Mean PSNR and SSIM of uint8 image i against image i.
+
+    JSON has no infinity, which is the PSNR of equal images: they are left out of the mean (None
+    without any other) and counted as "identical".
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if samples.shape != reference.shape:
+        raise ValueError(
+            f"--paired: {samples.shape} samples, {reference.shape} references; expected equal "
+            "shapes"
+        )
+    decibels = psnr(samples, reference, 255)
+    finite = decibels[np.isfinite(decibels)]
+    return {
+        "psnr": float(finite.mean()) if finite.size else None,
+        "identical": len(decibels) - len(finite),
+        "ssim": float(ssim(samples, reference, 255).mean()),
     }
-    return figure | {"sets": list(sets)}

@@ -1,0 +1,154 @@
+"""What the commands that measure have in common: options, the feature space, the trained model."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ogdm_jax import parallel
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data import Source, open_source
+from ogdm_jax.data.output import source_name
+from ogdm_jax.metrics.features import FeatureSpace, feature_space
+from ogdm_jax.metrics.statistics import Statistics
+from ogdm_jax.pixels import to_uint8
+from ogdm_jax.sampling.sampler import ChurnRule
+from ogdm_jax.training import workdir
+from ogdm_jax.training.evaluate import Draw
+from ogdm_jax.training.workdir import TrainedModel
+
+
+def new_parser(command: str, about: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the examples, one a line."""
+    lines = "\n".join(f"  ogdm {command} {words}" for words in examples.splitlines())
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"ogdm {command}", usage=f"\n{lines}", description=about, formatter_class=shape
+    )
+
+
+def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options that choose a feature space.
+
+    Args:
+      parser: of a command.
+      default: what --features is without the option, in words.
+    """
+    add = parser.add_argument_group("feature space").add_argument
+    words = f"auto (the reference's labels), a labelled source, lite0, inception ({default})"
+    add("--features", default="", metavar="SPACE", help=words)
+    add("--weights", default="", metavar="FILE", help="inception: the weights file")
+    add("--route", default="tf", help="inception: tf (EDM, original FID) or pytorch_fid")
+    add("--size", type=int, default=96, help="lite0: pixels a side that images are resized to")
+    add("--data-dir", default="", metavar="DIR", help="folder of prepared tfds sets")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a trained model, its data and its devices."""
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="training folder")
+    add("--step", default="", help="checkpoint: a number, or best (default: the newest)")
+    add("--batch", type=int, default=256, help="images per device at a time")
+    add("--devices", type=int, default=0, help="0 = all")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options. An option of the older spelling ends the program with the newer one."""
+    for word in sys.argv[1:] if argv is None else argv:
+        option = word.partition("=")[0]
+        if option.startswith("--") and "_" in option:
+            parser.error(f"unknown option {option}; expected {option.replace('_', '-')}")
+    return parser.parse_args(argv)
+
+
+def open_space(
+    args: argparse.Namespace,
+    reference: Source | Statistics,
+    shape: tuple[int, int, int],
+    default: str = "auto",
+    weights: str = "",
+) -> FeatureSpace:
+    """The feature space that --features names.
+
+    Args:
+      args: with the options of `add_space_options`.
+      reference: on whose labels "auto" trains a classifier.
+      shape: of the images.
+      default: the name without --features.
+      weights: Inception's file without --weights.
+
+    Raises:
+      ValueError: "auto" without images, or a space that cannot be opened.
+    """
+    name = args.features or default
+    if name in ("lite0", "inception"):
+        return feature_space(name, args.weights or weights or None, args.route, args.size)
+    if name != "auto":
+        source = open_source(source_name(name), args.data_dir or None, shape[0], shape[2])
+        return feature_space(source)
+    if isinstance(reference, Statistics):
+        raise ValueError(
+            "--features: auto given with published statistics; expected inception, lite0 or a "
+            "source"
+        )
+    return feature_space(reference)
+
+
+def open_model(args: argparse.Namespace) -> TrainedModel:
+    """The model of --workdir at --step."""
+    step: int | str | None = args.step or None
+    if step not in (None, "best"):
+        if not args.step.isdigit():
+            raise ConfigError(f"--step: {args.step!r} given; expected a number or best")
+        step = int(args.step)
+    return workdir.open_workdir(args.workdir, step)
+
+
+def open_model_space(
+    args: argparse.Namespace, trained: TrainedModel, reference: Source | Statistics
+) -> FeatureSpace:
+    """The feature space that --features names, or that the model's configuration does."""
+    settings = trained.config.evaluate
+    known = settings.features or "auto", settings.get("weights") or ""
+    return open_space(args, reference, trained.model.image_shape, *known)
+
+
+def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
+    """The source that --reference names, in the model's size, or the one that was trained on."""
+    config = ConfigDict(trained.config)
+    if args.data_dir:
+        config.data.data_dir = args.data_dir
+    if not args.reference:
+        return workdir.open_source(config)
+    height, _, channels = trained.model.image_shape
+    return open_source(source_name(args.reference), config.data.data_dir or None, height, channels)
+
+
+def drawing(
+    args: argparse.Namespace, trained: TrainedModel, churn: ChurnRule | None = None
+) -> Draw:
+    """A function (settings, seeds, title) -> batches of uint8 images, with a progress bar.
+
+    Args:
+      args: with the options of `add_model_options`.
+      trained: the model.
+      churn: EDM's stochasticity, see `sampling.sample`.
+
+    Raises:
+      ConfigError: --batch or --devices cannot be.
+    """
+    if args.batch < 1:
+        raise ConfigError(f"--batch: {args.batch} given; expected at least 1")
+    how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
+
+    def draw(settings: ConfigDict, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:
+            for part in trained.batches(settings, seeds, churn=churn, **how):
+                yield to_uint8(part)
+                bar.update(len(part))
+
+    return draw

@@ -1,0 +1,89 @@
+"""ogdm report: a training folder as one HTML page."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ogdm_jax import places, startup
+from ogdm_jax.cli import measuring
+from ogdm_jax.report import findings, html
+from ogdm_jax.training.evaluate import measure_samplers, references
+from ogdm_jax.training.workdir import TrainedModel
+
+EXAMPLES = """\
+--workdir DIR
+--workdir DIR --solvers heun,dpmpp_2m --steps 5,9,18 --num 10000 --out report.html"""
+ABOUT = """\
+Writes one HTML page that opens without a network: distance against network evaluations, samples
+beside real images and their nearest training images, trajectories, the curves of training, the
+configuration.
+"""
+MOST = 5000  # samples of each distance, unless --num says otherwise
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = measuring.new_parser("report", ABOUT, EXAMPLES)
+    measuring.add_model_options(parser)
+    add = parser.add_argument
+    most = f"images of a distance (default: the data's, at most {MOST})"
+    add("--num", type=int, default=0, help=most)
+    add("--solvers", default="euler,heun", help='for distance against NFE; "" for none')
+    add("--steps", default="3,5,9,18", help="sampler steps for distance against NFE")
+    add("--distances", default="", metavar="FILE.json", help="show these; a report writes them")
+    add("--reference", default="", help="another source")
+    add("--out", default="", metavar="FILE.html", help="default: DIR/report.html")
+    measuring.add_space_options(parser, "default: the configuration's")
+    return measuring.parse(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0."""
+    args = parse(argv)
+    with startup.one_sentence():
+        startup.prepare()
+        distances = findings.read_distances(args.distances) if args.distances else None
+        folder = places.workdir(args.workdir)
+        out = places.place(args.out, "--out") if args.out else folder / "report.html"
+        if args.out or folder.is_dir():  # a missing training folder has a sentence of its own
+            places.writable(out, "--out" if args.out else "--workdir", file=True)
+        trained = measuring.open_model(args)
+        source = measuring.open_model_data(args, trained)
+        space = measuring.open_model_space(args, trained, source)
+        draw = measuring.drawing(args, trained)
+        choices = sampler_choices(args, trained) if distances is None else []
+        real = references(source)
+        features = space(real)
+        if distances is None:
+            num = args.num or min(len(real), MOST)
+            distances = measure_samplers(trained, choices, space, features, num, draw)
+            if distances:
+                with places.written(folder / "distances.json") as new:
+                    new.write_text(json.dumps(distances, indent=1) + "\n")
+        seeds = range(findings.SHOWN)
+        samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
+        found = findings.collect(trained, args.workdir, samples, real, space, features, distances)
+        page = html.page(found).encode()
+        with places.written(out) as new:
+            new.write_bytes(page)
+        print(f"wrote {out} ({len(page) / 1000:.0f} kB)")
+    return 0
+
+
+def sampler_choices(args: argparse.Namespace, trained: TrainedModel) -> list[ConfigDict]:
+    """The settings of every solver of --solvers at every number of --steps.
+
+    Raises:
+      ValueError: --steps are no numbers, or a setting is out of range.
+    """
+    try:
+        steps = [int(word) for word in args.steps.split(",") if word]
+    except ValueError:
+        raise ValueError(
+            f"--steps: {args.steps!r} given; expected numbers such as 3,5,9,18"
+        ) from None
+    solvers = [word for word in args.solvers.split(",") if word]
+    return [trained.settings(solver=solver, steps=n) for solver in solvers for n in steps]
