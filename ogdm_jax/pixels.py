@@ -1,25 +1,35 @@
-"""The two value ranges: files hold uint8 images of 0..255, whatever computes holds numbers in [-1,
-1].
+"""The two value ranges of images: uint8 of 0..255 in files, numbers in [-1, 1] in computations.
+
+Processes that only read files import this module, so it imports JAX for type checkers alone.
 """
 
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+import numpy.typing as npt
 
-from ogdm_jax.typing import Array
+if TYPE_CHECKING:
+    from ogdm_jax.typing import Array
+
+    Images = TypeVar("Images", np.ndarray, Array)
 
 
-def to_float(images: Array | np.ndarray, dtype=np.float32) -> Array | np.ndarray:
-    """uint8 images as image / 127.5 - 1, numbers as they are; of dtype, and of the caller's library
-    (NumPy or JAX).
+def to_float(images: "Images", dtype: np.dtype | type = np.float32) -> "Images":
+    """uint8 images as image / 127.5 - 1; other numbers as they are.
+
+    The result has the given dtype and is an array of the caller's library (NumPy or JAX).
     """
     return images.astype(dtype) / 127.5 - 1.0 if images.dtype == np.uint8 else images.astype(dtype)
 
 
-def to_uint8(images) -> np.ndarray:
-    """[-1, 1] -> 0..255 as EDM's generate.py: x * 127.5 + 128, clipped, the fraction cut off. uint8
-    passes unchanged.
+def to_uint8(images: npt.ArrayLike) -> np.ndarray:
+    """[-1, 1] -> 0..255 as EDM's generate.py: x * 127.5 + 128, clipped, the fraction cut off.
 
     Cutting after adding 128 (not 127.5) is rounding to the nearest level of x * 127.5 + 127.5, so
-    `to_float` comes back to the same integer.
+    an image that `to_float` made comes back unchanged. uint8 images pass as they are.
+
+    Raises:
+      ValueError: NaN.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax.data import AugmentPipe, xflip
-from ogdm_jax.data.augment import SYM6, warp
+from ogdm_jax.data.augment import SYM6, AugmentPipe, warp, xflip
 
 OFF = dict(xflip=0, yflip=0, scale=0, rotate_frac=0, aniso=0, translate_frac=0)
 

@@ -8,7 +8,7 @@ import pytest
 from ogdm_jax import startup
 from ogdm_jax.cli.evaluate import main
 from ogdm_jax.data import open_source
-from ogdm_jax.data.output import source_name
+from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import (
     Moments,
     Statistics,

@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from ogdm_jax.data import batches, in_order, indices, open_source
+from ogdm_jax.data import batches, from_arrays, in_order, indices, open_source
 from ogdm_jax.data.pipeline import reference_indices
 from ogdm_jax.data.prepare import prepare
-from ogdm_jax.data.sources import from_arrays
 
 pytestmark = pytest.mark.fast
 

@@ -16,6 +16,7 @@ from ogdm_jax.cli import evaluate as scoring
 from ogdm_jax.data import SourceError
 from ogdm_jax.data import output as files
 from ogdm_jax.data.prepare import prepare
+from ogdm_jax.data.sources import source_name
 from ogdm_jax.interop import export
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.metrics.statistics import load_statistics
@@ -128,9 +129,9 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
     assert len(folder) == 12 and folder.class_names == ("0", "1")
     np.testing.assert_array_equal(folder.take([0])["image"][0], images[0])
     assert len(data.open_source("npz:set.npz", "gs://bucket")) == 12  # below data_dir
-    assert files.source_name("gs://bucket/set.npz") == "npz:gs://bucket/set.npz"
-    assert files.source_name("gs://bucket/folder") == "folder:gs://bucket/folder"
-    assert files.source_name("folder:gs://bucket/folder") == "folder:gs://bucket/folder"
+    assert source_name("gs://bucket/set.npz") == "npz:gs://bucket/set.npz"
+    assert source_name("gs://bucket/folder") == "folder:gs://bucket/folder"
+    assert source_name("folder:gs://bucket/folder") == "folder:gs://bucket/folder"
 
     words = [
         "--samples",

@@ -3,7 +3,6 @@ it.
 """
 
 import dataclasses
-import io
 import json
 import pickle
 import socket
@@ -15,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from ogdm_jax.cli.data import describe, main
-from ogdm_jax.data import SourceError, open_source
-from ogdm_jax.data.files import decode, encode
+from ogdm_jax.cli.data import main
+from ogdm_jax.data import Rows, SourceError, open_source
+from ogdm_jax.data.describe import describe
+from ogdm_jax.data.pictures import encode
 from ogdm_jax.data.prepare import prepare
-from ogdm_jax.data.sources import Rows
 
 pytestmark = pytest.mark.fast
 
@@ -128,52 +126,6 @@ def test_resolution_crops_the_centre_and_resizes(tmp_path):
     )
     assert source.shape == (4, 4, 3)
     np.testing.assert_array_equal(source.images[0], np.broadcast_to([200, 100, 50], (4, 4, 3)))
-
-
-def test_decode_modes():
-    def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        return buffer.getvalue()
-
-    rgba = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
-    np.testing.assert_array_equal(
-        decode(saved(rgba)), np.full((2, 2, 3), 255)
-    )  # transparent is white
-    np.testing.assert_array_equal(decode(saved(Image.new("L", (3, 2), 7))), np.full((2, 3, 1), 7))
-    palette = Image.new("RGB", (2, 2), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE)
-    np.testing.assert_array_equal(decode(saved(palette)), np.broadcast_to([9, 8, 7], (2, 2, 3)))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    assert decode(saved(Image.new("RGB", (4, 2)), "JPEG", exif=exif)).shape == (4, 2, 3)
-    with pytest.raises(ValueError, match="8 bits"):
-        decode(saved(Image.fromarray(np.zeros((2, 2), np.uint16))))
-
-
-def test_what_turns_or_clears_a_picture_is_seen_wherever_it_stands():
-    """The quick way past Pillow's copies is taken by plain pictures only."""
-    image, exif, turned = picture(4, 2, 3), Image.Exif(), {}
-    exif[0x0112] = 6
-    for kind in ("PNG", "TIFF", "WEBP"):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(
-            buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
-        )
-        turned[kind] = buffer.getvalue()
-    png = turned["PNG"]
-    start = png.index(b"eXIf") - 4
-    end = (
-        start + 12 + int.from_bytes(png[start : start + 4])
-    )  # length, name and checksum around the data
-    rest = png[:start] + png[end:]
-    for name in (b"IDAT", b"IEND"):  # before and behind the pixels
-        at = rest.index(name) - 4
-        turned[name] = rest[:at] + png[start:end] + rest[at:]
-    for name, content in turned.items():
-        np.testing.assert_array_equal(decode(content), np.rot90(image, -1), err_msg=str(name))
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((2, 2, 3), 7, np.uint8)).save(buffer, "PNG", transparency=(7, 7, 7))
-    assert decode(buffer.getvalue()).min() == 255
 
 
 @pytest.mark.parametrize(

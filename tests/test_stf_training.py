@@ -9,7 +9,7 @@ import pytest
 
 from ogdm_jax import randomness
 from ogdm_jax.data import augment as augmentation
-from ogdm_jax.data.sources import from_arrays
+from ogdm_jax.data import from_arrays
 from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import stf

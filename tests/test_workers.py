@@ -15,9 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from ogdm_jax.data import SourceError, batches, open_source
+from ogdm_jax.data import Source, SourceError, batches, open_source
 from ogdm_jax.data.prepare import prepare
-from ogdm_jax.data.sources import Source
 from ogdm_jax.data.workers import WorkerError, Workers, default_count
 
 

@@ -99,7 +99,7 @@ def random_images(shape: tuple[int, int, int], count: int, classes: int = 0) -> 
     """A source of noise pictures."""
     import numpy as np
 
-    from ogdm_jax.data.sources import from_arrays
+    from ogdm_jax.data import from_arrays
 
     rng = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int32) % classes if classes else None

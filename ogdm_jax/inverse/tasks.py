@@ -19,8 +19,8 @@ from etils import epath
 from PIL import Image
 
 from ogdm_jax import data, places, randomness
+from ogdm_jax.data import Source, from_arrays
 from ogdm_jax.data import pictures as report
-from ogdm_jax.data.sources import Source, from_arrays
 from ogdm_jax.inverse import degradations as degrade
 from ogdm_jax.inverse import operators
 from ogdm_jax.inverse.operators import Operator

@@ -1,0 +1,310 @@
+"""What an image set is: `Source`, made of arrays in memory or of a reader of stored images."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+from ogdm_jax.data.pictures import PictureError, fit, with_channels
+
+Label: TypeAlias = int | np.ndarray | None  # a class, a float vector [k], or no label
+
+
+class SourceError(ValueError):
+    """An image set cannot be used: one sentence that says which one, why, and how to prepare it."""
+
+
+class Reader(Protocol):
+    """Random access to stored images: what a kind of source implements.
+
+    A reader that is faster at many items than one by one also has `read_many(rows)`, an iterator
+    over what `read` returns for each of them.
+    """
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def read(self, i: int) -> tuple[np.ndarray, Label]:
+        """Image i, uint8 [h,w,1 or 3], and its label; SourceError where it cannot be read."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Words that name item i in a message."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """A reader of some rows of another one, in the order of `rows`."""
+
+    reader: Reader
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int) -> tuple[np.ndarray, Label]:
+        """Image and label of the i-th of these rows."""
+        return self.reader.read(int(self.rows[i]))
+
+    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
+        """What `read` returns for each of rows."""
+        return read_many(self.reader, self.rows[np.asarray(rows)].tolist())
+
+    def where(self, i: int) -> str:
+        """Words that name item i in a message."""
+        return self.reader.where(int(self.rows[i]))
+
+
+class Stored(NamedTuple):
+    """An opened set of stored images.
+
+    Attributes:
+      reader: reads them.
+      labels: integers [N] or vectors [N,k] where they are known before any image is read.
+      class_names: one per class, or none.
+    """
+
+    reader: Reader
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
+    """What `reader.read` returns for each of rows, by its own `read_many` where it has one."""
+    many = getattr(reader, "read_many", None)
+    return map(reader.read, rows) if many is None else many(rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A set of equally sized images.
+
+    Attributes:
+      name: as given to open_source.
+      shape: (H, W, C) of every image.
+      num_classes: number of classes, 0 without labels; for float label vectors their length.
+      class_names: one name per class where known, else empty.
+      images: uint8 [N,H,W,C] in memory, or None where images are read one by one.
+      labels: int32 [N] (-1 = no class) or float32 [N, num_classes] where known ahead, else None.
+      label_size: 0 for integer labels, else the length of float label vectors.
+      reader: reads the images that are not in memory.
+      resolution: what images that are read are cropped and resized to; None: as stored.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    images: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    label_size: int = 0
+    reader: Reader | None = dataclasses.field(default=None, repr=False)
+    resolution: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._stored if self.images is None else self.images)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are an array of this process."""
+        return self.images is not None
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """{"image": uint8 [H,W,C], "label": int32 (-1 = no class) or float32 [num_classes]}."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name}: image {i} of {len(self)}")
+        if self.images is not None:
+            image, label = self.images[i], None
+        else:
+            image, label = self._stored.read(i)
+            image = self._checked(image, i)
+        if self.labels is not None:
+            label = self.labels[i]
+        if self.label_size:
+            return {"image": image, "label": np.asarray(label, np.float32)}
+        return {"image": image, "label": np.asarray(-1 if label is None else label, np.int32)}
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The images and labels of rows [n].
+
+        Returns:
+          {"image": uint8 [n,H,W,C], "label": int32 [n] or float32 [n,k]}.
+        """
+        label = np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[rows]
+        if self.images is not None:
+            return {"image": self.images[rows], "label": label}
+        images, wanted = np.empty((len(rows), *self.shape), np.uint8), [int(i) for i in rows]
+        read = read_many(self._stored, wanted)
+        for place, (row, (image, own)) in enumerate(zip(wanted, read)):
+            images[place] = self._checked(image, row)
+            if self.labels is None and own is not None:
+                label[place] = own
+        return {"image": images, "label": label}
+
+    @property
+    def _stored(self) -> Reader:
+        assert self.reader is not None, "a source has images or a reader"
+        return self.reader
+
+    def _checked(self, image: np.ndarray, i: int) -> np.ndarray:
+        """Image i in the size and the channels of this set, or SourceError."""
+        if image.shape == self.shape and self.resolution in (None, image.shape[0]):
+            return image
+        where = f"{self.name} ({self._stored.where(i)})"
+        image = _with_channels(fit(image, self.resolution), self.shape[-1], where)
+        if image.shape != self.shape:
+            size, expected = (f"{s[1]}x{s[0]}" for s in (image.shape, self.shape))
+            raise SourceError(
+                f"{where}: is {size} where {self._stored.where(0)} is {expected}; pass a "
+                "resolution to crop and resize all"
+            )
+        return image
+
+
+def from_arrays(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+    resolution: int | None = None,
+    channels: int | None = None,
+) -> Source:
+    """A source in memory.
+
+    Args:
+      name: for messages.
+      images: uint8 [N,H,W,C] or [N,H,W].
+      labels: integers [N] or float vectors [N,k].
+      class_names: one per class, or none.
+      resolution: centre-crop and resize to this side.
+      channels: 1 or 3; None: as given.
+
+    Raises:
+      SourceError: other types or shapes, no images, or colour where channels is 1.
+    """
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8:
+        raise SourceError(
+            f"{name}: images have type {images.dtype}; expected uint8 with values 0 to 255"
+        )
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise SourceError(
+            f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3"
+        )
+    if len(images) == 0:
+        raise SourceError(f"{name}: holds no images; expected at least one")
+    if resolution is not None and images.shape[1:3] != (resolution, resolution):
+        images = np.stack([fit(image, resolution) for image in images])
+    if channels not in (None, images.shape[-1]):
+        images = np.stack([_with_channels(image, channels, name) for image in images])
+    found = None if labels is None else normal_labels(name, labels, len(images))
+    height, width, depth = images.shape[1:]
+    return Source(
+        name,
+        (height, width, depth),
+        _count_classes(found, class_names),
+        tuple(class_names),
+        images,
+        found,
+        _label_size(found),
+    )
+
+
+def from_reader(
+    name: str,
+    stored: Stored,
+    resolution: int | None,
+    channels: int | None,
+    memory_limit: int,
+) -> Source:
+    """A source over a reader, of which the first image sets the size.
+
+    Sets of at most memory_limit bytes are read into memory now, with every image checked.
+    """
+    reader, labels, class_names = stored
+    if len(reader) == 0:
+        raise SourceError(f"{name}: holds no images; expected at least one")
+    first = _with_channels(fit(reader.read(0)[0], resolution), channels, name)
+    labels = None if labels is None else normal_labels(name, labels, len(reader))
+    height, width, depth = first.shape
+    source = Source(
+        name,
+        (height, width, depth),
+        _count_classes(labels, class_names),
+        class_names,
+        labels=labels,
+        label_size=_label_size(labels),
+        reader=reader,
+        resolution=resolution,
+    )
+    return source if len(reader) * first.size > memory_limit else _in_memory(source)
+
+
+def _in_memory(source: Source) -> Source:
+    """The same source with all its images read, by eight threads."""
+    images = np.empty((len(source), *source.shape), np.uint8)
+    read_labels = np.full(len(source), -1, np.int32)
+
+    def load(start: int) -> None:
+        rows = np.arange(start, min(start + 128, len(source)))
+        part = source.take(rows)
+        images[rows] = part["image"]
+        if source.labels is None:
+            read_labels[rows] = part["label"]
+
+    # Decoding leaves Python's lock; blocks keep the queue of pending reads short.
+    blocks = range(0, len(source), 1024)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for start in tqdm(blocks, desc=source.name, unit="block", leave=False, disable=None):
+            list(pool.map(load, range(start, min(start + 1024, len(source)), 128)))
+    labels = source.labels
+    if labels is None and (source.class_names or np.any(read_labels >= 0)):
+        labels = read_labels
+    count = _count_classes(labels, source.class_names)
+    return dataclasses.replace(source, images=images, labels=labels, num_classes=count, reader=None)
+
+
+def normal_labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """Labels as int32 [N] (-1 and above) or float32 [N,k]; SourceError for anything else."""
+    labels = np.asarray(labels)
+    if len(labels) != count:
+        raise SourceError(
+            f"{name}: has {len(labels)} labels for {count} images; expected one label per image"
+        )
+    if labels.ndim == 2 and np.issubdtype(labels.dtype, np.number):
+        return labels.astype(np.float32)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise SourceError(
+            f"{name}: labels have type {labels.dtype} and shape {labels.shape}; expected integers "
+            "[N] or vectors [N,k]"
+        )
+    if labels.min() < -1 or labels.max() >= 2**31 - 1:
+        raise SourceError(
+            f"{name}: labels go from {labels.min()} to {labels.max()}; expected -1 (no class) or "
+            "classes from 0"
+        )
+    return labels.astype(np.int32)
+
+
+def _label_size(labels: np.ndarray | None) -> int:
+    """The length of label vectors; 0 for classes or no labels."""
+    return labels.shape[1] if labels is not None and labels.ndim == 2 else 0
+
+
+def _count_classes(labels: np.ndarray | None, class_names: Sequence[str]) -> int:
+    """The length of label vectors; else classes by name, or the largest label + 1."""
+    if labels is None:
+        return len(class_names)
+    return _label_size(labels) or max(len(class_names), int(labels.max(initial=-1)) + 1)
+
+
+def _with_channels(image: np.ndarray, channels: int | None, where: str) -> np.ndarray:
+    try:
+        return with_channels(image, channels)
+    except PictureError as error:
+        raise SourceError(f"{where}: {error}") from None
