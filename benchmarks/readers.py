@@ -7,7 +7,7 @@ processes.
         [--step mnist]
 
 Makes a temporary set of PNG files that compress like photographs, and from it EDM's zip and an
-array_record set by `python -m ogdm_jax data prepare`. The readers take turns, --repeats times.
+array_record set by `ogdm data prepare`. The readers take turns, --repeats times.
 Every turn opens the set anew as one larger than memory, takes a few batches (start of threads and
 processes), then times the following ones; nothing else is done
 with the batches. Prints one JSON line per source and reader, medians over the turns: images a

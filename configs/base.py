@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
 
     config.precondition = ConfigDict()
     config.precondition.kind = "edm"  # edm, vp, ve, iddpm, adm (eps of a discrete process)
-    config.precondition.sigma_data = 0.5  # python -m ogdm_jax data describe SOURCE measures it
+    config.precondition.sigma_data = 0.5  # ogdm data describe SOURCE measures it
     config.precondition.schedule = "linear"  # adm, noise.law ddpm: betas, linear or cosine
     config.precondition.diffusion_steps = 1000  # and their number
     config.precondition.learned_variance = (

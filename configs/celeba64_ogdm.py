@@ -10,7 +10,7 @@ DDIM-10 and 7.88 -> 3.94 at DDIM-20 against the same training without OGDM (--co
 --config.ogdm.gamma=0.025 --config.ogdm.k=0.2 and 15,000 steps in place of the three 300,000.
 """
 
-from configs import base
+from ogdm_jax.configs import base
 from ogdm_jax.methods import ogdm
 
 

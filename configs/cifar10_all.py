@@ -7,7 +7,7 @@ CIFAR-10.
 No published figure: the five papers were never combined before.
 """
 
-from configs import cifar10_sp
+from ogdm_jax.configs import cifar10_sp
 
 
 def get_config():

@@ -14,7 +14,7 @@ network is trained from scratch: give --config.network.channel_mult and the like
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ogdm_jax.configs import base
 from ogdm_jax.discriminator import training as discriminator
 from ogdm_jax.methods import contract as slots
 

@@ -7,7 +7,7 @@ Aim: FID 1.97 at 35 network evaluations (Heun, 18 steps), minimum of three runs 
 [confirmed in the authors' README; not yet reproduced here].
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():

@@ -9,7 +9,7 @@ Aim: better FID than cifar10_edm at 10 to 25 evaluations. The authors' logs of t
 so none is quoted.
 """
 
-from configs import base
+from ogdm_jax.configs import base
 from ogdm_jax.methods import ogdm
 
 

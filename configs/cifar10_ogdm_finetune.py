@@ -8,7 +8,7 @@ Aim: better FID than its starting point at 10 to 25 evaluations [authors' logs s
 variant: 20.56 to 10.70 at DDIM-10; no figure of the EDM variant was found].
 """
 
-from configs import cifar10_ogdm
+from ogdm_jax.configs import cifar10_ogdm
 
 
 def get_config():

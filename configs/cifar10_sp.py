@@ -6,7 +6,7 @@
 The teacher is the starting point's moving average. No published figure exists for this data set.
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():

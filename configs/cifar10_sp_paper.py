@@ -8,7 +8,7 @@ The paper tunes a latent text-to-image model; no published figure exists for thi
 pixels want the squared error beside the features (configs/cifar10_sp.py).
 """
 
-from configs import cifar10_sp
+from ogdm_jax.configs import cifar10_sp
 from ogdm_jax.methods import sp
 
 

@@ -7,7 +7,7 @@ Aim: FID 1.92 at 35 evaluations with DDPM++ against EDM's 1.97 [authors' README;
 here].
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ Aim: faster and better than the same run with --config.methods= [the paper's cla
 this recipe is quoted].
 """
 
-from configs import cifar10_stf
+from ogdm_jax.configs import cifar10_stf
 
 
 def get_config():

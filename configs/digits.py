@@ -4,7 +4,7 @@ nothing to download.
 python train.py
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():
@@ -19,7 +19,7 @@ def get_config():
     config.network.attn_resolutions = (4,)
     config.network.dropout = 0.0
     config.noise.clip = True
-    config.precondition.sigma_data = 0.75  # measured: python -m ogdm_jax data describe digits
+    config.precondition.sigma_data = 0.75  # measured: ogdm data describe digits
     config.optim.ramp = "6400 images"
     config.optim.decay = "800 steps"
     config.ema.halflife = "5 kimg"

@@ -5,7 +5,7 @@ python train.py && python train.py --config configs/digits_dg.py --workdir runs/
 --config.dg.prior=runs/digits
 """
 
-from configs import cifar10_dg
+from ogdm_jax.configs import cifar10_dg
 
 
 def get_config():

@@ -3,7 +3,7 @@
 python train.py && python train.py --config configs/digits_sp.py
 """
 
-from configs import digits
+from ogdm_jax.configs import digits
 
 
 def get_config():

@@ -3,7 +3,7 @@
 python train.py --config configs/digits_stf.py
 """
 
-from configs import digits
+from ogdm_jax.configs import digits
 
 
 def get_config():

@@ -7,7 +7,7 @@ Aim: FID 2.39 at 79 evaluations (Heun, 40 steps) [stated by another paper's READ
 reproduced here].
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ reproduced here]. bfloat16 replaces the authors' float16 with loss scaling; para
 and the loss stay float32.
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():

@@ -4,7 +4,7 @@ CPU cores.
 python train.py --config configs/mnist_edm.py --workdir runs/mnist_edm
 """
 
-from configs import base
+from ogdm_jax.configs import base
 
 
 def get_config():
@@ -18,9 +18,7 @@ def get_config():
     config.network.num_blocks = 1
     config.network.attn_resolutions = (7,)
     config.network.dropout = 0.0
-    config.precondition.sigma_data = (
-        0.62  # measured: python -m ogdm_jax data describe mnist5k --resolution 28
-    )
+    config.precondition.sigma_data = 0.62  # measured: ogdm data describe mnist5k --resolution 28
     config.optim.learning_rate = 2e-3
     config.optim.ramp = "3200 images"
     config.optim.decay = "4500 steps"

@@ -2,7 +2,6 @@
 for every mistake.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from PIL import Image
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel, startup
-from ogdm_jax.cli import guided
+from ogdm_jax.cli import guided, sample
 from ogdm_jax.diffusion import steps
 from ogdm_jax.discriminator import fakes
 from ogdm_jax.discriminator import training as discriminator
@@ -31,9 +30,6 @@ from tests.support import compiling, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
-SPEC = importlib.util.spec_from_file_location("sample_command", tiny.ROOT / "sample.py")
-sample = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sample)
 
 
 def save(folder, *more: str):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from ogdm_jax.interop import from_torch, load_pretrained
 from tests.support import hostile, snapshots
-from tests.support.commands import interop
+from tests.support.commands import ogdm
 
 pytestmark = pytest.mark.fast
 
@@ -28,7 +28,7 @@ def test_state_dicts_of_no_network_are_refused_in_one_sentence(name, tmp_path):
     message = str(caught.value)
     assert message.isprintable() and message.isascii() and len(message) < 600, message
     save_file(state, tmp_path / "x.safetensors")
-    done = interop(tmp_path, "show", "x.safetensors", "--tensors")
+    done = ogdm(tmp_path, "show", "x.safetensors", "--tensors")
     assert (
         done.returncode == 0 and "network: " in done.stdout or done.stderr.startswith("error: ")
     ), done
@@ -44,7 +44,7 @@ def exported(tmp_path_factory):
         ("convert", snapshot.name, "--out", "work"),
         ("export", "work", "--out", "x.safetensors"),
     ):
-        done = interop(folder, *words)
+        done = ogdm(folder, *words)
         assert done.returncode == 0, done.stderr
     return folder / "x.safetensors", json.loads((folder / "x.json").read_text())
 
@@ -107,7 +107,7 @@ def test_values_of_the_json_file_are_checked(exported):
 )
 def test_settings_of_the_command_line_are_checked(exported, setting, words):
     path, _ = exported
-    done = interop(path.parent, "convert", path.name, "--out", "other", "--set", setting)
+    done = ogdm(path.parent, "convert", path.name, "--out", "other", "--set", setting)
     assert done.returncode == 1 and words in done.stderr and done.stderr.startswith("error: "), (
         done.stderr
     )

@@ -20,7 +20,7 @@ from ogdm_jax.training import checkpoint
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import golden_support, tiny
-from tests.support.commands import inside, interop
+from tests.support.commands import inside, ogdm
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,7 +48,7 @@ def openai(tmp_path_factory):
         f"--set={text}"
         for text in ("img_resolution=8", "num_heads=2", "qkv_order=new", "schedule=cosine")
     ]
-    done = interop(folder, "convert", "model.safetensors", "--out", "work", *hidden)
+    done = ogdm(folder, "convert", "model.safetensors", "--out", "work", *hidden)
     assert done.returncode == 0, done.stderr
     return folder, network, done.stdout
 
@@ -73,7 +73,7 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     ours, theirs = both(x, sigma, jnp.asarray([1, 2]))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
-    done = interop(folder, "export", "work", "--out", "out.safetensors")
+    done = ogdm(folder, "export", "work", "--out", "out.safetensors")
     assert done.returncode == 0, done.stderr
     again = load_pretrained(folder / "out.safetensors")
     assert (again.kind, again.network, again.schedule) == ("adm", network, "cosine")
@@ -96,7 +96,7 @@ def test_an_export_says_the_order_it_was_written_in(openai, monkeypatch):
     monkeypatch.setitem(recognise._PUBLISHED, key, hidden)
     original = load_pretrained(folder / "model.safetensors")
     assert original.network == network
-    done = interop(folder, "export", "work", "--out", "ordered.safetensors")
+    done = ogdm(folder, "export", "work", "--out", "ordered.safetensors")
     assert done.returncode == 0, done.stderr
     again = load_pretrained(folder / "ordered.safetensors")
     assert again.network == network
@@ -144,5 +144,5 @@ def test_networks_that_no_configuration_describes_are_refused(tmp_path):
         (("classifier.safetensors", "--set", "qkv_order=old"), "expected 'legacy' or 'new'"),
         (("classifier.safetensors",), "holds a network of kind adm_encoder; expected a denoiser"),
     ):
-        done = interop(tmp_path, "convert", *words, "--out", "work")
+        done = ogdm(tmp_path, "convert", *words, "--out", "work")
         assert done.returncode == 1 and sentence in done.stderr, done.stderr

@@ -28,7 +28,7 @@ from ogdm_jax.networks import DhariwalUNet
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import golden_support, tiny
 from tests.support import torch_files as tf
-from tests.support.commands import interop, script
+from tests.support.commands import ogdm, script
 from tests.support.families import adm
 from tests.support.golden_support import nchw, nhwc
 from tests.support.snapshots import published
@@ -438,7 +438,7 @@ def test_discriminators(name):
 def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interop")
     source = published(folder)
-    done = interop(folder, "convert", source.name, "--out", "work")
+    done = ogdm(folder, "convert", source.name, "--out", "work")
     assert done.returncode == 0, done.stderr
     return folder, source, done.stdout
 
@@ -458,7 +458,7 @@ def test_export_and_back_is_bit_equal(converted):
         ("convert", "one.safetensors", "--out", "again"),
         ("export", "again", "--out", "two.safetensors"),
     ):
-        done = interop(folder, *words)
+        done = ogdm(folder, *words)
         assert done.returncode == 0, done.stderr
     assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
     assert (folder / "one.json").read_bytes() == (folder / "two.json").read_bytes()
@@ -506,7 +506,7 @@ def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
 
 def test_show_and_refusals_on_the_command_line(converted, tmp_path):
     folder, source, _ = converted
-    done = interop(folder, "show", source.name, "--tensors")
+    done = ogdm(folder, "show", source.name, "--tensors")
     assert (
         done.returncode == 0
         and "edm, SongUNet" in done.stdout
@@ -523,7 +523,7 @@ def test_show_and_refusals_on_the_command_line(converted, tmp_path):
         (("export", str(folder / "work"), "--out", "x.bin"), "ends in .safetensors"),
         (("show", str(source), "--set", "dropout"), "expected NAME=VALUE"),
     ):
-        done = interop(tmp_path, *words)
+        done = ogdm(tmp_path, *words)
         assert done.returncode == 1 and sentence in done.stderr, (words, done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
     assert not (tmp_path / "executed").exists()

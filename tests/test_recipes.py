@@ -4,7 +4,6 @@ what exists.
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import yaml
 
 from ogdm_jax import config as configs
 from ogdm_jax import startup
+from ogdm_jax.cli import train
 from tests.support import tiny
 
 RECIPES = tiny.ROOT / "recipes"
@@ -27,13 +27,12 @@ ENV = {
 MORE = "--config.data.batch=256"
 
 
-def parsed(words, monkeypatch):
+def parsed(words):
     """What train.py makes of a command's words, which have to begin with it: (flags,
     configuration).
     """
     assert words[0] == "train.py"
-    monkeypatch.setattr(sys, "argv", list(words))
-    args, rest = runpy.run_path(str(tiny.ROOT / "train.py"))["parse"]()
+    args, rest = train.parse(list(words)[1:])
     return args, configs.load(tiny.ROOT / args.config, startup.split_overrides(rest))
 
 
@@ -61,8 +60,8 @@ def execute(
     return done.returncode, calls, done.stdout + done.stderr
 
 
-def check_command(words, monkeypatch, workdir="gs://bucket/runs/x"):
-    args, config = parsed(words, monkeypatch)
+def check_command(words, workdir="gs://bucket/runs/x"):
+    args, config = parsed(words)
     assert (
         args.config == "configs/cifar10_ogdm.py"
         and args.workdir == workdir
@@ -91,12 +90,12 @@ def test_scripts_ask_for_what_is_missing(name, wanted, tmp_path):
         assert done.returncode != 0 and f"{variable}: " in done.stderr
 
 
-def test_one_node_starts_again_after_a_stop_or_a_crash(tmp_path, monkeypatch):
+def test_one_node_starts_again_after_a_stop_or_a_crash(tmp_path):
     code, calls, out = execute(
         "one_node.sh", tmp_path, {"python": "codes=(75 139 0); exit ${codes[$N]}"}
     )
     assert code == 0 and len(calls) == 3 and calls[0] == calls[1] == calls[2], out
-    check_command(calls[0][1:], monkeypatch)
+    check_command(calls[0][1:])
 
 
 @pytest.mark.parametrize("ends", [1, 2])
@@ -118,9 +117,7 @@ SLURM = {"scontrol": "exit 0"}
     [(0, 0, 0, False), (75, 99, 0, True), (137, 0, 0, True), (137, 5, 137, False)],
     ids=["trained", "stopped", "a node died", "it died too often"],
 )
-def test_slurm_queues_again_what_is_not_finished(
-    ended, restarts, code, queued, tmp_path, monkeypatch
-):
+def test_slurm_queues_again_what_is_not_finished(ended, restarts, code, queued, tmp_path):
     env = {
         "SLURM_JOB_ID": "42",
         "SLURM_RESTART_COUNT": str(restarts),
@@ -132,7 +129,7 @@ def test_slurm_queues_again_what_is_not_finished(
         [["scontrol", "requeue", "42"]] if queued else []
     )
     (srun,) = [c for c in calls if c[0] == "srun"]
-    check_command(srun[srun.index("python") + 1 :], monkeypatch)
+    check_command(srun[srun.index("python") + 1 :])
 
 
 def test_slurm_asks_for_a_task_a_gpu_and_for_a_signal_in_time():
@@ -161,7 +158,7 @@ exit 0
 """
 
 
-def test_a_pod_is_made_again_after_a_preemption(tmp_path, monkeypatch):
+def test_a_pod_is_made_again_after_a_preemption(tmp_path):
     code, calls, out = execute(
         "tpu_pod.sh", tmp_path, {"gcloud": GCLOUD}, ZONE="z", TMPDIR=str(tmp_path)
     )
@@ -174,7 +171,7 @@ def test_a_pod_is_made_again_after_a_preemption(tmp_path, monkeypatch):
     assert len(train) == 3 and len(set(train)) == 1
     before, _, words = train[0].removeprefix("--command=").partition(".venv/bin/python ")
     assert before == "cd ogdm_jax && "
-    check_command(shlex.split(words), monkeypatch)
+    check_command(shlex.split(words))
     assert all("--worker=all" in c for c in calls if c[4] in ("ssh", "scp"))
 
 
@@ -188,7 +185,7 @@ def test_a_pod_gives_up_where_every_start_fails(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_gpu.yaml"])
-def test_jobsets_start_what_exists(name, monkeypatch):
+def test_jobsets_start_what_exists(name):
     (jobset,) = yaml.safe_load_all((RECIPES / name).read_text())
     assert jobset["kind"] == "JobSet" and jobset["apiVersion"].startswith("jobset.x-k8s.io/")
     (group,) = jobset["spec"]["replicatedJobs"]
@@ -209,7 +206,7 @@ def test_jobsets_start_what_exists(name, monkeypatch):
     python, *command = container["command"]
     assert python == "python"
     words = [str(word).replace("$(PROCESS)", "1") for word in [*command, *container["args"]]]
-    args, config = parsed(words, monkeypatch)
+    args, config = parsed(words)
     assert (
         args.workdir.startswith("gs://")
         and args.stopped_code == 75

@@ -1,1 +1,44 @@
-"""Command lines: words to settings, nothing else."""
+"""Command lines: words to settings, nothing else. One module for each command of `ogdm`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ogdm_jax import __version__
+
+# command -> (module of this folder, its function, what it does). Only the module that is asked for
+# is imported, so that `ogdm --help` is quick.
+COMMANDS = {
+    "train": ("train", "main", "train or resume a model"),
+    "sample": ("sample", "main", "draw images from a trained model, restore measured ones"),
+    "data": ("data", "main", "look at image sets, prepare them"),
+    "show": ("show", "main", "say what a checkpoint of another program holds"),
+    "convert": ("convert", "main", "make a training folder of it"),
+    "export": ("export", "main", "write weights that other programs can read"),
+    "evaluate": (
+        "evaluate",
+        "main",
+        "measure samples: distances, fidelity, the protocol of papers",
+    ),
+    "report": ("report", "main", "a training folder as one page"),
+    "plan": ("train", "plan", "say what a run will need, from the compiler"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(f"ogdm_jax {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: ogdm COMMAND ...; `ogdm COMMAND --help` says what it takes\n")
+        print("\n".join(f"  {name:10} {text}" for name, (*_, text) in COMMANDS.items()))
+        return 0
+    if words[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: {words[0]!r} is no command; expected one of {known}", file=sys.stderr)
+        return 1
+    module, function, _ = COMMANDS[words[0]]
+    run = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    return run(words[1:]) or 0

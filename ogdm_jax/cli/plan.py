@@ -1,4 +1,4 @@
-"""train.py --plan-for: words to a plan, printed and written."""
+"""The options of a plan, and from them to a plan that is printed and written."""
 
 import argparse
 import json

@@ -14,6 +14,7 @@ from ogdm_jax.config.fields import (
     suggestion,
 )
 from ogdm_jax.config.files import (
+    SHIPPED,
     check_same_run,
     flatten,
     from_json,
@@ -23,6 +24,7 @@ from ogdm_jax.config.files import (
 )
 
 __all__ = [
+    "SHIPPED",
     "ConfigError",
     "check",
     "check_same_run",

@@ -5,7 +5,6 @@ anything is compiled.
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ogdm_jax.config.fields import ConfigError, parse, require, suggestion
+
+SHIPPED = Path(__file__).parent.parent / "configs"  # in a checkout a link to configs/ at the top
 
 # What may differ between a workdir's saved configuration and the one that resumes it: length,
 # bookkeeping, hardware.
@@ -51,9 +52,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
             f"--config: {str(path)!r} is no file; expected a configuration such as "
             "configs/digits.py"
         )
-    root = str(path.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)  # overlays import configs.base, wherever the command was started
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # of a file that ends in .py
     loaded = importlib.util.module_from_spec(spec)

@@ -165,7 +165,7 @@ def open_zip(source: str, path: str) -> Stored:
     """
     if not place(path).is_file():
         raise SourceError(
-            f"{source}: there is no file {path}; make one by python -m ogdm_jax data prepare "
+            f"{source}: there is no file {path}; make one by ogdm data prepare "
             f"folder:DIR --out {path}"
         )
     try:

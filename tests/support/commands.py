@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ogdm_jax import cluster, startup
-from ogdm_jax.cli import interop as __main__
+from ogdm_jax import cli, cluster, startup
 from tests.support import compiling, tiny
 
 
@@ -34,9 +33,9 @@ def inside(folder: Path):
         yield patch
 
 
-def interop(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """python -m ogdm_jax interop WORDS, without the start of a process."""
-    return _here(folder, __main__.main, "interop", *words)
+def ogdm(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """ogdm WORDS, without the start of a process."""
+    return _here(folder, cli.main, "ogdm", *words)
 
 
 def entry(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess:

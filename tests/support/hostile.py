@@ -568,7 +568,7 @@ def main() -> None:
 
     from safetensors.numpy import save_file
 
-    from ogdm_jax.cli import interop as __main__
+    from ogdm_jax.cli import convert
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, (data, _) in table().items():
@@ -582,10 +582,10 @@ def main() -> None:
             "| file | bytes | peak kB | seconds | exit code | sentence |\n|---|---|---|---|---|---|"
         )
         for name in names:
-            said, sys.argv = io.StringIO(), ["interop", "convert", name, "--out", "made"]
+            said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    code = __main__.main()
+                    code = convert.main([name, "--out", "made"])
             except SystemExit as stop:
                 code = stop.code
             assert not Path("executed").exists() and not Path("made").exists()

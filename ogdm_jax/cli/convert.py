@@ -1,0 +1,78 @@
+"""Makes a training folder of a checkpoint of another program; runs nothing of the file.
+
+    ogdm convert network-snapshot.pkl --out WORKDIR
+    ogdm train --config.init.workdir=WORKDIR --workdir NEW ...       fine-tune: convert prints it
+    ogdm sample --workdir WORKDIR
+
+FILE: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors, with a denoiser of EDM's or OpenAI's
+code. What tensors hide of unpublished OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or
+head_channels=64) and, where they are so, --set qkv_order=new --set schedule=cosine.
+"""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from ogdm_jax import config as configs
+from ogdm_jax import places, startup
+from ogdm_jax.cli import show
+from ogdm_jax.training import convert
+
+_KEPT = ("network.dropout", "precondition.schedule", "noise.law")  # the tensors do not say these
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Converts a file; exits with 1 after one sentence on bad input."""
+    parser = argparse.ArgumentParser(
+        prog="ogdm convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.KEY=VALUE as in ogdm train",
+    )
+    show.add_arguments(parser)
+    parser.add_argument("--out", required=True, help="new training folder")
+    parser.add_argument(
+        "--config",
+        default=str(configs.SHIPPED / "base.py"),
+        help="settings beside the network's (default: configs/base.py)",
+    )
+    args, rest = parser.parse_known_args(argv)
+    with startup.one_sentence():
+        show.check(args)
+        startup.prepare()
+        _convert(args, startup.split_overrides(rest))
+
+
+def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    out = places.workdir(args.out, "--out")
+    if (out / "checkpoints").exists():
+        raise ValueError(f"--out: {args.out!r} already holds checkpoints; expected a new folder")
+    places.writable(out, "--out")
+    found = show.load(args)
+    convert.check_denoiser(found, args.source)
+    config = configs.load(args.config, overrides)
+    defaults = configs.flatten(config)
+    typed = {text.partition("=")[0] for text in overrides}
+    for key, value in convert.settings_of(found, config).items():
+        group, name = key.split(".")
+        if key not in typed.intersection(_KEPT):
+            config[group][name] = value
+    count = convert.write(found, config, args.out, args.source)
+    print(f"wrote {count:,} parameters to {args.out} (preconditioning: {config.precondition.kind})")
+    flat = configs.flatten(config)
+    changed = [
+        key
+        for key in flat
+        if key.startswith(("network.", "precondition.", "noise.", "data."))
+        and flat[key] != defaults[key]
+    ]
+    flags = " ".join(shlex.quote(f"--config.{key}={_text(flat[key])}") for key in changed)
+    start_here = f"--config {os.path.relpath(args.config)} --config.init.workdir={args.out}"
+    print(f"fine-tune: python train.py {start_here} {flags} --workdir NEW")
+    print(f"sample:    python sample.py --workdir {args.out}")
+
+
+def _text(value: Any) -> str:
+    return str(value).replace(" ", "") if isinstance(value, tuple) else str(value)

@@ -1,0 +1,89 @@
+"""Trains a diffusion model.
+
+    ogdm train                                            the shipped digits, minutes on two cores
+    ogdm train --config configs/NAME.py --workdir DIR --config.KEY=VALUE ...
+    ogdm train --config configs/NAME.py --plan-for v5e:2x4      what it will need, from the compiler
+
+`python train.py` is the same. Run the same command again to resume. Ctrl-C and SIGTERM save and
+exit 0.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ogdm_jax import cluster, startup
+from ogdm_jax import config as configs
+from ogdm_jax.cli import plan as planning
+from ogdm_jax.training import profile
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and what they leave over: --config.KEY=VALUE."""
+    parser = argparse.ArgumentParser(
+        prog="ogdm train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        default=str(Path(configs.SHIPPED) / "digits.py"),
+        help="a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--workdir", default="", help="where all of it goes, gs://... too (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--profile", default="", metavar="FIRST,LAST", help="trace these steps into WORKDIR/profile"
+    )
+    parser.add_argument(
+        "--stopped-code",
+        type=int,
+        default=0,
+        metavar="CODE",
+        help="exit code after a signal (default: 0)",
+    )
+    several = parser.add_argument_group(
+        "several processes", "all three, only where JAX cannot find the cluster itself"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", metavar="N", type=int, help="their number")
+    several.add_argument("--process", metavar="I", type=int, help="which one this is, 0 to N - 1")
+    planning.add_arguments(parser)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, resumes or plans; exits with 1 after one sentence on bad input."""
+    args, rest = parse(argv)
+    try:
+        run(args, rest)
+    except cluster.Stopped:
+        raise SystemExit(args.stopped_code) from None
+
+
+def plan(argv: Sequence[str] | None = None) -> None:
+    """`ogdm plan`: `ogdm train --plan-for`, for the devices here unless the words name others."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = any(word.partition("=")[0] == "--plan-for" for word in words)
+    main(words if named else [*words, "--plan-for"])
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
+    """What `main` does after parsing."""
+    with cluster.ending_together(), startup.one_sentence():
+        startup.prepare()
+        planning.check(args)
+        config = configs.load(args.config, startup.split_overrides(rest))
+        workdir = args.workdir or str(Path("runs") / Path(args.config).stem)
+        steps = profile.parse(args.profile)
+
+        if args.plan_for:
+            planning.run(args, config, Path(args.config).stem)
+            return
+        cluster.join(args.coordinator, args.processes, args.process)
+        from ogdm_jax.discriminator import training as discriminator
+        from ogdm_jax.training import loop  # JAX may start only now
+
+        (discriminator if "dg" in config else loop).train(config, workdir, profile=steps)

@@ -1,0 +1,90 @@
+"""A network that was read from another program's file as a training folder of ours."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ogdm_jax import models
+from ogdm_jax.interop import Pretrained, export
+from ogdm_jax.training import checkpoint, optim, state
+
+_KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}
+_SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
+
+
+def check_denoiser(found: Pretrained, source: str) -> None:
+    """Raises ValueError unless the file holds a denoiser that a configuration can describe."""
+    network = found.network
+    if found.kind not in ("edm", "adm"):
+        raise ValueError(
+            f"{source}: holds a network of kind {found.kind}; expected a denoiser (others: "
+            "load_pretrained)"
+        )
+    if found.kind == "adm" and network.img_channels == 6:
+        raise ValueError(
+            f"{source}: enlarges small images, which it gets as 3 of its 6 channels; use "
+            "load_pretrained"
+        )
+
+
+def settings_of(found: Pretrained, config: ConfigDict) -> dict[str, Any]:
+    """{"group.key": value}: what a configuration must say for `models.build` to make this network.
+
+    Args:
+      found: a denoiser, see `check_denoiser`.
+      config: the configuration that is to be changed; it says how often to augment.
+    """
+    network, kind = found.network, found.precondition or "edm"
+    owner = _KINDS[type(network).__name__]
+    settings = {
+        "network.kind": owner,
+        "precondition.kind": kind,
+        "precondition.sigma_data": found.sigma_data,
+        "data.conditional": network.label_dim > 0,
+        "data.augment": (config.data.augment or 0.12) if network.augment_dim else 0.0,
+    }
+    for field in _SHARED + models.ONLY.get(owner, ()):
+        value = getattr(network, field)
+        settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
+    if kind in ("vp", "ve"):
+        settings["noise.law"] = kind
+    if kind == "adm":
+        settings |= {"noise.law": "ddpm", "precondition.schedule": found.schedule}
+        settings["precondition.learned_variance"] = network.out_channels == 2 * network.img_channels
+    if found.dropout is not None:
+        settings["network.dropout"] = float(found.dropout)
+    elif owner == "openai":  # the file does not say; most of them were trained without
+        settings["network.dropout"] = 0.0
+    return settings
+
+
+def write(found: Pretrained, config: ConfigDict, out: str | os.PathLike, source: str) -> int:
+    """Writes the network as step 0 of a training folder; returns its number of parameters.
+
+    Raises:
+      ValueError: the configuration builds another network.
+    """
+    network = found.network
+    shape = (network.img_resolution, network.img_resolution, network.img_channels)
+    built = models.build(config, shape, network.label_dim)
+    ours, theirs = export.network_settings(built.network), export.network_settings(network)
+    differ = [
+        f"{name} {theirs[name]}"
+        for name in theirs
+        if name != "dropout" and theirs[name] != ours.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{source}: no configuration describes its {', '.join(differ)}; use load_pretrained"
+        )
+    params, buffers = found.variables["params"], found.variables.get("buffers", {})
+    tx, _ = optim.optimiser(config)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+    moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
+    start = state.TrainState(jnp.zeros((), "int32"), params, params, buffers, moments, {}, {})
+    with checkpoint.Checkpoints(out) as folder:
+        folder.save(0, start, checkpoint.describe(config, shape, network.label_dim), {"step": 0})
+    return models.parameter_count(params)
