@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": (
         "evaluate",
         "main",
-        "measure samples: distances, fidelity, the protocol of papers",
+        "measure samples, also as the papers do",
     ),
     "report": ("report", "main", "a training folder as one page"),
     "plan": ("train", "plan", "say what a run will need, from the compiler"),
