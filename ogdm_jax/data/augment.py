@@ -1,9 +1,9 @@
-"""EDM's non-leaky geometric augmentation with its nine conditioning labels (arXiv 2206.00364,
-appendix F.2, table 6).
+"""EDM's non-leaky geometric augmentation with its nine conditioning labels.
 
-Flips move pixels exactly; scale, rotation, stretch and translation are one resampling. Every
-operation is drawn per example, so the result depends on an example's key alone. All shapes are
-static: the pipe is jittable and differentiable in the images.
+Source: arXiv 2206.00364, appendix F.2, table 6. Flips move pixels exactly; scale, rotation, stretch
+and translation are one resampling. Every operation is drawn per example, so the result depends on
+an example's key alone. All shapes are static: the pipe is jittable and differentiable in the
+images.
 
 Difference from the authors' code: they pad each batch by the largest margin its transforms need (a
 dynamic shape); we always pad by the largest margin possible, width - 1 per side, which changes
@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Key, Shaped
 
 from ogdm_jax import randomness
 from ogdm_jax.typing import Array
@@ -31,53 +33,58 @@ SYM6 = np.array(
 _CROP = len(SYM6) // 4  # pixels of border that the final low-pass needs on each side
 
 Draws = dict[str, Array]
+Keys = Key[Array, " b"]  # typed
+Pixels = Shaped[Array, "b h w c"]  # of any dtype
+Images = Float[Array, "b h w c"]
+Labels = Float[Array, "b k"]
+Maps = Float[Array, "b 2 3"]
+Flags = Bool[Array, " b"]
 
 
 class Part(NamedTuple):
-    """One resampling operation: matrix [B,2,3] (output to input, pixels about the centre) and
-    labels [B,k].
+    """One resampling operation.
+
+    Attributes:
+      matrix: [B,2,3], output to input, pixels about the centre.
+      labels: [B,k].
     """
 
     matrix: Array
     labels: Array
 
 
-def xflip(keys: Array, images: Array) -> Array:
-    """Mirrors each image left to right with probability 1/2. keys [B] typed, images [B,H,W,C] of
-    any dtype.
-    """
+def xflip(keys: Keys, images: Pixels) -> Pixels:
+    """Mirrors each image left to right with probability 1/2. Images are of any dtype."""
     flip = randomness.uniform(randomness.fold_in_each(keys, "xflip")) < 0.5
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def flip(images: Array, augment: Array) -> Array:
-    """Mirrors images [B,H,W,C] by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9];
-    its own inverse.
+def flip(images: Pixels, augment: Labels) -> Pixels:
+    """Mirrors images by columns 0 (x-flip) and 1 (y-flip) of augmentation labels [B,9].
+
+    Doing so twice gives the images back.
     """
     images = jnp.where(augment[:, 0][:, None, None, None] != 0, images[:, :, ::-1], images)
     return jnp.where(augment[:, 1][:, None, None, None] != 0, images[:, ::-1], images)
 
 
-def isometric(augment: Array) -> Array:
-    """[B] bool: no operation but flips acted (labels [B,9], zero where an operation did not
-    act).
-    """
+def isometric(augment: Labels) -> Flags:
+    """Whether no operation but flips acted: the other columns of labels [B,9] are zero."""
     return jnp.all(augment[:, 2:] == 0, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentPipe:
-    """Settings of the pipe; hashable, so usable as a static argument. Operation k acts with
-    probability p * multiplier.
+    """Settings of the pipe; hashable, so usable as a static argument.
 
-    Defaults are EDM's recipe; p is 0.12 for CIFAR-10 and 0.15 for FFHQ and AFHQv2. A multiplier of
-    0 removes the
-    operation and its labels. Labels, in this order, are zero where an operation did not act: xflip,
-    yflip, scale, cos(rotation) - 1, sin(rotation), aniso x, aniso y, translation x, translation y
-    (`label_dim` of them).
-
+    An operation acts with probability p * its multiplier; a multiplier of 0 removes the operation
+    and its labels. Defaults are EDM's recipe; p is 0.12 for CIFAR-10 and 0.15 for FFHQ and AFHQv2.
     xflip's multiplier saturates: its draw always happens and flips half of the images. yflip flips
     p / 2 of them.
+
+    Labels, in this order, are zero where an operation did not act: xflip, yflip, scale,
+    cos(rotation) - 1, sin(rotation), aniso x, aniso y, translation x, translation y (`label_dim` of
+    them).
 
     Raises:
       ValueError: p outside [0, 1], or a negative multiplier or standard deviation.
@@ -96,15 +103,12 @@ class AugmentPipe:
     aniso_rotate_prob: float = 0.5  # probability that the stretch has a random direction
     translate_frac_std: float = 0.125  # in image widths
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
             raise ValueError(f"AugmentPipe: p is {self.p}; expected a probability in [0, 1]")
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) >= 0:
-                raise ValueError(
-                    f"AugmentPipe: {field.name} is {getattr(self, field.name)}; expected a number "
-                    ">= 0"
-                )
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"AugmentPipe: {name} is {value}; expected a number >= 0")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -116,9 +120,8 @@ class AugmentPipe:
         """Number of label columns: 9 when every operation is on."""
         return sum(_LABELS[name] for name in self.ops)
 
-    def draw(self, keys: Array) -> Draws:
-        """All random numbers of B examples from their keys [B], by name; each name folds into the
-        key by itself.
+    def draw(self, keys: Keys) -> Draws:
+        """All random numbers of B examples by name; each name folds into the key by itself.
 
         `*_u` are uniform thresholds (the operation acts where u < multiplier * p), flips' `w` are 0
         or 1, other `w` are standard normal, `v` are uniform angles, `aniso_ur` < 0.5 keeps the
@@ -139,12 +142,13 @@ class AugmentPipe:
                 )
         return draws
 
-    def apply(self, draws: Draws, images: Array) -> tuple[Array, Array]:
-        """Transforms images [B,H,W,C] float32 by given draws.
+    def apply(self, draws: Draws, images: Images) -> tuple[Images, Labels]:
+        """Transforms images by draws of `draw`.
+
+        Memory in between: (6H, 6W, C) numbers per example.
 
         Returns:
-          (images [B,H,W,C], labels [B,label_dim]). Memory in between: (6H, 6W, C) numbers per
-          example.
+          (images, labels [B,label_dim]).
 
         Raises:
           ValueError: images not of rank 4 or with a side below 2.
@@ -172,19 +176,20 @@ class AugmentPipe:
         labels += [part.labels.astype(images.dtype) for part in parts]
         return images, jnp.concatenate(labels, axis=1)
 
-    def augment(self, keys: Array, images: Array) -> tuple[Array, Array]:
-        """draw, then apply: keys [B] typed, images [B,H,W,C] float -> (images, labels
-        [B,label_dim]).
-        """
+    def augment(self, keys: Keys, images: Images) -> tuple[Images, Labels]:
+        """`draw`, then `apply`: (images, labels [B,label_dim])."""
         return self.apply(self.draw(keys), images)
 
 
-def warp(images: Array, matrix: Array) -> Array:
-    """Resamples images [B,H,W,C] at output-to-input maps [B,2,3] (pixels about the centre),
-    band-limited by sym6.
+def warp(images: Images, matrix: Maps) -> Images:
+    """Resamples images, band-limited by sym6.
 
-    Reflect-padded image, upsampled twice, bilinear, zero beyond the padding, low-passed and
-    decimated.
+    The reflect-padded image is upsampled twice, read bilinearly (zero beyond the padding),
+    low-passed and decimated.
+
+    Args:
+      images: to resample.
+      matrix: maps from output to input, in pixels about the centre.
     """
     _, height, width, _ = images.shape
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -198,12 +203,11 @@ def warp(images: Array, matrix: Array) -> Array:
 
 
 def _grid(matrix: Array, height: int, width: int) -> tuple[Array, Array]:
-    """Row and column [B, 2(H+6), 2(W+6)] in the zero-ringed upsampled image at which each fine
-    output pixel looks.
+    """Where each fine output pixel looks in the zero-ringed upsampled image.
 
-    With u the offset of an output pixel from the centre in fine pixels, the image point is A (u +
-    1/2) + 2 t - 1/2: the filter of even length shifts the fine lattice by half a fine pixel against
-    the coarse one.
+    Row and column, [B, 2(H+6), 2(W+6)] each. With u the offset of an output pixel from the centre
+    in fine pixels, the image point is A (u + 1/2) + 2 t - 1/2: the filter of even length shifts the
+    fine lattice by half a fine pixel against the coarse one.
     """
     out = [np.arange(2 * (n + 2 * _CROP)) + 1.0 - (n + 2 * _CROP) for n in (height, width)]
     v, h = (jnp.asarray(o, matrix.dtype) for o in (out[0][None, :, None], out[1][None, None, :]))
@@ -212,14 +216,15 @@ def _grid(matrix: Array, height: int, width: int) -> tuple[Array, Array]:
     y = m[:, 1, 0] * h + m[:, 1, 1] * v + 2 * m[:, 1, 2]
     # Fine image: 2 (3n-2) pixels, centre at 3n-2-1/2; another -1/2 from above; +1 for the ring.
     # Beyond the ring: zeros.
-    return tuple(
-        jnp.clip(c + (3 * n - 2), 0.0, 2.0 * (3 * n - 2) + 1) for c, n in ((y, height), (x, width))
-    )
+    y = jnp.clip(y + (3 * height - 2), 0.0, 2.0 * (3 * height - 2) + 1)
+    x = jnp.clip(x + (3 * width - 2), 0.0, 2.0 * (3 * width - 2) + 1)
+    return y, x
 
 
 def _bilinear(fine: Array, y: Array, x: Array) -> Array:
-    """fine [h,w,c] at real positions y, x [p,q] inside it (one row and column must follow each) ->
-    [p,q,c].
+    """The image fine [h,w,c] at real positions y, x [p,q]: [p,q,c].
+
+    A row and a column must follow each position.
     """
     top, left = jnp.floor(y), jnp.floor(x)
     fy, fx = (y - top)[None], (x - left)[None]
@@ -240,8 +245,9 @@ def _bilinear(fine: Array, y: Array, x: Array) -> Array:
 
 @functools.lru_cache(maxsize=32)
 def _upsample(n: int) -> np.ndarray:
-    """[2(3n-2)+3, n] float64: reflect pad by n-1, insert zeros, low-pass, then a ring of zeros (1
-    before, 2 after).
+    """Reflect-pads by n-1, inserts zeros, low-passes, adds zeros (1 before, 2 after).
+
+    As a matrix [2(3n-2)+3, n], float64.
     """
     padded = 3 * n - 2
     reflect = np.pad(np.eye(n), [(n - 1, n - 1), (0, 0)], mode="reflect")
@@ -253,7 +259,7 @@ def _upsample(n: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _downsample(n: int) -> np.ndarray:
-    """[n, 2(n+6)] float64: low-pass, keep every second row, crop 3 per side."""
+    """Low-passes, keeps every second row, crops 3 per side: [n, 2(n+6)], float64."""
     half = (len(SYM6) - 1) // 2
     return _filter(np.pad(np.eye(2 * (n + 2 * _CROP)), [(half, half), (0, 0)]), SYM6)[::2][
         _CROP:-_CROP
@@ -263,19 +269,23 @@ def _downsample(n: int) -> np.ndarray:
 def _filter(rows: np.ndarray, taps: np.ndarray) -> np.ndarray:
     """Correlation along axis 0 without padding."""
     count = len(rows) - len(taps) + 1
-    return sum(tap * rows[k : k + count] for k, tap in enumerate(taps))
+    parts = [tap * rows[k : k + count] for k, tap in enumerate(taps)]
+    return functools.reduce(np.add, parts)
 
 
 def _compose(left: Array, right: Array) -> Array:
-    """Product of two affine maps [B,2,3] as 3x3 matrices, in elementwise form: exact float32 on
-    every device.
+    """Product of two affine maps [B,2,3] as 3x3 matrices.
+
+    Elementwise, which is exact float32 on every device.
     """
     a, b = left[:, :, :, None], right[:, None, :, :]  # [B,2,3,1], [B,1,2,3]
     linear = a[:, :, 0] * b[:, :, 0] + a[:, :, 1] * b[:, :, 1]
     return linear + jnp.pad(left[:, :, 2:], [(0, 0), (0, 0), (2, 0)])
 
 
-def _affine(a, b, tx, c, d, ty) -> Array:
+def _affine(
+    a: ArrayLike, b: ArrayLike, tx: ArrayLike, c: ArrayLike, d: ArrayLike, ty: ArrayLike
+) -> Array:
     """[B,2,3] from six numbers or [B] arrays; at least one is an array."""
     rows = jnp.broadcast_arrays(*(jnp.asarray(value) for value in (a, b, tx, c, d, ty)))
     return jnp.stack(rows, axis=-1).reshape(-1, 2, 3)
