@@ -47,7 +47,8 @@ class Case:
     def phase(self) -> str:
         """The share of the time that it is timed in. PyTorch's cases come together: two programs of
         a kind that takes all of a device's memory cannot wait for each other there, and starting
-        one takes ten seconds."""
+        one takes ten seconds.
+        """
         return "torch" if self.side == "torch" else self.part
 
 
