@@ -1,7 +1,7 @@
 """Everything worth knowing of one accelerator in one call, within a given time.
 
     python benchmarks/accelerator.py --minutes 9 --out DIR [--edm DIR] [--images FILE] [--only
-    PARTS] [--rehearse]
+        PARTS] [--rehearse]
 
 Parts: exact (golden files, accumulation, resuming), train (steps beside EDM's code in PyTorch),
 sampling, images (EDM and OGDM on real pictures), profile. What need not be timed, and every

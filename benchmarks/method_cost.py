@@ -1,11 +1,11 @@
 """What each training method costs: its step over the baseline's step, in one process, taking turns.
 
-    python benchmarks/method_cost.py [--rounds 9] [--config configs/digits.py] [--config.KEY=VALUE
-    ...]
+    python benchmarks/method_cost.py [--rounds 9] [--config configs/digits.py]
+        [--config.KEY=VALUE ...]
 
 Prints one JSON line per variant: the median over rounds of (variant / baseline). SP's teacher is
 the untrained network: the cost does not depend on weights; its weight is calibrated in the first
-  step, which is not timed.
+step, which is not timed.
 """
 
 import argparse

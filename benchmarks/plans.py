@@ -1,8 +1,9 @@
-"""Plans of configurations on TPU chips, compiled one by one and kept: what benchmarks/plans/*.json
-and their table are.
+"""Plans of configurations on TPU chips, compiled one by one and kept: what benchmarks/plans/*.json and
+their table are.
 
-    JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on v5e:2x4
-    --plans mesh,sharded python benchmarks/plans.py --table
+    JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on
+        v5e:2x4 --plans mesh,sharded
+    python benchmarks/plans.py --table
 
 A plan that is kept already is not compiled again: delete its file for that. Each is a process of
 its own, because libtpu keeps the memory of what it has compiled.

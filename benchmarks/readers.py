@@ -1,20 +1,19 @@
 """Images a second that sets on disk are read with: threads of the training process against reading
 processes.
 
-    python benchmarks/readers.py [--images 8192] [--side 32] [--batch 256] [--batches 40] [--repeats
-    5]
-        [--sources folder,zip,array_record] [--readers threads:1,threads:8,workers:1,workers:2]
-        [--step mnist]
+    python benchmarks/readers.py [--images 8192] [--side 32] [--batch 256] [--batches 40]
+        [--repeats 5]
+        [--sources folder,zip,array_record] [--readers
+            threads:1,threads:8,workers:1,workers:2] [--step mnist]
 
 Makes a temporary set of PNG files that compress like photographs, and from it EDM's zip and an
 array_record set by `ogdm data prepare`. The readers take turns, --repeats times.
 Every turn opens the set anew as one larger than memory, takes a few batches (start of threads and
-processes), then times the following ones; nothing else is done
-with the batches. Prints one JSON line per source and reader, medians over the turns: images a
-second, seconds of processor time per 1,000 images (of the process that trains, and of it with its
-reading processes), and seconds until
+processes), then times the following ones; nothing else is done with the batches. Prints one JSON
+line per source and reader, medians over the turns: images a second, seconds of processor time per
+1,000 images (of the process that trains, and of it with its reading processes), and seconds until
 the first batch. The set lies in the file cache: what a disk or a network adds is not in these
-  figures.
+figures.
 
 --step NAME measures instead what reading adds to training: the time of a train step
 (benchmarks/train_step.py's network of that name, pictures of its size) on batches from disk over

@@ -2,7 +2,7 @@
 PyTorch.
 
     python benchmarks/sampling.py --torch-python PY --edm DIR [--sizes tiny8,mnist] [--work
-    heun,dsg,dps] [--rounds 5]
+        heun,dsg,dps] [--rounds 5]
         [--torch eager,channels_last,compile] [--guided-steps 10]
 
 PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (its
@@ -12,9 +12,9 @@ steps with eta = 1 for half-hidden pictures, the gradient through the network at
 one, as one scan of ours and as a loop with autograd in PyTorch. The networks are those of
 train_step.py with random numbers in every tensor, handed over in a file that EDM's code pickled.
 Before the turns ours repeats the PyTorch side's images from the same latents and noise. Prints one
-JSON line per size, work
-and way of running PyTorch: that difference over the largest value, and the median over interleaved
-rounds of ours / theirs (below 1: ours is faster), in wall time and in processor time.
+JSON line per size, work and way of running PyTorch: that difference over the largest value, and the
+median over interleaved rounds of ours / theirs (below 1: ours is faster), in wall time and in
+processor time.
 """
 
 import argparse

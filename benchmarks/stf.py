@@ -2,7 +2,7 @@
 interleaved run.
 
     python benchmarks/stf.py [--batch 32] [--references 1024] [--side 32] [--rounds 5] [--torch
-    PYTHON] [--step ddpmpp]
+        PYTHON] [--step ddpmpp]
 
 The authors' formulation, re-stated from the paper's code description: an explicit difference array
 (batch, references, pixels), its squares summed, a softmax, and the weights times a repeated copy of

@@ -4,9 +4,9 @@ law, several seeds.
     python benchmarks/stf_pays.py --out runs/stf_pays
 
 Both laws use EDM's preconditioning and sampler, so that only the noise levels trained on and the
-target differ. STF
-takes the whole set as references: the target is then the exact posterior mean. Same updates, seeds,
-noise draws and initial weights for both. Run again, it goes on where it stopped.
+target differ. STF takes the whole set as references: the target is then the exact posterior mean.
+Same updates, seeds, noise draws and initial weights for both. Run again, it goes on where it
+stopped.
 """
 
 import argparse

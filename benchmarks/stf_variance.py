@@ -1,5 +1,4 @@
-"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and
-STF.
+"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and STF.
 
     python benchmarks/stf_variance.py [--out runs/stf_variance.png]
 
@@ -8,7 +7,7 @@ score matching), or the stable target over n references (2302.00670). E[y | x] i
 shipped digits the posterior mean over the whole set, which is the distribution images are drawn
 from; for a Gaussian mixture in 64 dimensions its closed form. References are independent draws, the
 source among them; n = full uses every image of the set once (no variance). Prints the table as
-Markdown and draws the curves.
+Markdown and draws the curves (extra `plots`).
 """
 
 import argparse

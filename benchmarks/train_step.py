@@ -1,17 +1,16 @@
 """One optimiser step of ours against EDM's published PyTorch code: the same network, the same work.
 
-    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes tiny8,mnist,cifar64,ddpmpp]
-    [--rounds 7]
+    python benchmarks/train_step.py --torch-python PY --edm DIR [--sizes
+        tiny8,mnist,cifar64,ddpmpp] [--rounds 7]
         [--torch eager,channels_last,compile] [--dropout P] [--augment P] [--devices N]
 
 PY is a Python with torch (and click, requests, tqdm, pillow); DIR a checkout of NVlabs/edm (read
 and run there, nothing of it is part of this package). A step is what both training loops do:
 augmentation where the recipe has it, forward, backward, gradients made finite, Adam, moving
 average. cifar64 and ddpmpp have the dropout and the augmentation of CIFAR-10's recipe unless the
-options say otherwise; ddpmpp is its network of full size. Prints one JSON line per size
-and way of running PyTorch: the median over interleaved rounds of ours / theirs (below 1: ours is
-faster), in wall time and in processor time. "compile" needs a C++ compiler; its first call takes
-minutes.
+options say otherwise; ddpmpp is its network of full size. Prints one JSON line per size and way of
+running PyTorch: the median over interleaved rounds of ours / theirs (below 1: ours is faster), in
+wall time and in processor time. "compile" needs a C++ compiler; its first call takes minutes.
 """
 
 import argparse

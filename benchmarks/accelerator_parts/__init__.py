@@ -1,12 +1,13 @@
 """The parts of benchmarks/accelerator.py.
 
 A part is a module with `cases(options) -> list[Case]`. It is imported by the process that plans the
-run, which starts
-neither JAX nor PyTorch: both are imported inside the functions that a worker process calls.
+run, which starts neither JAX nor PyTorch: both are imported inside the functions that a worker
+process calls.
 
-    case.module.run(name, options, report) -> dict        measures; report(dict) hands over what is
-    known so far case.module.prepare(name, options, report) -> dict    compiles program `name` and
-    keeps it in options.scratch
+    case.module.run(name, options, report) -> dict        measures; report(dict) hands over what
+        is known so far
+    case.module.prepare(name, options, report) -> dict    compiles program `name` and keeps it
+        in options.scratch
 
 Cases that are not timed, and all that has to be compiled, run side by side first. Then nothing else
 touches the device while one case after the other is timed.

@@ -2,8 +2,8 @@
 operations.
 
 Those are: gradients set to none, forward and backward, nan_to_num of the gradients, Adam, moving
-average. Adam is fused
-and the moving average is one call over all tensors: the loop's own form is slower.
+average. Adam is fused and the moving average is one call over all tensors: the loop's own form is
+slower.
 """
 
 from collections.abc import Callable
