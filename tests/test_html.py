@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ogdm_jax.data.pictures import encode
 from ogdm_jax.report import charts, html
 from ogdm_jax.report.findings import Findings, Nearest, Path
 
@@ -86,7 +87,7 @@ def findings(channels: int = 1, side: int = 8) -> Findings:
         real=images(64),
         sampler="heun, 18 steps, 35 network evaluations",
         nearest=Nearest(images(8), images(8, 5), rng.uniform(1, 9, (8, 5))),
-        progress=[(n, html.png(images(1)[0])) for n in (50, 100)],
+        progress=[(n, encode(images(1)[0])) for n in (50, 100)],
         path=Path(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1]),
         config={"data.source": "digits", "methods": ("ogdm",), "ema.rampup": 0.05},
     )
@@ -202,7 +203,7 @@ def test_training_charts_name_what_they_show():
 def test_pictures_come_back_from_the_page():
     image = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
     for picture in (image, image[..., :1]):
-        with Image.open(io.BytesIO(html.png(picture))) as file:
+        with Image.open(io.BytesIO(encode(picture))) as file:
             np.testing.assert_array_equal(np.asarray(file).reshape(picture.shape), picture)
 
 

@@ -223,6 +223,6 @@ def _sample(sampler: programs.Program, state: Any, count: int, batch: int) -> An
 def _grid(rows: list[Any], path: Path) -> None:
     import numpy as np
 
-    from ogdm_jax.data import pictures as report
+    from ogdm_jax.data.pictures import save_png, sheet
 
-    report.save_png(path, report.sheet(np.concatenate(rows), columns=SHOWN))
+    save_png(path, sheet(np.concatenate(rows), columns=SHOWN))

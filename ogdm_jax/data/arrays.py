@@ -54,7 +54,7 @@ class Arrays(NamedTuple):
 
 def digits() -> Arrays:
     """scikit-learn's handwritten digits: 1,797 grey 8x8 images, 0..16 stretched to 0..255."""
-    from sklearn.datasets import load_digits  # takes a second, and no other set needs it
+    from sklearn.datasets import load_digits  # takes a while, and no other set needs it
 
     data: Any = load_digits()
     images = np.rint(data["images"] * (255 / 16)).astype(np.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
@@ -60,8 +61,7 @@ def prepare(
 
 def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> str:
     """The tfds set `name`, split "train", of array_record files."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
+    import tensorflow_datasets as tfds  # takes a while, and an EDM zip needs none of it
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SourceError(
@@ -77,23 +77,11 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> st
     # folders of these names.
     final, parts = out / name / VERSION, out / f"{name}.parts" / name / VERSION
     features = _features(tfds, source)
-
-    def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for i in range(start, stop):
-            item = source[i]
-            record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
-            if "label" in features:
-                record["label"] = int(item["label"])
-            writer.write(features.serialize_example(features.encode_example(record)))
-            tick()
-        writer.close()
-
     template = tfds.core.ShardedFileTemplate(
         data_dir=epath.Path(parts), dataset_name=name, split="train", filetype_suffix="array_record"
     )
     shards = [p.name for p in template.sharded_filepaths(len(bounds))]
-    _write_shards(source, final, parts, shards, bounds, write)
+    _write_shards(source, final, parts, shards, bounds, _records(source, features))
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[stop - start for start, stop in bounds],
@@ -113,6 +101,23 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> st
     os.rename(parts, final)
     shutil.rmtree(out / f"{name}.parts")
     return f"tfds:{name}"
+
+
+def _records(source: Source, features: Any) -> WriteShard:
+    """What writes images of the source as one array_record file."""
+
+    def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for i in range(start, stop):
+            item = source[i]
+            record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
+            if "label" in features:
+                record["label"] = int(item["label"])
+            writer.write(features.serialize_example(features.encode_example(record)))
+            tick()
+        writer.close()
+
+    return write
 
 
 def _features(tfds: Any, source: Source) -> Any:

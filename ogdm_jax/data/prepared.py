@@ -63,7 +63,7 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
       SourceError: unknown name or split, not prepared, prepared as parquet (that writer loses
         examples) or as tfrecord (no random access), or without a uint8 image.
     """
-    import tensorflow_datasets as tfds  # takes a second, and no other set needs it
+    import tensorflow_datasets as tfds  # takes a while, and no other set needs it
 
     if not spec:
         raise SourceError(

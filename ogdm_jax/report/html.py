@@ -5,16 +5,14 @@ made ready for it.
 """
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from ogdm_jax.data.pictures import grid
+from ogdm_jax.data.pictures import encode, grid
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.report import charts
 from ogdm_jax.report.charts import nice
@@ -99,15 +97,6 @@ def _share(value: float | None) -> str:
     return "–" if value is None else nice(round(value, 3) if abs(value) < 10 else round(value, 1))
 
 
-def png(image: np.ndarray) -> bytes:
-    """One image [h,w,c], uint8 or in [-1, 1], as a PNG file."""
-    image = to_uint8(image)
-    file = io.BytesIO()
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(file, format="PNG", optimize=True)
-    return file.getvalue()
-
-
 def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Markup:
     """An image inside the page.
 
@@ -116,7 +105,9 @@ def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Marku
       alt: what it shows.
       width: pixels on the screen where there is room; None takes the image's own.
     """
-    data = base64.b64encode(image if isinstance(image, bytes) else png(image)).decode()
+    data = base64.b64encode(
+        image if isinstance(image, bytes) else encode(image, compress_level=9)
+    ).decode()
     size = Markup(' width="{}"').format(width) if width else ""
     return Markup('<img alt="{}"{} src="data:image/png;base64,{}">').format(alt, size, data)
 
