@@ -1,5 +1,5 @@
-"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in 20, 50
-and 100 steps.
+"""DSG against DPS on a prior trained by train.py: inpainting, super-resolution, deblurring in
+20, 50 and 100 steps.
 
     python train.py --config configs/mnist_edm.py --workdir runs/mnist_prior
         --config.data.source='npz:FILE?row<4500'

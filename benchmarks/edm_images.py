@@ -1,5 +1,5 @@
-"""The images of EDM's published code and sampler against ours, from one checkpoint file that its code
-pickled.
+"""The images of EDM's published code and sampler against ours, from one checkpoint file that its
+code pickled.
 
     python benchmarks/edm_images.py --torch-python PY --edm DIR [--networks edm,vp,ve,adm]
         [--channels 128]

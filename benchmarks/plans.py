@@ -1,5 +1,5 @@
-"""Plans of configurations on TPU chips, compiled one by one and kept: what benchmarks/plans/*.json and
-their table are.
+"""Plans of configurations on TPU chips, compiled one by one and kept: what
+benchmarks/plans/*.json and their table are.
 
     JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on
         v5e:2x4 --plans mesh,sharded

@@ -1,5 +1,5 @@
-"""Does the self-perceptual loss help unconditional pixels? The MSE model, trained equally longer, and
-SP's two presets.
+"""Does the self-perceptual loss help unconditional pixels? The MSE model, trained equally
+longer, and SP's two presets.
 
     python benchmarks/ogdm_pays.py --out runs/ogdm_pays      # trains the MSE models
     python benchmarks/sp_pays.py --base runs/ogdm_pays --out runs/sp_pays

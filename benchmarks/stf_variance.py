@@ -1,4 +1,5 @@
-"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and STF.
+"""How noisy is the training target? Trace of its covariance given x, against sigma, for DSM and
+STF.
 
     python benchmarks/stf_variance.py [--out runs/stf_variance.png]
 

@@ -1,5 +1,5 @@
-"""Two programs timed against each other, each in its own process, taking turns: a noisy machine hits
-both.
+"""Two programs timed against each other, each in its own process, taking turns: a noisy machine
+hits both.
 """
 
 import json

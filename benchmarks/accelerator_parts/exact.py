@@ -1,4 +1,5 @@
-"""Is this device right? Golden files at the highest precision, accumulation, and resuming bit for bit.
+"""Is this device right? Golden files at the highest precision, accumulation, and resuming bit
+for bit.
 
 Nothing here is timed: the cases run side by side, with XLA's deterministic operations and without
 its search for the quickest algorithm (`ENV`).

@@ -1,5 +1,5 @@
-"""Real colour images: EDM and OGDM from the same start, equal images seen, compared at few and at many
-evaluations.
+"""Real colour images: EDM and OGDM from the same start, equal images seen, compared at few and
+at many evaluations.
 
 Both networks begin with the same weights and see the same batches with the same noise; they train
 in turns of a few steps until the time is up, so that whenever that is, both have done equally many.

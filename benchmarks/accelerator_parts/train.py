@@ -1,5 +1,5 @@
-"""The train step: DDPM++ on CIFAR-10's recipe (dropout and augmentation on), every method over it, ADM
-at 64 pixels.
+"""The train step: DDPM++ on CIFAR-10's recipe (dropout and augmentation on), every method over
+it, ADM at 64 pixels.
 
 One call is forward, backward, Adam, moving average and every method's own networks, on a batch that
 lies on the device.

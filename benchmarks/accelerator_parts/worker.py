@@ -1,5 +1,5 @@
-"""The other end of pool.Process: answers requests on standard input, one JSON line each, until it is
-closed.
+"""The other end of pool.Process: answers requests on standard input, one JSON line each, until
+it is closed.
 
 An answer is a line {"done": dict}; before it there may be lines {"so_far": dict}. Whatever
 libraries print goes to standard error. An exception is an answer, too: {"error": one sentence}.
