@@ -19,7 +19,7 @@ TEST = [
     "pytest>=9.2",  # runs tests/
     "pytest-xdist>=3.8",  # one worker per core: halves the suite's time
     "ruff>=0.17",  # lint, format, docstrings, complexity
-    "basedpyright>=1.31",  # types: pyright, whose JavaScript is in the wheel
+    "basedpyright>=1.40",  # types: pyright, whose JavaScript is in the wheel
     "scikit-image>=0.26",  # reference PSNR and SSIM
     "psutil",  # processes that must not outlive their parent
     "pyyaml",  # the Kubernetes recipes are parsed
