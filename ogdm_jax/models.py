@@ -1,6 +1,7 @@
 """A configuration's network and preconditioning as one pure function of parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ from ml_collections import ConfigDict
 
 from ogdm_jax.config import choose, require
 from ogdm_jax.diffusion import precondition, process
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
 from ogdm_jax.networks.unet import TAPS
-from ogdm_jax.typing import Array, Denoise, PyTree
+from ogdm_jax.typing import Array, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
 ONLY = {  # settings that other kinds of network do not have
@@ -30,7 +32,7 @@ class Model:
     """
 
     network: nn.Module
-    wrap: Callable[[Any], Denoise]
+    wrap: Callable[..., Denoiser]
     image_shape: tuple[int, int, int]
     label_dim: int
     table: process.Discrete | None = None
@@ -45,37 +47,53 @@ class Model:
         variables = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
         return variables["params"], dict(variables.get("buffers", {}))
 
-    def denoiser(self, params: PyTree, buffers: PyTree | None = None) -> Denoise:
-        """denoise(x, sigma, label=None, **extra) of these parameters.
+    def denoiser(
+        self,
+        params: PyTree,
+        buffers: PyTree | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Denoiser:
+        """The denoiser of these parameters.
 
-        tap in extra: "mid", "emb" or names of the network's blocks with commas between them, such
-        as "enc_8x8_block0,dec_8x8_in1" (the top level of params names them). Blocks come back as a
-        list of features; what lies behind the last of them is traced, but never computed under jit.
-        Raises ValueError for an unknown name.
+        Its `features(..., at=)` are the network's: at is "mid", "emb" or names of the network's
+        blocks with commas between them, such as "enc_8x8_block0,dec_8x8_in1" (the top level of
+        params names them). Blocks come back as a list of features; what lies behind the last of
+        them is traced, but never computed under jit. Raises ValueError for an unknown name.
+
+        Args:
+          params: trained tensors.
+          buffers: tensors that are not trained, if the network has any.
+          augment: [B,9] augmentation labels of the batch that it will be asked about; None: not
+            augmented.
+          dropout_keys: [B] typed keys, one per image; None switches dropout off.
         """
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}
+        bound = {"augment": augment, "dropout_keys": dropout_keys}
+        bound = {name: value for name, value in bound.items() if value is not None}
 
-        def call(
-            x: Array, c_noise: Array, label: Array | None = None, tap: str | None = None, **extra
-        ) -> Any:
-            if tap in TAPS:
-                return self.network.apply(variables, x, c_noise, label, tap=tap, **extra)
-            names = tap.split(",")
+        def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
+            return self.network.apply(variables, x, c_noise, label, **bound)
+
+        def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> Any:
+            if at in TAPS:
+                return self.network.apply(variables, x, c_noise, label, tap=at, **bound)
+            names = at.split(",")
             if unknown := [name for name in names if name not in params]:
                 known = ", ".join(sorted(params))
                 raise ValueError(
-                    f"tap {tap!r}: no block {unknown[0]!r}; expected 'mid', 'emb' or some of "
-                    f"{known}"
+                    f"features(at={at!r}): no block {unknown[0]!r}; expected 'mid', 'emb' or some "
+                    f"of {known}"
                 )
             chosen = lambda module, method: (
                 method == "__call__" and module.path in [(n,) for n in names]
             )
             _, kept = self.network.apply(
-                variables, x, c_noise, label, capture_intermediates=chosen, **extra
+                variables, x, c_noise, label, capture_intermediates=chosen, **bound
             )
             return [kept["intermediates"][name]["__call__"][0] for name in names]
 
-        return self.wrap(call)
+        return self.wrap(network_fn, taps=taps)
 
 
 def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Model:
@@ -140,10 +158,8 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
     return Model(network, _wrap(config, kind, table), image_shape, network.label_dim, table)
 
 
-def _wrap(
-    config: ConfigDict, kind: str, table: process.Discrete | None
-) -> Callable[[Any], Denoise]:
-    """network_fn -> denoise of config.precondition."""
+def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:
+    """config.precondition as (network_fn, taps=) -> Denoiser."""
     settings = config.precondition
     if kind == "edm":
         require(
@@ -152,11 +168,16 @@ def _wrap(
             settings.sigma_data,
             "a positive number",
         )
-        return lambda f: precondition.edm(f, settings.sigma_data)
+        return functools.partial(precondition.edm, sigma_data=settings.sigma_data)
     if kind != "adm":
-        return getattr(precondition, kind)
-    more = {name: settings[name] for name in ("learned_variance", "rescale_timesteps")}
-    return lambda f: precondition.adm(f, table, settings.diffusion_steps, **more)
+        return {"vp": precondition.vp, "ve": precondition.ve, "iddpm": precondition.iddpm}[kind]
+    return functools.partial(
+        precondition.adm,
+        betas=table,
+        steps=settings.diffusion_steps,
+        learned_variance=settings.learned_variance,
+        rescale_timesteps=settings.rescale_timesteps,
+    )
 
 
 def discrete_table(config: ConfigDict) -> process.Discrete:

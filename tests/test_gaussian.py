@@ -2,6 +2,8 @@
 same samples.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,10 +153,7 @@ def test_ancestral_with_a_learned_variance_is_p_sample(clip):
             sample(denoise, start, sigmas, kick=same, **settings), want, rtol=0, atol=1e-9
         )
 
-        def decorated(x, sigma, label=None):
-            return denoise(x, sigma, label)
-
-        decorated.with_variance = denoise.with_variance
+        decorated = dataclasses.replace(denoise, evaluate=lambda *at: denoise(*at))
         np.testing.assert_allclose(
             sample(decorated, start, sigmas, **settings), want, rtol=0, atol=1e-9
         )
@@ -172,7 +171,7 @@ def test_a_learned_variance_costs_no_second_evaluation():
     z = jnp.ones((1, 2, 2, 1))
     sample(denoise, z, sigmas, "ancestral", key=jax.random.key(0))
     assert len(calls) == 1  # traced once for the whole scan
-    with pytest.raises(ValueError, match="variance='learned'.*no with_variance"):
+    with pytest.raises(ValueError, match="variance='learned'.*no learned variance"):
         sample(
             lambda x, s, label=None: x,
             z,
@@ -270,7 +269,7 @@ def test_guided_denoisers_keep_what_samplers_need(method):
     label = jnp.asarray([0, 1])
     levels = [denoise.round_sigma(jnp.full(2, v)) for v in (2.0, 1.0)]
     x = z * levels[0][0]
-    plain, fraction = denoise.with_variance(x, levels[0], label)
+    plain, fraction = denoise.variance(x, levels[0], label)
     moved = guided(x, levels[0], label)
     mean, std = steps.ancestral_moments(x, moved, *levels, fraction)
     assert np.abs(moved - plain).max() > 0.1
@@ -284,4 +283,4 @@ def test_guided_denoisers_keep_what_samplers_need(method):
             sample(guided, z, grid, "ancestral", **settings), mean + std * eps, atol=1e-5
         )
     fixed = precondition.adm(exact(process.Discrete.make()))
-    assert cfg.guide(fixed, 2.0).with_variance is None
+    assert cfg.guide(fixed, 2.0).variance is None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, process
+from ogdm_jax.diffusion.denoiser import Denoiser
 
 pytestmark = pytest.mark.fast
 
@@ -91,5 +92,4 @@ def test_clip_range_follows_the_denoiser():
         return x
 
     assert grids.clip_range(denoise, 0.002, 80.0) == (0.002, 80.0)
-    denoise.sigma_min, denoise.sigma_max = 0.02, 50
-    assert grids.clip_range(denoise, 0.002, 80.0) == (0.02, 50.0)
+    assert grids.clip_range(Denoiser(denoise, 0.02, 50), 0.002, 80.0) == (0.02, 50.0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, jumps, noise
+from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import ogdm
@@ -29,7 +30,12 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def linear(theta):
     """A denoiser with one parameter: the exact one of N(0, 1/4) at theta = 0."""
-    return lambda x, sigma, label=None, **_: Gaussian().denoise(x, sigma) * (1 + theta)
+    return as_denoiser(lambda x, sigma, label=None: Gaussian().denoise(x, sigma) * (1 + theta))
+
+
+def same(denoise):
+    """What the step gives a method, for a denoiser without dropout and augmentation."""
+    return lambda purpose, augment=True: denoise
 
 
 def images(seed, batch=4, shape=SHAPE):
@@ -418,10 +424,12 @@ def play(**settings):
 
     def generator(theta, phi):
         denoise = linear(theta)
-        return jnp.mean(method.penalty(e, denoise(e.xt, e.sigma), denoise, phi, None, None)[0])
+        return jnp.mean(
+            method.penalty(e, denoise(e.xt, e.sigma), same(denoise), phi, None, None)[0]
+        )
 
     def companion(phi, theta):
-        return jnp.mean(method.companion.loss(phi, e, linear(theta), None, jnp.int32(1))[0])
+        return jnp.mean(method.companion.loss(phi, e, same(linear(theta)), None, jnp.int32(1))[0])
 
     players = (quick_jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (generator, companion))
     return born(), *players
@@ -459,7 +467,7 @@ def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
         judge = lambda x: network.apply({"params": phi}, x, levels)
         losses = ogdm.discriminator_loss(judge(scale * real), judge(scale * fake))
         want = losses + settings.r1 * ogdm.r1_penalty(judge, scale * real)
-        return method.companion.loss(phi, e, denoise, None, jnp.int32(0))[0], want
+        return method.companion.loss(phi, e, same(denoise), None, jnp.int32(0))[0], want
 
     got, want = quick_jit(both)(born())
     np.testing.assert_allclose(got, want, rtol=1e-4)
@@ -553,12 +561,15 @@ def test_each_network_call_has_dropout_of_its_own():
     def keys(params):
         seen = []
 
-        def denoise(x, sigma, label=None, augment=None, dropout_keys=None):
-            seen.append(jax.random.key_data(dropout_keys))
-            return 0.5 * x
+        def denoiser(purpose, augment=True):
+            def denoise(x, sigma, label=None):
+                seen.append(jax.random.key_data(e.keys(f"dropout/{purpose}")))
+                return 0.5 * x
 
-        method.penalty(e, e.xt, denoise, params, None, None)
-        method.companion.loss(params, e, denoise, None, 0)
+            return as_denoiser(denoise)
+
+        method.penalty(e, e.xt, denoiser, params, None, None)
+        method.companion.loss(params, e, denoiser, None, 0)
         return seen
 
     seen = [

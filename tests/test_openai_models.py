@@ -69,7 +69,7 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     assert trained.config.precondition.learned_variance and "--config.network.kind=openai" in said
     x, sigma = jnp.ones((2, 8, 8, 1)), jnp.asarray([0.3, 20.0])
     denoisers = found.denoiser(), trained.model.denoiser(trained.params, trained.buffers)
-    both = jax.jit(lambda *args: [denoise.with_variance(*args) for denoise in denoisers])
+    both = jax.jit(lambda *args: [denoise.variance(*args) for denoise in denoisers])
     ours, theirs = both(x, sigma, jnp.asarray([1, 2]))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -20,6 +20,19 @@ def zero(x, c_noise, label=None):
     return jnp.zeros_like(x)
 
 
+def coefficients(denoiser_of, sigma):
+    """(c_skip, c_out, c_in, c_noise) [B] as a network meets them."""
+    seen, ones = {}, jnp.ones((sigma.size, 1, 1, 1))
+
+    def network(x, c_noise, label=None):
+        seen.update(c_in=x.ravel(), c_noise=c_noise)
+        return jnp.zeros_like(x)
+
+    c_skip = denoiser_of(network)(ones, sigma).ravel()
+    c_out = denoiser_of(lambda x, *_: ones)(0 * ones, sigma).ravel()
+    return c_skip, c_out, seen["c_in"], seen["c_noise"]
+
+
 def image(n: int, seed: int = 0, shape=(4, 4, 3)) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (n, *shape))
 
@@ -29,7 +42,9 @@ def test_edm_identities(sigma_data):
     """lambda c_out^2 = 1; c_in and the target have variance 1: c_in^2 (s^2 + sd^2) = 1, c_skip =
     sd^2 c_in^2.
     """
-    c_skip, c_out, c_in, c_noise = precondition.edm(zero, sigma_data).coefficients(SIGMAS)
+    c_skip, c_out, c_in, c_noise = coefficients(
+        lambda network: precondition.edm(network, sigma_data), SIGMAS
+    )
     np.testing.assert_allclose(
         noise.edm(sigma_data=sigma_data).weight(SIGMAS) * c_out**2, 1, rtol=1e-5
     )
@@ -45,7 +60,7 @@ def test_unit_variance_inputs_and_targets():
     n, sd = 4096, 0.5
     y, unit = sd * image(n, 1, (4, 4, 1)), image(n, 2, (4, 4, 1))
     for sigma in SIGMAS:
-        c_skip, c_out, c_in, _ = precondition.edm(zero, sd).coefficients(sigma[None])
+        c_skip, c_out, c_in, _ = coefficients(precondition.edm, sigma[None])
         x = y + sigma * unit
         assert abs(float(jnp.var(c_in[0] * x)) - 1) < 0.03
         assert abs(float(jnp.var((y - c_skip[0] * x) / c_out[0])) - 1) < 0.03
@@ -93,7 +108,8 @@ def test_vp_clock():
     """
     t = np.geomspace(1e-5, 1, 50)
     denoise = precondition.vp(zero)
-    c_noise = denoise.coefficients(jnp.asarray(process.VP().sigma(t), jnp.float32))[3]
+    sigma = jnp.asarray(process.VP().sigma(t), jnp.float32)
+    c_noise = coefficients(precondition.vp, sigma)[3]
     np.testing.assert_allclose(c_noise, 999 * t, rtol=2e-5)
     assert denoise.sigma_min == pytest.approx(
         1.0005e-3, rel=1e-3
@@ -114,7 +130,7 @@ def test_iddpm_table_and_rounding():
     # Every level is its own nearest, so c_noise = 999 - j there.
     some = np.arange(0, 1000, 37)
     np.testing.assert_array_equal(
-        denoise.coefficients(jnp.asarray(u[some], jnp.float32))[3], 999 - some
+        coefficients(precondition.iddpm, jnp.asarray(u[some], jnp.float32))[3], 999 - some
     )
     np.testing.assert_array_equal(
         precondition.iddpm_index(jnp.asarray(u[some].reshape(4, -1)[:, :3])).shape, (4, 3)
@@ -128,22 +144,24 @@ def test_other_levels_are_not_rounded(wrap):
 
 @pytest.mark.parametrize("wrap", ALL)
 def test_interface(wrap):
-    """Scalars broadcast, extra keywords arrive, extra channels go, a tap returns what the network
-    returns.
-    """
+    """Scalars broadcast, extra channels go, features are what the network gives."""
     seen = {}
 
-    def network(x, c_noise, label=None, tap=None, augment=None):
-        seen.update(label=label, augment=augment, c_noise=c_noise)
-        return x[:, :1] if tap else jnp.concatenate([jnp.cos(x), x], axis=-1)
+    def network(x, c_noise, label=None):
+        seen.update(label=label, c_noise=c_noise)
+        return jnp.concatenate([jnp.cos(x), x], axis=-1)
 
-    x, label, denoise = image(3), jnp.asarray([0, 1, -1]), wrap(network)
-    one = denoise(x, 0.7, label, augment="labels")
-    assert seen["augment"] == "labels" and seen["label"] is label and seen["c_noise"].shape == (3,)
+    taps = lambda x, c_noise, label, at: {at: (x[:, :1], c_noise, label)}
+    x, label, denoise = image(3), jnp.asarray([0, 1, -1]), wrap(network, taps=taps)
+    one = denoise(x, 0.7, label)
+    assert seen["label"] is label and seen["c_noise"].shape == (3,)
     np.testing.assert_array_equal(one, denoise(x, jnp.full(3, 0.7), label))
     assert one.shape == x.shape and one.dtype == jnp.float32
-    c_in = float(denoise.coefficients(jnp.asarray([0.7]))[2][0])
-    np.testing.assert_allclose(denoise(x, 0.7, tap="mid"), c_in * x[:, :1], rtol=1e-6)
+    c_in = float(coefficients(wrap, jnp.asarray([0.7]))[2][0])
+    scaled, c_noise, told = denoise.features(x, 0.7, label, at="mid")["mid"]
+    np.testing.assert_allclose(scaled, c_in * x[:, :1], rtol=1e-6)
+    np.testing.assert_array_equal(c_noise, seen["c_noise"])
+    assert told is label
     with jax.enable_x64(True):
         assert denoise(jnp.asarray(np.asarray(x), jnp.float64), 0.7).dtype == jnp.float64
 

@@ -228,9 +228,8 @@ def test_snapshots_of_the_authors_give_their_numbers(name, tmp_path):
         return None if value is None or value.shape[-1] == 0 else jnp.asarray(value)
 
     x, sigma = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["sigma"]).reshape(-1)
-    denoised = jax.jit(found.denoiser())(
-        x, sigma, optional("class_labels"), augment=optional("augment_labels")
-    )
+    denoise = jax.jit(found.denoiser(optional("augment_labels")))
+    denoised = denoise(x, sigma, optional("class_labels"))
     golden.assert_close("D_x", nchw(denoised))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, precondition
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling.sampler import SOLVERS, Churn, nfe, plain_kick, sample
 from tests.support.oracles import Gaussian, column, two_bumps
 
@@ -335,12 +336,10 @@ def test_gradient_kick_through_the_denoiser():
 
 
 def test_heun_uses_the_corrector():
-    def denoise(x, sigma, label=None):
-        return DATA.denoise(x, sigma)
-
+    more = as_denoiser(lambda x, sigma, label=None: DATA.denoise(x, sigma) + 0.1)
+    denoise = Denoiser(DATA.denoise, corrector=more)
     z = jnp.ones((1, 1, 1, 1))
-    plain = sample(denoise, z, grids.edm(6))
-    denoise.corrector = lambda x, sigma, label=None: DATA.denoise(x, sigma) + 0.1
+    plain = sample(DATA.denoise, z, grids.edm(6))
     assert number(sample(denoise, z, grids.edm(6))) != number(plain)
     assert number(sample(denoise, z, grids.edm(6), "euler")) == number(
         sample(DATA.denoise, z, grids.edm(6), "euler")
@@ -381,7 +380,7 @@ def test_label_and_rounding_reach_the_denoiser():
     assert number(x) == 0 and number(x[1:]) > 0.3
 
     denoise, calls = counted()
-    denoise.round_sigma = lambda sigma: jnp.maximum(jnp.round(sigma), 1.0)
+    denoise = Denoiser(denoise, round_sigma=lambda sigma: jnp.maximum(jnp.round(sigma), 1.0))
     sample(
         denoise, jnp.ones((1, 1, 1, 1)), [8.4, 2.6, 0.0], "heun", churn=0.5, key=jax.random.key(0)
     )

@@ -209,7 +209,7 @@ def test_training_takes_the_stable_noise():
     np.testing.assert_array_equal(eps_hat, ex.eps_hat)
     kept = jax.jit(lambda ex, h: slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])
     sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
-    features = lambda x, s: denoiser(network())(x, s, ex.label, augment=ex.augment, tap="mid")
+    features = lambda x, s: denoiser(network(), None, ex.augment).features(x, s, ex.label, at="mid")
     of_noise = lambda noise: sp.self_perceptual_loss(
         features, ex.x0, ex.eps, x0_hat, noise, sigma_next
     )
@@ -244,8 +244,8 @@ def network():
     return {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def denoiser(params, buffers=None):
-    def call(x, c_noise, label=None, augment=None, dropout_keys=None, tap=None):
+def denoiser(params, buffers=None, augment=None, dropout_keys=None):
+    def hidden(x, c_noise, label):
         h = (
             x.reshape(x.shape[0], -1) @ params["enc"]
             + augment @ params["augment"]
@@ -254,9 +254,21 @@ def denoiser(params, buffers=None):
         h = jnp.tanh(h + jax.nn.one_hot(label, 3) @ params["label"])
         if dropout_keys is not None:
             h = h * jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (16,)))(dropout_keys)
-        return h if tap == "mid" else (h @ params["dec_block"]).reshape(x.shape)
+        return h
 
-    return precondition.edm(call, SD)
+    def call(x, c_noise, label=None):
+        return (hidden(x, c_noise, label) @ params["dec_block"]).reshape(x.shape)
+
+    def taps(x, c_noise, label, at):
+        assert at == "mid"
+        return hidden(x, c_noise, label)
+
+    return precondition.edm(call, SD, taps=taps)
+
+
+def trained(params, ex):
+    """The denoiser of an example in training."""
+    return denoiser(params, None, ex.augment, ex.keys("dropout"))
 
 
 def example(b=6, seed=0, sigma=None):
@@ -305,10 +317,7 @@ def context(**more):
 
 def forward(params, ex):
     """(x0_hat, eps_hat) of the network in training."""
-    denoise = denoiser(params)
-    return denoise.with_noise(
-        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
-    )
+    return trained(params, ex).with_noise(ex.xt, ex.sigma, ex.label)
 
 
 def predicted(ex, params=None):
@@ -327,7 +336,7 @@ def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
     def loss(params, frozen, memory):
         x0_hat, eps_hat = forward(params, ex)
         known = ex.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
-        each, metrics = filled.distance(known, x0_hat, target, denoiser(params), frozen, memory)
+        each, metrics = filled.distance(known, x0_hat, target, None, frozen, memory)
         return jnp.mean(each), (each, metrics)
 
     grads, (each, metrics) = jax.grad(loss, has_aux=True)(
@@ -350,11 +359,9 @@ def test_paper_preset_is_the_loss_of_the_definition():
     ex, params = example(), network()
     loss, metrics, grads = run(PAPER)
     assert np.isfinite(loss).all() and (loss > 0).all()
-    x0_hat = denoiser(params)(
-        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
-    )
+    x0_hat = trained(params, ex)(ex.xt, ex.sigma, ex.label)
     sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
-    features = lambda x, s: denoiser(params)(x, s, ex.label, augment=ex.augment, tap="mid")
+    features = lambda x, s: denoiser(params, None, ex.augment).features(x, s, ex.label, at="mid")
     eps_hat = (ex.xt - x0_hat) / wide(ex.sigma)
     truth = sp.self_perceptual_loss(features, ex.x0, ex.eps, x0_hat, eps_hat, sigma_next)
     np.testing.assert_allclose(loss, truth, rtol=1e-4)
@@ -367,11 +374,7 @@ def test_zero_weight_is_the_squared_error():
     ex, params = example(), network()
     loss, _, grads = run({"weight": 0.0})
     plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().weight))
-    x0_hat = jax.jit(
-        lambda p: denoiser(p)(
-            ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
-        )
-    )
+    x0_hat = jax.jit(lambda p: trained(p, ex)(ex.xt, ex.sigma, ex.label))
     np.testing.assert_allclose(loss, plain(x0_hat(params)), rtol=1e-5)
     assert np.isfinite(ravel_pytree(grads)[0]).all()
 
@@ -406,13 +409,8 @@ def test_normalised_jump_divides_by_the_sine():
 def test_the_teacher_is_in_eval_mode():
     """spec/sp.md 9.8: it never hears of dropout, while the trained network has it."""
 
-    def quiet(params, buffers=None):
-        def call(
-            x, sigma, label, augment, tap
-        ):  # any other keyword, dropout_keys above all, is an error
-            return denoiser(params)(x, sigma, label, augment=augment, tap=tap)
-
-        return call
+    def quiet(params, buffers, augment):  # anything else, dropout_keys above all, is an error
+        return denoiser(params, buffers, augment)
 
     np.testing.assert_array_equal(run(PAPER, denoiser=quiet)[0], run(PAPER)[0])
 
@@ -459,9 +457,7 @@ def test_calibration_reaches_the_share_and_freezes():
     assert weights[0] == 0 and weights[1] > 0 and weights[2] == weights[3] and memory["count"] == 2
 
     params = network()
-    x0_hat = denoiser(params)(
-        ex.xt, ex.sigma, ex.label, augment=ex.augment, dropout_keys=ex.keys("dropout")
-    )
+    x0_hat = trained(params, ex)(ex.xt, ex.sigma, ex.label)
     scale = wide(ex.sigma * SD / np.sqrt(np.square(ex.sigma) + SD**2))
 
     def size(weight, mse_weight):
@@ -582,9 +578,8 @@ def test_devices_agree():
 
     def loss(params, fields):
         part = ex.replace(**fields)
-        x0_hat, eps_hat = denoiser(params).with_noise(
-            part.xt, part.sigma, part.label, augment=part.augment
-        )
+        denoise = denoiser(params, None, part.augment)
+        x0_hat, eps_hat = denoise.with_noise(part.xt, part.sigma, part.label)
         part = part.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
         return jnp.mean(slot.distance(part, x0_hat, part.x0, None, frozen, memory)[0])
 
@@ -610,7 +605,10 @@ def test_any_block_can_be_the_tap():
     x, sigma = rng.normal(size=(2, 8, 8, 1)).astype(np.float32), jnp.array([0.5, 2.0])
 
     def features(tap):
-        return jax.jit(lambda p: run.model.denoiser(p, buffers)(x, sigma, tap=tap))
+        denoise = lambda p: run.model.denoiser(p, buffers)
+        if tap is None:
+            return jax.jit(lambda p: denoise(p)(x, sigma))
+        return jax.jit(lambda p: denoise(p).features(x, sigma, at=tap))
 
     both = "enc_8x8_block0,dec_4x4_in1"
     compiled = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import steps
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from tests.support.oracles import Gaussian, column
 
 pytestmark = pytest.mark.fast
@@ -75,27 +76,24 @@ def test_floor_keeps_euler():
     np.testing.assert_array_equal(heun[1:], euler[1:])
 
 
-def test_shared_evaluation_and_second_keywords():
-    """x0_hat saves the first evaluation; the second one gets its own keywords and its own
-    denoiser.
-    """
+def test_shared_evaluation_and_corrector():
+    """x0_hat saves the first evaluation; the corrector makes the second one."""
     calls = []
 
-    def counted(x, sigma, label=None, tag=None):
-        calls.append((label, tag))
-        return denoise(x, sigma)
+    def counted(tag):
+        return lambda x, sigma, label=None: calls.append((label, tag)) or denoise(x, sigma)
 
     x, sigma, sigma_next = (jnp.asarray(v, jnp.float32) for v in (X, SIGMA, NEXT))
-    plain = steps.heun(counted, x, sigma, sigma_next, label=7, tag="a", extra_next={"tag": "b"})
-    assert calls == [(7, "a"), (7, "b")]
+    plain = steps.heun(counted("a"), x, sigma, sigma_next, label=7)
+    assert calls == [(7, "a"), (7, "a")]
     calls.clear()
-    shared = steps.heun(counted, x, sigma, sigma_next, label=7, x0_hat=denoise(x, sigma), tag="a")
+    shared = steps.heun(counted("a"), x, sigma, sigma_next, label=7, x0_hat=denoise(x, sigma))
     assert calls == [(7, "a")]
     np.testing.assert_array_equal(plain, shared)
-    counted.corrector = denoise
     calls.clear()
-    steps.heun(counted, x, sigma, sigma_next)
-    assert calls == [(None, None)]
+    two = Denoiser(counted("a"), corrector=as_denoiser(counted("b")))
+    np.testing.assert_array_equal(steps.heun(two, x, sigma, sigma_next), plain)
+    assert calls == [(None, "a"), (None, "b")]
 
 
 def test_zero_step_and_perfect_denoiser():

@@ -14,6 +14,11 @@ import jax.numpy as jnp
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 
+def same_level(sigma: Array) -> Array:
+    """sigma as it is: the rounding of a network that answers at every level."""
+    return sigma
+
+
 def no_condition(label: PyTree) -> PyTree:
     """The condition of the same shape that means "none": class -1, and zeros for float vectors."""
     none = lambda v: jnp.full_like(v, -1 if jnp.issubdtype(v.dtype, jnp.integer) else 0)
@@ -51,7 +56,7 @@ class Denoiser:
     evaluate: Denoise
     sigma_min: float = 0.0
     sigma_max: float = float("inf")
-    round_sigma: Callable[[Array], Array] = jnp.asarray
+    round_sigma: Callable[[Array], Array] = same_level
     variance: Callable[[Array, Array, PyTree], tuple[Array, Array]] | None = None
     corrector: "Denoiser | None" = None
     noise: Callable[[Array, Array, PyTree], tuple[Array, Array]] | None = None

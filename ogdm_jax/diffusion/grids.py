@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ogdm_jax.diffusion import process
+from ogdm_jax.diffusion.denoiser import as_denoiser
+from ogdm_jax.typing import Denoise
 
 
 def _fractions(n: int) -> np.ndarray:
@@ -161,9 +163,7 @@ def respaced(
     return np.append(process.Discrete.make(table, keep=keep).sigma[::-1], 0.0)
 
 
-def clip_range(denoise, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """(sigma_min, sigma_max) within the range a denoiser states in its attributes sigma_min and
-    sigma_max, if any.
-    """
-    low, high = getattr(denoise, "sigma_min", 0.0), getattr(denoise, "sigma_max", np.inf)
-    return max(sigma_min, float(low)), min(sigma_max, float(high))
+def clip_range(denoise: Denoise, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """(sigma_min, sigma_max) within the range of levels that the denoiser is made for."""
+    denoise = as_denoiser(denoise)
+    return max(sigma_min, float(denoise.sigma_min)), min(sigma_max, float(denoise.sigma_max))

@@ -20,81 +20,82 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import process
-from ogdm_jax.typing import Array, Denoise, NetworkFn
+from ogdm_jax.diffusion.denoiser import Denoiser, same_level
+from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 Coefficients = tuple[Array, Array, Array, Array]
+Taps = Callable[[Array, Array, PyTree, str], PyTree]  # (x times c_in, c_noise, label, at)
+
+
+def _per_image(c: Array) -> Array:
+    return c[:, None, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Preconditioned:
-    """A denoiser made of a network: denoise(x [B,H,W,C], sigma [B] or scalar, label, **extra) ->
-    x0_hat [B,H,W,C].
+class _Network:
+    """A network and its coefficients: what the fields of its Denoiser compute.
 
     Attributes:
-      network_fn: F(x, c_noise, label, **extra). Channels beyond those of x (a learned variance) are
-        dropped.
+      network_fn: F(x, c_noise, label).
       coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
-      sigma_min, sigma_max: levels the network is made for.
-      round_sigma: sigma -> the level the network is evaluated at (the identity but for iDDPM, ADM);
-        for samplers.
-      clip: clamp x0_hat to [-1, 1].
-      learned_variance: the network's further channels v say the variance of DDPM's steps; see
-        with_variance.
       rest: sigma [B] -> 1 - c_skip, where that difference cancels (EDM); None: c_skip is 0 or 1.
+      clip: clamp x0_hat to [-1, 1].
+      learned_variance: the network has as many further channels v.
+      network_taps: features of the network, or None.
     """
 
     network_fn: NetworkFn
     coefficients: Callable[[Array], Coefficients]
-    sigma_min: float = 0.0
-    sigma_max: float = float("inf")
-    round_sigma: Callable[[Array], Array] = jnp.asarray
-    clip: bool = False
-    learned_variance: bool = False
-    rest: Callable[[Array], Array] | None = None
+    rest: Callable[[Array], Array] | None
+    clip: bool
+    learned_variance: bool
+    network_taps: Taps | None
 
-    def __call__(self, x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
-        """x0_hat. Extra keywords go to the network; with tap, the network's features are returned
-        as they are.
+    def evaluate(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
+        """x0_hat; channels of the network beyond those of x are dropped."""
+        return self._parts(x, sigma, label)[0]
+
+    def variance(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
+        """(x0_hat, (v + 1) / 2) with v the network's further channels."""
+        x0_hat, _, further = self._parts(x, sigma, label)
+        return x0_hat, (further + 1) / 2
+
+    def noise(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
+        """(x0_hat, eps_hat), eps_hat = ((1 - c_skip) x - c_out F) / sigma: no cancellation.
+
+        With clip eps_hat is (x - x0_hat) / sigma, of the clamped x0_hat.
         """
-        return self._evaluate(x, sigma, label, **extra)[0]
-
-    @property
-    def with_variance(self) -> Callable[..., tuple[Array, Array]] | None:
-        """(x, sigma, label, **extra) -> (x0_hat, fraction) in one evaluation, or None without a
-        learned variance.
-
-        fraction [B,H,W,C] = (v + 1) / 2: where the variance lies between the logarithms of the
-        smaller and the larger one of `steps.posterior_std` (2102.09672 eq. 15); it may leave [0,
-        1]. Decorators hand this attribute on as is.
-        """
-        return self._evaluate if self.learned_variance else None
-
-    def with_noise(
-        self, x: Array, sigma: Array, label: Array | None = None, **extra
-    ) -> tuple[Array, Array]:
-        """(x0_hat, eps_hat) in one evaluation, eps_hat = ((1 - c_skip) x - c_out F) / sigma.
-
-        That is (x - x0_hat) / sigma without its cancellation, which costs 4e-5 at sigma 0.002. With
-        clip it is that difference, of the clamped x0_hat.
-        """
-        x0_hat, _, output = self._parts(x, sigma, label, **extra)
-        x, per_image = x.astype(x0_hat.dtype), lambda c: c[:, None, None, None]
+        x0_hat, output, _ = self._parts(x, sigma, label)
+        x = x.astype(x0_hat.dtype)
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), (x.shape[0],))
         if self.clip:
-            return x0_hat, (x - x0_hat) / per_image(sigma)
+            return x0_hat, (x - x0_hat) / _per_image(sigma)
         c_skip, c_out, *_ = self.coefficients(sigma)
         rest = 1 - c_skip if self.rest is None else self.rest(sigma)
-        return x0_hat, per_image(rest / sigma) * x - per_image(c_out / sigma) * output
+        return x0_hat, _per_image(rest / sigma) * x - _per_image(c_out / sigma) * output
 
-    def _evaluate(
-        self, x: Array, sigma: Array, label: Array | None = None, **extra
-    ) -> tuple[Array, Array | None]:
-        return self._parts(x, sigma, label, **extra)[:2]
+    def taps(self, x: Array, sigma: Array, label: PyTree, at: str) -> PyTree:
+        """The network's own features, as they are."""
+        x, _, c_in, c_noise = self._input(x, sigma)
+        return self.network_taps(_per_image(c_in) * x, c_noise, label, at)
 
-    def _parts(
-        self, x: Array, sigma: Array, label: Array | None = None, **extra
-    ) -> tuple[Array, Array | None, Array]:
-        """(x0_hat, variance's fraction or None, the network's output in the image's channels)."""
+    def _parts(self, x: Array, sigma: Array, label: PyTree) -> tuple[Array, Array, Array]:
+        """(x0_hat, the network's output in the image's channels, its further channels)."""
+        x, (c_skip, c_out), c_in, c_noise = self._input(x, sigma)
+        output = self.network_fn(_per_image(c_in) * x, c_noise, label)
+        output, further = (
+            part.astype(x.dtype) for part in jnp.split(output, [x.shape[-1]], axis=-1)
+        )
+        if self.learned_variance and further.shape != x.shape:
+            raise ValueError(
+                f"denoise: the network has {further.shape[-1]} channels besides the {x.shape[-1]} "
+                "of the image; expected as many for the learned variance"
+            )
+        x0_hat = _per_image(c_skip) * x + _per_image(c_out) * output
+        return jnp.clip(x0_hat, -1, 1) if self.clip else x0_hat, output, further
+
+    def _input(self, x: Array, sigma: Array) -> tuple[Array, tuple[Array, Array], Array, Array]:
+        """(x in at least float32, (c_skip, c_out), c_in, c_noise)."""
         if x.ndim != 4:
             raise ValueError(f"denoise: x has shape {x.shape}; expected [B, H, W, C]")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -104,37 +105,46 @@ class Preconditioned:
                 f"denoise: sigma has shape {sigma.shape}; expected one number or [{x.shape[0]}]"
             )
         c_skip, c_out, c_in, c_noise = self.coefficients(jnp.broadcast_to(sigma, (x.shape[0],)))
-        per_image = lambda c: c[:, None, None, None]
-        output = self.network_fn(per_image(c_in) * x, c_noise, label, **extra)
-        if extra.get("tap") is not None:
-            return output, None, output
-        output, further = (
-            part.astype(x.dtype) for part in jnp.split(output, [x.shape[-1]], axis=-1)
-        )
-        x0_hat = per_image(c_skip) * x + per_image(c_out) * output
-        x0_hat = jnp.clip(x0_hat, -1, 1) if self.clip else x0_hat
-        if not self.learned_variance:
-            return x0_hat, None, output
-        if further.shape != x.shape:
-            raise ValueError(
-                f"denoise: the network has {further.shape[-1]} channels besides the {x.shape[-1]} "
-                "of the image; "
-                "expected as many for the learned variance"
-            )
-        return x0_hat, (further + 1) / 2, output
+        return x, (c_skip, c_out), c_in, c_noise
 
 
-def hand_on(denoise: Denoise, decorated: Denoise) -> Denoise:
-    """`decorated` with what samplers ask of the denoiser that it decorates: range of levels,
-    rounding, variance.
+def make(
+    network_fn: NetworkFn,
+    coefficients: Callable[[Array], Coefficients],
+    sigma_min: float = 0.0,
+    sigma_max: float = float("inf"),
+    *,
+    round_sigma: Callable[[Array], Array] = same_level,
+    rest: Callable[[Array], Array] | None = None,
+    learned_variance: bool = False,
+    clip: bool = False,
+    taps: Taps | None = None,
+) -> Denoiser:
+    """The denoiser c_skip x + c_out F(c_in x; c_noise) of a network: every function here is this.
 
-    A guided denoiser keeps the variance of its base: only x0_hat is guided (with_variance is handed
-    on as it is).
+    Args:
+      network_fn: F(x, c_noise, label) -> [B,H,W,C], or with further channels, which are dropped.
+      coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
+      sigma_min, sigma_max, round_sigma: see `Denoiser`.
+      rest: sigma [B] -> 1 - c_skip, where that difference cancels; None: c_skip is 0 or 1.
+      learned_variance: the network's further C channels v say the variance of DDPM's steps.
+      clip: clamp x0_hat to [-1, 1].
+      taps: (x times c_in, c_noise, label, at) -> features of the network, or None.
+
+    Returns:
+      A Denoiser whose sigma may be one number or [B]. It raises ValueError for x that is no
+      [B,H,W,C] and sigma of another shape.
     """
-    for name in ("sigma_min", "sigma_max", "round_sigma", "with_variance"):
-        if hasattr(denoise, name):
-            setattr(decorated, name, getattr(denoise, name))
-    return decorated
+    network = _Network(network_fn, coefficients, rest, clip, learned_variance, taps)
+    return Denoiser(
+        network.evaluate,
+        sigma_min,
+        sigma_max,
+        round_sigma,
+        variance=network.variance if learned_variance else None,
+        noise=network.noise,
+        taps=network.taps if taps else None,
+    )
 
 
 def _edm(sigma: Array, sigma_data: float) -> Coefficients:
@@ -147,7 +157,7 @@ def _edm_rest(sigma: Array, sigma_data: float) -> Array:
     return jnp.square(sigma) / (jnp.square(sigma) + sigma_data**2)
 
 
-def edm(network_fn: NetworkFn, sigma_data: float = 0.5) -> Preconditioned:
+def edm(network_fn: NetworkFn, sigma_data: float = 0.5, *, taps: Taps | None = None) -> Denoiser:
     """EDM: network input and target have variance 1 at every level for data of standard deviation
     sigma_data.
 
@@ -159,7 +169,7 @@ def edm(network_fn: NetworkFn, sigma_data: float = 0.5) -> Preconditioned:
             f"precondition.edm: sigma_data {sigma_data} given; expected a positive number"
         )
     coefficients, rest = (functools.partial(f, sigma_data=sigma_data) for f in (_edm, _edm_rest))
-    return Preconditioned(network_fn, coefficients, rest=rest)
+    return make(network_fn, coefficients, rest=rest, taps=taps)
 
 
 VP, VP_STEPS = process.VP(), 1000
@@ -170,11 +180,11 @@ def _vp(sigma: Array) -> Coefficients:
     return one, -sigma, 1 / jnp.sqrt(jnp.square(sigma) + 1), (VP_STEPS - 1) * VP.time(sigma)
 
 
-def vp(network_fn: NetworkFn) -> Preconditioned:
+def vp(network_fn: NetworkFn, *, taps: Taps | None = None) -> Denoiser:
     """Score SDE's variance-preserving networks (2011.13456): F = eps, levels sigma(1e-5) = 0.001 to
     sigma(1) = 152.
     """
-    return Preconditioned(network_fn, _vp, float(VP.sigma(1e-5)), float(VP.sigma(1.0)))
+    return make(network_fn, _vp, float(VP.sigma(1e-5)), float(VP.sigma(1.0)), taps=taps)
 
 
 def _ve(sigma: Array) -> Coefficients:
@@ -182,11 +192,17 @@ def _ve(sigma: Array) -> Coefficients:
     return one, sigma, one, jnp.log(0.5 * sigma)
 
 
-def ve(network_fn: NetworkFn, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Preconditioned:
+def ve(
+    network_fn: NetworkFn,
+    sigma_min: float = 0.02,
+    sigma_max: float = 100.0,
+    *,
+    taps: Taps | None = None,
+) -> Denoiser:
     """Score SDE's variance-exploding networks (2011.13456): F = sigma * score, that is -eps; levels
     0.02 to 100.
     """
-    return Preconditioned(network_fn, _ve, sigma_min, sigma_max)
+    return make(network_fn, _ve, sigma_min, sigma_max, taps=taps)
 
 
 def iddpm_index(sigma: Array, steps: int = 1000) -> Array:
@@ -210,7 +226,7 @@ def _iddpm(sigma: Array, steps: int) -> Coefficients:
     return jnp.ones_like(sigma), -sigma, 1 / jnp.sqrt(jnp.square(sigma) + 1), c_noise
 
 
-def iddpm(network_fn: NetworkFn, steps: int = 1000) -> Preconditioned:
+def iddpm(network_fn: NetworkFn, steps: int = 1000, *, taps: Taps | None = None) -> Denoiser:
     """iDDPM and ADM networks on the cosine schedule (2102.09672, 2105.05233): F = eps at the
     nearest of `steps` levels.
 
@@ -219,12 +235,13 @@ def iddpm(network_fn: NetworkFn, steps: int = 1000) -> Preconditioned:
     learned variance); they are dropped.
     """
     u = process.iddpm_levels(steps)
-    return Preconditioned(
+    return make(
         network_fn,
         functools.partial(_iddpm, steps=steps),
         float(u[steps - 1]),
         float(u[0]),
-        functools.partial(_iddpm_round, steps=steps),
+        round_sigma=functools.partial(_iddpm_round, steps=steps),
+        taps=taps,
     )
 
 
@@ -253,7 +270,8 @@ def adm(
     learned_variance: bool = False,
     clip: bool = False,
     rescale_timesteps: bool = False,
-) -> Preconditioned:
+    taps: Taps | None = None,
+) -> Denoiser:
     """DDPM's discrete networks: OpenAI's ADM, OGDM_adm's and DSG's U-Nets (2006.11239, 2105.05233).
 
     F(x / sqrt(1 + sigma^2), t) = eps with t the step whose level sqrt(1 / alpha_bar - 1) is nearest
@@ -278,12 +296,13 @@ def adm(
         raise ValueError(f"precondition.adm: predict {predict!r} given; expected 'eps' or 'x0'")
     table = betas if isinstance(betas, process.Discrete) else process.Discrete.make(betas, steps)
     scale = 1000 / steps if rescale_timesteps else 1.0
-    return Preconditioned(
+    return make(
         network_fn,
         functools.partial(_adm, table=table, predict=predict, scale=scale),
         float(table.sigma[0]),
         float(table.sigma[-1]),
-        functools.partial(_adm_round, table),
-        clip,
-        learned_variance,
+        round_sigma=functools.partial(_adm_round, table),
+        clip=clip,
+        learned_variance=learned_variance,
+        taps=taps,
     )

@@ -10,12 +10,12 @@ Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) t
 DSG) may bend.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from ogdm_jax.typing import Array, Denoise
+from ogdm_jax.diffusion.denoiser import as_denoiser
+from ogdm_jax.typing import Array, Denoise, PyTree
 
 # Adams-Bashforth weights of equal steps, newest slope first. PNDM uses them on every grid (arXiv
 # 2202.09778 eq. 12).
@@ -48,10 +48,8 @@ def _sqrt(v: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
 
 
-def _x0(
-    denoise: Denoise, x: Array, sigma: Array, label: Array | None, extra: Mapping[str, Any]
-) -> Array:
-    return denoise(x, sigma, label, **extra).astype(x.dtype)
+def _x0(denoise: Denoise, x: Array, sigma: Array, label: PyTree) -> Array:
+    return denoise(x, sigma, label).astype(x.dtype)
 
 
 def slope(x: Array, x0_hat: Array, sigma: Array) -> Array:
@@ -74,9 +72,8 @@ def euler(
     x: Array,
     sigma: Array,
     sigma_next: Array,
-    label: Array | None = None,
+    label: PyTree = None,
     x0_hat: Array | None = None,
-    **extra,
 ) -> Array:
     """One Euler step of dx/dsigma = (x - D(x; sigma)) / sigma (arXiv 2206.00364 algorithm 1 without
     its correction).
@@ -87,13 +84,12 @@ def euler(
       sigma, sigma_next: [B], sigma > 0, sigma_next >= 0.
       label: [B] or None, passed to denoise.
       x0_hat: [B,H,W,C], D(x; sigma) where the caller has it already: then denoise is not called.
-      **extra: passed to denoise.
 
     Returns:
       [B,H,W,C] state at sigma_next.
     """
     if x0_hat is None:
-        x0_hat = _x0(denoise, x, sigma, label, extra)
+        x0_hat = _x0(denoise, x, sigma, label)
     return euler_update(x, x0_hat, sigma, sigma_next)
 
 
@@ -102,11 +98,9 @@ def heun(
     x: Array,
     sigma: Array,
     sigma_next: Array,
-    label: Array | None = None,
+    label: PyTree = None,
     x0_hat: Array | None = None,
     floor: float = 0.0,
-    extra_next: Mapping[str, Any] | None = None,
-    **extra,
 ) -> Array:
     """One Heun step: Euler, then the mean of both slopes (arXiv 2206.00364 algorithm 1 lines 4-8).
 
@@ -116,25 +110,21 @@ def heun(
     drops the correction at 0 only.
 
     Args:
-      denoise: the denoiser D. Its attribute `corrector`, where present, is the denoiser of the
-        second evaluation (a guidance may weigh predictor and corrector differently).
-      x, sigma, sigma_next, label, x0_hat, extra: as in `euler`.
+      denoise: the denoiser D. Its `corrector`, where it has one, makes the second evaluation (with
+        dropout keys of its own in training; with another weight under guidance).
+      x, sigma, sigma_next, label, x0_hat: as in `euler`.
       floor: sigma_next up to which no correction is made.
-      extra_next: keywords of the second evaluation (for example other dropout keys); None means
-        those of the first.
 
     Returns:
       [B,H,W,C] state at sigma_next.
     """
     if x0_hat is None:
-        x0_hat = _x0(denoise, x, sigma, label, extra)
+        x0_hat = _x0(denoise, x, sigma, label)
     predicted = euler_update(x, x0_hat, sigma, sigma_next)
     correct = sigma_next > floor
     sigma_safe = jnp.where(correct, sigma_next, sigma)
-    corrector = getattr(denoise, "corrector", denoise)
-    second = _x0(
-        corrector, predicted, sigma_safe, label, extra if extra_next is None else extra_next
-    )
+    corrector = as_denoiser(denoise).corrector or denoise
+    second = _x0(corrector, predicted, sigma_safe, label)
     corrected = heun_update(x, x0_hat, predicted, second, sigma, sigma_next, sigma_safe)
     return jnp.where(correct.reshape((-1,) + (1,) * (x.ndim - 1)), corrected, predicted)
 
@@ -182,16 +172,15 @@ def ddim(
     x: Array,
     sigma: Array,
     sigma_next: Array,
-    label: Array | None = None,
+    label: PyTree = None,
     x0_hat: Array | None = None,
     eta: float = 0.0,
     noise: Array | None = None,
-    **extra,
 ) -> Array:
     """One DDIM step (arXiv 2010.02502 eq. 12); eta = 0 is `euler`, eta = 1 the DDPM posterior.
 
     Args:
-      denoise, x, sigma, sigma_next, label, x0_hat, extra: as in `euler`.
+      denoise, x, sigma, sigma_next, label, x0_hat: as in `euler`.
       eta: share of the posterior's noise, in [0, 1].
       noise: [B,H,W,C] ~ N(0, I), needed where eta > 0.
 
@@ -204,7 +193,7 @@ def ddim(
             "eta=0"
         )
     if x0_hat is None:
-        x0_hat = _x0(denoise, x, sigma, label, extra)
+        x0_hat = _x0(denoise, x, sigma, label)
     mean, std = ddim_moments(x, x0_hat, sigma, sigma_next, eta)
     return mean if noise is None else mean + per_example(std, x) * noise
 
@@ -265,17 +254,16 @@ def ancestral(
     x: Array,
     sigma: Array,
     sigma_next: Array,
-    label: Array | None = None,
+    label: PyTree = None,
     x0_hat: Array | None = None,
     noise: Array | None = None,
     variance: str | float | Array = "small",
-    **extra,
 ) -> Array:
     """One ancestral (DDPM) step: `ancestral_moments` plus std * noise; noise=None returns the
     mean.
     """
     if x0_hat is None:
-        x0_hat = _x0(denoise, x, sigma, label, extra)
+        x0_hat = _x0(denoise, x, sigma, label)
     mean, std = ancestral_moments(x, x0_hat, sigma, sigma_next, variance)
     if noise is None:
         return mean
@@ -288,9 +276,8 @@ def heun_moments(
     x0_hat: Array,
     sigma: Array,
     sigma_next: Array,
-    label: Array | None = None,
+    label: PyTree = None,
     eta: float | Array = 1.0,
-    **extra,
 ) -> tuple[Array, Array]:
     """(mean, std [B]) of "Heun down, noise up": a Heun step to sigma_down, then noise back up to
     sigma_next.
@@ -301,7 +288,7 @@ def heun_moments(
       sigma_down = 0.
     """
     down, std = split_sigma(sigma, sigma_next, eta)
-    return heun(denoise, x, sigma, down, label, x0_hat, **extra), std
+    return heun(denoise, x, sigma, down, label, x0_hat), std
 
 
 def pndm(x: Array, slopes: Sequence[Array], sigma: Array, sigma_next: Array) -> Array:

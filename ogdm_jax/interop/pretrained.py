@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.interop import (
     export,
     names_adm,
@@ -26,7 +27,7 @@ from ogdm_jax.interop.torch_records import Module
 from ogdm_jax.interop.torch_state import TorchFile, open_torch, select, tensors
 from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.startup import raised_here
-from ogdm_jax.typing import Denoise, PyTree
+from ogdm_jax.typing import Array, PyTree
 
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _LISTED = 6  # names of each kind of mismatch that a message shows
@@ -70,20 +71,26 @@ class Pretrained:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.variables))
 
-    def denoiser(self) -> Denoise:
-        """denoise(x, sigma, label=None, **extra) under the file's preconditioning (EDM's where it
-        does not say).
-        """
+    def denoiser(self, augment: Array | None = None) -> Denoiser:
+        """The denoiser under the file's preconditioning (EDM's where it does not say).
 
-        def network_fn(x, c_noise, label=None, **extra):
-            return self.network.apply(self.variables, x, c_noise, label, **extra)
+        augment: [B,9] augmentation labels of the batch that it will be asked about, for networks
+          that were trained with them.
+        """
+        bound = {} if augment is None else {"augment": augment}
+
+        def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
+            return self.network.apply(self.variables, x, c_noise, label, **bound)
+
+        def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> PyTree:
+            return self.network.apply(self.variables, x, c_noise, label, tap=at, **bound)
 
         if self.precondition in (None, "edm"):
-            return precondition.edm(network_fn, self.sigma_data)
+            return precondition.edm(network_fn, self.sigma_data, taps=taps)
         if self.precondition == "adm":
             learned = self.network.out_channels == 2 * self.network.img_channels
-            return precondition.adm(network_fn, self.schedule, learned_variance=learned)
-        return getattr(precondition, self.precondition)(network_fn)
+            return precondition.adm(network_fn, self.schedule, learned_variance=learned, taps=taps)
+        return getattr(precondition, self.precondition)(network_fn, taps=taps)
 
 
 def from_torch(

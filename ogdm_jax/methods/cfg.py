@@ -8,13 +8,15 @@ model, w = 0 the unconditional one; the papers also write 1 + w or s for it. Out
 the conditional model answers alone.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion.precondition import hand_on
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.typing import Array, Denoise, PyTree
@@ -22,7 +24,7 @@ from ogdm_jax.typing import Array, Denoise, PyTree
 
 def guide(
     denoise: Denoise, weight: Any = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")
-) -> Denoise:
+) -> Denoiser:
     """The denoiser under classifier-free guidance where sigma_min <= sigma <= sigma_max.
 
     Both evaluations run as one batch of twice the size; outside the interval (a real branch, where
@@ -43,37 +45,46 @@ def guide(
         raise ValueError(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
         )
+    denoise = as_denoiser(denoise)
     if isinstance(weight, int | float) and weight == 1:
         return denoise
 
-    def guided(x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
+    def guided(evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree) -> PyTree:
+        """evaluate's [x0_hat, ...] for the given labels, with x0_hat guided."""
         if label is None:
             raise ValueError(
                 "label=None; classifier-free guidance expects labels of a conditional denoiser"
             )
         active = (sigma >= sigma_min) & (sigma <= sigma_max)
 
-        def both() -> Array:
-            none = (
-                jnp.full_like(label, -1)
-                if jnp.issubdtype(label.dtype, jnp.integer)
-                else jnp.zeros_like(label)
+        def both() -> PyTree:
+            twice = lambda v: jnp.concatenate([v, v]) if jnp.ndim(v) else v
+            labels = jax.tree.map(
+                lambda *pair: jnp.concatenate(pair), label, denoise.unconditional(label)
             )
-            twice = lambda v: jnp.concatenate([v, v]) if hasattr(v, "shape") and v.shape else v
-            more = {name: twice(value) for name, value in extra.items()}
-            out = denoise(twice(x), twice(sigma), jnp.concatenate([label, none]), **more)
-            conditional, plain = jnp.split(out, 2)
+            out = evaluate(twice(x), twice(sigma), labels)
+            (conditional, plain), *rest = (jnp.split(v, 2) for v in out)
             w = jnp.where(active, jnp.asarray(weight, sigma.dtype), 1)
-            return plain + per_example(w, out) * (conditional - plain)
+            return [plain + per_example(w, plain) * (conditional - plain), *(v[0] for v in rest)]
 
         if sigma_min <= 0 and sigma_max == float("inf"):
             return both()
-        return jax.lax.cond(jnp.any(active), both, lambda: denoise(x, sigma, label, **extra))
+        return jax.lax.cond(jnp.any(active), both, lambda: evaluate(x, sigma, label))
 
-    corrector = getattr(denoise, "corrector", denoise)
-    if corrector is not denoise:
-        guided.corrector = guide(corrector, weight, sigma_min, sigma_max)
-    return hand_on(denoise, guided)
+    def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
+        return guided(lambda *at: [denoise(*at)], x, sigma, label)[0]
+
+    def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
+        x0_hat, fraction = guided(lambda *at: list(denoise.variance(*at)), x, sigma, label)
+        return x0_hat, fraction
+
+    return dataclasses.replace(
+        denoise,
+        evaluate=evaluate,
+        variance=denoise.variance and variance,
+        noise=None,
+        corrector=denoise.corrector and guide(denoise.corrector, weight, sigma_min, sigma_max),
+    )
 
 
 def guidance(
@@ -83,7 +94,7 @@ def guidance(
     compiles nothing.
     """
 
-    def shift(denoise: Denoise, frozen: PyTree) -> Denoise:
+    def shift(denoise: Denoiser, frozen: PyTree) -> Denoiser:
         return guide(denoise, frozen["weight"], sigma_min, sigma_max)
 
     guide(

@@ -30,7 +30,8 @@ import jax
 from flax import struct
 
 from ogdm_jax import methods, randomness
-from ogdm_jax.typing import Array, Denoise, PyTree
+from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.typing import Array, PyTree
 
 Metrics = dict[str, Any]
 
@@ -88,7 +89,8 @@ class Context:
       sigma_data: standard deviation of the data in [-1, 1].   sigma_min, sigma_max: range of noise
         levels, within both the sampler's and those that the denoiser is made for.
       weight: sigma [b] -> lambda(sigma) [b], the noise law's loss weight.
-      denoiser: (params, buffers) -> denoise, the model as a pure function of its parameters.
+      denoiser: (params, buffers, augment=None, dropout_keys=None) -> Denoiser, the model as a pure
+        function of its parameters (models.Model.denoiser).
       learning_rate: learning rate of the denoiser (a companion's default).
       source: the opened data source (ogdm_jax.data), for methods that keep it on the devices.
       law: the noise law (diffusion/noise.py), for methods that draw a second noise level; never
@@ -114,7 +116,7 @@ class Context:
     sigma_min: float
     sigma_max: float
     weight: Callable[[Array], Array]
-    denoiser: Callable[[PyTree, PyTree], Denoise]
+    denoiser: Callable[..., Denoiser]
     learning_rate: float
     source: Any = None
     law: Any = None
@@ -131,8 +133,8 @@ class Companion:
 
     Attributes:
       init: key -> params.
-      loss: (params, example, denoise, frozen, step) -> ([b] loss, metrics); denoise is the already
-        updated main network, and no gradient goes to it.
+      loss: (params, example, denoiser, frozen, step) -> ([b] loss, metrics); denoiser as in
+        `Slots`, of the already updated main network, and no gradient goes to it.
       learning_rate, betas: of its Adam.
       resample: "all" draws new noise levels, noise and augmentation for its example; "noise" only
         new noise.
@@ -149,11 +151,15 @@ class Companion:
 class Slots:
     """What one method fills; None leaves a slot to others.
 
+    Slots receive the denoiser of the current parameters as denoiser(purpose, augment=True) ->
+    Denoiser: that of this example, with dropout keys of its own by the name of a purpose, and with
+    the example's augmentation labels unless augment is False.
+
     Attributes:
       name: the method's name.
       target: (example, frozen) -> (target like x0, metrics).
-      distance: (example, x0_hat, target, denoise, frozen, memory) -> ([b], metrics).
-      penalty: (example, x0_hat, denoise, companion_params, frozen, memory) -> ([b], metrics).
+      distance: (example, x0_hat, target, denoiser, frozen, memory) -> ([b], metrics).
+      penalty: (example, x0_hat, denoiser, companion_params, frozen, memory) -> ([b], metrics).
       companion: a network trained beside the main one.
       references: images per step, over all devices, that the loader has to bring besides the batch
         (0 = none).
@@ -197,7 +203,7 @@ class Guidance:
     """
 
     name: str
-    shift: Callable[[Denoise, PyTree], Denoise] | None = None
+    shift: Callable[[Denoiser, PyTree], Denoiser] | None = None
     kick: Callable[[PyTree, PyTree], Any] | None = None
     churn: Callable[[PyTree], Any] | None = None
     frozen: PyTree = None

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion.precondition import hand_on
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.contract import Guidance
@@ -171,7 +171,7 @@ def guide(
     sigma_max: float = float("inf"),
     corrector_weight: Any = None,
     gating: str = "example",
-) -> Denoise:
+) -> Denoiser:
     """D'(x, sigma) = D(x, sigma) + w sigma^2 grad_x log_ratio(x, sigma) where sigma_min <= sigma <=
     sigma_max.
 
@@ -180,8 +180,7 @@ def guide(
 
     Args:
       denoise: the denoiser; a classifier-free-guided one is fine, and so is one guided by another
-        discriminator. Its sigma_min, sigma_max (range of levels), round_sigma and with_variance are
-        handed on; its `corrector` is guided too.
+        discriminator. Its `corrector` is guided too; its learned variance stays.
       log_ratio: (x, sigma [B], label) -> [B], log p_data - log p_model (see `log_ratio`, or any
         closed form).
       weight: number, array (traced ones can change without a new compilation), or function of sigma
@@ -196,7 +195,7 @@ def guide(
 
     Returns:
       The guided denoiser. Derivatives of it are those of `denoise`: the correction is a constant to
-      them. Its `parts(x, sigma, label)` -> (x0_hat, shift, log ratio [B]) are what `Boost` needs.
+      them.
 
     Raises:
       ValueError: an empty window or an unknown gating.
@@ -207,61 +206,75 @@ def guide(
         )
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
+    denoise = as_denoiser(denoise)
     window = (sigma_min, sigma_max, gating)
-    guided = hand_on(denoise, _guided(denoise, log_ratio, weight, window))
-    base = getattr(denoise, "corrector", denoise)
-    if corrector_weight is None and base is denoise:
-        # one denoiser for both evaluations; a corrector that is itself would let decorators recurse
-        return guided
-    second_weight = weight if corrector_weight is None else corrector_weight
-    if _is_zero(weight) and _is_zero(second_weight):
+    second = weight if corrector_weight is None else corrector_weight
+    if _is_zero(weight) and _is_zero(second):
         return denoise
-    guided.corrector = (
-        base if _is_zero(second_weight) else _guided(base, log_ratio, second_weight, window)
-    )
-    return guided
+    guided = _decorate(denoise, _Guided(denoise, log_ratio, weight, *window))
+    if corrector_weight is None and denoise.corrector is None:
+        return guided  # one denoiser for both evaluations
+    base = denoise.corrector or denoise
+    corrector = base
+    if not _is_zero(second):
+        corrector = _decorate(base, _Guided(base, log_ratio, second, *window))
+    return dataclasses.replace(guided, corrector=corrector)
 
 
 def _is_zero(weight: Any) -> bool:
     return isinstance(weight, int | float) and weight == 0
 
 
-def _guided(
-    denoise: Denoise, log_ratio: LogRatio, weight: Any, window: tuple[float, float, str]
-) -> Denoise:
-    low, high, gating = window
+@dataclasses.dataclass(frozen=True)
+class _Guided:
+    """The evaluation of a guided denoiser; `parts` are what `Boost` needs."""
 
-    def parts(
-        x: Array, sigma: Array, label: Array | None = None, **extra
-    ) -> tuple[Array, Array, Array]:
-        x0_hat = denoise(x, sigma, label, **extra)
-        w = jnp.broadcast_to(
-            jnp.asarray(weight(sigma) if callable(weight) else weight, sigma.dtype), sigma.shape
-        )
-        level = jnp.full_like(sigma, jnp.min(sigma)) if gating == "batch" else sigma
-        active = (level >= low) & (level <= high) & (w != 0)
+    base: Denoiser
+    log_ratio: LogRatio
+    weight: Any
+    low: float
+    high: float
+    gating: str
+
+    def __call__(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
+        if _is_zero(self.weight):
+            return self.base(x, sigma, label)
+        x0_hat, shift, _ = self.parts(x, sigma, label)
+        return x0_hat + shift.astype(x0_hat.dtype)
+
+    def variance(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
+        """(guided x0_hat, the base's fraction)."""
+        x0_hat, fraction = self.base.variance(x, sigma, label)
+        shift, _ = self._correction(x, sigma, label)
+        return x0_hat + shift.astype(x0_hat.dtype), fraction
+
+    def parts(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array, Array]:
+        """(x0_hat, what is added to it, log ratio [B]); 0 and +inf outside the window."""
+        return self.base(x, sigma, label), *self._correction(x, sigma, label)
+
+    def _correction(self, x: Array, sigma: Array, label: PyTree) -> tuple[Array, Array]:
+        weight = self.weight(sigma) if callable(self.weight) else self.weight
+        w = jnp.broadcast_to(jnp.asarray(weight, sigma.dtype), sigma.shape)
+        level = jnp.full_like(sigma, jnp.min(sigma)) if self.gating == "batch" else sigma
+        active = (level >= self.low) & (level <= self.high) & (w != 0)
 
         def inside() -> tuple[Array, Array]:
             # A constant to whoever differentiates the denoiser (DSG and its kin go through the base
             # alone): a second derivative of the discriminator costs more than it steers.
-            shift, ratio = correction(log_ratio, jax.lax.stop_gradient(x), sigma, label)
+            shift, ratio = correction(self.log_ratio, jax.lax.stop_gradient(x), sigma, label)
             shift = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), shift.astype(x.dtype), 0)
             return per_example(w, x) * shift, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
 
         def outside() -> tuple[Array, Array]:
             return jnp.zeros_like(x), jnp.full(sigma.shape, jnp.inf, x.dtype)
 
-        shift, ratio = jax.lax.cond(jnp.any(active), inside, outside)
-        return x0_hat, shift, ratio
+        return jax.lax.cond(jnp.any(active), inside, outside)
 
-    def guided(x: Array, sigma: Array, label: Array | None = None, **extra) -> Array:
-        if _is_zero(weight):
-            return denoise(x, sigma, label, **extra)
-        x0_hat, shift, _ = parts(x, sigma, label, **extra)
-        return x0_hat + shift.astype(x0_hat.dtype)
 
-    guided.parts = parts
-    return guided
+def _decorate(base: Denoiser, guided: _Guided) -> Denoiser:
+    return dataclasses.replace(
+        base, evaluate=guided, variance=base.variance and guided.variance, noise=None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,13 +324,12 @@ class Boost:
         label: Array | None,
         info: Info,
     ) -> tuple[Array, PyTree]:
-        parts = getattr(denoise, "parts", None)
-        if parts is None:
+        if not isinstance(guided := as_denoiser(denoise).evaluate, _Guided):
             raise ValueError(
                 "churn=Boost: the denoiser has no log ratio; expected dg.guide as its outermost "
                 "decorator"
             )
-        x0_hat, shift, ratio = parts(x, sigma, label)
+        x0_hat, shift, ratio = guided.parts(x, sigma, label)
         twice = (ratio < 0) & (info.step % self.factor_every == 0)
         factor = jnp.where(twice, jnp.asarray(self.factor, x.dtype), 1)
         return x0_hat + per_example(factor, x) * shift.astype(x0_hat.dtype), ratio.astype(
@@ -358,7 +370,7 @@ def guidance(
     low, high = float(vp_sigma(np.float64(time_min))), float(vp_sigma(np.float64(time_max)))
     rule = Boost(base=churn or Churn(), churn=boost_churn)
 
-    def shift(denoise: Denoise, frozen: PyTree) -> Denoise:
+    def shift(denoise: Denoiser, frozen: PyTree) -> Denoiser:
         second = frozen["corrector_weight"] if corrector_weight != 0 else 0.0
         return guide(denoise, ratio_of(frozen["network"]), frozen["weight"], low, high, second)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from ogdm_jax import config, randomness
 from ogdm_jax.diffusion import jumps, steps
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods.contract import Companion, Context, Example, Metrics, Slots
@@ -199,7 +200,6 @@ def project(
     label: Array | None = None,
     x0_hat: Array | None = None,
     floor: float = 0.002,
-    **extra,
 ) -> Array:
     """One deterministic sampler step x_t -> x_s with the current denoiser: what the discriminator
     judges.
@@ -214,7 +214,6 @@ def project(
       xt: [B,h,w,c].   sigma, sigma_next: [B], 0 <= sigma_next <= sigma.   solver: "euler", "heun"
         or "ddim".
       x0_hat: [B,h,w,c] = denoise(xt, sigma, label) if it is known already.
-      extra: passed on to every call of denoise.
 
     Returns:
       [B,h,w,c].
@@ -227,9 +226,9 @@ def project(
         # float32's 0.002 is above the number 0.002: the slack keeps a level that was clipped to the
         # floor at the floor.
         return steps.heun(
-            denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, floor=floor * (1 + 1e-6), **extra
+            denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, floor=floor * (1 + 1e-6)
         )
-    return getattr(steps, solver)(denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, **extra)
+    return getattr(steps, solver)(denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat)
 
 
 def generator_loss(logits: Array, kind: str = "hinge") -> Array:
@@ -315,30 +314,29 @@ def observation(
     label: Array | None,
     settings: Settings,
     x0_hat: Array | None = None,
-    extra: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
 ) -> tuple[Array, Array]:
     """Projects and asks the discriminator: (fake [B,h,w,c], logits [B]).
 
     Args:
+      denoise: the denoiser; its `corrector`, where it has one, makes Heun's second evaluation.
       discriminate: (images of level sigma_next, pair) -> logits [B].
       x0_hat: the denoiser's output at (xt, sigma), or None to evaluate it here.
-      extra: keywords of the first and of the second (Heun's) network call, so that each has its own
-        dropout.
     """
-    if x0_hat is None:
-        x0_hat = denoise(xt, pair.sigma, label, **extra[0])
-    fake = _projected(denoise, xt, pair, label, settings, x0_hat, extra[1])
+    fake = _projected(denoise, xt, pair, label, settings, x0_hat)
     return fake, discriminate(fake, pair)
 
 
 def _projected(
-    denoise, xt, pair: Pair, label, settings: Settings, x0_hat, extra: Mapping[str, Any]
+    denoise: Denoise,
+    xt: Array,
+    pair: Pair,
+    label: Array | None,
+    settings: Settings,
+    x0_hat: Array | None = None,
 ) -> Array:
     """project() of a pair, with the solver and the floor of settings."""
     levels = (pair.sigma, pair.sigma_next)
-    return project(
-        denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min, **extra
-    )
+    return project(denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min)
 
 
 def companion_loss(
@@ -419,30 +417,27 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     def pair_of(example: Example) -> Pair:
         return draw_pair(settings, example.sigma, randomness.uniform(example.keys("ogdm/gap")))
 
-    def penalty(example, x0_hat, denoise, params, frozen, memory):
+    def penalty(example, x0_hat, denoiser, params, frozen, memory):
         del frozen, memory
         if settings.gamma == 0:  # bitwise the plain denoiser's gradient
             return jnp.zeros_like(example.sigma), {}
         pair = pair_of(example)
         shared = x0_hat if settings.share_denoise else None
         judge = looked_at(jax.lax.stop_gradient(params), example.label)
-        extra = _extra(example, settings, "ogdm")
-        _, logits = observation(
-            denoise, judge, example.xt, pair, example.label, settings, shared, extra
-        )
+        denoise = _denoiser(denoiser, settings, "ogdm")
+        _, logits = observation(denoise, judge, example.xt, pair, example.label, settings, shared)
         loss = settings.gamma * pixels * generator_loss(logits, settings.loss)
         return loss, {
             "ogdm/generator_logit": logits,
             "ogdm/level_ratio": pair.sigma_next / pair.sigma,
         }
 
-    def loss(params, example, denoise, frozen, step):
+    def loss(params, example, denoiser, frozen, step):
         del frozen
         pair = pair_of(example)
         real = example.x0 + pair.sigma_next[:, None, None, None] * example.eps
-        extra = _extra(example, settings, "ogdm/companion")
-        x0_hat = denoise(example.xt, pair.sigma, example.label, **extra[0])
-        fake = _projected(denoise, example.xt, pair, example.label, settings, x0_hat, extra[1])
+        denoise = _denoiser(denoiser, settings, "ogdm/companion")
+        fake = _projected(denoise, example.xt, pair, example.label, settings)
         seen = [view(x, pair, settings, context.sigma_data) for x in (real, fake)]
         return companion_loss(discriminate(params, example.label), *seen, pair, settings, step)
 
@@ -505,13 +500,10 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     )
 
 
-def _extra(
-    example: Example, settings: Settings, purpose: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of the projection's network calls, each with dropout of its own."""
+def _denoiser(denoiser: Callable[..., Denoiser], settings: Settings, purpose: str) -> Denoiser:
+    """The projection's denoiser: its two evaluations each with dropout of its own."""
     # Fakes must be made alike in both players' steps: where the denoising output is shared, it
     # knows the augmentation.
-    augment = example.augment if settings.pass_augment or settings.share_denoise else None
-    return tuple(
-        {"augment": augment, "dropout_keys": example.keys(f"dropout/{purpose}/{i}")} for i in (1, 2)
-    )
+    augment = settings.pass_augment or settings.share_denoise
+    first, second = (denoiser(f"{purpose}/{i}", augment) for i in (1, 2))
+    return dataclasses.replace(first, corrector=second)

@@ -34,7 +34,7 @@ from ogdm_jax.diffusion import noise, precondition
 from ogdm_jax.diffusion.process import eps_from_x0
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods.contract import Context, Example, Metrics, Slots
-from ogdm_jax.typing import Array, Denoise, Features, PyTree
+from ogdm_jax.typing import Array, Features, PyTree
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's loss: nothing but features, at every noise level.
@@ -141,7 +141,7 @@ def predicted_noise(
 
     eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) /
     sigma without its cancellation. Training gets it with x0_hat from
-    `precondition.Preconditioned.with_noise`, for every preconditioning.
+    `Denoiser.with_noise`, for every preconditioning.
 
     Args:
       xt, network_output: [B,H,W,C].   sigma: [B].
@@ -333,19 +333,17 @@ def _check_tap(tap: str, params: Mapping[str, Any]) -> None:
     )
 
 
-def _fill(
-    settings, context: Context, example: Example, x0_hat, target, denoise: Denoise, frozen, memory
-):
+def _fill(settings, context: Context, example: Example, x0_hat, target, denoiser, frozen, memory):
     squared = slots.squared_error(example, x0_hat, target, context.weight)
     same_teacher = jnp.all(memory["teacher"] == frozen["fingerprint"])
     if settings["weight"] == 0:  # bitwise the plain denoiser's gradient
         return jnp.where(same_teacher, settings["mse_weight"] * squared, jnp.nan), {
             "loss/mse": squared
         }
-    teacher = context.denoiser(frozen["params"], frozen["buffers"])
+    teacher = context.denoiser(frozen["params"], frozen["buffers"], example.augment)
 
-    def features(x: Array, sigma: Array) -> Array:
-        return teacher(x, sigma, example.label, augment=example.augment, tap=settings["tap"])
+    def features(x: Array, sigma: Array) -> PyTree:
+        return teacher.features(x, sigma, example.label, at=settings["tap"])
 
     if settings["remat"]:
         features = jax.checkpoint(features)

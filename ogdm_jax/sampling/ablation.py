@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import grids, process
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling.sampler import step_noise
 from ogdm_jax.typing import Array, Denoise
@@ -50,8 +51,7 @@ def ablation(
     Euler's.
 
     Args:
-      denoise: D(x, sigma, label); attributes sigma_min, sigma_max and round_sigma are obeyed where
-        present.
+      denoise: D(x, sigma, label); its range of levels and its rounding are obeyed.
       latents: [B,H,W,C] ~ N(0, I); the state keeps their dtype.
       n: steps (of a named grid).
       solver: "euler", or "heun", whose second point lies at the fraction alpha of the step (1 =
@@ -93,6 +93,7 @@ def ablation(
         )
     if rule is not None and key is None and noise_fn is None:
         raise ValueError("key=None; expected a key, because churn draws noise")
+    denoise = as_denoiser(denoise)
     low, high = _range(denoise, grid, sigma_min, sigma_max)
     levels = _levels(grid, n, low, high, rho, t_min)
     n = len(levels)
@@ -229,14 +230,11 @@ def _range(
     )
 
 
-def _rounding(denoise: Denoise) -> Callable[[np.ndarray], np.ndarray]:
+def _rounding(denoise: Denoiser) -> Callable[[np.ndarray], np.ndarray]:
     """The denoiser's round_sigma as a function of NumPy tables, evaluated before tracing."""
-    round_sigma = getattr(denoise, "round_sigma", None)
-    if round_sigma is None:
-        return lambda levels: levels
 
     def rounded(levels: np.ndarray) -> np.ndarray:
         with jax.ensure_compile_time_eval():
-            return np.asarray(round_sigma(jnp.asarray(levels)), np.float64)
+            return np.asarray(denoise.round_sigma(levels), np.float64)
 
     return rounded

@@ -20,6 +20,7 @@ import numpy as np
 
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import grids
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling import solvers
 from ogdm_jax.sampling.churn import Churn, ChurnRule, Info, as_rule
 from ogdm_jax.sampling.solvers import plain_kick
@@ -76,11 +77,10 @@ def sample(
     """Carries latents * sigmas[0] down the grid. Pure; wrap it in jax.jit to compile it once.
 
     Args:
-      denoise: D(x [B,...], sigma [B], label) -> x0_hat. Attributes it may have: `corrector`, the
-        denoiser of Heun's second evaluation; `sigma_min` and `sigma_max`, to which the grid is
-        clipped (several levels may become one: better make the grid with grids.clip_range);
-        `round_sigma`, the nearest level it knows (iDDPM, ADM); `with_variance`, for ancestral steps
-        with a learned variance (precondition.Preconditioned).
+      denoise: a `Denoiser`, or a plain function (x [B,...], sigma [B], label) -> x0_hat. The grid
+        is clipped to the denoiser's levels (several may become one: better make the grid with
+        grids.clip_range) and rounded by its `round_sigma`; `corrector` makes Heun's second
+        evaluation, `variance` gives ancestral steps with a learned variance.
       latents: [B,H,W,C] ~ N(0, I). The state keeps their dtype: float64 latents give a float64
         sampler.
       sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
@@ -97,7 +97,7 @@ def sample(
       eta: noise of ddim (0 to 1), or of heun, which then steps down to sqrt(sigma'^2 - std^2) and
         adds std * noise.
       variance: of ancestral, see `steps.posterior_std`; or "learned", what the denoiser's
-        `with_variance` says. None: "learned" where the denoiser has one, else "small".
+        `variance` says. None: "learned" where the denoiser has one, else "small".
       round_sigma: replaces the denoiser's own; [..] -> [..].
       noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
 
@@ -117,7 +117,8 @@ def sample(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
         )
     dtype, batch = latents.dtype, latents.shape[0]
-    round_sigma = round_sigma or getattr(denoise, "round_sigma", None) or (lambda sigma: sigma)
+    denoise = as_denoiser(denoise)
+    round_sigma = round_sigma or denoise.round_sigma
     sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, dtype)
     keys = _image_keys(key, batch)
 
@@ -175,7 +176,7 @@ def _at_step(keys: Array, step: Array) -> Array:
 
 
 def _known_levels(
-    denoise: Denoise, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype
+    denoise: Denoiser, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype
 ) -> Array:
     """The grid in the state's dtype, its levels (not the final 0) clipped and rounded to those the
     network knows.
@@ -190,15 +191,14 @@ def _known_levels(
     )
 
 
-def _variance(denoise: Denoise, variance: str | float | Array | None) -> str | float | Array:
+def _variance(denoise: Denoiser, variance: str | float | Array | None) -> str | float | Array:
     """The ancestral solver's variance, with None replaced by what the denoiser offers."""
-    offered = getattr(denoise, "with_variance", None) is not None
+    offered = denoise.variance is not None
     if variance is None:
         return "learned" if offered else "small"
     if isinstance(variance, str) and variance == "learned" and not offered:
         raise ValueError(
-            "variance='learned': the denoiser has no with_variance; expected one with a learned "
-            "variance"
+            "variance='learned': the denoiser has no learned variance; expected one with it"
         )
     return variance
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from ogdm_jax.diffusion import steps
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.sampling.churn import ChurnRule, Info, added_std, raise_noise
-from ogdm_jax.typing import Array, Denoise, PyTree
+from ogdm_jax.typing import Array, PyTree
 
 FEWEST_STEPS = {
     "spndm": 2,
@@ -38,8 +39,8 @@ class Phase(NamedTuple):
 class Problem:
     """Everything a body needs beside the state. noise(step) -> [B,...] in the state's dtype."""
 
-    denoise: Denoise
-    label: Array | None
+    denoise: Denoiser
+    label: PyTree
     noise: Callable[[Array], Array] | None
     kick: Kick
     churn: ChurnRule | None
@@ -168,14 +169,12 @@ def ddim(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
 
 
 def _learned_body(p: Problem) -> Body:
-    """DDPM steps whose variance the network says, from the same evaluation as x0_hat where nothing
-    stands between.
+    """DDPM steps whose variance the network says, from the same evaluation as x0_hat.
 
-    A kick evaluates where and as often as it likes, and a decorator changes x0_hat only: then the
-    transition evaluates the network once more, without gradient. Its std is like x, one number a
-    pixel and channel.
+    A kick evaluates where and as often as it likes: then the transition evaluates the network once
+    more, without gradient. Its std is like x, one number a pixel and channel.
     """
-    both = p.denoise.with_variance
+    both = p.denoise.variance
 
     def moments(x0, x, fraction, info):
         return steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, fraction)
@@ -189,8 +188,7 @@ def _learned_body(p: Problem) -> Body:
         fraction = jax.lax.stop_gradient(both(x, info.sigma, p.label)[1].astype(x.dtype))
         return moments(x0, x, fraction, info)
 
-    direct = p.kick is plain_kick and getattr(both, "__self__", None) is p.denoise
-    return at_once if direct else _kicked(p, transition)
+    return at_once if p.kick is plain_kick else _kicked(p, transition)
 
 
 def ancestral(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:

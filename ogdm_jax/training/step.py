@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ogdm_jax import randomness
 from ogdm_jax.config import duration
 from ogdm_jax.data import augment as augmentation
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.noise import NoiseLaw
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.models import Model
@@ -74,6 +75,24 @@ def draw_example(
     )
 
 
+def denoiser_of(
+    model: Model, params: PyTree, buffers: PyTree, example: slots.Example
+) -> Callable[..., Denoiser]:
+    """(purpose, augment=True) -> the denoiser of this example, its dropout keys by the purpose's
+    name.
+    """
+
+    def make(purpose: str, augment: bool = True) -> Denoiser:
+        return model.denoiser(
+            params,
+            buffers,
+            augment=example.augment if augment else None,
+            dropout_keys=example.keys(f"dropout/{purpose}"),
+        )
+
+    return make
+
+
 def make_step(
     config: ConfigDict,
     model: Model,
@@ -107,16 +126,13 @@ def make_step(
 
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
-        denoise = model.denoiser(params, state.buffers)
-        x0_hat, eps_hat = denoise.with_noise(
-            example.xt,
-            example.sigma,
-            example.label,
-            augment=example.augment,
-            dropout_keys=example.keys("dropout/denoise"),
-        )
+        denoiser = denoiser_of(model, params, state.buffers, example)
+        denoise = denoiser("denoise")
+        x0_hat, eps_hat = denoise.with_noise(example.xt, example.sigma, example.label)
         example = example.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
-        loss, metrics = _denoising_loss(filled, law, example, x0_hat, denoise, frozen, state.memory)
+        loss, metrics = _denoising_loss(
+            filled, law, example, x0_hat, denoiser, frozen, state.memory
+        )
         metrics |= {"loss/denoise": loss}
         for method in filled.penalties:
             companion = gather(state.companions[method.name].params) if method.companion else None
@@ -124,7 +140,7 @@ def make_step(
             added, more = method.penalty(
                 example,
                 x0_hat,
-                denoise,
+                denoiser,
                 companion,
                 frozen.get(method.name),
                 state.memory.get(method.name),
@@ -140,9 +156,10 @@ def make_step(
         example = draw_example(
             config, model, law, batch, key if method.companion.resample == "noise" else fresh, fresh
         )
-        denoise = model.denoiser(jax.lax.stop_gradient(gather(state.params)), state.buffers)
+        updated = jax.lax.stop_gradient(gather(state.params))
+        denoiser = denoiser_of(model, updated, state.buffers, example)
         loss, metrics = method.companion.loss(
-            params, example, denoise, frozen.get(method.name), state.step
+            params, example, denoiser, frozen.get(method.name), state.step
         )
         return jnp.mean(loss), sums(metrics | {f"loss/{method.name}_companion": loss})
 
@@ -199,7 +216,7 @@ def make_step(
 
 
 def _denoising_loss(
-    filled, law, example, x0_hat, denoise, frozen, memory
+    filled, law, example, x0_hat, denoiser, frozen, memory
 ) -> tuple[Array, slots.Metrics]:
     """Target and distance, by their owners or by default: the clean image and the weighted squared
     error.
@@ -210,7 +227,7 @@ def _denoising_loss(
     if filled.distance:
         name = filled.distance.name
         loss, more = filled.distance.distance(
-            example, x0_hat, target, denoise, frozen.get(name), memory.get(name)
+            example, x0_hat, target, denoiser, frozen.get(name), memory.get(name)
         )
         return loss, metrics | more
     return slots.squared_error(example, x0_hat, target, law.weight), metrics

@@ -54,9 +54,12 @@ def check_denoiser(golden: Golden):
     x, sigma = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["sigma"]).reshape(-1)
     label, augment = optional(golden, "class_labels"), optional(golden, "augment_labels")
 
-    def denoise(params, x, sigma, label, augment, tap=None):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
-        return wrap(fn)(x, sigma, label, augment=augment, tap=tap)
+    def denoiser(params, augment):
+        fn = functools.partial(network.apply, {**variables, "params": params}, augment=augment)
+        return wrap(fn, taps=lambda x, c_noise, label, at: fn(x, c_noise, label, tap=at))
+
+    def denoise(params, x, sigma, label, augment):
+        return denoiser(params, augment)(x, sigma, label)
 
     def objective(params, x):
         d = denoise(params, x, sigma, label, augment)
@@ -78,17 +81,18 @@ def check_denoiser(golden: Golden):
     n = len(golden["feature"])
     x, sigma, label, augment = jax.tree.map(lambda a: a[:n], (x, sigma, label, augment))
     nothing = lambda a: None if a is None else jnp.zeros_like(a)
-    emb = functools.partial(denoise, variables["params"], x, sigma, tap="emb")
+    emb = lambda label, augment: denoiser(variables["params"], augment).features(
+        x, sigma, label, at="emb"
+    )
     np.testing.assert_allclose(
         emb(label, augment), golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb")
     )
     np.testing.assert_array_equal(emb(None, None), emb(nothing(label), nothing(augment)))
 
     @jit
-    def both(*arguments):
-        return denoise(variables["params"], *arguments), denoise(
-            variables["params"], *arguments, tap="mid"
-        )
+    def both(x, sigma, label, augment):
+        denoise = denoiser(variables["params"], augment)
+        return denoise(x, sigma, label), denoise.features(x, sigma, label, at="mid")
 
     golden.assert_close("feature", nchw(both(x, sigma, label, augment)[1]))
     variants = {
@@ -171,8 +175,8 @@ def check_loss(golden: Golden):
     label, augment = optional(golden, "labels"), optional(golden, "augment_labels")
 
     def objective(params):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
-        d = wrap(fn)(x_noisy, sigma, label, augment=augment)
+        fn = functools.partial(network.apply, {**variables, "params": params}, augment=augment)
+        d = wrap(fn)(x_noisy, sigma, label)
         loss = law.weight(sigma)[:, None, None, None] * jnp.square(d - images)
         return jnp.sum(loss) / len(images), loss
 

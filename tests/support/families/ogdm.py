@@ -156,9 +156,9 @@ def _denoiser(g: Golden):
     variables = jax.tree.map(_wide, edm_to_flax(g.state_dict("net_"), network))
     frozen = {k: v for k, v in variables.items() if k != "params"}
 
-    def denoiser(params):
-        apply = lambda *a, **extra: network.apply({"params": params, **frozen}, *a, **extra)
-        return precondition.edm(apply)
+    def denoiser(params, augment=None):
+        variables = {"params": params, **frozen}
+        return precondition.edm(functools.partial(network.apply, variables, augment=augment))
 
     def norms(grads):
         return {k: np.linalg.norm(v) for k, v in flax_to_edm({"params": grads}, network).items()}
@@ -197,7 +197,8 @@ def losses(g: Golden):
             denoise = denoiser(net_params)
             s = pair.sigma[:, None, None, None]
             xt = y + s * eps
-            squared = jnp.square(denoise(xt, pair.sigma, label, augment=augment) - y)
+            augmented = denoiser(net_params, augment)
+            squared = jnp.square(augmented(xt, pair.sigma, label) - y)
             loss = (s**2 + 0.25) / (0.5 * s) ** 2 * squared
             _, logits = ogdm.observation(denoise, judge(variables), xt, pair, label, settings)
             added = settings.gamma * pixels * ogdm.generator_loss(logits)

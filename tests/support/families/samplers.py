@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import discrete, grids
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import iddpm_levels
 from ogdm_jax.sampling.ablation import ablation
 from ogdm_jax.sampling.churn import Churn, gamma_of
@@ -35,15 +36,10 @@ def denoiser(golden: Golden, called: list[float]):
     """The mixture's denoiser with the net's range and rounding, where the file states them."""
     mixture = Mixture.golden(golden.config["gmm"])
 
-    def denoise(x, sigma, label=None):
-        return mixture.denoise(x, sigma)
-
+    denoise = as_denoiser(mixture.denoise)
     if "net_sigma_min" in golden.config:
-        denoise.sigma_min, denoise.sigma_max = (
-            golden.config["net_sigma_min"],
-            golden.config["net_sigma_max"],
-        )
-        levels = np.append(official_levels([*called, denoise.sigma_min, denoise.sigma_max]), 0.0)
+        ends = golden.config["net_sigma_min"], golden.config["net_sigma_max"]
+        levels = np.append(official_levels([*called, *ends]), 0.0)
         # The authors' float32 distances (squares of differences expanded) err by percents close to
         # a midpoint, so a near tie, and nothing else, goes to the level that they called.
         factor = np.where(np.isin(levels, called), 0.95, 1.0)
@@ -52,7 +48,7 @@ def denoiser(golden: Golden, called: list[float]):
             away = jnp.abs(levels[None] - sigma.reshape(-1, 1)) * factor[None]
             return jnp.asarray(levels)[jnp.argmin(away, axis=1)].reshape(sigma.shape)
 
-        denoise.round_sigma = round_sigma
+        denoise = Denoiser(mixture.denoise, *ends, round_sigma)
     return denoise
 
 
@@ -104,7 +100,7 @@ def run(
     }
     if function == "ablation_sampler":
         settings = {ABLATION.get(k, k): v for k, v in settings.items()}
-        if settings.get("grid") == "iddpm" and not hasattr(denoise, "round_sigma"):
+        if settings.get("grid") == "iddpm" and "net_sigma_min" not in golden.config:
             low, high = (
                 settings.setdefault(k, v) for k, v in (("sigma_min", 0.002), ("sigma_max", 81.0))
             )

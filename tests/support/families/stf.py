@@ -1,5 +1,7 @@
 """Stable targets and the STF loss of the authors' code (golden README section 5)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def loss(golden: Golden):
     np.testing.assert_array_equal(references[: len(x)], nhwc(golden["images"]))
 
     def objective(params):
-        fn = lambda *args, **extra: network.apply({**variables, "params": params}, *args, **extra)
+        fn = functools.partial(network.apply, {**variables, "params": params})
         target, _ = stf.stable_target(x, sigma, references)
         each = law.weight(sigma)[:, None, None, None] * jnp.square(wrap(fn)(x, sigma) - target)
         return jnp.sum(each) / len(x), (each, target)
