@@ -502,7 +502,7 @@ def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
 
     def both(params):
         loss, metrics = method.penalty(
-            e, linear(0.0)(e.xt, e.sigma), linear(0.0), params, None, None
+            e, linear(0.0)(e.xt, e.sigma), same(linear(0.0)), params, None, None
         )
         below = ogdm.next_sigma(e.sigma, jax.vmap(jax.random.uniform)(e.keys("ogdm/gap")), 0.2)
         fake = ogdm.project(linear(0.0), e.xt, e.sigma, below)
