@@ -19,7 +19,15 @@ import json
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from ogdm_jax import startup
+from ogdm_jax.inverse import files, tasks
+from ogdm_jax.inverse.measured import Measured, Restoration, measure
+from ogdm_jax.methods import ddnm, diffpir, dps, dsg, mpgd
+from ogdm_jax.sampling import Guidance, per_image
+from ogdm_jax.typing import Array
 
 TASKS = ("inpaint", "super_resolution", "deblur")
 SIZES = {
@@ -33,8 +41,6 @@ SIZES = {
 
 
 def write_data(path: str) -> None:
-    import numpy as np
-
     from ogdm_jax import data
 
     source = data.open_source("mnist5k", resolution=28)
@@ -42,19 +48,28 @@ def write_data(path: str) -> None:
     np.savez_compressed(path, image=rows["image"], label=rows["label"], row=np.arange(len(source)))
 
 
-def guidance(method: str, restoration, size: float) -> tuple:
-    """sample.py's kick of this name; the size is an argument of the compiled sampler, so that a
-    sweep compiles once.
+def guidance(method: str, restoration: Restoration, size: float) -> tuple[Guidance, ...]:
+    """A method on measurements, as sample.py has it. The size travels with the rows, as an argument
+    of the compiled sampler, so that a sweep compiles once.
     """
-    import numpy as np
-
-    from ogdm_jax.cli import guided
-    from ogdm_jax.methods.contract import Guidance
-
     if method == "none":
         return ()
-    kick = lambda size, given: guided.kick(method, restoration, given, size)
-    return (Guidance(method, kick=kick, frozen=np.float32(size), given=restoration.given),)
+    sizes = np.full(len(restoration.seeds), size, np.float32)
+    rows = restoration.rows | {"size": sizes}
+    make = lambda rows: _one(method, restoration.measured(rows), rows["size"])
+    return (per_image(make, rows),)
+
+
+def _one(method: str, measured: Measured, size: Array) -> Guidance:
+    given = (measured.operator, measured.y, measured.noise)
+    made = {
+        "dsg": lambda: dsg.guidance(measured.loss(), size),
+        "dps": lambda: dps.guidance(measured.loss(squared=False), size, coordinate="vp"),
+        "mpgd": lambda: mpgd.guidance(measured.loss(), size),
+        "ddnm": lambda: ddnm.guidance(*given),
+        "diffpir": lambda: diffpir.guidance(*given, size),
+    }
+    return made[method]()
 
 
 def main() -> None:
@@ -85,11 +100,7 @@ def main() -> None:
     if args.data:
         return write_data(args.data)
     startup.prepare()
-    import jax
-    import numpy as np
-
     from ogdm_jax.data import pictures as report
-    from ogdm_jax.inverse import tasks as restore
     from ogdm_jax.pixels import to_float, to_uint8
     from ogdm_jax.sampling import generate
     from ogdm_jax.training.workdir import open_workdir
@@ -97,7 +108,7 @@ def main() -> None:
     trained = open_workdir(args.workdir)
     shape = trained.model.image_shape
     total = args.tune + args.num
-    source = restore.open_input(args.input, shape)
+    source = files.open_input(args.input, shape)
     clean = to_float(source.take(np.arange(total))["image"])
     seeds = np.arange(total)
     out, started = Path(args.out), time.perf_counter()
@@ -112,10 +123,10 @@ def main() -> None:
         if time.perf_counter() - started > 60 * args.minutes:
             print(f"time is up before {name} at {n} steps")
             break
-        chosen = restore.Settings(noise=args.noise, factor=args.factor)
-        task = restore.make_task(name, chosen, shape)
+        chosen = tasks.Settings(noise=args.noise, factor=args.factor)
+        task = tasks.make_task(name, chosen, shape)
         tune, held = (
-            restore.measure(task, chosen, clean[part], seeds[part])
+            measure(task, chosen, clean[part], seeds[part])
             for part in (slice(args.tune), slice(args.tune, None))
         )
         runs, best, restored = {}, {}, {}
@@ -154,7 +165,9 @@ def main() -> None:
             clock[method].append(now() - start)
         for row in rows[-len(methods) :]:
             row["ms_per_image"] = 1000 * min(clock[row["method"]]) / args.num
-        shown = [held.pictures(restored["none" if "none" in restored else methods[0]])[:8, :2]]
+        shown = [
+            files.side_by_side(held, restored["none" if "none" in restored else methods[0]])[:8, :2]
+        ]
         shown += [to_uint8(np.clip(restored[m][:8], -1, 1))[:, None] for m in methods]
         columns = np.concatenate(shown, axis=1)
         grid = columns.reshape(-1, *shape)

@@ -19,6 +19,7 @@ processor time.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -150,7 +151,7 @@ def serve_jax(args: argparse.Namespace, work: str) -> None:
     from ogdm_jax.diffusion import grids
     from ogdm_jax.interop import load_pretrained
     from ogdm_jax.inverse.operators import inpaint, measurement_loss
-    from ogdm_jax.methods import dsg
+    from ogdm_jax.methods import dps, dsg
     from ogdm_jax.models import parameter_count
     from ogdm_jax.sampling.sampler import sample
 
@@ -164,9 +165,12 @@ def serve_jax(args: argparse.Namespace, work: str) -> None:
         if work == "heun":
             return sample(denoise, given["latents"], grids.edm(STEPS), solver="heun")
         loss = measurement_loss(inpaint(given["mask"]), given["y"], squared=False)
-        kick = dsg.spherical(loss, rate=RATE) if work == "dsg" else dsg.posterior(loss, scale=SCALE)
+        guide = functools.partial(dsg.guidance, rate=RATE)
+        if work == "dps":
+            guide = functools.partial(dps.guidance, scale=SCALE)
+        guidance = guide(loss)
         fixed = None if noise is None else (lambda step: noise[step])
-        settings = dict(solver="ddim", eta=1.0, key=key, kick=kick, noise_fn=fixed)
+        settings = dict(solver="ddim", eta=1.0, key=key, guidance=guidance, noise_fn=fixed)
         return sample(denoise, given["latents"], given["levels"], **settings)
 
     variables, given = jax.device_put((found.variables, given))

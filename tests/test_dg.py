@@ -338,7 +338,7 @@ def test_wrong_arguments_are_one_sentence():
         (lambda: dg.guide(MODEL.denoise, ratio, gating="row"), "expected 'example' or 'batch'"),
         (lambda: dg.log_ratio(ratio, clock="sine"), "expected one of vp, cosine"),
         (lambda: dg.log_ratio(ratio, clip=0.7), "clip=0.7"),
-        (lambda: dg.guidance(lambda f: ratio, time_min=2.0), "0 <= time_min < time_max"),
+        (lambda: dg.guidance(ratio, sigma_min=2.0, sigma_max=1.0), "sigma_min <= sigma_max"),
         (lambda: cfg.guide(MODEL.denoise, 2.0, 2.0, 1.0), "sigma_min <= sigma_max"),
         (
             lambda: cfg.guide(MODEL.denoise, 2.0)(jnp.zeros((1, 1, 1, 1)), jnp.ones(1)),
@@ -431,9 +431,12 @@ def methods(weight: float, boost: bool = False):
     def ratio_of(network):
         return lambda x, sigma, label: network["slope"] * jnp.sum(x, (1, 2, 3)) * (1.0 + label)
 
-    return cfg.guidance(1.5), dg.guidance(
-        ratio_of, {"slope": np.float32(-0.1)}, weight, 0.5, boost=boost
-    )
+    low = float(dg.vp_sigma(np.float64(0.01)))
+    params = {"slope": np.float32(-0.1)}
+    churn = dg.Boost() if boost else None
+    return dg.guidance(
+        ratio_of, weight, low, float(dg.vp_sigma(1.0)), 0.5, params=params, boost=churn
+    ), cfg.guidance(1.5)
 
 
 @pytest.mark.parametrize("boost", [False, True])
@@ -459,7 +462,7 @@ def test_dg_and_dsg_run_in_one_scan():
         jax.random.normal(jax.random.key(0), (4, 2, 2, 1)),
         jax.random.split(jax.random.key(1), 4),
     )
-    kick = dsg.spherical(lambda x0: jnp.sum((x0 - 0.7) ** 2, (1, 2, 3)), rate=0.2)
+    guidance = dsg.guidance(lambda x0: jnp.sum((x0 - 0.7) ** 2, (1, 2, 3)), rate=0.2)
 
     def counted(x, sigma, label=None):
         traces.append(1)
@@ -467,7 +470,7 @@ def test_dg_and_dsg_run_in_one_scan():
 
     def images(w, z, keys, n=12):
         guided = dg.guide(counted, ratio, w)
-        return sample(guided, z, grids.edm(n), solver="ancestral", key=keys, kick=kick)
+        return sample(guided, z, grids.edm(n), solver="ancestral", key=keys, guidance=guidance)
 
     def compiled(devices):
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("images",))

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel
-from ogdm_jax.cli import guided
 from ogdm_jax.data import open_source
 from ogdm_jax.diffusion import grids
 from ogdm_jax.discriminator import fakes
@@ -342,11 +341,13 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     method = discriminator.open_guidance(
         folder, run=model, settings=settings, weight=50.0, warn=heard.append
     )
-    assert not heard and method.frozen["weight"] == 50.0
+    assert not heard and method.constants["weight"] == 50.0
     images = generate.sampler(model.model, settings, jax.devices()[:1], guidance=(method,))
 
     def draw(weight, label):
-        chosen = dataclasses.replace(method, frozen=method.frozen | {"weight": np.float32(weight)})
+        chosen = dataclasses.replace(
+            method, constants=method.constants | {"weight": np.float32(weight)}
+        )
         parts = generate.generate(
             images, model.params, model.buffers, np.arange(4), np.full(4, label), 4, (chosen,)
         )
@@ -358,7 +359,7 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     )
     np.testing.assert_allclose(draw(0.0, 1), expected, rtol=0, atol=1e-5)
     assert np.abs(draw(50.0, 1) - expected).max() > 1e-4
-    ratio = discriminator.ratio_of(run.model, "vp")(method.frozen["network"])
+    ratio = discriminator.ratio_of(run.model, "vp")(method.constants["params"])
     x, sigma = jnp.ones((1, 8, 8, 1)), jnp.ones((1,))
     assert ratio(x, sigma, jnp.asarray([1])) != ratio(
         x, sigma, jnp.asarray([7])
@@ -405,7 +406,7 @@ def test_folders_of_the_other_kind_are_named(trained, prior):
         CheckpointError, match="holds a discriminator; expected the folder of a denoiser"
     ):
         open_workdir(trained[0])
-    with pytest.raises(CheckpointError, match="--discriminator: .* holds no discriminator"):
+    with pytest.raises(CheckpointError, match="--dg.discriminator: .* holds no discriminator"):
         discriminator.open_guidance(prior)
 
 
@@ -413,7 +414,7 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
     with pytest.raises(
         ValueError, match="--label: no class given, but the discriminator is conditional"
     ):
-        guided._refuse_no_class(str(trained[0]))
+        discriminator.open_guidance(trained[0], labels=np.array([3, -1]))
 
 
 @pytest.mark.fast
@@ -441,9 +442,9 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
     )
     assert reports[2]["unguided"] == reports[4]["unguided"]
     best = min(reports.values(), key=lambda r: r["fd"])
-    assert discriminator.open_guidance(folder).frozen["weight"] == np.float32(best["weight"])
-    assert discriminator.open_guidance(folder, weight=0.3).frozen["weight"] == np.float32(0.3)
-    assert discriminator.open_guidance(folder, preset="second").frozen["corrector_weight"] == 1.0
+    assert discriminator.open_guidance(folder).constants["weight"] == np.float32(best["weight"])
+    assert discriminator.open_guidance(folder, weight=0.3).constants["weight"] == np.float32(0.3)
+    assert discriminator.open_guidance(folder, preset="second").constants["corrector_weight"] == 1.0
     assert any("unguided" in line for line in lines)
     assert (
         json.loads((folder / "evaluation.json").read_text()) == reports[4]

@@ -11,11 +11,11 @@ import pytest
 
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.inverse import operators
-from ogdm_jax.methods import dsg
-from ogdm_jax.sampling import kicks
+from ogdm_jax.methods import ddnm, diffpir, dps, dsg, freedom, mpgd
 from ogdm_jax.sampling.churn import Info
+from ogdm_jax.sampling.guidance import Guidance, plain_step
 from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.sampling.solvers import plain_kick
+from ogdm_jax.sampling.schedule import Schedule, scheduled
 from tests.support.guidance_cases import (
     DATA,
     LATENTS,
@@ -142,7 +142,7 @@ class TestStep:
     def test_dps_step(self):
         mean, eps, grad = draws(8)
         want = mean + STD[:, None, None, None] * eps - 0.3 * grad
-        np.testing.assert_allclose(dsg.dps_step(mean, STD, eps, grad, 0.3), want, atol=1e-6)
+        np.testing.assert_allclose(dps.dps_step(mean, STD, eps, grad, 0.3), want, atol=1e-6)
 
     def test_bad_rates_are_refused(self):
         mean, eps, grad = draws()
@@ -153,9 +153,9 @@ class TestStep:
 GRID = grids.edm(5, 0.02, 20.0)
 
 
-def run(kick=None, denoise=DATA.denoise, solver="ddim", grid=GRID, **settings):
+def run(guidance=(), denoise=DATA.denoise, solver="ddim", grid=GRID, **settings):
     settings = {"eta": 1.0} | settings if solver in ("ddim", "heun") else settings
-    call = lambda z, key: sample(denoise, z, grid, solver, key=key, kick=kick, **settings)
+    call = lambda z, key: sample(denoise, z, grid, solver, key=key, guidance=guidance, **settings)
     return jax.jit(call)(LATENTS, jax.random.key(7))
 
 
@@ -179,7 +179,7 @@ class TestKick:
         ids=str,
     )
     def test_every_stochastic_solver_is_guided(self, settings):
-        x, path = run(dsg.spherical(LOSS, 0.4), trajectory=True, **settings)
+        x, path = run(dsg.guidance(LOSS, 0.4), trajectory=True, **settings)
         plain, plain_path = run(trajectory=True, **settings)
         assert residual(x) < 0.8 * residual(plain) and jnp.isfinite(x).all()
         if "churn" in settings:
@@ -211,14 +211,15 @@ class TestKick:
         with pytest.raises(
             ValueError, match="deterministic step has no noise .* expected solver='ancestral', or"
         ):
-            run(dsg.spherical(LOSS), **settings)
+            run(dsg.guidance(LOSS), **settings)
 
     def test_increasing_functions_of_the_loss_change_no_step(self):
         at, eps = info_at(1, 6), draws(9)[1]
 
         @functools.partial(jax.jit, static_argnums=0)
         def one(loss, *args):
-            return dsg.spherical(loss, 0.3)(evaluate_at(at), transition_at(at), *args, at)[0]
+            rule = dsg.guidance(loss, 0.3).transition
+            return rule(evaluate_at(at), transition_at(at), *args, at)[0]
 
         want = one(LOSS, LATENTS, eps)
         for other in (
@@ -236,27 +237,28 @@ class TestKick:
     @pytest.mark.parametrize("rate", [0.3, 1.0])
     def test_a_residual_of_exactly_0_leaves_the_projected_noise(self, squared, rate):
         at, eps = info_at(1, 6), draws(9)[1]
-        with jax.disable_jit():  # so that y is what the kick sees, bit for bit
+        with jax.disable_jit():  # so that y is what the guidance sees, bit for bit
             x0 = evaluate_at(at)(LATENTS)
             y = operators.inpaint(MASK).forward(x0)
             loss = operators.measurement_loss(operators.inpaint(MASK), y, squared)
             assert (loss(x0) == 0).all()
-            x, _ = dsg.spherical(loss, rate)(evaluate_at(at), transition_at(at), LATENTS, eps, at)
+            rule = dsg.guidance(loss, rate).transition
+            x, _ = rule(evaluate_at(at), transition_at(at), LATENTS, eps, at)
         mean, std = transition_at(at)(x0, LATENTS)
         want = mean + ROOT_N * steps.per_example(std, x) * eps / norms(eps)[:, None, None, None]
         np.testing.assert_allclose(x, want, atol=1e-5)
 
     def test_increasing_functions_of_the_loss_change_nothing(self):
-        want = run(dsg.spherical(LOSS))
+        want = run(dsg.guidance(LOSS))
         for other in (
             operators.measurement_loss(operators.inpaint(MASK), Y, squared=False),
             lambda x0: 1e-12 * LOSS(x0) + 3,
             lambda x0: jnp.exp(LOSS(x0) / 50),
         ):
-            np.testing.assert_allclose(run(dsg.spherical(other)), want, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(run(dsg.guidance(other)), want, rtol=0, atol=1e-4)
 
     def test_images_do_not_see_each_other(self):
-        whole = run(dsg.spherical(LOSS))
+        whole = run(dsg.guidance(LOSS))
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(7), jnp.arange(3))
         alone = operators.measurement_loss(operators.inpaint(MASK), Y[1:2])
         x = sample(
@@ -265,7 +267,7 @@ class TestKick:
             GRID,
             "ddim",
             key=keys[1:2],
-            kick=dsg.spherical(alone),
+            guidance=dsg.guidance(alone),
             eta=1.0,
         )
         np.testing.assert_allclose(x[0], whole[1], atol=2e-5)
@@ -275,12 +277,12 @@ class TestKick:
         round apart).
         """
 
-        def is_plain(kick, at):
+        def is_plain(guidance, at):
             args = (evaluate_at(at), transition_at(at), LATENTS, Y, at)
             with jax.disable_jit():
-                return np.array_equal(kick(*args)[0], plain_kick(*args)[0])
+                return np.array_equal(guidance.transition(*args)[0], plain_step(*args)[0])
 
-        every_third = dsg.spherical(LOSS, 0.5, interval=3)
+        every_third = dsg.guidance(LOSS, 0.5, interval=3)
         assert [is_plain(every_third, info_at(i, 6)) for i in range(6)] == [
             True,
             True,
@@ -289,28 +291,28 @@ class TestKick:
             True,
             False,
         ]
-        windowed = dsg.spherical(LOSS, 0.5, window=(0.3, 0.7))
+        windowed = dsg.guidance(LOSS, 0.5, window=(0.3, 0.7))
         assert [is_plain(windowed, info_at(i, 6, sigma)) for i, sigma in ((0, 1.0), (1, 0.5))] == [
             True,
             False,
         ]
 
-    @pytest.mark.parametrize("make", [dsg.spherical, dsg.posterior])
+    @pytest.mark.parametrize("make", [dsg.guidance, dps.guidance])
     def test_unguided_steps_are_clipped_as_the_guided_ones(self, make):
         at, eps, far = info_at(0, 6), draws(9)[1], 8 * LATENTS
         x0_hat = np.clip(evaluate_at(at)(far), -1, 1)
         mean, std = transition_at(at)(x0_hat, far)
-        kick = make(LOSS, 0.5, interval=3, clip_mean=True)
+        guidance = make(LOSS, 0.5, interval=3, clip_mean=True)
         assert (
             np.abs(
-                plain_kick(evaluate_at(at), transition_at(at), far, eps, at)[0]
+                plain_step(evaluate_at(at), transition_at(at), far, eps, at)[0]
                 - mean
                 - std[0] * eps
             ).max()
             > 0.1
         )
         np.testing.assert_allclose(
-            kick(evaluate_at(at), transition_at(at), far, eps, at)[0],
+            guidance.transition(evaluate_at(at), transition_at(at), far, eps, at)[0],
             mean + std[0] * eps,
             atol=1e-5,
         )
@@ -319,42 +321,42 @@ class TestKick:
     @pytest.mark.parametrize("solver", ["ddim", "heun", "ancestral"])
     def test_unguided_steps_of_a_whole_run_are_those_of_the_base_sampler(self, solver, settings):
         """Bit for bit: from each state of the guided run, the plain sampler's step wherever the
-        kick does not act.
+        guidance does not act.
         """
         noise = jax.random.normal(jax.random.key(8), (5, *SHAPE))
         eta = {} if solver == "ancestral" else {"eta": 1.0}
 
-        def at_each(kick, states):
+        def at_each(rule, states):
             """The state after each step, every step taken from the given state."""
 
             def placed(evaluate, transition, x, eps, info):
-                return kick(evaluate, transition, states[int(info.step)], eps, info)
+                return rule(evaluate, transition, states[int(info.step)], eps, info)
 
             found = sample(
                 DATA.denoise,
                 LATENTS,
                 GRID,
                 solver,
-                kick=placed,
+                guidance=Guidance("placed", transition=placed),
                 trajectory=True,
                 noise_fn=lambda i: noise[i],
                 **eta,
             )
             return found[1].states
 
-        kick = dsg.spherical(LOSS, 0.5, **settings)
+        guidance = dsg.guidance(LOSS, 0.5, **settings)
         with jax.disable_jit():
             _, path = sample(
                 DATA.denoise,
                 LATENTS,
                 GRID,
                 solver,
-                kick=kick,
+                guidance=guidance,
                 trajectory=True,
                 noise_fn=lambda i: noise[i],
                 **eta,
             )
-            plain = at_each(plain_kick, path.states)
+            plain = at_each(plain_step, path.states)
         same = [np.array_equal(a, b) for a, b in zip(path.states[1:], plain[1:], strict=True)]
         if "window" in settings:
             acts = [0.5 <= sigma <= 4.0 for sigma in GRID[:-1]]
@@ -363,15 +365,16 @@ class TestKick:
         assert same == [not a for a in acts] and 0 < sum(acts) < 4
 
     def test_an_interval_that_leaves_only_the_last_step_needs_churn(self):
-        kick = dsg.spherical(LOSS, 0.5, interval=6)
+        guidance = dsg.guidance(LOSS, 0.5, interval=6)
         at = info_at(5, 6)
-        call = lambda at: kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
+        rule, eps = guidance.transition, draws(9)[1]
+        call = lambda at: rule(evaluate_at(at), transition_at(at), LATENTS, eps, at)[0]
         with pytest.raises(
             ValueError,
-            match="interval=6 with 6 steps: leaves only the last step, which has no noise",
+            match="dsg.interval: 6 given for 6 steps, which leaves only the last one, without noise",
         ):
             call(at)
-        plain = plain_kick(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
+        plain = plain_step(evaluate_at(at), transition_at(at), LATENTS, draws(9)[1], at)[0]
         assert (
             np.abs(call(at._replace(churned=True)) - plain).max() > 0.1
         )  # churn adds noise before the last step too
@@ -395,10 +398,10 @@ class TestKick:
             traces.append(1)
             return DATA.denoise(count(x), sigma)
 
-        kick = dsg.spherical(LOSS, interval=interval)
+        guidance = dsg.guidance(LOSS, interval=interval)
         compiled = jax.jit(
             lambda z: sample(
-                denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), kick=kick, eta=1.0
+                denoise, z, grids.edm(8), "ddim", key=jax.random.key(0), guidance=guidance, eta=1.0
             )
         )
         jax.block_until_ready(compiled(LATENTS))
@@ -419,19 +422,19 @@ class TestKick:
         def denoise(x, sigma, label=None):
             return DATA.denoise(closed(x), sigma)
 
-        for kick in (dsg.spherical(LOSS, 0.4, backward=False), kicks.mpgd(LOSS, 0.25)):
-            assert residual(run(kick, denoise)) < 0.8 * residual(run())
+        for guidance in (dsg.guidance(LOSS, 0.4, backward=False), mpgd.guidance(LOSS, 0.25)):
+            assert residual(run(guidance, denoise)) < 0.8 * residual(run())
         # This denoiser scales all numbers alike, so that both gradients have one direction.
-        cheap = run(dsg.spherical(LOSS, 0.4, backward=False), denoise)
-        np.testing.assert_allclose(cheap, run(dsg.spherical(LOSS, 0.4)), atol=1e-4)
+        cheap = run(dsg.guidance(LOSS, 0.4, backward=False), denoise)
+        np.testing.assert_allclose(cheap, run(dsg.guidance(LOSS, 0.4)), atol=1e-4)
 
     def test_stop_leaves_explained_images_alone(self):
         at = info_at(1, 6)
         threshold = float(jnp.median(LOSS(evaluate_at(at)(LATENTS))))
-        kick = dsg.spherical(LOSS, 0.5, stop=threshold)
+        guidance = dsg.guidance(LOSS, 0.5, stop=threshold)
         with jax.disable_jit():  # bit for bit, as above
-            got = kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
-            free = plain_kick(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+            got = guidance.transition(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
+            free = plain_step(evaluate_at(at), transition_at(at), LATENTS, Y, at)[0]
         same = [np.array_equal(a, b) for a, b in zip(got, free, strict=True)]
         assert (
             same == (LOSS(evaluate_at(at)(LATENTS)) <= threshold).tolist()
@@ -443,7 +446,7 @@ class TestKick:
         """Of plain steps it changes nothing in distribution: a Gaussian keeps its marginal at the
         next level.
         """
-        kick = kicks.time_travel(plain_kick, 3)
+        travelling = scheduled(plain_step, Schedule(repeats=3))
         keys = jax.random.split(jax.random.key(0), 4000)
         info = Info(jnp.int32(1), 6, jnp.full(4000, 1.0), jnp.full(4000, 0.6), keys)
         data = Gaussian(0.0, 0.5)
@@ -454,7 +457,7 @@ class TestKick:
             eps = jax.random.normal(jax.random.fold_in(key, 1), x.shape)
             return [
                 k(lambda x: data.denoise(x, info.sigma), transition_at(info), x, eps, info)[0]
-                for k in (plain_kick, kick)
+                for k in (plain_step, travelling)
             ]
 
         once, thrice = states(jax.random.key(3))
@@ -466,16 +469,17 @@ class TestKick:
 
         def spy(evaluate, transition, x, noise, info):
             levels.append(x)
-            return plain_kick(evaluate, transition, x, noise, info)
+            return plain_step(evaluate, transition, x, noise, info)
 
         at = info_at(1, 6)
         with jax.disable_jit():
-            x, _ = kicks.time_travel(spy, 3)(evaluate_at(at), transition_at(at), LATENTS, Y, at)
+            rule = scheduled(spy, Schedule(repeats=3))
+            x, _ = rule(evaluate_at(at), transition_at(at), LATENTS, Y, at)
         assert len(levels) == 3 and not np.array_equal(levels[1], levels[2])
         with pytest.raises(
             ValueError, match="key=None; expected a key, because time travel draws noise"
         ):
-            kicks.time_travel(spy, 2)(
+            scheduled(spy, Schedule(repeats=2))(
                 evaluate_at(at), transition_at(at), LATENTS, Y, at._replace(key=None)
             )
 
@@ -487,13 +491,13 @@ class TestKick:
         assert dsg.rate_of_strength(100.0, 4) == 1.0
         rate = dsg.rate_of_strength(1.0, 5)
         np.testing.assert_allclose(
-            run(dsg.spherical(LOSS, strength=1.0)), run(dsg.spherical(LOSS, rate)), atol=1e-6
+            run(dsg.guidance(LOSS, strength=1.0)), run(dsg.guidance(LOSS, rate)), atol=1e-6
         )
 
     def test_churn_outside_its_window_is_untouched_and_costs_nothing(self):
         churn = {"S_churn": 4.0, "S_min": 30.0, "S_max": 40.0}
         with jax.disable_jit():  # bit for bit, as above
-            guided = run(dsg.spherical(LOSS, 0.5), solver="heun", eta=0.0, churn=churn)
+            guided = run(dsg.guidance(LOSS, 0.5), solver="heun", eta=0.0, churn=churn)
             plain = run(solver="heun", eta=0.0, churn=churn)
         np.testing.assert_array_equal(guided, plain)
 
@@ -513,10 +517,10 @@ class TestKick:
 
         def images(part):
             loss = operators.measurement_loss(operators.inpaint(MASK), Y[part])
-            make = {"dps": dsg.posterior, "dsg": dsg.spherical, "mpgd": kicks.mpgd}[method]
+            make = {"dps": dps, "dsg": dsg, "mpgd": mpgd}[method].guidance
             keys = jax.random.split(jax.random.key(7), 3)[part]
             run = lambda z: sample(
-                DATA.denoise, z, GRID, "heun", keys, First(), kick=make(loss, 0.2)
+                DATA.denoise, z, GRID, "heun", keys, First(), guidance=make(loss, 0.2)
             )
             return jax.jit(run)(LATENTS[part])
 
@@ -531,15 +535,15 @@ class TestKick:
         nothing pulls.
         """
         far = Gaussian(1.5, 0.1)
-        free = run(dsg.spherical(LOSS, 0.3), far.denoise)
+        free = run(dsg.guidance(LOSS, 0.3), far.denoise)
         assert (free > 1).mean() > 0.9
-        assert (np.abs(run(dsg.spherical(LOSS, 0.3, clip_mean=True), far.denoise)) <= 1).all()
+        assert (np.abs(run(dsg.guidance(LOSS, 0.3, clip_mean=True), far.denoise)) <= 1).all()
         pulled, unmoved = (
-            run(dsg.posterior(LOSS, 0.2, clip_loss=clip), far.denoise) for clip in (False, True)
+            run(dps.guidance(LOSS, 0.2, clip_loss=clip), far.denoise) for clip in (False, True)
         )
-        np.testing.assert_allclose(unmoved[:, ::2], run(None, far.denoise)[:, ::2], atol=1e-4)
+        np.testing.assert_allclose(unmoved[:, ::2], run((), far.denoise)[:, ::2], atol=1e-4)
         assert residual(pulled) < 0.9 * residual(unmoved)
-        smoothed, sharp = (run(dsg.spherical(LOSS, 0.4, samples=samples)) for samples in (2, 0))
+        smoothed, sharp = (run(dsg.guidance(LOSS, 0.4, samples=samples)) for samples in (2, 0))
         assert residual(smoothed) < 0.8 * residual(run()) and np.abs(smoothed - sharp).max() > 1e-2
 
     def test_one_and_four_devices_agree(self):
@@ -549,8 +553,8 @@ class TestKick:
 
         def images(z, keys, y):
             loss = operators.measurement_loss(operators.inpaint(MASK), y * MASK)
-            kick = dsg.spherical(loss, 0.3, interval=2, repeats=2)
-            return sample(DATA.denoise, z, GRID, "ddim", key=keys, kick=kick, eta=1.0)
+            guidance = dsg.guidance(loss, 0.3, interval=2, repeats=2)
+            return sample(DATA.denoise, z, GRID, "ddim", key=keys, guidance=guidance, eta=1.0)
 
         found = []
         for n in (1, 4):
@@ -573,28 +577,31 @@ class TestKick:
             )(x)
             return wrong.denoise(x, sigma) + steps.per_example(sigma, x) ** 2 * grad
 
-        kick = dsg.spherical(LOSS, 0.3)
-        np.testing.assert_allclose(run(kick, shifted), run(kick, right.denoise), atol=2e-3)
+        guidance = dsg.guidance(LOSS, 0.3)
+        np.testing.assert_allclose(run(guidance, shifted), run(guidance, right.denoise), atol=2e-3)
 
     @pytest.mark.parametrize(
         "make,words",
         [
-            (lambda: dsg.spherical(LOSS, 1.2), "rate=1.2"),
-            (lambda: dsg.spherical(LOSS, interval=0), "interval=0"),
+            (lambda: dsg.guidance(LOSS, 1.2), "dsg.rate: 1.2 given; expected a number from 0 to 1"),
+            (lambda: dsg.guidance(LOSS, interval=0), "dsg.interval: 0 given"),
             (
-                lambda: run(dsg.spherical(LOSS, interval=5)),
-                "interval=5 with 5 steps: leaves only the last step",
+                lambda: run(dsg.guidance(LOSS, interval=5)),
+                "dsg.interval: 5 given for 5 steps",
             ),
-            (lambda: dsg.spherical(LOSS, window=(2.0, 1.0)), "window="),
-            (lambda: dsg.spherical(LOSS, repeats=0), "repeats=0"),
-            (lambda: dsg.spherical(LOSS, strength=-1.0), "strength=-1.0"),
-            (lambda: dsg.spherical(LOSS, samples=2, backward=False), "samples=2"),
-            (lambda: dsg.posterior(LOSS, 1.0, coordinate="pixels"), "coordinate='pixels'"),
-            (lambda: run(dsg.spherical(lambda x0: jnp.sum(x0))), "one number per image"),
-            (lambda: kicks.freedom(LOSS, rule="none"), "rule='none'"),
-            (lambda: kicks.diffpir(operators.identity(), Y, 0.1, 8.0, 2.0), "randomness_share=2.0"),
+            (lambda: dsg.guidance(LOSS, window=(2.0, 1.0)), "dsg.window: .2.0, 1.0. given"),
+            (lambda: dsg.guidance(LOSS, repeats=0), "dsg.repeats: 0 given"),
+            (lambda: dsg.guidance(LOSS, strength=-1.0), "dsg.strength: -1.0 given"),
+            (lambda: dsg.guidance(LOSS, samples=2, backward=False), "dsg.samples: 2 given"),
+            (lambda: dps.guidance(LOSS, 1.0, coordinate="pixels"), "coordinate='pixels'"),
+            (lambda: run(dsg.guidance(lambda x0: jnp.sum(x0))), "one number per image"),
+            (lambda: freedom.guidance(LOSS, 0.02, rule="none"), "freedom.rule: unknown 'none'"),
             (
-                lambda: run(kicks.ddnm(operators.phase_retrieval(), Y)),
+                lambda: diffpir.guidance(operators.identity(), Y, 0.1, 8.0, share=2.0),
+                "diffpir.share: 2.0 given",
+            ),
+            (
+                lambda: run(ddnm.guidance(operators.phase_retrieval(), Y)),
                 "ddnm with operator 'phase_retrieval'",
             ),
         ],

@@ -11,7 +11,7 @@ import pytest
 
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
 from ogdm_jax.inverse import operators
-from ogdm_jax.methods import dsg
+from ogdm_jax.methods import dps, dsg
 from ogdm_jax.sampling.sampler import sample
 from tests.support.guidance_cases import DATA, LATENTS, LOSS, SHAPE
 
@@ -23,9 +23,9 @@ def test_vp_chain_is_the_same_chain():
     table = Discrete.make(keep=space_timesteps(1000, [20]))
     sigmas = np.append(table.sigma[::-1], 0.0).astype(np.float32)
     noise = jax.random.normal(jax.random.key(8), (20, *SHAPE))
-    kick = dsg.spherical(LOSS, 0.2)
+    guidance = dsg.guidance(LOSS, 0.2)
     x = sample(
-        DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], kick=kick, eta=1.0
+        DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], guidance=guidance, eta=1.0
     )
     bars = np.append(1 / (1 + sigmas[:-1] ** 2), 1.0)
     x_vp = LATENTS * sigmas[0] * np.sqrt(bars[0])
@@ -88,12 +88,12 @@ class TestToy:
                 / sigmas[0]
             )
             if kind == "dsg":
-                kick = dsg.spherical(operators.measurement_loss(op, y), amount)
+                guidance = dsg.guidance(operators.measurement_loss(op, y), amount)
             else:
-                kick = dsg.posterior(
+                guidance = dps.guidance(
                     operators.measurement_loss(op, y, squared=False), amount, coordinate="vp"
                 )
-            return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, kick=kick, eta=1.0)
+            return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, guidance=guidance, eta=1.0)
 
         return jax.jit(images)
 

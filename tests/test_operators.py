@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.inverse import degradations as degrade
-from ogdm_jax.inverse import operators
+from ogdm_jax.inverse import networks, operators
 
 SIZE = 16
 RNG = np.random.default_rng(0)
@@ -185,19 +185,19 @@ def test_nonlinear_operators():
 def test_style_embedding_and_segmentation():
     x = images(2)
     f = x.reshape(2, -1, 3)
-    gram = operators.style(lambda v: v).forward(x)
+    gram = networks.style(lambda v: v).forward(x)
     np.testing.assert_allclose(gram, jnp.stack([a.T @ a for a in f]), rtol=1e-5, atol=1e-4)
     shuffled = x[:, ::-1]  # a style does not know where things are
-    loss = operators.measurement_loss(operators.style(lambda v: v), gram)
+    loss = operators.measurement_loss(networks.style(lambda v: v), gram)
     np.testing.assert_allclose(loss(shuffled) / jnp.sum(gram**2, (1, 2)), 0, atol=1e-9)
-    e = operators.embedding(lambda v: v.mean((1, 2)))
+    e = networks.embedding(lambda v: v.mean((1, 2)))
     np.testing.assert_allclose(jnp.sum(e.forward(x) ** 2, 1), 1, rtol=1e-5)
     assert jnp.isfinite(jax.grad(lambda v: e.forward(v).sum())(jnp.zeros((1, 4, 4, 3)))).all()
     labels = jnp.argmax(x, -1)
-    segment = operators.label_loss(operators.segmentation(lambda v: 50 * v), labels)
+    segment = networks.label_loss(networks.segmentation(lambda v: 50 * v), labels)
     assert segment(x).shape == (2,) and (segment(x) < segment(-x)).all()
     with pytest.raises(ValueError, match="labels: shape"):
-        operators.label_loss(operators.segmentation(lambda v: v), labels[:, :4])(x)
+        networks.label_loss(networks.segmentation(lambda v: v), labels[:, :4])(x)
 
 
 def test_measurement_loss_is_a_sum_per_image_and_smooth_at_zero():

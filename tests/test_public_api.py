@@ -23,7 +23,8 @@ PUBLIC = {
     },
     "sampling": {
         "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, "
-        "label=None, kick=None, trajectory=False"
+        "label=None, guidance=(), trajectory=False",
+        "Guidance": "name",
     },
     "inverse.operators": {
         "inpaint": "mask",
@@ -37,13 +38,20 @@ PUBLIC = {
         "vp_time": "sigma",
         "vp_scale": "t",
         "guide": "denoise, log_ratio, weight=1.0, sigma_min=0.0, sigma_max=float('inf')",
+        "guidance": "log_ratio, weight=1.0",
     },
     "methods.dsg": {
         "spherical_step": "mean, std, eps, grad, rate",
-        "dps_step": "mean, std, eps, grad, scale",
-        "spherical": "loss, rate=0.2, interval=1",
-        "posterior": "loss, scale",
+        "guidance": "loss, rate=0.2, interval=1",
     },
+    "methods.dps": {
+        "dps_step": "mean, std, eps, grad, scale",
+        "guidance": "loss, scale",
+    },
+    **{f"methods.{name}": {"guidance": "loss, scale"} for name in ("mpgd", "freedom", "lgd")},
+    "methods.ddnm": {"guidance": "operator, y, std"},
+    "methods.diffpir": {"guidance": "operator, y, std, strength=8.0"},
+    "methods.cfg": {"guidance": "weight, window=None"},
     "methods.stf": {
         "stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"
     },

@@ -11,10 +11,12 @@ import pytest
 
 from ogdm_jax.diffusion import grids, precondition
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
-from ogdm_jax.sampling.sampler import SOLVERS, Churn, nfe, plain_kick, sample
+from ogdm_jax.sampling.guidance import Guidance, plain_step
+from ogdm_jax.sampling.sampler import SOLVERS, Churn, nfe, sample
 from tests.support.oracles import Gaussian, column, two_bumps
 
 DATA = Gaussian(0.0, 0.5)  # the denoiser .25 x / (.25 + sigma^2) of the published numbers
+PLAIN = Guidance("plain", transition=plain_step)
 DETERMINISTIC = [name for name in SOLVERS if name != "ancestral"]
 
 
@@ -151,7 +153,7 @@ def counted(data=DATA):
         ("heun", {"churn": 2.0}),
         ("heun", {"eta": 0.5}),
         ("ddim", {"eta": 1.0}),
-        ("ancestral", {"kick": plain_kick}),
+        ("ancestral", {"guidance": PLAIN}),
     ],
 )
 def test_nfe(solver, settings, n=5):
@@ -295,24 +297,25 @@ def spread(solver, sigmas, data_std, churn=None, eta=0.0, variance="small") -> f
 # Slots
 
 
-def test_noise_fn_info_and_kick():
-    """A kick sees the step, its levels and a key; the plain kick is the default."""
+def test_noise_fn_and_what_a_transition_rule_sees():
+    """A rule sees the step, its levels and a key; the plain step is the default."""
     seen = []
     noise = jax.random.normal(jax.random.key(0), (5, 2, 2, 2, 1))
 
-    def kick(evaluate, transition, x, noise, info):
+    def rule(evaluate, transition, x, noise, info):
         levels = (info.step, info.sigma[0], info.sigma_next[0])
         jax.debug.callback(lambda *v: seen.append([float(a) for a in v]), *levels, ordered=True)
         assert info.steps == 5 and info.key.shape == (2,)
-        return plain_kick(evaluate, transition, x, noise, info)
+        return plain_step(evaluate, transition, x, noise, info)
 
+    spy = Guidance("spy", transition=rule)
     run = functools.partial(
         sample, DATA.denoise, jnp.ones((2, 2, 2, 1)), grids.edm(5), key=jax.random.key(1)
     )
     for solver, settings in (("ancestral", {}), ("heun", {"eta": 0.7})):
         seen.clear()
         with jax.disable_jit():  # two compiled programs may round apart
-            a = run(solver, kick=kick, noise_fn=lambda step: noise[step], **settings)
+            a = run(solver, guidance=spy, noise_fn=lambda step: noise[step], **settings)
             b = run(solver, noise_fn=lambda step: noise[step], **settings)
         jax.effects_barrier()
         np.testing.assert_array_equal(a, b)
@@ -322,8 +325,8 @@ def test_noise_fn_info_and_kick():
         assert float(jnp.abs(run(solver, **settings) - b).max()) > 1e-4
 
 
-def test_gradient_kick_through_the_denoiser():
-    """A kick may differentiate evaluate: pulling x0_hat to 1 moves the images there."""
+def test_a_rule_takes_a_gradient_through_the_denoiser():
+    """A rule may differentiate evaluate: pulling x0_hat to 1 moves the images there."""
 
     def towards_one(evaluate, transition, x, noise, info):
         grad, x0 = jax.grad(lambda x: ((evaluate(x) - 1) ** 2).sum(), has_aux=False)(x), evaluate(x)
@@ -332,7 +335,7 @@ def test_gradient_kick_through_the_denoiser():
 
     z = jax.random.normal(jax.random.key(1), (64, 2, 2, 1))
     run = functools.partial(sample, DATA.denoise, z, grids.edm(12), "ancestral", jax.random.key(2))
-    assert run(kick=towards_one).mean() > run().mean() + 0.3
+    assert run(guidance=Guidance("towards one", transition=towards_one)).mean() > run().mean() + 0.3
 
 
 def test_heun_uses_the_corrector():
@@ -446,10 +449,10 @@ def test_a_single_step_is_the_denoised_image(solver):
             "solver='rk45'; expected one of euler, heun, ddim, ancestral, spndm, fpndm, dpmpp_2m",
         ),
         (
-            {"kick": plain_kick},
+            {"guidance": PLAIN},
             "expected solver='ancestral', or solver='ddim' or 'heun' with eta > 0",
         ),
-        ({"kick": plain_kick, "solver": "ddim"}, "deterministic step"),
+        ({"guidance": PLAIN, "solver": "ddim"}, "deterministic step"),
         ({"solver": "ancestral"}, "key=None; expected a key"),
         ({"churn": 1.0}, "key=None"),
         ({"eta": 0.5, "solver": "euler"}, "eta=0.5 with solver 'euler'"),

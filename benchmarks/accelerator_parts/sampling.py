@@ -49,8 +49,7 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
     guidance = _guidance(guided, size.shape, batch)
     images = generate.sampler(model, config.sample, jax.devices()[:1], guidance=guidance)
     weights = jax.eval_shape(model.init, jax.random.key(0))
-    frozen, given = ({g.name: getattr(g, kind) for g in guidance} for kind in ("frozen", "given"))
-    arguments = (*weights, np.arange(batch, dtype=np.uint32), None, frozen, given)
+    arguments = (*weights, np.arange(batch, dtype=np.uint32), None, *generate.arrays(guidance))
     return programs.save(name, options, images, arguments, batch=batch, nfe=nfe(solver, steps))
 
 
@@ -61,14 +60,14 @@ def _guidance(name: str, shape: tuple[int, int, int], batch: int) -> tuple[Any, 
     import dsg_vs_dps
     import numpy as np
 
-    from ogdm_jax.inverse import tasks as restore
+    from ogdm_jax.inverse import tasks
+    from ogdm_jax.inverse.measured import measure
     from ogdm_jax.pixels import to_float
 
-    settings = restore.Settings()
+    settings = tasks.Settings()
     clean = to_float(np.random.default_rng(0).integers(0, 256, (batch, *shape), np.uint8))
-    measured = restore.measure(
-        restore.make_task("inpaint", settings, shape), settings, clean, np.arange(batch)
-    )
+    task = tasks.make_task("inpaint", settings, shape)
+    measured = measure(task, settings, clean, np.arange(batch))
     return dsg_vs_dps.guidance(name, measured, 0.2)
 
 

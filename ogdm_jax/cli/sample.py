@@ -1,9 +1,13 @@
-"""Samples a trained model: python sample.py --workdir DIR --num 64 --solver heun --steps 18 --out
-DIR|FILE.npz|FILE.png
+"""Samples a trained model.
+
+    python sample.py --workdir runs/digits --num 64 --solver heun --steps 18 --out grid.png
+    python sample.py --workdir runs/digits --seeds 0-49999 --batch 256 --out samples.npz --evaluate
+    python sample.py --workdir runs/digits --guidance dg --dg.discriminator runs/digits_dg
+    python sample.py --workdir runs/mnist_edm --guidance dsg --dsg.rate 0.2 --task inpaint
+        --input DIR --steps 50 --out restored.png
 
 Every image depends on its seed alone, whatever the batch size, the number of devices or the other
-images. With --guidance dsg --task inpaint --input DIR it measures the images of DIR and restores
-them; figures are printed as JSON.
+images. With --task the images of --input are measured and restored; figures are printed as JSON.
 """
 
 import argparse
@@ -11,121 +15,145 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from ogdm_jax import startup
-from ogdm_jax.cli import guided
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ogdm_jax import parallel, startup
+from ogdm_jax.cli import guidance
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data import output
+from ogdm_jax.inverse import files
+from ogdm_jax.pixels import to_uint8
+from ogdm_jax.sampling import churn as churning
+from ogdm_jax.training.evaluate import distance
+from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The words of the command; those of guidance are made from the methods' Settings."""
+    made = argparse.ArgumentParser(
         prog="ogdm sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, help="training folder")
+    add = made.add_argument
     step = lambda text: text if text == "best" else int(text)
-    parser.add_argument(
-        "--step", type=step, default=None, help="checkpoint, or best (default: the newest)"
-    )
-    parser.add_argument("--weights", default="ema", help="ema or params")
-    parser.add_argument("--num", type=int, default=64)
-    parser.add_argument(
-        "--seeds",
-        default="",
-        help="FIRST-LAST, both included; replaces --num (default: 0 to num - 1)",
-    )
-    parser.add_argument(
-        "--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=None, help="sampler steps (default: the configuration's)"
-    )
-    parser.add_argument(
-        "--grid", default="", help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad"
-    )
-    parser.add_argument(
-        "--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM"
-    )
-    parser.add_argument(
-        "--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler"
-    )
-    parser.add_argument(
-        "--label",
-        type=int,
-        default=None,
-        help="class of all images (default: drawn from each seed)",
-    )
-    parser.add_argument("--batch", type=int, default=64, help="images per device at a time")
-    parser.add_argument("--devices", type=int, default=0, help="0 = all")
-    parser.add_argument(
-        "--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="print the distance to the training data as JSON"
-    )
-    guided.add_arguments(parser)
-    return parser.parse_args(argv)
+    add("--workdir", required=True, help="training folder")
+    add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
+    add("--weights", default="ema", help="ema or params")
+    add("--num", type=int, default=64, help="images, from the seeds 0 to num - 1")
+    add("--seeds", default="", help="FIRST-LAST, both included; replaces --num")
+    add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
+    add("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
+    add("--grid", default="", help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad")
+    add("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
+    add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
+    add("--label", type=int, default=None, help="class of all images (default: from each seed)")
+    add("--batch", type=int, default=64, help="images per device at a time")
+    add("--devices", type=int, default=0, help="0 = all")
+    add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
+    add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
+    guidance.add_options(made)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+    """Samples by the words of a command line; None: those of this process."""
+    words = list(sys.argv[1:] if argv is None else argv)
     with startup.one_sentence():
+        guidance.refuse_former(words)
+        args = parser().parse_args(words)
         startup.prepare()
-        import numpy as np
-        from tqdm import tqdm
+        run(args)
 
-        from ogdm_jax import parallel
-        from ogdm_jax.data import output as files
-        from ogdm_jax.pixels import to_uint8
-        from ogdm_jax.sampling import generate
-        from ogdm_jax.training.evaluate import distance
-        from ogdm_jax.training.workdir import open_workdir
 
-        args = guided.prepare(args)
-        seeds = generate.parse_seeds(args.seeds, args.num)
-        out = files.check_output(args.out)
-        run = open_workdir(args.workdir, args.step, args.weights)
-        chosen = {
-            "solver": args.solver,
-            "steps": args.steps,
-            "eta": args.eta,
-            "grid": guided.grid_of(args, run),
-        }
-        settings = run.settings(num=len(seeds), **chosen)
-        churn = generate.parse_churn(args.churn, settings.solver)
-        extra = guided.build(args, run, settings, seeds)
-        seeds = seeds if extra.restoration is None else extra.restoration.seeds
-        devices = parallel.make_plan("mesh", args.devices).local_devices
-        images = generate.sampler(
-            run.model, settings, devices, churn=churn, guidance=extra.guidance
-        )
-        batch = min(args.batch, -(-len(seeds) // len(devices))) * len(devices)
-        weights = (run.params, run.buffers)
-        bar = tqdm(total=len(seeds), unit="image", disable=not sys.stderr.isatty())
-        done, start = [], time.perf_counter()
-        for part in generate.generate(images, *weights, seeds, extra.labels, batch, extra.guidance):
+def run(args: argparse.Namespace) -> None:
+    """Opens the model, samples, writes, and prints what was done.
+
+    Raises:
+      ValueError: words that do not fit the model or each other, before anything is compiled.
+    """
+    request = guidance.read(args)
+    seeds = parse_seeds(args.seeds, args.num)
+    out = output.check_output(args.out)
+    trained = open_workdir(args.workdir, args.step, args.weights)
+    settings = _sampler(args, request.sampling, trained, len(seeds))
+    churn = churning.parse(args.churn)
+    guided = guidance.build(request, trained, settings, seeds, label=args.label, churn=churn)
+    if guided.restoration is not None:
+        seeds = guided.restoration.seeds
+    start, done = time.perf_counter(), []
+    batches = trained.batches(
+        settings,
+        seeds,
+        labels=guided.labels,
+        guidance=guided.guidance,
+        churn=churn,
+        batch=args.batch,
+        devices=parallel.make_plan("mesh", args.devices).local_devices,
+    )
+    with tqdm(total=len(seeds), unit="image", disable=not sys.stderr.isatty()) as bar:
+        for part in batches:
             done.append(part)
             bar.update(len(part))
-        bar.close()
-        floats = np.concatenate(done)
-        pictures = to_uint8(floats)
-        how = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
-        if extra.restoration is None:
-            files.write(out, pictures, seeds, extra.labels)
-        else:
-            extra.restoration.write(out, floats)
-        print(
-            f"wrote {len(pictures)} images of step {run.step} ({settings.solver}, {settings.steps} "
-            f"steps) to {out}"
-        )
-        if extra.restoration is not None:
-            seconds = round((time.perf_counter() - start) / len(seeds), 4)
-            print(
-                json.dumps(
-                    guided.figures(
-                        extra, floats, guidance=args.guidance, **how, seconds_per_image=seconds
-                    )
-                )
-            )
-        if args.evaluate:
-            print(json.dumps(distance(run.config, pictures)))
+    images = np.concatenate(done)
+    if guided.restoration is None:
+        output.write(out, to_uint8(images), seeds, guided.labels)
+    else:
+        files.write(out, guided.restoration, images)
+    print(
+        f"wrote {len(images)} images of step {trained.step} ({settings.solver}, {settings.steps} "
+        f"steps) to {out}"
+    )
+    if guided.restoration is not None:
+        seconds = round((time.perf_counter() - start) / len(seeds), 4)
+        names = {"task": request.task, "guidance": ",".join(request.settings)}
+        how = {name: settings[name] for name in ("solver", "steps", "grid")}
+        means = {
+            name: round(float(np.mean(values)), 4)
+            for name, values in guided.restoration.judge(images).items()
+        }
+        figures = {**how, "seconds_per_image": seconds, "images": len(images), **means}
+        print(json.dumps(names | figures))
+    if args.evaluate:
+        print(json.dumps(distance(trained.config, to_uint8(images))))
+
+
+def _sampler(
+    args: argparse.Namespace, published: dict[str, Any], trained: TrainedModel, num: int
+) -> ConfigDict:
+    """Settings of the sampler: what the words ask for, else what the presets say, else the
+    configuration's. A preset's grid holds where the model has steps of its own.
+    """
+    grid = published.get("grid", "") if trained.model.table is not None else ""
+    return trained.settings(
+        num=num,
+        solver=args.solver or published.get("solver", ""),
+        steps=published.get("steps") if args.steps is None else args.steps,
+        eta=published.get("eta") if args.eta is None else args.eta,
+        grid=args.grid or grid,
+    )
+
+
+def parse_seeds(text: str, num: int) -> np.ndarray:
+    """The seeds of FIRST-LAST such as 10-13, both included; of "" those from 0 to num - 1.
+
+    Raises:
+      ConfigError: anything else.
+    """
+    if not text:
+        if num < 1:
+            raise ConfigError(f"--num: {num} given; expected at least 1 image")
+        return np.arange(num)
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
+        raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
+    return np.arange(int(first), int(last) + 1)
+
+
+if __name__ == "__main__":
+    main()

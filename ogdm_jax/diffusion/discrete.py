@@ -58,7 +58,7 @@ def ddim(
       table: the full process (default: linear, 1000 steps).
       spacing: "uniform", "quad" or "even" (`grids.ddim_timesteps`).
       clip: clamp x0 to [-1, 1].
-      **settings: eta, key, kick, trajectory, ... of `sample`.
+      **settings: eta, key, guidance, trajectory, ... of `sample`.
     """
     table = Discrete.make() if table is None else table
     kept = grids.ddim_timesteps(n, len(table.timesteps), spacing)

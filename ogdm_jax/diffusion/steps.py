@@ -6,8 +6,8 @@ so every rule takes one sigma per example ([B]), is differentiable, and stays fi
 gradient, at sigma_next = 0. VP and DDPM samplers are the same rules on x_vp / sqrt(alpha_bar) with
 sigma = sqrt(1 / alpha_bar - 1): see process.py.
 
-Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) that a kick (DPS,
-DSG) may bend.
+Rules named *_moments return the Gaussian transition (mean [B,H,W,C], std [B]) that guidance
+(DPS, DSG) may change.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def per_example(v: Array, x: Array) -> Array:
     return jnp.asarray(v, x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-def spread(std: Array, x: Array) -> Array:
+def spread(std: float | Array, x: Array) -> Array:
     """A transition's std, a number, [B] or like x, so that it multiplies x without implicit
     broadcasting.
     """

@@ -23,10 +23,11 @@ from ogdm_jax import data, places
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Rows, Source, from_arrays
 from ogdm_jax.methods import cfg
-from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.methods.sp import fingerprint
 from ogdm_jax.pixels import to_uint8
+from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training.workdir import TrainedModel
 
@@ -142,7 +143,7 @@ def _draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [num,h,w,c], int32 labels [num], -1 without classes)."""
     guidance = base_guidance(config)
-    churn = generate.parse_churn(config.dg.churn, config.sample.solver)
+    churn = churning.parse(config.dg.churn, "config.dg.churn")
     images = generate.sampler(prior.model, config.sample, devices, churn, guidance)
     seeds = FIRST_SEED + np.arange(num)
     labels = generate.labels_for(seeds, prior.model.label_dim, None)

@@ -39,7 +39,9 @@ from ogdm_jax.models import Model
 from ogdm_jax.networks import feature_discriminator
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.pixels import to_float
+from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint, evaluate, loop, optim
 from ogdm_jax.training import logs as metrics
 from ogdm_jax.training import run as runs
@@ -369,21 +371,21 @@ class Evaluator(evaluate.Evaluator):
 
     @property
     def _churn(self) -> Any:
-        boost, churn = self.run.config.dg.boost, self.run.config.dg.churn
-        return None if boost else generate.parse_churn(churn, self.run.config.sample.solver)
+        settings = self.run.config.dg
+        return None if settings.boost else churning.parse(settings.churn, "config.dg.churn")
 
     def _weights(self, state: TrainState) -> tuple[PyTree, PyTree]:
         return self.run.prior.params, self.run.prior.buffers
 
-    def _guidance(self, state: TrainState) -> tuple[slots.Guidance, ...]:
+    def _guidance(self, state: TrainState) -> tuple[Guidance, ...]:
         run, weight = self.run, self._weight
         method = guidance_of(
             run.config, run.model, run.plan.local_copy(state.ema), run.frozen_network
         )
-        arrays = method.frozen | {"weight": np.float32(weight)}
+        constants = method.constants | {"weight": np.float32(weight)}
         if weight == 0:
-            arrays |= {"corrector_weight": np.float32(0)}
-        return *fakes.base_guidance(run.config), dataclasses.replace(method, frozen=arrays)
+            constants |= {"corrector_weight": np.float32(0)}
+        return *fakes.base_guidance(run.config), dataclasses.replace(method, constants=constants)
 
 
 def _watch(
@@ -441,17 +443,31 @@ def guidance_of(
     extractor: PyTree,
     **settings: Any,
 ):
-    """The `slots.Guidance` of a discriminator; settings replace those of config.dg (see
+    """The `Guidance` of a discriminator; settings replace those of config.dg (see
     dg.guidance).
     """
     names = ("weight", "corrector_weight", "time_min", "time_max", "boost")
-    settings = {name: config.dg[name] for name in names} | {
+    chosen = {name: config.dg[name] for name in names} | {
         k: v for k, v in settings.items() if v is not None
     }
-    if settings["boost"] and config.dg.churn:
-        settings.setdefault("churn", generate.parse_churn(config.dg.churn, config.sample.solver))
+    times = chosen["time_min"], chosen["time_max"]
+    if not 0 <= times[0] < times[1]:
+        raise ValueError(
+            f"time_min={times[0]}, time_max={times[1]}; expected 0 <= time_min < time_max"
+        )
+    low, high = (float(dg.vp_sigma(np.float64(time))) for time in times)
+    boost = None
+    if chosen["boost"]:
+        base = churning.parse(config.dg.churn, "config.dg.churn") or churning.Churn()
+        boost = dg.Boost(base, chosen.get("boost_churn", dg.Boost.churn))
     return dg.guidance(
-        ratio_of(network, config.dg.clock), {"params": params, "extractor": extractor}, **settings
+        ratio_of(network, config.dg.clock),
+        chosen["weight"],
+        low,
+        high,
+        chosen["corrector_weight"],
+        params={"params": params, "extractor": extractor},
+        boost=boost,
     )
 
 
@@ -463,8 +479,9 @@ def open_guidance(
     preset: str = "",
     warn: Callable[[str], None] = print,
     around: Mapping[str, Any] | None = None,
+    labels: np.ndarray | None = None,
     **overrides: Any,
-) -> slots.Guidance:
+) -> Guidance:
     """A trained discriminator as a sampling method: `generate.sampler(...,
     guidance=(open_guidance(DIR),))`.
 
@@ -474,11 +491,12 @@ def open_guidance(
       run, settings: the model that will be guided and its sampler; a discriminator of another one
         is told to `warn`.
       preset: a name of dg.PRESETS.
-      around: "churn" (text) and "cfg" (weight) of the sampling to come, where they are to be
+      around: "churn" (or its text) and "cfg" (weight) of the sampling to come, where they are to be
         compared, too.
-      overrides: arguments of dg.guidance that are not None: weight, corrector_weight, time_min,
-        time_max, boost, churn. The default weight is the one that the checkpoint's evaluation found
-        best, else config.dg.weight.
+      labels: [n] classes of the images to come, or None.
+      overrides: of config.dg, those that are not None: weight, corrector_weight, time_min,
+        time_max, boost; and boost_churn (see `dg.Settings`). The default weight is the one that the
+        checkpoint's evaluation found best, else config.dg.weight.
 
     Raises:
       CheckpointError: no discriminator there.   ConfigError: an unknown preset.   ValueError: see
@@ -486,19 +504,24 @@ def open_guidance(
     """
     if step is None and checkpoint.evaluations(workdir):
         step = "best"
-    snapshot = checkpoint.find(workdir, step, "--discriminator")
+    snapshot = checkpoint.find(workdir, step, "--dg.discriminator")
     config = snapshot.config
     if "dg" not in config:
         raise checkpoint.CheckpointError(
-            f"--discriminator: {str(workdir)!r} holds no discriminator; expected a folder of "
+            f"--dg.discriminator: {str(workdir)!r} holds no discriminator; expected a folder of "
             "configs/*_dg.py"
+        )
+    if labels is not None and (labels < 0).any() and config.data.conditional:
+        raise ValueError(  # its head knows no "no class"
+            "--label: no class given, but the discriminator is conditional; expected the images' "
+            "class"
         )
     network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
     params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
     found = checkpoint.evaluations(workdir).get(snapshot.step, {})
     chosen = {"weight": found["weight"]} if "weight" in found else {}
     if preset:
-        chosen = configs.choose("dg.preset", preset, dg.PRESETS)
+        chosen = configs.choose("dg.preset", preset, dg.PRESETS).settings
     host = jax.tree.map(np.asarray, (params, extractor))
     method = guidance_of(
         config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None}
@@ -514,9 +537,13 @@ def open_guidance(
 
 def _compare(there: Mapping[str, Any], here: Mapping[str, Any], workdir, warn) -> None:
     """Says where the discriminator's samples differ from what it is about to guide."""
-    value = lambda about, k: (
-        generate.parse_churn(about.get(k, ""), "heun") if k == "churn" else about.get(k)
-    )
+
+    def value(about: Mapping[str, Any], key: str) -> Any:
+        found = about.get(key)
+        if key == "churn" and not isinstance(found, churning.Churn):
+            return churning.parse(found or "")
+        return found
+
     differ = [k for k in here if value(here, k) != value(there, k)]
     if differ:
         warn(

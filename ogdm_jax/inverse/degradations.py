@@ -159,7 +159,9 @@ def gaussian_matrix(size: int, std: float, side: int) -> np.ndarray:
 
 
 def gaussian_noise(keys: Array, y: Array, std: float) -> Array:
-    """y + std * noise. keys [B]; std in the units of y, images in [-1, 1] (published: 0.05)."""
+    """Measurements y + std * noise, keys [B]; std in the units of y, images in [-1, 1] (published:
+    0.05).
+    """
     return y + jnp.asarray(std, y.dtype) * randomness.normal(keys, y.shape[1:], y.dtype)
 
 

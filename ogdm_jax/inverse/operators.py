@@ -16,26 +16,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.inverse import degradations as degrade
+from ogdm_jax.inverse import degradations
 from ogdm_jax.typing import Array
 
 Function = Callable[[Array], Array]
 Loss = Callable[[Array], Array]
-_HIGHEST = jax.lax.Precision.HIGHEST
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Spectrum(NamedTuple):
     """A = U S V^T by its parts, for images of one shape; coordinates have the shape of the image.
 
     Attributes:
-      to: x -> V^T x.   back: V^T x -> x.   measured: y -> U^T y, zero where S is.   values: S >= 0,
-        broadcastable.
+      to: x -> V^T x.
+      back: V^T x -> x.
+      measured: y -> U^T y, zero where S is.
+      values: S >= 0, broadcastable.
     """
 
     to: Function
     back: Function
     measured: Function
-    values: Array
+    values: Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Operator:
 
     @property
     def linear(self) -> bool:
+        """Whether there is an adjoint."""
         return self.transpose is not None
 
     def adjoint(self, y: Array) -> Array:
@@ -68,9 +71,23 @@ class Operator:
         Raises:
           ValueError: the operator is not linear.
         """
-        if not self.linear:
+        if self.transpose is None:
             raise ValueError(f"operator {self.name!r} has no adjoint; expected a linear operator")
         return self.transpose(y)
+
+    def need_spectrum(self, method: str) -> Callable[[tuple[int, int, int]], Spectrum]:
+        """The singular values, for a method that needs them.
+
+        Raises:
+          ValueError: they are not known.
+        """
+        if self.spectrum is None:
+            raise ValueError(
+                f"{method} with operator {self.name!r}: its singular values are not known; "
+                "expected inpaint, super_resolution, gaussian_blur or identity, or another method "
+                "such as dsg or dps"
+            )
+        return self.spectrum
 
     def count(self, y: Array) -> Array:
         """[B] how many numbers of y are measured (m of the residual ratio)."""
@@ -79,8 +96,14 @@ class Operator:
         return jnp.full(y.shape[:1], np.prod(y.shape[1:]), y.dtype)
 
 
+def image_shape(x: Array) -> tuple[int, int, int]:
+    """(h, w, c) of images [B,H,W,C], for `Operator.spectrum`."""
+    _, h, w, c = x.shape
+    return h, w, c
+
+
 def inpaint(mask: Array | np.ndarray) -> Operator:
-    """y = mask * x0. Singular values are the mask.
+    """Hidden pixels: y = mask * x0. Singular values are the mask.
 
     Args:
       mask: 1 where a pixel is seen, 0 where it is hidden: [H,W], [H,W,1], or one per image
@@ -114,10 +137,9 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
 
 
 def _both_axes(rows: np.ndarray, columns: np.ndarray, x: Array) -> Array:
-    """rows [o,h], x [B,h,w,c], columns [p,w] -> [B,o,p,c]."""
-    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-    y = jnp.einsum("oh,bhwc->bowc", rows, x, precision=_HIGHEST)
-    return jnp.einsum("pw,bowc->bopc", columns, y, precision=_HIGHEST)
+    """Both matrices applied: rows [o,h], x [B,h,w,c], columns [p,w] -> [B,o,p,c]."""
+    y = jnp.einsum("oh,bhwc->bowc", jnp.asarray(rows, x.dtype), x, precision=HIGHEST)
+    return jnp.einsum("pw,bowc->bopc", jnp.asarray(columns, x.dtype), y, precision=HIGHEST)
 
 
 @functools.cache
@@ -129,8 +151,8 @@ def _decompose(
 
 
 def separable(name: str, matrix_of: Callable[[int], np.ndarray], factor: int = 1) -> Operator:
-    """y = W_h x W_w^T per channel, W_side = matrix_of(side) [side / factor, side] float64; its SVD
-    comes with it.
+    """Both axes by a matrix: y = W_h x W_w^T per channel, W_side = matrix_of(side)
+    [side / factor, side] float64; its SVD comes with it.
     """
 
     def forward(x: Array) -> Array:
@@ -161,14 +183,16 @@ def super_resolution(factor: int, size: int) -> Operator:
     """Cubic reduction by `factor` of images of `size` pixels a side: [B,H,W,C] ->
     [B,H/factor,W/factor,C].
 
-    Exact to the released operator (`degrade.resize_matrix`): 4 factor taps, which jax.image.resize
-    matches only three and more pixels away from the border.
+    Exact to the released operator (`degradations.resize_matrix`): 4 factor taps, which
+    jax.image.resize matches only three and more pixels away from the border.
 
     Raises:
       ValueError: a factor that does not divide the size.
     """
-    degrade.resize_matrix(factor, size)
-    return separable("super_resolution", functools.partial(degrade.resize_matrix, factor), factor)
+    degradations.resize_matrix(factor, size)
+    return separable(
+        "super_resolution", functools.partial(degradations.resize_matrix, factor), factor
+    )
 
 
 def gaussian_blur(size: int = 61, std: float = 3.0) -> Operator:
@@ -177,12 +201,12 @@ def gaussian_blur(size: int = 61, std: float = 3.0) -> Operator:
     Raises:
       ValueError: an even size, or a std that is not positive.
     """
-    degrade.gaussian_taps(size, std)
-    return separable("gaussian_blur", functools.partial(degrade.gaussian_matrix, size, std))
+    degradations.gaussian_taps(size, std)
+    return separable("gaussian_blur", functools.partial(degradations.gaussian_matrix, size, std))
 
 
 def motion_blur(kernel: Array | np.ndarray) -> Operator:
-    """Correlation with any kernel [k,k], borders mirrored. `degrade.motion_kernel` draws one.
+    """Correlation with any kernel [k,k], borders mirrored. `degradations.motion_kernel` draws one.
 
     Raises:
       ValueError: a kernel that is not square with an odd side.
@@ -211,7 +235,7 @@ def _correlate(kernel: Array, x: Array) -> Array:
         (1, 1),
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=_HIGHEST,
+        precision=HIGHEST,
     )
     return jnp.moveaxis(y.reshape(b, c, h, w), 1, 3)
 
@@ -272,56 +296,15 @@ def high_dynamic_range(gain: float = 2.0) -> Operator:
 
 
 def identity() -> Operator:
-    """y = x0: plain denoising of a noisy image."""
+    """Measurements of the image itself: plain denoising of a noisy image."""
     spectrum = Spectrum(lambda x: x, lambda x: x, lambda y: y, np.ones((1, 1, 1, 1), np.float32))
     return Operator("identity", lambda x: x, lambda y: y, lambda shape: spectrum)
-
-
-def style(features: Function, normalise: bool = False) -> Operator:
-    """Gram matrices G = F^T F of features F [B,n,d] or [B,h,w,d] -> [B,d,d]; DSG's style loss
-    compares them.
-
-    normalise divides by the number of positions n; the published loss does not (the direction is
-    the same).
-    """
-
-    def forward(x: Array) -> Array:
-        f = features(x)
-        f = f.reshape(f.shape[0], -1, f.shape[-1])
-        gram = jnp.einsum("bnd,bne->bde", f, f, precision=_HIGHEST)
-        return gram / f.shape[1] if normalise else gram
-
-    return Operator("style", forward)
-
-
-def embedding(network: Function, normalise: bool = True) -> Operator:
-    """What a network says of the image (identity, class, CLIP): [B,d], of unit length if
-    normalise.
-    """
-
-    def forward(x: Array) -> Array:
-        e = network(x)
-        e = e.reshape(e.shape[0], -1)
-        if not normalise:
-            return e
-        square = jnp.sum(e**2, axis=1, keepdims=True)
-        positive = square > 0
-        return jnp.where(positive, e / jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-    return Operator("embedding", forward)
-
-
-def segmentation(network: Function) -> Operator:
-    """Class logits [B,h,w,k] of a given network; compare them by `label_loss`, or as numbers by
-    `measurement_loss`.
-    """
-    return Operator("segmentation", network)
 
 
 def measurement_loss(
     operator: Operator, y: Array, squared: bool = True, std: Array | float | None = None
 ) -> Loss:
-    """x0_hat [B,H,W,C] -> ||y - A(x0_hat)||^2 [B], summed over each measurement.
+    """The loss x0_hat [B,H,W,C] -> ||y - A(x0_hat)||^2 [B], summed over each measurement.
 
     DPS's released code uses the root (squared=False); DSG's step is the same for both. The released
     losses are norms over the whole batch and not differentiable at residual 0; here each image has
@@ -331,7 +314,7 @@ def measurement_loss(
     Args:
       y: measurements, shaped like operator.forward(x0).
       squared: False for the norm.
-      std: noise of each number of y (`degrade.poisson_std`); residuals are divided by it.
+      std: noise of each number of y (`degradations.poisson_std`); residuals are divided by it.
         Broadcastable to y.
 
     Raises:
@@ -352,24 +335,6 @@ def measurement_loss(
             return total
         positive = total > 0
         return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0)
-
-    return loss
-
-
-def label_loss(operator: Operator, labels: Array) -> Loss:
-    """Mean cross-entropy [B] of the operator's logits [B,...,k] with integer labels [B,...]:
-    classes, segmentations.
-    """
-
-    def loss(x0_hat: Array) -> Array:
-        logs = jax.nn.log_softmax(operator.forward(x0_hat))
-        if logs.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"labels: shape {labels.shape}; expected {logs.shape[:-1]}, what {operator.name} "
-                "gives"
-            )
-        picked = jnp.take_along_axis(logs, labels[..., None], axis=-1)
-        return -jnp.mean(picked.reshape(picked.shape[0], -1), axis=1)
 
     return loss
 

@@ -16,10 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.config import check, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
-from ogdm_jax.methods.contract import Guidance
+from ogdm_jax.methods.session import Session
+from ogdm_jax.sampling.guidance import Guidance, Preset
+from ogdm_jax.sampling.schedule import Window, check_window
 from ogdm_jax.typing import Array, Denoise, PyTree
+
+PRESETS: dict[str, Preset] = {}
 
 
 def guide(
@@ -50,7 +55,7 @@ def guide(
         return denoise
 
     def guided(evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree) -> PyTree:
-        """evaluate's [x0_hat, ...] for the given labels, with x0_hat guided."""
+        """The [x0_hat, ...] of evaluate for the given labels, with x0_hat guided."""
         if label is None:
             raise ValueError(
                 "label=None; classifier-free guidance expects labels of a conditional denoiser"
@@ -75,7 +80,9 @@ def guide(
         return guided(lambda *at: [denoise(*at)], x, sigma, label)[0]
 
     def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        x0_hat, fraction = guided(lambda *at: list(denoise.variance(*at)), x, sigma, label)
+        learned = denoise.variance
+        assert learned is not None  # replaced below only where it is there
+        x0_hat, fraction = guided(lambda *at: list(learned(*at)), x, sigma, label)
         return x0_hat, fraction
 
     return dataclasses.replace(
@@ -87,17 +94,56 @@ def guide(
     )
 
 
-def guidance(
-    weight: float = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")
-) -> Guidance:
-    """Classifier-free guidance as one sampling method; the weight is an array, so another one
-    compiles nothing.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of classifier-free guidance.
+
+    Attributes:
+      weight: w above.
+      window: noise levels (low, high) of the interval; None: all.
     """
 
-    def shift(denoise: Denoiser, frozen: PyTree) -> Denoiser:
-        return guide(denoise, frozen["weight"], sigma_min, sigma_max)
+    weight: float = setting(1.5, "1 is the conditional model alone")
+    window: Window | None = setting(None, "LOW,HIGH noise levels that are guided; default: all")
 
-    guide(
-        lambda x, sigma, label=None: x, weight, sigma_min, sigma_max
-    )  # refuses a bad interval here
-    return Guidance(name="cfg", shift=shift, frozen={"weight": np.float32(weight)})
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a setting out of range."""
+        check(self, "cfg", prefix="")
+        check_window("cfg.window", self.window)
+
+
+def guidance(weight: float = 1.5, window: Window | None = None) -> Guidance:
+    """Classifier-free guidance as guidance of `sample`; the weight is an array, so that another one
+    compiles nothing.
+
+    Args:
+      weight: w above.
+      window: noise levels (low, high) of the interval; None: all.
+
+    Raises:
+      ConfigError: an interval that is not 0 <= low < high.
+    """
+    chosen = Settings(weight, window)
+    low, high = chosen.window or (0.0, float("inf"))
+
+    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
+        return guide(denoise, constants["weight"], low, high)
+
+    return Guidance("cfg", denoiser=transform, constants={"weight": np.float32(chosen.weight)})
+
+
+def build(settings: Settings, session: Session) -> Guidance:
+    """Classifier-free guidance of a command's model.
+
+    Raises:
+      ValueError: a model without classes, or one that never saw hidden labels.
+    """
+    if not session.model.label_dim:
+        raise ValueError(
+            "--guidance cfg: the model is unconditional; expected one trained with data.conditional"
+        )
+    if not session.config.data.label_dropout:
+        raise ValueError(
+            "--guidance cfg: the model never saw hidden labels; expected data.label_dropout above 0"
+        )
+    return guidance(settings.weight, settings.window)

@@ -1,4 +1,4 @@
-"""The three training slots, the three sampling slots, and how methods fill them.
+"""The three training slots, and how methods fill them.
 
 A training step minimises, per example,
 
@@ -10,8 +10,8 @@ added. A method is one file of this folder that exports DEFAULTS (its settings w
 values) and `training(settings, context) -> Slots`. Files are found by name, so that a new method is
 one new file.
 
-A sampling method gives a `Guidance`: a shift of the denoiser, a kick (how a stochastic transition
-becomes the next state) or a churn rule of `diffusion.sampling.sample`.
+A sampling method gives a `sampling.guidance.Guidance`: its file exports Settings, PRESETS,
+`guidance(...)` and, for the command line, `build(settings, session)`.
 
 Losses are numbers per example [b]; the mean over examples, rounds and devices happens once, in
 training/step.py. Metrics are dicts name -> [b] values, or name -> (values [b], weights [b]) for a
@@ -184,41 +184,6 @@ class Slots:
     memory: Callable[[], PyTree] | None = None
     remember: Callable[[PyTree, Mapping[str, Array]], PyTree] | None = None
     verify: Callable[[PyTree, PyTree], None] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """What one sampling method fills; None leaves a slot to others.
-
-    Attributes:
-      name: the method's name.
-      shift: (denoise, frozen) -> denoise, a decorator of the denoiser; shifts are applied in the
-        order given.
-      kick: (frozen, given) -> kick of `sample`.
-      churn: frozen -> ChurnRule of `sample`.
-      frozen: arrays that the compiled sampler receives as an argument, the same for all images (a
-        discriminator).
-      given: arrays with one row per image in the order of the seeds (measurements); divided over
-        devices with them.
-    """
-
-    name: str
-    shift: Callable[[Denoiser, PyTree], Denoiser] | None = None
-    kick: Callable[[PyTree, PyTree], Any] | None = None
-    churn: Callable[[PyTree], Any] | None = None
-    frozen: PyTree = None
-    given: PyTree = None
-
-
-def check_guidance(guidance: Sequence[Guidance]) -> None:
-    """Raises ValueError naming both owners where two methods claim the kick or the churn."""
-    for slot in ("kick", "churn"):
-        owners = [g.name for g in guidance if getattr(g, slot) is not None]
-        if len(owners) > 1:
-            raise ValueError(
-                f"guidance: {owners[0]} and {owners[1]} both fill the {slot} slot; choose one of "
-                "them"
-            )
 
 
 def module(name: str):

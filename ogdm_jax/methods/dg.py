@@ -29,50 +29,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.config import check, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
-from ogdm_jax.methods.contract import Guidance
+from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Churn, Info
+from ogdm_jax.sampling.guidance import Guidance, Preset
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
-CLOCK = (
-    VP()
-)  # linear beta from 0.1 to 20: the clock on which the authors' discriminators are trained and used
+Levels = Any  # a number, a NumPy array or a JAX array of any shape; the result is alike
+# Linear beta from 0.1 to 20: the clock on which the authors' discriminators are trained and used.
+CLOCK = VP()
 COSINE_S = 0.008
 CLOCKS = ("vp", "cosine")
 
-# Published settings (spec: the authors' defaults and README; ffhq64 and imagenet64 are of a third
-# party). A weight on the predictor alone acts like half of it as steps grow; `second` guides both
-# evaluations and is the consistent choice.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"weight": 2.0, "corrector_weight": 0.0, "time_min": 0.01},
-    "cifar10_conditional": {
-        "weight": 1.0,
-        "corrector_weight": 0.0,
-        "time_min": 0.01,
-        "boost": True,
-    },
-    "ffhq64": {
-        "weight": 1.0,
-        "corrector_weight": 0.0,
-        "time_min": 0.01,
-        "boost": True,
-        "boost_churn": 0.0,
-    },
-    "imagenet64": {
-        "weight": 1.1,
-        "corrector_weight": 0.0,
-        "time_min": 0.01,
-        "boost": True,
-        "boost_churn": 0.0,
-    },
-    "second": {"weight": 1.0, "corrector_weight": 1.0, "time_min": 0.01},
-}
 
-
-def vp_time(sigma):
-    """t in [0, 1] of the linear VP process at which noise over signal is sigma: the inverse of
+def vp_time(sigma: Levels) -> Levels:
+    """Time t in [0, 1] of the linear VP process at which noise over signal is sigma: the inverse of
     sqrt(exp(B(t)) - 1).
 
     B(t) = 0.1 t + 19.9 t^2 / 2. sigma 0.044688 -> 0.01, 1 -> 0.25896, 80 -> 0.933511. Any shape;
@@ -81,17 +55,17 @@ def vp_time(sigma):
     return CLOCK.time(sigma)
 
 
-def vp_scale(t):
+def vp_scale(t: Levels) -> Levels:
     """Signal scale m(t) = exp(-B(t) / 2), which is 1 / sqrt(1 + sigma^2) at t = vp_time(sigma)."""
     return CLOCK.scale(t)
 
 
-def vp_sigma(t):
-    """sigma of a time on that clock: sqrt(exp(B(t)) - 1)."""
+def vp_sigma(t: Levels) -> Levels:
+    """Noise level of a time on that clock: sqrt(exp(B(t)) - 1)."""
     return CLOCK.sigma(t)
 
 
-def cosine_time(t):
+def cosine_time(t: Levels) -> Levels:
     """The time of the cosine schedule (s = 0.008) with the signal-to-noise ratio of time t on the
     linear one.
 
@@ -104,7 +78,7 @@ def cosine_time(t):
     return (1 + COSINE_S) * 2 / np.pi * xp.arccos(start * vp_scale(t)) - COSINE_S
 
 
-def training_sigma(u, t_min: float = 1e-5, importance: bool = True):
+def training_sigma(u: Levels, t_min: float = 1e-5, importance: bool = True) -> Levels:
     """Noise level of a uniform number u in [0, 1): log-uniform between sigma(t_min) = 0.001 and
     sigma(1) = 152.
 
@@ -200,10 +174,7 @@ def guide(
     Raises:
       ValueError: an empty window or an unknown gating.
     """
-    if not sigma_min <= sigma_max:
-        raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
-        )
+    _check_levels(sigma_min, sigma_max)
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
     denoise = as_denoiser(denoise)
@@ -219,6 +190,13 @@ def guide(
     if not _is_zero(second):
         corrector = _decorate(base, _Guided(base, log_ratio, second, *window))
     return dataclasses.replace(guided, corrector=corrector)
+
+
+def _check_levels(sigma_min: float, sigma_max: float) -> None:
+    if not sigma_min <= sigma_max:
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
+        )
 
 
 def _is_zero(weight: Any) -> bool:
@@ -239,14 +217,15 @@ class _Guided:
     def __call__(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
         if _is_zero(self.weight):
             return self.base(x, sigma, label)
-        x0_hat, shift, _ = self.parts(x, sigma, label)
-        return x0_hat + shift.astype(x0_hat.dtype)
+        x0_hat, added, _ = self.parts(x, sigma, label)
+        return x0_hat + added.astype(x0_hat.dtype)
 
     def variance(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
         """(guided x0_hat, the base's fraction)."""
+        assert self.base.variance is not None  # `_decorate` has looked
         x0_hat, fraction = self.base.variance(x, sigma, label)
-        shift, _ = self._correction(x, sigma, label)
-        return x0_hat + shift.astype(x0_hat.dtype), fraction
+        added, _ = self._correction(x, sigma, label)
+        return x0_hat + added.astype(x0_hat.dtype), fraction
 
     def parts(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array, Array]:
         """(x0_hat, what is added to it, log ratio [B]); 0 and +inf outside the window."""
@@ -261,9 +240,9 @@ class _Guided:
         def inside() -> tuple[Array, Array]:
             # A constant to whoever differentiates the denoiser (DSG and its kin go through the base
             # alone): a second derivative of the discriminator costs more than it steers.
-            shift, ratio = correction(self.log_ratio, jax.lax.stop_gradient(x), sigma, label)
-            shift = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), shift.astype(x.dtype), 0)
-            return per_example(w, x) * shift, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
+            added, ratio = correction(self.log_ratio, jax.lax.stop_gradient(x), sigma, label)
+            added = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), added.astype(x.dtype), 0)
+            return per_example(w, x) * added, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
 
         def outside() -> tuple[Array, Array]:
             return jnp.zeros_like(x), jnp.full(sigma.shape, jnp.inf, x.dtype)
@@ -290,9 +269,11 @@ class Boost:
 
     Attributes:
       base: churn of the other steps and images; its S_min and S_max hold for all.
-      churn, noise: S_churn and S_noise of boosted images; with churn 0 those of base, and boosting
-        only weighs.
-      churn_every, factor, factor_every: see above.
+      churn: S_churn of boosted images; 0: that of base, and boosting only weighs.
+      noise: S_noise of boosted images.
+      churn_every: see above.
+      factor: see above.
+      factor_every: see above.
     """
 
     base: Churn = Churn()
@@ -303,9 +284,11 @@ class Boost:
     factor_every: int = 2
 
     def init(self, batch: int) -> PyTree:
+        """+inf for each image."""
         return jnp.full((batch,), jnp.inf, jnp.float32)
 
     def amounts(self, carry: PyTree, info: Info) -> tuple[Array, Array]:
+        """(gamma [B], noise scale [B])."""
         gamma, scale = self.base.amounts((), info)
         if not self.churn:
             return gamma, scale
@@ -317,70 +300,119 @@ class Boost:
 
     def evaluate(
         self,
-        denoise: Denoise,
+        denoise: Denoiser,
         carry: PyTree,
         x: Array,
         sigma: Array,
-        label: Array | None,
+        label: PyTree,
         info: Info,
     ) -> tuple[Array, PyTree]:
-        if not isinstance(guided := as_denoiser(denoise).evaluate, _Guided):
+        """(x0_hat, the log ratios)."""
+        if not isinstance(guided := denoise.evaluate, _Guided):
             raise ValueError(
                 "churn=Boost: the denoiser has no log ratio; expected dg.guide as its outermost "
                 "decorator"
             )
-        x0_hat, shift, ratio = guided.parts(x, sigma, label)
+        x0_hat, added, ratio = guided.parts(x, sigma, label)
         twice = (ratio < 0) & (info.step % self.factor_every == 0)
         factor = jnp.where(twice, jnp.asarray(self.factor, x.dtype), 1)
-        return x0_hat + per_example(factor, x) * shift.astype(x0_hat.dtype), ratio.astype(
+        return x0_hat + per_example(factor, x) * added.astype(x0_hat.dtype), ratio.astype(
             carry.dtype
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of discriminator guidance on the command line; None: as the discriminator's training
+    folder says.
+
+    Attributes:
+      discriminator: its training folder.
+      weight: of Heun's first evaluation; default: the one that the folder's evaluation found best.
+      corrector_weight: of Heun's second evaluation.
+      time_min: start of the window on the VP clock, as the authors give it.
+      time_max: end of the window.
+      boost: boosting, see `Boost`.
+      boost_churn: S_churn of boosted images; 0: boosting doubles weights only.
+    """
+
+    discriminator: str = setting("", "training folder of the discriminator")
+    weight: float | None = setting(None, "weight; default: the folder's best")
+    corrector_weight: float | None = setting(None, "weight of Heun's second evaluation")
+    time_min: float | None = setting(None, "start of the window on the VP clock", least=0)
+    time_max: float | None = setting(None, "end of the window on the VP clock", most=1)
+    boost: bool | None = setting(None, "more noise and weight for images that look generated")
+    boost_churn: float | None = setting(None, "S_churn of boosted images; 0: weights only", least=0)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a setting out of range."""
+        check(self, "dg", prefix="")
+
+
+def _published(weight: float, corrector_weight: float = 0.0, **settings: Any) -> Preset:
+    words = {"weight": weight, "corrector_weight": corrector_weight, "time_min": 0.01}
+    return Preset(words | settings)
+
+
+# The authors' defaults and README; ffhq64 and imagenet64 are of a third party. A weight on the
+# predictor alone acts like half of it as steps grow; `second` guides both evaluations and is the
+# consistent choice.
+PRESETS: dict[str, Preset] = {
+    "cifar10": _published(2.0),
+    "cifar10_conditional": _published(1.0, boost=True),
+    "ffhq64": _published(1.0, boost=True, boost_churn=0.0),
+    "imagenet64": _published(1.1, boost=True, boost_churn=0.0),
+    "second": _published(1.0, 1.0),
+}
+
+
 def guidance(
-    ratio_of: Callable[[PyTree], LogRatio],
-    frozen: PyTree = None,
-    weight: float = 2.0,
-    corrector_weight: float = 0.0,
-    time_min: float = 0.01,
-    time_max: float = 1.0,
-    boost: bool = False,
-    boost_churn: float = 4.0,
-    churn: Churn | None = None,
+    log_ratio: Callable[..., Any],
+    weight: float = 1.0,
+    sigma_min: float = 0.0,
+    sigma_max: float = float("inf"),
+    corrector_weight: float | None = None,
+    *,
+    params: PyTree = None,
+    boost: Boost | None = None,
 ) -> Guidance:
-    """DG as one sampling method. The defaults are the authors' for CIFAR-10.
+    """DG as guidance of `sample`: `guide`, and boosting where it is asked for.
 
     Args:
-      ratio_of: frozen -> log_ratio(x, sigma, label) -> [B].   frozen: the discriminator's weights.
-      weight, corrector_weight: of Heun's two evaluations; other solvers only use the first. They
-        travel as arrays, so that other weights need no new compilation.
-      time_min, time_max: window on the VP clock, as the authors give it.
-      boost: fill the churn slot with `Boost`, over `churn` (None: no churn where nothing is
-        boosted).
-      boost_churn: S_churn of boosted images; 0: boosting doubles weights only, and all images get
-        `churn`.
+      log_ratio: as for `guide`; where params are given, a function of them that returns it.
+      weight: of Heun's first evaluation and of other solvers; it travels as an array, so that
+        another one needs no new compilation.
+      sigma_min: lowest guided level.
+      sigma_max: highest guided level.
+      corrector_weight: of Heun's second evaluation; None: weight. The authors publish 2 and 0.
+      params: the discriminator's weights, an argument of the compiled sampler.
+      boost: the churn of the run, see `Boost`; None leaves churn to others.
 
     Raises:
-      ValueError: a window that is not 0 <= time_min < time_max.
+      ValueError: an empty window.
     """
-    if not 0 <= time_min < time_max:
+    _check_levels(sigma_min, sigma_max)
+    constants: dict[str, Any] = {"params": params, "weight": np.float32(weight)}
+    if corrector_weight is not None:
+        constants["corrector_weight"] = np.float32(corrector_weight)
+
+    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
+        ratio = log_ratio if params is None else log_ratio(constants["params"])
+        second = constants["corrector_weight"] if corrector_weight else corrector_weight
+        return guide(denoise, ratio, constants["weight"], sigma_min, sigma_max, second)
+
+    return Guidance("dg", denoiser=transform, churn=boost, constants=constants, outermost=True)
+
+
+def build(settings: Settings, session: Session) -> Guidance:
+    """DG by the discriminator of a training folder.
+
+    Raises:
+      ValueError: no folder, or one that does not fit.
+    """
+    if not settings.discriminator:
         raise ValueError(
-            f"time_min={time_min}, time_max={time_max}; expected 0 <= time_min < time_max"
+            "--dg.discriminator: not given; expected the training folder of a discriminator"
         )
-    low, high = float(vp_sigma(np.float64(time_min))), float(vp_sigma(np.float64(time_max)))
-    rule = Boost(base=churn or Churn(), churn=boost_churn)
-
-    def shift(denoise: Denoiser, frozen: PyTree) -> Denoiser:
-        second = frozen["corrector_weight"] if corrector_weight != 0 else 0.0
-        return guide(denoise, ratio_of(frozen["network"]), frozen["weight"], low, high, second)
-
-    return Guidance(
-        name="dg",
-        shift=shift,
-        churn=(lambda _: rule) if boost else None,
-        frozen={
-            "network": frozen,
-            "weight": np.float32(weight),
-            "corrector_weight": np.float32(corrector_weight),
-        },
-    )
+    assert session.open_discriminator is not None  # every command has it
+    return session.open_discriminator(settings)

@@ -7,7 +7,7 @@ float64 before anything is traced.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,23 +107,23 @@ def ablation(
     table = jax.tree.map(lambda v: jnp.asarray(v, latents.dtype), table)
     noise = None if rule is None else step_noise(key, latents, noise_fn)
 
-    def slope(x, at):
+    def slope(x: Array, at: dict[str, Array]) -> Array:
         sigma = jnp.broadcast_to(at["sigma"], x.shape[:1])
         return at["linear"] * x - at["pull"] * denoise(x / at["scale"], sigma, label).astype(
             x.dtype
         )
 
-    def raised(x, step, row):
+    def raised(x: Array, step: Array, row: dict[str, Any]) -> Array:
         if noise is None:
             return x
         return row["rescale"] * x + row["noise"] * noise(step)
 
-    def euler_step(x, xs):
+    def euler_step(x: Array, xs: Any) -> tuple[Array, None]:
         step, row = xs
         x = raised(x, step, row)
         return x + row["h"] * slope(x, row["start"]), None
 
-    def heun_step(x, xs):
+    def heun_step(x: Array, xs: Any) -> tuple[Array, None]:
         step, row = xs
         x = raised(x, step, row)
         d = slope(x, row["start"])
@@ -159,7 +159,7 @@ def coefficients(
       alpha: fraction of the step where the second point lies.
     """
 
-    def point(t):
+    def point(t: Any) -> dict[str, Any]:
         sigma, d_sigma = clock.sigma(t), clock.sigma_derivative(t)
         scale = 1 / np.sqrt(1 + sigma**2) if scaled else np.ones_like(t)
         d_scale = -sigma * d_sigma * scale**3 if scaled else np.zeros_like(t)
@@ -175,7 +175,7 @@ def coefficients(
     if churn is not None:
         gamma = churning.gamma_of(churn.S_churn, len(t))
         gamma = np.where((sigma >= churn.S_min) & (sigma <= churn.S_max), gamma, 0.0)
-        t_hat = clock.time(rounded(sigma * (1 + gamma)))
+        t_hat = clock.time(rounded(np.asarray(sigma * (1 + gamma))))
     before, start = point(t), point(t_hat)
     h = np.append(t[1:], 0.0) - t_hat
     second = t_hat + alpha * h
@@ -235,6 +235,6 @@ def _rounding(denoise: Denoiser) -> Callable[[np.ndarray], np.ndarray]:
 
     def rounded(levels: np.ndarray) -> np.ndarray:
         with jax.ensure_compile_time_eval():
-            return np.asarray(denoise.round_sigma(levels), np.float64)
+            return np.asarray(denoise.round_sigma(cast(Array, levels)), np.float64)
 
     return rounded

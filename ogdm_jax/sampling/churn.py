@@ -1,5 +1,5 @@
-"""Churn: noise added before a step, per example (arXiv 2206.00364 algorithm 2). The sampler's third
-slot.
+"""Churn: noise added before a step, per example (arXiv 2206.00364 algorithm 2). A part of
+guidance.
 
 A rule may keep a carry from step to step and may evaluate the predictor itself: discriminator
 guidance raises the churn of exactly those images whose log ratio was negative in the step before.
@@ -12,16 +12,25 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.config import ConfigError
+from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.steps import per_example
-from ogdm_jax.typing import Array, Denoise, PyTree
+from ogdm_jax.typing import Array, PyTree
 
 
 class Info(NamedTuple):
-    """Where a sampler stands: step (int32 scalar) of steps, sigma and sigma_next [B], key [B] typed
-    keys or None.
+    """Where a sampler stands.
 
-    churned (static): a kick is asked to bend churn's noise, from sigma up to sigma_next, not a step
-    downwards.
+    Attributes:
+      step: int32 scalar, counted up from 0.
+      steps: how many there are (static).
+      sigma: [B] level of the state.
+      sigma_next: [B] level of the next state.
+      key: [B] typed keys of this step, one per image, or None.
+      churned: static: the transition is churn's noise, from sigma up to sigma_next, and no step
+        downwards.
+      constants: the guidance's own, see `guidance.Guidance`.
+      rows: the guidance's own rows of this batch.
     """
 
     step: Array
@@ -30,6 +39,8 @@ class Info(NamedTuple):
     sigma_next: Array
     key: Array | None
     churned: bool = False
+    constants: PyTree = None
+    rows: PyTree = None
 
 
 class ChurnRule(Protocol):
@@ -47,11 +58,11 @@ class ChurnRule(Protocol):
 
     def evaluate(
         self,
-        denoise: Denoise,
+        denoise: Denoiser,
         carry: PyTree,
         x: Array,
         sigma: Array,
-        label: Array | None,
+        label: PyTree,
         info: Info,
     ) -> tuple[Array, PyTree]:
         """The predictor's evaluation at the raised sigma: (x0_hat, new carry)."""
@@ -64,7 +75,8 @@ class Churn:
 
     Attributes:
       S_churn: overall amount; 0 is none.
-      S_min, S_max: noise levels between which it acts.
+      S_min: lowest noise level at which it acts.
+      S_max: highest noise level at which it acts.
       S_noise: scale of the noise, slightly above 1 to make up for lost detail.
     """
 
@@ -74,9 +86,11 @@ class Churn:
     S_noise: float = 1.0
 
     def init(self, batch: int) -> PyTree:
+        """No carry."""
         return ()
 
     def amounts(self, carry: PyTree, info: Info) -> tuple[Array, Array]:
+        """(gamma [B], S_noise [B])."""
         inside = (info.sigma >= self.S_min) & (info.sigma <= self.S_max)
         gamma = gamma_of(self.S_churn, info.steps)
         return jnp.where(inside, gamma, 0.0).astype(info.sigma.dtype), jnp.full_like(
@@ -85,17 +99,18 @@ class Churn:
 
     def evaluate(
         self,
-        denoise: Denoise,
+        denoise: Denoiser,
         carry: PyTree,
         x: Array,
         sigma: Array,
-        label: Array | None,
+        label: PyTree,
         info: Info,
     ) -> tuple[Array, PyTree]:
+        """(x0_hat, carry)."""
         return denoise(x, sigma, label).astype(x.dtype), carry
 
 
-def gamma_of(s_churn, steps: int):
+def gamma_of(s_churn: float | Array, steps: int) -> float | Array:
     """min(S_churn / N, sqrt(2) - 1); S_churn a number or [B]."""
     if isinstance(s_churn, int | float):
         return min(s_churn / steps, float(np.sqrt(2) - 1))
@@ -135,6 +150,25 @@ def as_rule(churn: Any) -> ChurnRule | None:
     return churn
 
 
+def parse(text: str, field: str = "--churn") -> Churn | None:
+    """The churn of S_churn,S_min,S_max,S_noise such as "40,0.05,50,1.003"; None of "".
+
+    Raises:
+      ConfigError: anything else; the sentence names the field.
+    """
+    if not text:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4 or not min(numbers) >= 0:
+        raise ConfigError(
+            f"{field}: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise"
+        )
+    return Churn(*numbers)
+
+
 def added_std(sigma: Array, sigma_hat: Array, noise_scale: Array) -> Array:
     """sqrt(sigma_hat^2 - sigma^2) noise_scale, what churn adds between two levels (arXiv 2206.00364
     algorithm 2); [B].
@@ -148,7 +182,7 @@ def added_std(sigma: Array, sigma_hat: Array, noise_scale: Array) -> Array:
 def raise_noise(
     x: Array, sigma: Array, sigma_hat: Array, noise_scale: Array, noise: Array
 ) -> Array:
-    """x + sqrt(sigma_hat^2 - sigma^2) noise_scale noise: x at sigma_hat >= sigma. sigmas and
-    noise_scale: [B].
+    """State x at sigma_hat >= sigma: x + sqrt(sigma_hat^2 - sigma^2) noise_scale noise; sigmas and
+    noise_scale are [B].
     """
     return x + per_example(added_std(sigma, sigma_hat, noise_scale), x) * noise

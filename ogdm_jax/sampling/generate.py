@@ -2,8 +2,9 @@
 on its seed.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,14 @@ from ml_collections import ConfigDict
 from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.diffusion import grids
-from ogdm_jax.methods import contract as slots
-from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.models import Model
-from ogdm_jax.sampling.sampler import SOLVERS, Churn, sample
+from ogdm_jax.sampling.guidance import Guidance, combine
+from ogdm_jax.sampling.sampler import SOLVERS, check_parts, sample
 from ogdm_jax.sampling.solvers import FEWEST_STEPS
 from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
-Images = Callable[[PyTree, PyTree, Array, Array | None, PyTree, PyTree], Array]
+Images = Callable[[PyTree, PyTree, Any, Any, PyTree, PyTree], Array]  # see `sampler`
 # Names of config.sample.grid. Continuous ones lie within the sampler's and the model's range of
 # levels, the others are steps of a discrete model's own process: guided-diffusion's respacing, and
 # DDIM's two (arXiv 2010.02502 D.2).
@@ -46,20 +46,6 @@ def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys))
 
 
-def parse_seeds(text: str, num: int) -> np.ndarray:
-    """ "10-13" -> [10, 11, 12, 13]; "" -> [0, ..., num - 1]. Raises ConfigError for anything
-    else.
-    """
-    if not text:
-        if num < 1:
-            raise ConfigError(f"--num: {num} given; expected at least 1 image")
-        return np.arange(num)
-    first, dash, last = text.partition("-")
-    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
-        raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
-    return np.arange(int(first), int(last) + 1)
-
-
 def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.ndarray | None:
     """The class of each image: `label` for all, else drawn from each seed; None for an
     unconditional model.
@@ -80,25 +66,6 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
     return np.full(len(seeds), label, np.int32)
 
 
-def parse_churn(text: str, solver: str) -> Churn | None:
-    """ "40,0.05,50,1.003" -> Churn(S_churn, S_min, S_max, S_noise). Raises ConfigError if malformed
-    or without Heun.
-    """
-    if not text:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 4 or min(numbers) < 0:
-        raise ConfigError(
-            f"--churn: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise"
-        )
-    if solver not in ("heun", "euler"):
-        raise ConfigError(f"--churn: works with --solver heun or euler, {solver!r} given")
-    return Churn(*numbers)
-
-
 def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
     """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last one
     0.
@@ -107,7 +74,7 @@ def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
       ConfigError: an unknown grid, one that the model has no steps for, or that has fewer steps
       than wanted.
     """
-    name, steps = settings.get("grid", "edm"), settings.steps  # older folders have no grid
+    name, steps = str(settings.get("grid", "edm")), settings.steps  # older folders have no grid
     require(
         name in (*CONTINUOUS, *DISCRETE),
         "sample.grid",
@@ -123,7 +90,7 @@ def noise_levels(model: Model, settings: ConfigDict) -> np.ndarray:
         f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one",
     )
     try:
-        if discrete:
+        if discrete and table is not None:
             kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
             return np.append(table.sigma[kept][::-1], 0.0)
         low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
@@ -172,45 +139,47 @@ def sampler(
     churn: Any = None,
     guidance: Sequence[Guidance] = (),
 ) -> Images:
-    """A compiled (params, buffers, seeds [b], labels [b] | None, frozen, given) -> images [b,h,w,c]
-    in [-1, 1].
+    """A compiled (params, buffers, seeds [b], labels [b] | None, constants, rows) -> images
+    [b,h,w,c] in [-1, 1].
 
     Args:
+      model: what is sampled.
       settings: solver, steps, grid, sigma_min, sigma_max, rho, eta of config.sample.
       devices: b must be a multiple of their number; each samples its share.
-      churn: slot of `sample`, where no method fills it.
-      guidance: sampling methods; their arrays come with each call, see `generate`.
+      churn: of `sample`, where no method brings it.
+      guidance: sampling methods; their constants and rows come with each call, see `arrays`.
 
     Raises:
-      ConfigError, ValueError: settings out of range; two owners of one slot.
+      ConfigError, ValueError: settings out of range; two owners of one part of guidance.
     """
     check_settings(settings)
     levels = noise_levels(model, settings)
-    owners = {"kick": [g for g in guidance if g.kick], "churn": [g for g in guidance if g.churn]}
-    slots.check_guidance(
-        [*guidance, *([Guidance("--churn", churn=lambda _: churn)] if churn is not None else [])]
-    )
+    check_guidance(settings, guidance, churn)
 
-    def images(params, buffers, seeds, labels, frozen, given):
+    def images(
+        params: PyTree,
+        buffers: PyTree,
+        seeds: Array,
+        labels: Array | None,
+        constants: PyTree,
+        rows: PyTree,
+    ) -> Array:
         keys = seed_keys(seeds)
-        latents = randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape)
-        denoise = model.denoiser(params, buffers)
-        for method in guidance:
-            if method.shift is not None:
-                denoise = method.shift(denoise, frozen[method.name])
-        kicks = [g.kick(frozen[g.name], given[g.name]) for g in owners["kick"]]
-        rules = [g.churn(frozen[g.name]) for g in owners["churn"]]
-        return sample(
-            denoise,
-            latents,
+        drawn = sample(
+            model.denoiser(params, buffers),
+            randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape),
             levels,
             solver=settings.solver,
             key=randomness.fold_in_each(keys, "steps"),
-            churn=rules[0] if rules else churn,
+            churn=churn,
             label=labels,
-            kick=kicks[0] if kicks else None,
+            guidance=[
+                dataclasses.replace(method, constants=c, rows=r)
+                for method, c, r in zip(guidance, constants, rows, strict=True)
+            ],
             eta=settings.eta,
         )
+        return cast(Array, drawn)  # without a trajectory
 
     mesh = Mesh(np.asarray(devices), (AXIS,))
     whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
@@ -218,6 +187,16 @@ def sampler(
     return jax.jit(
         images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided
     )
+
+
+def check_guidance(settings: ConfigDict, guidance: Sequence[Guidance], churn: Any = None) -> None:
+    """Raises ValueError for guidance that does not fit the sampler or has two owners of a part."""
+    check_parts(settings.solver, combine(guidance, churn), settings.eta)
+
+
+def arrays(guidance: Sequence[Guidance]) -> tuple[list[PyTree], list[PyTree]]:
+    """(constants, rows) of each guidance: the last two arguments of a compiled sampler."""
+    return [method.constants for method in guidance], [method.rows for method in guidance]
 
 
 def generate(
@@ -232,16 +211,21 @@ def generate(
     """Yields images of all seeds in batches of one compiled size; the last one is filled up and
     cut.
 
-    guidance: as given to `sampler`; the rows of their `given` follow the seeds.
+    Args:
+      images: of `sampler`.
+      params: the model's parameters.
+      buffers: the model's buffers.
+      seeds: [n], one an image.
+      labels: [n] classes, or None.
+      batch: images at a time, a multiple of the devices.
+      guidance: as given to `sampler`; their rows follow the seeds.
     """
     seeds = np.asarray(seeds, np.uint32)
-    frozen = {method.name: method.frozen for method in guidance}
-    given = {method.name: method.given for method in guidance}
+    constants, rows = arrays(guidance)
     for start in range(0, len(seeds), batch):
         # The last part repeats its first rows, so that one compiled size serves all.
-        rows = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
-        classes = None if labels is None else np.asarray(labels, np.int32)[rows]
-        part = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], given)
-        yield np.asarray(images(params, buffers, seeds[rows], classes, frozen, part))[
-            : len(seeds) - start
-        ]
+        at = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
+        classes = None if labels is None else np.asarray(labels, np.int32)[at]
+        part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
+        done = images(params, buffers, seeds[at], classes, constants, part)
+        yield np.asarray(done)[: len(seeds) - start]

@@ -11,22 +11,23 @@ own key alone.
 | dpmpp_2m | DPM-Solver++(2M) (arXiv 2211.01095) | N | no |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling import solvers
-from ogdm_jax.sampling.churn import Churn, ChurnRule, Info, as_rule
-from ogdm_jax.sampling.solvers import plain_kick
-from ogdm_jax.typing import Array, Denoise
+from ogdm_jax.sampling.churn import Churn, ChurnRule, Info
+from ogdm_jax.sampling.guidance import Guidance, Parts, combine
+from ogdm_jax.typing import Array, Denoise, PyTree
 
-__all__ = ["SOLVERS", "Churn", "ChurnRule", "Info", "Trajectory", "nfe", "plain_kick", "sample"]
+__all__ = ["SOLVERS", "Churn", "ChurnRule", "Info", "Trajectory", "nfe", "sample"]
 
 SOLVERS = {
     "euler": solvers.euler,
@@ -65,8 +66,8 @@ def sample(
     solver: str = "heun",
     key: Array | None = None,
     churn: Any = None,
-    label: Array | None = None,
-    kick: Callable[..., tuple[Array, Array]] | None = None,
+    label: PyTree = None,
+    guidance: Guidance | Sequence[Guidance] = (),
     trajectory: bool = False,
     *,
     eta: float | Array = 0.0,
@@ -89,10 +90,8 @@ def sample(
         per image.
       churn: None, a number S_churn, a mapping of `Churn`'s fields, or a `ChurnRule`; for euler and
         heun.
-      label: [B] int32 or None.
-      kick: how a stochastic transition becomes the next state (DPS, DSG): kick(evaluate,
-        transition, x, noise, info) -> (x_next, x0_hat), with evaluate(x) -> x0_hat,
-        transition(x0_hat, x) -> (mean, std [B]) and `Info`.
+      label: the images' condition: [B] int32, float vectors [B,K], a pytree of rows, or None.
+      guidance: one or several sampling methods, see `guidance.Guidance`.
       trajectory: also return a `Trajectory`.
       eta: noise of ddim (0 to 1), or of heun, which then steps down to sqrt(sigma'^2 - std^2) and
         adds std * noise.
@@ -109,31 +108,31 @@ def sample(
       does not use.
     """
     _check_solver(solver)
-    rule = as_rule(churn)
-    random_steps = solver == "ancestral" or not (isinstance(eta, int | float) and eta == 0)
-    _check_settings(solver, rule, kick, eta, variance, random_steps)
-    if (random_steps or rule is not None) and key is None and noise_fn is None:
+    parts = combine(guidance, churn)
+    random_steps = check_parts(solver, parts, eta, variance)
+    denoise = parts.transform(as_denoiser(denoise))
+    if (random_steps or parts.churn is not None) and key is None and noise_fn is None:
         raise ValueError(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
         )
     dtype, batch = latents.dtype, latents.shape[0]
-    denoise = as_denoiser(denoise)
     round_sigma = round_sigma or denoise.round_sigma
     sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, dtype)
     keys = _image_keys(key, batch)
 
     def key_of(step: Array) -> Array | None:
+        # The purpose's name is a part of the noise: another word would give other images.
         return None if keys is None else randomness.fold_in_each(_at_step(keys, step), "kick")
 
     noise = step_noise(key, latents, noise_fn)
     variance = _variance(denoise, variance) if solver == "ancestral" else "small"
     problem = solvers.Problem(
-        denoise, label, noise, kick or plain_kick, rule, round_sigma, eta, variance
+        denoise, label, noise, parts.transition, parts.churn, round_sigma, eta, variance
     )
     x = latents * sigmas[0]
-    phases, memory = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
-    result, kept = solvers.run(phases, memory, x, sigmas, key_of, trajectory)
-    if not trajectory:
+    phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
+    result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory)
+    if kept is None:
         return result
     return result, Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
 
@@ -141,8 +140,8 @@ def sample(
 def step_noise(
     key: Array | None, like: Array, noise_fn: Callable[[Array], Array] | None = None
 ) -> Callable[[Array], Array]:
-    """step -> noise like `like` [B,...], row i from image i's key and the step; or what noise_fn
-    gives instead.
+    """The function step -> noise like `like` [B,...]: row i from image i's key and the step, or
+    what noise_fn gives instead.
 
     Drawn in float32 and then cast, so that samplers of both precisions see the same noise.
     """
@@ -151,6 +150,7 @@ def step_noise(
     def noise(step: Array) -> Array:
         if noise_fn is not None:
             return noise_fn(step).astype(like.dtype)
+        assert keys is not None  # of a random setting, see sample()
         drawn = randomness.normal(
             randomness.fold_in_each(_at_step(keys, step), "noise"), like.shape[1:]
         )
@@ -176,7 +176,7 @@ def _at_step(keys: Array, step: Array) -> Array:
 
 
 def _known_levels(
-    denoise: Denoiser, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype
+    denoise: Denoiser, sigmas: Array | np.ndarray, round_sigma: Callable[[Array], Array], dtype: Any
 ) -> Array:
     """The grid in the state's dtype, its levels (not the final 0) clipped and rounded to those the
     network knows.
@@ -213,7 +213,7 @@ def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
         raise ValueError(
             f"sigmas: shape {np.shape(sigmas)}; expected [N + 1] levels with N of at least 1"
         )
-    if not isinstance(sigmas, jax.core.Tracer):
+    if not isinstance(sigmas, Tracer):
         values = np.asarray(sigmas)
         if not (np.isfinite(values).all() and (np.diff(values) < 0).all() and values[-1] >= 0):
             raise ValueError(
@@ -222,10 +222,16 @@ def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
     return sigmas
 
 
-def _check_settings(
-    solver: str, rule: Any, kick: Any, eta: Any, variance: Any, random_steps: bool
-) -> None:
+def check_parts(
+    solver: str, parts: Parts, eta: float | Array = 0.0, variance: str | float | Array | None = None
+) -> bool:
+    """Whether the solver's own steps are random.
+
+    Raises:
+      ValueError: settings of `sample` that do not belong together.
+    """
     known = isinstance(eta, int | float)
+    random_steps = solver == "ancestral" or not (known and eta == 0)
     if known and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}; expected a number from 0 to 1")
     if random_steps and solver not in ("ddim", "heun", "ancestral"):
@@ -242,15 +248,19 @@ def _check_settings(
         raise ValueError(
             f"variance={variance!r} with solver {solver!r}; expected solver 'ancestral'"
         )
-    if rule is not None and (solver not in ("euler", "heun") or random_steps):
+    if parts.churn is not None and (solver not in ("euler", "heun") or random_steps):
         raise ValueError(
-            f"churn with solver {solver!r} and eta={eta}; expected solver 'heun' or 'euler' with "
-            "eta=0"
+            f"{_named(parts.churn)} with solver {solver!r} and eta={eta}; expected solver 'heun' "
+            "or 'euler' with eta=0"
         )
-    if kick is not None and not random_steps and rule is None:
+    if parts.transition is not None and not random_steps and parts.churn is None:
         raise ValueError(
-            f"kick with solver {solver!r}, eta={eta}: a deterministic step has no noise to bend; "
-            "expected "
-            "solver='ancestral', or solver='ddim' or 'heun' with eta > 0, or churn with 'heun' or "
-            "'euler'"
+            f"{parts.transition.name} with solver {solver!r}, eta={eta}: a deterministic step has "
+            "no noise to guide; expected solver='ancestral', or solver='ddim' or 'heun' with "
+            "eta > 0, or churn with 'heun' or 'euler'"
         )
+    return random_steps
+
+
+def _named(churn: Guidance) -> str:
+    return "churn" if churn.name == "churn" else f"{churn.name}'s churn"

@@ -17,10 +17,10 @@ from ogdm_jax import config as configs
 from ogdm_jax import models, places
 from ogdm_jax.config import require
 from ogdm_jax.data import Source, pictures
-from ogdm_jax.methods import contract as slots
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training import checkpoint, logs
 from ogdm_jax.training import run as runs
@@ -100,7 +100,7 @@ class Evaluator:
     def _weights(self, state: states.TrainState) -> tuple[PyTree, PyTree]:
         return self.run.plan.local_copy(state.ema), self.run.plan.local_copy(state.buffers)
 
-    def _guidance(self, state: states.TrainState) -> tuple[slots.Guidance, ...]:
+    def _guidance(self, state: states.TrainState) -> tuple[Guidance, ...]:
         return ()
 
     @functools.cached_property
@@ -160,7 +160,7 @@ class Evaluator:
         trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
         params, buffers = jax.device_put(trees, whole)
         guidance = [
-            dataclasses.replace(g, frozen=jax.device_put(g.frozen, whole))
+            dataclasses.replace(g, constants=jax.device_put(g.constants, whole))
             for g in self._guidance(state)
         ]
         if self._sampler is None:
@@ -169,12 +169,12 @@ class Evaluator:
             )
         compiled = self._sampler
 
-        def sampler(params, buffers, seeds, labels, frozen, given):
+        def sampler(params, buffers, seeds, labels, constants, given):
             """Rows placed by hand: between processes jit places no host arrays on several
             devices.
             """
             seeds, labels, given = jax.device_put((seeds, labels, given), rows)
-            return compiled(params, buffers, seeds, labels, frozen, given)
+            return compiled(params, buffers, seeds, labels, constants, given)
 
         labels = generate.labels_for(seeds, self._model.label_dim, None)
         batch = len(devices) * min(256, -(-len(seeds) // len(devices)))

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from ogdm_jax import data, models
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.data import Source
-from ogdm_jax.methods.contract import Guidance
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint
 from ogdm_jax.typing import Denoise, PyTree
 

@@ -12,8 +12,8 @@ from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.process import Discrete, space_timesteps, vp_scale
 from ogdm_jax.inverse import degradations as degrade
 from ogdm_jax.inverse import operators
-from ogdm_jax.methods import dsg
-from ogdm_jax.sampling import kicks
+from ogdm_jax.methods import dps, dsg
+from ogdm_jax.sampling import gradients
 from tests.support.golden_support import Golden, family, nchw, nhwc
 
 
@@ -44,7 +44,7 @@ def check_step(golden: Golden):
     for name in (key[len("y_") :] for key in golden.arrays if key.startswith("y_")):
         y = jnp.asarray(nhwc(golden[f"y_{name}"]))
         loss = operators.measurement_loss(operator(name, golden), y, squared=False)
-        _, residual, grad = kicks.through_network(loss)(evaluate, jnp.asarray(x), None)
+        _, residual, grad = gradients.through_network(loss, evaluate, jnp.asarray(x))
         golden.assert_close(f"residual_norm_{name}", residual[0], 1e-5 * float(residual[0]))
         golden.assert_close(f"grad_{name}", nchw(grad))
         for rate in golden.config["guidance_rates"]:
@@ -57,7 +57,7 @@ def check_step(golden: Golden):
             k for k in golden.arrays if k.startswith("dps_scale") and k.endswith(f"_{name}")
         ):
             scale = float(key.removeprefix("dps_scale").removesuffix(f"_{name}"))
-            golden.assert_close(key, nchw(dsg.dps_step(mean, sigma, eps, grad, scale)), 3e-6)
+            golden.assert_close(key, nchw(dps.dps_step(mean, sigma, eps, grad, scale)), 3e-6)
 
 
 @family("dsg_super_resolution")
@@ -116,7 +116,7 @@ def check_transition(golden: Golden):
                 fraction = (law["c"] * jnp.sin(law["d"] * x_vp) + 1) / 2
                 mean, std = steps.ancestral_moments(x, x0, sigma, below, fraction)
             scale = steps.per_example(vp_scale(below), x)
-            std_vp = np.broadcast_to(np.asarray(kicks.spread(std, x) * scale), x.shape)
+            std_vp = np.broadcast_to(np.asarray(steps.spread(std, x) * scale), x.shape)
             mean_vp = np.asarray(mean * scale)
         golden.assert_close(f"x0_{key}", nchw(x0), 2e-5)
         golden.assert_close(f"mean_{key}", nchw(mean_vp), 2e-5)

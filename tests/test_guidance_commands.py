@@ -16,20 +16,24 @@ from PIL import Image
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel, startup
-from ogdm_jax.cli import guided, sample
+from ogdm_jax.cli import guidance
+from ogdm_jax.cli import sample as command_line
 from ogdm_jax.diffusion import steps
+from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.discriminator import fakes
 from ogdm_jax.discriminator import training as discriminator
-from ogdm_jax.inverse import tasks as restore
-from ogdm_jax.methods import cfg, dg
+from ogdm_jax.inverse import files, tasks
+from ogdm_jax.inverse.measured import measure
+from ogdm_jax.methods import dg
 from ogdm_jax.metrics import distances as metrics
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.solvers import plain_kick
+from ogdm_jax.sampling.guidance import combine, plain_step
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import compiling, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
+RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd")
 
 
 def save(folder, *more: str):
@@ -94,11 +98,8 @@ def command(monkeypatch, capsys, workdir):
     monkeypatch.setattr(startup, "prepare", lambda: None)
 
     def call(*args: str, workdir=workdir, devices: int = 1):
-        monkeypatch.setattr(
-            sys, "argv", ["sample.py", "--workdir", str(workdir), "--devices", str(devices), *args]
-        )
         try:
-            sample.main()
+            command_line.main(["--workdir", str(workdir), "--devices", str(devices), *args])
         except SystemExit as stop:
             assert stop.code == 1
             return capsys.readouterr().err
@@ -108,12 +109,12 @@ def command(monkeypatch, capsys, workdir):
     return call
 
 
-@pytest.mark.parametrize("kick", ["dsg", "ddnm"])
-def test_a_kick_restores_and_reports(command, pictures, tmp_path, kick):
+@pytest.mark.parametrize("method", ["dsg", "ddnm"])
+def test_a_method_restores_and_reports(command, pictures, tmp_path, method):
     out = tmp_path / "grid.png"
     said = command(
         "--guidance",
-        kick,
+        method,
         "--task",
         "inpaint",
         "--input",
@@ -123,7 +124,7 @@ def test_a_kick_restores_and_reports(command, pictures, tmp_path, kick):
         "--out",
         str(out),
     )
-    assert said["task"] == "inpaint" and said["guidance"] == kick and said["images"] == 3
+    assert said["task"] == "inpaint" and said["guidance"] == method and said["images"] == 3
     assert (
         said["solver"] == "ddim"
         and np.isfinite([said["psnr"], said["residual_ratio"], said["residual"]]).all()
@@ -133,11 +134,11 @@ def test_a_kick_restores_and_reports(command, pictures, tmp_path, kick):
     np.testing.assert_allclose(np.mean(each["psnr"]), said["psnr"], atol=1e-3)
 
 
-@pytest.mark.parametrize("kick", guided.KICKS)
+@pytest.mark.parametrize("method", RESTORERS)
 @pytest.mark.parametrize("task", ["inpaint", "deblur"])
-def test_every_kick_lowers_the_residual(kick, task):
+def test_every_method_lowers_the_residual(method, task):
     """By the words of the command, on a known denoiser."""
-    x_next, free, extra = one_step("--guidance", kick, "--task", task, "--input", "digits")
+    x_next, free, extra = one_step("--guidance", method, "--task", task, "--input", "digits")
     guided_by, plain = (
         extra.restoration.judge(np.asarray(v))["residual"].mean() for v in (x_next, free)
     )
@@ -148,8 +149,8 @@ def test_every_kick_lowers_the_residual(kick, task):
 def test_networks_steer(task, tmp_path):
     file = tmp_path / "network.py"
     file.write_text("def features(x):\n    return x[:, ::2]\n")
-    words = ("--task", task, "--input", "digits", "--network", f"{file}:features", "--rate", "0.8")
-    x_next, free, extra = one_step("--guidance", "dsg", *words)
+    words = ("--task", task, "--input", "digits", "--task.network", f"{file}:features")
+    x_next, free, extra = one_step("--guidance", "dsg", "--dsg.rate", "0.8", *words)
     guided_by, plain = (
         extra.restoration.judge(np.asarray(v))["distance"].mean() for v in (x_next, free)
     )
@@ -158,10 +159,12 @@ def test_networks_steer(task, tmp_path):
 
 def one_step(*argv: str):
     """(guided state, plain state, Guided) after one step to noise level 0.1 of four images."""
-    args = guided.prepare(_arguments(*argv))
+    request = _request(*argv)
     model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0)
-    settings = types.SimpleNamespace(solver=args.solver, eta=args.eta)
-    extra = guided.build(args, types.SimpleNamespace(model=model), settings, np.arange(4))
+    run = types.SimpleNamespace(model=model, config=None)
+    extra = guidance.build(
+        request, run, types.SimpleNamespace(**request.sampling), np.arange(4), label=None
+    )
     (method,) = extra.guidance
     info = Info(
         jnp.int32(0), 20, jnp.full(4, 0.5), jnp.full(4, 0.1), jax.random.split(jax.random.key(0), 4)
@@ -169,16 +172,17 @@ def one_step(*argv: str):
     data = oracles.Gaussian(0.0, 0.5)
 
     @jax.jit
-    def states(x, noise, given):
+    def states(x, noise, rows):
         ends = (
             lambda x: data.denoise(x, info.sigma),
             lambda x0, x: steps.ddim_moments(x, x0, *info[2:4], 1.0),
         )
-        return [k(*ends, x, noise, info)[0] for k in (method.kick(None, given), plain_kick)]
+        at = info._replace(rows=rows)
+        return [rule(*ends, x, noise, at)[0] for rule in (method.transition, plain_step)]
 
     x, noise = (jax.random.normal(jax.random.key(i), (4, 8, 8, 1)) for i in (1, 2))
-    given = jax.tree.map(jnp.asarray, method.given)
-    return *states(0.5 * x + extra.restoration.images, noise, given), extra
+    rows = jax.tree.map(jnp.asarray, method.rows)
+    return *states(0.5 * x + extra.restoration.images, noise, rows), extra
 
 
 def test_results_do_not_depend_on_batch_or_devices(command, pictures, tmp_path):
@@ -198,33 +202,27 @@ def test_results_do_not_depend_on_batch_or_devices(command, pictures, tmp_path):
     )
 
 
-@pytest.mark.parametrize("task", restore.RESTORING)
+@pytest.mark.parametrize("task", tasks.RESTORING)
 def test_every_task_measures(task):
-    settings = restore.Settings(factor=2)
+    settings = tasks.Settings(factor=2)
     x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1)).astype(np.float32)
-    made = restore.measure(
-        restore.make_task(task, settings, x.shape[1:]), settings, x, np.arange(2)
-    )
+    made = measure(tasks.make_task(task, settings, x.shape[1:]), settings, x, np.arange(2))
     figures = made.judge(x)
     assert (abs(figures["residual_ratio"] - 1) < 0.35).all(), (
         figures
     )  # the truth explains y up to its noise
     assert np.isposinf(figures["psnr"]).all() and np.allclose(figures["ssim"], 1)
-    assert made.pictures(x).shape == (2, 3, 16, 16, 1)
-    other = restore.measure(
-        restore.make_task(task, settings, x.shape[1:]), settings, x[1:], np.arange(1, 2)
-    )
+    assert files.side_by_side(made, x).shape == (2, 3, 16, 16, 1)
+    other = measure(tasks.make_task(task, settings, x.shape[1:]), settings, x[1:], np.arange(1, 2))
     np.testing.assert_allclose(
         other.y[0], made.y[1], atol=1e-6
     )  # a seed has its own mask and noise
 
 
 def test_poisson_noise_is_weighed_by_its_own_size():
-    settings = restore.Settings(noise=0.0, poisson=1.0)
+    settings = tasks.Settings(noise=0.0, poisson=1.0)
     x = np.random.default_rng(0).uniform(-0.8, 0.3, (4, 16, 16, 1)).astype(np.float32)
-    made = restore.measure(
-        restore.make_task("denoise", settings, x.shape[1:]), settings, x, np.arange(4)
-    )
+    made = measure(tasks.make_task("denoise", settings, x.shape[1:]), settings, x, np.arange(4))
     assert abs(made.judge(x)["residual_ratio"].mean() - 1) < 0.1
 
 
@@ -233,68 +231,90 @@ def test_a_network_says_what_style_is(command, pictures, tmp_path):
     file.write_text(
         "import jax.numpy as jnp\ndef features(x):\n    return jnp.concatenate([x, x**2], -1)\n"
     )
-    args = ("--guidance", "dsg", "--rate", "0.5", "--steps", "4", "--out", str(tmp_path / "out"))
+    args = (
+        "--guidance",
+        "dsg",
+        "--dsg.rate",
+        "0.5",
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    )
     said = command(
-        *args, "--task", "style", "--input", str(pictures), "--network", f"{file}:features"
+        *args, "--task", "style", "--input", str(pictures), "--task.network", f"{file}:features"
     )
     assert said["task"] == "style" and np.isfinite(said["distance"]) and "psnr" not in said
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
     assert "has no function" in command(
-        *args, "--task", "style", "--input", str(pictures), "--network", f"{file}:other"
+        *args, "--task", "style", "--input", str(pictures), "--task.network", f"{file}:other"
     )
 
 
 def test_presets_are_the_published_settings():
-    parse = lambda *argv: guided.prepare(_arguments(*argv))
-    args = parse("--preset", "super_resolution_100")
-    assert (args.guidance, args.task, args.steps, args.solver, args.eta) == (
+    def read(*argv: str):
+        request = _request(*argv)
+        ((name, settings),) = request.settings.items()
+        return name, settings, request
+
+    name, settings, request = read("--preset", "super_resolution_100")
+    assert (name, request.task, settings.rate, settings.interval) == (
         "dsg",
         "super_resolution",
-        100,
-        "ddim",
-        1.0,
+        0.1,
+        2,
     )
-    assert (args.rate, args.interval) == (0.1, 2)
-    args = parse("--preset", "inpaint_1000", "--rate", "0.3", "--steps", "500")
-    assert (args.rate, args.steps, args.interval, args.solver, args.eta) == (
+    assert request.sampling == {"steps": 100, "solver": "ddim", "eta": 1.0, "grid": "respaced"}
+    assert settings.clip_loss and settings.clip_mean
+    name, settings, request = read("--preset", "inpaint_1000", "--dsg.rate", "0.3")
+    assert (settings.rate, settings.interval, request.sampling) == (
         0.3,
-        500,
         5,
-        "ancestral",
-        None,
+        {"steps": 1000, "solver": "ancestral", "grid": "respaced"},
     )
-    args = parse("--preset", "dps_phase_retrieval")
-    assert (args.guidance, args.scale, args.steps) == ("dps", 1.0, 1000)
-    args = parse("--preset", "face_id", "--network", "f.py:f")
-    low, high = guided.window(args.window, "--window")
-    assert abs(low - 0.343) < 0.03 and high == float("inf") and args.rate == 0.05  # t > 100 of 1000
-    for name in ("style", "style_repeats"):
-        low, high = guided.window(name, "--window")
+    name, settings, request = read("--preset", "dps_phase_retrieval")
+    assert (name, settings.scale, request.sampling["steps"]) == ("dps", 1.0, 1000)
+    _, settings, request = read("--preset", "face_id", "--task.network", "f.py:f")
+    low, high = settings.window
+    assert abs(low - 0.343) < 0.03 and high == float("inf") and settings.rate == 0.05  # t > 100
+    assert (request.task, request.sampling["grid"]) == ("embedding", "ddim")
+    _, settings, _ = read("--preset", "style")
+    for low, high in (settings.window, settings.repeat_window):
         assert 0.3 < low < high < 6
-    assert parse("--preset", "style").repeats == 3
-    assert parse("--preset", "deblur_20").clip and not parse("--preset", "style").clip
-    discrete, continuous = (
-        types.SimpleNamespace(model=types.SimpleNamespace(table=t)) for t in ("steps", None)
-    )
-    for name, grid in (("inpaint_20", "respaced"), ("dps_deblur", "respaced"), ("face_id", "ddim")):
-        args = parse("--preset", name)
-        assert (guided.grid_of(args, discrete), guided.grid_of(args, continuous)) == (grid, "")
-    assert guided.grid_of(parse("--preset", "inpaint_20", "--grid", "quad"), discrete) == "quad"
-    with pytest.raises(ValueError, match="--preset: 'best' given; expected one of inpaint_1000"):
-        parse("--preset", "best")
+    assert settings.repeats == 3 and not settings.clip_loss
+    with pytest.raises(ValueError, match="--preset: 'best' given; expected one of cifar10"):
+        read("--preset", "best")
+
+
+@pytest.mark.parametrize(
+    "preset, words, discrete, continuous",
+    [
+        ("inpaint_20", (), ("ddim", 20, 1.0, "respaced"), ("ddim", 20, 1.0, "")),
+        ("face_id", (), ("ddim", 100, 1.0, "ddim"), ("ddim", 100, 1.0, "")),
+        (
+            "inpaint_20",
+            ("--grid", "quad", "--steps", "5", "--solver", "heun"),
+            ("heun", 5, 1.0, "quad"),
+            ("heun", 5, 1.0, "quad"),
+        ),
+    ],
+)
+def test_what_is_asked_for_comes_before_a_presets_sampler(preset, words, discrete, continuous):
+    args = _arguments("--preset", preset, *words)
+    for table, expected in (("steps", discrete), (None, continuous)):
+        run = types.SimpleNamespace(
+            model=types.SimpleNamespace(table=table), settings=lambda **words: words
+        )
+        found = command_line._sampler(args, guidance.read(args).sampling, run, 4)
+        assert tuple(found[k] for k in ("solver", "steps", "eta", "grid")) == expected
 
 
 def _arguments(*argv: str):
-    import argparse
+    return command_line.parser().parse_args(["--workdir", "x", *argv])
 
-    parser = argparse.ArgumentParser()
-    for option, default in (("--solver", ""), ("--churn", ""), ("--grid", "")):
-        parser.add_argument(option, default=default)
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--eta", type=float, default=None)
-    parser.add_argument("--label", type=int, default=None)
-    guided.add_arguments(parser)
-    return parser.parse_args(argv)
+
+def _request(*argv: str):
+    return guidance.read(_arguments(*argv))
 
 
 INPAINT = ("--guidance", "dsg", "--task", "inpaint")
@@ -303,10 +323,13 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
 @pytest.mark.parametrize(
     "args,words",
     [
-        (("--guidance", "magic"), "--guidance: 'magic' given; expected some of dg, cfg, dsg"),
-        (("--guidance", "dsg,dps", "--task", "inpaint"), "dsg and dps both fill the kick slot"),
+        (("--guidance", "magic"), "--guidance: 'magic' given; expected some of cfg, ddnm, dg"),
+        (
+            ("--guidance", "dsg,dps", "--task", "inpaint", "--input", "digits"),
+            "dsg and dps both bring a transition; choose one of them",
+        ),
         (("--guidance", "dsg,dsg", "--task", "inpaint"), "names a method twice"),
-        (("--guidance", "dsg"), "--task: '' given for dsg; expected one of inpaint"),
+        (("--guidance", "dsg"), "--task: not given for dsg; expected one of inpaint"),
         (("--guidance", "dsg", "--task", "sharpen"), "--task: 'sharpen' given"),
         (("--task", "inpaint"), "expected --guidance with one of"),
         (INPAINT, "--input: not given"),
@@ -316,79 +339,88 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
             "a deterministic step has no noise to guide; expected",
         ),
         ((*INPAINT, "--input", "digits", "--solver", "euler"), "deterministic"),
-        ((*INPAINT, "--input", "digits", "--rate", "2"), "rate=2.0"),
-        ((*INPAINT, "--input", "digits", "--interval", "0"), "interval=0"),
-        ((*INPAINT, "--input", "digits", "--window", "5"), "--window: '5' given"),
-        ((*INPAINT, "--input", "digits", "--mask", "oval"), "--mask: 'oval' given"),
-        ((*INPAINT, "--input", "digits", "--measurement-noise", "-1"), "--measurement-noise"),
+        ((*INPAINT, "--dsg.rate", "2"), "dsg.rate: 2.0 given; expected a number from 0 to 1"),
+        ((*INPAINT, "--dsg.rate", "much"), "--dsg.rate: 'much' is of another type"),
+        ((*INPAINT, "--dsg.interval", "0"), "dsg.interval: 0 given"),
+        ((*INPAINT, "--dsg.window", "5"), "--dsg.window: '5' given"),
+        ((*INPAINT, "--input", "digits", "--task.mask", "oval"), "--task.mask: 'oval' given"),
+        ((*INPAINT, "--input", "digits", "--task.noise", "-1"), "--task.noise: -1.0 given"),
         (
             (
-                "--guidance",
-                "dsg",
-                "--task",
-                "super_resolution",
-                "--input",
-                "digits",
-                "--factor",
-                "3",
+                *("--guidance", "dsg", "--task", "super_resolution", "--input", "digits"),
+                *("--task.factor", "3"),
             ),
             "factor=3",
         ),
-        (("--guidance", "dsg", "--task", "style", "--input", "digits"), "--network: '' given"),
+        (
+            ("--guidance", "dsg", "--task", "style", "--input", "digits"),
+            "--task.network: '' given",
+        ),
         (
             ("--guidance", "ddnm", "--task", "phase_retrieval", "--input", "digits"),
             "known singular values",
         ),
-        (("--guidance", "dg"), "--discriminator: not given"),
-        (("--guidance", "dg", "--discriminator", "/no/such/run"), "/no/such/run"),
-        (("--discriminator", "x"), "expected --guidance dg"),
+        (("--guidance", "dg"), "--dg.discriminator: not given"),
+        (("--guidance", "dg", "--dg.discriminator", "/no/such/run"), "/no/such/run"),
+        (("--dg.discriminator", "x"), "--dg.discriminator: x given, but dg is not in --guidance"),
         (("--guidance", "cfg"), "the model is unconditional"),
         (("--preset", "best"), "--preset: 'best'"),
-        (("--preset", "cifar10"), "--discriminator: not given"),
+        (("--preset", "cifar10"), "--dg.discriminator: not given"),
         (
             ("--preset", "cifar10", "--guidance", "dsg", "--task", "inpaint"),
             "'cifar10' is for dg; expected --guidance",
         ),
         (("--preset", "inpaint_20,deblur_20"), "holds two of one method"),
-        (("--rate", "0.5"), "--rate: 0.5 given, but plain sampling does not use it; expected dsg"),
+        (("--dsg.rate", "0.5"), "--dsg.rate: 0.5 given, but dsg is not in --guidance"),
         (
-            ("--guidance", "dps", "--task", "inpaint", "--rate", "0.5"),
-            "but dps inpaint does not use it",
+            ("--guidance", "dps", "--task", "inpaint", "--dsg.rate", "0.5"),
+            "dsg is not in --guidance; expected --guidance dps,dsg",
         ),
         (
-            ("--guidance", "mpgd", "--task", "inpaint", "--strength", "1"),
-            "--strength: 1.0 given, but mpgd",
+            (*INPAINT, "--task.factor", "2"),
+            "--task.factor: 2 given, but --task inpaint does not use it; expected --task super",
+        ),
+        (("--task.mask", "box"), "--task.mask: box given, but there is no --task; expected"),
+        ((*INPAINT, "--dsg.repeat_window", "1,2"), "expected dsg.repeats of at least 2"),
+        ((*INPAINT, "--dsg.stop_ratio", "-1"), "dsg.stop_ratio: -1.0 given"),
+        (
+            (*INPAINT, "--input", "digits", "--dsg.stop_ratio", "1", "--task.noise", "0"),
+            "a task with measurement noise",
         ),
         (
-            (*INPAINT, "--scale", "1"),
-            "--scale: 1.0 given, but dsg inpaint does not use it; expected dps or mpgd",
-        ),
-        ((*INPAINT, "--factor", "2"), "--factor: 2 given"),
-        ((*INPAINT, "--repeat-window", "1,2"), "expected --repeats of at least 2"),
-        ((*INPAINT, "--stop", "-1"), "--stop: -1 given; expected at least 0"),
-        ((*INPAINT, "--stop", "1", "--measurement-noise", "0"), "a task with measurement noise"),
-        (
-            (*INPAINT, "--poisson", "1", "--measurement-noise", "0.1"),
-            "given with --poisson; expected one of them",
+            (*INPAINT, "--task.poisson", "1", "--task.noise", "0.1"),
+            "given with --task.poisson; expected one of them",
         ),
         (
-            ("--guidance", "ddnm", "--task", "inpaint", "--poisson", "1"),
-            "--poisson: 1 given for ddnm",
+            (
+                *("--guidance", "ddnm", "--task", "inpaint", "--input", "digits"),
+                *("--task.poisson", "1"),
+            ),
+            "--task.poisson: 1 given for ddnm",
         ),
         (
-            ("--guidance", "diffpir", "--task", "inpaint", "--churn", "1,0,9,1"),
+            (
+                *("--guidance", "diffpir", "--task", "inpaint", "--input", "digits"),
+                *("--churn", "1,0,9,1", "--solver", "heun"),
+            ),
             "brings a transition of its own",
         ),
         (
-            ("--guidance", "dsg", "--task", "deblur", "--input", "digits", "--blur", "0"),
-            "--blur: 0.0 given",
+            ("--guidance", "dsg", "--task", "deblur", "--input", "digits", "--task.blur", "0"),
+            "--task.blur: 0.0 given",
         ),
         (
-            ("--guidance", "dsg", "--task", "motion_deblur", "--input", "digits", "--blur", "0"),
-            "--blur: 0.0 given",
+            (
+                *("--guidance", "dsg", "--task", "motion_deblur", "--input", "digits"),
+                *("--task.blur", "1"),
+            ),
+            "--task.blur: 1.0 given",
         ),
-        (("--guidance-weight", "2"), "--guidance-weight: 2.0 given, but plain sampling"),
-        (("--discriminator-weight", "2"), "--discriminator-weight: 2.0 given"),
+        (("--rate", "0.5"), "--rate: is spelled --dsg.rate now"),
+        (("--scale=2",), "--scale: is spelled --METHOD.scale such as --dps.scale"),
+        (("--guidance-weight", "2"), "--guidance-weight: is spelled --cfg.weight now"),
+        (("--discriminator", "x"), "--discriminator: is spelled --dg.discriminator now"),
+        (("--mask", "box"), "--mask: is spelled --task.mask now"),
         (
             ("--grid", "respaced"),
             "config.sample.grid: 'respaced' given; expected one of edm, vp, ve, iddpm: the model",
@@ -426,7 +458,7 @@ def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictur
             "--workdir",
             str(workdir),
             *INPAINT,
-            "--mask",
+            "--task.mask",
             "box",
         ]
         + [
@@ -438,10 +470,10 @@ def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictur
             "1",
             "--steps",
             "3",
-            "--strength",
+            "--dsg.strength",
             "1",
         ]
-        + ["--repeats", "2", "--out", str(out)],
+        + ["--dsg.repeats", "2", "--out", str(out)],
         cwd=tiny.ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS},
         capture_output=True,
@@ -457,7 +489,7 @@ def test_a_discriminator_guides_by_the_command(command, judge, tmp_path):
     words = (
         "--preset",
         "cifar10",
-        "--discriminator",
+        "--dg.discriminator",
         str(judge),
         "--num",
         "2",
@@ -465,9 +497,9 @@ def test_a_discriminator_guides_by_the_command(command, judge, tmp_path):
         str(tmp_path / "x.npz"),
     )
     assert "wrote 2 images of step 0 (euler, 3 steps)" in command(*words)
-    guided = arrays(tmp_path / "x.npz")["images"]
-    command(*words, "--discriminator-weight", "30000")
-    assert (guided != arrays(tmp_path / "x.npz")["images"]).any()
+    found = arrays(tmp_path / "x.npz")["images"]
+    command(*words, "--dg.weight", "30000")
+    assert (found != arrays(tmp_path / "x.npz")["images"]).any()
 
 
 @pytest.mark.parametrize(
@@ -484,7 +516,7 @@ def test_a_discriminator_of_another_sampler_is_told(
 ):
     monkeypatch.setattr("ogdm_jax.sampling.generate.sampler", _not_compiled)
     with pytest.raises(RuntimeError, match="enough"):
-        command("--guidance", "dg", "--discriminator", str(judge), "--num", "2", *words)
+        command("--guidance", "dg", "--dg.discriminator", str(judge), "--num", "2", *words)
     assert capsys.readouterr().out.partition("differ in ")[2].strip() == differ
 
 
@@ -496,7 +528,7 @@ def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
     words = (
         "--preset",
         "inpaint_20,second",
-        "--discriminator",
+        "--dg.discriminator",
         str(judge),
         "--input",
         "digits",
@@ -506,7 +538,7 @@ def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
     words += ("--steps", "2", "--out", str(tmp_path / "x.npz"))
     found = []
     for weight in ("0", "30000"):
-        said = command(*words, "--discriminator-weight", weight)
+        said = command(*words, "--dg.weight", weight)
         assert (said["guidance"], said["task"], said["solver"], said["grid"]) == (
             "dsg,dg",
             "inpaint",
@@ -528,15 +560,19 @@ def test_cfg_is_inside_dg_whatever_comes_first(monkeypatch, names):
         return -(x**2).sum((1, 2, 3))
 
     monkeypatch.setattr(
-        guided, "_discriminator", lambda *_: dg.guidance(lambda frozen: ratio, weight=1.0)
+        guidance, "_open_discriminator", lambda *_: dg.guidance(ratio, corrector_weight=0.0)
     )
-    monkeypatch.setattr(guided, "_classifier_free", lambda *_: cfg.guidance(3.0))
-    run = types.SimpleNamespace(model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10))
-    args = guided.prepare(_arguments("--guidance", names, "--discriminator", "x"))
-    extra = guided.build(args, run, types.SimpleNamespace(solver="heun", eta=0.0), np.arange(2))
-    denoise = lambda x, sigma, label: x * (1 + label[:, None, None, None].astype(x.dtype))
-    for method in extra.guidance:
-        denoise = method.shift(denoise, method.frozen)
+    run = types.SimpleNamespace(
+        model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10),
+        config=types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1)),
+    )
+    request = _request("--guidance", names, "--dg.discriminator", "x", "--cfg.weight", "3")
+    settings = types.SimpleNamespace(solver="heun", eta=0.0)
+    extra = guidance.build(request, run, settings, np.arange(2))
+    denoise = as_denoiser(
+        lambda x, sigma, label: x * (1 + label[:, None, None, None].astype(x.dtype))
+    )
+    denoise = combine(extra.guidance).transform(denoise)
     x, label = jnp.ones((2, 8, 8, 1)), jnp.asarray([1, 4])
     out = denoise(x, jnp.ones(2), label)
     assert [rows for rows, _ in asked] == [2] and asked[0][1] is label
@@ -553,9 +589,9 @@ def test_stopping_knows_the_size_of_poisson_noise():
         "inpaint",
         "--input",
         "digits",
-        "--poisson",
+        "--task.poisson",
         "1",
-        "--stop",
+        "--dsg.stop_ratio",
     )
     x_next, free, _ = one_step(*words, "200")
     np.testing.assert_allclose(x_next, free, atol=1e-6)
@@ -563,10 +599,10 @@ def test_stopping_knows_the_size_of_poisson_noise():
     assert np.abs(x_next - free).max() > 0.01
 
 
-@pytest.mark.parametrize("kick", ["ddnm", "diffpir"])
-def test_a_window_holds_for_kicks_with_a_transition_of_their_own(kick):
-    words = ("--guidance", kick, "--task", "inpaint", "--input", "digits")
-    x_next, free, _ = one_step(*words, "--window", "2,5")  # the step is at 0.5
+@pytest.mark.parametrize("method", ["ddnm", "diffpir"])
+def test_a_window_holds_for_methods_with_a_transition_of_their_own(method):
+    words = ("--guidance", method, "--task", "inpaint", "--input", "digits")
+    x_next, free, _ = one_step(*words, f"--{method}.window", "2,5")  # the step is at 0.5
     np.testing.assert_allclose(x_next, free, atol=1e-6)
 
 

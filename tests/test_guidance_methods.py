@@ -11,10 +11,10 @@ import pytest
 
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.inverse import operators
-from ogdm_jax.methods import dsg
-from ogdm_jax.sampling import kicks
+from ogdm_jax.methods import ddnm, diffpir, dps, freedom, lgd, mpgd
+from ogdm_jax.sampling import gradients
+from ogdm_jax.sampling.guidance import Guidance, plain_step
 from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.sampling.solvers import plain_kick
 from tests.support.guidance_cases import (
     DATA,
     LATENTS,
@@ -39,9 +39,9 @@ class TestOtherMethods:
         mean, std = transition_at(self.at)(x0, LATENTS)
         return x0, mean, std, DATA.std**2 / (DATA.std**2 + 1.0)
 
-    def next_of(self, kick, at=None):
-        at = self.at if at is None else at
-        return jax.jit(lambda x: kick(evaluate_at(at), transition_at(at), x, self.eps, at)[0])(
+    def next_of(self, guidance, at=None):
+        at, rule = self.at if at is None else at, guidance.transition
+        return jax.jit(lambda x: rule(evaluate_at(at), transition_at(at), x, self.eps, at)[0])(
             LATENTS
         )
 
@@ -51,7 +51,7 @@ class TestOtherMethods:
         factor = np.sqrt((1 + 1.0) * (1 + 0.36)) if coordinate == "vp" else 1.0
         want = mean + std[0] * self.eps - 0.3 * factor * jacobian * 2 * MASK * (x0 - Y)
         np.testing.assert_allclose(
-            self.next_of(dsg.posterior(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5
+            self.next_of(dps.guidance(LOSS, 0.3, coordinate=coordinate)), want, atol=1e-5
         )
 
     def test_mpgd(self):
@@ -62,15 +62,19 @@ class TestOtherMethods:
         eps = (np.sqrt(a) * LATENTS - np.sqrt(a) * x0) / np.sqrt(1 - a)
         s = np.sqrt(b) * std[0]
         x_vp = np.sqrt(b) * (x0 - 0.3 * grad) + np.sqrt(1 - b - s**2) * eps + s * self.eps
-        got = self.next_of(kicks.mpgd(LOSS, 0.3))
+        got = self.next_of(mpgd.guidance(LOSS, 0.3))
         np.testing.assert_allclose(got, x_vp / np.sqrt(b), atol=1e-5)
         np.testing.assert_allclose(got, mean + std[0] * self.eps - 0.3 * grad, atol=1e-5)
 
     def test_mpgd_takes_no_gradient_at_clipped_pixels(self):
         far = 8 * LATENTS
         clipped, got, plain = (
-            kick(evaluate_at(self.at), transition_at(self.at), far, self.eps, self.at)[0]
-            for kick in (kicks.mpgd(LOSS, 0.3, clip=True), kicks.mpgd(LOSS, 0.3), plain_kick)
+            rule(evaluate_at(self.at), transition_at(self.at), far, self.eps, self.at)[0]
+            for rule in (
+                mpgd.guidance(LOSS, 0.3, clip_loss=True).transition,
+                mpgd.guidance(LOSS, 0.3).transition,
+                plain_step,
+            )
         )
         within = np.abs(DATA.denoise(far, self.at.sigma)) < 1
         assert 0.2 < within.mean() < 0.8 and np.abs(got - plain)[~within].max() > 0.1
@@ -78,40 +82,46 @@ class TestOtherMethods:
         np.testing.assert_allclose(clipped[~within], plain[~within], atol=1e-5)
 
     def test_mpgd_moves_churns_noise_and_others_refuse_it(self):
-        def run(kick):
-            settings = {"churn": 4.0, "key": jax.random.key(1), "kick": kick}
+        def run(guidance):
+            settings = {"churn": 4.0, "key": jax.random.key(1), "guidance": guidance}
             return sample(DATA.denoise, LATENTS, grids.edm(5, 0.02, 20.0), "heun", **settings)
 
-        assert (LOSS(run(kicks.mpgd(LOSS, 0.2))) < 0.7 * LOSS(run(None))).all()
+        assert (LOSS(run(mpgd.guidance(LOSS, 0.2))) < 0.7 * LOSS(run(()))).all()
         op = operators.inpaint(MASK)
-        for name, kick in (("ddnm", kicks.ddnm(op, Y)), ("diffpir", kicks.diffpir(op, Y, 0.1))):
-            for wrapped in (kick, kicks.on_steps(kicks.time_travel(kick, 2), 2)):
+        for name, make in (
+            ("ddnm", functools.partial(ddnm.guidance, op, Y)),
+            ("diffpir", functools.partial(diffpir.guidance, op, Y, 0.1)),
+        ):
+            for guidance in (make(), make(interval=2, repeats=2)):
                 with pytest.raises(
                     ValueError, match=f"{name} under churn: .* expected no churn, with solver="
                 ) as error:
-                    run(wrapped)
+                    run(guidance)
                 assert "\n" not in str(error.value)
 
     def test_freedom_ignores_the_losss_scale_and_has_its_length(self):
         x0, mean, std, _ = self.moments()
-        move = self.next_of(kicks.freedom(LOSS, 0.3)) - (mean + std[0] * self.eps)
+        move = self.next_of(freedom.guidance(LOSS, 0.3)) - (mean + std[0] * self.eps)
         np.testing.assert_allclose(
-            kicks.rms(move), 0.3 * (1 - 0.36) * kicks.rms(LATENTS - x0), rtol=1e-4
+            freedom.rms(move), 0.3 * (1 - 0.36) * freedom.rms(LATENTS - x0), rtol=1e-4
         )
-        other = self.next_of(kicks.freedom(lambda v: 1e6 * LOSS(v), 0.3))
-        np.testing.assert_allclose(other, self.next_of(kicks.freedom(LOSS, 0.3)), atol=1e-5)
-        timed = self.next_of(kicks.freedom(LOSS, 0.3, "time")) - (mean + std[0] * self.eps)
+        other = self.next_of(freedom.guidance(lambda v: 1e6 * LOSS(v), 0.3))
+        np.testing.assert_allclose(other, self.next_of(freedom.guidance(LOSS, 0.3)), atol=1e-5)
+        timed = self.next_of(freedom.guidance(LOSS, 0.3, rule="time")) - (mean + std[0] * self.eps)
         direction = self.moments()[3] * 2 * MASK * (x0 - Y)
         np.testing.assert_allclose(timed, -0.3 * np.sqrt(1.36) * direction, atol=1e-5)
 
     def test_lgd_is_dps_where_its_noise_is_small(self):
         at = info_at(1, 6, 1e-3)
-        want = self.next_of(dsg.posterior(LOSS, 0.1, coordinate="vp"), at)
-        np.testing.assert_allclose(self.next_of(kicks.lgd(LOSS, 0.1, 4), at), want, atol=3e-3)
+        want = self.next_of(dps.guidance(LOSS, 0.1, coordinate="vp"), at)
+        np.testing.assert_allclose(
+            self.next_of(lgd.guidance(LOSS, 0.1, samples=4), at), want, atol=3e-3
+        )
 
         @functools.partial(jax.jit, static_argnums=1)
         def value(x, scale):
-            return kicks.smoothed(lambda v: scale * LOSS(v), 1000)(evaluate_at(self.at), x, self.at)
+            loss = gradients.smoothed(lambda v: scale * LOSS(v), 1000, self.at)
+            return gradients.through_network(loss, evaluate_at(self.at), x)
 
         smooth, quiet = value(LATENTS, 1.0), value(LATENTS, 1e-4)
         # small losses average: E|r + s z|^2 = |r|^2 + m s^2, s^2 = 1/2; large ones prefer the best
@@ -132,7 +142,7 @@ class TestOtherMethods:
         solved = np.linalg.solve(
             matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T
         ).T
-        _, got = kicks.diffpir(op, y, std)(
+        _, got = diffpir.guidance(op, y, std).transition(
             evaluate_at(self.at), transition_at(self.at), LATENTS, self.eps, self.at
         )
         np.testing.assert_allclose(flat(got), solved, atol=2e-3 if std == 0 else 1e-4)
@@ -141,13 +151,20 @@ class TestOtherMethods:
         latents = jax.random.normal(jax.random.key(0), (512, 4, 4, 1))
         y = jnp.broadcast_to(Y[:1, ..., :1], latents.shape)
         compiled = jax.jit(
-            lambda z, kick: sample(
-                DATA.denoise, z, grids.edm(40), "ddim", key=jax.random.key(1), eta=1.0, kick=kick
+            lambda z, guidance: sample(
+                DATA.denoise,
+                z,
+                grids.edm(40),
+                "ddim",
+                key=jax.random.key(1),
+                eta=1.0,
+                guidance=guidance,
             ),
             static_argnums=1,
         )
         x, free = (
-            compiled(latents, kick) for kick in (kicks.ddnm(operators.inpaint(MASK), y), plain_kick)
+            compiled(latents, guidance)
+            for guidance in (ddnm.guidance(operators.inpaint(MASK), y), Guidance("none"))
         )
         seen = np.broadcast_to(MASK > 0, x.shape)
         np.testing.assert_allclose(x[seen], y[seen], atol=1e-5)
@@ -163,7 +180,7 @@ class TestOtherMethods:
         for std in (0.3, 3.0):
             y = 0.2 + std * noise[0]
             args = (evaluate_at(at), transition_at(at), x, noise[1], at)
-            x_next, _ = kicks.ddnm(operators.identity(), y, std)(*args)
+            x_next, _ = ddnm.guidance(operators.identity(), y, std).transition(*args)
             want = steps.split_sigma(at.sigma, at.sigma_next, 1.0)[1][0]
             np.testing.assert_allclose(jnp.std(x_next, axis=0), want, rtol=0.05)
 

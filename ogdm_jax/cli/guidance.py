@@ -1,0 +1,301 @@
+"""The words of a command about guidance: presets and options to the Settings of methods, and those
+to guidance, checked before anything is compiled.
+"""
+
+import argparse
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ogdm_jax.cli import options
+from ogdm_jax.config import ConfigError
+from ogdm_jax.inverse import files, tasks
+from ogdm_jax.inverse.measured import Restoration, measure
+from ogdm_jax.methods import discovery
+from ogdm_jax.methods.session import Session
+from ogdm_jax.pixels import to_float
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.churn import Churn
+from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
+from ogdm_jax.sampling.schedule import Schedule
+from ogdm_jax.training.workdir import TrainedModel
+
+# Options of before the methods had their own, and what they are now.
+_FORMER = {
+    "--rate": "--dsg.rate",
+    "--strength": "--dsg.strength",
+    "--stop": "--dsg.stop_ratio",
+    "--scale": "--METHOD.scale such as --dps.scale (of diffpir: --diffpir.strength)",
+    "--clip": "--METHOD.clip_loss and --METHOD.clip_mean, such as --dsg.clip_loss",
+    "--no-clip": "--METHOD.clip_loss false and --METHOD.clip_mean false",
+    "--interval": "--METHOD.interval such as --dsg.interval",
+    "--window": "--METHOD.window such as --dsg.window",
+    "--repeats": "--METHOD.repeats such as --dsg.repeats",
+    "--repeat-window": "--METHOD.repeat_window such as --dsg.repeat_window",
+    "--discriminator": "--dg.discriminator",
+    "--discriminator-weight": "--dg.weight",
+    "--guidance-weight": "--cfg.weight",
+    "--guidance-window": "--cfg.window",
+    "--measurement-noise": "--task.noise",
+    "--poisson": "--task.poisson",
+    "--mask": "--task.mask",
+    "--factor": "--task.factor",
+    "--blur": "--task.blur",
+    "--network": "--task.network",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --guidance, --preset, --task, --input, and the options of every method and of tasks."""
+    methods = discovery.sampling()
+    presets = [name for module in methods.values() for name in _presets(module)]
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
+        "--guidance", default="", help=f"comma-separated, some of {', '.join(methods)}"
+    )
+    group.add_argument("--preset", default="", help=f"published settings: {', '.join(presets)}")
+    group.add_argument(
+        "--task", default="", help=f"what was measured: one of {', '.join(tasks.TASKS)}"
+    )
+    group.add_argument(
+        "--input",
+        default="",
+        help="picture, folder or data source to measure; or to follow (style, embedding, ...)",
+    )
+    options.add_options(parser, "task", tasks.Settings, "what is measured, and with which noise")
+    for name, module in methods.items():
+        about = (module.__doc__ or name).partition("\n\n")[0].replace("\n", " ")
+        options.add_options(parser, name, module.Settings, about)
+
+
+def refuse_former(words: list[str]) -> None:
+    """Raises ConfigError with the new spelling for an option of before."""
+    for word in words:
+        option = word.partition("=")[0]
+        if option in _FORMER:
+            raise ConfigError(f"{option}: is spelled {_FORMER[option]} now")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command asks for.
+
+    Attributes:
+      settings: the Settings of each method, by name, in the order of --guidance.
+      sampling: what the presets say of the sampler: solver, eta, steps, grid.
+      task: name, or "".
+      task_settings: of the task.
+      input: where the images to measure are.
+    """
+
+    settings: dict[str, Any]
+    sampling: dict[str, Any]
+    task: str
+    task_settings: tasks.Settings
+    input: str
+
+
+def read(args: argparse.Namespace) -> Request:
+    """The request of a command, its options over those of its presets.
+
+    Raises:
+      ConfigError: an unknown method, preset or task; options that do not belong together.
+    """
+    methods, texts = discovery.sampling(), options.given(args)
+    presets = _chosen_presets(args.preset, methods)
+    names = [n.strip() for n in args.guidance.split(",") if n.strip()] or list(presets)
+    for name in names:
+        if name not in methods:
+            raise ConfigError(f"--guidance: {name!r} given; expected some of {', '.join(methods)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--guidance: {args.guidance!r} names a method twice; expected each once")
+    for owner, (preset, _) in presets.items():
+        if owner not in names:
+            raise ConfigError(
+                f"--preset: {preset!r} is for {owner}; expected --guidance {owner} with it, or none"
+            )
+    for key, text in texts.items():
+        group = key.partition(".")[0]
+        if group != "task" and group not in names:
+            raise ConfigError(
+                f"--{key}: {text} given, but {group} is not in --guidance; expected --guidance "
+                f"{','.join([*names, group])}"
+            )
+    sampling: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for name in names:
+        published = presets[name][1] if name in presets else Preset({})
+        own = options.values(name, methods[name].Settings, texts)
+        settings[name] = methods[name].Settings(**published.settings | own)
+        sampling = published.sampling | sampling
+    task = args.task or sampling.pop("task", "")
+    measured = _task_settings(task, texts)
+    if (task or args.input) and not names:
+        raise ConfigError(f"--task, --input: expected --guidance with one of {', '.join(methods)}")
+    # A transition needs steps that are random; ddim with eta 1 has them with every model.
+    asked = sampling or args.solver or args.eta is not None or args.churn
+    if not asked and any(isinstance(s, Schedule) for s in settings.values()):
+        sampling = {"solver": "ddim", "eta": 1.0}
+    return Request(settings, sampling, task, measured, args.input)
+
+
+def _presets(module: ModuleType) -> dict[str, Preset]:
+    return getattr(module, "PRESETS", {})
+
+
+def _chosen_presets(text: str, methods: dict[str, ModuleType]) -> dict[str, tuple[str, Preset]]:
+    """{method: (name, preset)} of a comma-separated list."""
+    owners = {name: owner for owner, module in methods.items() for name in _presets(module)}
+    chosen: dict[str, tuple[str, Preset]] = {}
+    for name in (n.strip() for n in text.split(",") if n.strip()):
+        if name not in owners:
+            raise ConfigError(f"--preset: {name!r} given; expected one of {', '.join(owners)}")
+        owner = owners[name]
+        if owner in chosen:
+            raise ConfigError(
+                f"--preset: {text!r} holds two of one method; expected at most one for each"
+            )
+        chosen[owner] = (name, _presets(methods[owner])[name])
+    return chosen
+
+
+def _task_settings(task: str, texts: dict[str, str]) -> tasks.Settings:
+    """Settings of the task; raises ConfigError for those that it does not use."""
+    if task and task not in tasks.TASKS:
+        raise ConfigError(f"--task: {task!r} given; expected one of {', '.join(tasks.TASKS)}")
+    own = options.values("task", tasks.Settings, texts)
+    for name in own:
+        if task not in tasks.users(name):
+            text = texts[f"task.{name}"]
+            raise ConfigError(
+                f"--task.{name}: {text} given, but "
+                f"{f'--task {task} does not use it' if task else 'there is no --task'}; expected "
+                f"--task {' or '.join(tasks.users(name))}"
+            )
+    if own.get("poisson") and "noise" in own:
+        raise ConfigError(
+            f"--task.noise: {own['noise']:g} given with --task.poisson; expected one of them"
+        )
+    return tasks.Settings(**own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """What guidance adds to a run of sampling.
+
+    Attributes:
+      guidance: the methods.
+      restoration: the measurements, if there are any.
+      labels: [n] classes of the images, or None.
+    """
+
+    guidance: tuple[Guidance, ...] = ()
+    restoration: Restoration | None = None
+    labels: np.ndarray | None = None
+
+
+def build(
+    request: Request,
+    run: TrainedModel,
+    settings: ConfigDict,
+    seeds: np.ndarray,
+    *,
+    label: int | None = None,
+    churn: Churn | None = None,
+) -> Guided:
+    """The guidance of a request.
+
+    Args:
+      request: what the command asks for.
+      run: the model.
+      settings: of its sampler.
+      seeds: [n] of the images.
+      label: class of all images, or None.
+      churn: of the run, where no method brings it.
+
+    Raises:
+      ValueError: guidance that does not fit the model, the sampler or each other; nothing to
+        measure.
+    """
+    restoration, labels = None, None
+    if request.task:
+        restoration, labels = _measure(request, run, seeds, label)
+    elif run.model.label_dim or label is not None:
+        labels = generate.labels_for(seeds, run.model.label_dim, label)
+    session = Session(
+        model=run.model,
+        config=run.config,
+        sampling=settings,
+        settings=request.settings,
+        churn=churn,
+        labels=labels,
+        open_discriminator=lambda chosen: _open_discriminator(chosen, run, session),
+    )
+    methods = discovery.sampling()
+    guidance = tuple(
+        _build(methods[name], chosen, session, restoration)
+        for name, chosen in request.settings.items()
+    )
+    if restoration is not None and all(method.transition is None for method in guidance):
+        raise ConfigError(
+            f"--task: {request.task!r} given, but {', '.join(request.settings)} does not use it; "
+            "expected --guidance with a method for measurements, such as dsg"
+        )
+    generate.check_guidance(settings, guidance, churn)
+    return Guided(guidance, restoration, labels)
+
+
+def _build(
+    module: ModuleType, settings: Any, session: Session, restoration: Restoration | None
+) -> Guidance:
+    """One method; where there are measurements, it is made anew from those of each batch."""
+    if restoration is None:
+        return module.build(settings, session)
+    return per_image(
+        lambda rows: module.build(
+            settings, dataclasses.replace(session, measured=restoration.measured(rows))
+        ),
+        restoration.rows,
+    )
+
+
+def _measure(
+    request: Request, run: TrainedModel, seeds: np.ndarray, label: int | None
+) -> tuple[Restoration, np.ndarray | None]:
+    """Measurements of as many inputs as there are seeds, and the classes of the images."""
+    shape, classes = run.model.image_shape, run.model.label_dim
+    source = files.open_input(request.input, shape)
+    seeds = seeds[: len(source)]
+    task = tasks.make_task(request.task, request.task_settings, shape)
+    taken = source.take(np.arange(len(seeds)))
+    if not classes or label is not None:
+        labels = generate.labels_for(seeds, classes, label)
+    elif source.num_classes == classes and not source.label_size:
+        labels = taken["label"]
+    elif run.config.data.label_dropout:
+        labels = np.full(len(seeds), -1, np.int32)
+    else:
+        raise ConfigError(
+            "--label: not given, and --input has no classes of the model's; expected the images' "
+            "class"
+        )
+    return measure(task, request.task_settings, to_float(taken["image"]), seeds), labels
+
+
+def _open_discriminator(chosen: Any, run: TrainedModel, session: Session) -> Guidance:
+    """DG's guidance by the discriminator of a training folder."""
+    from ogdm_jax.discriminator import training as discriminator  # its imports only where needed
+
+    other = session.settings.get("cfg")
+    around = {
+        "churn": session.churn,
+        "cfg": 1.0 if other is None else None if other.window else other.weight,
+    }
+    settings = dict(vars(chosen))
+    folder = settings.pop("discriminator")
+    return discriminator.open_guidance(
+        folder, run=run, settings=session.sampling, labels=session.labels, around=around, **settings
+    )

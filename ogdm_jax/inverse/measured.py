@@ -1,0 +1,130 @@
+"""Measurements: made of clean images, seen by guidance, and what is judged of the images that come
+back.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax import randomness
+from ogdm_jax.inverse import degradations, operators
+from ogdm_jax.inverse.operators import Loss, Operator
+from ogdm_jax.inverse.tasks import Settings, Task
+from ogdm_jax.metrics import distances
+from ogdm_jax.sampling import generate
+from ogdm_jax.typing import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """Measurements of a batch of images, as a sampling method sees them.
+
+    Attributes:
+      task: its name.
+      operator: A of y = A(x0) + noise.
+      y: [B,...] measurements.
+      noise: standard deviation of the Gaussian noise on y, images in [-1, 1].
+      poisson: counts per grey level of Poisson noise instead; 0: none.
+    """
+
+    task: str
+    operator: Operator
+    y: Array
+    noise: float
+    poisson: float = 0.0
+
+    @property
+    def std(self) -> Array | float:
+        """Noise of y's numbers: a number, or like y for Poisson noise; at least a thousandth."""
+        if self.poisson:
+            return degradations.poisson_std(self.y, self.poisson)
+        return max(self.noise, 1e-3)
+
+    @property
+    def loss_unit(self) -> float:
+        """Noise of the residuals in `loss`, which for Poisson noise are divided by it; 0: none."""
+        return 1.0 if self.poisson else self.noise
+
+    def loss(self, squared: bool = True, whitened: bool = False) -> Loss:
+        """`operators.measurement_loss`: x0_hat -> ||y - A(x0_hat)||^2 [B].
+
+        Args:
+          squared: False for the norm.
+          whitened: residuals are divided by their noise (those of Poisson noise always are).
+        """
+        std = self.std if whitened or self.poisson else None
+        return operators.measurement_loss(self.operator, self.y, squared, std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restoration:
+    """Measured images, and the judgement of what comes back.
+
+    Attributes:
+      task: what was measured.
+      settings: how.
+      seeds: [n] of the images.
+      images: [n,H,W,C] inputs in [-1, 1].
+      drawn: what `task.draw` gave: a row per image.
+      y: [n,...] measurements.
+    """
+
+    task: Task
+    settings: Settings
+    seeds: np.ndarray
+    images: np.ndarray
+    drawn: PyTree
+    y: np.ndarray
+
+    @property
+    def rows(self) -> PyTree:
+        """The arrays that guidance receives, a row per image."""
+        return {"drawn": self.drawn, "y": self.y}
+
+    def measured(self, rows: PyTree) -> Measured:
+        """The measurements of a batch: some of `rows`."""
+        operator = self.task.operator(rows["drawn"])
+        noise, poisson = self.settings.noise, self.settings.poisson
+        return Measured(self.task.name, operator, rows["y"], noise, poisson)
+
+    def judge(self, restored: np.ndarray) -> dict[str, np.ndarray]:
+        """Figures per image: PSNR and SSIM of images clipped to [-1, 1] (where there is a truth),
+        residuals.
+
+        residual_ratio = ||y - A x0|| / (noise sqrt(m)), about 1 where x0 explains y and not its
+        noise (absent without noise); residual = ||y - A x0|| / sqrt(m). Where the input is an
+        example: distance = ||y - A x0|| / ||y||.
+        """
+        measured, y = self.measured(self.rows), jnp.asarray(self.y)
+        x0 = jnp.asarray(restored, jnp.float32)
+        if not self.task.restores:
+            miss = operators.measurement_loss(measured.operator, y, squared=False)(x0)
+            size = jnp.sqrt(jnp.sum(jnp.square(y).reshape(len(y), -1), axis=1))
+            return {"distance": np.asarray(miss / size)}
+        clipped = np.clip(restored, -1, 1)
+        figures = {"psnr": distances.psnr(clipped, self.images)}
+        if min(restored.shape[1:3]) >= 11:
+            figures["ssim"] = distances.ssim(clipped, self.images)
+        ratio = lambda std: np.asarray(operators.residual_ratio(measured.operator, y, x0, std))
+        if measured.loss_unit:
+            figures["residual_ratio"] = ratio(measured.std)
+        return figures | {"residual": ratio(1.0)}
+
+
+def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarray) -> Restoration:
+    """Measures images [n,H,W,C] in [-1, 1]: one draw of masks and noise, each from its image's
+    seed.
+    """
+    images, drawn = np.asarray(images, np.float32), task.draw(seeds)
+    operator = task.operator(drawn)
+    keys = randomness.fold_in_each(
+        generate.seed_keys(jnp.asarray(seeds, jnp.uint32)), "measurement"
+    )
+    y = operator.forward(jnp.asarray(images))
+    if task.restores and settings.poisson:
+        y = degradations.poisson_noise(keys, y, settings.poisson)
+    elif task.restores and settings.noise:
+        y = degradations.gaussian_noise(keys, y, settings.noise)
+    y = y if operator.hide is None else operator.hide(y)
+    return Restoration(task, settings, np.asarray(seeds), images, drawn, np.asarray(y))

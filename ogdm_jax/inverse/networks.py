@@ -1,0 +1,68 @@
+"""Measurements made by a network: style, embedding, segmentation. The input is an example to
+follow, and the result need not equal it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ogdm_jax.inverse.operators import HIGHEST, Function, Loss, Operator
+from ogdm_jax.typing import Array
+
+
+def style(features: Function, normalise: bool = False) -> Operator:
+    """Gram matrices G = F^T F of features F [B,n,d] or [B,h,w,d] -> [B,d,d]; DSG's style loss
+    compares them.
+
+    normalise divides by the number of positions n; the published loss does not (the direction is
+    the same).
+    """
+
+    def forward(x: Array) -> Array:
+        f = features(x)
+        f = f.reshape(f.shape[0], -1, f.shape[-1])
+        gram = jnp.einsum("bnd,bne->bde", f, f, precision=HIGHEST)
+        return gram / f.shape[1] if normalise else gram
+
+    return Operator("style", forward)
+
+
+def embedding(network: Function, normalise: bool = True) -> Operator:
+    """What a network says of the image (identity, class, CLIP): [B,d], of unit length if
+    normalise.
+    """
+
+    def forward(x: Array) -> Array:
+        e = network(x)
+        e = e.reshape(e.shape[0], -1)
+        if not normalise:
+            return e
+        square = jnp.sum(e**2, axis=1, keepdims=True)
+        positive = square > 0
+        return jnp.where(positive, e / jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+    return Operator("embedding", forward)
+
+
+def segmentation(network: Function) -> Operator:
+    """Class logits [B,h,w,k] of a given network; compare them by `label_loss`, or as numbers by
+    `measurement_loss`.
+    """
+    return Operator("segmentation", network)
+
+
+def label_loss(operator: Operator, labels: Array) -> Loss:
+    """Mean cross-entropy [B] of the operator's logits [B,...,k] with integer labels [B,...]:
+    classes, segmentations.
+    """
+
+    def loss(x0_hat: Array) -> Array:
+        logs = jax.nn.log_softmax(operator.forward(x0_hat))
+        if logs.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"labels: shape {labels.shape}; expected {logs.shape[:-1]}, what {operator.name} "
+                "gives"
+            )
+        picked = jnp.take_along_axis(logs, labels[..., None], axis=-1)
+        return -jnp.mean(picked.reshape(picked.shape[0], -1), axis=1)
+
+    return loss

@@ -1,0 +1,76 @@
+"""FreeDoM (Yu et al., ICCV 2023, arXiv 2303.09833): DPS's step with its own step sizes, and time
+travel.
+
+Rule "rms", its text and style guidance: |move| is scale times the weight 1 - sigma'^2 / sigma^2
+that x0_hat has in the transition, times rms(x - x0_hat); so the loss's scale cancels. Rule "time",
+its face guidance: scale sqrt(abar) on the gradient in VP coordinates (published scale: 100 face
+identity, 20 sketch, 0.2 segmentation, 500 landmarks). Time travel is `Schedule.repeats`.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from ogdm_jax.config import setting
+from ogdm_jax.methods.dps import Descent
+from ogdm_jax.methods.session import Session
+from ogdm_jax.sampling import gradients
+from ogdm_jax.sampling.churn import Info
+from ogdm_jax.sampling.guidance import Evaluate, Guidance, Preset
+from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
+from ogdm_jax.typing import Array
+
+PRESETS: dict[str, Preset] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Schedule):
+    """Settings of FreeDoM beside those of `Schedule`.
+
+    Attributes:
+      scale: see the rules above.
+      rule: how the step size is made.
+    """
+
+    GROUP: ClassVar[str] = "freedom"
+    scale: float = setting(0.2, "step size, in the rule's unit")
+    rule: str = setting("rms", "how the step size is made", choices=("rms", "time"))
+
+
+def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Guidance:
+    """FreeDoM as guidance of `sample`.
+
+    Args:
+      loss: any differentiable x0_hat [B,H,W,C] -> [B].
+      scale: a number or [B], see the rules above.
+      **settings: further fields of `Settings` by name.
+
+    Raises:
+      ConfigError: a setting out of range, an unknown rule.
+    """
+    chosen = Settings(**numbers(scale=scale), **settings)
+
+    def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
+        return gradients.through_network(loss, evaluate, x)
+
+    def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> Array:
+        if chosen.rule == "time":
+            return scale * jnp.sqrt(1 + info.sigma_next**2)
+        ratio = info.sigma_next / info.sigma
+        length = rms(grad)
+        positive = length > 0
+        weight = scale * jnp.abs((1 - ratio) * (1 + ratio)) * rms(x - x0_hat)
+        return jnp.where(positive, weight / jnp.where(positive, length, 1.0), 0.0)
+
+    return Guidance("freedom", transition=scheduled(Descent(gradient, size), chosen))
+
+
+def rms(v: Array) -> Array:
+    """[B] root mean square over an image; its gradient at 0 is not used."""
+    return jnp.sqrt(jnp.mean(jnp.square(v).reshape(v.shape[0], -1), axis=1))
+
+
+def build(settings: Settings, session: Session) -> Guidance:
+    """FreeDoM for the measurements of a command. Raises ValueError where there are none."""
+    return guidance(session.need_measurement("freedom").loss(), **vars(settings))

@@ -1,0 +1,162 @@
+"""What guidance is: one object with up to three parts, and how several of them meet in one sampler.
+
+    denoiser     another denoiser instead of the model's (classifier-free guidance, DG)
+    transition   how a random step (mean, std, noise) becomes the next state (DPS, DSG, DDNM, ...)
+    churn        how much noise each image is raised by before a step (DG's boosting)
+
+The way of a guided step: `sample` transforms the denoiser (`Parts.transform`); a solver's loop body
+asks the transition's owner for the next state (`solvers.random_step`); `schedule.Scheduled` decides
+whether this step is guided and how often; the method's rule evaluates the denoiser, takes a
+gradient (gradients.py) and moves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
+from ogdm_jax.diffusion.steps import spread
+from ogdm_jax.sampling.churn import ChurnRule, Info, as_rule
+from ogdm_jax.typing import Array, Denoise, PyTree
+
+Evaluate = Callable[[Array], Array]
+Moments = Callable[[Array, Array], tuple[Array, Array]]
+
+
+class TransitionRule(Protocol):
+    """How a random step of a solver becomes the next state."""
+
+    def __call__(
+        self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
+    ) -> tuple[Array, Array]:
+        """(x_next, x0_hat) of one step.
+
+        Args:
+          evaluate: x [B,H,W,C] -> x0_hat at this step's level; may be differentiated.
+          transition: (x0_hat, x) -> (mean like x, std: a number, [B] or like x), the solver's step.
+          x: [B,H,W,C] state at info.sigma.
+          noise: like x, ~ N(0, I); the plain step is mean + std * noise.
+          info: where the sampler stands, and this guidance's constants and rows.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guidance:
+    """One sampling method; a part that is None is left to others.
+
+    Attributes:
+      name: for messages.
+      denoiser: (denoise, constants) -> the guided denoiser.
+      transition: a rule, see `TransitionRule`.
+      churn: a rule, see `churn.ChurnRule`.
+      constants: arrays that the compiled sampler receives as an argument, the same for all images
+        (a discriminator's weights); other values compile nothing. Rules find them in info.
+      rows: arrays with one row per image, in the order of the seeds (measurements, masks); divided
+        over devices with the seeds. Rules find those of their batch in info.
+      outermost: its transform comes after those of the others, in whatever order they are given (a
+        correction that is to see each image once).
+    """
+
+    name: str
+    denoiser: Callable[[Denoiser, PyTree], Denoise] | None = None
+    transition: TransitionRule | None = None
+    churn: ChurnRule | None = None
+    constants: PyTree = None
+    rows: PyTree = None
+    outermost: bool = False
+
+    def about(self, info: Info) -> Info:
+        """The info that this guidance's rules see: with its own arrays."""
+        return info._replace(constants=self.constants, rows=self.rows)
+
+
+class Preset(NamedTuple):
+    """Published settings of a sampling method.
+
+    Attributes:
+      settings: fields of the method's Settings.
+      sampling: what they were published with: task, solver, eta and steps, and the grid where the
+        model has steps of its own.
+    """
+
+    settings: dict[str, Any]
+    sampling: dict[str, Any] = {}
+
+
+class Parts(NamedTuple):
+    """All guidance of one run: the transforms in their order, and the owner of each single part."""
+
+    transforms: tuple[Guidance, ...]
+    transition: Guidance | None
+    churn: Guidance | None
+
+    def transform(self, denoise: Denoiser) -> Denoiser:
+        """The denoiser under every transform."""
+        for guidance in self.transforms:
+            if guidance.denoiser is not None:
+                denoise = as_denoiser(guidance.denoiser(denoise, guidance.constants))
+        return denoise
+
+
+def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts:
+    """The parts of several guidances.
+
+    Args:
+      guidance: one or several.
+      churn: of `sample`: one more owner of that part; see `churn.as_rule`.
+
+    Raises:
+      ValueError: two owners of the transition or of churn (both are named); a bad churn.
+    """
+    several = [guidance] if isinstance(guidance, Guidance) else list(guidance)
+    rule = as_rule(churn)
+    if rule is not None:
+        several.append(Guidance("churn", churn=rule))
+    single: dict[str, Guidance | None] = {}
+    for part, noun in (("transition", "a transition"), ("churn", "churn")):
+        owners = [g for g in several if getattr(g, part) is not None]
+        if len(owners) > 1:
+            raise ValueError(
+                f"guidance: {owners[0].name} and {owners[1].name} both bring {noun}; choose one of "
+                "them"
+            )
+        single[part] = owners[0] if owners else None
+    transforms = sorted((g for g in several if g.denoiser is not None), key=lambda g: g.outermost)
+    return Parts(tuple(transforms), single["transition"], single["churn"])
+
+
+def per_image(make: Callable[[PyTree], Guidance], rows: PyTree) -> Guidance:
+    """Guidance that is made anew from the rows of each batch: measurements, masks.
+
+        per_image(lambda rows: dsg.guidance(measurement_loss(inpaint(rows["mask"]), rows["y"])),
+                  {"mask": masks, "y": y})
+
+    Args:
+      make: rows of a batch -> guidance whose transition is made of them. Called once here, with the
+        first row, so that bad settings are refused before anything is compiled.
+      rows: arrays with one row per image in the order of the seeds.
+    """
+    first = make(jax.tree.map(lambda leaf: leaf[:1], rows))
+    if first.transition is None:
+        return first
+
+    def transition(
+        evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
+    ) -> tuple[Array, Array]:
+        rule = make(info.rows).transition
+        assert rule is not None  # as of the first row
+        return rule(evaluate, transition, x, noise, info)
+
+    return dataclasses.replace(first, transition=transition, rows=rows)
+
+
+def plain_step(
+    evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
+) -> tuple[Array, Array]:
+    """The step without guidance, mean + std * noise: the rule that others fall back on."""
+    x0_hat = evaluate(x)
+    mean, std = transition(x0_hat, x)
+    return mean + spread(std, x) * noise, x0_hat
