@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,7 @@ class SourceError(ValueError):
     """An image set cannot be used: one sentence that says which one, why, and how to prepare it."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Random access to stored images: what a kind of source implements.
 
@@ -129,7 +130,7 @@ class Source:
             return {"image": image, "label": np.asarray(label, np.float32)}
         return {"image": image, "label": np.asarray(-1 if label is None else label, np.int32)}
 
-    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def take(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The images and labels of rows [n].
 
         Returns:

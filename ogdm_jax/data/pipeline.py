@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ _LEAST = {  # of the settings of batches
 }
 
 
+@runtime_checkable
 class _ReadAhead(Protocol):
     """Batches of consecutive steps, read before they are asked for."""
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import weakref
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class WorkerError(Exception):
     """A reading process failed by an error of another kind; the message is its traceback."""
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What is read: picklable, the same batch for the same step everywhere."""
 
