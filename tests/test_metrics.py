@@ -1,7 +1,8 @@
-"""Distances against closed forms, definitions spelt out with loops, and the libraries people
-use.
-"""
+"""Distances against closed forms, definitions written as loops, and the libraries people use."""
 
+import beartype
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -214,3 +215,20 @@ def test_psnr_and_ssim_agree_with_scikit_image(channels):
         metrics.ssim(a[:, :8, :8], b[:, :8, :8])
     with pytest.raises(ValueError, match="equal shapes"):
         metrics.psnr(a, b[:2])
+
+
+def test_the_declared_shapes_are_those_of_the_arrays():
+    """Arrays of NumPy and JAX pass, other shapes do not: what a type checker in a notebook sees."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(20, 4)), jnp.asarray(rng.normal(size=(30, 4)))
+    checked = lambda call: jaxtyping.jaxtyped(call, typechecker=beartype.beartype)
+    mean, cov = checked(metrics.Moments.finalize)(metrics.Moments().update(x))
+    assert checked(metrics.frechet_distance)(mean, cov, mean, cov) < 1e-9
+    assert isinstance(checked(metrics.kernel_distance)(x, y), float)
+    assert len(checked(metrics.precision_recall)(x, y, 3)) == 2
+    assert len(checked(metrics.density_coverage)(x, y, 3)) == 2
+    images = rng.uniform(-1, 1, (2, 16, 16, 1))
+    assert checked(metrics.psnr)(images, images).shape == (2,)
+    assert checked(metrics.ssim)(images[0], images[1]).shape == ()
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked(metrics.kernel_distance)(x[0], y)

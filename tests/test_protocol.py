@@ -237,3 +237,9 @@ def test_commands_refuse_in_one_sentence(workdir, capsys, words, message):
         and error.startswith("error: ")
         and "\n" not in error
     )
+
+
+def test_an_option_of_the_older_spelling_is_answered_with_the_newer_one(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--samples", "x.npz", "--save_statistics=y.npz"])
+    assert "--save_statistics; expected --save-statistics" in capsys.readouterr().err

@@ -245,49 +245,47 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distance of each row to its k-th neighbour."""
     radii = np.empty(len(x))
     for rows, distances in _squared_distances(x, x):
-        distances[
-            np.arange(len(distances)), np.arange(rows.start, rows.stop)
-        ] = -1  # itself is not a neighbour
+        itself = np.arange(len(distances)), np.arange(rows.start, rows.stop)
+        distances[itself] = -1  # no neighbour
         radii[rows] = np.partition(distances, k, axis=1)[:, k]
     return radii
 
 
 def manifolds(x: Features, y: Num[ArrayLike, "m d"], k: int) -> dict[str, float]:
-    """{"precision", "recall", "density", "coverage"} of generated y against real x, in one pass.
+    """Precision, recall, density and coverage of generated y against real x, from one pass.
 
     precision = share of y within the ball of some x_i, whose radius is the distance to x_i's k-th
     neighbour in x (borders count); recall = the same with the sets exchanged. Source: Kynkaanniemi
     et al., arXiv 1904.06991, eq. 1-2. density = 1/(k m) * the number of pairs with y_j inside the
-    open ball of x_i (1 on average for equal distributions, may exceed 1); coverage = share of the open balls
-    that hold some y_j. Source: Naeem et al., arXiv 2002.09797, eq. 3-4.
+    open ball of x_i (1 on average for equal distributions, may exceed 1); coverage = share of the
+    open balls that hold some y_j. Source: Naeem et al., arXiv 2002.09797, eq. 3-4.
 
     Raises:
       ValueError: k neighbours are more than a set has, or other numbers of features.
     """
-    x, y = _pair(x, y, 2)
-    if not 1 <= k < min(len(x), len(y)):
-        raise ValueError(
-            f"k: {k}; expected between 1 and {min(len(x), len(y)) - 1}, below the smaller set."
-        )
-    centre = x.mean(0)[None]
-    x, y = x - centre, y - centre  # so that the matrix products cancel little
+    real, generated = _pair(x, y, 2)
+    n, m = len(real), len(generated)
+    if not 1 <= k < min(n, m):
+        raise ValueError(f"k: {k}; expected between 1 and {min(n, m) - 1}, below the smaller set.")
+    centre = real.mean(0)[None]  # taken away so that the matrix products cancel little
+    real, generated = real - centre, generated - centre
     # A copy of a training image lies exactly on spheres; this is how far the rounding of a matrix
     # product can move it.
-    tie = 1e-12 * max(float((x**2).sum(1).max()), float((y**2).sum(1).max()))
-    near_real = np.zeros(len(y), bool)
-    near_generated, covered, pairs = np.zeros(len(x), bool), np.zeros(len(x), bool), 0
-    with _threads((len(x) + len(y)) ** 2 * x.shape[1]):
-        x_radii, y_radii = _radii(x, k), _radii(y, k)
-        for rows, distances in _squared_distances(x, y):
-            near_real |= (distances <= x_radii[rows, None] + tie).any(0)
-            near_generated[rows] = (distances <= y_radii[None] + tie).any(1)
-            inside = distances < x_radii[rows, None] - tie
+    tie = 1e-12 * max(float((v**2).sum(1).max()) for v in (real, generated))
+    near_real, near_generated, covered = (np.zeros(size, bool) for size in (m, n, n))
+    pairs = 0
+    with _threads((n + m) ** 2 * real.shape[1]):
+        real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+        for rows, distances in _squared_distances(real, generated):
+            near_real |= (distances <= real_radii[rows, None] + tie).any(0)
+            near_generated[rows] = (distances <= generated_radii[None] + tie).any(1)
+            inside = distances < real_radii[rows, None] - tie
             covered[rows] = inside.any(1)
             pairs += int(inside.sum())
     return {
         "precision": float(near_real.mean()),
         "recall": float(near_generated.mean()),
-        "density": pairs / (k * len(y)),
+        "density": pairs / (k * m),
         "coverage": float(covered.mean()),
     }
 
@@ -346,7 +344,7 @@ def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray, bool]:
     return (a, b, False) if a.ndim == 4 else (a[None], b[None], True)
 
 
-def psnr(a: Images, b: Images, data_range: float = 2.0) -> Float[np.ndarray, "*n"]:
+def psnr(a: Images, b: Images, data_range: float = 2.0) -> Float[np.ndarray, " n"] | np.float64:
     """10 log10(range^2 / mean squared error) in dB, one number an image; infinite for equal images.
 
     Args:
@@ -366,7 +364,7 @@ def psnr(a: Images, b: Images, data_range: float = 2.0) -> Float[np.ndarray, "*n
 
 def ssim(
     a: Images, b: Images, data_range: float = 2.0, window: str = "gaussian"
-) -> Float[np.ndarray, "*n"]:
+) -> Float[np.ndarray, " n"] | np.float64:
     """Structural similarity in [-1, 1], one number an image, mean over positions and channels.
 
     (2 ma mb + C1)(2 cov + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)) with local moments, C = (0.01

@@ -86,8 +86,8 @@ def _trained_on(source: Source) -> TrainedFeatures:
         )
     name = f"fd_{short_name(source.name)}"
     content = hashlib.sha256(repr(images.shape).encode())
-    content.update(np.ascontiguousarray(images))
-    content.update(np.ascontiguousarray(labels))
+    content.update(np.ascontiguousarray(images).data)
+    content.update(np.ascontiguousarray(labels).data)
     key = name, content.hexdigest()
     if key not in _TRAINED:
         _TRAINED[key] = train_features(name, images, labels)

