@@ -235,7 +235,7 @@ def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int 
             f"--paired: {samples.shape} samples, {reference.shape} references; expected equal "
             "shapes"
         )
-    decibels = psnr(samples, reference, 255)
+    decibels = np.atleast_1d(psnr(samples, reference, 255))
     finite = decibels[np.isfinite(decibels)]
     return {
         "psnr": float(finite.mean()) if finite.size else None,
