@@ -94,7 +94,10 @@ def _cell(value: Any) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else nice(round(value, 3) if abs(value) < 10 else round(value, 1))
+    """A share or a kernel distance: two digits behind the point, or two digits in all."""
+    if value is None:
+        return "–"
+    return nice(round(value, 2)) if abs(value) >= 0.1 else nice(float(f"{value:.1g}"))
 
 
 def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Markup:
