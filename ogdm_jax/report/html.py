@@ -94,7 +94,7 @@ def _cell(value: Any) -> str:
 
 
 def _share(value: float | None) -> str:
-    """A share or a kernel distance: two digits behind the point, or two digits in all."""
+    """A share or a kernel distance: two digits behind the point, below 0.1 one digit."""
     if value is None:
         return "–"
     return nice(round(value, 2)) if abs(value) >= 0.1 else nice(float(f"{value:.1g}"))

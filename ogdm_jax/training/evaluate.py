@@ -26,7 +26,7 @@ from ogdm_jax.training import checkpoint, logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import state as states
 from ogdm_jax.training.workdir import TrainedModel, open_source
-from ogdm_jax.typing import PyTree
+from ogdm_jax.typing import Array, PyTree
 
 Draw = Callable[[ConfigDict, Sequence[int], str], Iterable[np.ndarray]]
 SHOWN = 64  # images of an evaluation's samples.png
@@ -49,8 +49,11 @@ def distance(config: ConfigDict, samples: np.ndarray) -> dict[str, Any]:
 
 
 def check_evaluation(config: ConfigDict) -> None:
-    """Raises ConfigError for a schedule without a feature space, or one whose weights are not
-    there.
+    """Checks the settings of evaluations.
+
+    Raises:
+      ConfigError: a schedule without a feature space, one whose weights are not there, or a number
+        out of range.
     """
     settings = config.evaluate
     every = configs.duration(settings.every, config.data.batch, "config.evaluate.every")
@@ -78,14 +81,15 @@ class Evaluator:
     properties and methods `_model`, `_churn`, `_weights` and `_guidance`.
     """
 
-    def __init__(self, run: runs.Run, workdir: epath.Path):
+    def __init__(self, run: runs.Run, workdir: epath.Path) -> None:
+        """Nothing is compiled or read yet."""
         self.run, self._workdir, self._sampler = run, workdir, None
 
     def __call__(self, state: states.TrainState) -> dict[str, Any]:
-        """The distance report with the step and the sampler. Every process of the run has to call
-        it.
+        """The distance report, with the step and the sampler.
 
-        Writes workdir/samples.png and, as evaluation.json, the report.
+        Every process of the run has to call it. The lead process writes workdir/samples.png and,
+        as evaluation.json, the report.
         """
         return self._write(*self._measure(state))
 
@@ -113,9 +117,7 @@ class Evaluator:
         return self._space(references(self.run.source))
 
     def _measure(self, state: states.TrainState) -> tuple[dict[str, Any], np.ndarray]:
-        """(report, the first images) in every process of the run, which all have to call it;
-        nothing is written.
-        """
+        """(report, the first images) in every process of the run, which all have to call it."""
         images = self._samples(state)
         shown = images[:SHOWN].copy()  # not a view that keeps all of them
         report = self._report(images, int(state.step)) if jax.process_index() == 0 else {}
@@ -169,10 +171,15 @@ class Evaluator:
             )
         compiled = self._sampler
 
-        def sampler(params, buffers, seeds, labels, constants, given):
-            """Rows placed by hand: between processes jit places no host arrays on several
-            devices.
-            """
+        def sampler(
+            params: PyTree,
+            buffers: PyTree,
+            seeds: Array,
+            labels: Array | None,
+            constants: PyTree,
+            given: PyTree,
+        ) -> Array:
+            # Rows are placed here: between processes jit puts no host array on several devices.
             seeds, labels, given = jax.device_put((seeds, labels, given), rows)
             return compiled(params, buffers, seeds, labels, constants, given)
 
@@ -194,8 +201,10 @@ def make_evaluation(
     writer: logs.Writer,
     tell: Callable[[str], None],
 ) -> Callable[[states.TrainState], None]:
-    """What the loop calls to evaluate: it measures, logs, tells, and notes in `saved` which
-    checkpoint is the best. Without config.evaluate.features it does nothing.
+    """What the loop calls to evaluate; without config.evaluate.features it does nothing.
+
+    It measures, logs with `writer`, tells one line, and notes in `saved` which checkpoint is the
+    best.
     """
 
     def evaluate(state: states.TrainState) -> None:
