@@ -92,10 +92,10 @@ def test_pools(pool):
     """Logits of every pool have their shape and names, and belong to their own example."""
     network = ADMEncoder(out_channels=5, pool=pool, head_channels=16, **SMALL)
     variables = randomised(network)
-    state = names_adm.flax_to_adm_encoder(variables, network)
+    state = names_adm.flax_to_adm(variables, network)
     jax.tree.map(
         np.testing.assert_array_equal,
-        names_adm.adm_encoder_to_flax(state, network),
+        names_adm.adm_to_flax(state, network),
         dict(variables),
     )
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))

@@ -1,111 +1,79 @@
-"""PyTorch names of OGDM's discriminator (both released repositories) <-> the parameters of
-StyleGAN2Discriminator.
+"""PyTorch names of OGDM's discriminator <-> the parameters of StyleGAN2Discriminator.
+
+Both released repositories (OGDM_edm, OGDM_adm) have the same names.
 """
 
 import math
 import re
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.interop import names_shared as shared
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import PyTree
 
-_FLATTENED = "b4.fc"  # PyTorch flattens its 4x4 input as (c, h, w), ours is (h, w, c)
-_SIDE = 4
-
-
-def _kernel_to_flax(module: str, weight: np.ndarray) -> np.ndarray:
-    if weight.ndim == 4:
-        return weight.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-    if module == _FLATTENED:
-        out = weight.shape[0]
-        return weight.reshape(out, -1, _SIDE, _SIDE).transpose(2, 3, 1, 0).reshape(-1, out)
-    return weight.T
-
-
-def _kernel_to_torch(module: str, kernel: np.ndarray) -> np.ndarray:
-    if kernel.ndim == 4:
-        return kernel.transpose(3, 2, 0, 1)
-    if module == _FLATTENED:
-        out = kernel.shape[1]
-        return kernel.reshape(_SIDE, _SIDE, -1, out).transpose(3, 2, 0, 1).reshape(out, -1)
-    return kernel.T
+_FLATTENED = ("params", "b4", "fc", "kernel")  # reads a flattened 4x4 image
 
 
 def discriminator_modules(network: StyleGAN2Discriminator) -> list[str]:
     """Dotted names of the layers with parameters, in the order in which PyTorch registers them."""
     sides = [2**i for i in range(int(math.log2(network.img_resolution)), 2, -1)]
-    blocks = [
-        f"b{side}.{layer}" for side in sides for layer in ("fromrgb", "conv0", "conv1", "skip")
-    ]
-    blocks = [
-        name for name in blocks if not name.endswith("fromrgb") or name.startswith(f"b{sides[0]}.")
-    ]
+    blocks = [f"b{side}.{layer}" for side in sides for layer in ("conv0", "conv1", "skip")]
     mapping = ["mapping.embed", *(f"mapping.fc{i}" for i in range(8))]
-    return [*blocks, *mapping, "b4.conv", "b4.fc", "b4.out"]
+    return [f"b{sides[0]}.fromrgb", *blocks, *mapping, "b4.conv", "b4.fc", "b4.out"]
+
+
+def discriminator_entries(network: StyleGAN2Discriminator) -> list[shared.Entry]:
+    """Every parameter under both names, in the order in which PyTorch registers the layers."""
+    side, channels, struct = network.img_resolution, network.img_channels, jax.ShapeDtypeStruct
+    widths = [network.t_dim, *([network.label_dim] if network.label_dim else [])]
+    inputs = [struct((4, side, side, channels), jnp.float32)]  # a group of minibatch statistics
+    inputs += [struct((4, width), jnp.float32) for width in widths]
+    shapes = shared.variable_shapes(network, *inputs)
+    entries = []
+    for module in discriminator_modules(network):
+        for leaf in ("kernel", "bias"):
+            path = ("params", *module.split("."), leaf)
+            if path in shapes:
+                name = f"{module}.{shared.LEAVES[leaf]}"
+                layout = "chw" if path == _FLATTENED else "auto"
+                entries.append(shared.Entry(name, path, shapes[path], layout))
+    return entries
+
+
+def is_constant(name: str) -> bool:
+    """Whether the tensor is a resampling filter, which our network computes."""
+    return name.endswith("resample_filter")
 
 
 def discriminator_to_flax(
     state: Mapping[str, np.ndarray], network: StyleGAN2Discriminator
 ) -> PyTree:
-    """Parameters of the network from a PyTorch state dict; resampling filters (buffers) are
-    constants and ignored.
-
-    Returns:
-      {"params": ...} of numpy arrays in the state's dtypes.
+    """{"params": ...} from a PyTorch state dict; arrays are at least float32.
 
     Raises:
-      ValueError: a parameter is missing, or the state has one that the network lacks.
+      ValueError: a parameter is missing, has another shape, or has no place in the network.
     """
-    left = {name for name in state if not name.endswith("resample_filter")}
-    params: dict = {}
-    for module in discriminator_modules(network):
-        names = [f"{module}.weight"] + ([] if module.endswith("skip") else [f"{module}.bias"])
-        for name in names:
-            if name not in left:
-                raise ValueError(
-                    f"state: {name} is missing; expected a discriminator for "
-                    f"{network.img_resolution} pixels"
-                )
-            left.remove(name)
-            block, layer = module.split(".")
-            value = np.asarray(state[name])
-            leaf, value = (
-                ("kernel", _kernel_to_flax(module, value))
-                if name.endswith("weight")
-                else ("bias", value)
-            )
-            params.setdefault(block, {}).setdefault(layer, {})[leaf] = value
-    if left:
-        raise ValueError(
-            f"state: {min(left)} has no place in the network; expected a discriminator's tensors "
-            "only"
-        )
-    return {"params": params}
+    what = f"OGDM's discriminator of {network.img_resolution} pixels"
+    entries = discriminator_entries(network)
+    return shared.to_flax(state, entries, what, filter(is_constant, state))
 
 
 def flax_to_discriminator(
     variables: PyTree, network: StyleGAN2Discriminator
 ) -> dict[str, np.ndarray]:
-    """The inverse of discriminator_to_flax: {PyTorch name: array}, parameters only (gradients can
-    be mapped, too).
-    """
-    state = {}
-    for module in discriminator_modules(network):
-        block, layer = module.split(".")
-        leaves = variables["params"][block][layer]
-        state[f"{module}.weight"] = np.ascontiguousarray(
-            _kernel_to_torch(module, np.asarray(leaves["kernel"]))
-        )
-        if "bias" in leaves:
-            state[f"{module}.bias"] = np.asarray(leaves["bias"])
-    return state
+    """The inverse of discriminator_to_flax; {"params": gradients} maps gradients."""
+    return shared.to_torch(variables, discriminator_entries(network))
 
 
 def discriminator_settings(state: Mapping[str, np.ndarray], t_dim: int = 2) -> dict[str, int]:
-    """Constructor settings that a state dict implies: side, image channels, classes, and the
-    channel limits.
+    """Constructor settings that a state dict implies.
+
+    They are side, image channels, classes and the limits of the layers' channels. t_dim is the
+    width of the condition that is not the label's.
 
     Raises:
       ValueError: no b{side}.fromrgb.weight, so this is no such discriminator.

@@ -1,11 +1,11 @@
-"""PyTorch names of EDM's networks (NVlabs/edm, stf, OGDM_edm) <-> variables of SongUNet and
-DhariwalUNet.
+"""PyTorch names of EDM's networks <-> variables of SongUNet and DhariwalUNet.
+
+Their code is NVlabs/edm; stf and OGDM_edm use it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from ogdm_jax.interop import names_shared as shared
@@ -14,11 +14,11 @@ from ogdm_jax.networks.unet import SongUNet
 from ogdm_jax.typing import PyTree
 
 EdmNetwork = SongUNet | DhariwalUNet
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "freqs": "freqs"}
+_PRECONDITIONING = ("use_fp16", "sigma_min", "sigma_max", "sigma_data")  # no network's
 _RESAMPLED = ("_up.conv0", "_up.skip", "_down.conv0", "_down.skip", "_aux_residual")
 
 
-def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) -> EdmNetwork:
+def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more: Any) -> EdmNetwork:
     """The network of the authors' constructor arguments.
 
     Args:
@@ -30,19 +30,14 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) ->
     Raises:
       ValueError: an unknown model_type or argument.
     """
-    kinds = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+    kinds: dict[Any, type[EdmNetwork]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
     settings = dict(settings)
     default = "DhariwalUNet" if cls in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
     model_type = settings.pop("model_type", default)
     if model_type not in kinds:
         raise ValueError(f"model_type: {model_type!r} given; expected one of {', '.join(kinds)}")
     kind = kinds[model_type]
-    for name in (
-        "use_fp16",
-        "sigma_min",
-        "sigma_max",
-        "sigma_data",
-    ):  # of the preconditioning, not of the network
+    for name in _PRECONDITIONING:
         settings.pop(name, None)
     unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
@@ -56,8 +51,9 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more) ->
 
 
 def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
-    """Every tensor of the network (Fourier frequencies included) under both names; PyTorch's start
-    with "model.".
+    """Every tensor of the network, Fourier frequencies included, under both names.
+
+    PyTorch's names start with "model.".
     """
     entries = []
     for path, shape in shared.variable_shapes(network, *shared.image_input(network)).items():
@@ -68,8 +64,8 @@ def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
         heads = 0
         if modules[-1] == "qkv":
             heads = 1 if isinstance(network, SongUNet) else shape[-1] // 3 // 64
-        name = ".".join(["model", first, *modules[1:], _LEAVES[leaf]])
-        entries.append(shared.Entry(name, path, tuple(shape), heads=heads, order=shared.EDM_ORDER))
+        name = ".".join(["model", first, *modules[1:], shared.LEAVES.get(leaf, leaf)])
+        entries.append(shared.Entry(name, path, shape, heads=heads, order=shared.EDM_ORDER))
     return entries
 
 
@@ -85,12 +81,16 @@ def _resample_filters(network: EdmNetwork, names: list[str]) -> dict[str, np.nda
     return {f"{layer}.resample_filter": value for layer in layers if layer.endswith(_RESAMPLED)}
 
 
-def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
-    """Variables of the network from a state dict of the preconditioned model or of the bare network
-    (no "model.").
+def is_constant(name: str) -> bool:
+    """Whether the tensor is none of the network's: a resampling filter, or iDDPM's table `u`."""
+    return name.endswith(".resample_filter") or name in ("u", "model.u")
 
-    Resampling filters and iDDPM's table `u` are constants and ignored where present. qkv channels
-    are permuted to ours.
+
+def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
+    """Variables of the network from a state dict.
+
+    The state is that of the preconditioned model, or of the network alone (names without "model.").
+    Constants (`is_constant`) are ignored where present. qkv channels are permuted to ours.
 
     Returns:
       {"params": ...}, and "buffers" for Fourier frequencies; numpy arrays, at least float32.
@@ -100,9 +100,7 @@ def edm_to_flax(state: Mapping[str, np.ndarray], network: EdmNetwork) -> PyTree:
     """
     if not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}
-    constants = [
-        name for name in state if name.endswith(".resample_filter") or name in ("u", "model.u")
-    ]
+    constants = filter(is_constant, state)
     return shared.to_flax(state, edm_entries(network), "a network of EDM", constants)
 
 
@@ -113,5 +111,5 @@ def flax_to_edm(
 
     constants: also the resampling filters, for load_state_dict(strict=True) in the authors' code.
     """
-    state = shared.to_torch(jax.device_get(variables), edm_entries(network))
+    state = shared.to_torch(variables, edm_entries(network))
     return state | _resample_filters(network, list(state)) if constants else state

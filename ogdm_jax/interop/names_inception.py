@@ -5,7 +5,7 @@ torch-fidelity); pytorch-fid's wrapper, whose four blocks number the same module
 Mixed_5b); and NVIDIA's detector (inception-2015-12-05.pt, .pkl), whose modules have the names of
 the TensorFlow graph (`layers.mixed_9.tower.conv`) and whose norms have no scale. NVIDIA's file was
 not at hand: its module names are those that public code uses, the names inside them the graph's,
-  and every shape is checked.
+and every shape is checked.
 """
 
 import re
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.interop.names_shared import Entry, to_flax, to_torch, variable_shapes
+from ogdm_jax.interop.names_shared import LEAVES, Entry, to_flax, to_torch, variable_shapes
 from ogdm_jax.networks.inception import InceptionV3
 from ogdm_jax.typing import PyTree
 
@@ -25,14 +25,6 @@ _BLOCKS = (
     tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e")),
     ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 )
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-
 
 # NVIDIA's modules in the order of the graph, and the layers of each kind of block -> ours.
 _STEM = dict(
@@ -95,7 +87,7 @@ def _nvidia_name(name: str) -> str:
 
 def _torch_name(path: tuple[str, ...]) -> str:
     modules, leaf = path[1:-1], path[-1]
-    return "fc.bias" if leaf == "fc_bias" else ".".join([*modules, _LEAVES[leaf]])
+    return "fc.bias" if leaf == "fc_bias" else ".".join([*modules, LEAVES[leaf]])
 
 
 def inception_entries(network: InceptionV3) -> list[Entry]:
@@ -118,8 +110,9 @@ def raw_name(name: str) -> str:
 
 
 def scales_left_out(names: Iterable[str]) -> list[str]:
-    """Of raw names, the norms' scales that NVIDIA's layout leaves out because they are 1; [] for
-    the other layouts.
+    """The norms' scales that a state with these raw names leaves out.
+
+    NVIDIA's layout leaves out all of them, because they are 1; the other layouts leave out none.
     """
     names = set(names)
     norms = {name.removesuffix("running_var") for name in names if name.endswith(".bn.running_var")}
@@ -128,11 +121,10 @@ def scales_left_out(names: Iterable[str]) -> list[str]:
 
 
 def inception_to_flax(state: Mapping[str, np.ndarray], network: InceptionV3) -> PyTree:
-    """{"params": ..., "buffers": ...} from a state dict; counts of batches and an auxiliary head
-    are ignored.
+    """{"params": ..., "buffers": ...} from a state dict.
 
-    pytorch-fid's wrapper has no `fc`: its head becomes zeros (pool3 does not need it). NVIDIA's
-    norms have scale 1.
+    Counts of batches and an auxiliary head are ignored. pytorch-fid's wrapper has no `fc`: its head
+    becomes zeros (pool3 does not need it). NVIDIA's norms have scale 1.
 
     Raises:
       ValueError: a tensor is missing, has another shape, or has no place in the network.

@@ -1,9 +1,12 @@
-"""What every name map needs: tensor layouts, the order of attention channels, and a strict exchange
-of tensors.
+"""What every name map needs: layouts of tensors, orders of attention channels, a strict exchange.
+
+A name map is a list of `Entry`, one for each tensor of a network: its name in PyTorch and its path
+in our variables.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -15,9 +18,18 @@ from ogdm_jax.typing import PyTree
 
 Path = tuple[str, ...]
 
-# Axes of the first dimension of a qkv kernel in a checkpoint: h heads, c channels a head, x = {q,
-# k, v}. Ours is "xhc" everywhere, in which q, k and v are contiguous.
+# Axes of the first dimension of a qkv kernel in a checkpoint: h heads, c channels of a head,
+# x = {q, k, v}. Ours is "xhc" everywhere, in which q, k and v are contiguous.
 EDM_ORDER, LEGACY_ORDER, NEW_ORDER = "hcx", "hxc", "xhc"
+# the last part of our paths -> that of PyTorch's names
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_SIDE = 4  # pixels: the side of the image in front of a "chw" layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +37,15 @@ class Entry:
     """One tensor under both of its names.
 
     Attributes:
-      name: in the PyTorch state dict.   path: (collection, module, ..., leaf) in our variables.
-        shape: ours.
+      name: in the PyTorch state dict.
+      path: (collection, module, ..., leaf) in our variables.
+      shape: ours.
       layout: how PyTorch stores it. "auto": HWIO as OIHW, [in, out] as [out, in], vectors as they
-        are; "conv1d": as a one-dimensional convolution of width 1 [out, in, 1]; "same": as ours.
-      heads, order: of a qkv layer: attention heads and the checkpoint's channel order; heads 0 =
-        not a qkv layer.
+        are. "conv1d": as a one-dimensional convolution of width 1, [out, in, 1]. "chw": a dense
+        kernel behind a flattened 4x4 image, whose inputs PyTorch counts as (c, h, w) and we as
+        (h, w, c). "same": as ours.
+      heads: attention heads of a qkv layer; 0 for every other layer.
+      order: of a qkv layer: the order of the checkpoint's channels.
     """
 
     name: str
@@ -42,24 +57,32 @@ class Entry:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
+        """The tensor's shape in PyTorch."""
         return self._laid_out(np.broadcast_to(np.float32(0), self.shape)).shape
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
+        """Our array as PyTorch stores it."""
         value = _reorder(self._laid_out(np.asarray(value)), self.heads, NEW_ORDER, self.order)
         return np.ascontiguousarray(value)
 
     def to_flax(self, value: np.ndarray) -> np.ndarray:
+        """PyTorch's array as ours, at least float32 (some checkpoints are in half precision).
+
+        Raises:
+          ValueError: another shape.
+        """
         value = np.asarray(value)
         if value.shape != self.torch_shape:
             raise ValueError(
                 f"state: {self.name} has shape {value.shape}; the network expects "
                 f"{self.torch_shape}"
             )
-        value = value.astype(
-            np.promote_types(value.dtype, np.float32)
-        )  # half-precision checkpoints
+        value = value.astype(np.promote_types(value.dtype, np.float32))
         value = _reorder(value, self.heads, self.order, NEW_ORDER)
-        if self.layout != "same" and len(self.shape) > 1:
+        if self.layout == "chw":
+            out = value.shape[0]
+            value = value.reshape(out, -1, _SIDE, _SIDE).transpose(2, 3, 1, 0)
+        elif self.layout != "same" and len(self.shape) > 1:
             value = value[..., 0] if self.layout == "conv1d" else value
             value = np.moveaxis(np.swapaxes(value, 0, 1), (0, 1), (-2, -1))
         return np.ascontiguousarray(value.reshape(self.shape))
@@ -69,6 +92,9 @@ class Entry:
             return value
         if self.layout == "conv1d":
             return value.reshape(value.shape[-2:]).T[..., None]
+        if self.layout == "chw":
+            out = value.shape[-1]
+            return value.reshape(_SIDE, _SIDE, -1, out).transpose(3, 2, 0, 1).reshape(out, -1)
         return np.swapaxes(np.moveaxis(value, (-2, -1), (0, 1)), 0, 1)
 
 
@@ -87,11 +113,15 @@ def variable_shapes(
 ) -> dict[Path, tuple[int, ...]]:
     """{path: shape} of all variables of a network, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(network.init, key, *inputs)
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
+    variables = _flat(jax.eval_shape(network.init, key, *inputs))
+    return {path: tuple(leaf.shape) for path, leaf in variables.items()}
 
 
-def image_input(network: nn.Module) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _flat(variables: PyTree) -> dict[Path, Any]:
+    return cast(dict[Path, Any], traverse_util.flatten_dict(dict(variables)))
+
+
+def image_input(network: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one for `variable_shapes`: x and c_noise."""
     side, channels = network.img_resolution, network.img_channels
     struct = jax.ShapeDtypeStruct
@@ -101,11 +131,12 @@ def image_input(network: nn.Module) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtyp
 def to_flax(
     state: Mapping[str, np.ndarray], entries: Iterable[Entry], what: str, ignore: Iterable[str] = ()
 ) -> PyTree:
-    """Variables of a network from a PyTorch state dict: every tensor in its place, none missing,
-    none left over.
+    """Variables of a network from a PyTorch state dict: none missing, none left over.
 
     Args:
-      entries: the network's tensors.   what: the kind of network, for the messages.
+      state: {PyTorch name: array}.
+      entries: the network's tensors.
+      what: the kind of network, for the messages.
       ignore: names that the state may have but the network does not need.
 
     Raises:
@@ -129,8 +160,9 @@ def to_flax(
 
 
 def to_torch(variables: PyTree, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
-    """{PyTorch name: array} of the collections that `variables` has: {"params": gradients} maps
-    gradients.
+    """{PyTorch name: array} of the collections that `variables` has.
+
+    {"params": gradients} gives the gradients under PyTorch's names.
     """
-    flat = traverse_util.flatten_dict(dict(variables))
+    flat = _flat(jax.device_get(variables))
     return {e.name: e.to_torch(flat[e.path]) for e in entries if e.path[0] in variables}

@@ -154,7 +154,7 @@ def check_unet(golden: Golden):
 def check_classifier(golden: Golden):
     k = golden.config["kwargs"]
     network = encoder(k)
-    params = names_adm.adm_encoder_to_flax(golden.state_dict(), network, order(k))["params"]
+    params = names_adm.adm_to_flax(golden.state_dict(), network, order(k))["params"]
     assert sum(value.size for value in jax.tree.leaves(params)) == int(golden["param_count"])
     x, t, y = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), golden["y"]
 
@@ -170,7 +170,7 @@ def check_classifier(golden: Golden):
     golden.assert_close("logits", logits)
     golden.assert_close("grad_log_prob", nchw(g_x))
     np.testing.assert_allclose(-total / len(y), golden["cross_entropy"], rtol=1e-5)
-    state = names_adm.flax_to_adm_encoder({"params": g_params}, network, order(k))
+    state = names_adm.flax_to_adm({"params": g_params}, network, order(k))
     golden.assert_norms("grad_norms", {name: norm / len(y) for name, norm in norms(state).items()})
     feature = jit(functools.partial(network.apply, tap="mid"))({"params": params}, x, t)
     golden.assert_close("feature", nchw(feature)[: len(golden["feature"])])

@@ -56,7 +56,7 @@ def discriminator(golden: Golden):
         for name in ("extractor", "head")
     )
     frozen, params = (
-        names_adm.adm_encoder_to_flax(golden.state_dict(f"{name}_"), network)["params"]
+        names_adm.adm_to_flax(golden.state_dict(f"{name}_"), network)["params"]
         for name, network in (("extractor", extractor), ("head", head))
     )
     network = FeatureDiscriminator(head, extractor)

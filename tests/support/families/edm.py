@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import noise, precondition, process
-from ogdm_jax.interop.names import edm_network, edm_to_flax, flax_to_edm
+from ogdm_jax.interop.names_edm import edm_network, edm_to_flax, flax_to_edm
 from tests.support import golden_support
 from tests.support.golden_support import Golden, nchw, nhwc
 
