@@ -5,45 +5,28 @@ import json
 import numpy as np
 from etils import epath
 
-from ogdm_jax import data, places
-from ogdm_jax.data import Source, from_arrays, pictures
+from ogdm_jax import places
+from ogdm_jax.data import Source, open_pictures, pictures
 from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.pixels import to_uint8
 
 
 def open_input(where: str, shape: tuple[int, int, int]) -> Source:
-    """Images to measure: a picture, a folder of pictures, or a data source by name; cropped and
-    resized to the model's.
+    """Images to measure: a picture, a folder or archive of pictures, or a data source by name.
+
+    They are cropped and resized to the model's shape (H, W, C).
 
     Raises:
-      ValueError: nothing there, or colour for a grey model.
+      ValueError: nothing there, unreadable, or colour for a grey model.
     """
     if not where:
         raise ValueError(
             "--input: not given; expected the picture or the folder of pictures to measure"
         )
-    source = "://" in where and not places.is_uri(where)  # folder:gs://bucket/images
-    path = places.place("" if source else where, "--input")
-    if path.is_file() and path.suffix.lower() not in (".npz", ".zip"):
-        try:
-            picture = pictures.read(path)
-        except pictures.PictureError as error:
-            raise ValueError(f"--input: {error}") from None
-        return from_arrays(where, picture[None], resolution=shape[0], channels=shape[2])
-    name = where
-    if not source:
-        name = (
-            f"folder:{where}"
-            if path.is_dir()
-            else f"{path.suffix[1:]}:{where}"
-            if path.is_file()
-            else where
-        )
-    if ":" not in name and name not in ("digits", "mnist5k"):
-        raise ValueError(
-            f"--input: {where!r} is no file, folder or data source; expected pictures to measure"
-        )
-    return data.open_source(name, resolution=shape[0], channels=shape[2])
+    try:
+        return open_pictures(where, resolution=shape[0], channels=shape[2])
+    except ValueError as error:
+        raise ValueError(f"--input: {error}") from None
 
 
 def side_by_side(restoration: Restoration, restored: np.ndarray) -> np.ndarray:
