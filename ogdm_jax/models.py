@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -38,13 +38,11 @@ class Model:
     table: process.Discrete | None = None
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
-        """Fresh (params, buffers): trained tensors, and frozen ones such as Fourier frequencies ({}
-        if none).
-        """
+        """Fresh (params, buffers): trained tensors, and others such as Fourier frequencies."""
         x = jnp.zeros((1, *self.image_shape))
         label = jnp.zeros((1,), jnp.int32) if self.label_dim else None
         augment = jnp.zeros((1, self.network.augment_dim)) if self.network.augment_dim else None
-        variables = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
+        variables: Any = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
         return variables["params"], dict(variables.get("buffers", {}))
 
     def denoiser(
@@ -71,13 +69,14 @@ class Model:
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}
         bound = {"augment": augment, "dropout_keys": dropout_keys}
         bound = {name: value for name, value in bound.items() if value is not None}
+        apply = cast(Callable[..., Any], functools.partial(self.network.apply, variables, **bound))
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return self.network.apply(variables, x, c_noise, label, **bound)
+            return apply(x, c_noise, label)
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> Any:
             if at in TAPS:
-                return self.network.apply(variables, x, c_noise, label, tap=at, **bound)
+                return apply(x, c_noise, label, tap=at)
             names = at.split(",")
             if unknown := [name for name in names if name not in params]:
                 known = ", ".join(sorted(params))
@@ -88,9 +87,7 @@ class Model:
             chosen = lambda module, method: (
                 method == "__call__" and module.path in [(n,) for n in names]
             )
-            _, kept = self.network.apply(
-                variables, x, c_noise, label, capture_intermediates=chosen, **bound
-            )
+            _, kept = apply(x, c_noise, label, capture_intermediates=chosen)
             return [kept["intermediates"][name]["__call__"][0] for name in names]
 
         return self.wrap(network_fn, taps=taps)
@@ -109,7 +106,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
       cannot halve.
     """
     height, width, channels = image_shape
-    net = config.network
+    net: Any = config.network
     levels = 2 ** (len(net.channel_mult) - 1)
     require(
         height == width and height % levels == 0,
@@ -121,22 +118,22 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
     for name in ("model_channels", "num_blocks"):
         require(net[name] >= 1, f"network.{name}", net[name], "a whole number of at least 1")
     require(0 <= net.dropout < 1, "network.dropout", net.dropout, "a probability below 1")
-    conditional = config.data.conditional
+    data: Any = config.data
+    conditional = data.conditional
     require(
         not conditional or num_classes > 0,
         "data.conditional",
         conditional,
         "a source with class labels",
     )
-    kind = choose(
-        "precondition.kind", config.precondition.kind, ("edm", "vp", "ve", "iddpm", "adm")
-    )
+    wrapped: Any = config.precondition
+    kind = choose("precondition.kind", wrapped.kind, ("edm", "vp", "ve", "iddpm", "adm"))
     choose("network.kind", net.kind, _NETWORKS)
-    augmented = config.data.augment > 0
+    augmented = data.augment > 0
     require(
         not (augmented and net.kind == "openai"),
         "data.augment",
-        config.data.augment,
+        data.augment,
         "0 with network.kind 'openai', which has no place for augmentation labels",
     )
     foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
@@ -145,7 +142,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
     if net.kind != "openai":
         settings["augment_dim"] = 9 if augmented else 0
-    further = kind == "iddpm" or (kind == "adm" and config.precondition.learned_variance)
+    further = kind == "iddpm" or (kind == "adm" and wrapped.learned_variance)
     network = _NETWORKS[net.kind](
         img_resolution=height,
         img_channels=channels,
@@ -160,7 +157,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
 
 def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:
     """config.precondition as (network_fn, taps=) -> Denoiser."""
-    settings = config.precondition
+    settings: Any = config.precondition
     if kind == "edm":
         require(
             settings.sigma_data > 0,
@@ -171,6 +168,7 @@ def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Call
         return functools.partial(precondition.edm, sigma_data=settings.sigma_data)
     if kind != "adm":
         return {"vp": precondition.vp, "ve": precondition.ve, "iddpm": precondition.iddpm}[kind]
+    assert table is not None  # build makes it for this kind
     return functools.partial(
         precondition.adm,
         betas=table,
@@ -184,7 +182,7 @@ def discrete_table(config: ConfigDict) -> process.Discrete:
     """The discrete process of config.precondition. Raises ConfigError for an unknown schedule or
     fewer than 2 steps.
     """
-    settings = config.precondition
+    settings: Any = config.precondition
     choose("precondition.schedule", settings.schedule, ("linear", "cosine"))
     require(
         settings.diffusion_steps >= 2,
@@ -196,4 +194,5 @@ def discrete_table(config: ConfigDict) -> process.Discrete:
 
 
 def parameter_count(params: PyTree) -> int:
+    """How many numbers the tree holds."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

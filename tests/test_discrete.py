@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax.diffusion import discrete, grids, process
+from ogdm_jax.diffusion import grids, process
+from ogdm_jax.sampling import discrete
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import column, two_bumps
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, noise, precondition, process, steps
-from ogdm_jax.diffusion.gaussian import Chain, gaussian_kl, pixel_log_likelihood
 from ogdm_jax.methods import cfg, dg, dsg
 from ogdm_jax.sampling.sampler import plain_kick, sample
+from tests.reference.gaussian import Chain, gaussian_kl, pixel_log_likelihood
 from tests.support.oracles import column
 
 STD = 0.6  # of Gaussian data, whose exact eps is linear in x_t

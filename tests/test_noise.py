@@ -108,4 +108,4 @@ def test_errors():
     with pytest.raises(ValueError, match="index and batch"):
         noise.edm(stratified=True).sample(keys(4))
     with pytest.raises(ValueError, match="'cauchy'"):
-        noise.NoiseLaw("cauchy", jnp.exp, jnp.exp)
+        noise.NoiseDistribution("cauchy", jnp.exp, jnp.exp)

@@ -15,7 +15,7 @@ from ogdm_jax.typing import Array, Denoise, PyTree
 
 
 def same_level(sigma: Array) -> Array:
-    """sigma as it is: the rounding of a network that answers at every level."""
+    """The level sigma as it is: the rounding of a network that answers at every level."""
     return sigma
 
 

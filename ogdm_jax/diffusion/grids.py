@@ -128,7 +128,7 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
 
 def ddim(
     n: int,
-    betas: str | Sequence[float] | np.ndarray = "linear",
+    betas: process.Schedule = "linear",
     spacing: str = "uniform",
     steps: int = 1000,
 ) -> np.ndarray:
@@ -148,7 +148,7 @@ def ddim(
 
 def respaced(
     spacing: str | Sequence[int],
-    betas: str | Sequence[float] | np.ndarray = "linear",
+    betas: process.Schedule = "linear",
     steps: int = 1000,
 ) -> np.ndarray:
     """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or

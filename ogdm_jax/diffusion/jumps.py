@@ -1,7 +1,7 @@
 """Random jumps between noise levels: from level t down to a level s, as OGDM (2310.04041) draws
 them.
 
-Two laws: a uniform jump on EDM's warped time axis, and a uniform gap between the indices of a
+Two ways: a uniform jump on EDM's warped time axis, and a uniform gap between the indices of a
 discrete chain.
 """
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.diffusion.process import Numbers
 from ogdm_jax.typing import Array
 
 
@@ -22,8 +23,8 @@ def tau(sigma: Array, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: fl
 
 
 def sigma_of_tau(
-    time: Array, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Array:
+    time: Numbers, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Numbers:
     """The inverse of tau on [0, 1]."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + time * (low - high)) ** rho
@@ -88,13 +89,13 @@ def gap(index: Array, u: Array, k: float, diffusion_steps: int = 1000) -> Array:
 
 
 class Pair(NamedTuple):
-    """From which level to which: sigma, sigma_next [B]; index, gap [B] int32 where the law is
-    discrete.
+    """From which level to which: sigma, sigma_next [B]; index, gap [B] int32 where the levels
+    are discrete.
     """
 
     sigma: Array
     sigma_next: Array
-    index: Array | None = None
+    index: Array | None = None  # pyright: ignore[reportIncompatibleMethodOverride]  of tuple
     gap: Array | None = None
 
 

@@ -1,14 +1,14 @@
 """How noise levels are drawn in training, and what a squared error weighs at each (2206.00364,
 table 1 and section 5).
 
-A law is a function of one number per example, a standard normal or a uniform one, so that tests,
-checkpoints of other programs and stratified draws can supply that number.
+A noise distribution is a function of one number per example, a standard normal or a uniform one,
+so that tests, checkpoints of other programs and stratified draws can supply that number.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from ogdm_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseLaw:
+class NoiseDistribution:
     """A distribution of noise levels.
 
     Attributes:
@@ -28,7 +28,7 @@ class NoiseLaw:
       sigma: draw [...] -> noise level, increasing or decreasing in the draw.
       weight: sigma -> lambda(sigma), the factor of the squared error at that level.
       stratified: `sample` spreads the draws of a batch evenly over the quantiles.
-      levels: float64 [T], ascending, of a law that draws from so many levels; else None.
+      levels: float64 [T], ascending, of a distribution that draws from so many levels; else None.
     """
 
     kind_of_draw: str
@@ -37,11 +37,11 @@ class NoiseLaw:
     stratified: bool = False
     levels: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind_of_draw not in ("normal", "uniform"):
             raise ValueError(
-                f"NoiseLaw.kind_of_draw: {self.kind_of_draw!r} given; expected 'normal' or "
-                "'uniform'"
+                f"NoiseDistribution.kind_of_draw: {self.kind_of_draw!r} given; expected "
+                "'normal' or 'uniform'"
             )
 
     def sample(
@@ -55,20 +55,20 @@ class NoiseLaw:
 
         Args:
           keys: [B] typed keys.
-          index, batch: a stratified law needs the examples' indices [B] in the global batch, and
-            its size.
+          index: [B] the examples' places in the global batch, needed where it is stratified.
+          batch: size of the global batch, needed where it is stratified.
           key: of the whole batch, optional: moves all strata by one common number, so that no level
             is an edge.
 
         Raises:
-          ValueError: a stratified law without index and batch.
+          ValueError: a stratified distribution without index and batch.
         """
         if not self.stratified:
             draw = randomness.normal if self.kind_of_draw == "normal" else randomness.uniform
             return self.sigma(draw(keys))
         if index is None or batch is None:
             raise ValueError(
-                "NoiseLaw.sample: no index and batch given; a stratified law expects both"
+                "NoiseDistribution.sample: no index and batch given; a stratified one expects both"
             )
         # Stratum i of n, moved by a number common to the batch: one draw in every n-th part of the
         # circle of quantiles.
@@ -100,9 +100,10 @@ def edm(
     sigma_data: float = 0.5,
     clip: tuple[float, float] | None = None,
     stratified: bool = False,
-) -> NoiseLaw:
-    """ln sigma ~ N(mean, std^2), weight (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2 (2206.00364,
-    section 5).
+) -> NoiseDistribution:
+    """EDM's log-normal levels: ln sigma ~ N(mean, std^2) (2206.00364, section 5).
+
+    Weight (sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2.
 
     clip: (least, greatest) level, as in OGDM's code. Raises ValueError for a std or sigma_data that
       is not positive.
@@ -111,7 +112,7 @@ def edm(
         if not value > 0:
             raise ValueError(f"noise.edm: {name} {value} given; expected a positive number")
     sigma = functools.partial(_log_normal, mean=mean, std=std, clip=clip)
-    return NoiseLaw(
+    return NoiseDistribution(
         "normal", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified
     )
 
@@ -122,12 +123,13 @@ def _vp(draw: Array, beta_d: float, beta_min: float, epsilon_t: float) -> Array:
 
 def vp(
     beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5, stratified: bool = False
-) -> NoiseLaw:
-    """sigma(t) of the VP process (2011.13456), t = 1 + u (epsilon_t - 1) in [epsilon_t, 1]; weight
-    1 / sigma^2.
+) -> NoiseDistribution:
+    """Score SDE's VP levels: sigma(t) with t uniform in [epsilon_t, 1] (2011.13456).
+
+    t = 1 + u (epsilon_t - 1); weight 1 / sigma^2.
     """
     sigma = functools.partial(_vp, beta_d=beta_d, beta_min=beta_min, epsilon_t=epsilon_t)
-    return NoiseLaw("uniform", sigma, _inverse_square, stratified)
+    return NoiseDistribution("uniform", sigma, _inverse_square, stratified)
 
 
 def _of_table(draw: Array, levels: np.ndarray) -> Array:
@@ -138,10 +140,10 @@ def _of_table(draw: Array, levels: np.ndarray) -> Array:
 
 
 def ddpm(
-    betas: str | Sequence[float] | np.ndarray = "linear",
+    betas: process.Schedule = "linear",
     steps: int = 1000,
     stratified: bool = False,
-) -> NoiseLaw:
+) -> NoiseDistribution:
     """Levels sqrt(1 / alpha_bar_t - 1) of a discrete process, t uniform over its steps (2006.11239
     alg. 1).
 
@@ -151,21 +153,26 @@ def ddpm(
     """
     levels = process.Discrete.make(betas, steps).sigma
     sigma = functools.partial(_of_table, levels=levels)
-    return NoiseLaw("uniform", sigma, _inverse_square, stratified, levels)
+    return NoiseDistribution("uniform", sigma, _inverse_square, stratified, levels)
 
 
 def _log_uniform(draw: Array, sigma_min: float, sigma_max: float) -> Array:
     return sigma_min * jnp.exp(draw * math.log(sigma_max / sigma_min))
 
 
-def ve(sigma_min: float = 0.02, sigma_max: float = 100.0, stratified: bool = False) -> NoiseLaw:
-    """sigma = sigma_min (sigma_max / sigma_min)^u, weight 1 / sigma^2 (2011.13456)."""
+def ve(
+    sigma_min: float = 0.02, sigma_max: float = 100.0, stratified: bool = False
+) -> NoiseDistribution:
+    """Score SDE's VE levels: sigma = sigma_min (sigma_max / sigma_min)^u (2011.13456).
+
+    Weight 1 / sigma^2.
+    """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(
             f"noise.ve: range ({sigma_min}, {sigma_max}) given; expected 0 < sigma_min < sigma_max"
         )
     sigma = functools.partial(_log_uniform, sigma_min=sigma_min, sigma_max=sigma_max)
-    return NoiseLaw("uniform", sigma, _inverse_square, stratified)
+    return NoiseDistribution("uniform", sigma, _inverse_square, stratified)
 
 
 def _angle(draw: Array, low: float, high: float, sigma_data: float) -> Array:
@@ -177,21 +184,19 @@ def angle_uniform(
     sigma_max: float = 80.0,
     sigma_data: float = 0.5,
     stratified: bool = False,
-) -> NoiseLaw:
-    """theta = arctan(sigma / sigma_data) uniform between the angles of sigma_min and sigma_max;
-    EDM's weight.
+) -> NoiseDistribution:
+    """Angles theta = arctan(sigma / sigma_data) uniform between those of sigma_min and sigma_max.
 
-    theta is the angle of the variance-preserving path cos(theta) x0 / sd + sin(theta) eps
-    (self-perceptual loss, a law for the second noise level).
+    EDM's weight. theta is the angle of the variance-preserving path cos(theta) x0 / sd +
+    sin(theta) eps (self-perceptual loss, a distribution of the second noise level).
     """
     if not 0 < sigma_min < sigma_max or not sigma_data > 0:
         raise ValueError(
             f"noise.angle_uniform: range ({sigma_min}, {sigma_max}) and sigma_data {sigma_data} "
-            "given; "
-            "expected 0 < sigma_min < sigma_max and a positive sigma_data"
+            "given; expected 0 < sigma_min < sigma_max and a positive sigma_data"
         )
     low, high = math.atan(sigma_min / sigma_data), math.atan(sigma_max / sigma_data)
     sigma = functools.partial(_angle, low=low, high=high, sigma_data=sigma_data)
-    return NoiseLaw(
+    return NoiseDistribution(
         "uniform", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified
     )

@@ -77,15 +77,17 @@ def _one_pass(x: Array, sigma: Array, references: Array, allowed: Array | None) 
 
 
 def _product(x: Array, references: Array) -> Array:
-    """x @ references.T in blocks of pixels: one long float32 sum has 10 times the error, which
-    near-duplicates feel.
+    """The product x references^T [B,m] in blocks of pixels.
+
+    One long float32 sum has 10 times the error, which near-duplicates feel.
     """
     block = max(_BLOCK, -(-x.shape[1] // 16))
     starts = range(0, x.shape[1], block)
     dot = functools.partial(
         jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), precision=_HIGHEST
     )
-    return sum(dot(x[:, i : i + block], references[:, i : i + block]) for i in starts)
+    parts = [dot(x[:, i : i + block], references[:, i : i + block]) for i in starts]
+    return functools.reduce(jnp.add, parts)
 
 
 def alone(x: Array, source: Array) -> Sums:
@@ -107,6 +109,7 @@ def _rescale(part: Sums, top: Array, sigma: Array) -> Sums:
 
 
 def merge(a: Sums, b: Sums, sigma: Array) -> Sums:
+    """The sums over both sets of references."""
     top = jnp.maximum(a.top, b.top)
     a, b = _rescale(a, top, sigma), _rescale(b, top, sigma)
     return Sums(top, a.mass + b.mass, a.squares + b.squares, a.total + b.total)
@@ -141,7 +144,15 @@ def shard_mask(
     return mask, None
 
 
-def weighted_sums(x, sigma, references, mask, chunk, label, reference_label) -> Sums:
+def weighted_sums(
+    x: Array,
+    sigma: Array,
+    references: Array,
+    mask: Array | None,
+    chunk: int | None,
+    label: Array | None,
+    reference_label: Array | None,
+) -> Sums:
     """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so
     nothing is padded.
     """
@@ -161,7 +172,7 @@ def weighted_sums(x, sigma, references, mask, chunk, label, reference_label) -> 
             allowed.append((start + jnp.arange(chunk) >= first)[None])
         if mask is not None:
             allowed.append(take(mask, axis=mask.ndim - 1) if mask.ndim == 2 else take(mask)[None])
-        if label is not None:
+        if label is not None and reference_label is not None:
             allowed.append(class_mask(label, take(reference_label)))
         every = functools.reduce(jnp.logical_and, allowed) if allowed else None
         if isinstance(references, OnDemand):

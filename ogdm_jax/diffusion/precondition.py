@@ -14,10 +14,9 @@ which one they are given.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax.diffusion import process
 from ogdm_jax.diffusion.denoiser import Denoiser, same_level
@@ -76,6 +75,7 @@ class _Network:
 
     def taps(self, x: Array, sigma: Array, label: PyTree, at: str) -> PyTree:
         """The network's own features, as they are."""
+        assert self.network_taps is not None  # else the Denoiser has no taps
         x, _, c_in, c_noise = self._input(x, sigma)
         return self.network_taps(_per_image(c_in) * x, c_noise, label, at)
 
@@ -168,7 +168,8 @@ def edm(network_fn: NetworkFn, sigma_data: float = 0.5, *, taps: Taps | None = N
         raise ValueError(
             f"precondition.edm: sigma_data {sigma_data} given; expected a positive number"
         )
-    coefficients, rest = (functools.partial(f, sigma_data=sigma_data) for f in (_edm, _edm_rest))
+    coefficients = functools.partial(_edm, sigma_data=sigma_data)
+    rest = functools.partial(_edm_rest, sigma_data=sigma_data)
     return make(network_fn, coefficients, rest=rest, taps=taps)
 
 
@@ -227,7 +228,7 @@ def _iddpm(sigma: Array, steps: int) -> Coefficients:
 
 
 def iddpm(network_fn: NetworkFn, steps: int = 1000, *, taps: Taps | None = None) -> Denoiser:
-    """iDDPM and ADM networks on the cosine schedule (2102.09672, 2105.05233): F = eps at the
+    """The networks of iDDPM and ADM on the cosine schedule (2102.09672, 2105.05233): F = eps at the
     nearest of `steps` levels.
 
     round_sigma gives that level; only the time step is rounded here, as in the authors' code, so
@@ -263,7 +264,7 @@ def _adm(sigma: Array, table: process.Discrete, predict: str, scale: float) -> C
 
 def adm(
     network_fn: NetworkFn,
-    betas: str | Sequence[float] | np.ndarray | process.Discrete = "linear",
+    betas: process.Schedule | process.Discrete = "linear",
     steps: int = 1000,
     *,
     predict: str = "eps",

@@ -1,13 +1,14 @@
 """Coordinates of diffusion processes and the change between what networks predict.
 
 Everything in the package lives in x = x0 + sigma * eps. Any process x_t = s(t) (x0 + sigma(t) eps)
-is that coordinate
-times a scale, so a process is four functions: sigma(t), its inverse, its derivative, and s(t). They
-accept NumPy arrays (float64 tables, made without starting a backend) and JAX arrays alike.
+is that coordinate times a scale, so a process is four functions: sigma(t), its inverse, its
+derivative, and s(t). They accept NumPy arrays (float64 tables, made without starting a backend) and
+JAX arrays alike.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,11 @@ import numpy as np
 from ogdm_jax.diffusion.steps import per_example, slope
 from ogdm_jax.typing import Array
 
+Numbers = TypeVar("Numbers", Array, np.ndarray, float)
+Schedule = str | Sequence[float] | np.ndarray  # a name of `betas`, or the betas themselves
 
-def _namespace(v):
+
+def _namespace(v: Any) -> Any:
     return jnp if isinstance(v, jax.Array) else np
 
 
@@ -39,21 +43,24 @@ class VP:
         beta_d = 2 * (low / t_min - high) / (t_min - 1)
         return cls(float(beta_d), float(high - beta_d / 2))
 
-    def sigma(self, t):
+    def sigma(self, t: Numbers) -> Numbers:
+        """The noise level at time t."""
         xp = _namespace(t)
         return xp.sqrt(xp.expm1(0.5 * self.beta_d * t**2 + self.beta_min * t))
 
-    def time(self, sigma):
+    def time(self, sigma: Numbers) -> Numbers:
         """Inverse of sigma(t), written without the cancellation of its usual form."""
         xp = _namespace(sigma)
         log = xp.log1p(sigma**2)
         return 2 * log / (self.beta_min + xp.sqrt(self.beta_min**2 + 2 * self.beta_d * log))
 
-    def sigma_derivative(self, t):
+    def sigma_derivative(self, t: Numbers) -> Numbers:
+        """The derivative d sigma / d t."""
         sigma = self.sigma(t)
         return 0.5 * (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma)
 
-    def scale(self, t):
+    def scale(self, t: Numbers) -> Numbers:
+        """s(t)."""
         return _namespace(t).exp(-0.25 * self.beta_d * t**2 - 0.5 * self.beta_min * t)
 
 
@@ -61,16 +68,20 @@ class VP:
 class VE:
     """Variance exploding: sigma(t) = sqrt(t), s = 1 (arXiv 2011.13456; 2206.00364 table 1)."""
 
-    def sigma(self, t):
+    def sigma(self, t: Numbers) -> Numbers:
+        """The noise level at time t."""
         return _namespace(t).sqrt(t)
 
-    def time(self, sigma):
+    def time(self, sigma: Numbers) -> Numbers:
+        """The time at which the noise level is sigma."""
         return sigma**2
 
-    def sigma_derivative(self, t):
+    def sigma_derivative(self, t: Numbers) -> Numbers:
+        """The derivative d sigma / d t."""
         return 0.5 / _namespace(t).sqrt(t)
 
-    def scale(self, t):
+    def scale(self, t: Numbers) -> Numbers:
+        """s(t)."""
         return _namespace(t).ones_like(t)
 
 
@@ -78,16 +89,20 @@ class VE:
 class EDM:
     """sigma(t) = t, s = 1: the package's own coordinate (arXiv 2206.00364 section 4)."""
 
-    def sigma(self, t):
+    def sigma(self, t: Numbers) -> Numbers:
+        """The noise level at time t."""
         return t
 
-    def time(self, sigma):
+    def time(self, sigma: Numbers) -> Numbers:
+        """The time at which the noise level is sigma."""
         return sigma
 
-    def sigma_derivative(self, t):
+    def sigma_derivative(self, t: Numbers) -> Numbers:
+        """The derivative d sigma / d t."""
         return _namespace(t).ones_like(t)
 
-    def scale(self, t):
+    def scale(self, t: Numbers) -> Numbers:
+        """s(t)."""
         return _namespace(t).ones_like(t)
 
 
@@ -101,28 +116,29 @@ def eps_from_x0(x: Array, x0: Array, sigma: Array) -> Array:
 
 
 def x0_from_eps(x: Array, eps: Array, sigma: Array) -> Array:
-    """x - sigma eps."""
+    """The clean image x - sigma eps."""
     return x - per_example(sigma, x) * eps
 
 
 def score_from_x0(x: Array, x0: Array, sigma: Array) -> Array:
-    """grad log p(x; sigma) = (x0 - x) / sigma^2 (Tweedie; arXiv 2206.00364 eq. 3), sigma > 0."""
+    """The score grad log p(x; sigma) = (x0 - x) / sigma^2 (arXiv 2206.00364 eq. 3); sigma > 0."""
     return (x0 - x) / per_example(sigma, x) ** 2
 
 
 def x0_from_score(x: Array, score: Array, sigma: Array) -> Array:
-    """x + sigma^2 score."""
+    """The clean image x + sigma^2 score."""
     return x + per_example(sigma, x) ** 2 * score
 
 
-def vp_scale(sigma: Array) -> Array:
-    """a = sqrt(alpha_bar) = 1 / sqrt(1 + sigma^2), the factor from x to x_vp."""
+def vp_scale(sigma: Numbers) -> Numbers:
+    """The factor a = sqrt(alpha_bar) = 1 / sqrt(1 + sigma^2) from x to x_vp."""
     return 1 / _namespace(sigma).sqrt(1 + sigma**2)
 
 
 def v_from_x0(x: Array, x0: Array, sigma: Array) -> Array:
-    """v = a eps - b x0 (arXiv 2202.00512 appendix D), with x in this package's coordinate (not
-    scaled by a).
+    """The velocity v = a eps - b x0 (arXiv 2202.00512 appendix D).
+
+    x is in this package's coordinate, not scaled by a.
     """
     a, s = per_example(vp_scale(sigma), x), per_example(sigma, x)
     return a * ((x - x0) / s - s * x0)
@@ -137,7 +153,7 @@ def x0_from_v(x: Array, v: Array, sigma: Array) -> Array:
 # Discrete processes (DDPM, guided-diffusion).
 
 
-def betas(schedule: str | Sequence[float] | np.ndarray = "linear", steps: int = 1000) -> np.ndarray:
+def betas(schedule: Schedule = "linear", steps: int = 1000) -> np.ndarray:
     """Variances beta_1..beta_T, float64 [T].
 
     Args:
@@ -222,16 +238,15 @@ class Discrete:
     @classmethod
     def make(
         cls,
-        schedule: str | Sequence[float] = "linear",
+        schedule: Schedule = "linear",
         steps: int = 1000,
-        keep: Sequence[int] | None = None,
-    ):
+        keep: Sequence[int] | np.ndarray | None = None,
+    ) -> Self:
         """The process of `betas(schedule, steps)` on the kept original indices (None: all).
 
         Raises:
           ValueError: an index outside 0..T-1, or a kept step of pure noise (alpha_bar 0, zero
-          terminal SNR), whose
-            level sigma is infinite; the steps before it can be kept.
+            terminal SNR), whose level sigma is infinite; the steps before it can be kept.
         """
         bar = np.cumprod(1 - betas(schedule, steps))
         kept = np.arange(len(bar)) if keep is None else np.unique(np.asarray(keep, np.int64))

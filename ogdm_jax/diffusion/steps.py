@@ -138,7 +138,7 @@ def heun_update(
     sigma_next: Array,
     sigma_second: Array,
 ) -> Array:
-    """x + (sigma_next - sigma) (d + d') / 2 with d' = (predicted - second) / sigma_second."""
+    """Heun's x + (sigma_next - sigma) (d + d') / 2, d' = (predicted - second) / sigma_second."""
     h = per_example(sigma_next, x) - per_example(sigma, x)
     return x + h * 0.5 * (slope(x, x0_hat, sigma) + slope(predicted, second, sigma_second))
 

@@ -9,6 +9,10 @@ own key alone.
 | ancestral | DDPM (arXiv 2006.11239), with a choice of variance | N | always |
 | spndm, fpndm | linear multistep (arXiv 2202.09778) | N + 1, N + 9 | no |
 | dpmpp_2m | DPM-Solver++(2M) (arXiv 2211.01095) | N | no |
+
+Beside it, as functions of their own: `ablation.ablation`, EDM's sampler on any grid, schedule and
+scaling; `discrete.ddim` and `discrete.pndm`, the samplers of published discrete models on their
+index grids.
 """
 
 from collections.abc import Callable, Sequence

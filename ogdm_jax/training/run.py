@@ -28,7 +28,7 @@ class Run:
     config: ConfigDict
     source: Source
     model: models.Model
-    law: noise.NoiseLaw
+    law: noise.NoiseDistribution
     filled: slots.Filled
     tx: optax.GradientTransformation
     plan: parallel.Plan
@@ -171,7 +171,7 @@ def build(
     return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
 
 
-def noise_law(config: ConfigDict) -> noise.NoiseLaw:
+def noise_law(config: ConfigDict) -> noise.NoiseDistribution:
     """The training noise law of a configuration. Raises ConfigError for an unknown name or a width
     of 0 or less.
     """

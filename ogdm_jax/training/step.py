@@ -19,7 +19,7 @@ from ogdm_jax import randomness
 from ogdm_jax.config import duration
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.diffusion.noise import NoiseLaw
+from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.models import Model
 from ogdm_jax.pixels import to_float
@@ -32,7 +32,7 @@ Step = Callable[[TrainState, PyTree, Batch, Array], tuple[TrainState, dict[str, 
 
 
 def draw_example(
-    config: ConfigDict, model: Model, law: NoiseLaw, batch: Batch, key: Array, noise_key: Array
+    config: ConfigDict, model: Model, law: NoiseDistribution, batch: Batch, key: Array, noise_key: Array
 ) -> slots.Example:
     """Augmentation, label dropout, noise level and noise of a (micro-)batch, each image from keys
     of its own.
@@ -96,7 +96,7 @@ def denoiser_of(
 def make_step(
     config: ConfigDict,
     model: Model,
-    law: NoiseLaw,
+    law: NoiseDistribution,
     filled: slots.Filled,
     tx: optax.GradientTransformation,
     rate: optax.Schedule,

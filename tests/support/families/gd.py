@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, precondition, process
-from ogdm_jax.diffusion.gaussian import Chain
 from ogdm_jax.sampling.sampler import sample
+from tests.reference.gaussian import Chain
 from tests.support.golden_support import Golden, family, nchw, nhwc
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ogdm_jax.diffusion import jumps, precondition
 from ogdm_jax.diffusion.process import Discrete
-from ogdm_jax.interop.names_edm import edm_network, edm_to_flax, flax_to_edm
 from ogdm_jax.interop.names_discriminator import discriminator_to_flax, flax_to_discriminator
+from ogdm_jax.interop.names_edm import edm_network, edm_to_flax, flax_to_edm
 from ogdm_jax.methods import ogdm
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from tests.support.golden_support import Golden, family, nhwc

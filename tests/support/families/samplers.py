@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion import discrete, grids
+from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import iddpm_levels
+from ogdm_jax.sampling import discrete
 from ogdm_jax.sampling.ablation import ablation
 from ogdm_jax.sampling.churn import Churn, gamma_of
 from ogdm_jax.sampling.sampler import nfe, sample

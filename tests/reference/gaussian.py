@@ -263,7 +263,7 @@ def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2:
 
 
 def pixel_log_likelihood(x0: Array, mean: Array, log_std: Array) -> Array:
-    """log of the mass that N(mean, std^2) puts on x0's bin of width 2 / 255, elementwise
+    """Log of the mass that N(mean, std^2) puts on x0's bin of width 2 / 255, elementwise
     (2006.11239 eq. 13).
 
     The outermost bins reach to infinity. As in guided-diffusion the normal distribution function is

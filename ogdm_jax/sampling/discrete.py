@@ -6,8 +6,9 @@ transfer is the Euler step and both samplers are rules of steps.py. Outside, lat
 in the model's own coordinate x_vp.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +16,12 @@ import numpy as np
 
 from ogdm_jax.diffusion import grids, precondition, steps
 from ogdm_jax.diffusion.process import Discrete, vp_scale
-from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.typing import Array, Denoise
+from ogdm_jax.sampling.sampler import Trajectory, sample
+from ogdm_jax.typing import Array
 
-EpsModel = Callable[
-    [Array, Array], Array
-]  # (x_vp [B,H,W,C], t [B] original index) -> eps [B,H,W,C]
-
-
-def denoiser(eps_model: EpsModel, table: Discrete, clip: bool = False) -> Denoise:
-    """denoise(x, sigma) of an eps-predicting model: x0 = x - sigma eps(x / sqrt(1 + sigma^2),
-    t(sigma)).
-
-    Args:
-      eps_model: (x_vp, t) -> eps, labels bound; t is float, an original index of table.timesteps.
-      table: the process; sigma is looked up in it (nearest level).
-      clip: clamp x0 to [-1, 1]; slopes are then re-derived from the clamped x0, as guided-diffusion
-        does.
-    """
-
-    return precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
+# (x_vp [B,H,W,C], t [B] float: an original index) -> eps [B,H,W,C], labels bound.
+EpsModel = Callable[[Array, Array], Array]
+Node = dict[str, Array]  # of the index grid: t, its level sigma and the scale to x_vp
 
 
 def ddim(
@@ -45,28 +32,28 @@ def ddim(
     spacing: str = "uniform",
     clip: bool = True,
     **settings: Any,
-) -> Array:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM on n kept indices, from x_vp = latents (arXiv 2010.02502 eq. 12). n evaluations.
 
     As in the published code the start is N(0, I) at the first kept index, although alpha_bar there
     is not 0.
 
     Args:
-      eps_model: as in `denoiser`.
+      eps_model: the network, which predicts eps; t is an index of table.timesteps.
       latents: [B,H,W,C] ~ N(0, I).
       n: steps.
       table: the full process (default: linear, 1000 steps).
       spacing: "uniform", "quad" or "even" (`grids.ddim_timesteps`).
-      clip: clamp x0 to [-1, 1].
+      clip: clamp x0 to [-1, 1]; slopes are then re-derived from it, as guided-diffusion does.
       **settings: eta, key, guidance, trajectory, ... of `sample`.
     """
     table = Discrete.make() if table is None else table
     kept = grids.ddim_timesteps(n, len(table.timesteps), spacing)
     sigmas = np.append(table.sigma[kept][::-1], 0.0)
-    start = latents * float(
-        np.sqrt(1 + sigmas[0] ** 2) / sigmas[0]
-    )  # sample() multiplies by sigmas[0]
-    return sample(denoiser(eps_model, table, clip), start, sigmas, solver="ddim", **settings)
+    denoise = precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
+    # sample() multiplies by sigmas[0].
+    start = latents * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
+    return sample(denoise, start, sigmas, solver="ddim", **settings)
 
 
 def pndm(
@@ -80,7 +67,7 @@ def pndm(
     clipped.
 
     Args:
-      eps_model: as in `denoiser`; F-PNDM also asks for half-integer t.
+      eps_model: as in `ddim`; F-PNDM also asks for half-integer t.
       latents: [B,H,W,C] ~ N(0, I).
       n: steps, floor(i T / n).
       table: the full process (default: linear, 1000 steps).
@@ -97,29 +84,31 @@ def pndm(
     t = np.append(grids.ddim_timesteps(n, len(table.timesteps))[::-1].astype(np.float64), -1.0)
     middle = (t[:-1] + t[1:]) / 2
 
-    def node(t: np.ndarray) -> dict[str, Array]:
+    def node(t: np.ndarray) -> Node:
         sigma = table.sigma[np.maximum(t, -1).astype(np.int64) + 1]
         return {
             k: jnp.asarray(v, latents.dtype)
             for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))
         }
 
-    def slope(x: Array, at: dict[str, Array]) -> Array:
+    def slope(x: Array, at: Node) -> Array:
         return eps_model(at["scale"] * x, jnp.broadcast_to(at["t"], x.shape[:1])).astype(x.dtype)
 
-    def levels(*nodes: dict[str, Array]) -> list[Array]:
+    def levels(*nodes: Node) -> list[Array]:
         return [jnp.broadcast_to(at["sigma"], latents.shape[:1]) for at in nodes]
 
-    def starter(x, start, mid, end):
+    def starter(x: Array, start: Node, mid: Node, end: Node) -> tuple[Array, Array]:
         if order == 2:
             sigma, sigma_next = levels(start, end)
             d = slope(x, start)
             d_next = slope(steps.pndm(x, [d], sigma, sigma_next), end)
             return steps.pndm(x, [(d + d_next) / 2], sigma, sigma_next), d
-        at = tuple(lambda y, s=s: slope(y, s) for s in (start, mid, end))
-        return steps.pseudo_runge_kutta(at, x, *levels(start, mid, end))
+        first, second, third = (functools.partial(slope, at=at) for at in (start, mid, end))
+        return steps.pseudo_runge_kutta((first, second, third), x, *levels(start, mid, end))
 
-    def multistep(carry, nodes):
+    def multistep(
+        carry: tuple[Array, tuple[Array, ...]], nodes: tuple[Node, Node]
+    ) -> tuple[tuple[Array, tuple[Array, ...]], None]:
         x, earlier = carry
         start, end = nodes
         slopes = (slope(x, start), *earlier)
@@ -132,6 +121,6 @@ def pndm(
             x, *({k: v[i] for k, v in nodes.items()} for nodes in (starts, middles, ends))
         )
         earlier = (d, *earlier)
-    rest = [{k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends)]
-    (x, _), _ = jax.lax.scan(multistep, (x, earlier), tuple(rest))
+    rest = tuple({k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends))
+    (x, _), _ = jax.lax.scan(cast(Any, multistep), (x, earlier), rest)
     return x * ends["scale"][-1]

@@ -1,0 +1,1 @@
+"""Programs of others, written again, that the package is held against."""
