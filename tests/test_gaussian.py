@@ -11,7 +11,8 @@ import pytest
 
 from ogdm_jax.diffusion import grids, noise, precondition, process, steps
 from ogdm_jax.methods import cfg, dg, dsg
-from ogdm_jax.sampling.sampler import plain_kick, sample
+from ogdm_jax.sampling.guidance import Guidance, plain_step
+from ogdm_jax.sampling.sampler import sample
 from tests.reference.gaussian import Chain, gaussian_kl, pixel_log_likelihood
 from tests.support.oracles import column
 
@@ -130,8 +131,8 @@ def chain_by_hand(chain: Chain, model, x, noises, step):
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_ancestral_with_a_learned_variance_is_p_sample(clip):
-    """The loop of guided-diffusion in x_vp against sample() on the respaced grid, alone, under a
-    kick, decorated.
+    """The loop of guided-diffusion in x_vp against sample() on the respaced grid, alone, guided
+    by the plain step, decorated.
     """
     table, spacing = process.Discrete.make("cosine"), "6,4"
     chain = Chain.make("cosine", spacing=spacing, variance="learned")
@@ -148,9 +149,9 @@ def test_ancestral_with_a_learned_variance_is_p_sample(clip):
         np.testing.assert_allclose(
             sample(denoise, start, sigmas, **settings), want, rtol=0, atol=1e-9
         )
-        same = lambda *args: plain_kick(*args)  # noqa: E731  any kick of a user
+        same = Guidance("same", transition=plain_step)
         np.testing.assert_allclose(
-            sample(denoise, start, sigmas, kick=same, **settings), want, rtol=0, atol=1e-9
+            sample(denoise, start, sigmas, guidance=same, **settings), want, rtol=0, atol=1e-9
         )
 
         decorated = dataclasses.replace(denoise, evaluate=lambda *at: denoise(*at))
@@ -186,24 +187,26 @@ def test_a_learned_variance_costs_no_second_evaluation():
 
 
 def test_spherical_guidance_of_a_learned_variance_moves_on_its_sphere():
-    """DSG's kick at rate 1 lands at distance |std| (the norm of the map) from the mean, whatever
+    """DSG's step at rate 1 lands at distance |std| (the norm of the map) from the mean, whatever
     the variance map.
     """
     denoise = precondition.adm(exact(process.Discrete.make(), learned=True), learned_variance=True)
     sigmas = np.array([2.0, 1.0])
-    kick = dsg.spherical(lambda x0: jnp.sum(jnp.square(x0 - 0.3), axis=(1, 2, 3)), rate=1.0)
+    distance = lambda x0: jnp.sum(jnp.square(x0 - 0.3), axis=(1, 2, 3))
+    spherical = dsg.guidance(distance, rate=1.0).transition
     gaps = []
 
     def watched(evaluate, transition, x, noise, info):
         mean, std = transition(evaluate(x), x)
         assert std.shape == x.shape
-        after, x0_hat = kick(evaluate, transition, x, noise, info)
+        after, x0_hat = spherical(evaluate, transition, x, noise, info)
         length = lambda v: jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3)))
         gaps.append(jnp.abs(length(after - mean) / length(std) - 1).max())
         return after, x0_hat
 
     z = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    watched_run = sample(denoise, z, sigmas, "ancestral", key=jax.random.key(1), kick=watched)
+    guidance = Guidance("watched", transition=watched)
+    watched_run = sample(denoise, z, sigmas, "ancestral", key=jax.random.key(1), guidance=guidance)
     assert np.isfinite(watched_run).all() and len(gaps) == 1 and gaps[0] < 1e-5
 
 
