@@ -158,7 +158,7 @@ class Evaluator:
         devices = self.run.plan.local_devices
         mesh = Mesh(np.asarray(devices), ("images",))
         whole = NamedSharding(mesh, PartitionSpec())
-        rows = NamedSharding(mesh, PartitionSpec("images"))
+        divided = NamedSharding(mesh, PartitionSpec("images"))
         trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
         params, buffers = jax.device_put(trees, whole)
         guidance = [
@@ -177,11 +177,11 @@ class Evaluator:
             seeds: Array,
             labels: Array | None,
             constants: PyTree,
-            given: PyTree,
+            rows: PyTree,
         ) -> Array:
             # Rows are placed here: between processes jit puts no host array on several devices.
-            seeds, labels, given = jax.device_put((seeds, labels, given), rows)
-            return compiled(params, buffers, seeds, labels, constants, given)
+            seeds, labels, rows = jax.device_put((seeds, labels, rows), divided)
+            return compiled(params, buffers, seeds, labels, constants, rows)
 
         labels = generate.labels_for(seeds, self._model.label_dim, None)
         batch = len(devices) * min(256, -(-len(seeds) // len(devices)))

@@ -108,7 +108,7 @@ class TrainedModel:
         *,
         seeds: Sequence[int] | np.ndarray | None = None,
         label: int | None = None,
-        guidance: Sequence[Guidance] = (),
+        guidance: Guidance | Sequence[Guidance] = (),
         batch: int = 64,
         devices: Sequence[Any] | None = None,
         **words: Unpack[SamplerWords],
@@ -119,7 +119,7 @@ class TrainedModel:
           n: how many, from the seeds 0 to n - 1.
           seeds: one for each image, in place of n.
           label: the class of all of them; None draws one from each seed.
-          guidance: sampling methods.
+          guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
           words: entries of config.sample to replace: solver, steps, eta, grid.
@@ -144,7 +144,7 @@ class TrainedModel:
         seeds: Sequence[int] | np.ndarray,
         *,
         labels: np.ndarray | None = None,
-        guidance: Sequence[Guidance] = (),
+        guidance: Guidance | Sequence[Guidance] = (),
         churn: Any = None,
         batch: int = 256,
         devices: Sequence[Any] | None = None,
@@ -155,7 +155,7 @@ class TrainedModel:
           settings: what `settings` returned.
           seeds: one for each image.
           labels: the class of each image [len(seeds)]; None draws them from the seeds.
-          guidance: sampling methods.
+          guidance: one sampling method or several.
           churn: EDM's stochasticity, see `sampling.sample`.
           batch: images per device at a time.
           devices: None takes all of this process.
@@ -163,6 +163,7 @@ class TrainedModel:
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
         if labels is None:
             labels = generate.labels_for(seeds, self.model.label_dim, None)
+        guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
         images = generate.sampler(self.model, settings, devices, churn, guidance)
         size = len(devices) * min(batch, -(-len(seeds) // len(devices)))
         return generate.generate(images, self.params, self.buffers, seeds, labels, size, guidance)
