@@ -29,7 +29,7 @@ COLOURS = {
     "#1b1d21": "var(--ink)",
 }
 _LINES, (_SOFT, _RULE, _INK) = list(COLOURS)[:4], list(COLOURS)[4:]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ogdm_jax",
     "font.size": 9,
