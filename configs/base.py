@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     config.precondition.schedule = "linear"  # adm, noise.law ddpm: betas, linear or cosine
     config.precondition.diffusion_steps = 1000  # and their number
     config.precondition.learned_variance = (
-        False  # adm: the network has channels for it; training leaves them alone
+        False  # adm: the network has channels for it, trained by the bound of L_hybrid
     )
     config.precondition.rescale_timesteps = (
         False  # adm: the network is told t * 1000 / diffusion_steps

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids, noise, precondition, process, steps
+from ogdm_jax.diffusion.bound import pixel_log_likelihood, variance_bound
 from ogdm_jax.methods import cfg, dg, dsg
 from ogdm_jax.sampling.guidance import Guidance, plain_step
 from ogdm_jax.sampling.sampler import sample
-from tests.reference.gaussian import Chain, gaussian_kl, pixel_log_likelihood
+from tests.reference.gaussian import Chain, gaussian_kl
 from tests.support.oracles import column
 
 STD = 0.6  # of Gaussian data, whose exact eps is linear in x_t
@@ -90,6 +91,25 @@ def test_bound_parts():
 
     mse, vb = (jax.grad(part)(jnp.asarray([0.5, 0.2]), name) for name in ("mse", "vb"))
     assert mse[0] != 0 and mse[1] == 0 and vb[0] == 0 and vb[1] != 0
+
+
+def test_the_variances_loss_is_the_chains_bound():
+    """Value and gradient of guided-diffusion's term, from x0_hat and the fraction alone."""
+    table, t = process.Discrete.make("cosine", 50), jnp.asarray([0, 1, 20, 49])
+    chain = Chain(table, 50, variance="learned")
+    x0, noise, eps_hat, v = jax.random.uniform(jax.random.key(0), (4, 4, 3, 3, 2), minval=-1)
+    x = chain.q_sample(x0, t, noise)
+    sigma = jnp.asarray(table.sigma, jnp.float32)[t]
+
+    def theirs(v):
+        return chain.bound(jnp.concatenate([eps_hat, v], axis=-1), x0, x, t)
+
+    def ours(v):
+        return variance_bound(table, x0, chain.x0_from_eps(x, eps_hat, t), sigma, (v + 1) / 2)
+
+    np.testing.assert_allclose(ours(v), theirs(v), rtol=1e-4)
+    slopes = (jax.grad(lambda v, f=f: f(v).sum())(v) for f in (ours, theirs))
+    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from ogdm_jax import randomness
 from ogdm_jax.config import duration
 from ogdm_jax.data import augment as augmentation
+from ogdm_jax.diffusion.bound import variance_bound
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.diffusion.process import Discrete, eps_from_x0
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.models import Model
 from ogdm_jax.pixels import to_float
@@ -32,7 +34,12 @@ Step = Callable[[TrainState, PyTree, Batch, Array], tuple[TrainState, dict[str, 
 
 
 def draw_example(
-    config: ConfigDict, model: Model, law: NoiseDistribution, batch: Batch, key: Array, noise_key: Array
+    config: ConfigDict,
+    model: Model,
+    law: NoiseDistribution,
+    batch: Batch,
+    key: Array,
+    noise_key: Array,
 ) -> slots.Example:
     """Augmentation, label dropout, noise level and noise of a (micro-)batch, each image from keys
     of its own.
@@ -127,13 +134,14 @@ def make_step(
     def denoiser_loss(params, state: TrainState, frozen, batch: Batch, key: Array):
         example = draw_example(config, model, law, batch, key, key)
         denoiser = denoiser_of(model, params, state.buffers, example)
-        denoise = denoiser("denoise")
-        x0_hat, eps_hat = denoise.with_noise(example.xt, example.sigma, example.label)
+        x0_hat, eps_hat, bound = _denoised(model.table, denoiser("denoise"), example)
         example = example.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
         loss, metrics = _denoising_loss(
             filled, law, example, x0_hat, denoiser, frozen, state.memory
         )
         metrics |= {"loss/denoise": loss}
+        if bound is not None:
+            loss, metrics = loss + bound, metrics | {"loss/variance": bound}
         for method in filled.penalties:
             companion = gather(state.companions[method.name].params) if method.companion else None
             # Its own lookup: a penalty sees its frozen tree and memory, never another method's.
@@ -213,6 +221,24 @@ def make_step(
         }
 
     return step
+
+
+def _denoised(
+    table: Discrete | None, denoise: Denoiser, example: slots.Example
+) -> tuple[Array, Array, Array | None]:
+    """(x0_hat, eps_hat, loss of the learned variance [b] or None) from one evaluation.
+
+    L_hybrid of arXiv 2102.09672 in the units of `slots.squared_error`, a sum over pixels: the
+    bound's term times T / 1000, as guided-diffusion weighs it.
+    """
+    at = (example.xt, example.sigma, example.label)
+    if denoise.variance is None or table is None:
+        return *denoise.with_noise(*at), None
+    x0_hat, fraction = denoise.variance(*at)
+    bound = variance_bound(table, example.x0, x0_hat, example.sigma, fraction)
+    pixels = example.x0.size // example.x0.shape[0]
+    weight = pixels * len(table.alpha_bar) / 1000
+    return x0_hat, eps_from_x0(example.xt, x0_hat, example.sigma), weight * bound
 
 
 def _denoising_loss(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.diffusion.bound import pixel_log_likelihood
 from ogdm_jax.diffusion.process import Discrete, space_timesteps
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.typing import Array
@@ -260,22 +261,3 @@ def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2:
     """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)) in nats, elementwise."""
     gap = log_variance1 - log_variance2
     return 0.5 * (jnp.exp(gap) - 1 - gap + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
-
-
-def pixel_log_likelihood(x0: Array, mean: Array, log_std: Array) -> Array:
-    """Log of the mass that N(mean, std^2) puts on x0's bin of width 2 / 255, elementwise
-    (2006.11239 eq. 13).
-
-    The outermost bins reach to infinity. As in guided-diffusion the normal distribution function is
-    approximated by (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2, and no mass counts for less
-    than 1e-12.
-    """
-
-    def distribution(z: Array) -> Array:
-        return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    precision = jnp.exp(-log_std)
-    above = distribution(precision * (x0 - mean + 1 / 255))
-    below = distribution(precision * (x0 - mean - 1 / 255))
-    mass = jnp.where(x0 < -0.999, above, jnp.where(x0 > 0.999, 1 - below, above - below))
-    return jnp.log(jnp.maximum(mass, 1e-12))
