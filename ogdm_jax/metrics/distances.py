@@ -8,7 +8,7 @@ or JAX, of any type of number.
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import threadpoolctl
@@ -18,8 +18,8 @@ from scipy.ndimage import correlate1d
 
 # rows of a distance matrix held at once (x 50,000 float64 = 1.6 GB); of a kernel matrix columns too
 _CHUNK = 4096
-Features = Num[ArrayLike, "n d"]
-Images = Num[ArrayLike, "*n h w c"]  # one image or n of them
+Features = Num[Any, "n d"]
+Images = Num[Any, "*n h w c"]  # one image or n of them
 
 
 def _threads(work: float) -> contextlib.AbstractContextManager:
@@ -70,7 +70,7 @@ class Moments:
         self.mean = np.zeros(dim)
         self._scatter = np.zeros((dim, dim))
 
-    def update(self, features: Num[ArrayLike, "b d"]) -> Self:
+    def update(self, features: Num[Any, "b d"]) -> Self:
         """Adds a batch; returns self."""
         batch = _features(features, "features")
         if len(batch) == 0:
@@ -126,10 +126,10 @@ def _root(cov: np.ndarray, name: str) -> np.ndarray:
 
 
 def frechet_distance(
-    mu1: Num[ArrayLike, " d"],
-    cov1: Num[ArrayLike, "d d"],
-    mu2: Num[ArrayLike, " d"],
-    cov2: Num[ArrayLike, "d d"],
+    mu1: Num[Any, " d"],
+    cov1: Num[Any, "d d"],
+    mu2: Num[Any, " d"],
+    cov2: Num[Any, "d d"],
 ) -> float:
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), squared Wasserstein-2 distance of Gaussians.
 
@@ -180,7 +180,7 @@ def _kernel_diagonal(x: np.ndarray) -> float:
     return float(((np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3).sum())
 
 
-def kernel_distance(x: Features, y: Num[ArrayLike, "m d"]) -> float:
+def kernel_distance(x: Features, y: Num[Any, "m d"]) -> float:
     """KID, the unbiased squared MMD with k(a, b) = (a . b / d + 1)^3.
 
     Source: Binkowski et al., arXiv 1801.01401. Over all pairs (i != j within a set), so it does not
@@ -200,7 +200,7 @@ def kernel_distance(x: Features, y: Num[ArrayLike, "m d"]) -> float:
 
 def kernel_distance_subsets(
     x: Features,
-    y: Num[ArrayLike, "m d"],
+    y: Num[Any, "m d"],
     subsets: int = 100,
     size: int = 1000,
     seed: int = 0,
@@ -251,7 +251,7 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
     return radii
 
 
-def manifolds(x: Features, y: Num[ArrayLike, "m d"], k: int) -> dict[str, float]:
+def manifolds(x: Features, y: Num[Any, "m d"], k: int) -> dict[str, float]:
     """Precision, recall, density and coverage of generated y against real x, from one pass.
 
     precision = share of y within the ball of some x_i, whose radius is the distance to x_i's k-th
@@ -290,21 +290,19 @@ def manifolds(x: Features, y: Num[ArrayLike, "m d"], k: int) -> dict[str, float]
     }
 
 
-def precision_recall(x: Features, y: Num[ArrayLike, "m d"], k: int = 3) -> tuple[float, float]:
+def precision_recall(x: Features, y: Num[Any, "m d"], k: int = 3) -> tuple[float, float]:
     """(precision, recall) of generated y against real x, see `manifolds`."""
     found = manifolds(x, y, k)
     return found["precision"], found["recall"]
 
 
-def density_coverage(x: Features, y: Num[ArrayLike, "m d"], k: int = 5) -> tuple[float, float]:
+def density_coverage(x: Features, y: Num[Any, "m d"], k: int = 5) -> tuple[float, float]:
     """(density, coverage) of generated y against real x, see `manifolds`."""
     found = manifolds(x, y, k)
     return found["density"], found["coverage"]
 
 
-def inception_score(
-    probabilities: Num[ArrayLike, "n classes"], splits: int = 10
-) -> tuple[float, float]:
+def inception_score(probabilities: Num[Any, "n classes"], splits: int = 10) -> tuple[float, float]:
     """(mean, standard deviation) over splits of exp E KL(p(y|x) || p(y)).
 
     Source: Salimans et al., arXiv 1606.03498. Each split has its own p(y); a score lies between 1
