@@ -107,23 +107,7 @@ def read(args: argparse.Namespace) -> Request:
     methods, texts = discovery.sampling(), options.given(args)
     presets = _chosen_presets(args.preset, methods)
     names = [n.strip() for n in args.guidance.split(",") if n.strip()] or list(presets)
-    for name in names:
-        if name not in methods:
-            raise ConfigError(f"--guidance: {name!r} given; expected some of {', '.join(methods)}")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--guidance: {args.guidance!r} names a method twice; expected each once")
-    for owner, (preset, _) in presets.items():
-        if owner not in names:
-            raise ConfigError(
-                f"--preset: {preset!r} is for {owner}; expected --guidance {owner} with it, or none"
-            )
-    for key, text in texts.items():
-        group = key.partition(".")[0]
-        if group != "task" and group not in names:
-            raise ConfigError(
-                f"--{key}: {text} given, but {group} is not in --guidance; expected --guidance "
-                f"{','.join([*names, group])}"
-            )
+    _check_names(names, presets, texts)
     sampling: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name in names:
@@ -131,7 +115,8 @@ def read(args: argparse.Namespace) -> Request:
         own = options.values(name, methods[name].Settings, texts)
         settings[name] = methods[name].Settings(**published.settings | own)
         sampling = published.sampling | sampling
-    task = args.task or sampling.pop("task", "")
+    published_task = sampling.pop("task", "")
+    task = args.task or published_task
     measured = _task_settings(task, texts)
     if (task or args.input) and not names:
         raise ConfigError(f"--task, --input: expected --guidance with one of {', '.join(methods)}")
@@ -140,6 +125,30 @@ def read(args: argparse.Namespace) -> Request:
     if not asked and any(isinstance(s, Schedule) for s in settings.values()):
         sampling = {"solver": "ddim", "eta": 1.0}
     return Request(settings, sampling, task, measured, args.input)
+
+
+def _check_names(
+    names: list[str], presets: dict[str, tuple[str, Preset]], texts: dict[str, str]
+) -> None:
+    """Raises ConfigError for unknown methods, and for presets and options of others."""
+    methods, given = discovery.sampling(), ",".join(names)
+    for name in names:
+        if name not in methods:
+            raise ConfigError(f"--guidance: {name!r} given; expected some of {', '.join(methods)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--guidance: {given!r} names a method twice; expected each once")
+    for owner, (preset, _) in presets.items():
+        if owner not in names:
+            raise ConfigError(
+                f"--preset: {preset!r} is for {owner}; expected --guidance {owner} with it, or none"
+            )
+    for key, text in texts.items():
+        group = key.partition(".")[0]
+        if group not in ("task", *names):
+            raise ConfigError(
+                f"--{key}: {text} given, but {group} is not in --guidance; expected --guidance "
+                f"{','.join([*names, group])}"
+            )
 
 
 def _presets(module: ModuleType) -> dict[str, Preset]:

@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
     trained = open_workdir(args.workdir, args.step, args.weights)
     settings = _sampler(args, request.sampling, trained, len(seeds))
     churn = churning.parse(args.churn)
+    if churn is not None and settings.solver not in ("heun", "euler"):
+        raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")
     guided = guidance.build(request, trained, settings, seeds, label=args.label, churn=churn)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
