@@ -24,12 +24,12 @@ from ogdm_jax.discriminator import fakes
 from ogdm_jax.discriminator import training as discriminator
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import measure
-from ogdm_jax.methods import dg
+from ogdm_jax.methods import dg, discovery
 from ogdm_jax.metrics import distances as metrics
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import combine, plain_step
 from ogdm_jax.training.checkpoint import Checkpoints, describe
-from tests.support import compiling, oracles, tiny
+from tests.support import compiling, foreign, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
@@ -613,3 +613,21 @@ def test_unguided_sampling_is_as_before(command, tmp_path):
     )
     assert arrays(tmp_path / "x.npz")["images"].shape == (2, 8, 8, 1)
     assert jax.device_count() == 8
+
+
+def test_a_method_of_another_package_guides_by_the_command(command, tmp_path, monkeypatch):
+    foreign.install(tmp_path, monkeypatch)
+    try:
+        found = []
+        for level in ("-1", "1"):
+            out = ("--num", "2", "--steps", "4", "--out", str(tmp_path / "x.npz"))
+            assert "wrote 2 images" in command(
+                "--guidance", "brighter", "--brighter.level", level, *out
+            )
+            found.append(arrays(tmp_path / "x.npz")["images"].mean())
+        assert found[0] < found[1]
+        assert "brighter.level: 7.0 given" in command(
+            "--guidance", "brighter", "--brighter.level", "7"
+        )
+    finally:
+        discovery.modules.cache_clear()

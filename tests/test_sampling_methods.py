@@ -1,7 +1,6 @@
 """What holds for every sampling method's file, alone and in pairs; and for one of another package."""
 
 import dataclasses
-import importlib
 import itertools
 import types
 
@@ -21,6 +20,7 @@ from ogdm_jax.methods import dg, discovery
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import Guidance, sample
 from ogdm_jax.sampling.guidance import combine
+from tests.support import foreign
 
 pytestmark = pytest.mark.fast
 
@@ -123,45 +123,14 @@ def test_two_methods_meet_or_are_refused_by_name(names):
     assert np.isfinite(orders[0]).all()
 
 
-FOREIGN = '''
-"""Brighter: the images' mean is pulled to a level."""
-
-import dataclasses
-from typing import ClassVar
-
-from ogdm_jax.config import setting
-from ogdm_jax.methods import dsg
-from ogdm_jax.sampling.schedule import Schedule
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(Schedule):
-    GROUP: ClassVar[str] = "brighter"
-    level: float = setting(0.5, "mean of the images", least=-1, most=1)
-
-
-def build(settings, session):
-    loss = lambda x0_hat: (x0_hat.mean((1, 2, 3)) - settings.level) ** 2
-    return dataclasses.replace(dsg.guidance(loss, 0.5, settings.interval), name="brighter")
-'''
-
-
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    """Another package with one method, as pip would have installed it."""
-    (tmp_path / "brighter.py").write_text(FOREIGN)
-    about = tmp_path / "brighter-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: brighter\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[ogdm_jax.methods]\nbrighter = brighter\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    discovery.modules.cache_clear()
+def brighter(tmp_path, monkeypatch):
+    foreign.install(tmp_path, monkeypatch)
     yield
     discovery.modules.cache_clear()
 
 
-def test_a_method_of_another_package_is_one_of_the_command(foreign, capsys):
+def test_a_method_of_another_package_is_one_of_the_command(brighter, capsys):
     read = lambda *argv: words.read(command_line.parser().parse_args(["--workdir", "x", *argv]))
     request = read("--guidance", "brighter", "--brighter.level", "0.9", "--brighter.interval", "2")
     assert request.sampling == {"solver": "ddim", "eta": 1.0}

@@ -103,9 +103,9 @@ class Restoration:
             size = jnp.sqrt(jnp.sum(jnp.square(y).reshape(len(y), -1), axis=1))
             return {"distance": np.asarray(miss / size)}
         clipped = np.clip(restored, -1, 1)
-        figures = {"psnr": distances.psnr(clipped, self.images)}
+        figures = {"psnr": np.asarray(distances.psnr(clipped, self.images))}
         if min(restored.shape[1:3]) >= 11:
-            figures["ssim"] = distances.ssim(clipped, self.images)
+            figures["ssim"] = np.asarray(distances.ssim(clipped, self.images))
         ratio = lambda std: np.asarray(operators.residual_ratio(measured.operator, y, x0, std))
         if measured.loss_unit:
             figures["residual_ratio"] = ratio(measured.std)
