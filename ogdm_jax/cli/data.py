@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         add = command.add_argument
         add("source", metavar="SOURCE", help=", ".join(KINDS).replace("%", "%%"))
-        add("--data_dir", help="folder of prepared tfds sets, and of relative paths")
+        add("--data-dir", help="folder of prepared tfds sets, and of relative paths")
         add("--resolution", type=int, help="centre-crop and resize to this many pixels a side")
         add("--channels", type=int, help="3 turns grey images of a mixed set into RGB")
         if name == "describe":

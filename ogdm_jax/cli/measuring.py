@@ -15,7 +15,9 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
+from ogdm_jax.metrics.networks import NetworkFeatures
 from ogdm_jax.metrics.statistics import Statistics
+from ogdm_jax.metrics.trained import TrainedFeatures
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.sampler import ChurnRule
 from ogdm_jax.training import workdir
@@ -72,7 +74,7 @@ def open_space(
     shape: tuple[int, int, int],
     default: str = "auto",
     weights: str = "",
-) -> FeatureSpace:
+) -> TrainedFeatures | NetworkFeatures:
     """The feature space that --features names.
 
     Args:
