@@ -32,7 +32,7 @@ def get_config():
     config.network.attn_resolutions = (16, 8)
     config.network.dropout = 0.0
     config.precondition.kind = "adm"
-    config.noise.law = "ddpm"
+    config.noise.distribution = "ddpm"
     config.optim.learning_rate = 1e-4
     config.optim.ramp = "0 steps"
     config.optim.decay = "300000 steps"

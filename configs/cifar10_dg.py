@@ -12,26 +12,28 @@ network is trained from scratch: give --config.network.channel_mult and the like
   encoder.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from ogdm_jax.configs import base
-from ogdm_jax.discriminator import training as discriminator
-from ogdm_jax.methods import contract as slots
+from ogdm_jax.discriminator.settings import Settings
+from ogdm_jax.methods import contract
 
 
 def get_config():
-    config = base.get_config()
-    for name in ("noise", "precondition", *slots.training_names()):
+    config = base.get_config().unlock()
+    for name in ("noise", "precondition", *contract.training_names()):
         del config[name]  # a denoiser's
     for name in ("xflip", "augment", "label_dropout"):
         del config.data[name]  # follow from the prior
-    config.dg = ConfigDict(discriminator.DEFAULTS)
+    config.task = "discriminator"
+    config.dg = ConfigDict(dataclasses.asdict(Settings()))
     config.dg.num = 50_000
     config.data.source = ""  # "" = what the prior was trained on
     config.data.batch = 128  # half real, half generated
-    config.network = (
-        ConfigDict()
-    )  # of the head on the extractor's features, or of the whole encoder without one
+    # of the head on the extractor's features, or of the whole encoder without one
+    config.network = ConfigDict()
     config.network.model_channels = 128
     config.network.channel_mult = (1,)
     config.network.num_blocks = 2
@@ -52,4 +54,4 @@ def get_config():
     config.evaluate.num = 10_000
     config.evaluate.every = "500 kimg"
     config.evaluate.keep_best = 3
-    return config
+    return config.lock()

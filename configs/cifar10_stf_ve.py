@@ -14,7 +14,7 @@ from ogdm_jax.configs import cifar10_stf
 def get_config():
     config = cifar10_stf.get_config()
     config.precondition.kind = "ve"
-    config.noise.law = "ve"
+    config.noise.distribution = "ve"
     config.network.embedding_type = "fourier"
     config.network.encoder_type = "residual"
     config.network.resample_filter = (1, 3, 3, 1)

@@ -8,9 +8,8 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from ogdm_jax.config import choose, require
+from ogdm_jax.config import Config, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
@@ -93,7 +92,7 @@ class Model:
         return self.wrap(network_fn, taps=taps)
 
 
-def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> Model:
     """The model of a configuration for images of this shape.
 
     Args:
@@ -115,21 +114,15 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         f"a number of levels whose {levels}-fold reduction divides square images (the source has "
         f"{height}x{width})",
     )
-    for name in ("model_channels", "num_blocks"):
-        require(net[name] >= 1, f"network.{name}", net[name], "a whole number of at least 1")
-    require(0 <= net.dropout < 1, "network.dropout", net.dropout, "a probability below 1")
-    data: Any = config.data
-    conditional = data.conditional
+    conditional = config.data.conditional
     require(
         not conditional or num_classes > 0,
         "data.conditional",
         conditional,
         "a source with class labels",
     )
-    wrapped: Any = config.precondition
-    kind = choose("precondition.kind", wrapped.kind, ("edm", "vp", "ve", "iddpm", "adm"))
-    choose("network.kind", net.kind, _NETWORKS)
-    augmented = data.augment > 0
+    kind = config.precondition.kind
+    augmented = config.data.augment > 0
     require(
         not (augmented and net.kind == "openai"),
         "data.augment",
@@ -137,7 +130,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         "0 with network.kind 'openai', which has no place for augmentation labels",
     )
     foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
-    settings = {k: v for k, v in net.items() if k not in ("kind", "dtype", *foreign)}
+    settings = {k: v for k, v in vars(net).items() if k not in ("kind", "dtype", *foreign)}
     if net.kind == "song":
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
     if net.kind != "openai":
@@ -148,23 +141,17 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: in
         img_channels=channels,
         out_channels=channels * (2 if further else 1),
         label_dim=num_classes if conditional else 0,
-        dtype=choose("network.dtype", net.dtype, _DTYPES),
+        dtype=_DTYPES[net.dtype],
         **settings,
     )
     table = discrete_table(config) if kind == "adm" else None
     return Model(network, _wrap(config, kind, table), image_shape, network.label_dim, table)
 
 
-def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:
+def _wrap(config: Config, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:
     """config.precondition as (network_fn, taps=) -> Denoiser."""
-    settings: Any = config.precondition
+    settings = config.precondition
     if kind == "edm":
-        require(
-            settings.sigma_data > 0,
-            "precondition.sigma_data",
-            settings.sigma_data,
-            "a positive number",
-        )
         return functools.partial(precondition.edm, sigma_data=settings.sigma_data)
     if kind != "adm":
         return {"vp": precondition.vp, "ve": precondition.ve, "iddpm": precondition.iddpm}[kind]
@@ -178,18 +165,9 @@ def _wrap(config: ConfigDict, kind: str, table: process.Discrete | None) -> Call
     )
 
 
-def discrete_table(config: ConfigDict) -> process.Discrete:
-    """The discrete process of config.precondition. Raises ConfigError for an unknown schedule or
-    fewer than 2 steps.
-    """
-    settings: Any = config.precondition
-    choose("precondition.schedule", settings.schedule, ("linear", "cosine"))
-    require(
-        settings.diffusion_steps >= 2,
-        "precondition.diffusion_steps",
-        settings.diffusion_steps,
-        "at least 2",
-    )
+def discrete_table(config: Config) -> process.Discrete:
+    """The discrete process of config.precondition."""
+    settings = config.precondition
     return process.Discrete.make(settings.schedule, settings.diffusion_steps)
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from ogdm_jax.config import Sample
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.methods import cfg, dg, dsg
@@ -421,10 +421,7 @@ class Toy:
         return by_class
 
 
-SETTINGS = ConfigDict(
-    {"solver": "heun", "steps": 6, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "eta": 0.0}
-)
-SETTINGS.num = 8
+SETTINGS = Sample(solver="heun", steps=6, num=8)
 
 
 def methods(weight: float, boost: bool = False):

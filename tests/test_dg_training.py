@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from ogdm_jax import config as configs
@@ -453,8 +452,8 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
 
 def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
     _, run, state, _ = trained
-    run = dataclasses.replace(run, config=ConfigDict(run.config).unlock())
-    run.config.dg.weight, run.config.dg.weights = 3.0, (1.0, 2.0)
+    changed = configs.replace(run.config, {"dg.weight": 3.0, "dg.weights": (1.0, 2.0)})
+    run = dataclasses.replace(run, config=changed)
     monkeypatch.setattr(
         evaluate,
         "distance_report",

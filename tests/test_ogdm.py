@@ -583,7 +583,11 @@ def test_each_network_call_has_dropout_of_its_own():
 @pytest.mark.parametrize(
     "settings,changes,message",
     [
-        ({"law": "vp"}, {}, "config.ogdm.law: unknown 'vp'; expected one of edm, adm"),
+        (
+            {"distribution": "vp"},
+            {},
+            "config.ogdm.distribution: unknown 'vp'; expected one of edm, adm",
+        ),
         ({"solver": "rk4"}, {}, "config.ogdm.solver: unknown 'rk4'"),
         ({"loss": "wgan"}, {}, "config.ogdm.loss: unknown 'wgan'"),
         ({"gamma": float("inf")}, {}, "config.ogdm.gamma: inf given"),
@@ -593,7 +597,7 @@ def test_each_network_call_has_dropout_of_its_own():
             {},
             "config.ogdm.condition: 'index' given; expected 'sigma' or 'log_sigma'",
         ),
-        ({"law": "adm", "k": 10}, {}, "config.ogdm.k: 10 given; expected a fraction"),
+        ({"distribution": "adm", "k": 10}, {}, "config.ogdm.k: 10.0 given; expected a fraction"),
         (
             {},
             {"image_shape": (28, 28, 1)},

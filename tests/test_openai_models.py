@@ -65,7 +65,10 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     trained = open_workdir(folder / "work")
     jax.tree.map(np.testing.assert_array_equal, trained.params, found.variables["params"])
     assert trained.model.network == found.network == network and found.precondition == "adm"
-    assert (trained.config.noise.law, trained.config.precondition.schedule) == ("ddpm", "cosine")
+    assert (trained.config.noise.distribution, trained.config.precondition.schedule) == (
+        "ddpm",
+        "cosine",
+    )
     assert trained.config.precondition.learned_variance and "--config.network.kind=openai" in said
     x, sigma = jnp.ones((2, 8, 8, 1)), jnp.asarray([0.3, 20.0])
     denoisers = found.denoiser(), trained.model.denoiser(trained.params, trained.buffers)

@@ -541,7 +541,7 @@ def test_wrong_settings_are_one_sentence(change, message):
 def test_presets_are_whole_settings():
     assert sp.preset("pixel_edm") == sp.DEFAULTS
     assert sp.preset("paper") == sp.DEFAULTS | PAPER
-    assert tiny.config(name="cifar10_sp_paper").sp.to_dict() == sp.preset("paper")
+    assert tiny.config(name="cifar10_sp_paper").others["sp"] == sp.preset("paper")
     with pytest.raises(
         ValueError, match="config.sp.preset: unknown 'edm'; expected one of paper, pixel_edm"
     ):
@@ -557,7 +557,7 @@ def test_what_the_run_tells_the_method(monkeypatch):
         sp, "training", lambda settings, context: told.append(context) or slots.Slots("sp")
     )
     run = tiny.build(
-        "methods=('sp',)", "precondition.kind=ve", "noise.law=ve", "noise.stratified=true"
+        "methods=('sp',)", "precondition.kind=ve", "noise.distribution=ve", "noise.stratified=true"
     )
     assert run.law.stratified and (told[0].sigma_min, told[0].sigma_max) == (0.02, 80.0)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))

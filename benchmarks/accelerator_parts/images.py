@@ -7,6 +7,7 @@ The distance is fd_lite0 to the half of the set, beside that of the other half t
 distance clearly below the floor would mean copies.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,9 +88,7 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
 
         feature_space("lite0")(run.source.take(np.arange(32))["image"])
         return {}
-    settings = run.config.sample
-    with settings.unlocked():
-        settings.update({"solver": kind, "steps": _steps(kind, int(which))})
+    settings = dataclasses.replace(run.config.sample, solver=kind, steps=_steps(kind, int(which)))
     images = generate.sampler(run.model, settings, jax.devices()[:1])
     weights = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((_sample_batch(options),), np.uint32)

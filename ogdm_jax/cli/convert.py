@@ -20,7 +20,11 @@ from ogdm_jax import places, startup
 from ogdm_jax.cli import show
 from ogdm_jax.training import convert
 
-_KEPT = ("network.dropout", "precondition.schedule", "noise.law")  # the tensors do not say these
+_KEPT = (
+    "network.dropout",
+    "precondition.schedule",
+    "noise.distribution",
+)  # the tensors do not say these
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,10 +59,9 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     config = configs.load(args.config, overrides)
     defaults = configs.flatten(config)
     typed = {text.partition("=")[0] for text in overrides}
-    for key, value in convert.settings_of(found, config).items():
-        group, name = key.split(".")
-        if key not in typed.intersection(_KEPT):
-            config[group][name] = value
+    told = convert.settings_of(found, config).items()
+    kept = typed.intersection(_KEPT)
+    config = configs.replace(config, {key: value for key, value in told if key not in kept})
     count = convert.write(found, config, args.out, args.source)
     print(f"wrote {count:,} parameters to {args.out} (preconditioning: {config.precondition.kind})")
     flat = configs.flatten(config)

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ogdm_jax import parallel, places
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, Sample, replace
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
@@ -116,15 +115,15 @@ def open_model_space(
 ) -> FeatureSpace:
     """The feature space that --features names, or that the model's configuration does."""
     settings = trained.config.evaluate
-    known = settings.features or "auto", settings.get("weights") or ""
+    known = settings.features or "auto", settings.weights
     return open_space(args, reference, trained.model.image_shape, *known)
 
 
 def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
     """The source that --reference names, in the model's size, or the one that was trained on."""
-    config = ConfigDict(trained.config)
+    config = trained.config
     if args.data_dir:
-        config.data.data_dir = args.data_dir
+        config = replace(config, {"data.data_dir": args.data_dir})
     if not args.reference:
         return workdir.open_source(config)
     height, _, channels = trained.model.image_shape
@@ -148,7 +147,7 @@ def drawing(
         raise ConfigError(f"--batch: {args.batch} given; expected at least 1")
     how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
 
-    def draw(settings: ConfigDict, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:
+    def draw(settings: Sample, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:
         quiet = not sys.stderr.isatty()
         with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:
             for part in trained.batches(settings, seeds, churn=churn, **how):

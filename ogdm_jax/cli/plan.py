@@ -6,10 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from ogdm_jax import parallel, places
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.planning import chips, program, report
 
 HERE = "here"
@@ -54,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
         places.writable(places.place(args.plan_out, "--plan-out"), "--plan-out", file=True)
 
 
-def run(args: argparse.Namespace, config: ConfigDict, name: str) -> dict[str, Any]:
+def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
     """Compiles the step of a configuration, prints the plan, writes it where --plan-out says, and
     returns it.
     """
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace, config: ConfigDict, name: str) -> dict[str, An
     return found
 
 
-def _plan(config: ConfigDict, source: Any, chip: str, devices: tuple, name: str) -> dict[str, Any]:
+def _plan(config: Config, source: Any, chip: str, devices: tuple, name: str) -> dict[str, Any]:
     plan = parallel.plan_of(config.parallel.plan, devices)
     print(
         f"{name}: tracing and compiling for {len(devices)} x {chip or 'this machine'}",
@@ -82,7 +80,7 @@ def _plan(config: ConfigDict, source: Any, chip: str, devices: tuple, name: str)
 
 
 def _advice(
-    config: ConfigDict, source: Any, chip: str, devices: tuple, name: str, found: dict[str, Any]
+    config: Config, source: Any, chip: str, devices: tuple, name: str, found: dict[str, Any]
 ) -> str:
     """The first change of settings that fits, tried on the compiler: fewest rounds of accumulation,
     then remat.
@@ -91,11 +89,7 @@ def _advice(
     for changes, shrinks in _candidates(config, len(devices)):
         if need / shrinks > have:
             continue  # even if all of it shrank
-        trial = ConfigDict(config).unlock()
-        for key, value in changes.items():
-            group, leaf = key.split(".")
-            trial[group][leaf] = value
-        if _plan(trial, source, chip, devices, name)["fits"]:
+        if _plan(replace(config, changes), source, chip, devices, name)["fits"]:
             return (
                 " ".join(f"--config.{key}={value}" for key, value in changes.items())
                 + " fits (compiled to see)"
@@ -106,7 +100,7 @@ def _advice(
     )
 
 
-def _candidates(config: ConfigDict, devices: int) -> Iterator[tuple[dict[str, Any], float]]:
+def _candidates(config: Config, devices: int) -> Iterator[tuple[dict[str, Any], float]]:
     """Changes in the order in which they cost time, and by what factor they can shrink memory at
     most.
     """

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
+from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html
 from ogdm_jax.training.evaluate import measure_samplers, references
 from ogdm_jax.training.workdir import TrainedModel
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sampler_choices(args: argparse.Namespace, trained: TrainedModel) -> list[ConfigDict]:
+def sampler_choices(args: argparse.Namespace, trained: TrainedModel) -> list[Sample]:
     """The settings of every solver of --solvers at every number of --steps.
 
     Raises:

@@ -2,6 +2,7 @@
 
     ogdm train                                            the shipped digits, minutes on two cores
     ogdm train --config configs/NAME.py --workdir DIR --config.KEY=VALUE ...
+    ogdm train --config configs/NAME.py --dry-run               all settings and the plan
     ogdm train --config configs/NAME.py --plan-for v5e:2x4      what it will need, from the compiler
 
 `python train.py` is the same. Run the same command again to resume. Ctrl-C and SIGTERM save and
@@ -13,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ogdm_jax import cluster, startup
+from ogdm_jax import cluster, parallel, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import plan as planning
+from ogdm_jax.methods import contract
 from ogdm_jax.training import profile
 
 
@@ -33,6 +35,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     )
     parser.add_argument(
         "--workdir", default="", help="where all of it goes, gs://... too (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print all settings as one types them, devices, batch and steps; build nothing",
     )
     parser.add_argument(
         "--profile", default="", metavar="FIRST,LAST", help="trace these steps into WORKDIR/profile"
@@ -75,15 +82,35 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     with cluster.ending_together(), startup.one_sentence():
         startup.prepare()
         planning.check(args)
-        config = configs.load(args.config, startup.split_overrides(rest))
+        values = configs.read(args.config, startup.split_overrides(rest))
+        config = configs.resolve(values.to_dict())
+        contract.check_settings(config)
         workdir = args.workdir or str(Path("runs") / Path(args.config).stem)
         steps = profile.parse(args.profile)
 
         if args.plan_for:
             planning.run(args, config, Path(args.config).stem)
             return
+        if args.dry_run:
+            print("\n".join(configs.spelled(values)))
+            print(_summary(config, workdir))
+            return
         cluster.join(args.coordinator, args.processes, args.process)
         from ogdm_jax.discriminator import training as discriminator
         from ogdm_jax.training import loop  # JAX may start only now
 
-        (discriminator if "dg" in config else loop).train(config, workdir, profile=steps)
+        task = discriminator if config.task == "discriminator" else loop
+        task.train(config, workdir, profile=steps)
+
+
+def _summary(config: configs.Config, workdir: str) -> str:
+    """What a run would do: devices, images per step and device, steps."""
+    plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
+    each = parallel.check_batch(config.data.batch, config.optim.accumulate, len(plan.devices))
+    kind = plan.devices[0].device_kind
+    return (
+        f"# {config.task} with {', '.join(config.methods) or 'no method'}, into {workdir}: plan "
+        f"{plan.kind}, {len(plan.devices)} x {kind}, {config.data.batch} images a step "
+        f"({each} a device and round, {config.optim.accumulate} rounds), "
+        f"{config.steps(config.train.duration):,} steps"
+    )

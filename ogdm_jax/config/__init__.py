@@ -1,5 +1,5 @@
-"""Settings: declared as fields with help and limits (fields.py), read from a Python file and the
-command line (files.py).
+"""Settings: how one is declared (fields.py), those of every run (groups.py), and how they are read
+from a Python file and the command line (files.py).
 """
 
 from ogdm_jax.config.fields import (
@@ -16,28 +16,60 @@ from ogdm_jax.config.fields import (
 from ogdm_jax.config.files import (
     SHIPPED,
     check_same_run,
-    flatten,
+    editable,
     from_json,
     load,
     override,
+    read,
+    spelled,
     to_json,
+)
+from ogdm_jax.config.groups import (
+    Config,
+    Data,
+    Evaluate,
+    Network,
+    Noise,
+    Optim,
+    Parallel,
+    Precondition,
+    Sample,
+    flatten,
+    make,
+    replace,
+    resolve,
 )
 
 __all__ = [
     "SHIPPED",
+    "Config",
     "ConfigError",
+    "Data",
+    "Evaluate",
+    "Network",
+    "Noise",
+    "Optim",
+    "Parallel",
+    "Precondition",
+    "Sample",
     "check",
     "check_same_run",
     "choose",
     "duration",
+    "editable",
     "expected",
     "flatten",
     "from_json",
     "load",
+    "make",
     "override",
     "parse",
+    "read",
+    "replace",
     "require",
+    "resolve",
     "setting",
+    "spelled",
     "suggestion",
     "to_json",
 ]

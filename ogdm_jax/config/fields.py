@@ -39,6 +39,8 @@ def setting(
     most: float | None = None,
     below: float | None = None,
     expected: str = "",
+    free: bool = False,
+    was: str = "",
 ) -> Any:
     """A field of a dataclass of settings: `dataclasses.field` with what `check` needs as metadata.
 
@@ -49,6 +51,8 @@ def setting(
       least, above, most, below: limits of a number, or of each number of a tuple; `least` and
         `most` are allowed values, `above` and `below` are not.
       expected: ends the sentence of an error, in place of words made from the limits.
+      free: whether the value may differ when a run is resumed.
+      was: the setting's older name; training folders of before have it.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     return dataclasses.field(
@@ -58,6 +62,8 @@ def setting(
             "choices": None if choices is None else tuple(choices),
             "limits": {name: value for name, value in limits.items() if value is not None},
             "expected": expected,
+            "free": free,
+            "was": was,
         },
     )
 

@@ -1,72 +1,103 @@
-"""Configurations: loaded from a Python file, overridden on the command line, checked before
-anything is compiled.
+"""The door: a configuration file and "--config.KEY=VALUE" become `Config`, and `Config` becomes
+JSON and back. Nothing else of the package reads a ConfigDict.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ogdm_jax.config.fields import ConfigError, parse, require, suggestion
+from ogdm_jax.config.fields import ConfigError, parse, suggestion
+from ogdm_jax.config.groups import GROUPS, Config, flatten, make, plain, resolve
 
 SHIPPED = Path(__file__).parent.parent / "configs"  # in a checkout a link to configs/ at the top
 
-# What may differ between a workdir's saved configuration and the one that resumes it: length,
-# bookkeeping, hardware.
-RESUMABLE = (
-    "train.",
-    "log.",
-    "sample.",
-    "evaluate.",
-    "parallel.",
-    "data.data_dir",
-    "data.memory_limit",
-    "data.workers",
-    "sp.teacher",
-)
-_TRAINED_WITH = ("sample.sigma_min", "sample.sigma_max")  # they also clip the training levels
 
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads get_config() of a Python file and applies overrides of the form "key.sub=value".
+def editable(methods: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """All settings with their defaults, to be changed in a configuration file: locked, so that a
+    misspelled name is refused.
 
     Args:
-      path: a file that defines get_config() -> ConfigDict.
+      methods: {method: its settings}, the groups that the package's own groups are joined with.
+    """
+    return ConfigDict({**plain(Config()), **methods}).lock()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a configuration file with overrides of the form "key.sub=value".
+
+    Args:
+      path: a file that defines get_config() -> ConfigDict, or the name of a shipped one.
       overrides: texts such as "train.duration=10 kimg", "network.channel_mult=(1,2)",
         "methods=ogdm,stf".
 
-    Returns:
-      The locked configuration.
-
     Raises:
-      ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN or
-      of another type.
+      ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN,
+        of another type or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"--config: {str(path)!r} is no file; expected a configuration such as "
-            "configs/digits.py"
-        )
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # of a file that ends in .py
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    if not hasattr(loaded, "get_config"):
+    return resolve(read(path, overrides).to_dict())
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """As `load`, before the values are checked: the keys are those that a person may type."""
+    module = _module(_found(path))
+    if not hasattr(module, "get_config"):
         raise ConfigError(
             f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> "
             "ConfigDict"
         )
-    config = loaded.get_config().lock()
+    try:
+        config = module.get_config().lock()
+    except (AttributeError, KeyError, TypeError) as error:
+        if not _from_config_dict(error):
+            raise
+        text = " ".join(str(error.args[0]).split())
+        raise ConfigError(f"--config: {str(path)!r}: {text}") from None
     for text in overrides:
         override(config, text)
-    for key, value in flatten(config).items():
-        require(not (isinstance(value, float) and math.isnan(value)), key, value, "a number")
     return config
+
+
+def _found(path: str | Path) -> Path:
+    """The file of a path; of a name such as "cifar10_edm" or "configs/cifar10_edm.py", where there
+    is no such file, the shipped one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path.stem}.py"
+    if path.parent in (Path(), Path("configs")) and shipped.is_file():
+        return shipped
+    names = [file.stem for file in SHIPPED.glob("*.py")]
+    raise ConfigError(
+        f"--config: {str(path)!r} is no file{suggestion(path.stem, names)}; expected a "
+        "configuration such as configs/digits.py"
+    )
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config: {str(path)!r} is no Python file; expected NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_config_dict(error: BaseException) -> bool:
+    """Whether ml_collections refused a name or a value."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module.startswith("ml_collections")
 
 
 def override(config: ConfigDict, text: str) -> None:
@@ -79,7 +110,7 @@ def override(config: ConfigDict, text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--config.{key}: no value given; expected --config.{key}=VALUE")
-    node, *_, leaf = _walk(config, key)
+    node, leaf = _walk(config, key)
     old = node[leaf]
     if isinstance(old, ConfigDict):
         raise ConfigError(
@@ -90,80 +121,111 @@ def override(config: ConfigDict, text: str) -> None:
 
 
 def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    node, parts = config, key.split(".")
+    """The group in which a key lies, and its last name."""
+    node: Any = config
+    *groups, leaf = parts = key.split(".")
     for i, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
-            known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no sub-keys"
-            where = ".".join(parts[:i]) or "the configuration"
-            near = suggestion(part, node) if isinstance(node, ConfigDict) else ""
-            raise ConfigError(f"--config.{key}: unknown key {part!r}{near}; {where} has {known}")
-        if i < len(parts) - 1:
+            known = sorted(node) if isinstance(node, ConfigDict) else []
+            where = ".".join(groups[:i]) or "the configuration"
+            raise ConfigError(
+                f"--config.{key}: unknown key {part!r}{_meant(where, part, known)}; {where} has "
+                f"{', '.join(known) or 'no sub-keys'}"
+            )
+        if i < len(groups):
             node = node[part]
-    return node, parts[-1]
+    return node, leaf
 
 
-def to_json(config: ConfigDict) -> str:
+def _meant(group: str, name: str, known: list[str]) -> str:
+    """The new name of a renamed setting of a group, else the nearest known one."""
+    fields = dataclasses.fields(GROUPS[group]) if group in GROUPS else ()
+    new = [field.name for field in fields if field.metadata["was"] == name]
+    return f"; it is now {new[0]}" if new else suggestion(name, known)
+
+
+def spelled(config: ConfigDict | Config) -> list[str]:
+    """Every setting as one could type it: ["--config.seed=0", ...]."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else plain(config)
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [
+        f"--config.{k}={shlex.quote(text(v)) if v != '' else ''}"
+        for k, v in flatten(values).items()
+    ]
+
+
+def to_json(config: Config) -> str:
     """The configuration as JSON, which has no infinity: {"float": "inf"}. from_json gives it back,
     tuples too.
     """
-    return json.dumps(_plain(config), indent=1, sort_keys=True, allow_nan=False)
+    return json.dumps(_encoded(plain(config)), indent=1, sort_keys=True, allow_nan=False)
 
 
-def from_json(text: str) -> ConfigDict:
-    """A locked configuration from to_json's text."""
-    return ConfigDict(_restored(json.loads(text))).lock()
+def from_json(text: str) -> Config:
+    """The configuration of to_json's text, also of an older version of this package."""
+    return resolve(_upgraded(_decoded(json.loads(text))))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (ConfigDict, dict)):
-        return {k: _plain(v) for k, v in value.items()}
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """The nested values of a saved configuration of any age; `make` knows the older names."""
+    if "task" not in values and "precondition" not in values:
+        values["task"] = "discriminator"  # only a denoiser's configuration had that group
+    return values
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _encoded(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [_encoded(v) for v in value]
     return {"float": str(value)} if isinstance(value, float) and math.isinf(value) else value
 
 
-def _restored(value: Any) -> Any:
-    """What _plain was given."""
+def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {"float"}:
             return float(value["float"])
-        return {k: _restored(v) for k, v in value.items()}
-    return tuple(_restored(v) for v in value) if isinstance(value, list) else value
+        return {k: _decoded(v) for k, v in value.items()}
+    return tuple(_decoded(v) for v in value) if isinstance(value, list) else value
 
 
-def flatten(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"group.key": value} of every leaf."""
-    out = {}
-    for key, value in config.items():
-        out |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, (ConfigDict, dict))
-            else {prefix + key: value}
-        )
-    return out
+def check_same_run(saved: Config, config: Config, methods: Mapping[str, type]) -> None:
+    """Refuses to resume a training folder with settings that would make it another run.
 
+    Settings that are declared `free` may differ, and so may those of a method that neither run
+    uses.
 
-def check_same_run(saved: ConfigDict, config: ConfigDict, methods: Sequence[str]) -> None:
-    """Refuses to resume a workdir with settings that would make it another run.
-
-    Settings of RESUMABLE may differ (but not the levels that also clip training), and so may those
-    of a method (of all `methods`) that neither run uses.
+    Args:
+      methods: {method: the dataclass of its settings}, of all training methods.
 
     Raises:
       ConfigError: naming the first settings that differ, with both values.
     """
-    old, new = (flatten(_restored(_plain(c))) for c in (saved, config))
     used = set(config.methods) | set(saved.methods)
-    idle = set(methods) - used
+    old, new = (_fixed(c, methods, used) for c in (saved, config))
     differ = [
         f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)"
         for k in sorted(old | new)
         if old.get(k) != new.get(k)
-        and not (k.startswith(RESUMABLE) and k not in _TRAINED_WITH)
-        and k.split(".")[0] not in idle
     ]
     if differ:
         raise ConfigError(
             f"--workdir holds a run of another configuration: {'; '.join(differ[:4])}; "
             "expected the same settings or a new --workdir"
         )
+
+
+def _fixed(config: Config, methods: Mapping[str, type], used: set[str]) -> dict[str, Any]:
+    """{"group.key": value} of what must stay the same in a run."""
+    groups: dict[str, Any] = {name: getattr(config, name) for name in GROUPS}
+    fixed: dict[str, Any] = {"seed": config.seed, "task": config.task, "methods": config.methods}
+    for name, values in config.others.items():
+        if name not in methods:
+            fixed |= flatten(_decoded(_encoded(dict(values))), f"{name}.")
+        elif name in used:
+            groups[name] = make(methods[name], values, name)
+    for name, group in groups.items():
+        for field, declared in type(group).__dataclass_fields__.items():
+            if not declared.metadata.get("free"):
+                fixed[f"{name}.{field}"] = getattr(group, field)
+    return fixed

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from ogdm_jax import data, places
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.data import Rows, Source, from_arrays
+from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.sp import fingerprint
 from ogdm_jax.pixels import to_uint8
@@ -42,29 +42,29 @@ def digest(prior: TrainedModel) -> str:
     return fingerprint({"params": prior.params, "buffers": prior.buffers}).tobytes().hex()
 
 
-def origin(config: ConfigDict, prior: TrainedModel, num: int) -> dict[str, Any]:
+def origin(config: Config, prior: TrainedModel, num: int) -> dict[str, Any]:
     """What identifies a set of samples: the weights that made it and every setting of the
     sampler.
     """
     return {
         "weights": digest(prior),
         "step": prior.step,
-        **{k: config.sample[k] for k in SAMPLER},
+        **{k: getattr(config.sample, k) for k in SAMPLER},
         "nfe": nfe(config.sample.solver, config.sample.steps),
-        "churn": config.dg.churn,
-        "cfg": float(config.dg.cfg),
+        "churn": of(config).churn,
+        "cfg": of(config).cfg,
         "num": num,
         "first_seed": FIRST_SEED,
     }
 
 
-def base_guidance(config: ConfigDict) -> tuple[Guidance, ...]:
+def base_guidance(config: Config) -> tuple[Guidance, ...]:
     """Guidance that the samples are drawn with, and that stays on under DG."""
-    return (cfg.guidance(config.dg.cfg),) if config.dg.cfg != 1 else ()
+    return (cfg.guidance(of(config).cfg),) if of(config).cfg != 1 else ()
 
 
 def obtain(
-    config: ConfigDict,
+    config: Config,
     prior: TrainedModel,
     num: int,
     path: epath.Path,
@@ -139,11 +139,11 @@ def _short(value: Any) -> str:
 
 
 def _draw(
-    config: ConfigDict, prior: TrainedModel, num: int, devices: Sequence[Any]
+    config: Config, prior: TrainedModel, num: int, devices: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [num,h,w,c], int32 labels [num], -1 without classes)."""
     guidance = base_guidance(config)
-    churn = churning.parse(config.dg.churn, "config.dg.churn")
+    churn = churning.parse(of(config).churn, "config.dg.churn")
     images = generate.sampler(prior.model, config.sample, devices, churn, guidance)
     seeds = FIRST_SEED + np.arange(num)
     labels = generate.labels_for(seeds, prior.model.label_dim, None)

@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel, places, randomness
 from ogdm_jax.data import Source, augment
 from ogdm_jax.discriminator import fakes
+from ogdm_jax.discriminator.settings import Settings, check_run
+from ogdm_jax.discriminator.settings import of as settings_of
 from ogdm_jax.interop import export
 from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.methods import contract as slots
@@ -50,32 +51,11 @@ from ogdm_jax.training.state import TrainState
 from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
-# The group config.dg. Optimiser, moving average and schedule are the groups optim, ema and train.
-DEFAULTS = {
-    "prior": "",  # training folder of the model that is to be guided
-    "prior_step": "",  # its checkpoint: a number or "best"; "" = the newest
-    "prior_weights": "ema",
-    # file of its samples; "" = WORKDIR/samples.npz. Drawn if missing, refused if of another origin
-    "samples": "",
-    "num": 0,  # samples; 0 = as many as there are real images
-    "churn": "",  # S_churn,S_min,S_max,S_noise of the sampler; the rest of it is config.sample
-    "cfg": 1.0,  # classifier-free guidance of the sampler
-    "held_out": 0.1,  # share of both sides that is not trained on
-    # checkpoint file of a frozen encoder (an ADM classifier); "" = train the whole network
-    "extractor": "",
-    "clock": "vp",  # cosine for OpenAI's 64-pixel classifier
-    # rows of a conditional head's table; 0 = the source's classes, 1000 in the authors' files
-    "classes": 0,
-    "t_min": 1e-5,
-    "importance": True,  # log-uniform noise levels; False: uniform time
-    "weight": 2.0,  # of the guidance, at Heun's first evaluation
-    "corrector_weight": 0.0,  # at its second
-    "weights": (),  # further weights that evaluations try; the best one is noted
-    "time_min": 0.01,
-    "time_max": 1.0,
-    "boost": False,
-}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_NETWORK = (  # what a discriminator has of config.network
+    *("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "head_channels"),
+    *("dropout", "remat"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,29 +80,22 @@ class DiscriminatorRun(runs.Run):
 
 def _batches(run: DiscriminatorRun) -> fakes.Pairs:
     index, count = jax.process_index(), jax.process_count()
-    workers = run.config.data.get("workers", -1)  # older runs do not say
+    workers = run.config.data.workers
     return fakes.Pairs(*run.kept, run.config.data.batch, run.config.seed, index, count, workers)
 
 
 def build(
-    config: ConfigDict, plan: parallel.Plan, workdir: epath.Path, say: Callable[[str], None] = print
+    config: configs.Config,
+    plan: parallel.Plan,
+    workdir: epath.Path,
+    say: Callable[[str], None] = print,
 ) -> DiscriminatorRun:
     """Opens the prior, draws or reads its samples, and builds the run.
 
     Raises:
       ConfigError, CheckpointError, SourceError: bad settings, prior, samples or data.
     """
-    settings, batch = config.dg, config.data.batch
-    configs.require(
-        settings.prior, "dg.prior", settings.prior, "the training folder of the model to guide"
-    )
-    configs.require(
-        batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated"
-    )
-    configs.require(
-        0 <= settings.held_out < 1, "dg.held_out", settings.held_out, "a share from 0 to below 1"
-    )
-    configs.choose("dg.clock", settings.clock, dg.CLOCKS)
+    settings, batch = check_run(config), config.data.batch
     parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
     prior = open_prior(config)
     generate.check_settings(config.sample, prior.model)
@@ -153,7 +126,7 @@ def build(
     )
 
 
-def planned(config: ConfigDict, source: Source, plan: parallel.Plan) -> DiscriminatorRun:
+def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> DiscriminatorRun:
     """The run without its prior, samples and data, for whoever only compiles: nothing but an
     extractor is read.
     """
@@ -164,7 +137,7 @@ def planned(config: ConfigDict, source: Source, plan: parallel.Plan) -> Discrimi
 
 
 def _assemble(
-    config: ConfigDict,
+    config: configs.Config,
     plan: parallel.Plan,
     source: Source,
     network: FeatureDiscriminator,
@@ -188,16 +161,16 @@ def _assemble(
     return config, source, network, None, filled, tx, plan, pure, duration, {}
 
 
-def samples_of(settings: Mapping[str, Any], workdir: str | os.PathLike) -> epath.Path:
+def samples_of(settings: Settings, workdir: str | os.PathLike) -> epath.Path:
     """The file of the prior's samples: that of config.dg.samples, or the training folder's own."""
-    if settings["samples"]:
-        return places.place(settings["samples"], "config.dg.samples")
+    if settings.samples:
+        return places.place(settings.samples, "config.dg.samples")
     return places.place(workdir) / "samples.npz"
 
 
-def open_prior(config: ConfigDict) -> TrainedModel:
+def open_prior(config: configs.Config) -> TrainedModel:
     """The model to guide. Raises CheckpointError where the folder holds none."""
-    settings = config.dg
+    settings = settings_of(config)
     step = (
         int(settings.prior_step) if settings.prior_step.isdigit() else settings.prior_step or None
     )
@@ -205,7 +178,7 @@ def open_prior(config: ConfigDict) -> TrainedModel:
 
 
 def open_network(
-    config: ConfigDict,
+    config: configs.Config,
     image_shape: tuple[int, int, int],
     num_classes: int,
     workdir: str | os.PathLike,
@@ -218,11 +191,15 @@ def open_network(
       other images.
     """
     extractor = params = None
-    if config.dg.extractor:
+    if settings_of(config).extractor:
         copy = places.place(workdir) / "extractor.safetensors"
         kept = (copy, export.about_path(copy)) if copy.is_file() else ()
         with places.fetched(*kept) as files:
-            path = files[0] if files else places.local(config.dg.extractor, "config.dg.extractor")
+            path = (
+                files[0]
+                if files
+                else places.local(settings_of(config).extractor, "config.dg.extractor")
+            )
             found = load_pretrained(path, "adm_encoder")
         extractor, params = found.network, found.variables["params"]
     conditional = config.data.conditional
@@ -232,12 +209,12 @@ def open_network(
         conditional,
         "a source with class labels",
     )
-    classes = config.dg.classes or num_classes
+    classes = settings_of(config).classes or num_classes
     configs.require(
         classes >= num_classes, "dg.classes", classes, f"at least the source's {num_classes}"
     )
-    settings = dict(config.network)
-    settings["dtype"] = configs.choose("network.dtype", settings["dtype"], _DTYPES)
+    settings = {name: getattr(config.network, name) for name in _NETWORK}
+    settings["dtype"] = _DTYPES[config.network.dtype]
     labels = classes if conditional else 0
     return feature_discriminator.build(
         image_shape[0], image_shape[2], labels, extractor, **settings
@@ -256,7 +233,7 @@ def _keep_extractor(network: FeatureDiscriminator, params: PyTree, workdir: epat
 
 
 def training_loss(
-    config: ConfigDict, network: FeatureDiscriminator, xflip: bool
+    config: configs.Config, network: FeatureDiscriminator, xflip: bool
 ) -> Callable[..., Any]:
     """loss(params, state, frozen, batch, key) -> (mean loss, sums of metrics): binary cross entropy
     of the logits.
@@ -274,7 +251,7 @@ def training_loss(
         if xflip:
             mirrored = augment.xflip(keys("xflip"), image)
             image = jnp.where((batch["real"] == 1)[:, None, None, None], mirrored, image)
-        ratio = ratio_of(network, config.dg.clock, 0.0, keys("dropout"))
+        ratio = ratio_of(network, settings_of(config).clock, 0.0, keys("dropout"))
         ratio = ratio({"params": params, "extractor": frozen["dg"]["extractor"]})
         value, right = _judge(config, ratio, image, batch, key)
         return jnp.mean(value), steps.sums({"loss": value, "accuracy": right})
@@ -283,14 +260,14 @@ def training_loss(
 
 
 def _judge(
-    config: ConfigDict, ratio: LogRatio, image: Array, batch: steps.Batch, key: Array
+    config: configs.Config, ratio: LogRatio, image: Array, batch: steps.Batch, key: Array
 ) -> tuple[Array, Array]:
     """`cross_entropy` of a log ratio at x = image + sigma eps, both drawn from the key, each
     example for itself.
     """
     keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])
     sigma = dg.training_sigma(
-        randomness.uniform(keys("sigma")), config.dg.t_min, config.dg.importance
+        randomness.uniform(keys("sigma")), settings_of(config).t_min, settings_of(config).importance
     )
     x = image + sigma[:, None, None, None] * randomness.normal(keys("noise"), image.shape[1:])
     return cross_entropy(ratio(x, sigma, batch["label"]), batch["real"])
@@ -330,7 +307,7 @@ class HeldOut:
         run = self._run
 
         def values(params, extractor, batch):
-            ratio = ratio_of(run.model, run.config.dg.clock, 0.0)(
+            ratio = ratio_of(run.model, settings_of(run.config).clock, 0.0)(
                 {"params": params, "extractor": extractor}
             )
             return _judge(run.config, ratio, to_float(batch["image"]), batch, jax.random.key(0))
@@ -345,7 +322,7 @@ class Evaluator(evaluate.Evaluator):
 
     def __init__(self, run: DiscriminatorRun, workdir: epath.Path):
         super().__init__(run, workdir)
-        self._weight, self._unguided = run.config.dg.weight, None
+        self._weight, self._unguided = settings_of(run.config).weight, None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """The report of the best weight, with "weight" and "unguided", the distance without
@@ -355,7 +332,8 @@ class Evaluator(evaluate.Evaluator):
         """
         if self._unguided is None:
             self._unguided = self._at(state, 0.0)[0]["fd"]
-        weights = dict.fromkeys((self.run.config.dg.weight, *self.run.config.dg.weights))
+        ours = settings_of(self.run.config)
+        weights = dict.fromkeys((ours.weight, *ours.weights))
         tried = [self._at(state, weight) for weight in weights]
         report, images = min(tried, key=lambda found: found[0]["fd"])
         return self._write(report | {"unguided": self._unguided}, images)
@@ -371,7 +349,7 @@ class Evaluator(evaluate.Evaluator):
 
     @property
     def _churn(self) -> Any:
-        settings = self.run.config.dg
+        settings = settings_of(self.run.config)
         return None if settings.boost else churning.parse(settings.churn, "config.dg.churn")
 
     def _weights(self, state: TrainState) -> tuple[PyTree, PyTree]:
@@ -406,7 +384,7 @@ TASK = loop.Task(build=build, batches=_batches, watch=_watch, evaluator=Evaluato
 
 
 def train(
-    config: ConfigDict,
+    config: configs.Config,
     workdir: str | os.PathLike,
     say: Callable[[str], None] = print,
     profile: tuple[int, int] | None = None,
@@ -437,7 +415,7 @@ def ratio_of(
 
 
 def guidance_of(
-    config: ConfigDict,
+    config: configs.Config,
     network: FeatureDiscriminator,
     params: PyTree,
     extractor: PyTree,
@@ -447,7 +425,8 @@ def guidance_of(
     dg.guidance).
     """
     names = ("weight", "corrector_weight", "time_min", "time_max", "boost")
-    chosen = {name: config.dg[name] for name in names} | {
+    ours = settings_of(config)
+    chosen = {name: getattr(ours, name) for name in names} | {
         k: v for k, v in settings.items() if v is not None
     }
     times = chosen["time_min"], chosen["time_max"]
@@ -458,10 +437,10 @@ def guidance_of(
     low, high = (float(dg.vp_sigma(np.float64(time))) for time in times)
     boost = None
     if chosen["boost"]:
-        base = churning.parse(config.dg.churn, "config.dg.churn") or churning.Churn()
+        base = churning.parse(ours.churn, "config.dg.churn") or churning.Churn()
         boost = dg.Boost(base, chosen.get("boost_churn", dg.Boost.churn))
     return dg.guidance(
-        ratio_of(network, config.dg.clock),
+        ratio_of(network, ours.clock),
         chosen["weight"],
         low,
         high,
@@ -475,7 +454,7 @@ def open_guidance(
     workdir: str | os.PathLike,
     step: int | str | None = None,
     run: TrainedModel | None = None,
-    settings: ConfigDict | None = None,
+    settings: configs.Sample | None = None,
     preset: str = "",
     warn: Callable[[str], None] = print,
     around: Mapping[str, Any] | None = None,
@@ -506,7 +485,7 @@ def open_guidance(
         step = "best"
     snapshot = checkpoint.find(workdir, step, "--dg.discriminator")
     config = snapshot.config
-    if "dg" not in config:
+    if config.task != "discriminator":
         raise checkpoint.CheckpointError(
             f"--dg.discriminator: {str(workdir)!r} holds no discriminator; expected a folder of "
             "configs/*_dg.py"
@@ -526,9 +505,11 @@ def open_guidance(
     method = guidance_of(
         config, network, *host, **chosen | {k: v for k, v in overrides.items() if v is not None}
     )
-    path = samples_of(config.dg, workdir)
+    path = samples_of(settings_of(config), workdir)
     if run is not None and path.is_file():
-        sampler = ({k: settings[k] for k in fakes.SAMPLER} if settings else {}) | dict(around or {})
+        sampler = ({k: getattr(settings, k) for k in fakes.SAMPLER} if settings else {}) | dict(
+            around or {}
+        )
         if method.churn:
             sampler.pop("churn", None)  # boosting churns by design, and over the folder's own churn
         _compare(fakes.about(path), {"weights": fakes.digest(run)} | sampler, workdir, warn)

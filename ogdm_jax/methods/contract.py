@@ -30,6 +30,7 @@ import jax
 from flax import struct
 
 from ogdm_jax import methods, randomness
+from ogdm_jax.config import Config, ConfigError, suggestion
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.typing import Array, PyTree
 
@@ -189,9 +190,10 @@ class Slots:
 def module(name: str):
     """The module of a method. Raises ValueError with the known names if there is none."""
     if name not in names():
-        raise ValueError(
-            f"config.methods: unknown method {name!r}; expected some of "
-            f"{', '.join(training_names())}"
+        known = training_names()
+        raise ConfigError(
+            f"config.methods: unknown method {name!r}{suggestion(name, known)}; expected some of "
+            f"{', '.join(known)}"
         )
     return importlib.import_module(f"{methods.__name__}.{name}")
 
@@ -210,9 +212,22 @@ def training_names() -> list[str]:
     ]
 
 
+def settings_types() -> dict[str, type]:
+    """{training method: the dataclass of its settings}."""
+    return {name: module(name).Settings for name in training_names()}
+
+
 def defaults() -> dict[str, dict[str, Any]]:
-    """The settings of every training method, by name: the sub-dicts of the base configuration."""
-    return {name: dict(module(name).DEFAULTS) for name in training_names()}
+    """The settings of every training method, by name: the groups of the base configuration."""
+    return {name: dataclasses.asdict(kind()) for name, kind in settings_types().items()}
+
+
+def check_settings(config: Config) -> None:
+    """Raises ConfigError for an unknown method, or a setting of any method that is out of range."""
+    for name in config.methods:
+        module(name)
+    for name, kind in settings_types().items():
+        config.settings(name, kind)
 
 
 @dataclasses.dataclass(frozen=True)

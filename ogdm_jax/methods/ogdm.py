@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax import config, randomness
+from ogdm_jax import randomness
+from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
@@ -37,106 +38,108 @@ Discriminate = Callable[
 ]  # images [B,h,w,c] -> logits [B], with condition and label bound
 
 
-def _choose(field: str, value: str, options: tuple[str, ...]) -> None:
-    config.choose(f"ogdm.{field}", value, options)
-
-
-def _require(condition: bool, field: str, value: Any, expected: str) -> None:
-    config.require(condition, f"ogdm.{field}", value, expected)
+SOLVERS, LOSSES = ("euler", "heun", "ddim"), ("hinge", "logistic")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The switches of OGDM; the values here are the defaults of config.ogdm.
+    """The switches of OGDM; the values here are the defaults of config.ogdm."""
 
-    Attributes:
-      gamma: weight of the observation loss, relative to a mean-per-pixel denoising loss.
-      k: largest jump: a fraction of EDM's rho-warped time axis (law "edm"; above 1 the number of
-        levels of a Karras grid whose next lower level is taken), or a fraction of the discrete
-        steps (law "adm").
-      law: how s is drawn given t, "edm" (2310.04041's EDM code) or "adm" (pair_T,k of its
-        guided-diffusion code).
-      solver: the projection's sampler step, "euler", "heun" or "ddim" (equal to euler in this
-        coordinate).
-      loss: "hinge" or "logistic", of both players.
-      r1, r1_interval: coefficient of the R1 penalty, and every how many steps it is taken (then
-        times the interval).
-      share_denoise: the projection starts from the denoising loss's own x0_hat, which saves one
-        network call.
-      pass_augment: the projection's own network calls see the augmentation labels (always so with
-        share_denoise).
-      resample: what the discriminator's step draws anew: "all" (levels, noise, augmentation) or
-        only "noise".
-      condition: what the discriminator is told: "sigma" (sigma_t, sigma_s), "log_sigma" (their
-        logarithms / 4), or "index" (t, s with t the index and s the gap; law "adm" only).
-      input_scale: images go to the discriminator as they are ("none"), in variance-preserving
-        coordinates ("vp", divided by sqrt(1 + sigma_s^2)), or with unit variance ("unit", divided
-        by sqrt(sigma_data^2 + sigma_s^2)).
-      scale_by_pixels: multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly
-        notices).
-      statistics_batch: examples that share minibatch statistics; 0 = all of a device's batch, as
-        the authors.
-      channel_base, channel_max: widths of the discriminator.
-      learning_rate, betas: of the discriminator's Adam; None = the denoiser's peak rate.
-      decay: optimiser steps in which that rate falls linearly to 0; 0 = constant.
-      sigma_min, sigma_max, rho: the warp of law "edm".
-      schedule, diffusion_steps: betas and T of law "adm".
-    """
+    gamma: float = setting(
+        0.025,
+        "weight of the observation loss, relative to a mean-per-pixel denoising loss",
+        least=0,
+        below=float("inf"),
+        expected="a number of at least 0",
+    )
+    k: float = setting(
+        0.2,
+        "largest jump: a fraction of EDM's rho-warped time axis (distribution edm; above 1 the "
+        "number of levels of a Karras grid whose next lower level is taken), or a fraction of the "
+        "discrete steps (distribution adm)",
+        least=0,
+    )
+    distribution: str = setting(
+        "edm",
+        "how s is drawn given t: edm (2310.04041's EDM code), or adm (pair_T,k of its "
+        "guided-diffusion code)",
+        choices=("edm", "adm"),
+        was="law",
+    )
+    solver: str = setting(
+        "euler", "the projection's sampler step (ddim equals euler here)", choices=SOLVERS
+    )
+    loss: str = setting("hinge", "of both players", choices=LOSSES)
+    r1: float = setting(1.0, "coefficient of the R1 penalty", least=0)
+    r1_interval: int = setting(
+        1, "every how many steps R1 is taken (then times the interval)", least=1
+    )
+    share_denoise: bool = setting(
+        True,
+        "the projection starts from the denoising loss's own x0_hat, which saves a network call",
+    )
+    pass_augment: bool = setting(
+        False,
+        "the projection's own network calls see the augmentation labels (always so with "
+        "share_denoise)",
+    )
+    resample: str = setting(
+        "all",
+        "what the discriminator's step draws anew: all (levels, noise, augmentation) or only noise",
+        choices=("all", "noise"),
+    )
+    condition: str = setting(
+        "sigma",
+        "what the discriminator is told: sigma (sigma_t, sigma_s), log_sigma (their logarithms "
+        "/ 4), or index (t, s with t the index and s the gap; distribution adm only)",
+        choices=("sigma", "log_sigma", "index"),
+    )
+    input_scale: str = setting(
+        "none",
+        "how images go to the discriminator: none (as they are), vp (divided by sqrt(1 + "
+        "sigma_s^2)), or unit (divided by sqrt(sigma_data^2 + sigma_s^2))",
+        choices=("none", "vp", "unit"),
+    )
+    scale_by_pixels: bool = setting(
+        False,
+        "multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly notices)",
+    )
+    statistics_batch: int = setting(
+        4,
+        "examples that share minibatch statistics; 0 = all of a device's batch, as the authors",
+    )
+    channel_base: int = setting(32768, "widths of the discriminator")
+    channel_max: int = setting(512, "greatest width of the discriminator")
+    learning_rate: float | None = setting(
+        None, "of the discriminator's Adam; None = the denoiser's peak rate"
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999),
+        "of the discriminator's Adam",
+        least=0,
+        below=1,
+        expected="two numbers in [0, 1)",
+    )
+    decay: int = setting(
+        0,
+        "steps in which that rate falls linearly to 0; 0 = constant",
+        least=0,
+        expected="a number of steps of at least 0",
+    )
+    sigma_min: float = setting(0.002, "lowest level of the warp (distribution edm)")
+    sigma_max: float = setting(80.0, "highest level of the warp")
+    rho: float = setting(7.0, "exponent of the warp")
+    schedule: str = setting("linear", "betas of distribution adm", choices=("linear", "cosine"))
+    diffusion_steps: int = setting(1000, "and their number")
 
-    gamma: float = 0.025
-    k: float = 0.2
-    law: str = "edm"
-    solver: str = "euler"
-    loss: str = "hinge"
-    r1: float = 1.0
-    r1_interval: int = 1
-    share_denoise: bool = True
-    pass_augment: bool = False
-    resample: str = "all"
-    condition: str = "sigma"
-    input_scale: str = "none"
-    scale_by_pixels: bool = False
-    statistics_batch: int = 4
-    channel_base: int = 32768
-    channel_max: int = 512
-    learning_rate: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    decay: int = 0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    schedule: str = "linear"
-    diffusion_steps: int = 1000
-
-    def __post_init__(self):
-        _choose("law", self.law, ("edm", "adm"))
-        _choose("solver", self.solver, ("euler", "heun", "ddim"))
-        _choose("loss", self.loss, ("hinge", "logistic"))
-        _choose("resample", self.resample, ("all", "noise"))
-        _choose("condition", self.condition, ("sigma", "log_sigma", "index"))
-        _choose("input_scale", self.input_scale, ("none", "vp", "unit"))
-        _choose("schedule", self.schedule, ("linear", "cosine"))
-        _require(0 <= self.gamma < float("inf"), "gamma", self.gamma, "a number of at least 0")
-        _require(self.r1 >= 0, "r1", self.r1, "a number of at least 0")
-        _require(
-            self.r1_interval >= 1, "r1_interval", self.r1_interval, "a whole number of at least 1"
-        )
-        _require(self.k >= 0, "k", self.k, "a number of at least 0")
-        _require(self.decay >= 0, "decay", self.decay, "a number of steps of at least 0")
-        if self.law == "adm":
-            _require(
-                self.k <= 1,
-                "k",
-                self.k,
-                "a fraction of the discrete steps, at most 1, with law 'adm'",
-            )
+    def __post_init__(self) -> None:
+        check(self, "ogdm")
+        if self.distribution == "adm":
+            share = "a fraction of the discrete steps, at most 1, with distribution 'adm'"
+            require(self.k <= 1, "ogdm.k", self.k, share)
         else:
-            _require(
-                self.condition != "index",
-                "condition",
-                self.condition,
-                "'sigma' or 'log_sigma' with law 'edm'",
-            )
+            told = "'sigma' or 'log_sigma' with distribution 'edm'"
+            require(self.condition != "index", "ogdm.condition", self.condition, told)
 
 
 DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
@@ -147,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "edm": {
         "gamma": 0.025,
         "k": 0.2,
-        "law": "edm",
+        "distribution": "edm",
         "solver": "euler",
         "loss": "hinge",
         "r1": 1.0,
@@ -163,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adm": {
         "gamma": 0.01,
         "k": 0.1,
-        "law": "adm",
+        "distribution": "adm",
         "solver": "ddim",
         "loss": "hinge",
         "r1": 0.25,
@@ -183,7 +186,7 @@ def preset(name: str) -> dict[str, Any]:
     """All settings of a released convention, "edm" or "adm" (for config.ogdm.update). Raises
     ValueError otherwise.
     """
-    _choose("preset", name, tuple(PRESETS))
+    choose("ogdm.preset", name, PRESETS)
     return DEFAULTS | PRESETS[name]
 
 
@@ -221,7 +224,7 @@ def project(
     Raises:
       ValueError: unknown solver.
     """
-    _choose("solver", solver, ("euler", "heun", "ddim"))
+    choose("ogdm.solver", solver, SOLVERS)
     if solver == "heun":
         # float32's 0.002 is above the number 0.002: the slack keeps a level that was clipped to the
         # floor at the floor.
@@ -235,7 +238,7 @@ def generator_loss(logits: Array, kind: str = "hinge") -> Array:
     """ell_G of fake logits [B]: -z ("hinge", the authors' choice) or softplus(-z) = -log sigmoid(z)
     ("logistic").
     """
-    _choose("loss", kind, ("hinge", "logistic"))
+    choose("ogdm.loss", kind, LOSSES)
     return -logits if kind == "hinge" else jax.nn.softplus(-logits)
 
 
@@ -243,7 +246,7 @@ def discriminator_loss(real_logits: Array, fake_logits: Array, kind: str = "hing
     """[B]: relu(1 - z_r) + relu(1 + z_f) ("hinge") or softplus(-z_r) + softplus(z_f)
     ("logistic").
     """
-    _choose("loss", kind, ("hinge", "logistic"))
+    choose("ogdm.loss", kind, LOSSES)
     if kind == "hinge":
         return jax.nn.relu(1 - real_logits) + jax.nn.relu(1 + fake_logits)
     return jax.nn.softplus(-real_logits) + jax.nn.softplus(fake_logits)
@@ -270,12 +273,12 @@ def logits_and_r1(discriminate: Discriminate, images: Array) -> tuple[Array, Arr
 
 
 def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
-    """The pair (t, s) of each example by settings.law from its level [B] and a uniform number [B].
+    """The pair (t, s) of each example by settings.distribution from its level [B] and a uniform number [B].
 
-    Law "adm" takes the index whose level is nearest on a logarithmic scale: exact for levels drawn
+    Distribution "adm" takes the index whose level is nearest on a logarithmic scale: exact for levels drawn
     from the table.
     """
-    if settings.law == "edm":
+    if settings.distribution == "edm":
         limits = (settings.sigma_min, settings.sigma_max, settings.rho)
         return Pair(sigma, next_sigma(sigma, u, settings.k, *limits))
     chain = Discrete.make(settings.schedule, settings.diffusion_steps)
@@ -396,7 +399,7 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     Raises:
       ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8,
       the device batch
-        cannot be cut into groups of minibatch statistics, or law "adm" has other levels than the
+        cannot be cut into groups of minibatch statistics, or distribution "adm" has other levels than the
         noise law.
     """
     settings = Settings(**{k: tuple(v) if k == "betas" else v for k, v in dict(settings).items()})
@@ -461,14 +464,14 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
 def _check_levels(settings: Settings, context: Context) -> None:
     """Refuses pairs of one discrete chain for levels that are drawn from another."""
     levels = getattr(context.law, "levels", None)
-    if settings.law != "adm" or levels is None:
+    if settings.distribution != "adm" or levels is None:
         return
     chain = Discrete.make(settings.schedule, settings.diffusion_steps).sigma
-    _require(
+    require(
         chain.shape == levels.shape and np.allclose(chain, levels),
-        "schedule",
+        "ogdm.schedule",
         f"{settings.schedule}, {settings.diffusion_steps} steps",
-        "the schedule and diffusion_steps of config.precondition, from which noise.law 'ddpm' "
+        "the schedule and diffusion_steps of config.precondition, from which noise.distribution 'ddpm' "
         "draws",
     )
 
@@ -481,9 +484,9 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
             f"config.ogdm: images are {h}x{w}; expected squares with a side 2^n of at least 8"
         )
     chunk = min(settings.statistics_batch or context.device_batch, context.device_batch)
-    _require(
+    require(
         context.device_batch % chunk == 0 and chunk % min(4, chunk) == 0,
-        "statistics_batch",
+        "ogdm.statistics_batch",
         settings.statistics_batch,
         f"a divisor of the {context.device_batch} images of a device's round that groups of 4 "
         "divide",

@@ -20,6 +20,7 @@ The teacher is saved by reference: the configuration names its folder, the state
 hash of its weights, and no run goes on with other weights than it began with.
 """
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -29,13 +30,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import choose, require
+from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.diffusion import noise, precondition
 from ogdm_jax.diffusion.process import eps_from_x0
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods.contract import Context, Example, Metrics, Slots
 from ogdm_jax.typing import Array, Features, PyTree
 
+SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
+DISTANCES = ("mse", "mae")
+FEATURE_NORMS = ("none", "relative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The switches of SP; the values here are the defaults of config.sp (the preset pixel_edm)."""
+
+    mse_weight: float = setting(1.0, "weight of the squared error", least=0)
+    weight: float = setting(1.0, "weight of the self-perceptual loss", least=0)
+    auto: bool = setting(True, "calibrate the weight once, by the size of the gradients")
+    sigma_next: str = setting(
+        "same", "distribution of the second noise level s'", choices=SIGMA_NEXT
+    )
+    sigma_max: float = setting(2.3, "the loss acts at noise levels up to this", least=0)
+    teacher: str = setting("", "training folder of the teacher; '' = init.workdir", free=True)
+    teacher_step: int | None = setting(
+        None,
+        "step of its checkpoint; None = the newest (a resumed run may have to name it)",
+        free=True,
+    )
+    teacher_weights: str = setting("ema", "ema or params of that checkpoint", free=True)
+    tap: str = setting(
+        "mid",
+        "features of the teacher: mid = output of the middle block, or blocks' names with commas",
+    )
+    feature_norm: str = setting(
+        "none",
+        "none (paper), or relative: divided by the real features' mean square",
+        choices=FEATURE_NORMS,
+    )
+    distance: str = setting("mse", "mse or mae of the features", choices=DISTANCES)
+    share: float = setting(
+        0.2, "auto: size of the feature gradient relative to the squared error's", least=0
+    )
+    calibration: int = setting(100, "auto: steps over which the weight is measured; then it stays")
+    normalize_jump: bool = setting(
+        False, "divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'"
+    )
+    remat: bool = setting(False, "recompute the teacher's activations in the backward pass")
+    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the noise bins of the metrics")
+
+    def __post_init__(self) -> None:
+        check(self, "sp")
+        if self.auto and self.weight > 0:  # nothing to calibrate for a weight of 0
+            anchor = "mse_weight > 0: it measures against the squared error"
+            require(self.mse_weight > 0, "sp.auto", True, anchor)
+            steps = "at least 1 step with auto"
+            require(self.calibration >= 1, "sp.calibration", self.calibration, steps)
+
+
+DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's loss: nothing but features, at every noise level.
     "paper": {
@@ -55,27 +109,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sigma_max": 2.3,
     },
 }
-DEFAULTS: dict[str, Any] = PRESETS["pixel_edm"] | {
-    "teacher": "",  # training folder of the frozen copy; "" = init.workdir
-    # step of the checkpoint it is; None = the newest (a resumed run may have to name it)
-    "teacher_step": None,
-    "teacher_weights": "ema",  # ema or params of that checkpoint
-    # which features of the teacher: mid = output of the middle block, or blocks' names with
-    # commas
-    "tap": "mid",
-    # none (paper) or relative: divided by the real features' mean square
-    "feature_norm": "none",
-    "distance": "mse",  # mse or mae of the features
-    "share": 0.2,  # auto: size of the feature gradient relative to the squared error's
-    "calibration": 100,  # auto: steps over which the weight is measured; then it stays
-    # divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'
-    "normalize_jump": False,
-    "remat": False,  # recompute the teacher's activations in the backward pass
-    "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
-}
-SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
-DISTANCES = ("mse", "mae")
-FEATURE_NORMS = ("none", "relative")
 
 # Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma /
 # sigma_data.

@@ -14,6 +14,7 @@ pixels); classes and augmentation can enter the weights; no in-place writes; wor
 law and preconditioning.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.config import choose, require
+from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, weighted_sums
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
@@ -31,16 +32,35 @@ from ogdm_jax.methods.contract import Context, Example, Metrics, Slots, noise_bi
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
-DEFAULTS: dict[str, Any] = {
-    # where references come from: stream (loader), cache (resident set), gather (batch), full (all)
-    "source": "cache",
-    "n": 1024,  # references per device, the source included (stream, cache)
-    "chunk": 0,  # references worked on at once; 0 = chosen so that temporaries stay near 10 MB
-    "class_mask": True,  # conditional models: only references of the same class count
-    "augment": "matched",  # with labelled augmentation: official, matched or dsm (see `training`)
-    "bins": (0.5, 2.0, 10.0),  # edges of the noise bins of the metrics
-}
 SOURCES, AUGMENT_MODES = ("stream", "cache", "gather", "full"), ("official", "matched", "dsm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The switches of STF; the values here are the defaults of config.stf."""
+
+    source: str = setting(
+        "cache",
+        "where references come from: stream (loader), cache (resident set), gather (batch), full",
+        choices=SOURCES,
+    )
+    n: int = setting(1024, "stream, cache: references per device, the source included")
+    chunk: int = setting(
+        0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB"
+    )
+    class_mask: bool = setting(True, "conditional models: only references of the same class count")
+    augment: str = setting(
+        "matched",
+        "with labelled augmentation: official, matched or dsm (see `training`)",
+        choices=AUGMENT_MODES,
+    )
+    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the noise bins of the metrics")
+
+    def __post_init__(self) -> None:
+        check(self, "stf")
+
+
+DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
 
 

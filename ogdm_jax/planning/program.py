@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ogdm_jax import data, parallel
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.discriminator import training as discriminator
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
@@ -56,7 +55,7 @@ class Compiled:
 
 
 def source_like(
-    config: ConfigDict, image_shape: str = "", classes: int = -1, images: int = 0
+    config: Config, image_shape: str = "", classes: int = -1, images: int = 0
 ) -> data.Source:
     """A source of the configuration's sizes without its images: zeros that take no memory.
 
@@ -100,11 +99,11 @@ def source_like(
     )
 
 
-def build(config: ConfigDict, source: data.Source, plan: parallel.Plan) -> runs.Run:
+def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """The run of a configuration; weights that it would read (a teacher's) are zeros of their
     shape.
     """
-    if "dg" in config:
+    if config.task == "discriminator":
         return discriminator.planned(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 

@@ -5,7 +5,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax.planning import flops
@@ -17,7 +16,12 @@ GIB = 2**30
 
 
 def figures(
-    config: ConfigDict, compiled: Compiled, chip: str, devices: int, memory: int | None, name: str
+    config: configs.Config,
+    compiled: Compiled,
+    chip: str,
+    devices: int,
+    memory: int | None,
+    name: str,
 ) -> dict[str, Any]:
     """Everything known of a compiled step: the keys of `--plan-out`.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import models, places, randomness
@@ -122,7 +121,7 @@ def _name(workdir: str) -> str:
     return pathlib.Path(workdir).resolve().name if local else places.place(workdir).name
 
 
-def facts(trained: TrainedModel, settings: ConfigDict) -> list[tuple[str, str, str]]:
+def facts(trained: TrainedModel, settings: configs.Sample) -> list[tuple[str, str, str]]:
     """(name, value, note) of the checkpoint, the network and the sampler."""
     seen = trained.step * trained.config.data.batch
     height, width, channels = trained.model.image_shape
@@ -153,7 +152,7 @@ def nearest(
     return Nearest(samples, real[rows], np.take_along_axis(far, rows, axis=1))
 
 
-def trace(trained: TrainedModel, settings: ConfigDict, seeds: np.ndarray) -> Path:
+def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) -> Path:
     """The way of these seeds' images; states are scaled to the spread of clean images."""
     labels = generate.labels_for(seeds, trained.model.label_dim, None)
     sigmas = generate.noise_levels(trained.model, settings)

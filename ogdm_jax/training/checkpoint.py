@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ogdm_jax import config as configs
@@ -206,7 +205,7 @@ def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> li
     return sorted(alike, key=lambda step: (reports[step]["fd"], step))
 
 
-def describe(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> dict:
+def describe(config: configs.Config, image_shape: tuple[int, int, int], num_classes: int) -> dict:
     """What a checkpoint says about its model, so that sampling needs no data set."""
     return {
         "config": json.loads(configs.to_json(config)),
@@ -219,7 +218,7 @@ def describe(config: ConfigDict, image_shape: tuple[int, int, int], num_classes:
 class Snapshot:
     """What sampling and fine-tuning take from a training folder."""
 
-    config: ConfigDict
+    config: configs.Config
     image_shape: tuple[int, int, int]
     num_classes: int
     step: int

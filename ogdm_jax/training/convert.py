@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from ogdm_jax import models
+from ogdm_jax.config import Config
 from ogdm_jax.interop import Pretrained, export
 from ogdm_jax.training import checkpoint, optim, state
 
@@ -30,7 +30,7 @@ def check_denoiser(found: Pretrained, source: str) -> None:
         )
 
 
-def settings_of(found: Pretrained, config: ConfigDict) -> dict[str, Any]:
+def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     """{"group.key": value}: what a configuration must say for `models.build` to make this network.
 
     Args:
@@ -50,9 +50,9 @@ def settings_of(found: Pretrained, config: ConfigDict) -> dict[str, Any]:
         value = getattr(network, field)
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
     if kind in ("vp", "ve"):
-        settings["noise.law"] = kind
+        settings["noise.distribution"] = kind
     if kind == "adm":
-        settings |= {"noise.law": "ddpm", "precondition.schedule": found.schedule}
+        settings |= {"noise.distribution": "ddpm", "precondition.schedule": found.schedule}
         settings["precondition.learned_variance"] = network.out_channels == 2 * network.img_channels
     if found.dropout is not None:
         settings["network.dropout"] = float(found.dropout)
@@ -61,7 +61,7 @@ def settings_of(found: Pretrained, config: ConfigDict) -> dict[str, Any]:
     return settings
 
 
-def write(found: Pretrained, config: ConfigDict, out: str | os.PathLike, source: str) -> int:
+def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str) -> int:
     """Writes the network as step 0 of a training folder; returns its number of parameters.
 
     Raises:

@@ -11,11 +11,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from ogdm_jax import config as configs
 from ogdm_jax import models, places
-from ogdm_jax.config import require
+from ogdm_jax.config import Config, Sample, require
 from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
@@ -28,14 +26,14 @@ from ogdm_jax.training import state as states
 from ogdm_jax.training.workdir import TrainedModel, open_source
 from ogdm_jax.typing import Array, PyTree
 
-Draw = Callable[[ConfigDict, Sequence[int], str], Iterable[np.ndarray]]
+Draw = Callable[[Sample, Sequence[int], str], Iterable[np.ndarray]]
 SHOWN = 64  # images of an evaluation's samples.png
 
 
-def space_of(config: ConfigDict) -> FeatureSpace:
+def space_of(config: Config) -> FeatureSpace:
     """The feature space in which a configuration measures distances."""
     settings = config.evaluate
-    return feature_space(settings.features or config.data.source, settings.get("weights") or None)
+    return feature_space(settings.features or config.data.source, settings.weights or None)
 
 
 def references(source: Source) -> np.ndarray:
@@ -43,28 +41,14 @@ def references(source: Source) -> np.ndarray:
     return source.take(np.arange(min(len(source), 50_000)))["image"]
 
 
-def distance(config: ConfigDict, samples: np.ndarray) -> dict[str, Any]:
+def distance(config: Config, samples: np.ndarray) -> dict[str, Any]:
     """The distance report of uint8 samples [n,h,w,c] against the data of a configuration."""
     return distance_report(space_of(config), samples, references(open_source(config)))
 
 
-def check_evaluation(config: ConfigDict) -> None:
-    """Checks the settings of evaluations.
-
-    Raises:
-      ConfigError: a schedule without a feature space, one whose weights are not there, or a number
-        out of range.
-    """
+def check_evaluation(config: Config) -> None:
+    """Raises ConfigError where the weights of the feature space are not there."""
     settings = config.evaluate
-    every = configs.duration(settings.every, config.data.batch, "config.evaluate.every")
-    require(
-        not every or settings.features,
-        "evaluate.every",
-        settings.every,
-        "'0 steps' while evaluate.features is ''",
-    )
-    require(settings.keep_best >= 0, "evaluate.keep_best", settings.keep_best, "at least 0")
-    require(settings.num >= 0, "evaluate.num", settings.num, "at least 0")
     if settings.features == "inception":
         found = places.local(settings.weights, "config.evaluate.weights").is_file()
         require(found, "evaluate.weights", settings.weights, "the weights file of Inception")
@@ -188,7 +172,7 @@ class Evaluator:
         return generate.generate(sampler, params, buffers, seeds, labels, batch, guidance)
 
 
-def sampler_words(settings: ConfigDict) -> dict[str, Any]:
+def sampler_words(settings: Sample) -> dict[str, Any]:
     """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance."""
     evaluations = nfe(settings.solver, settings.steps)
     return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
@@ -236,7 +220,7 @@ def _sentence(report: dict[str, Any], best: bool) -> str:
 
 def measure_samplers(
     trained: TrainedModel,
-    choices: Iterable[ConfigDict],
+    choices: Iterable[Sample],
     space: FeatureSpace,
     reference: np.ndarray,
     num: int,

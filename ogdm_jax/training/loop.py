@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
@@ -56,14 +55,14 @@ class Task:
         config.evaluate.every.
     """
 
-    build: Callable[[ConfigDict, parallel.Plan, epath.Path, Say], runs.Run]
+    build: Callable[[configs.Config, parallel.Plan, epath.Path, Say], runs.Run]
     batches: Callable[[runs.Run], Any]
     watch: Callable[[runs.Run, epath.Path, logs.Writer], Callable[[int, states.TrainState], None]]
     evaluator: Callable[[runs.Run, epath.Path], Evaluator]
 
 
 def train(
-    config: ConfigDict,
+    config: configs.Config,
     workdir: str | os.PathLike,
     say: Say = print,
     task: Task | None = None,
@@ -90,7 +89,7 @@ def train(
     check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
-        configs.check_same_run(find(workdir).config, config, slots.training_names())
+        configs.check_same_run(find(workdir).config, config, slots.settings_types())
     run = task.build(config, plan, workdir, say)
     profiles.check(profile, run.steps)
     given = (
@@ -130,7 +129,7 @@ def train(
     return run, state
 
 
-def _shared(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+def _shared(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
     """What every process of a run has to have alike; their data may lie at different places."""
     flat = configs.flatten(config).items()
     settings = {f"config.{key}": value for key, value in flat if key != "data.data_dir"}
@@ -295,7 +294,7 @@ def _grids(
     return write
 
 
-def _build(config: ConfigDict, plan: parallel.Plan, workdir: epath.Path, say: Say) -> runs.Run:
+def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, say: Say) -> runs.Run:
     run = runs.build(config, open_source(config), plan)
     generate.check_settings(config.sample, run.model)
     return run
@@ -309,7 +308,7 @@ def _batches(run: runs.Run) -> data.Batches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         extra_references=run.filled.references,
-        workers=run.config.data.get("workers", -1),  # older runs do not say
+        workers=run.config.data.workers,
     )
 
 

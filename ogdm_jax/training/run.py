@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from ogdm_jax import config as configs
 from ogdm_jax import models, parallel, randomness
@@ -25,7 +24,7 @@ from ogdm_jax.typing import PyTree
 class Run:
     """The fixed parts of a training run; the state travels separately."""
 
-    config: ConfigDict
+    config: configs.Config
     source: Source
     model: models.Model
     law: noise.NoiseDistribution
@@ -90,7 +89,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def build(
-    config: ConfigDict,
+    config: configs.Config,
     source: Source,
     plan: parallel.Plan,
     stand_in: Callable[[PyTree], PyTree] | None = None,
@@ -108,10 +107,6 @@ def build(
     batch = config.data.batch
     model = models.build(config, source.shape, source.num_classes)
     law = noise_law(config)
-    for key in ("data.label_dropout", "data.augment"):
-        share = configs.flatten(config)[key]
-        configs.require(0 <= share <= 1, key, share, "a probability")
-    configs.require(config.seed >= 0, "seed", config.seed, "a whole number of at least 0")
     tx, rate = optim.optimiser(config)
     device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
 
@@ -155,36 +150,28 @@ def build(
         dtype=model.network.dtype,
     )
     filled = slots.combine(
-        [slots.module(name).training(config[name], context) for name in config.methods]
+        [
+            slots.module(name).training(
+                dataclasses.asdict(config.settings(name, slots.module(name).Settings)), context
+            )
+            for name in config.methods
+        ]
     )
-    steps = configs.duration(config.train.duration, batch, "config.train.duration")
-    for key in (
-        "train.save_every",
-        "train.keep_every",
-        "log.every",
-        "sample.every",
-        "evaluate.every",
-    ):
-        configs.duration(configs.flatten(config)[key], batch, f"config.{key}")
+    steps = config.steps(config.train.duration)
     pure = step.make_step(config, model, law, filled, tx, rate, **plan.words)
     memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
     return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
 
 
-def noise_law(config: ConfigDict) -> noise.NoiseDistribution:
-    """The training noise law of a configuration. Raises ConfigError for an unknown name or a width
-    of 0 or less.
-    """
+def noise_law(config: configs.Config) -> noise.NoiseDistribution:
+    """The distribution of a configuration's training noise levels."""
     settings = config.noise
-    configs.choose("noise.law", settings.law, ("edm", "vp", "ve", "ddpm"))
-    if settings.law == "ddpm":
-        models.discrete_table(config)  # checks the two settings
+    if settings.distribution == "ddpm":
         return noise.ddpm(
             config.precondition.schedule, config.precondition.diffusion_steps, settings.stratified
         )
-    if settings.law != "edm":
-        return getattr(noise, settings.law)(stratified=settings.stratified)
-    configs.require(settings.std > 0, "noise.std", settings.std, "a positive number")
+    if settings.distribution != "edm":
+        return getattr(noise, settings.distribution)(stratified=settings.stratified)
     return noise.edm(
         settings.mean,
         settings.std,

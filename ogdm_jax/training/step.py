@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from ml_collections import ConfigDict
 
 from ogdm_jax import randomness
-from ogdm_jax.config import duration
+from ogdm_jax.config import Config, duration
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.diffusion.bound import variance_bound
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -34,7 +33,7 @@ Step = Callable[[TrainState, PyTree, Batch, Array], tuple[TrainState, dict[str, 
 
 
 def draw_example(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     law: NoiseDistribution,
     batch: Batch,
@@ -101,7 +100,7 @@ def denoiser_of(
 
 
 def make_step(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     law: NoiseDistribution,
     filled: slots.Filled,

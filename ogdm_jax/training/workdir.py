@@ -8,10 +8,9 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ogdm_jax import data, models
-from ogdm_jax.config import ConfigError, require
+from ogdm_jax.config import Config, ConfigError, Sample
 from ogdm_jax.data import Source
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
@@ -19,25 +18,10 @@ from ogdm_jax.training import checkpoint
 from ogdm_jax.typing import Denoise, PyTree
 
 
-def open_source(config: ConfigDict) -> Source:
+def open_source(config: Config) -> Source:
     """The data source of a configuration. Raises ConfigError or SourceError for what cannot be."""
     settings = config.data
-    resolution, channels = (
-        settings.get("resolution", 0),
-        settings.get("channels", 0),
-    )  # older runs do not say
-    require(
-        settings.memory_limit >= 0, "data.memory_limit", settings.memory_limit, "GiB, at least 0"
-    )
-    workers = "a number of processes, 0 for threads, or -1 for half of the cores"
-    require(settings.get("workers", -1) >= -1, "data.workers", settings.get("workers", -1), workers)
-    require(
-        resolution >= 0,
-        "data.resolution",
-        resolution,
-        "a number of pixels, or 0 for images as stored",
-    )
-    require(channels in (0, 1, 3), "data.channels", channels, "1, 3, or 0 for images as stored")
+    resolution, channels = settings.resolution, settings.channels
     limit = int(settings.memory_limit * 2**30)
     return data.open_source(
         settings.source, settings.data_dir or None, resolution or None, channels or None, limit
@@ -66,7 +50,7 @@ class TrainedModel:
       step: of the checkpoint.
     """
 
-    config: ConfigDict
+    config: Config
     model: models.Model
     params: PyTree
     buffers: PyTree
@@ -84,23 +68,22 @@ class TrainedModel:
         """denoise(x [b,h,w,c], sigma [b], label=None) -> x0_hat, with these parameters."""
         return self.model.denoiser(self.params, self.buffers)
 
-    def settings(self, **words: Unpack[SamplerWords]) -> ConfigDict:
+    def settings(self, **words: Unpack[SamplerWords]) -> Sample:
         """config.sample with some entries replaced.
 
         Raises:
           ConfigError: an entry is unknown or out of range.
         """
-        settings = ConfigDict(self.config.sample).unlock()
-        for name, older in (("eta", 0.0), ("grid", "edm")):  # older folders have neither
-            settings[name] = settings.get(name, older)
+        changes: dict[str, Any] = {}
         for name, value in words.items():
             if name not in SamplerWords.__annotations__:
                 known = ", ".join(SamplerWords.__annotations__)
                 raise ConfigError(f"sample: no setting {name!r}; expected some of {known}")
             if value not in ("", None):
-                settings[name] = value
+                changes[name] = value
+        settings = dataclasses.replace(self.config.sample, **changes)
         generate.check_settings(settings, self.model)
-        return settings.lock()
+        return settings
 
     def sample(
         self,
@@ -140,7 +123,7 @@ class TrainedModel:
 
     def batches(
         self,
-        settings: ConfigDict,
+        settings: Sample,
         seeds: Sequence[int] | np.ndarray,
         *,
         labels: np.ndarray | None = None,
@@ -187,7 +170,7 @@ def open_workdir(
       CheckpointError: no such checkpoint, or a damaged one.
     """
     snapshot = checkpoint.find(workdir, step, field)
-    if "precondition" not in snapshot.config:
+    if snapshot.config.task != "denoiser":
         raise checkpoint.CheckpointError(
             f"{field}: {str(workdir)!r} holds a discriminator; expected the folder of a denoiser"
         )

@@ -1,0 +1,74 @@
+"""The group config.dg: what a discriminator is trained on and how it will guide. Optimiser, moving
+average and schedule are the groups optim, ema and train.
+"""
+
+import dataclasses
+
+from ogdm_jax.config import Config, check, require, setting
+from ogdm_jax.methods import dg
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of DG's training (2211.17091); the defaults are the authors' where they say."""
+
+    prior: str = setting("", "training folder of the model that is to be guided")
+    prior_step: str = setting("", "its checkpoint: a number or best; '' = the newest")
+    prior_weights: str = setting("ema", "ema or params of that checkpoint")
+    samples: str = setting(
+        "",
+        "file of its samples; '' = WORKDIR/samples.npz. Drawn if missing, refused if of another "
+        "origin",
+    )
+    num: int = setting(0, "samples; 0 = as many as there are real images")
+    churn: str = setting(
+        "", "S_churn,S_min,S_max,S_noise of the sampler; the rest of it is config.sample"
+    )
+    cfg: float = setting(1.0, "classifier-free guidance of the sampler")
+    held_out: float = setting(
+        0.1,
+        "share of both sides that is not trained on",
+        least=0,
+        below=1,
+        expected="a share from 0 to below 1",
+    )
+    extractor: str = setting(
+        "",
+        "checkpoint file of a frozen encoder (an ADM classifier); '' = train the whole network",
+    )
+    clock: str = setting("vp", "cosine for OpenAI's 64-pixel classifier", choices=dg.CLOCKS)
+    classes: int = setting(
+        0,
+        "rows of a conditional head's table; 0 = the source's classes, 1000 in the authors' files",
+    )
+    t_min: float = setting(1e-5, "smallest time of training")
+    importance: bool = setting(True, "log-uniform noise levels; False: uniform time")
+    weight: float = setting(2.0, "of the guidance, at Heun's first evaluation")
+    corrector_weight: float = setting(0.0, "at its second")
+    weights: tuple[float, ...] = setting(
+        (), "further weights that evaluations try; the best one is noted"
+    )
+    time_min: float = setting(0.01, "lowest time at which it guides")
+    time_max: float = setting(1.0, "highest time at which it guides")
+    boost: bool = setting(False, "churn examples by their ratio")
+
+    def __post_init__(self) -> None:
+        check(self, "dg")
+
+
+def of(config: Config) -> Settings:
+    """The group of a discriminator's configuration.
+
+    Raises:
+      ConfigError: a value out of range, no prior, or a batch that is not half real.
+    """
+    return config.settings("dg", Settings)
+
+
+def check_run(config: Config) -> Settings:
+    """As `of`, for a run that is about to begin: it names a prior, and its batch can be halved."""
+    settings, batch = of(config), config.data.batch
+    prior = "the training folder of the model to guide"
+    require(bool(settings.prior), "dg.prior", settings.prior, prior)
+    require(batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated")
+    return settings
