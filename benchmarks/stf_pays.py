@@ -44,7 +44,9 @@ def main() -> None:
         for law in LAWS:
             for target, flags in TARGETS.items():
                 folder = out / f"{law}-{target}-{seed}"
-                study.trained(folder, "digits", f"seed={seed}", f"noise.distribution={law}", *flags, *shared)
+                study.trained(
+                    folder, "digits", f"seed={seed}", f"noise.distribution={law}", *flags, *shared
+                )
                 done = [e["updates"] for e in study.read(folder.with_suffix(".jsonl"))]
                 for updates in range(args.every, args.updates + 1, args.every):
                     if updates in done:

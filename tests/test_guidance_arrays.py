@@ -4,10 +4,10 @@ owner.
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from ogdm_jax.config import Sample
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance, combine, per_image
@@ -22,17 +22,7 @@ class _Model:
         return lambda x, sigma, label=None: x * params / (params + sigma[:, None, None, None] ** 2)
 
 
-SETTINGS = ml_collections.ConfigDict(
-    {
-        "solver": "ddim",
-        "steps": 4,
-        "num": 1,
-        "eta": 1.0,
-        "sigma_min": 0.01,
-        "sigma_max": 10.0,
-        "rho": 7.0,
-    }
-)
+SETTINGS = Sample(solver="ddim", steps=4, num=1, eta=1.0, sigma_min=0.01, sigma_max=10.0)
 SEEDS, ROWS = np.arange(7), np.arange(7, dtype=np.float32)
 
 

@@ -8,10 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ogdm_jax.cli import options
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure
 from ogdm_jax.methods import discovery
@@ -209,7 +208,7 @@ class Guided:
 def build(
     request: Request,
     run: TrainedModel,
-    settings: ConfigDict,
+    settings: Sample,
     seeds: np.ndarray,
     *,
     label: int | None = None,

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.cli import guidance
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.inverse import files
 from ogdm_jax.pixels import to_uint8
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     if guided.restoration is not None:
         seconds = round((time.perf_counter() - start) / len(seeds), 4)
         names = {"task": request.task, "guidance": ",".join(request.settings)}
-        how = {name: settings[name] for name in ("solver", "steps", "grid")}
+        how = {name: getattr(settings, name) for name in ("solver", "steps", "grid")}
         means = {
             name: round(float(np.mean(values)), 4)
             for name, values in guided.restoration.judge(images).items()
@@ -127,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampler(
     args: argparse.Namespace, published: dict[str, Any], trained: TrainedModel, num: int
-) -> ConfigDict:
+) -> Sample:
     """Settings of the sampler: what the words ask for, else what the presets say, else the
     configuration's. A preset's grid holds where the model has steps of its own.
     """

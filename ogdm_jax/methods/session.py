@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from ogdm_jax.config import Config, Sample
 from ogdm_jax.inverse.measured import Measured
 from ogdm_jax.inverse.tasks import TASKS
 from ogdm_jax.models import Model
@@ -30,8 +30,8 @@ class Session:
     """
 
     model: Model
-    config: ConfigDict
-    sampling: ConfigDict
+    config: Config
+    sampling: Sample
     settings: Mapping[str, Any]
     churn: Churn | None = None
     labels: np.ndarray | None = None

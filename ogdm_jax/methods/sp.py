@@ -271,7 +271,8 @@ def _both(
     features: Features, x0, eps, x0_hat, eps_hat, sigma_next
 ) -> tuple[list[Array], list[Array]]:
     """Predicted and real features, each a list of [B,K] float32. Two calls: one of 2B would keep
-    what the real half needs for a backward pass that never comes."""
+    what the real half needs for a backward pass that never comes.
+    """
     level = _wide(sigma_next, x0)
     flat = lambda tree: [
         f.reshape(f.shape[0], -1).astype(jnp.float32) for f in jax.tree.leaves(tree)

@@ -173,7 +173,7 @@ def sampler(
     )
 
 
-def check_guidance(settings: ConfigDict, guidance: Sequence[Guidance], churn: Any = None) -> None:
+def check_guidance(settings: Sample, guidance: Sequence[Guidance], churn: Any = None) -> None:
     """Raises ValueError for guidance that does not fit the sampler or has two owners of a part."""
     check_parts(settings.solver, combine(guidance, churn), settings.eta)
 

@@ -62,7 +62,7 @@ def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
 
 
 def ema_beta(step: Array, batch: int, halflife_images: float, rampup: float) -> Array:
-    """beta = 0.5^(batch / h), h = min(halflife, rampup * images seen before the step); no ramp-up
+    """Beta = 0.5^(batch / h), h = min(halflife, rampup * images seen before the step); no ramp-up
     where rampup is 0.
     """
     halflife = jnp.asarray(halflife_images, jnp.float32)
