@@ -126,7 +126,7 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
     require(
         not (augmented and net.kind == "openai"),
         "data.augment",
-        data.augment,
+        config.data.augment,
         "0 with network.kind 'openai', which has no place for augmentation labels",
     )
     foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
@@ -135,7 +135,7 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
     if net.kind != "openai":
         settings["augment_dim"] = 9 if augmented else 0
-    further = kind == "iddpm" or (kind == "adm" and wrapped.learned_variance)
+    further = kind == "iddpm" or (kind == "adm" and config.precondition.learned_variance)
     network = _NETWORKS[net.kind](
         img_resolution=height,
         img_channels=channels,

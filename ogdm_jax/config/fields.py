@@ -175,7 +175,7 @@ def parse(key: str, text: str, old: Any, prefix: str = "--config.") -> Any:
             return text.lower() in ("true", "1")
         raise ConfigError(f"{prefix}{key}: {text!r} is not a truth value; expected true or false")
     try:
-        value = ast.literal_eval(text)
+        value: Any = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = (
             tuple(part.strip() for part in text.split(",") if part.strip())

@@ -273,10 +273,11 @@ def logits_and_r1(discriminate: Discriminate, images: Array) -> tuple[Array, Arr
 
 
 def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
-    """The pair (t, s) of each example by settings.distribution from its level [B] and a uniform number [B].
+    """The pair (t, s) of each example by settings.distribution from its level [B] and a uniform
+    number [B].
 
-    Distribution "adm" takes the index whose level is nearest on a logarithmic scale: exact for levels drawn
-    from the table.
+    Distribution "adm" takes the index whose level is nearest on a logarithmic scale: exact for
+    levels drawn from the table.
     """
     if settings.distribution == "edm":
         limits = (settings.sigma_min, settings.sigma_max, settings.rho)
@@ -399,8 +400,8 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     Raises:
       ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8,
       the device batch
-        cannot be cut into groups of minibatch statistics, or distribution "adm" has other levels than the
-        noise law.
+        cannot be cut into groups of minibatch statistics, or distribution "adm" has other levels
+        than config.noise.
     """
     settings = Settings(**{k: tuple(v) if k == "betas" else v for k, v in dict(settings).items()})
     _check_levels(settings, context)
@@ -471,8 +472,8 @@ def _check_levels(settings: Settings, context: Context) -> None:
         chain.shape == levels.shape and np.allclose(chain, levels),
         "ogdm.schedule",
         f"{settings.schedule}, {settings.diffusion_steps} steps",
-        "the schedule and diffusion_steps of config.precondition, from which noise.distribution 'ddpm' "
-        "draws",
+        "the schedule and diffusion_steps of config.precondition, from which noise.distribution "
+        "'ddpm' draws",
     )
 
 
