@@ -139,7 +139,6 @@ def test_images_are_resized_and_coloured_by_configuration():
     assert open_source(configs.from_json(json.dumps(older))).shape == (8, 8, 1)
 
 
-
 def test_a_learned_variance_is_trained():
     """Its channels get a gradient from their own loss, which the metrics name."""
     run = tiny.build(*ADM, "methods=()", "precondition.learned_variance=True")
