@@ -174,8 +174,9 @@ def parse(key: str, text: str, old: Any, prefix: str = "--config.") -> Any:
         if text.lower() in ("true", "false", "1", "0"):
             return text.lower() in ("true", "1")
         raise ConfigError(f"{prefix}{key}: {text!r} is not a truth value; expected true or false")
+    value: Any
     try:
-        value: Any = ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = (
             tuple(part.strip() for part in text.split(",") if part.strip())
