@@ -13,7 +13,6 @@ from ogdm_jax.config import Config, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
-from ogdm_jax.networks.unet import TAPS
 from ogdm_jax.typing import Array, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
@@ -53,10 +52,9 @@ class Model:
     ) -> Denoiser:
         """The denoiser of these parameters.
 
-        Its `features(..., at=)` are the network's: at is "mid", "emb" or names of the network's
-        blocks with commas between them, such as "enc_8x8_block0,dec_8x8_in1" (the top level of
-        params names them). Blocks come back as a list of features; what lies behind the last of
-        them is traced, but never computed under jit. Raises ValueError for an unknown name.
+        Its `features(..., at=)` are the network's (`networks.trunk.UNet.features`): at is "mid",
+        "emb" or the name of a block, or several of these with commas between them, such as
+        "enc_8x8_block0,dec_8x8_in1".
 
         Args:
           params: trained tensors.
@@ -74,20 +72,7 @@ class Model:
             return apply(x, c_noise, label)
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> Any:
-            if at in TAPS:
-                return apply(x, c_noise, label, tap=at)
-            names = at.split(",")
-            if unknown := [name for name in names if name not in params]:
-                known = ", ".join(sorted(params))
-                raise ValueError(
-                    f"features(at={at!r}): no block {unknown[0]!r}; expected 'mid', 'emb' or some "
-                    f"of {known}"
-                )
-            chosen = lambda module, method: (
-                method == "__call__" and module.path in [(n,) for n in names]
-            )
-            _, kept = apply(x, c_noise, label, capture_intermediates=chosen)
-            return [kept["intermediates"][name]["__call__"][0] for name in names]
+            return apply(x, c_noise, label, at=at, method="features")
 
         return self.wrap(network_fn, taps=taps)
 

@@ -113,8 +113,9 @@ def test_time_scale_and_labels():
     variables = randomised(network)
     plain = ADMEncoder(out_channels=1, label_dim=4, head_channels=16, **SMALL)
     x, t = jnp.zeros((2, 8, 8, 3)), jnp.asarray([0.25, 0.5])
-    emb = functools.partial(network.apply, variables, x, tap="emb")
-    np.testing.assert_allclose(emb(t), plain.apply(variables, x, 999 * t, tap="emb"), atol=1e-5)
+    emb = functools.partial(network.apply, variables, x, at="emb", method="features")
+    steps = plain.apply(variables, x, 999 * t, at="emb", method="features")
+    np.testing.assert_allclose(emb(t), steps, atol=1e-5)
     np.testing.assert_array_equal(emb(t, jnp.full(2, -1)), emb(t))
     assert np.any(emb(t, jnp.zeros(2, jnp.int32)) != emb(t))
 

@@ -2,6 +2,7 @@
 statistics.
 """
 
+import functools
 import gzip
 import json
 
@@ -16,7 +17,7 @@ from ogdm_jax.interop.names_discriminator import (
     discriminator_to_flax,
     flax_to_discriminator,
 )
-from ogdm_jax.networks.discriminator import StyleGAN2Discriminator, minibatch_deviation
+from ogdm_jax.networks.discriminator import Mapping, StyleGAN2Discriminator, minibatch_deviation
 from tests.support import golden_support
 from tests.support.discriminators import drawn, shapes
 from tests.support.golden_support import FOLDER
@@ -107,7 +108,8 @@ def test_at_birth_only_the_ratio_of_raw_levels_is_seen(born):
     (spec 1.5).
     """
     network, variables = born
-    run = jax.jit(lambda c: network.apply(variables, jnp.zeros((1, 8, 8, 3)), c, tap="mapping"))
+    mapping = {"params": variables["params"]["mapping"]}
+    run = jax.jit(functools.partial(Mapping(network.channels(4)).apply, mapping))
     near, far, other = (run(jnp.array([c])) for c in ([1.0, 0.5], [1000.0, 500.0], [1.0, 0.1]))
     np.testing.assert_allclose(near, far, atol=3e-4 * np.abs(near).max())
     assert np.abs(near - other).max() > 1e-2

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax import randomness
+from ogdm_jax import platforms, randomness
 from ogdm_jax.interop import names_edm
-from ogdm_jax.networks import DhariwalUNet, SongUNet, convolution, layers
+from ogdm_jax.networks import DhariwalUNet, SongUNet, convolution, cpu, groupnorm, layers
 
 FULLSIZE = Path(__file__).parent / "golden" / "fullsize"
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -33,7 +33,7 @@ def test_convolution_gradients_of_both_orders(pads):
     penalty).
     """
     x, kernel = normal(2, 6, 5, 3), normal(3, 3, 3, 4, seed=1)
-    plain = functools.partial(convolution._plain, stride=1, padding=pads)
+    plain = functools.partial(convolution._convolve, pads=pads)
     custom = functools.partial(convolution.conv2d, padding=pads)
 
     def penalty(conv, x, kernel):
@@ -66,18 +66,16 @@ def test_convolution_in_loops_and_batches():
     assert half(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_settled_is_the_identity_of_every_order():
-    x, witness = normal(2, 3, 3, 4), jnp.ones(4)
+def test_compute_once_is_the_identity_of_every_order():
+    x, parameter = normal(2, 3, 3, 4), jnp.ones(4)
     cube = lambda f: lambda x: jnp.sum(f(x) ** 3)
-    settled = lambda x: convolution.settled(x, witness)
+    once = lambda x: cpu.compute_once(x, parameter)
     identity = lambda x: x
     hessian = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(cube(f))(x))))
     for of in (cube, lambda f: jax.grad(cube(f)), hessian):
-        np.testing.assert_allclose(jax.jit(of(settled))(x), of(identity)(x), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(jax.vmap(settled)(x[:, None]), x[:, None])
-    np.testing.assert_array_equal(
-        jax.grad(lambda w: jnp.sum(convolution.settled(x, w)))(witness), 0
-    )
+        np.testing.assert_allclose(jax.jit(of(once))(x), of(identity)(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(jax.vmap(once)(x[:, None]), x[:, None])
+    np.testing.assert_array_equal(jax.grad(lambda p: jnp.sum(cpu.compute_once(x, p)))(parameter), 0)
 
 
 def test_strided_convolution_and_errors():
@@ -94,13 +92,12 @@ def test_strided_convolution_and_errors():
 @pytest.mark.parametrize(
     "side,size,stride", [(6, 3, 1), (6, 3, 2), (7, 5, 2), (5, 5, 1), (2, 5, 2), (3, 1, 2)]
 )
-def test_depthwise_convolution_on_cpu_is_the_grouped_one(monkeypatch, side, size, stride):
+def test_depthwise_convolution_on_cpu_is_the_grouped_one(side, size, stride):
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 1, 3, seed=1)
     weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))
     run = lambda: (convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel))
-    shifted = run()
-    monkeypatch.setattr(convolution, "on_cpu", lambda: False)
-    for a, b in zip(shifted, run(), strict=True):
+    grouped = platforms.traced_for("tpu", run)
+    for a, b in zip(run(), grouped(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     with pytest.raises(ValueError, match="depthwise: x .* and kernel .*: expected"):
         convolution.depthwise(x, kernel[..., :1])
@@ -192,12 +189,13 @@ def test_groupnorms_closed_gradient_is_autodiffs(groups):
     """In float64 to rounding, the gradient of the gradient too; with a mean 1000 times the spread;
     in bfloat16.
     """
+    plain = lambda *a: groupnorm.normalise(*a)[0]  # whose gradient is autodiff's
     with jax.enable_x64(True):
         x, along = (jnp.asarray(normal(2, 5, 4, 24, seed=s), jnp.float64) for s in (0, 1))
         scale, bias = (jnp.asarray(normal(1, 1, 1, 24, seed=s), jnp.float64) for s in (2, 3))
 
         def both(of, atol):
-            rules = (layers._closed_form, layers._normalise)
+            rules = (groupnorm.group_norm, plain)
             ours, truth = (
                 jax.jit(of(lambda *a, r=r: r(*a, groups, 1e-5)))(x, scale, bias) for r in rules
             )
@@ -216,17 +214,17 @@ def test_groupnorms_closed_gradient_is_autodiffs(groups):
         )
         x = x + 1000
         both(first, 1e-9)
-        truth = first(lambda *a: layers._normalise(*a, groups, 1e-5))(x, scale, bias)[0]
+        truth = first(lambda *a: plain(*a, groups, 1e-5))(x, scale, bias)[0]
     narrow = [jnp.asarray(a, jnp.float32) for a in (x, scale, bias)]
     ours = jax.grad(
         lambda *a: jnp.sum(
-            jnp.sin(layers._closed_form(*a, groups, 1e-5)) * along.astype(jnp.float32)
+            jnp.sin(groupnorm.group_norm(*a, groups, 1e-5)) * along.astype(jnp.float32)
         )
     )(*narrow)
     np.testing.assert_allclose(ours, truth, atol=2e-3 * np.abs(truth).max())
     half = [narrow[0].astype(jnp.bfloat16), *narrow[1:]]
     grads = jax.grad(
-        lambda *a: jnp.sum(layers._closed_form(*a, groups, 1e-5).astype(jnp.float32)), (0, 1, 2)
+        lambda *a: jnp.sum(groupnorm.group_norm(*a, groups, 1e-5).astype(jnp.float32)), (0, 1, 2)
     )(*half)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
@@ -366,7 +364,7 @@ def test_labels_and_scalars(kind):
     """
     network, variables = randomised(kind, label_dim=3, augment_dim=9)
     x, c = inputs()
-    emb = functools.partial(network.apply, variables, x, tap="emb")
+    emb = functools.partial(network.apply, variables, x, at="emb", method="features")
     zeros = emb(c, jnp.zeros((4, 3)), jnp.zeros((4, 9)))
     np.testing.assert_array_equal(emb(c), zeros)
     np.testing.assert_array_equal(emb(c, jnp.full(4, -1), None), zeros)
@@ -417,8 +415,8 @@ def test_initial_output_is_almost_zero(kind):
 
 
 @pytest.mark.parametrize("resolution", [16, 28, 64])
-def test_shapes_and_taps(resolution):
-    """Every tap has its documented shape at other resolutions; "mid" needs no decoder."""
+def test_shapes_and_features(resolution):
+    """Features have their documented shapes at other resolutions; "mid" needs no decoder."""
     side = resolution // 4
     settings = dict(
         img_resolution=resolution, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(side,)
@@ -433,16 +431,18 @@ def test_shapes_and_taps(resolution):
     ):
         variables = jax.eval_shape(network.init, jax.random.key(0), x, c)
 
-        def shape(tap, network=network, variables=variables):
-            apply = functools.partial(network.apply, tap=tap)
+        def shape(at, network=network, variables=variables):
+            apply = functools.partial(network.apply, at=at, method="features")
             return jax.eval_shape(apply, variables, x, c).shape
 
-        assert shape(None) == (2, resolution, resolution, network.out_channels or 1)
+        y = jax.eval_shape(network.apply, variables, x, c)
+        assert y.shape == (2, resolution, resolution, network.out_channels or 1)
         assert shape("mid") == (2, side, side, 32) and shape("emb") == (2, 64)
         encoder = {
             k: v for k, v in variables["params"].items() if not k.startswith("dec_") or "_in" in k
         }
-        jax.eval_shape(functools.partial(network.apply, tap="mid"), {"params": encoder}, x, c)
+        features = functools.partial(network.apply, method="features")
+        jax.eval_shape(features, {"params": encoder}, x, c)
 
 
 def test_attention_placement():
@@ -481,8 +481,8 @@ def test_wrong_settings_and_inputs():
     for wrong in (x[..., :2], x[:, :7], x[0]):
         with pytest.raises(ValueError, match="x has shape"):
             network.apply(variables, wrong, c)
-    with pytest.raises(ValueError, match="tap 'deep'"):
-        network.apply(variables, x, c, tap="deep")
+    with pytest.raises(ValueError, match="no block 'deep'; expected 'mid', 'emb' or .*dec_4x4_in0"):
+        network.apply(variables, x, c, at="mid,deep", method="features")
 
 
 # Published checkpoints

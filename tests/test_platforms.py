@@ -2,6 +2,7 @@
 configuration says.
 """
 
+import re
 import types
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel, platforms
-from ogdm_jax.networks import convolution
+from ogdm_jax.networks import cpu
 from ogdm_jax.planning import flops, program
 from ogdm_jax.sampling import generate
 from tests.support import tiny
@@ -71,7 +72,7 @@ def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     pretend("tpu")
     run = build(name, *SMALL)
     arguments = run.shapes()
-    assert convolution.CPU_RULE not in lower(run.compile(arguments[0]), arguments, "tpu", "cuda")
+    assert cpu.CPU_RULE not in lower(run.compile(arguments[0]), arguments, "tpu", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -84,26 +85,26 @@ def test_samplers_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     params, buffers = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((4,), "uint32")
     labels = jax.ShapeDtypeStruct((4,), "int32") if run.model.label_dim else None
-    assert convolution.CPU_RULE not in lower(
+    assert cpu.CPU_RULE not in lower(
         images, (params, buffers, seeds, labels, {}, {}), "tpu", "cuda"
     )
 
 
 def test_the_cpus_own_program_has_them():
-    """The test above can fail: convolution, normalisation and the residual chain's rule all carry
-    the name.
+    """The test above can fail: convolution and the rule for the sum of residual blocks carry the
+    name.
     """
     run = build("digits", *SMALL)
     arguments = run.shapes()
     text = lower(run.compile(arguments[0]), arguments, "cpu")
-    assert text.count(convolution.CPU_RULE) > 100
+    assert text.count(cpu.CPU_RULE) > 100
 
 
 @pytest.mark.fast
 def test_the_devices_of_the_plan_decide_not_the_host():
     chip = types.SimpleNamespace(platform="tpu", process_index=0)
     assert jax.default_backend() == "cpu" and parallel.plan_of("mesh", [chip]).platform == "tpu"
-    inner = jax.jit(lambda x: x * (1 if convolution.on_cpu() else 2))
+    inner = jax.jit(cpu.choose(lambda x: x * 2, lambda x: x * 1))
     outer = {
         p: jax.jit(platforms.traced_for(p, lambda x: inner(x) + 0)) for p in ("cpu", "tpu", "gpu")
     }
@@ -131,6 +132,16 @@ def test_bfloat16_reaches_every_network(name):
     arguments = run.shapes()
     counts = flops.matmul_flops(flops.trace(run.compile(arguments[0]), *arguments))
     assert counts["bfloat16"] > 0 and flops.share(counts, "float32") < 0.01, counts
+
+
+@pytest.mark.fast
+def test_no_file_but_two_knows_of_rules_for_the_cpu():
+    """convolution.py and layers.py choose through one function; the others call layers."""
+    package = Path(program.__file__).parent.parent
+    knowing = [p for p in package.rglob("*.py") if re.search(r"\bcpu\.[a-zA-Z]", p.read_text())]
+    assert sorted(p.name for p in knowing) == ["convolution.py", "layers.py"]
+    used = re.findall(r"\bcpu\.\w+", "".join(p.read_text() for p in knowing))
+    assert set(used) == {"cpu.choose", "cpu.compute_once", "cpu.convolve", "cpu.depthwise"}
 
 
 @pytest.mark.fast

@@ -132,7 +132,7 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
     digest = _sha256(weights)
 
     def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
-        out = network.apply(variables, prepare(images, route), tap="all")
+        out = network.apply(variables, prepare(images, route), method="features")
         return out["pool3"], out["logits_unbiased"]
 
     name = "fid" if route == "tf" else "fid_pytorch"

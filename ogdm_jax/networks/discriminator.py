@@ -29,11 +29,18 @@ def _normal(scale: float = 1.0) -> Callable[..., Array]:
 
 
 class EqualConv(nn.Module):
-    """k x k convolution with equalised learning rate: kernel ~ N(0, 1) is stored, kernel /
-    sqrt(fan_in) is used.
+    """Convolution with equalised learning rate: kernel ~ N(0, 1) is stored, kernel / sqrt(fan_in)
+    is used.
 
-    The stored scale is what makes Adam's step the same relative size in every layer, hence part of
-    the method.
+    Because of the stored scale, a step of Adam changes every layer by the same share; this is part
+    of the method.
+
+    Attributes:
+      features: channels of the output.
+      kernel: side of the square kernel.
+      stride: of both axes.
+      padding: zeros on each side.
+      bias: whether there is one.
     """
 
     features: int
@@ -44,6 +51,7 @@ class EqualConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [B,H,W,C] to [B,H',W',features]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", _normal(), shape) * (1.0 / math.sqrt(math.prod(shape[:3])))
         x = conv2d(x, kernel.astype(x.dtype), self.padding, self.stride)
@@ -56,7 +64,11 @@ class EqualConv(nn.Module):
 class EqualDense(nn.Module):
     """Fully connected layer with equalised learning rate and a learning-rate multiplier m.
 
-    Stored kernel ~ N(0, 1) / m, used kernel * m / sqrt(fan_in) and bias * m.
+    kernel ~ N(0, 1) / m is stored; kernel * m / sqrt(fan_in) and bias * m are used.
+
+    Attributes:
+      features: width of the output.
+      multiplier: m.
     """
 
     features: int
@@ -64,6 +76,7 @@ class EqualDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [B,C] to [B,features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", _normal(1.0 / self.multiplier), shape) * (
             self.multiplier / math.sqrt(shape[0])
@@ -73,11 +86,15 @@ class EqualDense(nn.Module):
 
 
 class Mapping(nn.Module):
-    """Condition [B, d] -> [B, features]: embedding, second-moment normalisation, 8 slow layers.
+    """The condition's embedding, its second-moment normalisation, and slowly learning layers.
 
-    The normalisation leaves only the direction of a bias-free embedding: at initialisation a pair
-    of raw noise levels is seen by its ratio alone, the magnitude has to be learned through the
-    embedding's bias.
+    The normalisation keeps only the direction of the embedding, whose bias is zero at first. A
+    fresh network therefore sees only the ratio of the two noise levels; it learns to see their size
+    through the bias.
+
+    Attributes:
+      features: width of the result.
+      layers: how many follow the embedding.
     """
 
     features: int
@@ -85,6 +102,7 @@ class Mapping(nn.Module):
 
     @nn.compact
     def __call__(self, cond: Array) -> Array:
+        """Maps cond [B,d] to [B,features]."""
         e = EqualDense(self.features, name="embed")(cond)
         e = e * jax.lax.rsqrt(jnp.mean(jnp.square(e), axis=1, keepdims=True) + 1e-8)
         for i in range(self.layers):
@@ -93,8 +111,12 @@ class Mapping(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """[B, r, r, c] -> [B, r/2, r/2, out]: two convolutions beside a 1x1 skip, both branches scaled
-    by sqrt(1/2).
+    """Two convolutions beside a 1x1 skip, both branches times sqrt(1/2); halves the resolution.
+
+    Attributes:
+      features: channels between the convolutions.
+      out: channels of the output.
+      from_rgb: whether a 1x1 convolution makes features of the image first.
     """
 
     features: int
@@ -103,6 +125,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [B,r,r,c] to [B,r/2,r/2,out]."""
         if self.from_rgb:
             x = _leaky(EqualConv(self.features, 1, name="fromrgb")(x))
         y = EqualConv(self.out, 1, bias=False, name="skip")(
@@ -114,7 +137,13 @@ class ResidualBlock(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """[B, 4, 4, c] and the mapped condition [B, c] -> logits [B]."""
+    """The last layers: minibatch statistics, a convolution, and the product with the condition.
+
+    Attributes:
+      features: channels.
+      mbstd_group: see minibatch_deviation.
+      mbstd_batch: see minibatch_deviation.
+    """
 
     features: int
     mbstd_group: int
@@ -122,6 +151,7 @@ class Epilogue(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cmap: Array) -> Array:
+        """Maps x [B,4,4,c] and the mapped condition cmap [B,c'] to logits [B]."""
         deviation = minibatch_deviation(x.astype(wide(x.dtype)), self.mbstd_group, self.mbstd_batch)
         x = jnp.concatenate([x, deviation.astype(x.dtype)], axis=-1)
         x = _leaky(EqualConv(self.features, 3, padding=1, name="conv")(x))
@@ -197,19 +227,17 @@ class StyleGAN2Discriminator(nn.Module):
     dtype: jnp.dtype | None = None
 
     def channels(self, side: int) -> int:
+        """Channels of the features with this side."""
         return min(self.channel_base // side, self.channel_max)
 
     @nn.compact
-    def __call__(
-        self, x: Array, cond_t: Array, label: Array | None = None, tap: str | None = None
-    ) -> Array:
+    def __call__(self, x: Array, cond_t: Array, label: Array | None = None) -> Array:
         """Logits of images.
 
         Args:
           x: [B, H, W, C], not rescaled by the network.
           cond_t: [B, t_dim].
           label: [B] int32 (-1 = no class), [B, label_dim] float, or None (= no class).
-          tap: "mapping" returns the mapped condition [B, c] instead.
 
         Returns:
           [B] unbounded logits.
@@ -235,8 +263,6 @@ class StyleGAN2Discriminator(nn.Module):
             label = one_hot(label, x.shape[0], self.label_dim).astype(x.dtype)
             cond = jnp.concatenate([label, cond], axis=1)
         cmap = Mapping(self.channels(4), name="mapping")(cond)
-        if tap == "mapping":
-            return cmap
         x = x if self.dtype is None else x.astype(self.dtype)
         while side > 4:
             x = ResidualBlock(

@@ -1,8 +1,9 @@
-"""DG's network (arXiv 2211.17091): a frozen encoder's features under a shallow head, or an encoder
-trained alone.
+"""DG's network (arXiv 2211.17091): an encoder that is trained alone, or a shallow head that is
+trained on the features of an encoder with constant weights.
 """
 
 import dataclasses
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -17,17 +18,17 @@ class FeatureDiscriminator:
     """logit = head(features(x_vp, t), t, label), the logit of "real"; no sigmoid inside.
 
     Attributes:
-      head: out_channels 1. On an extractor it takes features (8x8x512 in the authors' pixel
-        models), else the image. With label_dim > 0 it is conditional (1000 rows in the authors'
-        files, whatever the data set).
-      extractor: the frozen encoder (an ADM classifier of noisy images), which never sees labels;
+      head: the network that is trained, with out_channels 1. With an extractor its input are
+        features (8x8x512 in the authors' pixel models), else the image. With label_dim > 0 it is
+        conditional (1000 rows in the authors' files, whatever the data set).
+      extractor: an ADM classifier of noisy images with constant weights, which never sees labels;
         None: the head is trained from scratch.
     """
 
     head: ADMEncoder
     extractor: ADMEncoder | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head.out_channels != 1:
             raise ValueError(
                 f"head.out_channels: {self.head.out_channels} given; expected 1, the logit"
@@ -35,10 +36,11 @@ class FeatureDiscriminator:
 
     @property
     def label_dim(self) -> int:
+        """Classes of the head, 0 if it is unconditional."""
         return self.head.label_dim
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
-        """Fresh (params of the head, {}): the frozen extractor is not part of them."""
+        """Fresh (params of the head, {}), without those of the extractor."""
         side, channels = self.head.img_resolution, self.head.img_channels
         label = jnp.zeros((1,), jnp.int32) if self.label_dim else None
         x = jnp.zeros((1, side, side, channels))
@@ -53,26 +55,32 @@ class FeatureDiscriminator:
         label: Array | None = None,
         dropout_keys: Array | None = None,
     ) -> Array:
-        """[B] logits of x_vp [B,H,W,C] = (x0 + sigma eps) / sqrt(1 + sigma^2) at times [B] in [0,
-        1].
+        """The logit of "real" of each image.
 
         Args:
-          params: of the head.   frozen: params of the extractor, or None without one. Gradients
-            reach x_vp through it.
+          params: of the head.
+          frozen: params of the extractor, or None without one. Gradients reach x_vp through it.
+          x_vp: [B,H,W,C] = (x0 + sigma eps) / sqrt(1 + sigma^2).
+          time: [B] in [0, 1].
           label: [B] int32 true classes, needed by a conditional head: it knows no "no class".
+          dropout_keys: [B] typed keys of the head; None switches dropout off.
+
+        Returns:
+          [B] logits.
 
         Raises:
           ValueError: a conditional head without labels.
         """
         h = x_vp
         if self.extractor is not None:
-            h = self.extractor.apply({"params": frozen}, x_vp, time, tap="mid")
+            h = self.extractor.apply({"params": frozen}, x_vp, time, method="features")
         if self.label_dim and label is None:
             raise ValueError(
                 "label=None; a conditional discriminator expects the classes of the images"
             )
         label = label if self.label_dim else None
-        return self.head.apply({"params": params}, h, time, label, dropout_keys=dropout_keys)[:, 0]
+        logits = self.head.apply({"params": params}, h, time, label, dropout_keys=dropout_keys)
+        return cast(Array, logits)[:, 0]
 
 
 def build(

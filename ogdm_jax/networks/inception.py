@@ -1,5 +1,4 @@
-"""InceptionV3 as the Frechet Inception distance uses it, and the two ways in which images are
-brought to its size.
+"""InceptionV3 as the Frechet Inception distance uses it, and two ways to bring images to its size.
 
 The network of the TensorFlow archive inception-2015-12-05 as pytorch-fid 0.3.0 and torch-fidelity
 0.4.0 rebuilt it (architecture: Szegedy et al., arXiv 1512.00567). It differs from torchvision's in
@@ -98,12 +97,13 @@ _MIXED = {
 
 
 class FrozenNorm(nn.Module):
-    """BatchNorm with stored statistics: (x - mean) / sqrt(var + 1e-3) * scale + bias."""
+    """BatchNorm with stored statistics: (x - mean) / sqrt(var + epsilon) * scale + bias."""
 
     epsilon: float = 1e-3
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Of x [b, h, w, c], channel by channel."""
         width = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)
@@ -114,8 +114,12 @@ class FrozenNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, FrozenNorm, rectifier. kernel such as "1x7"; "3x3s" has stride 2
-    and no padding.
+    """Convolution without bias, FrozenNorm, rectifier.
+
+    Attributes:
+      features: channels of the output.
+      kernel: height and width such as "1x7"; "3x3s" has stride 2 and no padding.
+      padded: "same" padding where the stride is 1.
     """
 
     features: int
@@ -124,6 +128,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [b, h, w, c] to [b, h', w', features]."""
         height, width = (int(side) for side in self.kernel.rstrip("s").split("x"))
         stride = 2 if self.kernel.endswith("s") else 1
         x = nn.Conv(
@@ -146,6 +151,7 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [b, h, w, c] to [b, h', w', c'], the channels of all branches side by side."""
         outputs = []
         for branch in self.branches:
             h = x
@@ -173,21 +179,31 @@ def _pool(x: Array, kind: str) -> Array:
 
 
 class InceptionV3(nn.Module):
-    """x [b, h, w, 3], already in the network's range (about [-1, 1]) and at least 75 x 75 -> pool3
-    features [b, 2048].
+    """FID's classifier of images, asked for its features.
 
-    tap="all" returns a dict instead: means over positions after the two stem pools and Mixed_6e
-    ("64", "192", "768": torch-fidelity's names), "pool3", "logits" [b, 1008] and "logits_unbiased"
-    (without the bias, as the Inception score of the TensorFlow graph takes them). Under jit only
-    what is used is computed.
+    Attributes:
+      num_classes: of the logits.
     """
 
     num_classes: int = 1008
 
+    def __call__(self, x: Array) -> Array:
+        """The features "pool3" [b, 2048] of x [b, h, w, 3], at least 75 x 75, about in [-1, 1]."""
+        return self.features(x)["pool3"]
+
     @nn.compact
-    def __call__(self, x: Array, tap: str | None = None) -> Array | dict[str, Array]:
-        if tap not in (None, "all"):
-            raise ValueError(f"tap: '{tap}'; expected None or 'all'.")
+    def features(self, x: Array) -> dict[str, Array]:
+        """All features of x, as `__call__`; under jit only those that are used are computed.
+
+        Returns:
+          Means over positions after the two stem pools and Mixed_6e ("64", "192", "768":
+          torch-fidelity's names) and at the end ("pool3" [b, 2048]), "logits" [b, num_classes] and
+          "logits_unbiased" (without the bias, as the Inception score of the TensorFlow graph takes
+          them).
+
+        Raises:
+          ValueError: x has another shape or is smaller.
+        """
         if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < 75:
             raise ValueError(f"x: shape {x.shape}; expected [b, h, w, 3] with h and w at least 75.")
         x = ConvNorm(32, "3x3s", name="Conv2d_1a_3x3")(x)
@@ -210,7 +226,7 @@ class InceptionV3(nn.Module):
         taps["logits_unbiased"] = head(taps["pool3"])
         bias = self.param("fc_bias", nn.initializers.zeros, (self.num_classes,))
         taps["logits"] = taps["logits_unbiased"] + bias[None]
-        return taps["pool3"] if tap is None else taps
+        return taps
 
 
 def _lerp(x: Array, axis: int, size: int, half_pixel: bool) -> Array:
@@ -230,20 +246,29 @@ def _lerp(x: Array, axis: int, size: int, half_pixel: bool) -> Array:
 def resize(images: Array, size: int = SIZE, half_pixel: bool = False) -> Array:
     """Bilinear resizing [b, h, w, c] -> [b, size, size, c] without antialiasing.
 
-    half_pixel=False is TensorFlow 1's resize_bilinear (align_corners=False: output i samples input
-    i * h / size), the way of the original FID, of NVIDIA's detector and of torch-fidelity.
-    half_pixel=True samples (i + 1/2) h / size
-    - 1/2, PyTorch's interpolate, the way of pytorch-fid. The two give different FIDs for the same
-      images.
+    The two ways give different FIDs for the same images.
+
+    Args:
+      images: [b, h, w, c].
+      size: side of the result.
+      half_pixel: False: output i samples input i * h / size, TensorFlow 1's resize_bilinear
+        (align_corners=False) and the way of the original FID, of NVIDIA's detector and of
+        torch-fidelity. True: it samples (i + 1/2) h / size - 1/2, PyTorch's interpolate and the way
+        of pytorch-fid.
     """
     return _lerp(_lerp(images.astype(jnp.float32), 1, size, half_pixel), 2, size, half_pixel)
 
 
 def prepare(images: Array, route: str = "tf") -> Array:
-    """uint8 images [b, h, w, 1 or 3] -> the network's input [b, 299, 299, 3]; grey is repeated.
+    """The network's input [b, 299, 299, 3] of uint8 images [b, h, w, 1 or 3]; grey is repeated.
 
-    route "tf": TensorFlow-1 resize, then (v - 128) / 128 (original FID, EDM, StyleGAN). route
-    "pytorch_fid": v / 255, half-pixel resize, then 2 v - 1.
+    Args:
+      images: [b, h, w, 1 or 3] in [0, 255].
+      route: "tf": TensorFlow-1 resize, then (v - 128) / 128 (original FID, EDM, StyleGAN).
+        "pytorch_fid": v / 255, half-pixel resize, then 2 v - 1.
+
+    Raises:
+      ValueError: an unknown route, or another shape.
     """
     if route not in ("tf", "pytorch_fid"):
         raise ValueError(f"route: '{route}'; expected 'tf' or 'pytorch_fid'.")

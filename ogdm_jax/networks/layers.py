@@ -7,76 +7,55 @@ and attention weights are float32 (float64 for float64 inputs) whatever the comp
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.typing import DTypeLike
 
 from ogdm_jax import randomness
-from ogdm_jax.networks.convolution import (
-    conv2d,
-    downsample,
-    fir,
-    mean_pool,
-    nearest,
-    settled,
-    upsample,
-)
+from ogdm_jax.networks import cpu
+from ogdm_jax.networks.convolution import conv2d, downsample, fir, upsample
+from ogdm_jax.networks.groupnorm import group_norm, wide
 from ogdm_jax.typing import Array
-
-__all__ = [
-    "Conv",
-    "Dense",
-    "FourierEmbedding",
-    "GroupNorm",
-    "Initializer",
-    "attention",
-    "conv2d",
-    "downsample",
-    "dropout",
-    "fir",
-    "mean_pool",
-    "nearest",
-    "one_hot",
-    "positional_embedding",
-    "scaled_init",
-    "settle",
-    "upsample",
-]
 
 Initializer = Callable[..., Array]
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The type statistics are computed in: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def scaled_init(mode: str, scale: float = 1.0) -> Initializer:
-    """EDM's initialisers by name, times scale: xavier_uniform, xavier_normal, kaiming_uniform,
-    kaiming_normal.
+    """EDM's initialisers by name, times scale.
 
-    Variance 2 / (fan_in + fan_out) for xavier, 1 / fan_in for kaiming; a uniform law has bound
-    sqrt(3 variance). The fans are those of a kernel [..., in, out], or given as `fans` (a bias
-    shares those of its kernel).
+    The variance is 2 / (fan_in + fan_out) for xavier and 1 / fan_in for kaiming; a uniform
+    distribution has the bound sqrt(3 variance). The fans are those of a kernel [..., in, out], or
+    `fans` where the initialiser is called with them (a bias has the fans of its kernel).
+
+    Args:
+      mode: xavier_uniform, xavier_normal, kaiming_uniform or kaiming_normal.
+      scale: factor of the numbers; 0 gives zeros.
+
+    Raises:
+      ValueError: another mode.
     """
-    scheme, law = mode.split("_")
-    if scheme not in ("xavier", "kaiming") or law not in ("uniform", "normal"):
+    scheme, _, distribution = mode.partition("_")
+    if scheme not in ("xavier", "kaiming") or distribution not in ("uniform", "normal"):
         raise ValueError(
             f"mode: {mode!r} given; expected xavier or kaiming, then _uniform or _normal"
         )
 
     def init(
-        key: Array, shape: Sequence[int], dtype=jnp.float32, fans: tuple[int, int] | None = None
+        key: Array,
+        shape: Sequence[int],
+        dtype: DTypeLike = jnp.float32,
+        fans: tuple[int, int] | None = None,
     ) -> Array:
         field = math.prod(shape[:-2])
         fan_in, fan_out = fans or (field * shape[-2], field * shape[-1])
         variance = 2 / (fan_in + fan_out) if scheme == "xavier" else 1 / fan_in
         if scale == 0:
             return jnp.zeros(shape, dtype)
-        if law == "normal":
+        if distribution == "normal":
             return scale * math.sqrt(variance) * jax.random.normal(key, shape, dtype)
         bound = scale * math.sqrt(3 * variance)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -85,16 +64,25 @@ def scaled_init(mode: str, scale: float = 1.0) -> Initializer:
 
 
 class Dense(nn.Module):
-    """Fully connected layer, kernel [in, out]: x [..., in] -> [..., features]."""
+    """Fully connected layer with a kernel [in, features].
+
+    Attributes:
+      features: width of the output.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias; None = zeros.
+      use_bias: whether there is a bias.
+      dtype: compute type.
+    """
 
     features: int
     kernel_init: Initializer
-    bias_init: Initializer | None = None  # None: zeros
+    bias_init: Initializer | None = None
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [..., in] to [..., features]."""
         fans = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, fans)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
@@ -102,12 +90,23 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """k x k convolution with zero padding k // 2, after resampling by 2 where up or down is set.
+    """Resampling by 2 where up or down is set, then a k x k convolution, zero padding k // 2.
 
-    The kernel is [k, k, in, out]; kernel=0 only resamples. fused (with down): kernel first,
-    low-pass and every second pixel after it, then the bias, as in NCSN++'s residual input. stride=2
-    is OpenAI's learned halving. A 1x1 kernel is
-    a convolution as well: on a CPU the gradient of the equivalent matrix product is slow.
+    A 1x1 kernel is a convolution as well: the gradient of the equivalent matrix product is slow on
+    a CPU.
+
+    Attributes:
+      features: channels of the output.
+      kernel: side k of the kernel [k, k, in, features]; 0 only resamples.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias; None = zeros.
+      up: double the resolution.
+      down: halve the resolution.
+      taps: low-pass filter of the resampling.
+      fused: with down, as in NCSN++'s residual input: the kernel comes first, then the low-pass and
+        every second pixel of it, then the bias.
+      stride: 2 is OpenAI's learned halving.
+      dtype: compute type.
     """
 
     features: int
@@ -119,10 +118,11 @@ class Conv(nn.Module):
     taps: Sequence[float] = (1, 1)
     fused: bool = False
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps x [B,H,W,C] to [B,H',W',features]."""
         x = x.astype(self.dtype)
         fused = self.fused and self.down
         if self.up:
@@ -151,11 +151,11 @@ def _bias(module: Dense | Conv, fans: tuple[int, int], ndim: int) -> Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of x [B,H,W,C] with biased variance.
+    """Group normalisation (`group_norm`) with a scale and a bias for each channel.
 
-    groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always use 32. The gradient is the
-    closed form (`_normalise_backward`): on CPU a tenth of a train step faster than autodiff's, on
-    TPU half of its memory.
+    Attributes:
+      eps: added to the variance.
+      groups: 0 = EDM's rule min(32, C // 4); OpenAI's networks always have 32.
     """
 
     eps: float
@@ -163,102 +163,49 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Of x [B,H,W,C], the same shape. Raises ValueError where the groups do not divide C."""
         channels = x.shape[-1]
         groups = self.groups or max(1, min(32, channels // 4))
         if channels % groups:
             raise ValueError(
                 f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups"
             )
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return _closed_form(
-            x, scale[None, None, None, :], bias[None, None, None, :], groups, self.eps
-        )
+        scale = self.param("scale", nn.initializers.ones, (channels,))[None, None, None, :]
+        bias = self.param("bias", nn.initializers.zeros, (channels,))[None, None, None, :]
+        return group_norm(x, scale, bias, groups, self.eps)
 
 
-def _normalise(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
-    """(x - mean) / sqrt(variance + eps) * scale + bias of each group, in at least float32; x
-    [B,H,W,C], scale, bias [1,1,1,C]."""
-    return _normalise_forward(x, scale, bias, groups, eps)[0]
+_stored = cpu.choose(lambda x, parameter: x, cpu.compute_once)
 
 
-def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
-    """(mean, 1 / sqrt(variance + eps)) of every channel's group, [B,1,1,C].
+def input_computed_once(method: Callable[..., Array]) -> Callable[..., Array]:
+    """Decorator of a module's method whose first argument x is read by several operations.
 
-    Sums per channel in one pass over x, then combined per group. The channel's centre pixel is
-    subtracted before
-    squaring: it cancels in the result, and unlike E[x^2] - E[x]^2 nothing is lost where a channel's
-    mean is large against its spread.
+    x is computed before the method starts instead of by each operation that reads it. Values and
+    gradients stay as they are.
     """
-    h, w = x.shape[1:3]
-    x = x.astype(wide(x.dtype))
-    anchor = lax.stop_gradient(x[:, h // 2 : h // 2 + 1, w // 2 : w // 2 + 1])
-    centred = x - anchor
-    first = jnp.mean(centred, axis=(1, 2), keepdims=True)
-    spread = jnp.mean(jnp.square(centred), axis=(1, 2), keepdims=True) - jnp.square(first)
-    mean_c = first + anchor
-    mean = _group_mean(mean_c, groups)
-    variance = _group_mean(spread + jnp.square(mean_c - mean), groups)
-    return mean, lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
 
+    @functools.wraps(method)
+    def wrapped(module: nn.Module, x: Array, *args: Any, **kwargs: Any) -> Array:
+        if not module.is_initializing():
+            x = _stored(x, jax.tree.leaves(module.variables["params"])[0])
+        return method(module, x, *args, **kwargs)
 
-def _group_mean(v: Array, groups: int) -> Array:
-    """The mean over a group's channels, at each of them: [B,1,1,C] -> [B,1,1,C].
-
-    A product with a constant matrix: cutting channels into groups by a reshape costs a TPU, where
-    channels lie along the lanes of its registers, three copies for every mean.
-    """
-    size = v.shape[-1] // groups
-    within = np.kron(np.eye(groups), np.full((size, size), 1 / size))
-    return jnp.einsum(
-        "bhwc,cd->bhwd", v, jnp.asarray(within, v.dtype), precision=lax.Precision.HIGHEST
-    )
-
-
-_closed_form = jax.custom_vjp(_normalise, nondiff_argnums=(3, 4))
-
-
-def _normalise_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float):
-    mean, inverse = _statistics(x, groups, eps)
-    y = ((x.astype(mean.dtype) - mean) * (inverse * scale) + bias).astype(x.dtype)
-    return y, (x, scale, mean, inverse)
-
-
-def _normalise_backward(groups: int, eps: float, residuals, dy: Array):
-    """With z = (x - mean) inverse, g = dy scale and means <.> over a group: dx = inverse (g - <g> -
-    z <g z>).
-
-    Two passes over x and dy, one for the sums and one for dx; differentiable again like any other
-    function.
-    """
-    x, scale, mean, inverse = residuals
-    pixels = x.shape[1] * x.shape[2]
-    centred, dy = x.astype(mean.dtype) - mean, dy.astype(mean.dtype)
-    sum_dy = jnp.sum(dy, axis=(1, 2), keepdims=True)
-    sum_dyz = jnp.sum(dy * centred, axis=(1, 2), keepdims=True) * inverse
-    along = inverse * _group_mean(sum_dyz * scale / pixels, groups)
-    dx = inverse * (dy * scale - _group_mean(sum_dy * scale / pixels, groups) - centred * along)
-    parameters = (jnp.sum(v, axis=0, keepdims=True).astype(scale.dtype) for v in (sum_dyz, sum_dy))
-    return dx.astype(x.dtype), *parameters
-
-
-_closed_form.defvjp(_normalise_forward, _normalise_backward)
-
-
-def settle(module: nn.Module, x: Array, norm: str) -> Array:
-    """x before the module's norm of this name and whatever else reads it: see
-    `convolution.settled`.
-    """
-    if module.is_initializing():
-        return x
-    return settled(x, module.variables["params"][norm]["scale"])
+    return wrapped
 
 
 def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) -> Array:
-    """[cos | sin] of c_noise * f_j, f_j = 10000^(-j / (n/2 - endpoint)), j < n/2; c_noise [B] ->
-    [B, channels].
+    """[cos | sin] of c_noise * f_j, f_j = 10000^(-j / (n/2 - endpoint)), j < n/2 for n channels.
 
     endpoint=False is OpenAI's timestep embedding. Frequencies are float64 numbers rounded once.
+
+    Args:
+      c_noise: [B].
+      channels: n, even.
+      endpoint: whether the last frequency is exactly 1 / 10000.
+
+    Returns:
+      [B, channels], at least float32.
     """
     half = channels // 2
     c_noise = c_noise.astype(wide(c_noise.dtype))
@@ -268,8 +215,13 @@ def positional_embedding(c_noise: Array, channels: int, endpoint: bool = False) 
 
 
 class FourierEmbedding(nn.Module):
-    """[cos | sin] of 2 pi f c_noise with frozen f ~ scale N(0, 1) in collection "buffers"; [B] ->
-    [B, channels].
+    """[cos | sin] of 2 pi f c_noise with constant frequencies f ~ scale N(0, 1).
+
+    The frequencies are drawn once and live in the collection "buffers".
+
+    Attributes:
+      channels: of the result, even.
+      scale: standard deviation of the frequencies.
     """
 
     channels: int
@@ -277,21 +229,26 @@ class FourierEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, c_noise: Array) -> Array:
-        make = lambda: (
-            self.scale * jax.random.normal(self.make_rng("params"), (self.channels // 2,))
-        )
-        freqs = self.variable("buffers", "freqs", make).value
+        """c_noise [B] -> [B, channels]."""
+        shape = (self.channels // 2,)
+        draw = lambda: self.scale * jax.random.normal(self.make_rng("params"), shape)
+        freqs = self.variable("buffers", "freqs", draw).value
         c_noise = c_noise.astype(wide(c_noise.dtype))
         angles = c_noise[:, None] * (2 * np.pi * freqs)[None, :]
         return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
 def dropout(x: Array, rate: float, keys: Array | None, site: str) -> Array:
-    """Inverted dropout, one mask per example from its own key and the site's name; the identity
-    where keys is None.
+    """Inverted dropout: each example's mask comes from its own key and the site's name.
 
-    The masks come from `randomness.quick` keys: of the network's own size and dozens a step, they
-    would be a third of all element-wise work with threefry.
+    The masks come from `randomness.quick` keys: with threefry, dozens of masks as large as the
+    activations would be a third of a step's element-wise work.
+
+    Args:
+      x: [B,...].
+      rate: probability that a number becomes 0.
+      keys: [B] typed keys; None switches dropout off.
+      site: name of the layer, so that no two layers share a mask.
     """
     if keys is None or rate == 0:
         return x
@@ -301,8 +258,10 @@ def dropout(x: Array, rate: float, keys: Array | None, site: str) -> Array:
 
 
 def one_hot(label: Array | None, batch: int, classes: int) -> Array:
-    """Classes as [B, classes] numbers: int labels [B] (-1: no class) or None (no class) -> 0 and 1;
-    floats unchanged.
+    """Classes as numbers [B, classes].
+
+    Integer labels [B] become rows of zeros with a 1 at the class; -1 and None (no class) become
+    zeros; float labels [B, classes] stay as they are.
 
     Raises:
       ValueError: float labels of another width, or integers of another shape.
@@ -324,6 +283,7 @@ def attention(qkv: Array, heads: int) -> Array:
     Args:
       qkv: [B,H,W,3C], channels ordered ({q, k, v}, head, c). The published checkpoints order them
         otherwise; interop permutes the kernel once, so that here q, k and v are contiguous.
+      heads: number of heads, a divisor of C.
 
     Returns:
       [B,H,W,C], channels ordered (head, c).

@@ -140,7 +140,7 @@ def check_unet(golden: Golden):
 
     @jit
     def taps(x, t):
-        return [network.apply({"params": params}, x, t, y, tap=tap) for tap in ("emb", "mid")]
+        return network.apply({"params": params}, x, t, y, at="emb,mid", method="features")
 
     emb, feature = taps(x, t)
     # Stored in front of the silu that every block applies.
@@ -172,7 +172,7 @@ def check_classifier(golden: Golden):
     np.testing.assert_allclose(-total / len(y), golden["cross_entropy"], rtol=1e-5)
     state = names_adm.flax_to_adm({"params": g_params}, network, order(k))
     golden.assert_norms("grad_norms", {name: norm / len(y) for name, norm in norms(state).items()})
-    feature = jit(functools.partial(network.apply, tap="mid"))({"params": params}, x, t)
+    feature = jit(functools.partial(network.apply, method="features"))({"params": params}, x, t)
     golden.assert_close("feature", nchw(feature)[: len(golden["feature"])])
 
 

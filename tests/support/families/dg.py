@@ -2,6 +2,8 @@
 EDM-G++.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +79,9 @@ def discriminator(golden: Golden):
         logit = lambda x, t, y: network.logit(params, frozen, x, t, y)
         shift, ratio = dg.correction(dg.log_ratio(logit, 1e-5, clock), x, sigma, label)
         x_vp = x * column(jax.lax.rsqrt(1 + sigma**2), x)
-        apply = lambda tap: extractor.apply({"params": frozen}, x_vp, t_net, tap=tap)
-        return logit(x_vp, t_net, label), ratio, shift, apply("mid")[:1], apply(None)
+        apply = functools.partial(extractor.apply, {"params": frozen}, x_vp, t_net)
+        feature = apply(method="features")[:1]
+        return logit(x_vp, t_net, label), ratio, shift, feature, apply()
 
     logit, ratio, shift, feature, classes = values(params, frozen, x)
     golden.assert_close("logit", logit)

@@ -56,7 +56,8 @@ def check_denoiser(golden: Golden):
 
     def denoiser(params, augment):
         fn = functools.partial(network.apply, {**variables, "params": params}, augment=augment)
-        return wrap(fn, taps=lambda x, c_noise, label, at: fn(x, c_noise, label, tap=at))
+        taps = lambda x, c_noise, label, at: fn(x, c_noise, label, at=at, method="features")
+        return wrap(fn, taps=taps)
 
     def denoise(params, x, sigma, label, augment):
         return denoiser(params, augment)(x, sigma, label)

@@ -33,6 +33,13 @@ def _discriminator(g: Golden, settings: dict, prefix: str = "", dtype=jnp.float6
     return network, jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)
 
 
+def mapped_condition(network, params, *inputs):
+    """What the discriminator's first part makes of the condition."""
+    chosen = lambda module, _: module.name == "mapping"
+    kept = network.apply({"params": params}, *inputs, capture_intermediates=chosen)[1]
+    return kept["intermediates"]["mapping"]["__call__"][0]
+
+
 def _norms(grads, network) -> dict[str, float]:
     return {k: np.linalg.norm(v) for k, v in flax_to_discriminator(grads, network).items()}
 
@@ -79,7 +86,7 @@ def disc(g: Golden):
                 "total_hinge_r1": total,
                 "hinge": ogdm.discriminator_loss(real, fake, "hinge"),
                 "logistic": ogdm.discriminator_loss(real, fake, "logistic"),
-                "cmap": network.apply({"params": params}, x, cond, label, tap="mapping"),
+                "cmap": mapped_condition(network, params, x, cond, label),
                 "grad_real": jnp.moveaxis(gradient, -1, 1),
             }
 

@@ -1,0 +1,321 @@
+"""The trunk that all U-Nets here share: encoder, two middle blocks, decoder with skip connections.
+
+`plan_encoder` and `plan_decoder` say which blocks there are and how they are wired; `UNet` applies
+them. What distinguishes
+the published networks is data: the blocks' `Style`, and the attributes and small methods that a
+network overrides (first convolution, attention, embedding, output layer). Parameters have EDM's
+names: enc_64x64_block0, dec_8x8_in0, ...
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ogdm_jax.networks import layers
+from ogdm_jax.networks.blocks import Style, UNetBlock
+from ogdm_jax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One block of the trunk.
+
+    Attributes:
+      name: of its parameters.
+      width: channels of its output; None = those of its input.
+      attend: whether it has attention.
+      up: double the resolution.
+      down: halve the resolution.
+      stores_skip: its output is kept for the decoder.
+      takes_skip: the last output kept joins its input.
+    """
+
+    name: str
+    width: int | None = None
+    attend: bool = False
+    up: bool = False
+    down: bool = False
+    stores_skip: bool = False
+    takes_skip: bool = False
+
+
+def plan_encoder(
+    sides: Sequence[int], widths: Sequence[int], depth: int, attend_at: Sequence[int]
+) -> list[Step]:
+    """The blocks behind the first convolution up to the middle of the network.
+
+    Args:
+      sides: resolution of each level.
+      widths: channels of each level.
+      depth: blocks of a level, beside the one that halves the resolution.
+      attend_at: resolutions whose blocks attend; the first of the two middle blocks always does.
+    """
+    steps = []
+    for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
+        at = f"enc_{side}x{side}_"
+        if level:
+            steps.append(Step(at + "down", down=True, stores_skip=True))
+        for i in range(depth):
+            steps.append(Step(f"{at}block{i}", width, side in attend_at, stores_skip=True))
+    at = f"dec_{sides[-1]}x{sides[-1]}_"
+    return [*steps, Step(at + "in0", attend=True), Step(at + "in1")]
+
+
+def plan_decoder(
+    sides: Sequence[int],
+    widths: Sequence[int],
+    depth: int,
+    attend_at: Sequence[int],
+    only_last_attends: bool,
+) -> list[Step]:
+    """The blocks behind the middle. Arguments as plan_encoder's; only_last_attends: of the blocks
+    of a level at a resolution named, only the last attends.
+    """
+    steps = []
+    for side, width in zip(reversed(sides), reversed(widths), strict=True):
+        at = f"dec_{side}x{side}_"
+        if side != sides[-1]:
+            steps.append(Step(at + "up", up=True))
+        for i in range(depth + 1):
+            attend = side in attend_at and (i == depth or not only_last_attends)
+            steps.append(Step(f"{at}block{i}", width, attend, takes_skip=True))
+    return steps
+
+
+class UNet(nn.Module):
+    """What SongUNet, DhariwalUNet, ADMUNet and ADMEncoder have in common.
+
+    Attributes:
+      img_resolution: side of the square images that the names of the blocks are made from; other
+        sizes work where the levels halve them.
+      img_channels: channels of the input.
+      out_channels: channels of the output; None = img_channels.
+      label_dim: classes, 0 = unconditional.
+      model_channels: width that the multipliers refer to.
+      channel_mult: width of each level as a multiple of model_channels.
+      channel_mult_emb: width of the embedding as a multiple of model_channels.
+      num_blocks: blocks of an encoder level; a decoder level has one more.
+      attn_resolutions: sides at which blocks attend. The deepest level's first block always does.
+      dropout: probability; active only where dropout_keys are given.
+      dtype: compute type of the blocks; parameters, embedding and statistics stay float32.
+      remat: recompute the blocks' activations in the backward pass.
+    """
+
+    img_resolution: int
+    img_channels: int = 3
+    out_channels: int | None = None
+    label_dim: int = 0
+    model_channels: int = 128
+    channel_mult: Sequence[float] = (1, 2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: Sequence[int] = (16,)
+    dropout: float = 0.10
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    augment_dim = 0  # a field of the networks that have a place for augmentation labels
+
+    def __call__(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Array:
+        """F(x; c_noise, label, augment).
+
+        Args:
+          x: [B,H,W,img_channels], already times c_in.
+          c_noise: [B] or a scalar.
+          label: [B] int32 (-1 = no class), [B, label_dim] float, or None (no class). Ignored where
+            label_dim is 0.
+          augment: [B, augment_dim] or None (not augmented, the same as zeros).
+          dropout_keys: [B] typed keys; None switches dropout off.
+
+        Returns:
+          [B,H,W,out_channels], at least float32.
+
+        Raises:
+          ValueError: the shape of x or of a label does not fit.
+        """
+        return self._run(x, c_noise, label, augment, dropout_keys, ["out"])[0]
+
+    def features(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+        *,
+        at: str = "mid",
+    ) -> Array | list[Array]:
+        """What the network computes on its way; call it as `network.apply(..., method="features")`.
+
+        Nothing behind the last layer asked for is computed. Arguments as those of `__call__`, and
+
+        Args:
+          at: "emb" (the embedding [B,E]), "mid" (the output of the second middle block), or the
+            name of a block such as "enc_8x8_block0" (its output [B,h,w,c]); or several of these
+            with commas between them.
+
+        Returns:
+          One array, or a list of them where `at` has several names.
+
+        Raises:
+          ValueError: as `__call__`, and an unknown name.
+        """
+        found = self._run(x, c_noise, label, augment, dropout_keys, at.split(","))
+        return found if len(found) > 1 else found[0]
+
+    @nn.compact
+    def _run(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None,
+        augment: Array | None,
+        dropout_keys: Array | None,
+        names: Sequence[str],
+    ) -> list[Array]:
+        """The outputs of the layers named; "out" is the network's own."""
+        self._check(x, names)
+        names = [self._middle_name if name == "mid" else name for name in names]
+        found = {"emb": self._embed(x.shape[0], c_noise, label, augment)}
+        outputs = self._layers(x, found["emb"], dropout_keys)
+        while not found.keys() >= set(names):
+            name, h = next(outputs)
+            found |= {name: h} if name in names else {}
+        return [found[name] for name in names]
+
+    def _layers(
+        self, x: Array, emb: Array, dropout_keys: Array | None
+    ) -> Iterator[tuple[str, Array]]:
+        """Applies one layer after another; gives the name and the output of each."""
+        image = x.astype(self.dtype)
+        h = self._conv(self._first_name, self._first_width)(image)
+        yield self._first_name, h
+        skips = [h]
+        for step in self._plan():
+            if step.takes_skip:
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = self._block(step, h, emb, dropout_keys)
+            yield step.name, h
+            if step.down:
+                h, image = self._join_image(step, h, image)
+            if step.stores_skip:
+                skips.append(h)
+        yield "out", self._head(h, skips).astype(layers.wide(x.dtype))
+
+    def _block(self, step: Step, h: Array, emb: Array, dropout_keys: Array | None) -> Array:
+        width = h.shape[-1] if step.width is None else step.width
+        make = nn.remat(UNetBlock) if self.remat else UNetBlock
+        module = make(
+            style=self._style,
+            out=width,
+            heads=self.heads(width) if step.attend else 0,
+            up=step.up,
+            down=step.down,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name=step.name,
+        )
+        return module(h, emb, dropout_keys)
+
+    def _conv(self, name: str, width: int, **more: Any) -> layers.Conv:
+        """A 3x3 convolution of the trunk, with the blocks' initialisers unless others are named."""
+        style = self._style
+        settings = {"kernel_init": style.kernel_init, "bias_init": style.bias_init} | more
+        return layers.Conv(width, 3, name=name, dtype=self.dtype, **settings)
+
+    def _norm(self, h: Array) -> Array:
+        """The norm of the output layer."""
+        style = self._style
+        return layers.GroupNorm(style.eps, style.groups, name=self._head_prefix + "norm")(h)
+
+    def _check(self, x: Array, names: Sequence[str]) -> None:
+        network, factor = type(self).__name__, 2 ** (len(self.channel_mult) - 1)
+        sides = (*x.shape[1:3], self.img_resolution)
+        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % factor for s in sides):
+            raise ValueError(
+                f"{network}: x has shape {x.shape} (img_resolution {self.img_resolution}); "
+                f"expected [B, H, W, {self.img_channels}] with sides divisible by {factor}"
+            )
+        blocks = [self._first_name, *(step.name for step in self._plan())]
+        for name in names:
+            if name not in ("mid", "emb", "out", *blocks):
+                raise ValueError(
+                    f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "
+                    f"{', '.join(blocks)}"
+                )
+
+    # Sizes
+
+    @property
+    def sides(self) -> list[int]:
+        """Resolution of each level."""
+        return [self.img_resolution >> level for level in range(len(self.channel_mult))]
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level; multipliers below 1 occur (OpenAI's 512 pixels)."""
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    @property
+    def _outputs(self) -> int:
+        return self.img_channels if self.out_channels is None else self.out_channels
+
+    @property
+    def _first_name(self) -> str:
+        return f"enc_{self.img_resolution}x{self.img_resolution}_conv"
+
+    @property
+    def _middle_name(self) -> str:
+        return f"dec_{self.sides[-1]}x{self.sides[-1]}_in1"
+
+    # What a network overrides
+
+    only_last_attends = False  # of the blocks of a decoder level at attn_resolutions
+
+    @property
+    def _style(self) -> Style:
+        raise NotImplementedError
+
+    @property
+    def _first_width(self) -> int:
+        return self.widths[0]
+
+    @property
+    def _head_prefix(self) -> str:
+        return "out_"
+
+    def heads(self, channels: int) -> int:
+        """Attention heads of a block with this many channels."""
+        raise NotImplementedError
+
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
+    ) -> Array:
+        """The blocks' condition [B, model_channels * channel_mult_emb]."""
+        raise NotImplementedError
+
+    def _plan(self) -> list[Step]:
+        shape = (self.sides, self.widths, self.num_blocks, self.attn_resolutions)
+        return plan_encoder(*shape) + plan_decoder(*shape, self.only_last_attends)
+
+    def _join_image(self, step: Step, h: Array, image: Array) -> tuple[Array, Array]:
+        """Behind a halving: what goes on, and the image that travels beside the blocks."""
+        return h, image
+
+    @layers.input_computed_once
+    def _head(self, h: Array, skips: list[Array]) -> Array:
+        """The output layer, behind the last block; skips: what no decoder has taken."""
+        conv = self._head_prefix + "conv"
+        zero = {"kernel_init": self._style.zero_init, "bias_init": None}
+        return self._conv(conv, self._outputs, **zero)(nn.silu(self._norm(h)))
