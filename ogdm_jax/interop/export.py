@@ -101,7 +101,7 @@ def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
         return names_edm.flax_to_edm(variables, network, constants=True)
     for kind, names in (
         (ADMUNet, names_adm.flax_to_adm),
-        (ADMEncoder, names_adm.flax_to_adm_encoder),
+        (ADMEncoder, names_adm.flax_to_adm),
         (StyleGAN2Discriminator, names_discriminator.flax_to_discriminator),
         (InceptionV3, names_inception.flax_to_inception),
     ):

@@ -291,7 +291,7 @@ def _adm_encoder(
         network,
         _adm_shapes(network, order),
         set(),
-        lambda s: names_adm.adm_encoder_to_flax(s, network, order),
+        lambda s: names_adm.adm_to_flax(s, network, order),
     )
 
 
