@@ -18,6 +18,7 @@ from typing import Any
 from ogdm_jax import config as configs
 from ogdm_jax import places, startup
 from ogdm_jax.cli import show
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.training import convert
 
 _KEPT = (
@@ -29,12 +30,7 @@ _KEPT = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts a file; exits with 1 after one sentence on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="ogdm convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--config.KEY=VALUE as in ogdm train",
-    )
+    parser = parser_of("convert", __doc__)
     show.add_arguments(parser)
     parser.add_argument("--out", required=True, help="new training folder")
     parser.add_argument(

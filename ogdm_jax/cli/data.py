@@ -1,4 +1,8 @@
-"""python -m ogdm_jax data describe SOURCE | prepare SOURCE --out DIR|FILE.zip."""
+"""Looks at image sets and prepares them.
+
+ogdm data describe SOURCE                       size, classes, mean, std, sigma_data to set
+ogdm data prepare SOURCE --out DIR|FILE.zip     array_record, or EDM's zip
+"""
 
 import argparse
 import json
@@ -6,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.prepare import prepare
@@ -46,9 +51,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ogdm_jax data", description="Looks at image sets and prepares them."
-    )
+    parser = parser_of("data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -9,6 +9,7 @@ import numpy as np
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli import protocol as protocol_command
+from ogdm_jax.cli.parsing import new_parser
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
@@ -34,7 +35,7 @@ package, or an npz of published mu and sigma.
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = measuring.new_parser("evaluate", ABOUT, EXAMPLES)
+    parser = new_parser("evaluate", ABOUT, EXAMPLES)
     add = parser.add_argument
     add("--samples", required=True, nargs="+", metavar="X", help="npz, folder or zip of images")
     images = "images, a source name, or mu and sigma (npz)"

@@ -11,17 +11,14 @@ from etils import epath
 
 from ogdm_jax import config as configs
 from ogdm_jax import startup
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.interop import export
 from ogdm_jax.training import workdir
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exports a training folder; exits with 1 after one sentence on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="ogdm export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("workdir", metavar="WORKDIR")
     parser.add_argument("--out", required=True, help="FILE.safetensors")
     parser.add_argument("--step", type=int, default=None, help="checkpoint (default: the newest)")

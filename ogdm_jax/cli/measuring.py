@@ -24,15 +24,6 @@ from ogdm_jax.training.evaluate import Draw
 from ogdm_jax.training.workdir import TrainedModel
 
 
-def new_parser(command: str, about: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with the examples, one a line."""
-    lines = "\n".join(f"  ogdm {command} {words}" for words in examples.splitlines())
-    shape = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        prog=f"ogdm {command}", usage=f"\n{lines}", description=about, formatter_class=shape
-    )
-
-
 def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
     """The options that choose a feature space.
 

@@ -15,6 +15,7 @@ _ROUNDS = (2, 4, 8, 16, 32, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a plan."""
     group = parser.add_argument_group(
         "plan", "what a run will need, from the compiler; builds nothing, needs no data"
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
+from ogdm_jax.cli.parsing import new_parser
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
@@ -24,7 +25,7 @@ distance to the whole data as one JSON object (Karras et al., arXiv 2206.00364, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = measuring.new_parser("evaluate", ABOUT, EXAMPLES)
+    parser = new_parser("evaluate", ABOUT, EXAMPLES)
     measuring.add_model_options(parser)
     add = parser.add_argument
     add("--num", type=int, default=50_000, help="images of each set")

@@ -8,6 +8,7 @@ import numpy as np
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
+from ogdm_jax.cli.parsing import new_parser
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html
 from ogdm_jax.training.evaluate import measure_samplers, references
@@ -26,7 +27,7 @@ MOST = 5000  # samples of each distance, unless --num says otherwise
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = measuring.new_parser("report", ABOUT, EXAMPLES)
+    parser = new_parser("report", ABOUT, EXAMPLES)
     measuring.add_model_options(parser)
     add = parser.add_argument
     most = f"images of a distance (default: the data's, at most {MOST})"

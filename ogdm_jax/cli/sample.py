@@ -1,13 +1,14 @@
 """Samples a trained model.
 
-    python sample.py --workdir runs/digits --num 64 --solver heun --steps 18 --out grid.png
-    python sample.py --workdir runs/digits --seeds 0-49999 --batch 256 --out samples.npz --evaluate
-    python sample.py --workdir runs/digits --guidance dg --dg.discriminator runs/digits_dg
-    python sample.py --workdir runs/mnist_edm --guidance dsg --dsg.rate 0.2 --task inpaint
+    ogdm sample --workdir runs/digits --num 64 --solver heun --steps 18 --out grid.png
+    ogdm sample --workdir runs/digits --seeds 0-49999 --batch 256 --out samples.npz --evaluate
+    ogdm sample --workdir runs/digits --guidance dg --dg.discriminator runs/digits_dg
+    ogdm sample --workdir runs/mnist_edm --guidance dsg --dsg.rate 0.2 --task inpaint
         --input DIR --steps 50 --out restored.png
 
-Every image depends on its seed alone, whatever the batch size, the number of devices or the other
-images. With --task the images of --input are measured and restored; figures are printed as JSON.
+`python sample.py` is the same. Every image depends on its seed alone, whatever the batch size, the
+number of devices or the other images. With --task the images of --input are measured and restored;
+figures are printed as JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.cli import guidance
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.inverse import files
@@ -33,12 +35,7 @@ from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
 def parser() -> argparse.ArgumentParser:
     """The words of the command; those of guidance are made from the methods' Settings."""
-    made = argparse.ArgumentParser(
-        prog="ogdm sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = parser_of("sample", __doc__)
     add = made.add_argument
     step = lambda text: text if text == "best" else int(text)
     add("--workdir", required=True, help="training folder")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ogdm_jax import places, startup
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.interop import Pretrained, export, load_pretrained, pretrained, recognise
 from ogdm_jax.interop.restricted_pickle import quote
 from ogdm_jax.interop.torch_state import TorchFile, open_torch, tensors
@@ -56,9 +57,7 @@ def load(args: argparse.Namespace, file: TorchFile | None = None) -> Pretrained:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints what a file holds; exits with 1 after one sentence on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="ogdm show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("show", __doc__)
     add_arguments(parser)
     parser.add_argument("--tensors", action="store_true", help="one line per tensor")
     args = parser.parse_args(argv)

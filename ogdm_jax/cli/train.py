@@ -17,17 +17,14 @@ from pathlib import Path
 from ogdm_jax import cluster, parallel, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import plan as planning
+from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.methods import contract
 from ogdm_jax.training import profile
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what they leave over: --config.KEY=VALUE."""
-    parser = argparse.ArgumentParser(
-        prog="ogdm train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("train", __doc__)
     parser.add_argument(
         "--config",
         default=str(Path(configs.SHIPPED) / "digits.py"),
