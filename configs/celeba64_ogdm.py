@@ -2,7 +2,7 @@
 switch by switch.
 
     python train.py --config configs/celeba64_ogdm.py --config.data.source=folder:DIR --workdir
-    runs/celeba64_ogdm
+        runs/celeba64_ogdm
 
 DIR holds the images; they are cropped to squares and resized to 64x64. Aim: FID 11.92 -> 7.91 at
 DDIM-10 and 7.88 -> 3.94 at DDIM-20 against the same training without OGDM (--config.methods=)

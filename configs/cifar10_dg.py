@@ -1,15 +1,14 @@
 """DG's discriminator for CIFAR-10 (2211.17091): a shallow head on a frozen ADM classifier of noisy
 32-pixel images.
 
-python train.py --config configs/cifar10_dg.py --workdir runs/cifar10_dg
---config.dg.prior=runs/cifar10_edm \
-    --config.dg.extractor=32x32_classifier.pt --config.evaluate.weights=INCEPTION
+    python train.py --config configs/cifar10_dg.py --workdir runs/cifar10_dg
+        --config.dg.prior=runs/cifar10_edm --config.dg.extractor=32x32_classifier.pt
+        --config.evaluate.weights=INCEPTION
 
 The paper: FID 1.97 -> 1.77 of EDM at 35 evaluations, with 50,000 samples and weight 2 on Heun's
 first evaluation. The authors train without decay and average; both are added here, and half of
-every batch is real. Without an extractor the
-network is trained from scratch: give --config.network.channel_mult and the like the size of a whole
-  encoder.
+every batch is real. Without an extractor the network is trained from scratch: give
+--config.network.channel_mult and the like the size of a whole encoder.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """OGDM fine-tuning of a trained EDM on CIFAR-10 (2310.04041, authors' EDM recipe): 20 Mimg from the
 moving average.
 
-    python train.py --config configs/cifar10_ogdm_finetune.py --config.init.workdir=runs/cifar10_edm
-    --workdir runs/ft
+    python train.py --config configs/cifar10_ogdm_finetune.py
+        --config.init.workdir=runs/cifar10_edm --workdir runs/ft
 
 Aim: better FID than its starting point at 10 to 25 evaluations [authors' logs show it for the ADM
 variant: 20.56 to 10.70 at DDIM-10; no figure of the EDM variant was found].

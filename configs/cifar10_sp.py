@@ -1,7 +1,7 @@
 """Self-perceptual fine-tuning of a trained EDM on CIFAR-10 (2401.00110, the pixel-space recipe).
 
-    python train.py --config configs/cifar10_sp.py --config.init.workdir=runs/cifar10_edm --workdir
-    runs/cifar10_sp
+    python train.py --config configs/cifar10_sp.py --config.init.workdir=runs/cifar10_edm
+        --workdir runs/cifar10_sp
 
 The teacher is the starting point's moving average. No published figure exists for this data set.
 """

@@ -2,7 +2,7 @@
 alone (2401.00110).
 
     python train.py --config configs/cifar10_sp_paper.py --config.init.workdir=runs/cifar10_edm
-    --workdir runs/sp_paper
+        --workdir runs/sp_paper
 
 The paper tunes a latent text-to-image model; no published figure exists for this data set, and
 pixels want the squared error beside the features (configs/cifar10_sp.py).
@@ -15,7 +15,7 @@ from ogdm_jax.methods import sp
 def get_config():
     config = cifar10_sp.get_config()
     config.sp.update(sp.preset("paper"))
-    # the paper's uniform t as a law of ln sigma, for sigma_data 0.5: as wide as that of t'
+    # the paper's uniform t as a distribution of ln sigma, for sigma_data 0.5: as wide as that of t'
     config.noise.mean = 0.083
     config.noise.std = 1.587
     config.data.batch = 896

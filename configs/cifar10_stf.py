@@ -1,7 +1,7 @@
 """EDM with the stable target field on CIFAR-10 (2302.00670).
 
     python train.py --config configs/cifar10_stf.py --workdir runs/cifar10_stf
-    --config.data.data_dir=DIR
+        --config.data.data_dir=DIR
 
 Aim: FID 1.92 at 35 evaluations with DDPM++ against EDM's 1.97 [authors' README; not yet reproduced
 here].

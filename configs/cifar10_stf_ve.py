@@ -1,8 +1,8 @@
-"""The stable target field with the VE noise law and preconditioning, NCSN++: where targets differ
-most (2302.00670).
+"""The stable target field with the VE noise distribution and preconditioning, NCSN++: where
+targets differ most (2302.00670).
 
     python train.py --config configs/cifar10_stf_ve.py --workdir runs/cifar10_stf_ve
-    --config.data.data_dir=DIR
+        --config.data.data_dir=DIR
 
 Aim: faster and better than the same run with --config.methods= [the paper's claim; no figure of
 this recipe is quoted].

@@ -1,7 +1,7 @@
 """EDM on FFHQ at 64x64, unconditional, DDPM++ (2206.00364, config F).
 
-    python train.py --config configs/ffhq64_edm.py --config.data.source=zip:ffhq-64x64.zip --workdir
-    runs/ffhq64_edm
+    python train.py --config configs/ffhq64_edm.py --config.data.source=zip:ffhq-64x64.zip
+        --workdir runs/ffhq64_edm
 
 Aim: FID 2.39 at 79 evaluations (Heun, 40 steps) [stated by another paper's README; not yet
 reproduced here].

