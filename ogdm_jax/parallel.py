@@ -1,9 +1,11 @@
 """Plans: one pure step over one device, many devices, or many processes.
 
-mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the collectives.
-The default. sharded  the same with parameters, moving average and optimiser state divided over the
-devices as well. pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients
-averaged inside the step.
+    mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the
+             collectives. The default.
+    sharded  the same with parameters, moving average and optimiser state divided over the devices
+             as well.
+    pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged
+             inside the step.
 
 All three compute what one device computes on the whole batch, to float tolerance.
 """
@@ -29,8 +31,9 @@ class Plan:
     """Where arrays live and how the step is compiled. Made by make_plan.
 
     Attributes:
-      kind: one of PLANS.   devices: all devices of the run, over every process.   processes: their
-        number.
+      kind: one of PLANS.
+      devices: all devices of the run, over every process.
+      processes: the number of processes.
     """
 
     kind: str
@@ -44,9 +47,7 @@ class Plan:
 
     @property
     def platform(self) -> str:
-        """What programs are compiled for: "cpu", "gpu" or "tpu". The host may have no such
-        device.
-        """
+        """What programs are compiled for: "cpu", "gpu" or "tpu"; the host may have no such device."""
         return self.devices[0].platform
 
     @property
@@ -56,14 +57,17 @@ class Plan:
 
     @property
     def local_devices(self) -> list[Any]:
+        """The run's devices that belong to this process."""
         mine = jax.process_index()
         return [d for d in self.devices if d.process_index == mine]
 
     @property
     def mesh(self) -> Mesh:
+        """All devices in one row, the axis AXIS."""
         return Mesh(np.asarray(self.devices), (AXIS,))
 
     def sharding(self, *spec: str | None) -> NamedSharding:
+        """An array's place, one entry an axis: AXIS divides it, None (or no entry) does not."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def state_shardings(self, state: PyTree) -> PyTree:
@@ -88,27 +92,24 @@ class Plan:
         """Inside the step: parameters, whole on every device while a network uses them.
 
         Without it the compiler divides the convolutions as their kernels are divided, and sends
-        activations about.
+        activations between devices.
         """
         if self.kind != "sharded":
             return tree
         return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: self.sharding(), tree))
 
     def scatter(self, tree: PyTree) -> PyTree:
-        """Inside the step: gradients, each device with its share of the sum, as the parameters are
-        kept.
+        """Inside the step: gradients, of which each device keeps its share of the sum.
 
-        Whole first: else the compiler divides the convolutions that make them, too, as it does
-        without `gather`.
+        They are gathered first: otherwise the compiler divides the convolutions that make them, as
+        it does without `gather`.
         """
         if self.kind != "sharded":
             return tree
         return jax.lax.with_sharding_constraint(self.gather(tree), self.state_shardings(tree))
 
     def shapes(self, state: PyTree) -> PyTree:
-        """The shapes of a state (arrays or shapes), each with where it lives: what a checkpoint is
-        read into.
-        """
+        """The shapes of a state (arrays or shapes), each with its place, to read a checkpoint into."""
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.tree.map(place, state, self.state_shardings(state))
 
@@ -120,13 +121,13 @@ class Plan:
         ).lower(key)
         # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times
         # what they save.
-        quick = {"xla_backend_optimization_level": 0} if self.platform == "cpu" else None
+        quick: dict[str, Any] | None = None
+        if self.platform == "cpu":
+            quick = {"xla_backend_optimization_level": 0}
         return lowered.compile(compiler_options=quick)(key)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Puts a host tree that every process holds in full on all devices (frozen networks,
-        resident data).
-        """
+        """Puts a host tree that every process holds in full on all devices."""
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), tree)
 
     def place_rows(self, tree: PyTree) -> PyTree:
@@ -139,9 +140,7 @@ class Plan:
         return self._per_device(jax.tree.map(share, tree))
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's share of a batch on its devices; under pmap with a leading device
-        axis.
-        """
+        """Puts this process's rows of a batch on its devices; under pmap with a device axis first."""
         if self.kind != "pmap":
             return {
                 k: jax.make_array_from_process_local_data(self.sharding(AXIS), v)
@@ -150,8 +149,9 @@ class Plan:
         return self._per_device(batch)
 
     def row_shapes(self, tree: PyTree) -> PyTree:
-        """Shapes of what place_rows and place_batch make of arrays (or shapes) of rows over all
-        processes.
+        """Shapes of what place_rows and place_batch make of the rows of all processes.
+
+        tree: arrays of rows, or their shapes.
         """
         local = len(self.local_devices)
         cut = lambda rows: (local, rows // len(self.devices)) if self.kind == "pmap" else (rows,)
@@ -181,25 +181,22 @@ class Plan:
         )
 
     def globalise(self, state: PyTree) -> PyTree:
-        """A state as global arrays, which checkpoints need: pmap over several processes returns
-        host-local ones.
+        """A state as global arrays, which checkpoints need.
+
+        pmap over several processes returns arrays of this host alone.
         """
         if not self.ravel:
             return state
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
 
     def local_copy(self, tree: PyTree) -> PyTree:
-        """The tree in full on this process's first device. Every process of the run has to call
-        it.
-        """
+        """The whole tree on this process's first device. Every process of the run has to call it."""
         if self.kind == "sharded":
             tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _per_device(self, tree: PyTree) -> PyTree:
-        """This process's rows [n, ...] as [local devices, n / local devices, ...], one block on
-        each device.
-        """
+        """This process's rows [n, ...] as [local devices, n / local devices, ...], a block a device."""
         local = self.local_devices
         sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
         split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])
@@ -213,7 +210,8 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     """The plan of a run on this machine or pod.
 
     Args:
-      kind: one of PLANS.   devices: how many devices to use; 0 = all.
+      kind: one of PLANS.
+      devices: how many devices to use; 0 = all.
 
     Raises:
       ConfigError: unknown kind, or more devices wanted than there are.
@@ -237,8 +235,10 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
 
 
 def plan_of(kind: str, devices: Sequence[Any]) -> Plan:
-    """The plan of a run on devices that need not be here: to compile for them. Raises ConfigError:
-    unknown kind.
+    """The plan of a run on devices that need not be here, to compile for them.
+
+    Raises:
+      ConfigError: unknown kind.
     """
     require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
     return Plan(

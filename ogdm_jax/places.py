@@ -11,7 +11,7 @@ import importlib.util
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from etils import epath
@@ -36,13 +36,12 @@ def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
     """The path that a user's words mean.
 
     Args:
-      text: a local path, or a URI with a scheme of LIBRARIES (file:// is local).   field: the
-        setting, for messages.
+      text: a local path, or a URI with a scheme of LIBRARIES (file:// is local).
+      field: the setting, for messages.
 
     Raises:
       PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, or
-      a URI that went
-        through pathlib.Path and lost a slash.
+        a URI that went through pathlib.Path and lost a slash.
     """
     words = os.fspath(text)
     scheme, separator, rest = words.partition("://")
@@ -71,7 +70,7 @@ def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
     return epath.Path(words)
 
 
-def _schemes(names) -> str:
+def _schemes(names: Iterable[str]) -> str:
     return ", ".join(f"{name}://" for name in names)
 
 
@@ -83,6 +82,7 @@ def _tensorflow() -> bool:
 
 
 def is_local(path: str | os.PathLike) -> bool:
+    """Whether a path is on this machine: not a URI, or one of file://."""
     words = os.fspath(path)
     return "://" not in words or words.startswith("file://")
 
@@ -103,23 +103,24 @@ def absolute(path: epath.Path) -> epath.Path:
 
 
 def is_uri(word: str) -> bool:
-    """Whether a word is a URI, rather than a local path or a data source such as
-    folder:gs://bucket/images.
-    """
+    """Whether a word is a URI: no local path, and no data source such as folder:gs://bucket/x."""
     scheme, separator, _ = word.partition("://")
     return bool(separator) and ":" not in scheme
 
 
 def join(folder: str | os.PathLike | None, rest: str) -> str:
-    """rest below a folder; alone where there is no folder, or where it is absolute or a URI
-    itself.
+    """The path of `rest` below a folder.
+
+    It is `rest` alone where there is no folder, or where `rest` is absolute or a URI.
     """
     return str(place(folder) / rest) if folder and is_local(rest) else rest
 
 
 def workdir(text: str | os.PathLike, field: str = "--workdir") -> epath.Path:
-    """As `place`, for a folder with checkpoints. Raises PlaceError for schemes that orbax cannot
-    write to, as well.
+    """As `place`, for a folder with checkpoints.
+
+    Raises:
+      PlaceError: as `place`, and for schemes that orbax cannot write to.
     """
     scheme = os.fspath(text).partition("://")[0]
     if scheme in LIBRARIES and scheme not in TRAINING:
@@ -131,17 +132,17 @@ def workdir(text: str | os.PathLike, field: str = "--workdir") -> epath.Path:
 
 
 def writable(path: epath.Path, field: str, file: bool = False, keep: bool = False) -> epath.Path:
-    """The path, once a file could be written there: whoever computes for hours tries first.
+    """The path, once a file could be written there: to try before hours of computing.
 
     Args:
-      path: a folder, or the file itself with file=True; neither has to exist.   field: the setting,
-        for messages.
+      path: a folder, or the file itself with file=True; neither has to exist.
+      field: the setting, for messages.
+      file: whether the path is that of a file.
       keep: leave the folders that were made for it (for several processes that try at once).
 
     Raises:
       PlaceError: a file where a folder is needed or the other way round, no permission, no space,
-      or an error of the
-        bucket.
+        or an error of the bucket.
     """
     folder = path.parent if file else path
     probe, made = folder / f".ogdm_jax_{os.uname().nodename}_{os.getpid()}", []
@@ -193,9 +194,7 @@ def _reason(error: Exception, path: epath.Path, file: bool) -> str:
 
 @contextmanager
 def written(path: epath.Path) -> Iterator[pathlib.Path]:
-    """Yields a local file to write. When the block ends without an error, `path` is that file,
-    whole.
-    """
+    """Yields a local file to write, which becomes `path` when the block ends without an error."""
     if is_local(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
@@ -222,8 +221,8 @@ def fetched(*paths: epath.Path) -> Iterator[list[pathlib.Path]]:
 def files_below(root: epath.Path) -> list[str]:
     """The names of all files below a folder, relative to it, with slashes; in no order."""
     if is_local(root):
-        root = pathlib.Path(root)
-        return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        here = pathlib.Path(root)
+        return [path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()]
     found, top = [], None
     for at, _, names in root.walk():
         at = str(at)

@@ -1,7 +1,6 @@
-"""Which platform a program is traced for. Some layers have other rules for the CPU's compiler than
-for GPUs and TPUs.
+"""Which platform a program is traced for.
 
-The devices that a program is compiled for decide, not the host: a step for a TPU that is compiled
+Some layers have other rules for the CPU's compiler than for GPUs and TPUs. The devices that a program is compiled for decide, not the host: a step for a TPU that is compiled
 on a machine without one must not get the CPU's rules. `parallel.Plan` and `generate.sampler` know
 their devices and say so with `traced_for`; everywhere else it is the device on which JAX would run
 the program.
@@ -9,7 +8,7 @@ the program.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -21,25 +20,27 @@ _traced_for = jax.make_user_context(default_value=None)
 
 
 def traced_for(platform: str, function: Function) -> Function:
-    """The function, traced for a platform ("cpu", "gpu", "tpu": `device.platform`) wherever it is
-    traced.
+    """The function, which is traced for that platform wherever it is traced.
+
+    platform: "cpu", "gpu" or "tpu", as `device.platform`.
     """
 
     @functools.wraps(function)
-    def traced(*args, **kwargs):
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with _traced_for(platform):
             return function(*args, **kwargs)
 
-    return traced
+    return cast(Function, traced)
 
 
 def current() -> str:
-    """The platform that the program now traced is for. Asks JAX's default device where nobody has
-    said it.
+    """The platform that the program now traced is for.
+
+    It is that of JAX's default device outside of `traced_for`.
     """
     if _traced_for.value is not None:
         return _traced_for.value
-    device = jax.config.jax_default_device
+    device = cast(Any, jax.config).jax_default_device  # made at run time
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

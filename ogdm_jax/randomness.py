@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import random as prngs
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
 
 def fold_in_name(key: Array, purpose: str) -> Array:
-    """Derives the key of a named purpose: fold_in(key, crc32(purpose)), the same in every process
-    and Python.
-    """
+    """The key of a named purpose: fold_in(key, crc32(purpose)), the same in every process."""
     return jax.random.fold_in(key, jnp.uint32(zlib.crc32(purpose.encode())))
 
 
@@ -48,18 +47,17 @@ def fold_in_each(keys: Array, purpose: str) -> Array:
     return jax.vmap(fold_in_name, in_axes=(0, None))(keys, purpose)
 
 
-def normal(keys: Array, shape: Sequence[int] = (), dtype=jnp.float32) -> Array:
+def normal(keys: Array, shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Array:
     """Standard normal numbers [B, *shape], row i from keys[i]."""
     return jax.vmap(lambda k: jax.random.normal(k, tuple(shape), dtype))(keys)
 
 
-def uniform(keys: Array, shape: Sequence[int] = (), dtype=jnp.float32) -> Array:
+def uniform(keys: Array, shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Array:
     """Uniform numbers on [0, 1), [B, *shape], row i from keys[i]."""
     return jax.vmap(lambda k: jax.random.uniform(k, tuple(shape), dtype))(keys)
 
 
-# -- quick keys
-# ------------------------------------------------------------------------------------------
+# quick keys
 
 
 def quick(keys: Array) -> Array:
@@ -79,8 +77,9 @@ def quick(keys: Array) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """An invertible hash of uint32: shifts and odd factors with low bias (the constants of
-    "lowbias32", C. Wellons).
+    """An invertible hash of uint32: shifts and odd factors with low bias.
+
+    The constants are those of "lowbias32" by C. Wellons.
     """
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x7FEB352D)
@@ -89,7 +88,7 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> np.uint32(16))
 
 
-def _hash_fold_in(key: Array, data: Array) -> Array:
+def _hash_fold_in(key: Array, data: Array | int) -> Array:
     first = _mix(_mix(key[0] ^ data) + key[1])
     return jnp.stack([first, _mix(_mix(key[1] + data) ^ first)])
 
@@ -103,15 +102,14 @@ def _hash_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     if bit_width == 64:
         low, high = (_hash_bits(k, 32, shape).astype(np.uint64) for k in _hash_split(key, (2,)))
         return low | (high << np.uint64(32))
-    index = jnp.zeros(
-        shape, np.uint32
-    )  # the place in row-major order, without a reshape that would move memory
+    # The place in row-major order, without a reshape that would move memory.
+    index = jnp.zeros(shape, np.uint32)
     for axis, size in enumerate(shape):
         index = index * np.uint32(size) + lax.broadcasted_iota(np.uint32, shape, axis)
     bits = _mix(_mix(index ^ key[0]) + key[1])
-    return (
-        bits if bit_width == 32 else (bits >> np.uint32(32 - bit_width)).astype(f"uint{bit_width}")
-    )
+    if bit_width == 32:
+        return bits
+    return (bits >> np.uint32(32 - bit_width)).astype(f"uint{bit_width}")
 
 
 _HASH = prngs.define_prng_impl(

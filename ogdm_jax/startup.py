@@ -59,8 +59,10 @@ def raised_here(error: Exception) -> bool:
 
 
 def split_overrides(rest: list[str]) -> list[str]:
-    """["--config.a.b=1", "--config.c", "2"] -> ["a.b=1", "c=2"]. Raises ValueError for anything
-    else.
+    """["--config.a.b=1", "--config.c", "2"] -> ["a.b=1", "c=2"].
+
+    Raises:
+      ValueError: anything else.
     """
     overrides, words = [], list(rest)
     while words:

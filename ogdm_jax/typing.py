@@ -1,5 +1,6 @@
-"""Aliases and Protocols that the whole package speaks. b h w c name dimensions; images are NHWC
-float32 in [-1, 1].
+"""Aliases and Protocols that the whole package uses.
+
+b h w c name dimensions; images are NHWC float32 in [-1, 1].
 """
 
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ PyTree = Any
 class NetworkFn(Protocol):
     """The raw network F: (x [b,h,w,c] already scaled by c_in, c_noise [b], label) -> [b,h,w,c']."""
 
-    def __call__(self, x: Array, c_noise: Array, label: PyTree = None, /) -> Array: ...
+    def __call__(self, x: Array, c_noise: Array, label: PyTree = None, /) -> Array:
+        """F [b,h,w,c']."""
 
 
 class Denoise(Protocol):
@@ -23,16 +25,19 @@ class Denoise(Protocol):
     per image, or None. `diffusion.denoiser.Denoiser` is one; a plain function is another.
     """
 
-    def __call__(self, x: Array, sigma: Array, label: PyTree = None, /) -> Array: ...
+    def __call__(self, x: Array, sigma: Array, label: PyTree = None, /) -> Array:
+        """x0_hat [b,h,w,c]."""
 
 
 class Features(Protocol):
     """Features of a noisy image: (x [b,h,w,c], sigma [b]) -> [b, ...]."""
 
-    def __call__(self, x: Array, sigma: Array) -> Array: ...
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        """Features [b, ...]."""
 
 
 class LogRatio(Protocol):
     """log p_data(x; sigma) / p_model(x; sigma) in variance-exploding coordinates -> [b]."""
 
-    def __call__(self, x: Array, sigma: Array, label: Array | None = None) -> Array: ...
+    def __call__(self, x: Array, sigma: Array, label: Array | None = None) -> Array:
+        """The log ratio [b]."""

@@ -41,8 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options of a plan without --plan-for, PlaceError for a file that
-    cannot be written.
+    """Checks the options before anything is compiled.
+
+    Raises:
+      ConfigError: options of a plan without --plan-for.
+      PlaceError: a --plan-out that cannot be written.
     """
     for name, unset in (("plan_out", ""), ("image_shape", ""), ("classes", -1), ("images", 0)):
         if not args.plan_for and getattr(args, name) != unset:
@@ -54,9 +57,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
-    """Compiles the step of a configuration, prints the plan, writes it where --plan-out says, and
-    returns it.
-    """
+    """Compiles the step of a configuration, prints its plan, writes it to --plan-out, returns it."""
     chip, devices = chips.here() if args.plan_for == HERE else chips.topology(args.plan_for)
     source = program.source_like(config, args.image_shape, args.classes, args.images)
     found = _plan(config, source, chip, devices, name)
@@ -83,8 +84,9 @@ def _plan(config: Config, source: Any, chip: str, devices: tuple, name: str) -> 
 def _advice(
     config: Config, source: Any, chip: str, devices: tuple, name: str, found: dict[str, Any]
 ) -> str:
-    """The first change of settings that fits, tried on the compiler: fewest rounds of accumulation,
-    then remat.
+    """The first change of settings that fits, tried on the compiler.
+
+    First more rounds of accumulation, as few as possible; then remat as well.
     """
     need, have = found["hbm_bytes"]["peak"], found["hbm_bytes"]["available"]
     for changes, shrinks in _candidates(config, len(devices)):
@@ -102,8 +104,9 @@ def _advice(
 
 
 def _candidates(config: Config, devices: int) -> Iterator[tuple[dict[str, Any], float]]:
-    """Changes in the order in which they cost time, and by what factor they can shrink memory at
-    most.
+    """Changes, those that cost the least time first, each with a limit of how much it can save.
+
+    The limit is a factor: the memory now over the least that it can be then.
     """
     rounds = config.optim.accumulate
     more = [rounds * k for k in _ROUNDS if config.data.batch % (rounds * k * devices) == 0]

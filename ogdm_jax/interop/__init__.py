@@ -1,6 +1,4 @@
-"""Checkpoints of other programs, read without running their code, and weights that others can
-read.
-"""
+"""Reads checkpoints of other programs without running their code; writes weights that they read."""
 
 from ogdm_jax.interop.pretrained import Pretrained, from_torch, load_pretrained
 from ogdm_jax.interop.recognise import UnrecognisedError

@@ -1,5 +1,4 @@
-"""Weights that others can read: a .safetensors file with the authors' PyTorch names, and a JSON
-file beside it.
+"""Weights that others can read: .safetensors under the authors' names, and JSON beside it.
 
 The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "precondition",
 "sigma_data", "dropout", ...}. The tensor names are those of the official code, so that its
@@ -33,6 +32,7 @@ FORMAT = 1
 
 
 def about_path(path: str | os.PathLike) -> epath.Path:
+    """Where the JSON file of an exported .safetensors file is."""
     return places.place(path).with_suffix(".json")
 
 
@@ -76,9 +76,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def network_settings(network: nn.Module) -> dict[str, Any]:
-    """A network's attributes as JSON values, without those of computation (dtype, remat) and of
-    flax.
-    """
+    """A network's attributes as JSON values, without dtype, remat and those of flax."""
     skipped = ("parent", "name", "dtype", "remat")
     values = {
         field: getattr(network, field)
@@ -89,22 +87,20 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
 
 
 def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
-    """{PyTorch name: array} of a network, with the constants that EDM's strict load_state_dict
-    wants.
+    """{PyTorch name: array} of a network.
 
-    OpenAI's networks get their legacy order of qkv channels.
+    EDM's networks get the resampling filters that a strict load_state_dict wants, OpenAI's their
+    legacy order of qkv channels.
 
     Raises:
       ValueError: a network of a kind that has no PyTorch names.
     """
     if isinstance(network, SongUNet | DhariwalUNet):
         return names_edm.flax_to_edm(variables, network, constants=True)
-    for kind, names in (
-        (ADMUNet, names_adm.flax_to_adm),
-        (ADMEncoder, names_adm.flax_to_adm),
-        (StyleGAN2Discriminator, names_discriminator.flax_to_discriminator),
-        (InceptionV3, names_inception.flax_to_inception),
-    ):
-        if isinstance(network, kind):
-            return names(variables, network)
+    if isinstance(network, ADMUNet | ADMEncoder):
+        return names_adm.flax_to_adm(variables, network)
+    if isinstance(network, StyleGAN2Discriminator):
+        return names_discriminator.flax_to_discriminator(variables, network)
+    if isinstance(network, InceptionV3):
+        return names_inception.flax_to_inception(variables, network)
     raise ValueError(f"network: {type(network).__name__} given; expected one of ogdm_jax.networks")

@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
-import flax
+import flax.errors
 import flax.linen as nn
-import jax
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
@@ -21,6 +20,7 @@ from ogdm_jax.interop import (
     names_inception,
     recognise,
 )
+from ogdm_jax.interop.names_shared import Entry
 from ogdm_jax.interop.restricted_pickle import UnsafeFileError, quote
 from ogdm_jax.interop.settings import check_about, check_settings
 from ogdm_jax.interop.torch_records import Module
@@ -29,12 +29,14 @@ from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleG
 from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Array, PyTree
 
+_State = Mapping[str, np.ndarray]
+_Settings = dict[str, Any]
+_Network = TypeVar("_Network", bound=nn.Module)
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _LISTED = 6  # names of each kind of mismatch that a message shows
-_MOST_TENSORS = (
-    5000  # of a network; the published ones have fewer than 1,000, and each layer is traced
-)
-# What a network that cannot be raises, here or in JAX, where names promise what shapes do not keep.
+# tensors of a network; the published ones have fewer than 1,000, and each layer is traced
+_MOST_TENSORS = 5000
+# errors of an impossible network, raised here or in JAX: names promise what shapes do not keep
 _MISFIT = (
     LookupError,
     TypeError,
@@ -51,13 +53,15 @@ class Pretrained:
     """A network, its variables, and what the file says about them. Unpacks as (network, variables).
 
     Attributes:
-      kind: one of recognise.KINDS.   network: a flax module.   variables: {"params": ...,
-        "buffers": ... if any}.
+      kind: one of recognise.KINDS.
+      network: a flax module.
+      variables: {"params": ...}, and "buffers" where the network has any.
       precondition: edm, vp, ve, iddpm or adm where the file says so or its kind implies it; else
         None.
-      sigma_data: of edm.   schedule: of adm, the betas: linear or cosine.
+      sigma_data: of edm.
       dropout: of the original training where the file says so; the network itself always has 0
         unless a setting asks.
+      schedule: of adm, the betas: linear or cosine.
     """
 
     kind: str
@@ -77,20 +81,19 @@ class Pretrained:
         augment: [B,9] augmentation labels of the batch that it will be asked about, for networks
           that were trained with them.
         """
-        bound = {} if augment is None else {"augment": augment}
+        bound: dict[str, Any] = {} if augment is None else {"augment": augment}
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return self.network.apply(self.variables, x, c_noise, label, **bound)
+            return cast(Array, self.network.apply(self.variables, x, c_noise, label, **bound))
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> PyTree:
-            return self.network.apply(
-                self.variables, x, c_noise, label, at=at, method="features", **bound
-            )
+            return self.network.apply(self.variables, x, c_noise, label, tap=at, **bound)
 
         if self.precondition in (None, "edm"):
             return precondition.edm(network_fn, self.sigma_data, taps=taps)
         if self.precondition == "adm":
-            learned = self.network.out_channels == 2 * self.network.img_channels
+            network = cast(ADMUNet, self.network)
+            learned = network.out_channels == 2 * network.img_channels
             return precondition.adm(network_fn, self.schedule, learned_variance=learned, taps=taps)
         return getattr(precondition, self.precondition)(network_fn, taps=taps)
 
@@ -107,14 +110,12 @@ def from_torch(
         OGDM_adm's), adm_encoder (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception;
         None recognises it from the names.
       **settings: attributes of the network that replace what names and shapes show, such as
-      dropout=0.1, or add what
-        they cannot show: img_resolution, head_channels or num_heads, and qkv_order (legacy or new)
-          of OpenAI's models.
+        dropout=0.1, or add what they cannot show: img_resolution, head_channels or num_heads, and
+        qkv_order (legacy or new) of OpenAI's models.
 
     Raises:
       ValueError: an unknown kind or setting, a setting that the tensors do not show, or tensors
-      that are missing,
-        unexpected or of other shapes (listed, in one sentence).
+        that are missing, unexpected or of other shapes (listed, in one sentence).
     """
     state = _plain(state)
     network, convert = match(state, kind, **settings)
@@ -124,22 +125,23 @@ def from_torch(
 def match(
     state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
 ) -> tuple[nn.Module, Callable[[Mapping[str, np.ndarray]], PyTree]]:
-    """A state dict's network and the function that converts it, from names and shapes alone. Errors
-    as from_torch.
+    """A state dict's network and the function that converts it, from names and shapes alone.
+
+    Arguments and errors are those of from_torch.
     """
     state = _plain(state)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = kind or recognise.kind_of(shapes)
-    if kind not in _BUILD:
+    if kind not in _RECOGNISED:
         raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
     if len(shapes) > _MOST_TENSORS:
         raise recognise.UnrecognisedError(
             f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}"
         )
-    cls, build = _BUILD[kind]
+    cls, recognised = _RECOGNISED[kind]
     check_settings(cls, settings)
     try:
-        network, expected, optional, convert = build(state, shapes, settings)
+        found = recognised(state, shapes, settings)
     except _MISFIT as error:
         if isinstance(error, ValueError) and raised_here(error):
             raise
@@ -148,8 +150,8 @@ def match(
             f"state: has names of the {kind} network, but its {what} make none "
             f"({type(error).__name__})"
         ) from error
-    _compare(kind, shapes, expected, optional)
-    return network, convert
+    _compare(kind, shapes, found.needed, found.optional)
+    return found.network, found.convert
 
 
 def load_pretrained(
@@ -166,11 +168,14 @@ def load_pretrained(
     schedule, linear for unknown ones.
 
     Args:
-      path, entry: see read_torch; also what open_torch gives.
-      kind, **settings: see from_torch; also precondition, sigma_data and schedule.
+      path: see read_torch; also what open_torch gives.
+      entry: see read_torch.
+      kind: see from_torch.
+      **settings: see from_torch; also precondition, sigma_data and schedule.
 
     Raises:
-      UnsafeFileError: the file is refused.   ValueError: see from_torch.
+      UnsafeFileError: the file is refused.
+      ValueError: see from_torch.
     """
     file = path if isinstance(path, TorchFile) else open_torch(path)
     about, state = describe(file, entry), tensors(file, entry)
@@ -193,8 +198,9 @@ def load_pretrained(
 
 
 def describe(file: TorchFile, entry: str | None = None) -> dict[str, Any]:
-    """What a file says beside the tensors: any of kind, settings, precondition, sigma_data,
-    dropout.
+    """What a file says beside its tensors.
+
+    Any of kind, settings, precondition, sigma_data and dropout; {} where it says nothing.
     """
     about = export.read_about(file.path)
     if about is not None:
@@ -245,114 +251,88 @@ def _compare(
         )
 
 
-# kind -> (state, shapes, given settings) -> (network, {name: shape} it needs, names it may have,
-# state -> variables)
+class _Match(NamedTuple):
+    """The network of a state dict, the tensors it needs, and how they become its variables."""
 
-_Built = tuple[
-    nn.Module, dict[str, tuple[int, ...]], set[str], Callable[[Mapping[str, np.ndarray]], PyTree]
-]
-
-
-@functools.lru_cache(maxsize=16)  # a second or two for the published sizes
-def _edm_shapes(network: names_edm.EdmNetwork) -> dict[str, tuple[int, ...]]:
-    return {entry.name: entry.torch_shape for entry in names_edm.edm_entries(network)}
+    network: nn.Module
+    needed: Mapping[str, tuple[int, ...]]
+    optional: set[str]  # names that the state may have beside them
+    convert: Callable[[Mapping[str, np.ndarray]], PyTree]
 
 
-def _edm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
-    settings = {"dropout": 0.0} | recognise.edm_settings(state) | given
-    network = names_edm.edm_network(settings)
+# One function a kind: (state, shapes, the caller's settings) -> _Match.
+
+
+def _traced(entries: Callable[..., list[Entry]], *network: Any) -> dict[str, tuple[int, ...]]:
+    """{PyTorch name: shape} of entries(*network)."""
+    return {entry.name: entry.torch_shape for entry in entries(*network)}
+
+
+# a second or two for the published sizes; flax's modules can be hashed, but their type denies it
+_shapes_of: Callable[..., dict[str, tuple[int, ...]]] = functools.lru_cache(maxsize=16)(_traced)
+
+
+def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
+    network = names_edm.edm_network({"dropout": 0.0} | recognise.edm_settings(state) | settings)
     prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
-    needed = {name.removeprefix(prefix): shape for name, shape in _edm_shapes(network).items()}
-    optional = {
-        name for name in shapes if name.endswith(".resample_filter") or name in ("u", "model.u")
-    }
-    return network, needed, optional, lambda s: names_edm.edm_to_flax(s, network)
-
-
-def _adm(state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]) -> _Built:
-    settings = recognise.adm_settings(shapes, given)
-    order = settings.pop("qkv_order")
-    network = _make(ADMUNet, settings)
-    return (
+    needed = _shapes_of(names_edm.edm_entries, network).items()
+    return _Match(
         network,
-        _adm_shapes(network, order),
-        set(),
-        lambda s: names_adm.adm_to_flax(s, network, order),
+        {name.removeprefix(prefix): shape for name, shape in needed},
+        set(filter(names_edm.is_constant, shapes)),
+        lambda s: names_edm.edm_to_flax(s, network),
     )
 
 
-def _adm_encoder(
-    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
-) -> _Built:
-    settings = recognise.encoder_settings(shapes, given)
+def _adm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
+    return _openai(ADMUNet, recognise.adm_settings(shapes, settings))
+
+
+def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
+    return _openai(ADMEncoder, recognise.encoder_settings(shapes, settings))
+
+
+def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> _Match:
     order = settings.pop("qkv_order")
-    network = _make(ADMEncoder, settings)
-    return (
+    network = _make(cls, settings)
+    needed = _shapes_of(names_adm.adm_entries, network, order)
+    return _Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
+
+
+def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
+    found = names_discriminator.discriminator_settings(state, settings.get("t_dim", 2))
+    network = _make(StyleGAN2Discriminator, found | settings)
+    return _Match(
         network,
-        _adm_shapes(network, order),
-        set(),
-        lambda s: names_adm.adm_to_flax(s, network, order),
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _adm_shapes(network: ADMUNet | ADMEncoder, order: str) -> dict[str, tuple[int, ...]]:
-    return {entry.name: entry.torch_shape for entry in names_adm.adm_entries(network, order)}
-
-
-def _discriminator(
-    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
-) -> _Built:
-    settings = names_discriminator.discriminator_settings(state, given.get("t_dim", 2)) | given
-    network = _make(StyleGAN2Discriminator, settings)
-    side, channels = network.img_resolution, network.img_channels
-    struct = jax.ShapeDtypeStruct
-    inputs = struct((4, side, side, channels), np.float32), struct((4, network.t_dim), np.float32)
-    labels = struct((4, network.label_dim), np.float32) if network.label_dim else None
-    variables = jax.eval_shape(
-        network.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs, labels
-    )["params"]
-    needed = {}
-    for module in names_discriminator.discriminator_modules(network):
-        block, layer = module.split(".")
-        for leaf, array in variables[block][layer].items():
-            shape = array.shape if leaf == "bias" else array.shape[::-1]
-            needed[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = shape
-    optional = {name for name in shapes if name.endswith("resample_filter")}
-    return (
-        network,
-        needed,
-        optional,
+        _shapes_of(names_discriminator.discriminator_entries, network),
+        set(filter(names_discriminator.is_constant, shapes)),
         lambda s: names_discriminator.discriminator_to_flax(s, network),
     )
 
 
-def _inception(
-    state: dict[str, np.ndarray], shapes: recognise.Shapes, given: dict[str, Any]
-) -> _Built:
+def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
     """The raw module, NVIDIA's detector, or pytorch-fid's wrapper, which has no classes."""
-    ours = {name: names_inception.raw_name(name) for name in shapes}
-    theirs = {raw: name for name, raw in ours.items()}
+    raw_names = {name: names_inception.raw_name(name) for name in shapes}
+    theirs = {raw: name for name, raw in raw_names.items()}
     classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
-    network = _make(InceptionV3, {"num_classes": classes} | given)
-    needed = {
-        theirs.get(e.name, e.name): e.torch_shape
-        for e in names_inception.inception_entries(network)
-    }
-    if not {"fc.weight", "fc.bias"} & set(theirs):
-        needed = {name: shape for name, shape in needed.items() if not name.startswith("fc.")}
+    network = _make(InceptionV3, {"num_classes": classes} | settings)
     implied = set(names_inception.scales_left_out(theirs))
-    needed = {name: shape for name, shape in needed.items() if name not in implied}
+    implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
+    needed = _shapes_of(names_inception.inception_entries, network).items()
     unused = ("AuxLogits.", "Conv2d_AuxLogits.")
-    optional = {
-        n
-        for n, raw in ours.items()
-        if raw.endswith("num_batches_tracked") or raw.startswith(unused)
-    }
-    return network, needed, optional, lambda s: names_inception.inception_to_flax(s, network)
+    return _Match(
+        network,
+        {theirs.get(raw, raw): shape for raw, shape in needed if raw not in implied},
+        {
+            name
+            for name, raw in raw_names.items()
+            if raw.endswith("num_batches_tracked") or raw.startswith(unused)
+        },
+        lambda s: names_inception.inception_to_flax(s, network),
+    )
 
 
-def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
+def _make(cls: type[_Network], settings: _Settings) -> _Network:
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
         raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
@@ -361,7 +341,7 @@ def _make(cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
 
 
 # With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.
-_BUILD: dict[str, tuple[type[nn.Module], Callable[..., _Built]]] = {
+_RECOGNISED: dict[str, tuple[type[nn.Module], Callable[..., _Match]]] = {
     "edm": (SongUNet, _edm),
     "adm": (ADMUNet, _adm),
     "adm_encoder": (ADMEncoder, _adm_encoder),

@@ -3,7 +3,7 @@
 Shapes show widths, depths, attention, classes and resampling. They cannot show the number of
 attention heads, OpenAI's order of qkv channels, a U-Net's image size (except in EDM's names) or
 dropout: for the published OpenAI and OGDM_adm models these stand in a table; for others they are
-  settings that the user gives.
+settings that the user gives.
 """
 
 import re
@@ -41,29 +41,23 @@ _PUBLISHED: dict[tuple, dict[str, Any]] = {
 }
 
 
-_COSINE = {
-    "model_channels": 192,
-    "img_channels": 3,
-    "img_resolution": 64,
-}  # the one published with cosine betas
+# the one published with cosine betas
+_COSINE = {"model_channels": 192, "img_channels": 3, "img_resolution": 64}
 
 
 def schedule_of(network: Any) -> str:
-    """The betas an OpenAI U-Net was trained with, as published: "cosine" of the 64-pixel model,
-    "linear" of all others.
+    """The betas that an OpenAI U-Net was trained with, as published.
 
-    A network outside the table counts as linear, the default of that code.
+    "cosine" of the 64-pixel model, "linear" of all others: the default of that code.
     """
-    return (
-        "cosine"
-        if all(getattr(network, field) == value for field, value in _COSINE.items())
-        else "linear"
-    )
+    cosine = all(getattr(network, field) == value for field, value in _COSINE.items())
+    return "cosine" if cosine else "linear"
 
 
 class UnrecognisedError(ValueError):
-    """A state dict of no known network, or one whose settings its tensors do not determine; one
-    sentence.
+    """A state dict of no known network, or one whose tensors do not determine its settings.
+
+    The text is one sentence.
     """
 
 
@@ -93,7 +87,7 @@ def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Raises:
       UnrecognisedError: an encoder or decoder variant that no published model uses, or levels that
-      do not fit together.
+        do not fit together.
     """
     state = {name.removeprefix("model."): value for name, value in state.items()}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -144,8 +138,8 @@ def adm_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of OpenAI's U-Net (ADMUNet's attributes, and qkv_order).
 
     Raises:
-      UnrecognisedError: image size or heads of a model outside the table, and not among the given
-      settings.
+      UnrecognisedError: image size or heads of a model outside the table, and not among the
+        caller's settings (given).
     """
     output = _blocks(shapes, "output_blocks")
     ends = [i for i, parts in enumerate(output) if any(p in ("up", "conv") for p in parts)]
@@ -155,12 +149,13 @@ def adm_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of OpenAI's classifiers and DG's heads (ADMEncoder's, and qkv_order). Heads are 64
-    wide unless given.
+    """Settings of OpenAI's classifiers and DG's heads (ADMEncoder's attributes, and qkv_order).
+
+    Attention heads have 64 channels unless the caller's settings (given) say otherwise.
 
     Raises:
       UnrecognisedError: the depth, or without an attention pool the image size, does not follow
-      from the tensors.
+        from the tensors.
     """
     blocks = len(_blocks(shapes, "input_blocks"))
     depths = [d for d in range(1, blocks) if blocks % (d + 1) == 0 and _fits(shapes, d)]
@@ -173,13 +168,9 @@ def encoder_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]
     settings = _encoder(shapes, depths[0])
     factor = 2 ** (len(settings["channel_mult"]) - 1)
     if "out.2.positional_embedding" in shapes:
-        settings["pool"], settings["out_channels"] = (
-            "attention",
-            _get(shapes, "out.2.c_proj.weight")[0],
-        )
-        settings["img_resolution"] = (
-            round((shapes["out.2.positional_embedding"][1] - 1) ** 0.5) * factor
-        )
+        side = round((shapes["out.2.positional_embedding"][1] - 1) ** 0.5)
+        settings |= {"pool": "attention", "img_resolution": side * factor}
+        settings["out_channels"] = _get(shapes, "out.2.c_proj.weight")[0]
     elif "out.3.weight" in shapes and "out.0.weight" in shapes:
         settings["pool"] = "adaptive" if len(shapes["out.3.weight"]) == 4 else "spatial_v2"
         settings["out_channels"] = shapes["out.3.weight"][0]
@@ -190,7 +181,7 @@ def encoder_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]
             "img_resolution: the tensors of this classifier do not show it; give it as a setting"
         )
     settings["img_resolution"] = int(given.get("img_resolution", settings.get("img_resolution", 0)))
-    return _finish(settings, {"head_channels": 64, "qkv_order": "legacy"}, given)
+    return _completed(settings, {"head_channels": 64, "qkv_order": "legacy"}, given)
 
 
 def _hidden(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,31 +189,25 @@ def _hidden(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     fields = ("model_channels", "channel_mult", "num_blocks", "attention_factors", "img_channels")
     published = _PUBLISHED.get(tuple(settings[field] for field in fields), {})
     heads = {"num_heads", "head_channels"}
-    for field, there in (
-        ("img_resolution", {"img_resolution"}),
-        ("head_channels (or num_heads)", heads),
-    ):
-        if not there & (set(given) | set(published)) and not (
-            field[0] == "h" and not settings["attention_factors"]
-        ):
+    needed = {"img_resolution": {"img_resolution"}}
+    if settings["attention_factors"]:
+        needed["head_channels (or num_heads)"] = heads
+    for field, names in needed.items():
+        if not names & (set(given) | set(published)):
             raise UnrecognisedError(
                 f"{field}: the tensors do not show it and the model is none of the published ones; "
                 "give it as a setting"
             )
     if heads & set(given):
         published = {name: value for name, value in published.items() if name not in heads}
-    return _finish(settings, {"qkv_order": "legacy"} | published, given)
+    return _completed(settings, {"qkv_order": "legacy"} | published, given)
 
 
-def _finish(
+def _completed(
     settings: dict[str, Any], hidden: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Attention by image side, as everywhere in this package, instead of by downsampling factor."""
-    settings = {
-        **settings,
-        **{name: value for name, value in hidden.items() if name not in given},
-        **given,
-    }
+    """The settings, with attention by image side instead of by downsampling factor."""
+    settings = {**settings, **hidden, **given}
     factors = settings.pop("attention_factors")
     settings.setdefault("attn_resolutions", tuple(settings["img_resolution"] // f for f in factors))
     return settings
@@ -253,9 +238,7 @@ def _encoder(shapes: Shapes, depth: int) -> dict[str, Any]:
 
 
 def _fits(shapes: Shapes, depth: int) -> bool:
-    """Whether every depth + 1st input block is a downsampling block and the others form levels of
-    equal kind.
-    """
+    """Whether the input blocks form levels: `depth` blocks of equal kind, then a downsampling."""
     blocks = _blocks(shapes, "input_blocks")
     for start in range(1, len(blocks), depth + 1):
         inside = blocks[start : start + depth]
@@ -270,8 +253,9 @@ def _fits(shapes: Shapes, depth: int) -> bool:
 
 
 def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
-    """What each numbered entry contains: res, qkv (attention), op (strided conv), conv
-    (upsampling), up, skip.
+    """What each numbered entry contains.
+
+    Of "res", "qkv" (attention), "op" (strided convolution), "conv" (upsampling), "up", "skip".
     """
     found: dict[int, set[str]] = {}
     for name in shapes:
@@ -317,12 +301,8 @@ def _ratio(value: int, unit: int) -> int | float:
 def _taps(resample_filter: np.ndarray) -> tuple[int, ...]:
     """[1,1,k,k] = outer(f, f) / sum(f)^2 -> f in whole numbers."""
     shape = np.shape(resample_filter)
-    if (
-        len(shape) != 4
-        or shape[:2] != (1, 1)
-        or shape[2] != shape[3]
-        or not 0 < shape[2] <= _MOST_TAPS
-    ):
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    if not square or not 0 < shape[2] <= _MOST_TAPS:
         raise UnrecognisedError(
             f"resample_filter: the state's has shape {shape}; expected (1, 1, k, k) with k to "
             f"{_MOST_TAPS}"

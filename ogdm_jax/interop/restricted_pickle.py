@@ -11,32 +11,38 @@ limits the instructions and what calls may copy, and only plain scalars may be d
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-MAX_INSTRUCTIONS = 1_000_000  # a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
-MAX_INT_BYTES = 64
-MAX_LINE = 4096
-MAX_MEMO = (
-    2**32
-)  # the format's own limit in binary; memo entries written as text could have keys that all collide
+# instructions of a file; a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
+MAX_INSTRUCTIONS = 1_000_000
+MAX_INT_BYTES = 64  # of an integer
+MAX_LINE = 4096  # bytes of a line of text
+# entries of the memo: the format's own limit in binary. Numbers written as text have none, and
+# could be keys that all collide.
+MAX_MEMO = 2**32
 _PER_ITEM = 100  # bytes of an item of a dictionary or set, about
+_PER_REFERENCE = 8  # bytes
 _MARK = object()
 
 
 class UnsafeFileError(ValueError):
-    """A file that is refused: it asks for code, or its bytes contradict themselves. The text is one
-    sentence.
+    """A file that is refused: it asks for code, or its bytes contradict each other.
+
+    The text is one sentence.
     """
 
 
 @dataclass
 class Budget:
-    """What one file may still cost, pickles inside pickles included: instructions, and bytes beside
-    those of the file.
+    """What reading one file may still cost, pickles inside pickles included.
 
-    A few bytes of a pickle can name a long text, list or array again and again; whoever copies is
-    charged first.
+    A few bytes of a pickle can name a long text, list or array again and again. Code that copies
+    what a file names therefore calls `charge` before it copies.
+
+    Attributes:
+      bytes: memory beside that of the file itself.
+      instructions: of pickles.
     """
 
     bytes: int
@@ -44,9 +50,15 @@ class Budget:
 
     @classmethod
     def of(cls, file_size: int) -> "Budget":
+        """The budget of a file of so many bytes."""
         return cls(4 * file_size + (16 << 20))
 
     def charge(self, count: int, what: str = "contents unfold", where: str = "") -> None:
+        """Takes `count` bytes from the budget.
+
+        Raises:
+          UnsafeFileError: it is used up; what and where complete the sentence.
+        """
         self.bytes -= count
         if self.bytes < 0:
             place = f" (at {quote(where)})" if where else ""
@@ -55,8 +67,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Global:
-    """What an admitted `module.name` stands for. call serves REDUCE; a class (is_class) also serves
-    NEWOBJ.
+    """What an admitted `module.name` stands for.
+
+    Attributes:
+      name: in full.
+      call: what the instruction REDUCE calls; None: nothing.
+      is_class: whether the instruction NEWOBJ may call it, too.
     """
 
     name: str
@@ -65,15 +81,18 @@ class Global:
 
 
 class Inert:
-    """Base of the records that stand for objects; build receives what BUILD would have given to
-    __setstate__.
-    """
+    """Base of the records that stand for objects."""
 
     def build(self, state: Any) -> None:
+        """Takes what the instruction BUILD would have given to __setstate__.
+
+        Raises:
+          UnsafeFileError: this kind of record has no state, or the state is not of its kind.
+        """
         raise UnsafeFileError(f"it gives a state to {_type(self)}")
 
 
-Admit = Callable[[str, str], Global]
+Admit = Callable[[str, str], Any]
 Persistent = Callable[[Any], Any]
 
 
@@ -97,12 +116,20 @@ def _weight(value: Any) -> int:
 def load(
     data: memoryview, start: int, admit: Admit, budget: Budget, persistent: Persistent | None = None
 ) -> tuple[Any, int]:
-    """Reads the one pickle that begins at data[start]; returns the object and the position after
-    its STOP.
+    """Reads the one pickle that begins at data[start].
 
-    admit(module, name) gives the Global or raises UnsafeFileError; persistent(id) resolves torch's
-    storage references. Raises UnsafeFileError for every instruction, global or length that is not
-    admitted, and beyond the file's budget.
+    Args:
+      data: the file.
+      start: bytes in front of the pickle.
+      admit: (module, name) -> what stands for that global: a Global, or a value of its own.
+      budget: of the whole file.
+      persistent: resolves torch's references to storages; None: there are none.
+
+    Returns:
+      The object, and the position after the pickle's last instruction.
+
+    Raises:
+      UnsafeFileError: an instruction, global or length that is not admitted, or a used-up budget.
     """
     machine = _Machine(data, start, admit, budget, persistent)
     try:
@@ -123,24 +150,17 @@ def load(
         raise UnsafeFileError(f"its pickle is corrupt ({quote(str(error))})") from error
 
 
+@dataclass
 class _Machine:
-    def __init__(
-        self,
-        data: memoryview,
-        start: int,
-        admit: Admit,
-        budget: Budget,
-        persistent: Persistent | None,
-    ):
-        self.data, self.at, self.admit, self.budget, self.persistent = (
-            data,
-            start,
-            admit,
-            budget,
-            persistent,
-        )
-        self.stack: list = []
-        self.memo: dict[int, Any] = {}
+    """The state of one pickle while it is read; the methods are its instructions."""
+
+    data: memoryview
+    at: int
+    admit: Admit
+    budget: Budget
+    persistent: Persistent | None
+    stack: list = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def run(self) -> Any:
         while self.budget.instructions > 0:
@@ -168,7 +188,7 @@ class _Machine:
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def number(self, layout: str) -> int | float:
+    def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def line(self) -> str:
@@ -235,12 +255,8 @@ class _Machine:
         self.push(function.call(*args))
 
     def new_object(self, args: Any, cls: Any) -> None:
-        if (
-            not isinstance(cls, Global)
-            or not cls.is_class
-            or cls.call is None
-            or not isinstance(args, tuple)
-        ):
+        admitted = isinstance(cls, Global) and cls.is_class and isinstance(args, tuple)
+        if not admitted or cls.call is None:
             raise UnsafeFileError(
                 f"it makes an object of {quote(getattr(cls, 'name', cls))}, which is not admitted "
                 "as a class"
@@ -249,7 +265,7 @@ class _Machine:
         self.push(cls.call(*args))
 
     def charge(self, args: tuple) -> None:
-        self.budget.charge(8 * len(args))
+        self.budget.charge(_PER_REFERENCE * len(args))
         self.budget.charge(sum(map(_weight, args)))
 
     def build(self) -> None:
@@ -258,9 +274,8 @@ class _Machine:
         self.charge(state if isinstance(state, tuple) else (state,))
         if isinstance(target, Inert):
             target.build(state)
-        elif not isinstance(
-            target, dict
-        ):  # attributes of an OrderedDict (`_metadata` of state dicts) are dropped
+        elif not isinstance(target, dict):
+            # Attributes of an OrderedDict (`_metadata` of state dicts) are dropped.
             raise UnsafeFileError(f"it gives a state to {_type(target)}")
 
     def persist(self) -> None:
@@ -298,7 +313,7 @@ class _Machine:
 
 
 def scalar(key: Any) -> Any:
-    """A dictionary key or an item of a set.
+    """A key of a dictionary or an item of a set, once it is known to be plain.
 
     Python hashes integers modulo 2^61 - 1: without a limit a file could choose keys that all
     collide.
@@ -414,9 +429,8 @@ def _table() -> dict[int, Callable[[_Machine], Any]]:
         0x81: lambda m: m.new_object(*two(m)[::-1]),
         0x92: new_object_with_names,
         0x80: _Machine.protocol,
-        0x95: lambda m: m.take(
-            8
-        ),  # FRAME: a buffering hint; lengths are checked where they are used
+        # FRAME: a hint for buffers; lengths are checked where they are used
+        0x95: lambda m: m.take(8),
         ord("Q"): _Machine.persist,
     }
 

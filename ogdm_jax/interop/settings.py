@@ -1,12 +1,10 @@
-"""Are the values that a JSON file, a pickle or a command line gives for a network of the right type
-and range?
-"""
+"""Checks of what a JSON file, a pickle or a command line says about a network: types and ranges."""
 
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import numpy as np
@@ -15,18 +13,20 @@ from ogdm_jax.interop.recognise import KINDS
 from ogdm_jax.interop.restricted_pickle import quote
 
 PRECONDITIONS, SCHEDULES = ("edm", "vp", "ve", "iddpm", "adm"), ("linear", "cosine")
-_LARGEST, _LONGEST = (
-    2**20,
-    16,
-)  # no width, side or count of a network that could be built is larger; entries of a list
-_MOST_BLOCKS = 64  # a level: every block is traced
+_LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger
+_LONGEST = 16  # entries of a list
+_MOST_BLOCKS = 64  # of a level: every block is traced
+_POSITIVE = np.finfo(np.float32)  # what a positive number may be, once it is float32
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
     """Whether a value is a number from low up to, but not including, high; NaN is not."""
-    return lambda value: (
-        isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value < high)
-    )
+
+    def inside(value: Any) -> bool:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and bool(low <= cast(float, value) < high)
+
+    return inside
 
 
 _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -35,7 +35,7 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "precondition": (lambda value: value in PRECONDITIONS, f"one of {', '.join(PRECONDITIONS)}"),
     "schedule": (lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "sigma_data": (
-        _number(np.finfo(np.float32).tiny, np.finfo(np.float32).max),
+        _number(float(_POSITIVE.tiny), float(_POSITIVE.max)),
         "a positive number",
     ),
     "dropout": (_number(0, 1), "a number from 0 to below 1"),
@@ -43,7 +43,7 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_about(about: Mapping[str, Any], where: str = "") -> None:
-    """What is said about a network beside its tensors. None and unknown names pass.
+    """Checks what is said about a network beside its tensors. None and unknown names pass.
 
     Raises:
       ValueError: a value of another type or out of range; the sentence begins with where.
@@ -55,7 +55,7 @@ def check_about(about: Mapping[str, Any], where: str = "") -> None:
 
 
 def check_settings(cls: type[nn.Module], settings: Mapping[str, Any]) -> None:
-    """A network's settings against the types of its attributes; names that it lacks pass.
+    """Checks a network's settings against the types of its attributes; names it lacks pass.
 
     Raises:
       ValueError: a value of another type or out of range.

@@ -9,32 +9,18 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
-from ogdm_jax.interop.restricted_pickle import Global, Inert, UnsafeFileError, quote, scalar
+from ogdm_jax.interop.restricted_pickle import Admit, Global, Inert, UnsafeFileError, quote, scalar
 
-DTYPES: dict[str, np.dtype] = {
-    "float64": np.dtype("f8"),
-    "float32": np.dtype("f4"),
-    "float16": np.dtype("f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "complex64": np.dtype("c8"),
-    "complex128": np.dtype("c16"),
-    "int64": np.dtype("i8"),
-    "int32": np.dtype("i4"),
-    "int16": np.dtype("i2"),
-    "int8": np.dtype("i1"),
-    "uint8": np.dtype("u1"),
-    "uint16": np.dtype("u2"),
-    "uint32": np.dtype("u4"),
-    "uint64": np.dtype("u8"),
-    "bool": np.dtype("?"),
-}
+_PLAIN = "float64 float32 float16 complex64 complex128 int64 int32 int16 int8 bool"
+_PLAIN += " uint8 uint16 uint32 uint64 bfloat16 float8_e4m3fn float8_e5m2"
+# torch's name of a type -> numpy's type
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _PLAIN.split()}
 _ALIASES = {
     "double": "float64",
     "float": "float32",
@@ -58,16 +44,20 @@ _STORAGES = {
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
 }
-MAX_DIMENSIONS = 32
-MAX_COUNT = (
-    2**48
-)  # of numbers; also where a dimension of 0 leaves none, because numpy multiplies the others
+MAX_DIMENSIONS = 32  # of an array
+# numbers of an array; also where a dimension of 0 leaves none, because numpy multiplies the others
+MAX_COUNT = 2**48
 
 
 @dataclass
 class Storage(Inert):
-    """A flat run of numbers. data is filled by the container (archive member, trailing bytes) once
-    it is known.
+    """A flat run of numbers.
+
+    Attributes:
+      dtype: of the numbers.
+      count: how many they are.
+      data: their bytes; None until the container (archive member, trailing bytes) is known.
+      byteorder: of the file: "<" little-endian, ">" big-endian.
     """
 
     dtype: np.dtype
@@ -76,8 +66,10 @@ class Storage(Inert):
     byteorder: str = "<"
 
     def array(self, dtype: np.dtype) -> np.ndarray:
-        """A view of the file's bytes; of a big-endian file the bytes of every number are still in
-        its order.
+        """A view of the file's bytes as numbers of a type, still in the file's byte order.
+
+        Raises:
+          UnsafeFileError: the bytes are not as many as declared, or no whole numbers of this type.
         """
         if self.data is None or len(self.data) != self.count * self.dtype.itemsize:
             have = "no" if self.data is None else len(self.data)
@@ -93,9 +85,7 @@ class Storage(Inert):
 
 @dataclass
 class Tensor(Inert):
-    """numpy's view of a tensor: element (i, j, ..) is storage[offset + i strides[0] + j strides[1]
-    + ..].
-    """
+    """A tensor: element (i, j, ...) is storage[offset + i strides[0] + j strides[1] + ...]."""
 
     storage: Storage
     offset: int
@@ -108,11 +98,14 @@ class Tensor(Inert):
 
     @property
     def nbytes(self) -> int:
+        """The size of the array that `array` gives."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.ndarray:
-        """A bounds-checked view of the storage (a scalar or empty tensor included), or a copy in
-        native byte order.
+        """A view of the storage, or of a big-endian file a copy in native byte order.
+
+        Raises:
+          UnsafeFileError: the tensor reaches beyond its storage.
         """
         flat = self.storage.array(self.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -134,14 +127,18 @@ class Tensor(Inert):
 
 @dataclass
 class Module(Inert):
-    """An nn.Module, loss or other object kept as data: what class it says it is, and its
-    attributes.
+    """An nn.Module, loss or other object, kept as data.
+
+    Attributes:
+      name: the class that the file names.
+      state: the attributes.
     """
 
     name: str
     state: dict[str, Any]
 
     def build(self, state: Any) -> None:
+        """Sets the attributes."""
         if not isinstance(state, dict):
             raise UnsafeFileError(f"the state of {quote(self.name)} is not a dictionary")
         self.state = state
@@ -149,11 +146,10 @@ class Module(Inert):
 
 @dataclass
 class ScriptModule(Module):
-    """A module of a TorchScript archive, whose attributes lie side by side: those that are not
-    persistent, too.
-    """
+    """A module of a TorchScript archive, whose attributes lie side by side in one dictionary."""
 
     def build(self, state: Any) -> None:
+        """Sorts the attributes into the groups that other modules have."""
         super().build(state)
         groups = {"_parameters": Tensor, "_modules": Module}
         self.state = {
@@ -164,9 +160,12 @@ class ScriptModule(Module):
 
 @dataclass
 class NumpyType(Inert):
+    """A numpy dtype in the two steps of its pickle."""
+
     dtype: np.dtype
 
     def build(self, state: Any) -> None:
+        """Sets the byte order."""
         order = state[1] if isinstance(state, tuple) and len(state) > 2 else None
         if order not in ("<", ">", "|", "="):
             raise UnsafeFileError("a numpy dtype has an unknown byte order")
@@ -180,6 +179,7 @@ class NumpyArray(Inert):
     value: np.ndarray | None = None
 
     def build(self, state: Any) -> None:
+        """Sets the numbers."""
         if not (isinstance(state, tuple) and len(state) == 5):
             raise UnsafeFileError("a numpy array has an unknown state")
         _, shape, dtype, fortran, data = state
@@ -187,15 +187,17 @@ class NumpyArray(Inert):
 
     @property
     def nbytes(self) -> int:
+        """The size of the array that `array` gives."""
         return 0 if self.value is None else self.value.nbytes
 
     def array(self) -> np.ndarray:
+        """The numbers. Raises UnsafeFileError where the file gave none."""
         if self.value is None:
             raise UnsafeFileError("a numpy array has no content")
         return self.value
 
 
-def _numpy_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _numpy_array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
     if not (isinstance(dtype, NumpyType) and isinstance(data, memoryview | bytes)):
         raise UnsafeFileError("a numpy array is not stored as plain numbers")
     shape = shape_of(shape)
@@ -203,22 +205,22 @@ def _numpy_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         raise UnsafeFileError(
             f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes"
         )
-    return (
-        np.frombuffer(data, dtype.dtype)
-        .astype(dtype.dtype.newbyteorder("="))
-        .reshape(shape, order=order)
-    )
+    numbers = np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("="))
+    return numbers.reshape(shape, order=order)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value can be a number of numbers."""
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def _dims(value: Any, what: str) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    good = isinstance(value, tuple | list) and len(value) <= MAX_DIMENSIONS
-    if not good or not all(type(n) is int and 0 <= n < MAX_COUNT for n in value):
+    sizes = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(sizes) > MAX_DIMENSIONS or not all(map(is_count, sizes)):
         raise UnsafeFileError(
             f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up"
         )
-    return tuple(value)
+    return sizes
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -229,7 +231,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return shape
 
 
-def _need(value: Any, kind: type, what: str) -> Any:
+def _need(value: Any, kind: type | UnionType, what: str) -> Any:
     if not isinstance(value, kind):
         raise UnsafeFileError(f"{what} has the type {type(value).__name__}")
     return value
@@ -239,30 +241,20 @@ def _need(value: Any, kind: type, what: str) -> Any:
 # numbers.
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    storage = _need(storage, Storage, "the storage of a tensor")
-    return _strided(storage, offset, shape, strides, storage.dtype)
-
-
-def _tensor_v3(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    *_: Any,
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *_: Any, dtype: Any = None
 ) -> Tensor:
     storage = _need(storage, Storage, "the storage of a tensor")
-    return _strided(storage, offset, shape, strides, _need(dtype, np.dtype, "the type of a tensor"))
-
-
-def _strided(storage: Storage, offset: Any, shape: Any, strides: Any, dtype: np.dtype) -> Tensor:
     shape, strides, (offset,) = shape_of(shape), _dims(strides, "strides"), _dims(offset, "offset")
     if len(shape) != len(strides):
         raise UnsafeFileError(f"a tensor has {len(shape)} sizes and {len(strides)} strides")
-    return Tensor(storage, offset, shape, strides, dtype)
+    return Tensor(storage, offset, shape, strides, storage.dtype if dtype is None else dtype)
+
+
+def _tensor_v3(*arguments: Any) -> Tensor:
+    """As _tensor, with the type of the numbers behind requires_grad and hooks."""
+    dtype = _need(arguments[6], np.dtype, "the type of a tensor")
+    return _tensor(*arguments, dtype=dtype)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -288,8 +280,9 @@ def _set_of(items: Any = ()) -> set:
 
 
 def _persistent_object(meta: Any) -> Module:
-    """NVIDIA's persistence record: its `module_src` (Python source that the original executes) is
-    dropped unread.
+    """NVIDIA's persistence record.
+
+    Its `module_src`, Python source that NVIDIA's own reader executes, is dropped unread.
     """
     meta = _need(meta, dict, "a persistence record")
     if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
@@ -308,7 +301,7 @@ def _numpy_dtype(code: Any, *_: Any) -> NumpyType:
     return NumpyType(np.dtype(code))
 
 
-def _numpy_scalar(dtype: Any, data: Any) -> float | int | bool:
+def _numpy_scalar(dtype: Any, data: Any) -> float | int | str:
     value = _numpy_array(data, dtype, (), "C").item()
     return value if isinstance(value, int | float) else str(value)
 
@@ -375,14 +368,13 @@ def _list(values: Any, *_: Any) -> Any:
     return values
 
 
-def admit_with(
-    load_nested: Callable[[Any], Storage], scripted: bool = False
-) -> Callable[[str, str], Global]:
-    """The `admit` of restricted_pickle.load; load_nested reads the torch file inside a
-    `_load_from_bytes` call.
+def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) -> Admit:
+    """The `admit` of restricted_pickle.load.
 
-    scripted: the file is a TorchScript archive, so classes of its program are admitted, as names of
-      inert records.
+    Args:
+      load_nested: reads the torch file that a call of `_load_from_bytes` holds.
+      scripted: the file is a TorchScript archive: classes of its program are admitted, as names of
+        inert records.
     """
     calls = _calls(load_nested)
 

@@ -1,3 +1,1 @@
-"""What a run will need, from the compiler, without the run: memory, arithmetic, communication and
-time per step.
-"""
+"""What a run will need, from the compiler: memory, arithmetic, messages and time of a step."""

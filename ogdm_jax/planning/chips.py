@@ -16,8 +16,9 @@ class Chip:
     """One device.
 
     Attributes:
-      bfloat16: operations a second of its matrix units.   hbm: bytes of memory.   bandwidth: bytes
-        a second of it.
+      bfloat16: operations a second of its matrix units.
+      hbm: bytes of memory.
+      bandwidth: bytes a second between memory and units.
       link: bytes a second that it sends to its neighbours (half of the published sum of both
         directions).
       source: where the figures are published.
@@ -41,22 +42,15 @@ CHIPS = {
     "A100": Chip(312e12, 80e9, 2.039e12, 300e9, _GPU.format("A100 80GB SXM")),
 }
 TPUS = tuple(name for name in CHIPS if name.startswith("v"))
-_ACCELERATOR = {
-    "v5e": "v5litepod",
-    "v5p": "v5p",
-    "v6e": "v6e",
-}  # as TPU_ACCELERATOR_TYPE spells them
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-}  # as jax spells them in device_kind
-_CORES = {"v5p": 2}  # that name counts cores there
+# as TPU_ACCELERATOR_TYPE spells them, in front of the number of chips, or of cores
+_ACCELERATOR = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
+_CORES = {"v5p": 2}  # of a chip, where cores are counted
+# as jax spells them in device_kind
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
 def topology(words: str) -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of words such as "v5e:4x4": devices to compile for, on a machine that has
-    none of them.
+    """(chip, devices) of words such as "v5e:4x4": devices to compile for that need not be here.
 
     Sets the environment variables without which libtpu would ask a TPU machine's metadata for them.
 
@@ -97,24 +91,21 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def here() -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of this machine; the chip is "" where the table has no figures of it, as for
-    CPUs.
-    """
+    """(chip, devices) of this machine; the chip is "" where the table has no figures of it (CPUs)."""
     devices = tuple(jax.devices())
     return chip_of(devices[0].device_kind), devices
 
 
 def chip_of(kind: str) -> str:
-    """The name in CHIPS of a jax device_kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; ""
-    for any other.
+    """The name in CHIPS of a jax device_kind; "" for a kind that is not there.
+
+    Kinds are words such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
     """
     return _KINDS.get(kind) or next((name for name in CHIPS if name in kind), "")
 
 
 def memory(chip: str, devices: tuple[Any, ...]) -> int | None:
-    """Bytes of one device's memory: what a device that is here says, else the published figure;
-    None: unknown.
-    """
+    """Bytes of one device's memory: as a device that is here says, else as published; None: unknown."""
     try:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     except Exception:  # a device that is only compiled for; jaxlib's error class has no public name

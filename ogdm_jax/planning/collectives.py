@@ -11,8 +11,7 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count": n, "bytes": b}}: operations of the program and the size of their results on
-    one device.
+    """{kind: {"count": n, "bytes": b}}: operations of a program, and their results on one device.
 
     An operation on a tuple of arrays counts once, with the bytes of all of them. The asynchronous
     forms name their operand first and their result behind it (all-reduce: the result alone).
@@ -35,13 +34,13 @@ def _bytes(shapes: str, halved: bool) -> int:
 
 
 def _size(kind: str, sides: str) -> int:
-    bits = 8 if kind == "pred" else int(_BITS.match(kind).group(1))
+    width = _BITS.match(kind)
+    bits = int(width[1]) if width else 8  # pred has no number: a byte
     return math.prod(int(side) for side in filter(None, sides.split(","))) * bits // 8
 
 
 def seconds(found: dict[str, dict[str, Any]], devices: int, link: float) -> float:
-    """At least so long do these take over links of `link` bytes a second, each device sending at
-    that rate.
+    """The seconds that these take at least, where each device sends `link` bytes a second.
 
     A ring sends 2 (n-1)/n of an all-reduce's bytes, (n-1)/n of what an all-gather makes, and (n-1)
     times what a reduce-scatter leaves.

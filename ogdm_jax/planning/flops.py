@@ -1,6 +1,4 @@
-"""Operations of a traced program's convolutions and matrix products, by the type they are computed
-in.
-"""
+"""Operations of a traced program's convolutions and matrix products, by their type."""
 
 import math
 from collections import Counter
@@ -10,19 +8,17 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Equations that hold a program and how it is run: the parameter that holds it. Every output of the
-# program is taken for needed where its own outputs do not tell.
+# The parameter of an equation that holds the program that it runs.
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def matmul_flops(program: core.ClosedJaxpr) -> dict[str, float]:
-    """{"bfloat16": n, "float32": n}: 2 operations per multiply-add, over all devices, of what the
-    outputs need.
+    """{"bfloat16": n, "float32": n}: operations over all devices that the outputs need.
 
-    The type is that of the wider operand. A scan counts its body as often as it runs; of a branch
-    the dearest counts; a while loop of unknown length counts once. Multiplications with the zeros
-    that a strided convolution's gradient inserts do not count, nor do equations whose results
-    nothing reads.
+    A multiplication and its addition are 2 operations; their type is that of the wider operand. The
+    body of a scan counts as often as it runs, a while loop of unknown length once, and of several
+    branches the most expensive one. Multiplications with the zeros that a strided convolution's
+    gradient inserts do not count, nor do equations whose results nothing reads.
 
     Args:
       program: of `jax.jit(f).trace(*args).jaxpr` or `jax.make_jaxpr(f)(*args)`.
@@ -70,11 +66,9 @@ def _equation(equation: Any, used: list[bool]) -> Counter:
     if inner is None:
         return Counter()
     body = _open(inner)
-    outputs = (
-        [v for v, u in zip(body.outvars, used) if u]
-        if len(body.outvars) == len(used)
-        else body.outvars
-    )
+    outputs = body.outvars  # all of them, where the equation's outputs do not correspond to them
+    if len(outputs) == len(used):
+        outputs = [v for v, u in zip(outputs, used) if u]
     devices = math.prod(params["mesh"].shape.values()) if name == "shard_map" else 1
     return _times(_count(body, outputs), devices)
 
@@ -94,9 +88,8 @@ def _dot(left: tuple, right: tuple, out: tuple, params: dict) -> float:
 
 def _convolution(left: tuple, right: tuple, out: tuple, params: dict) -> float:
     numbers = params["dimension_numbers"]
-    window = math.prod(
-        right[axis] for axis in numbers.rhs_spec[1:]
-    )  # inputs of a group, and the kernel's sides
+    # Input channels of a group, and the kernel's sides.
+    window = math.prod(right[axis] for axis in numbers.rhs_spec[1:])
     return 2.0 * math.prod(out) * window / math.prod(params["lhs_dilation"])
 
 

@@ -2,7 +2,7 @@
 
 import math
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -12,7 +12,7 @@ from ogdm_jax.planning.chips import CHIPS
 from ogdm_jax.planning.collectives import seconds as seconds_sent
 from ogdm_jax.planning.program import Compiled
 
-GIB = 2**30
+GIB = 2**30  # bytes
 
 
 def figures(
@@ -27,13 +27,17 @@ def figures(
 
     seconds_lower_bound is the largest of three times that no program can undercut on this chip: its
     matrix operations at the published rate, its traffic at the published bandwidth (where the
-    compiler tells it), and its messages. It is
-    no forecast: what a step really takes must be measured.
+    compiler tells it), and its messages. It is no forecast: what a step really takes must be
+    measured.
 
     Args:
+      config: of the run.
+      compiled: what the compiler says of its step.
+      devices: their number.
       chip: a name of CHIPS, or "" where nothing is published (a CPU): then what follows from rates
         is None.
       memory: bytes of one device, None where unknown.
+      name: of the configuration.
     """
     batch, known = config.data.batch, CHIPS.get(chip)
     total = sum(compiled.operations.values()) / devices
@@ -78,7 +82,7 @@ def figures(
 
 def versions() -> dict[str, str]:
     """What the figures were made with."""
-    level = jax.config.jax_optimization_level
+    level = cast(Any, jax.config).jax_optimization_level  # made at run time
     found = {"jax": jax.__version__, "level": "default" if level in (None, "UNKNOWN") else level}
     for name in ("jaxlib", "flax", "libtpu"):
         try:
@@ -98,8 +102,7 @@ def text(plan: dict[str, Any]) -> str:
     )
     lines = [
         f"{plan['name']}: {plan['parameters']:,} parameters; batch {plan['batch']} on "
-        f"{plan['devices']} x "
-        f"{plan['chip']}, plan {plan['plan']}",
+        f"{plan['devices']} x {plan['chip']}, plan {plan['plan']}",
         f"memory of a device   {hbm['peak'] / GIB:.2f}{of} GiB "
         f"(arguments {hbm['arguments'] / GIB:.3f}, temporaries {hbm['temporaries'] / GIB:.3f})",
         f"arithmetic           {plan['tflop_per_device']:.4g} TFLOP a device and step, "
@@ -110,9 +113,8 @@ def text(plan: dict[str, Any]) -> str:
         bound = max(plan["seconds_bounds"], key=plan["seconds_bounds"].get)
         lines.append(
             f"time of a step       at least {1000 * plan['seconds_lower_bound']:.3g} ms ({bound}): "
-            "at most "
-            f"{plan['images_per_second']:,.0f} images/s, at least {_days(plan['days'])} for "
-            f"{plan['steps']:,} steps"
+            f"at most {plan['images_per_second']:,.0f} images/s, at least "
+            f"{_days(plan['days'])} for {plan['steps']:,} steps"
         )
     lines.append(
         "fits                 "

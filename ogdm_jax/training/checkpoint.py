@@ -10,15 +10,14 @@ data    where the loader stands.
 
     workdir/evaluations.json
 
-The reports of evaluations in training, by step: the record of the best, which a resumed run reads
-again.
+The reports of evaluations in training, by step: what a resumed run knows of the best ones.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,29 +33,29 @@ from ogdm_jax.typing import PyTree
 
 ITEMS = ("params", "ema", "state", "config", "data")
 RECORD = "evaluations.json"
-_PROTOCOL = (
-    "features",
-    "n",
-    "n_samples",
-    "solver",
-    "steps",
-)  # distances compare where these are equal
+# distances can be compared where these are equal
+_PROTOCOL = ("features", "n", "n_samples", "solver", "steps")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another network; the message is one sentence that
-    names it.
-    """
+    """A checkpoint is missing, damaged, or of another network; one sentence names it."""
 
 
 class Checkpoints:
-    """The checkpoints of one training folder. Close it (or use it in a `with`), so that the last
-    save is finished.
+    """The checkpoints of one training folder.
+
+    Close it, or use it in a `with`: the last save is finished then.
+
+    Args:
+      workdir: the training folder.
+      keep: how many of the newest to keep.
+      keep_every: steps; of the others, those at its multiples are kept, too; 0: none.
+      keep_best: how many of those with the smallest distances to keep, too.
     """
 
     def __init__(
         self, workdir: str | os.PathLike, keep: int = 3, keep_every: int = 0, keep_best: int = 0
-    ):
+    ) -> None:
         self.folder = places.absolute(places.workdir(workdir)) / "checkpoints"
         self.reports = evaluations(workdir)
         kept = [policies.LatestN(max(keep, 1)), _Best(self.reports, keep_best)]
@@ -73,45 +72,41 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
+        """Waits until the last save is finished."""
         self._manager.wait_until_finished()
         self._manager.close()
 
     def latest(self) -> int | None:
+        """The newest step that was saved; None: none was."""
         return self._manager.latest_step()
 
     def record(self, report: Mapping[str, Any]) -> bool:
-        """Notes the report of an evaluation (with its "step"); the next save knows it. Call it in
-        every process.
+        """Notes the report of an evaluation, for the next save. Call it in every process.
 
         Returns:
-          Whether no other checkpoint's distance is smaller.
+          Whether no other checkpoint's distance is smaller than that of report["step"].
         """
         self.reports[report["step"]] = dict(report)
         if jax.process_index() == 0:
             path = self.folder.parent / RECORD
-            with places.written(
-                path
-            ) as new:  # in one go: whoever stops the run here leaves a whole file
-                new.write_text(
-                    json.dumps([self.reports[step] for step in sorted(self.reports)], indent=1)
-                    + "\n"
-                )
-        return ranked(self.reports, [*self._manager.all_steps(), report["step"]])[:1] == [
-            report["step"]
-        ]
+            listed = [self.reports[step] for step in sorted(self.reports)]
+            with places.written(path) as new:  # whole or not at all, where the run is stopped here
+                new.write_text(json.dumps(listed, indent=1) + "\n")
+        best = ranked(self.reports, [*self._manager.all_steps(), report["step"]])
+        return best[:1] == [report["step"]]
 
     def preempted(self, step: int) -> bool:
-        """Whether the processes of a pod agreed that one of them was told to stop (False outside
-        pods).
-        """
+        """Whether the processes of a pod agreed that one was told to stop; False outside pods."""
         return self._manager.reached_preemption(step)
 
     def save(self, step: int, state: TrainState, about: dict, data: dict) -> None:
-        """Starts to save; training may go on at once. A step that is already there is left as it
-        is.
+        """Starts to save; training may go on at once. A step that is already there stays as it is.
 
         Args:
-          about: describe()'s dict.   data: the loader's get_state().
+          step: its number.
+          state: to save.
+          about: describe()'s dict.
+          data: the loader's get_state().
         """
         if step in self._manager.all_steps():
             return
@@ -172,7 +167,7 @@ def _split(state: TrainState) -> dict[str, PyTree]:
 class _Best(policies.PreservationPolicy):
     """Preserves the checkpoints whose evaluation found the smallest distances."""
 
-    def __init__(self, reports: Mapping[int, Mapping[str, Any]], count: int):
+    def __init__(self, reports: Mapping[int, Mapping[str, Any]], count: int) -> None:
         self._reports, self._count = reports, count
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -183,25 +178,21 @@ class _Best(policies.PreservationPolicy):
 def evaluations(workdir: str | os.PathLike) -> dict[int, dict[str, Any]]:
     """{step: report} of the evaluations of a training folder; {} where there were none."""
     path = places.place(workdir) / RECORD
-    return (
-        {report["step"]: report for report in json.loads(path.read_text())}
-        if path.is_file()
-        else {}
-    )
+    reports = json.loads(path.read_text()) if path.is_file() else []
+    return {report["step"]: report for report in reports}
 
 
 def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> list[int]:
-    """Those of the steps that were evaluated as the last report was (features, n, sampler),
-    smallest distance first.
+    """The evaluated ones of some steps, smallest distance first.
+
+    Those that were evaluated in another way than the last report (features, number of images,
+    sampler) are left out.
     """
     if not reports:
         return []
-    last = reports[max(reports)]
-    alike = [
-        s
-        for s in set(steps) & set(reports)
-        if all(reports[s].get(k) == last.get(k) for k in _PROTOCOL)
-    ]
+    protocol = lambda report: [report.get(key) for key in _PROTOCOL]
+    last = protocol(reports[max(reports)])
+    alike = [step for step in set(steps) & set(reports) if protocol(reports[step]) == last]
     return sorted(alike, key=lambda step: (reports[step]["fd"], step))
 
 
@@ -229,19 +220,19 @@ class Snapshot:
 def find(
     workdir: str | os.PathLike, step: int | str | None = None, field: str = "--workdir"
 ) -> Snapshot:
-    """The newest checkpoint of a training folder, that of a given step, or the "best" of its
-    evaluations.
+    """A checkpoint of a training folder.
 
-    field: the setting that named the folder, for messages.
+    Args:
+      workdir: the training folder.
+      step: its number, "best" for that of the smallest distance, None for the newest.
+      field: the setting that named the folder, for messages.
 
     Raises:
       CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable
-      configuration.
+        configuration.
     """
-    folder, steps = (
-        places.absolute(places.workdir(workdir, field)) / "checkpoints",
-        complete(workdir),
-    )
+    folder = places.absolute(places.workdir(workdir, field)) / "checkpoints"
+    steps = complete(workdir)
     if not steps:
         raise CheckpointError(
             f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that "
@@ -277,32 +268,31 @@ def complete(workdir: str | os.PathLike) -> list[int]:
     """The steps whose checkpoints are written to their end, in order."""
     folder = places.place(workdir) / "checkpoints"
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not places.is_local(
-        folder
-    ):  # no folder can be renamed in a bucket: a file in it says that it is complete
+    if not places.is_local(folder):
+        # No folder can be renamed in a bucket: a file in it says that it is complete.
         found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
     return sorted(int(path.name) for path in found)
 
 
 def _beside(field: str, what: str) -> str:
-    """The setting beside the one that names a folder: --workdir's is --step, config.sp.teacher's is
-    ..._step.
-    """
+    """The setting beside one that names a folder: --step of --workdir, ..._step of any other."""
     return field.removesuffix("workdir") + what if field.endswith("workdir") else f"{field}_{what}"
 
 
 def load_weights(
     snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema"
 ) -> tuple[PyTree, PyTree]:
-    """The (params, buffers) of a checkpoint: of the moving average ("ema") or as trained
-    ("params").
+    """The (params, buffers) of a checkpoint.
 
     Args:
-      params, buffers: arrays or shapes of the network they are for; shardings given there are kept.
+      snapshot: the checkpoint.
+      params: arrays or shapes of the network that they are for; shardings there are kept.
+      buffers: as params.
+      which: of the moving average ("ema") or as trained ("params").
 
     Raises:
-      CheckpointError: damaged files, a network of other names or shapes, or weights of another
-      name.
+      CheckpointError: damaged files, a network of other names or shapes, or another word than ema
+        or params.
     """
     if which not in ("ema", "params"):
         raise CheckpointError(
@@ -324,12 +314,12 @@ def load_weights(
 
 
 def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
-    """Compares names and shapes before anything is read: orbax says of a misfit less, and that in
-    several threads.
+    """Compares names and shapes before anything is read.
+
+    Of a network that does not fit, orbax says less, and that in several threads.
     """
-    with contextlib.closing(
-        ocp.StandardCheckpointHandler()
-    ) as reader:  # a Checkpointer warns of other metadata
+    handler = ocp.StandardCheckpointHandler()  # a Checkpointer warns of other metadata
+    with contextlib.closing(handler) as reader:
         stored = _guard(snapshot.path, lambda: reader.metadata(snapshot.path / "ema").tree)
     there, here = (
         {
@@ -347,8 +337,7 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
         )
         raise CheckpointError(
             f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; "
-            f"{len(differ)} of "
-            f"{len(names)} tensors differ); expected the network settings that it was trained with"
+            f"{len(differ)} of {len(names)} tensors differ); expected the network settings that it was trained with"
         )
 
 
@@ -362,10 +351,8 @@ def _shapes(tree: PyTree) -> PyTree:
     )
 
 
-def _guard(path: epath.Path, read):
-    """Runs a read; whatever goes wrong inside the storage library becomes one sentence with the
-    path.
-    """
+def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
+    """What read() gives; any error inside the storage library becomes a sentence with the path."""
     try:
         return read()
     # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback

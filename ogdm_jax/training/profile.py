@@ -1,5 +1,6 @@
-"""A jax.profiler trace of some steps of a run, for TensorBoard or Perfetto: train.py --profile
-FIRST,LAST.
+"""A jax.profiler trace of some steps of a run, for TensorBoard or Perfetto.
+
+train.py --profile FIRST,LAST
 """
 
 import contextlib
@@ -19,7 +20,7 @@ Steps = tuple[int, int]
 
 
 def parse(text: str) -> Steps | None:
-    """ "10,12" -> (10, 12): both included, counted as the log counts them; "" -> None.
+    """The first and the last step of "10,12", counted as the log counts them; None of "".
 
     Raises:
       ConfigError: not two numbers, from 1 upwards, in order.
@@ -45,12 +46,18 @@ def check(steps: Steps | None, total: int) -> None:
 
 
 class Profiler:
-    """Traces the lead process while it takes the steps, into workdir/profile. Use it in a
-    `with`.
+    """Traces this process while it takes the steps, into workdir/profile. Use it in a `with`.
+
+    Args:
+      steps: the first and the last one; None: none.
+      workdir: of the run.
+      report: writes a line of the log.
     """
 
-    def __init__(self, steps: Steps | None, workdir: epath.Path, say: Callable[[str], None]):
-        self._steps, self._target, self._say = steps, workdir / "profile", say
+    def __init__(
+        self, steps: Steps | None, workdir: epath.Path, report: Callable[[str], None]
+    ) -> None:
+        self._steps, self._target, self._report = steps, workdir / "profile", report
         self._on, self._open = False, contextlib.ExitStack()
 
     def __enter__(self) -> "Profiler":
@@ -71,17 +78,18 @@ class Profiler:
 
     def after(self, step: int, outputs: Any) -> None:
         """Call it after that step, with arrays that are ready when it has run."""
-        if self._on and step >= self._steps[1]:
+        if self._on and self._steps and step >= self._steps[1]:
             jax.block_until_ready(outputs)
             self._stop()
-            self._say(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
+            self._report(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
 
     def skipped(self, start: int) -> None:
-        """Says so where a run goes on behind the steps: the command of a run that was pre-empted
-        must still work.
+        """Reports that a resumed run starts behind the steps.
+
+        It is no error: the same command must work after a pre-emption.
         """
         if self._steps and start >= self._steps[1]:
-            self._say(
+            self._report(
                 f"--profile: steps {self._steps[0]} to {self._steps[1]} lie before step {start}; "
                 "none is traced"
             )
