@@ -1,5 +1,4 @@
-"""The processes of one run: how they find each other, agree on their settings, and end when one of
-them dies.
+"""The processes of one run: how they find each other, agree on settings, and end together.
 
 A step of several processes waits for all of them. Where one dies, JAX ends the others after
 minutes, by SIGABRT under a C++ stack, and one that refuses its settings leaves the others waiting.
@@ -39,9 +38,7 @@ _LEFT = "left"
 
 
 class Stopped(SystemExit):
-    """The run was told to stop, and has saved: exit code 0, unless who started it asked for
-    another.
-    """
+    """The run was told to stop, and has saved; the exit code is 0 unless --stopped-code asks."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -56,11 +53,12 @@ def join(
     TPU, Slurm's srun, Open MPI, or JAX_COORDINATOR_ADDRESS): other machines are left alone.
 
     Args:
-      coordinator: HOST:PORT of process 0.   processes: their number.   process: which one this is,
-        from 0.
+      coordinator: HOST:PORT of process 0.
+      processes: their number.
+      process: which one this is, from 0.
 
     Raises:
-      ConfigError: an incomplete set of arguments, or numbers that are none.
+      ConfigError: an incomplete set of arguments, or numbers that do not fit together.
     """
     check(coordinator, processes, process)
     if coordinator is None and not detected():
@@ -78,11 +76,11 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
     if not given:
         return
     missing = [name for name in values if name not in given]
-    if missing:
+    if coordinator is None or processes is None or process is None:
         raise ConfigError(
             f"{', '.join(given)}: given without {' and '.join(missing)}; expected --coordinator "
-            "HOST:PORT, --processes "
-            "N and --process 0..N-1 together, or none of them where JAX finds the cluster by itself"
+            "HOST:PORT, --processes N and --process 0..N-1 together, or none of them where JAX "
+            "finds the cluster by itself"
         )
     port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
     if not port or not 0 < int(port[1]) < 65536:
@@ -100,8 +98,9 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 def detected() -> bool:
-    """Whether this is, or on a TPU VM may be, one of several processes that JAX can join by
-    itself.
+    """Whether this is one of several processes that JAX can join by itself.
+
+    On a TPU VM it may be the only one.
     """
     env = os.environ
     hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
@@ -115,23 +114,22 @@ def detected() -> bool:
 
 
 def _tpu_vm() -> bool:
-    """Whether this is a Cloud TPU VM: its metadata server, not the environment, tells JAX of the
-    other hosts.
+    """Whether this is a Cloud TPU VM, whose metadata server tells JAX of the other hosts.
 
-    A single one may join as well: it becomes one process of one.
+    A single host may join as well: it becomes the only process.
     """
     chips = (*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*"))
     return importlib.util.find_spec("libtpu") is not None and bool(chips)
 
 
 def compare(settings: Mapping[str, object]) -> None:
-    """Refuses processes of different settings: they would train different functions on one batch.
-    All call it.
+    """Refuses processes of different settings, which would train different functions on one batch.
 
-    Nothing is compiled for it: the settings go through the key-value store as text.
+    Every process must call it. The settings go through the key-value store as text; nothing is
+    compiled.
 
     Raises:
-      ConfigError, the same in every process: the first setting that differs, with both values.
+      ConfigError: the first setting that differs, with both values; the same in every process.
     """
     if jax.process_count() == 1:
         return
@@ -162,19 +160,19 @@ def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], other: int) 
 
 
 def keep_safe(describe: Callable[[], str]) -> None:
-    """What the last sentence says after the name of a lost process: describe() -> "step 50 in DIR
-    is safe; ...".
+    """Sets what the last sentence of a run says of its checkpoints when a process is lost.
+
+    describe() gives it, such as "step 50 in DIR is safe; ...".
     """
     _watch.safe = describe
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Around the main function of a process: where it ends with an error, the others are told, and
-    no one waits.
+    """Around the main function of a process: an error in it ends the other processes, too.
 
-    A failed exchange of the step, which one process's death causes in all others, becomes a
-    sentence that names it.
+    When one process dies, the step's exchange fails in all others; they print a sentence that names
+    the dead one.
     """
     try:
         yield
@@ -192,8 +190,9 @@ def ending_together() -> Iterator[None]:
 
 
 class _Watch:
-    """Beats for this process and, in process 0, notices who stopped. One thread; nothing in a run
-    of one process.
+    """Beats for this process and, in process 0, notices which process stopped beating.
+
+    One thread, two in the processes other than 0; none in a run of one process.
     """
 
     def __init__(self) -> None:
@@ -204,6 +203,7 @@ class _Watch:
         self._limit = SILENCE
 
     def start(self, process: int, processes: int) -> None:
+        """Starts to beat as one of so many processes."""
         self._process, self._processes, self.running = process, processes, True
         self._heard = time.monotonic()
         self._seen = {
@@ -216,32 +216,32 @@ class _Watch:
             threading.Thread(target=task, daemon=True, name="ogdm_jax.cluster").start()
 
     def leave(self) -> None:
-        """The normal end: this process stops beating, and no one misses it."""
+        """The normal end: this process says that it leaves, and stops beating."""
         if self.running:
             self._stopped.set()
             with suppress(Exception):
                 _client().key_value_set(f"{_BEAT}{self._process}", _LEFT, allow_overwrite=True)
 
     def fail(self, code: int) -> None:
-        """Ends this process, whose error is printed, without waiting at JAX's barriers for those it
-        leaves behind.
-        """
+        """Ends this process, whose error is printed, without waiting at JAX's barriers."""
         self._stopped.set()
         with suppress(Exception):
             _client().key_value_set(f"{_ENDED}{self._process}", "1", allow_overwrite=True)
-            if self._process == 0:  # they hang on its key-value store
+            if self._process == 0:  # the others need its key-value store to end themselves
                 end = time.monotonic() + GRACE + 4 * PERIOD
                 while time.monotonic() < end and len(self._keys(_ENDED)) < self._processes:
                     time.sleep(PERIOD / 4)
         _exit(code)
 
     def wait_for_verdict(self) -> None:
-        """After a failed exchange: who is lost? Returns where nobody is."""
+        """Waits after a failed exchange until it is known which process is lost.
+
+        Returns where none is; otherwise this process ends here.
+        """
         self._limit = SUSPECTED
         end = time.monotonic() + (SUSPECTED if self._process == 0 else SILENCE) + 3 * PERIOD
-        while (
-            time.monotonic() < end or self._once.locked()
-        ):  # locked: another thread is printing, and ends the process
+        # locked: another thread is printing, and ends the process
+        while time.monotonic() < end or self._once.locked():
             if self._process and not _reachable():
                 self._mourn(0)
             time.sleep(PERIOD / 4)
@@ -259,9 +259,9 @@ class _Watch:
                     self._mourn(0)
 
     def _wait_for_process_0(self) -> None:
-        """A process 0 that hangs answers nothing, and no call to its store ends by itself.
+        """Ends this process where process 0 hangs: no call to its store would end by itself.
 
-        Ticks are counted, not time: where one call kept Python from running, nobody was silent.
+        Ticks are counted, not time: a call may have kept this process's Python from running.
         """
         heard, ticks = self._heard, 0
         while not self._stopped.wait(PERIOD):
@@ -314,25 +314,25 @@ class _Watch:
         _exit(1)
 
     def _adds_something(self, record: logging.LogRecord) -> bool:
-        """Whether an entry of the log says more than the sentence: a save that waits for a lost
-        process does not.
+        """Whether an entry of the log says more than the sentence on a lost process.
+
+        The error of a save that waits for that process does not.
         """
         return not (
             record.exc_info and (self._once.locked() or (self._process and not _reachable()))
         )
 
     def _catch_abort(self) -> None:
-        """Process 0 keeps JAX's coordination service: without it, C++ ends this process by SIGABRT
-        within a second.
+        """Prints the sentence before C++ ends this process, as it does when process 0 is gone.
 
+        JAX's coordination service lives in process 0; without it, SIGABRT follows within a second.
         Python's own handlers never run then, as abort() does not return; a C function as handler
         does run, in the thread that aborts.
         """
 
         def aborted(_number: int) -> None:
-            silent = (
-                time.monotonic() - self._heard > SUSPECTED
-            )  # a machine that hangs may still accept connections
+            # A machine that hangs may still accept connections.
+            silent = time.monotonic() - self._heard > SUSPECTED
             if not self._stopped.is_set() and (silent or not _reachable()):
                 self._mourn(0)
             if self._once.locked():

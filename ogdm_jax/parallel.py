@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def platform(self) -> str:
-        """What programs are compiled for: "cpu", "gpu" or "tpu"; the host may have no such device."""
+        """What programs are compiled for, "cpu", "gpu" or "tpu"; the host may have none of it."""
         return self.devices[0].platform
 
     @property
@@ -109,7 +109,7 @@ class Plan:
         return jax.lax.with_sharding_constraint(self.gather(tree), self.state_shardings(tree))
 
     def shapes(self, state: PyTree) -> PyTree:
-        """The shapes of a state (arrays or shapes), each with its place, to read a checkpoint into."""
+        """The shapes of a state, each with its place: what a checkpoint is read into."""
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.tree.map(place, state, self.state_shardings(state))
 
@@ -140,7 +140,7 @@ class Plan:
         return self._per_device(jax.tree.map(share, tree))
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's rows of a batch on its devices; under pmap with a device axis first."""
+        """Puts this process's rows of a batch on its devices; pmap's have a device axis first."""
         if self.kind != "pmap":
             return {
                 k: jax.make_array_from_process_local_data(self.sharding(AXIS), v)
@@ -190,13 +190,13 @@ class Plan:
         return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
 
     def local_copy(self, tree: PyTree) -> PyTree:
-        """The whole tree on this process's first device. Every process of the run has to call it."""
+        """The whole tree on this process's first device. Every process of the run must call it."""
         if self.kind == "sharded":
             tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _per_device(self, tree: PyTree) -> PyTree:
-        """This process's rows [n, ...] as [local devices, n / local devices, ...], a block a device."""
+        """Rows [n, ...] of this process as [devices, n / devices, ...], one block on each."""
         local = self.local_devices
         sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
         split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])

@@ -1,9 +1,9 @@
 """Which platform a program is traced for.
 
-Some layers have other rules for the CPU's compiler than for GPUs and TPUs. The devices that a program is compiled for decide, not the host: a step for a TPU that is compiled
-on a machine without one must not get the CPU's rules. `parallel.Plan` and `generate.sampler` know
-their devices and say so with `traced_for`; everywhere else it is the device on which JAX would run
-the program.
+Some layers have other rules for the CPU's compiler than for GPUs and TPUs. The devices that a
+program is compiled for decide, not the host: a step for a TPU that is compiled on a machine without
+one must not get the CPU's rules. `parallel.Plan` and `generate.sampler` know their devices and name
+them with `traced_for`; everywhere else it is the device on which JAX would run the program.
 """
 
 import functools

@@ -16,6 +16,7 @@ class NetworkFn(Protocol):
 
     def __call__(self, x: Array, c_noise: Array, label: PyTree = None, /) -> Array:
         """F [b,h,w,c']."""
+        ...
 
 
 class Denoise(Protocol):
@@ -27,6 +28,7 @@ class Denoise(Protocol):
 
     def __call__(self, x: Array, sigma: Array, label: PyTree = None, /) -> Array:
         """x0_hat [b,h,w,c]."""
+        ...
 
 
 class Features(Protocol):
@@ -34,6 +36,7 @@ class Features(Protocol):
 
     def __call__(self, x: Array, sigma: Array) -> Array:
         """Features [b, ...]."""
+        ...
 
 
 class LogRatio(Protocol):
@@ -41,3 +44,4 @@ class LogRatio(Protocol):
 
     def __call__(self, x: Array, sigma: Array, label: Array | None = None) -> Array:
         """The log ratio [b]."""
+        ...

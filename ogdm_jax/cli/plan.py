@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
-    """Compiles the step of a configuration, prints its plan, writes it to --plan-out, returns it."""
+    """The plan of a configuration's step, compiled; also printed, and written to --plan-out."""
     chip, devices = chips.here() if args.plan_for == HERE else chips.topology(args.plan_for)
     source = program.source_like(config, args.image_shape, args.classes, args.images)
     found = _plan(config, source, chip, devices, name)

@@ -91,7 +91,7 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def here() -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of this machine; the chip is "" where the table has no figures of it (CPUs)."""
+    """(chip, devices) of this machine; the chip is "" where CHIPS has no figures (as for CPUs)."""
     devices = tuple(jax.devices())
     return chip_of(devices[0].device_kind), devices
 
@@ -105,7 +105,10 @@ def chip_of(kind: str) -> str:
 
 
 def memory(chip: str, devices: tuple[Any, ...]) -> int | None:
-    """Bytes of one device's memory: as a device that is here says, else as published; None: unknown."""
+    """Bytes of one device's memory, None: unknown.
+
+    A device that is here says it itself; of the others it is the published figure.
+    """
     try:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     except Exception:  # a device that is only compiled for; jaxlib's error class has no public name

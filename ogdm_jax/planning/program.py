@@ -1,11 +1,9 @@
-"""The full-size train step of a configuration, compiled for devices that need not be here, without
-data or weights.
-"""
+"""A configuration's train step in full size, compiled without data, weights or its devices."""
 
 import dataclasses
 import re
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -28,6 +26,7 @@ SHAPES = {
     "zip:ffhq-64x64.zip": ((64, 64, 3), 0, 70_000),
     "folder:data/celeba64": ((64, 64, 3), 0, 162_770),
 }
+# how the compiler says what a program needs that does not fit: 20.5G of 15.7G
 _MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
 
 
@@ -36,11 +35,15 @@ class Compiled:
     """What the compiler says of one program; bytes are those of one device.
 
     Attributes:
-      parameters: of the denoiser.   arguments, temporaries, peak: HBM.   moved: bytes read and
-        written, or None.
+      parameters: of the denoiser, their number.
+      arguments: bytes of the step's arguments.
+      temporaries: bytes that it needs beside them.
+      peak: bytes of memory in all.
+      moved: bytes read and written; None: unknown.
       operations: {type: operations of convolutions and matrix products, over all devices}.
-      sent: see planning.collectives.   seconds: that the compiler took.   fits: whether its own
-        limit was kept.
+      sent: see planning.collectives.
+      seconds: that the compiler took.
+      fits: whether the program keeps the compiler's own limit of memory.
     """
 
     parameters: int
@@ -60,8 +63,10 @@ def source_like(
     """A source of the configuration's sizes without its images: zeros that take no memory.
 
     Args:
-      image_shape: "H,W,C" or "" for the table's.   classes, images: of the set; -1 and 0 for the
-        table's.
+      config: names the source.
+      image_shape: "H,W,C" or "" for the table's.
+      classes: their number, -1 for the table's.
+      images: their number, 0 for the table's.
 
     Raises:
       ConfigError: a source that is not in the table and no image_shape, or a malformed one.
@@ -95,15 +100,13 @@ def source_like(
         num_classes=labels,
         images=zeros if resident else None,
         labels=np.broadcast_to(np.zeros((), np.int32), (count,)) if labels else None,
-        reader=None if resident else range(count),
+        reader=None if resident else cast(Any, range(count)),  # asked for its length alone
     )
 
 
 def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
-    """The run of a configuration; weights that it would read (a teacher's) are zeros of their
-    shape.
-    """
-    if config.task == "discriminator":
+    """The run of a configuration. Weights that it would read (a teacher's) are zeros."""
+    if "dg" in config:
         return discriminator.planned(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 
@@ -116,7 +119,7 @@ def compile_step(run: runs.Run) -> Compiled:
     """
     arguments = run.shapes()
     state = arguments[0]
-    step = run.compile(state)
+    step = cast(jax.stages.Wrapped, run.compile(state))
     operations = flops.matmul_flops(flops.trace(step, *arguments))
     if run.plan.axis:  # the mapped program is that of one process's devices
         hosts = len(run.plan.devices) / len(run.plan.local_devices)
@@ -130,24 +133,14 @@ def compile_step(run: runs.Run) -> Compiled:
         used = _MEMORY.search(str(error))
         if not used:
             raise
-        return Compiled(
-            parameters,
-            0,
-            0,
-            _size(*used.groups()[:2]),
-            None,
-            operations,
-            {},
-            time.monotonic() - began,
-            fits=False,
-        )
+        spent, peak = time.monotonic() - began, _size(used[1], used[2])
+        return Compiled(parameters, 0, 0, peak, None, operations, {}, spent, fits=False)
     seconds = time.monotonic() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += (
-        memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )  # donated arguments become results
+    # Donated arguments become results.
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         parameters=parameters,
         arguments=memory.argument_size_in_bytes,

@@ -275,7 +275,7 @@ def complete(workdir: str | os.PathLike) -> list[int]:
 
 
 def _beside(field: str, what: str) -> str:
-    """The setting beside one that names a folder: --step of --workdir, ..._step of any other."""
+    """The setting beside one that names a folder: --step of --workdir, X_step of X."""
     return field.removesuffix("workdir") + what if field.endswith("workdir") else f"{field}_{what}"
 
 
@@ -337,7 +337,8 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
         )
         raise CheckpointError(
             f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; "
-            f"{len(differ)} of {len(names)} tensors differ); expected the network settings that it was trained with"
+            f"{len(differ)} of {len(names)} tensors differ); expected the network "
+            "settings that it was trained with"
         )
 
 
