@@ -233,15 +233,13 @@ class Runner:
         """A worker that may use this share of the device's memory."""
         env = dict(os.environ)
         python = self.args.torch_python if side == "torch" else sys.executable
-        inherited = (
-            env.get("PYTHONPATH") if python == sys.executable else None
-        )  # packages there are of one interpreter
+        # packages there are of one interpreter
+        inherited = env.get("PYTHONPATH") if python == sys.executable else None
         env["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(ROOT), str(ROOT / "benchmarks"), inherited])
         )
-        env["JAX_COMPILATION_CACHE_DIR"] = str(
-            self.scratch / "xla"
-        )  # with it the memory of which algorithms are quick
+        # with it the memory of which algorithms are quick
+        env["JAX_COMPILATION_CACHE_DIR"] = str(self.scratch / "xla")
         env |= {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "torch"),
@@ -319,9 +317,8 @@ class Runner:
         checking = min(2, self.lanes - 1) if untimed and programs else self.lanes * bool(untimed)
         share = min(0.15, 0.75 / self.lanes)
 
-        end = until + min(
-            60.0, 0.2 * self.clock.left()
-        )  # what has begun may finish: it would be begun again otherwise
+        # what has begun may finish: it would be begun again otherwise
+        end = until + min(60.0, 0.2 * self.clock.left())
 
         def compile_one(process: pool.Process, job: tuple[Case, str]) -> None:
             answer = self.ask(process, job[0], "prepare", job[1], end)
@@ -384,9 +381,8 @@ def main() -> None:
         raise SystemExit(
             f"error: --out: {args.out} cannot be written ({error.strerror}); expected a folder"
         ) from None
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # like Ctrl-C: the table of what is there is written
+    # like Ctrl-C: the table of what is there is written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results, about, finished = Results(out), {}, False
     with tempfile.TemporaryDirectory(prefix="accelerator-", ignore_cleanup_errors=True) as scratch:
         runner = Runner(args, Path(scratch), results)

@@ -134,9 +134,8 @@ def step_lines(
             without = timed(lambda: resident)
             ratios[name].append((took[0] / without[0], took[1] / without[1], without[0] / steps))
         stream.close()
-        wall, processor, alone = (
-            statistics.median(values) for values in zip(*ratios[name][1:])
-        )  # first: the start
+        # first: the start
+        wall, processor, alone = (statistics.median(values) for values in zip(*ratios[name][1:]))
         line = {"step": size, "source": name[0], "reader": name[1], "over_resident": round(wall, 4)}
         line |= {
             "processor_over_resident": round(processor, 4),

@@ -31,7 +31,7 @@ import workers
 
 
 def problem(batch: int, references: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """X [b,d], sigma [b] log-uniform on [0.5, 50], references uint8 [n,d] whose first b are the
+    """Images x [b,d], sigma [b] log-uniform on [0.5, 50], references uint8 [n,d] whose first b are the
     sources.
     """
     rng = np.random.default_rng(0)

@@ -41,9 +41,8 @@ def main() -> None:
     from ogdm_jax.pixels import to_float
 
     digits = to_float(jnp.asarray(data.open_source("digits").images)).reshape(-1, 64)
-    centres = jax.random.normal(
-        jax.random.key(7), (8, 64)
-    )  # eight modes of the digits' size, well apart
+    # eight modes of the digits' size, well apart
+    centres = jax.random.normal(jax.random.key(7), (8, 64))
     width = 0.1
 
     def mixture(key, n):

@@ -52,9 +52,8 @@ SIZES = {  # side, channels, batch, EDM's network settings
     ),
 }
 RECIPES = {"tiny8": PLAIN, "mnist": PLAIN, "cifar64": CIFAR10, "ddpmpp": CIFAR10}
-PIPE = dict(
-    xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
-)  # of EDM's train.py
+# of EDM's train.py
+PIPE = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 VARIANTS = ("eager", "channels_last", "compile")
 
 

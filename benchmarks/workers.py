@@ -55,9 +55,8 @@ def serve(work: Callable[[], None], about: dict) -> None:
     for _ in sys.stdin:
         began, spent = time.perf_counter(), time.process_time()
         work()
-        processor = (
-            time.process_time() - spent
-        )  # within the wall time: of one thread it is never more
+        # within the wall time: of one thread it is never more
+        processor = time.process_time() - spent
         print(f"seconds {time.perf_counter() - began} {processor}", flush=True)
 
 

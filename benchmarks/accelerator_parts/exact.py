@@ -76,9 +76,8 @@ def _run(options: Options, *flags: str) -> Any:
         "data.conditional=true",
         "data.label_dropout=0.2",
     )
-    small += (
-        "ogdm.statistics_batch=8",
-    )  # otherwise the discriminator's statistics are those of a whole round
+    # otherwise the discriminator's statistics are those of a whole round
+    small += ("ogdm.statistics_batch=8",)
     small += ("methods=", "data.augment=0.0") if options.rehearse else ()
     config = configs.load(ROOT / "configs" / "cifar10_ogdm.py", (*small, *flags))
     return runs.build(config, train.random_images((8, 8, 3), 64, 10), parallel.make_plan("mesh", 1))
@@ -113,9 +112,8 @@ def accumulate(options: Options) -> dict[str, Any]:
     start = jax.tree.map(np.asarray, whole.init())  # on the host: the step takes what it is given
     (a, seen), (b, also) = (_trainer(run)(start, 0, 2) for run in (whole, parts))
     names = seen.keys() & {"loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"}
-    off = max(
-        abs(seen[name] - also[name]) / max(abs(seen[name]), 1.0) for name in names
-    )  # loss/ogdm begins near 0
+    # loss/ogdm begins near 0
+    off = max(abs(seen[name] - also[name]) / max(abs(seen[name]), 1.0) for name in names)
     gaps = [
         np.abs(np.asarray(x) - np.asarray(y)).max()
         for x, y in zip(*map(jax.tree.leaves, (a.params, b.params)))

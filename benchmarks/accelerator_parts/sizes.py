@@ -77,10 +77,11 @@ FULL = Size(
 
 _TINY = ("network.channel_mult=(1,)", "network.num_blocks=1", "network.attn_resolutions=(8,)")
 _DISCRIMINATOR = ("ogdm.channel_base=64", "ogdm.channel_max=8")
+# they take half of a tiny step's compilation
 _NO_DRAWS = (
     "data.augment=0.0",
     "network.dropout=0.0",
-)  # they take half of a tiny step's compilation
+)
 _TORCH = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8])
 REHEARSAL = Size(
     shape=(8, 8, 3),

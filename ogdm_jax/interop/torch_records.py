@@ -21,14 +21,6 @@ _PLAIN = "float64 float32 float16 complex64 complex128 int64 int32 int16 int8 bo
 _PLAIN += " uint8 uint16 uint32 uint64 bfloat16 float8_e4m3fn float8_e5m2"
 # torch's name of a type -> numpy's type
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _PLAIN.split()}
-_ALIASES = {
-    "double": "float64",
-    "float": "float32",
-    "half": "float16",
-    "long": "int64",
-    "int": "int32",
-    "short": "int16",
-}
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -43,6 +35,11 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
+}
+# torch's other names of types, those of C
+_ALIASES = {
+    name: _STORAGES[f"{name.capitalize()}Storage"]
+    for name in ("double", "float", "half", "long", "int", "short")
 }
 MAX_DIMENSIONS = 32  # of an array
 # numbers of an array; also where a dimension of 0 leaves none, because numpy multiplies the others

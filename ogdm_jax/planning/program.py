@@ -148,7 +148,7 @@ def compile_step(run: runs.Run) -> Compiled:
         peak=peak,
         moved=cost.get("bytes accessed"),
         operations=operations,
-        sent=collectives(compiled.as_text()),
+        sent=collectives(compiled.as_text() or ""),
         seconds=seconds,
     )
 
