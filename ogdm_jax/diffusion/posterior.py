@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array
 
-_HIGHEST = (
-    jax.lax.Precision.HIGHEST
-)  # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
+# TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
+_HIGHEST = jax.lax.Precision.HIGHEST
 # up to this many numbers an image, exact differences are used: points in the plane need their
 # accuracy
 _DIRECT = 16

@@ -150,9 +150,8 @@ def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tu
     DDIM's eta (arXiv 2010.02502 eq. 16) in this coordinate; eta = 1 gives the DDPM posterior:
     sigma_down = sigma'^2 / sigma. eta in [0, 1], so std <= sigma_next. Shapes [B] in and out.
     """
-    ratio = (
-        sigma_next / sigma
-    )  # products of sums below: differences of squares would cancel in float32
+    # products of sums below: differences of squares would cancel in float32
+    ratio = sigma_next / sigma
     std = eta * sigma_next * _sqrt((1 - ratio) * (1 + ratio))
     return sigma_next * _sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2), std
 

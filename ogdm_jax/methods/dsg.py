@@ -167,9 +167,8 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
         radius = root_n * std
     downhill, known = _unit(grad)
     rate = jnp.where(known, spread(rate, mean_), 0.0)
-    d, moved = _unit(
-        (1 - rate) * eps - rate * root_n * downhill
-    )  # std cancels: nothing is divided by it
+    # std cancels: nothing is divided by it
+    d, moved = _unit((1 - rate) * eps - rate * root_n * downhill)
     return (mean_ + radius * jnp.where(moved, d, _unit(eps)[0])).astype(mean.dtype)
 
 

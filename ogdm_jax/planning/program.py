@@ -106,7 +106,7 @@ def source_like(
 
 def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """The run of a configuration. Weights that it would read (a teacher's) are zeros."""
-    if "dg" in config:
+    if config.task == "discriminator":
         return discriminator.planned(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 
