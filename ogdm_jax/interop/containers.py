@@ -195,10 +195,10 @@ def _expect_end(data: memoryview, end: int) -> None:
 
 def _reference(reference: Any) -> tuple[Storage, str, int]:
     """What ("storage", kind, key, place, count, ...) refers to: (kind, key, count)."""
-    parts: list[Any] = list(reference) if isinstance(reference, tuple) else []
+    parts: list[Any] = list(reference[:5]) if isinstance(reference, tuple) else []
     if len(parts) < 5 or parts[0] != "storage":
         raise UnsafeFileError("its pickle refers to something else than a storage")
-    _, kind, key, _, count = parts[:5]
+    _, kind, key, _, count = parts
     if not isinstance(kind, Storage) or not isinstance(key, str):
         raise UnsafeFileError("its pickle refers to something else than a storage")
     if len(key) > MAX_NAME:

@@ -331,110 +331,109 @@ def _int(text: str) -> int:
     return int(text.removesuffix("L"))
 
 
-def _table() -> dict[int, Callable[[_Machine], Any]]:
-    """Instruction byte -> action, in the order of the standard library's pickletools."""
-
-    def two(m: _Machine) -> list:
-        last = m.pop()
-        return [m.pop(), last]
-
-    def tuple_of(count: int) -> Callable[[_Machine], None]:
-        return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
-
-    def pair(method: Callable[[_Machine, Any, Any], None]) -> Callable[[_Machine], None]:
-        return lambda m: method(m, *two(m))
-
-    def dict_of(m: _Machine) -> None:
-        items, target = m.since_mark(), {}
-        m.set_items(target, items)
-        m.push(target)
-
-    def extend(m: _Machine, kind: type, add: Callable[[Any, list], Any]) -> None:
-        items = m.since_mark()
-        add(m.top(kind), items)
-
-    def set_item(m: _Machine) -> None:
-        items = two(m)
-        m.set_items(m.stack[-1], items)
-
-    def set_items(m: _Machine) -> None:
-        items = m.since_mark()
-        m.set_items(m.stack[-1], items)
-
-    def append(m: _Machine) -> None:
-        item = m.pop()
-        m.top(list).append(item)
-
-    def new_object_with_names(m: _Machine) -> None:
-        names, args, cls = m.pop(), m.pop(), m.pop()
-        if names != {}:
-            raise UnsafeFileError("it makes an object with keyword arguments")
-        m.new_object(args, cls)
-
-    return {
-        ord("I"): _Machine.integer_line,
-        ord("J"): lambda m: m.push(m.number("<i")),
-        ord("K"): lambda m: m.push(m.number("<B")),
-        ord("M"): lambda m: m.push(m.number("<H")),
-        ord("L"): lambda m: m.push(_int(m.line())),
-        0x8A: lambda m: m.long("<B"),
-        0x8B: lambda m: m.long("<i"),
-        ord("F"): lambda m: m.push(float(m.line())),
-        ord("G"): lambda m: m.push(m.number(">d")),
-        ord("S"): _Machine.quoted_line,
-        ord("T"): lambda m: m.push(str(m.take(m.number("<I")), "latin1")),
-        ord("U"): lambda m: m.push(str(m.take(m.number("<B")), "latin1")),
-        ord("B"): lambda m: m.push(m.take(m.number("<I"))),
-        ord("C"): lambda m: m.push(m.take(m.number("<B"))),
-        0x8E: lambda m: m.push(m.take(m.number("<Q"))),
-        0x96: lambda m: m.push(m.take(m.number("<Q"))),
-        ord("N"): lambda m: m.push(None),
-        0x88: lambda m: m.push(True),
-        0x89: lambda m: m.push(False),
-        ord("V"): lambda m: m.push(m.line().encode("latin1").decode("raw-unicode-escape")),
-        0x8C: lambda m: m.push(m.text("<B")),
-        ord("X"): lambda m: m.push(m.text("<I")),
-        0x8D: lambda m: m.push(m.text("<Q")),
-        ord("]"): lambda m: m.push([]),
-        ord("a"): append,
-        ord("e"): lambda m: extend(m, list, list.extend),
-        ord("l"): lambda m: m.push(m.since_mark()),
-        ord(")"): lambda m: m.push(()),
-        ord("t"): lambda m: m.push(tuple(m.since_mark())),
-        0x85: tuple_of(1),
-        0x86: tuple_of(2),
-        0x87: tuple_of(3),
-        ord("}"): lambda m: m.push({}),
-        ord("d"): dict_of,
-        ord("s"): set_item,
-        ord("u"): set_items,
-        0x8F: lambda m: m.push(set()),
-        0x90: lambda m: extend(m, set, m.add_to_set),
-        0x91: lambda m: m.push(frozenset(scalar(item) for item in m.since_mark())),
-        ord("0"): lambda m: m.stack.pop(),
-        ord("1"): lambda m: m.since_mark(),
-        ord("2"): lambda m: m.push(m.stack[-1]),
-        ord("("): lambda m: m.push(_MARK),
-        ord("g"): lambda m: m.push(m.memo[_int(m.line())]),
-        ord("h"): lambda m: m.push(m.memo[m.number("<B")]),
-        ord("j"): lambda m: m.push(m.memo[m.number("<I")]),
-        ord("p"): lambda m: m.store(_int(m.line())),
-        ord("q"): lambda m: m.store(m.number("<B")),
-        ord("r"): lambda m: m.store(m.number("<I")),
-        0x94: lambda m: m.store(len(m.memo)),
-        ord("c"): lambda m: m.find(m.line(), m.line()),
-        0x93: pair(_Machine.find),
-        ord("R"): _Machine.reduce,
-        ord("b"): _Machine.build,
-        0x81: lambda m: m.new_object(*two(m)[::-1]),
-        0x92: new_object_with_names,
-        0x80: _Machine.protocol,
-        # FRAME: a hint for buffers; lengths are checked where they are used
-        0x95: lambda m: m.take(8),
-        ord("Q"): _Machine.persist,
-    }
+def _two(m: _Machine) -> list:
+    last = m.pop()
+    return [m.pop(), last]
 
 
+def _tuple_of(count: int) -> Callable[[_Machine], None]:
+    return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
+
+
+def _pair(method: Callable[[_Machine, Any, Any], None]) -> Callable[[_Machine], None]:
+    return lambda m: method(m, *_two(m))
+
+
+def _dict_of(m: _Machine) -> None:
+    items, target = m.since_mark(), {}
+    m.set_items(target, items)
+    m.push(target)
+
+
+def _extend(m: _Machine, kind: type, add: Callable[[Any, list], Any]) -> None:
+    items = m.since_mark()
+    add(m.top(kind), items)
+
+
+def _set_items(m: _Machine, items: list) -> None:
+    m.set_items(m.stack[-1], items)
+
+
+def _append(m: _Machine) -> None:
+    item = m.pop()
+    m.top(list).append(item)
+
+
+def _new_object_with_names(m: _Machine) -> None:
+    names, args, cls = m.pop(), m.pop(), m.pop()
+    if names != {}:
+        raise UnsafeFileError("it makes an object with keyword arguments")
+    m.new_object(args, cls)
+
+
+# instruction byte -> action, in the order of the standard library's pickletools
+_INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
+    ord("I"): _Machine.integer_line,
+    ord("J"): lambda m: m.push(m.number("<i")),
+    ord("K"): lambda m: m.push(m.number("<B")),
+    ord("M"): lambda m: m.push(m.number("<H")),
+    ord("L"): lambda m: m.push(_int(m.line())),
+    0x8A: lambda m: m.long("<B"),
+    0x8B: lambda m: m.long("<i"),
+    ord("F"): lambda m: m.push(float(m.line())),
+    ord("G"): lambda m: m.push(m.number(">d")),
+    ord("S"): _Machine.quoted_line,
+    ord("T"): lambda m: m.push(str(m.take(m.number("<I")), "latin1")),
+    ord("U"): lambda m: m.push(str(m.take(m.number("<B")), "latin1")),
+    ord("B"): lambda m: m.push(m.take(m.number("<I"))),
+    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
+    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+    0x96: lambda m: m.push(m.take(m.number("<Q"))),
+    ord("N"): lambda m: m.push(None),
+    0x88: lambda m: m.push(True),
+    0x89: lambda m: m.push(False),
+    ord("V"): lambda m: m.push(m.line().encode("latin1").decode("raw-unicode-escape")),
+    0x8C: lambda m: m.push(m.text("<B")),
+    ord("X"): lambda m: m.push(m.text("<I")),
+    0x8D: lambda m: m.push(m.text("<Q")),
+    ord("]"): lambda m: m.push([]),
+    ord("a"): _append,
+    ord("e"): lambda m: _extend(m, list, list.extend),
+    ord("l"): lambda m: m.push(m.since_mark()),
+    ord(")"): lambda m: m.push(()),
+    ord("t"): lambda m: m.push(tuple(m.since_mark())),
+    0x85: _tuple_of(1),
+    0x86: _tuple_of(2),
+    0x87: _tuple_of(3),
+    ord("}"): lambda m: m.push({}),
+    ord("d"): _dict_of,
+    ord("s"): lambda m: _set_items(m, _two(m)),
+    ord("u"): lambda m: _set_items(m, m.since_mark()),
+    0x8F: lambda m: m.push(set()),
+    0x90: lambda m: _extend(m, set, m.add_to_set),
+    0x91: lambda m: m.push(frozenset(scalar(item) for item in m.since_mark())),
+    ord("0"): lambda m: m.stack.pop(),
+    ord("1"): lambda m: m.since_mark(),
+    ord("2"): lambda m: m.push(m.stack[-1]),
+    ord("("): lambda m: m.push(_MARK),
+    ord("g"): lambda m: m.push(m.memo[_int(m.line())]),
+    ord("h"): lambda m: m.push(m.memo[m.number("<B")]),
+    ord("j"): lambda m: m.push(m.memo[m.number("<I")]),
+    ord("p"): lambda m: m.store(_int(m.line())),
+    ord("q"): lambda m: m.store(m.number("<B")),
+    ord("r"): lambda m: m.store(m.number("<I")),
+    0x94: lambda m: m.store(len(m.memo)),
+    ord("c"): lambda m: m.find(m.line(), m.line()),
+    0x93: _pair(_Machine.find),
+    ord("R"): _Machine.reduce,
+    ord("b"): _Machine.build,
+    0x81: lambda m: m.new_object(*_two(m)[::-1]),
+    0x92: _new_object_with_names,
+    0x80: _Machine.protocol,
+    # FRAME: a hint for buffers; lengths are checked where they are used
+    0x95: lambda m: m.take(8),
+    ord("Q"): _Machine.persist,
+}
 _FORBIDDEN = {
     ord("i"): "INST (make an object by a class name)",
     ord("o"): "OBJ (make an object of a class)",
@@ -445,4 +444,3 @@ _FORBIDDEN = {
     0x97: "NEXT_BUFFER (data outside the file)",
     0x98: "READONLY_BUFFER (data outside the file)",
 }
-_INSTRUCTIONS = _table()

@@ -212,12 +212,12 @@ def is_count(value: Any) -> bool:
 
 
 def _dims(value: Any, what: str) -> tuple[int, ...]:
-    sizes = tuple(value) if isinstance(value, tuple | list) else (value,)
+    sizes = value if isinstance(value, tuple | list) else (value,)
     if len(sizes) > MAX_DIMENSIONS or not all(map(is_count, sizes)):
         raise UnsafeFileError(
             f"an array has {what} other than at most {MAX_DIMENSIONS} whole numbers from 0 up"
         )
-    return sizes
+    return tuple(sizes)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
