@@ -31,8 +31,9 @@ import workers
 
 
 def problem(batch: int, references: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images x [b,d], sigma [b] log-uniform on [0.5, 50], references uint8 [n,d] whose first b are the
-    sources.
+    """Images x [b,d], sigma [b] log-uniform on [0.5, 50], references uint8 [n,d].
+
+    The first b references are the images' sources.
     """
     rng = np.random.default_rng(0)
     known = rng.integers(0, 256, (references, side * side * 3), dtype=np.uint8)

@@ -284,7 +284,8 @@ class _Watch:
     def _listen(self) -> None:
         found = self._keys(_ENDED)
         if 0 in found:
-            self._stopped.wait(GRACE) or self._mourn(0, "ended with an error of its own")
+            if not self._stopped.wait(GRACE):
+                self._mourn(0, "ended with an error of its own")
         with suppress(Exception):  # no verdict: the usual case is an error
             other, why = _client().key_value_try_get(_VERDICT).split(" ", 1)
             if int(other) != self._process:

@@ -136,7 +136,8 @@ def compile_step(run: runs.Run) -> Compiled:
         spent, peak = time.monotonic() - began, _size(used[1], used[2])
         return Compiled(parameters, 0, 0, peak, None, operations, {}, spent, fits=False)
     seconds = time.monotonic() - began
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory: Any = cast(Any, compiled.memory_analysis())  # no backend of ours has none
+    cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     # Donated arguments become results.
