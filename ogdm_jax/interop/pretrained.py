@@ -87,7 +87,9 @@ class Pretrained:
             return cast(Array, self.network.apply(self.variables, x, c_noise, label, **bound))
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> PyTree:
-            return self.network.apply(self.variables, x, c_noise, label, tap=at, **bound)
+            return self.network.apply(
+                self.variables, x, c_noise, label, at=at, method="features", **bound
+            )
 
         if self.precondition in (None, "edm"):
             return precondition.edm(network_fn, self.sigma_data, taps=taps)
