@@ -17,9 +17,8 @@ from ogdm_jax.methods import ogdm
 def get_config():
     config = base.get_config()
     config.methods = ("ogdm",)
-    config.ogdm.update(
-        ogdm.preset("adm")
-    )  # gamma 0.01, k 0.1, pairs of indices, one shared network call, R1 0.25
+    # gamma 0.01, k 0.1, pairs of indices, one shared network call, R1 0.25
+    config.ogdm.update(ogdm.preset("adm"))
     config.ogdm.decay = 300_000
     config.data.source = "folder:data/celeba64"
     config.data.resolution = 64

@@ -17,8 +17,7 @@ def get_config():
     config = base.get_config()
     config.methods = ("ogdm",)
     config.noise.clip = True
-    config.ogdm.update(
-        ogdm.preset("edm")
-    )  # the released code, switch by switch: gamma 0.025, k 0.2, Euler
+    # the released code, switch by switch: gamma 0.025, k 0.2, Euler
+    config.ogdm.update(ogdm.preset("edm"))
     config.optim.ramp = "0 steps"  # the authors switch the warm-up off where a discriminator is on
     return config

@@ -87,7 +87,7 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
 
     Raises:
       ConfigError: unknown kind, labels wanted from a source without any, or a size the network
-      cannot halve.
+        cannot halve.
     """
     height, width, channels = image_shape
     net: Any = config.network

@@ -25,7 +25,13 @@ def test_vp_chain_is_the_same_chain():
     noise = jax.random.normal(jax.random.key(8), (20, *SHAPE))
     guidance = dsg.guidance(LOSS, 0.2)
     x = sample(
-        DATA.denoise, LATENTS, sigmas, "ddim", noise_fn=lambda i: noise[i], guidance=guidance, eta=1.0
+        DATA.denoise,
+        LATENTS,
+        sigmas,
+        "ddim",
+        noise_fn=lambda i: noise[i],
+        guidance=guidance,
+        eta=1.0,
     )
     bars = np.append(1 / (1 + sigmas[:-1] ** 2), 1.0)
     x_vp = LATENTS * sigmas[0] * np.sqrt(bars[0])
@@ -93,7 +99,9 @@ class TestToy:
                 guidance = dps.guidance(
                     operators.measurement_loss(op, y, squared=False), amount, coordinate="vp"
                 )
-            return sample(TestToy.denoise, latents, sigmas, "ddim", key=key, guidance=guidance, eta=1.0)
+            return sample(
+                TestToy.denoise, latents, sigmas, "ddim", key=key, guidance=guidance, eta=1.0
+            )
 
         return jax.jit(images)
 

@@ -206,7 +206,7 @@ def parse(key: str, text: str, old: Any, prefix: str = "--config.") -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the known word that is most like `word`, or ""."""
+    """Words that offer the known word most like `word`: "; did you mean X?", or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

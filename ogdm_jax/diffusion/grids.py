@@ -156,7 +156,7 @@ def respaced(
 
     Raises:
       ValueError: unknown betas, or a spacing that the steps do not allow
-      (`process.space_timesteps`).
+        (`process.space_timesteps`).
     """
     table = process.betas(betas, steps)
     keep = process.space_timesteps(len(table), spacing) if spacing else None

@@ -244,7 +244,7 @@ class StyleGAN2Discriminator(nn.Module):
 
         Raises:
           ValueError: the image side is no power of two of at least 8, a shape does not fit, or the
-          batch cannot be
+            batch cannot be
             grouped (see minibatch_deviation).
         """
         side = self.img_resolution

@@ -109,7 +109,7 @@ def sample(
 
     Raises:
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
-      does not use.
+        does not use.
     """
     _check_solver(solver)
     parts = combine(guidance, churn)
