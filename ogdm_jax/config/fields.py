@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 
@@ -156,7 +156,7 @@ def _within(value: Any, limits: Mapping[str, float]) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value is an int or a float; a truth value is neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
