@@ -2,6 +2,7 @@
 errors.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,12 +22,37 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}".strip()
 
 import jax
+import jaxtyping
 import pytest
+
+_ROOT = Path(__file__).parent.parent
+
+# Shapes in the types of functions are checked wherever the tests call them: beartype and jaxtyping
+# wrap the modules that have such types as they are imported. (An int is a float, as in PEP 484.)
+jaxtyping.install_import_hook(
+    [
+        ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+        for file in sorted((_ROOT / "ogdm_jax").rglob("*.py"))
+        if "jaxtyping" in file.read_text()
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Tracing makes millions of small objects that live long; looking through them each time that 700
+# more are there takes a fifth of its time.
+gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture
+def without_shape_checks(monkeypatch):
+    """For tests of the sentence that a user reads, who has no beartype between."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module", autouse=True)

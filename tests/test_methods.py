@@ -61,9 +61,13 @@ def proceed(run, compiled, frozen, state, steps, first=0):
     return state, metrics
 
 
-@functools.cache
 def trained(*flags, plan="pmap", devices=1):
-    """(run, state, metrics of each step) of 3 steps from scratch."""
+    """(run, state, metrics of each step) of 3 steps from scratch, once for the same arguments."""
+    return _trained(flags, plan, devices)
+
+
+@functools.cache
+def _trained(flags, plan, devices):
     run = tiny.build(*SMALL, *flags, plan=plan, devices=devices)
     state = run.init()
     state, metrics = proceed(run, run.compile(state), run.frozen(), state, 3)

@@ -62,7 +62,8 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
 
 @pytest.mark.parametrize("plan", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_replicated_state_is_equal_on_every_device(plan):
-    run = tiny.build(*SMALL, plan=plan, devices=4)
+    # one of the programs above, compiled already
+    run = tiny.build(*SMALL, "optim.accumulate=2", plan=plan, devices=4)
     state = run.init()
     step = run.compile(state)
     from ogdm_jax import data

@@ -3,7 +3,11 @@
 import importlib
 import inspect
 
+import jaxtyping
+import numpy as np
 import pytest
+
+from ogdm_jax import metrics
 
 pytestmark = pytest.mark.fast
 
@@ -109,3 +113,11 @@ def test_public_names_keep_their_arguments(module, name, promised):
             extra.default is not inspect.Parameter.empty
             or extra.kind is inspect.Parameter.VAR_KEYWORD
         ), extra
+
+
+def test_shapes_in_types_are_checked_while_tests_run():
+    """conftest.py's hook: a mean and a covariance of other sizes do not come as far as our own
+    check.
+    """
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'cov1'"):
+        metrics.frechet_distance(np.zeros(3), np.eye(2), np.zeros(3), np.eye(3))

@@ -8,7 +8,7 @@ or JAX, of any type of number.
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -70,7 +70,7 @@ class Moments:
         self.mean = np.zeros(dim)
         self._scatter = np.zeros((dim, dim))
 
-    def update(self, features: Num[Any, "b d"]) -> Self:
+    def update(self, features: Num[Any, "b d"]) -> "Moments":
         """Adds a batch; returns self."""
         batch = _features(features, "features")
         if len(batch) == 0:
@@ -80,11 +80,11 @@ class Moments:
         with _threads(batch.size * len(mean)):
             return self._add(len(batch), mean, centred.T @ centred)
 
-    def merge(self, other: "Moments") -> Self:
+    def merge(self, other: "Moments") -> "Moments":
         """Adds what another stream (another process, another device) has seen; returns self."""
         return self if other.count == 0 else self._add(other.count, other.mean, other._scatter)
 
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> Self:
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
         if self.count == 0 and len(self.mean) == 0:
             self.mean, self._scatter = np.zeros_like(mean), np.zeros_like(scatter)
         if self.mean.shape != mean.shape:

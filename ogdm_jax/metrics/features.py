@@ -3,10 +3,10 @@
 import hashlib
 import re
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Num, Shaped
 
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.metrics.distances import (
@@ -25,6 +25,7 @@ MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pai
 Images = Shaped[np.ndarray, "n h w c"]
 
 
+@runtime_checkable
 class FeatureSpace(Protocol):
     """A function uint8 images [n,h,w,c] -> float32 features [n, dim].
 
@@ -163,7 +164,7 @@ def statistics_report(
 def distance_report(
     space: FeatureSpace,
     samples: Images | Features,
-    reference: Images | Features,
+    reference: Shaped[np.ndarray, "m h w c"] | Num[Any, "m d"],
     k: int = 5,
     splits: int | None = None,
     seed: int = 0,

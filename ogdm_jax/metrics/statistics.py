@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from ogdm_jax.interop.restricted_pickle import quote
 from ogdm_jax.metrics.distances import Moments
 
 
+@runtime_checkable
 class Named(Protocol):
     """What statistics are compared with: the name and the size of a feature space."""
 
