@@ -51,8 +51,10 @@ def main() -> None:
     import study
 
     from ogdm_jax import config as configs
-    from ogdm_jax.discriminator import fakes
-    from ogdm_jax.discriminator import training as discriminator
+    from ogdm_jax.discriminator import generated
+    from ogdm_jax.discriminator.guidance import Use, open_guidance
+    from ogdm_jax.discriminator.settings import of
+    from ogdm_jax.discriminator.train import train
     from ogdm_jax.metrics.features import distance_report
     from ogdm_jax.pixels import to_uint8
     from ogdm_jax.sampling import generate
@@ -106,18 +108,17 @@ def main() -> None:
                 )
                 config = configs.load(study.CONFIGS / f"{args.config}.py", flags)
                 guidance, chosen = (
-                    fakes.base_guidance(config),
+                    generated.base_guidance(config),
                     {"variant": "unguided", "weight": 0.0, "step": 0},
                 )
                 if seed is not None:
                     workdir = out / f"{prior}-{solver}{steps}-{seed}"
-                    discriminator.train(config, workdir, say=lambda line: print(line, flush=True))
+                    train(config, workdir, log=lambda line: print(line, flush=True))
                     best = min(checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"])
                     chosen = {"variant": "guided", "weight": best["weight"], "step": best["step"]}
-                    guidance = (
-                        *guidance,
-                        discriminator.open_guidance(workdir, best["step"], model, config.sample),
-                    )
+                    settings = of(config)
+                    use = Use(model, config.sample, settings.sampler_churn(), settings.cfg)
+                    guidance = (*guidance, open_guidance(workdir, best["step"], use=use))
                 for found in measured(model, config, guidance):
                     keys = ("features", "n", "fd", "floor", "fd_all", "precision", "recall")
                     entry = {k: found[k] for k in keys}

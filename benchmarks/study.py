@@ -31,7 +31,7 @@ def trained(workdir: Path, config: str, *flags: str) -> TrainedModel:
     settings = configs.load(CONFIGS / f"{config}.py", flags)
     steps = configs.duration(settings.train.duration, settings.data.batch)
     if not (workdir / "checkpoints" / str(steps)).is_dir():
-        loop.train(settings, workdir, say=lambda line: None)
+        loop.train(settings, workdir, log=lambda line: None)
     return open_workdir(workdir)
 
 

@@ -16,13 +16,20 @@ from ogdm_jax import config as configs
 from ogdm_jax import parallel
 from ogdm_jax.data import open_source
 from ogdm_jax.diffusion import grids
-from ogdm_jax.discriminator import fakes
-from ogdm_jax.discriminator import training as discriminator
+from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator.evaluation import GuidedEvaluation
+from ogdm_jax.discriminator.guidance import Use, open_guidance
+from ogdm_jax.discriminator.loss import cross_entropy, training_loss
+from ogdm_jax.discriminator.network import SETTINGS, open_network, ratio_of
+from ogdm_jax.discriminator.pairs import Pairs, split
+from ogdm_jax.discriminator.run import build as build_run
+from ogdm_jax.discriminator.train import train
 from ogdm_jax.interop import export
 from ogdm_jax.methods import dg
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.networks.feature_discriminator import build
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import evaluate
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
@@ -108,7 +115,7 @@ def trained(prior, extractor, tmp_path_factory):
         "dg.weights=(50.0,)",
     )
     settings = config(prior, f"dg.extractor={extractor}", "data.conditional=true", *more)
-    run, state = discriminator.train(settings, folder, lines.append)
+    run, state = train(settings, folder, lines.append)
     return folder, run, state, lines
 
 
@@ -119,7 +126,7 @@ def trained(prior, extractor, tmp_path_factory):
 def test_cross_entropy_is_that_of_the_sigmoid():
     logit, real = jnp.asarray([-2.0, 0.5, 3.0]), jnp.asarray([1, 0, 1])
     d = jax.nn.sigmoid(logit)
-    value, right = discriminator.cross_entropy(logit, real)
+    value, right = cross_entropy(logit, real)
     np.testing.assert_allclose(value, -jnp.where(real == 1, jnp.log(d), jnp.log(1 - d)), rtol=1e-6)
     assert right.tolist() == [0, 0, 1]
 
@@ -133,7 +140,7 @@ def test_logistic_regression_finds_the_ratio_of_gaussians():
     x = jnp.asarray(real - 0.5 + rng.normal(size=real.shape) * np.sqrt(2))
 
     def loss(p):
-        return discriminator.cross_entropy(p[0] * x + p[1], jnp.asarray(real))[0].mean()
+        return cross_entropy(p[0] * x + p[1], jnp.asarray(real))[0].mean()
 
     p = jnp.zeros(2)
     for _ in range(6):  # Newton
@@ -190,7 +197,7 @@ def test_a_trained_ratio_moves_the_samples_to_the_data():
         sigma = dg.training_sigma(jax.random.uniform(k[2], (2 * half,)))
         x = x0 + sigma[:, None, None, None] * jax.random.normal(k[3], x0.shape)
         ratio = lambda p: dg.log_ratio(functools.partial(perceptron, p), clip=0.0)(x, sigma)
-        loss = lambda p: discriminator.cross_entropy(ratio(p), real)[0].mean()
+        loss = lambda p: cross_entropy(ratio(p), real)[0].mean()
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
@@ -222,18 +229,18 @@ def test_pairs_alternate_and_resume():
     real, fake = (
         dataclasses.replace(source, images=i, labels=None) for i in (images, images + 100)
     )
-    pairs = fakes.Pairs(real, fake, 8, 0, 0, 1)
+    pairs = Pairs(real, fake, 8, 0)
     first = next(pairs)
     assert first["real"].tolist() == [1, 0] * 4 and first["index"].tolist() == list(range(8))
     assert ((first["image"].ravel() >= 100) == (first["real"] == 0)).all()
     assert not np.array_equal(
         first["image"][1::2] - 100, first["image"][::2]
     )  # two orders, not one
-    halves = [next(fakes.Pairs(real, fake, 8, 0, i, 2)) for i in range(2)]
+    halves = [next(Pairs(real, fake, 8, 0, i, 2)) for i in range(2)]
     for key in first:
         np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), first[key])
     position, second = pairs.get_state(), next(pairs)
-    again = fakes.Pairs(real, fake, 8, 0, 0, 1)
+    again = Pairs(real, fake, 8, 0)
     again.set_state(position)
     np.testing.assert_array_equal(next(again)["image"], second["image"])
 
@@ -243,15 +250,15 @@ def test_held_out_images_are_the_same_ones_every_time_and_never_trained_on():
     numbered = dataclasses.replace(
         source, images=np.arange(100, dtype=np.int32)[:, None, None, None], labels=None
     )
-    (kept, out), (_, again) = fakes.split(numbered, 0.1), fakes.split(numbered, 0.1)
+    (kept, out), (_, again) = split(numbered, 0.1), split(numbered, 0.1)
     assert len(out) == 10 and sorted([*kept.images.ravel(), *out.images.ravel()]) == list(
         range(100)
     )
     np.testing.assert_array_equal(out.images, again.images)
     read = dataclasses.replace(source, images=None, reader=_Digits(source))
-    kept, out = fakes.split(read, 0.5)
+    kept, out = split(read, 0.5)
     assert len(kept) + len(out) == len(source)
-    np.testing.assert_array_equal(out[3]["image"], fakes.split(source, 0.5)[1][3]["image"])
+    np.testing.assert_array_equal(out[3]["image"], split(source, 0.5)[1][3]["image"])
 
 
 @dataclasses.dataclass
@@ -292,12 +299,12 @@ def test_the_recipe_builds_the_authors_head():
         attn_resolutions=(32, 16, 8),
         head_channels=64,
     )
-    settings = dict(recipe.network) | {"dtype": jnp.float32}
+    settings = {name: getattr(recipe.network, name) for name in SETTINGS} | {"dtype": jnp.float32}
     for classes, count in ((0, 2_883_841), (1000, 3_395_841)):
         network = build(32, 3, classes, extractor, **settings)
         params, _ = jax.eval_shape(network.init, jax.random.key(0))
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
-    assert discriminator.open_network(recipe, (32, 32, 3), 10, "")[0].extractor is None
+    assert open_network(recipe, (32, 32, 3), 10, "")[0].extractor is None
 
 
 # The loop
@@ -307,9 +314,9 @@ def test_one_command_draws_samples_trains_and_saves(trained, extractor):
     folder, run, state, lines = trained
     assert int(state.step) == 4 and any("drawing 60 samples" in line for line in lines)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"2", "4"}
-    about = fakes.about(folder / "samples.npz")
+    about = generated.read_origin(folder / "samples.npz")
     assert (about["solver"], about["steps"], about["nfe"], about["num"]) == ("heun", 3, 5, 60)
-    drawn = fakes.read(folder / "samples.npz")
+    drawn = generated.read(folder / "samples.npz")
     assert drawn.images.dtype == np.uint8 and set(drawn.labels) <= set(
         range(10)
     )  # both sides pass through 8 bits
@@ -317,15 +324,15 @@ def test_one_command_draws_samples_trains_and_saves(trained, extractor):
     assert all(word in log for word in ('"accuracy"', '"held_out/loss"', '"held_out/accuracy"'))
     assert (folder / "extractor.safetensors").read_bytes() == extractor.read_bytes()
     assert run.model.label_dim == 10 and run.model.head.img_channels == 64
-    assert all(leaf.shape != () for leaf in jax.tree.leaves(run.frozen_network))
+    assert all(leaf.shape != () for leaf in jax.tree.leaves(run.extractor))
 
 
 def test_the_loss_begins_at_chance_and_only_the_head_is_trained(trained):
     _, run, _, _ = trained
     state = run.init()
-    batch = next(discriminator._batches(run))
-    frozen = {"dg": {"extractor": run.frozen_network}}
-    loss = discriminator.training_loss(run.config, run.model, False)
+    batch = next(run.batches(0, 1))
+    frozen = {"dg": {"extractor": run.extractor}}
+    loss = training_loss(run.config, run.model, False)
     value, sums = jax.jit(lambda p: loss(p, state, frozen, batch, run.key))(state.params)
     np.testing.assert_allclose(value, np.log(2), atol=0.05)
     assert set(sums) == {"loss", "accuracy"} and sums["loss"][1] == 8
@@ -337,9 +344,7 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     folder, run, _, _ = trained
     model, heard = open_workdir(prior), []
     settings = model.settings(solver="heun", steps=3)
-    method = discriminator.open_guidance(
-        folder, run=model, settings=settings, weight=50.0, warn=heard.append
-    )
+    method = open_guidance(folder, use=Use(model, settings), weight=50.0, log=heard.append)
     assert not heard and method.constants["weight"] == 50.0
     images = generate.sampler(model.model, settings, jax.devices()[:1], guidance=(method,))
 
@@ -358,21 +363,19 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     )
     np.testing.assert_allclose(draw(0.0, 1), expected, rtol=0, atol=1e-5)
     assert np.abs(draw(50.0, 1) - expected).max() > 1e-4
-    ratio = discriminator.ratio_of(run.model, "vp")(method.constants["params"])
+    ratio = ratio_of(run.model, "vp")(method.constants["params"])
     x, sigma = jnp.ones((1, 8, 8, 1)), jnp.ones((1,))
     assert ratio(x, sigma, jnp.asarray([1])) != ratio(
         x, sigma, jnp.asarray([7])
     )  # the head is told the class
     with pytest.raises(ValueError, match="expects the classes"):
         ratio(x, sigma)
-    discriminator.open_guidance(
-        folder, run=model, settings=model.settings(solver="heun", steps=9), warn=heard.append
-    )
+    open_guidance(folder, use=Use(model, model.settings(solver="heun", steps=9)), log=heard.append)
     assert len(heard) == 1 and heard[0].endswith("differ in steps")
     other = model.settings(solver="heun", steps=3, eta=0.5, grid="vp")
-    other.sigma_max, other.rho = 50.0, 5.0
-    around = {"churn": "1,0,9,1", "cfg": 2.0}
-    discriminator.open_guidance(folder, run=model, settings=other, warn=heard.append, around=around)
+    other = dataclasses.replace(other, sigma_max=50.0, rho=5.0)
+    use = Use(model, other, Churn(1.0, 0.0, 9.0, 1.0), cfg=2.0)
+    open_guidance(folder, use=use, log=heard.append)
     assert heard[1].endswith("differ in eta, grid, sigma_max, rho, churn, cfg")
 
 
@@ -388,7 +391,7 @@ def test_samples_of_another_sampler_are_refused(trained, prior, more, words):
     folder, run, _, _ = trained
     settings = config(prior, *more, f"dg.samples={folder / 'samples.npz'}")
     with pytest.raises(configs.ConfigError, match=words):
-        discriminator.build(settings, parallel.make_plan("pmap", 1), folder)
+        build_run(settings, parallel.make_plan("pmap", 1), folder)
 
 
 def test_samples_of_other_weights_are_refused(trained, prior):
@@ -397,7 +400,7 @@ def test_samples_of_other_weights_are_refused(trained, prior):
         run.prior, params=jax.tree.map(lambda p: p + 1e-6, run.prior.params)
     )
     with pytest.raises(configs.ConfigError, match="drawn with weights [0-9a-f]{12}, now it is"):
-        fakes.read(folder / "samples.npz", fakes.origin(run.config, other, 60))
+        generated.read(folder / "samples.npz", generated.origin(run.config, other, 60))
 
 
 def test_folders_of_the_other_kind_are_named(trained, prior):
@@ -406,14 +409,14 @@ def test_folders_of_the_other_kind_are_named(trained, prior):
     ):
         open_workdir(trained[0])
     with pytest.raises(CheckpointError, match="--dg.discriminator: .* holds no discriminator"):
-        discriminator.open_guidance(prior)
+        open_guidance(prior)
 
 
 def test_a_conditional_discriminator_asks_for_classes(trained):
     with pytest.raises(
         ValueError, match="--label: no class given, but the discriminator is conditional"
     ):
-        discriminator.open_guidance(trained[0], labels=np.array([3, -1]))
+        open_guidance(trained[0], labels=np.array([3, -1]))
 
 
 @pytest.mark.fast
@@ -429,7 +432,7 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
 )
 def test_wrong_settings_are_one_sentence(trained, prior, text, words):
     with pytest.raises(ValueError, match=words) as error:
-        discriminator.build(config(prior, text), parallel.make_plan("pmap", 1), trained[0])
+        build_run(config(prior, text), parallel.make_plan("pmap", 1), trained[0])
     assert "\n" not in str(error.value)
 
 
@@ -441,9 +444,9 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
     )
     assert reports[2]["unguided"] == reports[4]["unguided"]
     best = min(reports.values(), key=lambda r: r["fd"])
-    assert discriminator.open_guidance(folder).constants["weight"] == np.float32(best["weight"])
-    assert discriminator.open_guidance(folder, weight=0.3).constants["weight"] == np.float32(0.3)
-    assert discriminator.open_guidance(folder, preset="second").constants["corrector_weight"] == 1.0
+    assert open_guidance(folder).constants["weight"] == np.float32(best["weight"])
+    assert open_guidance(folder, weight=0.3).constants["weight"] == np.float32(0.3)
+    assert open_guidance(folder, preset="second").constants["corrector_weight"] == 1.0
     assert any("unguided" in line for line in lines)
     assert (
         json.loads((folder / "evaluation.json").read_text()) == reports[4]
@@ -459,11 +462,15 @@ def test_only_the_winning_weight_is_written(trained, monkeypatch, tmp_path):
         "distance_report",
         lambda space, images, real: {"fd": float(images[0, 0, 0, 0] != 50)},
     )
-    monkeypatch.setattr(discriminator.Evaluator, "_space", None)
-    monkeypatch.setattr(discriminator.Evaluator, "_reference", None)
-    draw = lambda self, state: np.full((70, 8, 8, 1), int(50 * self._weight), np.uint8)
-    monkeypatch.setattr(discriminator.Evaluator, "_samples", draw)
-    report = discriminator.Evaluator(run, tmp_path)(state)
+
+    def draw(self, params, buffers, guidance):
+        weight = guidance[-1].constants["weight"]
+        return np.full((70, 8, 8, 1), int(50 * weight), np.uint8)
+
+    monkeypatch.setattr(evaluate.Evaluator, "_space", None)
+    monkeypatch.setattr(evaluate.Evaluator, "_reference", None)
+    monkeypatch.setattr(evaluate.Evaluator, "samples", draw)
+    report = GuidedEvaluation(run, tmp_path)(state)
     assert (report["weight"], report["fd"], report["unguided"]) == (1.0, 0.0, 1.0)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     with Image.open(tmp_path / "samples.png") as picture:
@@ -476,7 +483,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):
     shutil.rmtree(again / "checkpoints" / "4")  # as if it had been killed after step 2
     more = (f"dg.extractor={extractor}", "data.conditional=true", "dg.weights=(50.0,)")
     lines: list[str] = []
-    resumed, last = discriminator.train(config(prior, *more), again, lines.append)
+    resumed, last = train(config(prior, *more), again, lines.append)
     assert any("resumed from step 2" in line for line in lines) and not any(
         "drawing" in line for line in lines
     )
@@ -494,7 +501,7 @@ def test_four_devices_train_as_one(trained, prior, plan):
 
     def two_steps(run):
         state = run.init()
-        step, frozen, batches = run.compile(state), run.frozen(), discriminator._batches(run)
+        step, frozen, batches = run.compile(state), run.frozen(), run.batches(0, 1)
         for _ in range(2):
             state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
         return run.plan.local_copy(state.params), {
@@ -502,7 +509,7 @@ def test_four_devices_train_as_one(trained, prior, plan):
         }
 
     one, expected = two_steps(run)
-    many, found = two_steps(discriminator.build(settings, parallel.make_plan(plan, 4), folder))
+    many, found = two_steps(build_run(settings, parallel.make_plan(plan, 4), folder))
     for name in ("loss", "accuracy", "grad_norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, err_msg=name)
     # Adam makes a full step of a gradient that is float noise (biases in front of a norm): typical

@@ -45,7 +45,7 @@ def distances(monkeypatch):
 
     monkeypatch.setattr(evaluate, "space_of", lambda config: Pixels())
     monkeypatch.setattr(
-        evaluate.Evaluator, "_samples", lambda self, state: self.run.source.images[:12]
+        evaluate.Evaluator, "samples", lambda self, *_: self._run.source.images[:12]
     )
     no_grids = dataclasses.replace(loop.DENOISER, watch=lambda *_: lambda step, state: None)
     monkeypatch.setattr(loop, "DENOISER", no_grids)
@@ -119,14 +119,16 @@ def test_an_evaluation_that_was_missed_is_made_up(tmp_path, distances):
     assert sorted(evaluations(tmp_path)) == [4, 6]
 
 
-def test_samples_are_those_of_the_command_line_on_any_devices(tmp_path):
+def test_samples_are_those_of_the_command_line_on_any_devices():
     """One device or four: the same images, up to rounding of another compiled program; and nothing
     of the batch.
     """
     images = {}
     for devices in (1, 4):
         run = tiny.build("methods=", "evaluate.num=6", devices=devices)
-        images[devices] = evaluate.Evaluator(run, tmp_path)._samples(run.init())
+        state = run.plan.local_copy(run.init())
+        evaluator = evaluate.Evaluator(run, run.model)
+        images[devices] = evaluator.samples(state.ema, state.buffers)
     assert images[1].shape == (6, 8, 8, 1) and images[1].dtype == np.uint8
     assert np.abs(images[1].astype(int) - images[4].astype(int)).max() <= 1
     assert jax.local_device_count() >= 4

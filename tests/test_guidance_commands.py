@@ -20,8 +20,8 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command_line
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.denoiser import as_denoiser
-from ogdm_jax.discriminator import fakes
-from ogdm_jax.discriminator import training as discriminator
+from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator import run as discriminator
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import measure
 from ogdm_jax.methods import dg, discovery
@@ -73,7 +73,7 @@ def judge(workdir, tmp_path_factory):
         "evaluate.every=0 steps",
     )
     settings = configs.load(tiny.ROOT / "configs" / "digits_dg.py", more)
-    about = json.dumps(fakes.origin(settings, discriminator.open_prior(settings), 4))
+    about = json.dumps(generated.origin(settings, discriminator.open_prior(settings), 4))
     np.savez(
         folder / "samples.npz",
         image=np.zeros((4, 8, 8, 1), np.uint8),

@@ -57,9 +57,9 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     local folder gs:.
     """
     uri, folder = "gs://bucket/runs/tiny", str(tmp_path / "local")
-    loop.train(settings(4), uri, say=lambda _: None, profile=(2, 3))
-    loop.train(settings(6), uri, say=lambda _: None)
-    loop.train(settings(6), folder, say=lambda _: None)
+    loop.train(settings(4), uri, log=lambda _: None, profile=(2, 3))
+    loop.train(settings(6), uri, log=lambda _: None)
+    loop.train(settings(6), folder, log=lambda _: None)
     there, here = (open_workdir(where) for where in (uri, folder))
     assert there.step == here.step == 6
     tiny.assert_trees(there.params, here.params)

@@ -276,7 +276,7 @@ def test_the_setting_is_checked_and_reaches_the_batches(sets):
     from types import SimpleNamespace
 
     from ogdm_jax.config import ConfigError
-    from ogdm_jax.training import loop
+    from ogdm_jax.training.task import DENOISER
     from ogdm_jax.training.workdir import open_source
     from tests.support import tiny
 
@@ -289,4 +289,4 @@ def test_the_setting_is_checked_and_reaches_the_batches(sets):
         run = SimpleNamespace(
             config=config, source=sets["zip"], filled=SimpleNamespace(references=0)
         )
-        assert loop._batches(run).workers == count
+        assert DENOISER.batches(run).workers == count

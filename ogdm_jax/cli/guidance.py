@@ -13,7 +13,7 @@ from ogdm_jax.cli import options
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure
-from ogdm_jax.methods import discovery
+from ogdm_jax.methods import dg, discovery
 from ogdm_jax.methods.session import Session
 from ogdm_jax.pixels import to_float
 from ogdm_jax.sampling import generate
@@ -293,17 +293,13 @@ def _measure(
     return measure(task, request.task_settings, to_float(taken["image"]), seeds), labels
 
 
-def _open_discriminator(chosen: Any, run: TrainedModel, session: Session) -> Guidance:
+def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session) -> Guidance:
     """DG's guidance by the discriminator of a training folder."""
-    from ogdm_jax.discriminator import training as discriminator  # its imports only where needed
+    from ogdm_jax.discriminator import guidance as discriminator  # its imports only where needed
 
     other = session.settings.get("cfg")
-    around = {
-        "churn": session.churn,
-        "cfg": 1.0 if other is None else None if other.window else other.weight,
-    }
-    settings = dict(vars(chosen))
-    folder = settings.pop("discriminator")
-    return discriminator.open_guidance(
-        folder, run=run, settings=session.sampling, labels=session.labels, around=around, **settings
-    )
+    weight = 1.0 if other is None else None if other.window else other.weight
+    use = discriminator.Use(run, session.sampling, session.churn, weight)
+    words = dict(vars(chosen))
+    folder = words.pop("discriminator")
+    return discriminator.open_guidance(folder, use=use, labels=session.labels, **words)

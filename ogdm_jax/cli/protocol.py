@@ -12,7 +12,7 @@ from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
-from ogdm_jax.training.evaluate import sampler_words
+from ogdm_jax.training.evaluate import describe_sampler
 
 EXAMPLES = """\
 protocol --workdir DIR --num 10000 --ranges 1
@@ -65,6 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw = functools.partial(measuring.drawing(args, trained, churn), settings)
         tell = functools.partial(print, file=sys.stderr)
         result = protocol.score_ranges(space, reference, ranges, draw, tell)
-        result |= sampler_words(settings) | {"step": trained.step, "workdir": str(args.workdir)}
+        result |= describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
         measuring.print_json(result | weights_of(space), args.out)
     return 0

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             print(_summary(config, workdir))
             return
         cluster.join(args.coordinator, args.processes, args.process)
-        from ogdm_jax.discriminator import training as discriminator
+        from ogdm_jax.discriminator import train as discriminator
         from ogdm_jax.training import loop  # JAX may start only now
 
         task = discriminator if config.task == "discriminator" else loop

@@ -3,14 +3,20 @@ average and schedule are the groups optim, ema and train.
 """
 
 import dataclasses
+import os
 
+from etils import epath
+
+from ogdm_jax import places
 from ogdm_jax.config import Config, check, require, setting
 from ogdm_jax.methods import dg
+from ogdm_jax.sampling import churn
+from ogdm_jax.sampling.churn import Churn
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of DG's training (2211.17091); the defaults are the authors' where they say."""
+    """Settings of DG's training (2211.17091); the defaults are the authors' where they say."""
 
     prior: str = setting("", "training folder of the model that is to be guided")
     prior_step: str = setting("", "its checkpoint: a number or best; '' = the newest")
@@ -34,7 +40,8 @@ class Settings:
     )
     extractor: str = setting(
         "",
-        "checkpoint file of a frozen encoder (an ADM classifier); '' = train the whole network",
+        "checkpoint file of an encoder that is not trained (an ADM classifier); '' = train the "
+        "whole network",
     )
     clock: str = setting("vp", "cosine for OpenAI's 64-pixel classifier", choices=dg.CLOCKS)
     classes: int = setting(
@@ -43,8 +50,8 @@ class Settings:
     )
     t_min: float = setting(1e-5, "smallest time of training")
     importance: bool = setting(True, "log-uniform noise levels; False: uniform time")
-    weight: float = setting(2.0, "of the guidance, at Heun's first evaluation")
-    corrector_weight: float = setting(0.0, "at its second")
+    weight: float = setting(2.0, "guidance weight at Heun's first evaluation")
+    corrector_weight: float = setting(0.0, "guidance weight at Heun's second evaluation")
     weights: tuple[float, ...] = setting(
         (), "further weights that evaluations try; the best one is noted"
     )
@@ -55,18 +62,28 @@ class Settings:
     def __post_init__(self) -> None:
         check(self, "dg")
 
+    def sampler_churn(self) -> Churn | None:
+        """The churn of the prior's sampler. Raises ConfigError where the text is none."""
+        return churn.parse(self.churn, "config.dg.churn")
+
+    def samples_path(self, workdir: str | os.PathLike) -> epath.Path:
+        """The file of the prior's samples: `samples`, or the training folder's own."""
+        if self.samples:
+            return places.place(self.samples, "config.dg.samples")
+        return places.place(workdir) / "samples.npz"
+
 
 def of(config: Config) -> Settings:
-    """The group of a discriminator's configuration.
-
-    Raises:
-      ConfigError: a value out of range, no prior, or a batch that is not half real.
-    """
+    """The group of a discriminator's configuration. Raises ConfigError for a value out of range."""
     return config.settings("dg", Settings)
 
 
 def check_run(config: Config) -> Settings:
-    """As `of`, for a run that is about to begin: it names a prior, and its batch can be halved."""
+    """The settings of a run that is about to begin.
+
+    Raises:
+      ConfigError: a value out of range, no prior, or a batch that cannot be half real.
+    """
     settings, batch = of(config), config.data.batch
     prior = "the training folder of the model to guide"
     require(bool(settings.prior), "dg.prior", settings.prior, prior)

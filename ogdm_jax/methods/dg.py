@@ -10,7 +10,7 @@ by Tweedie's formula, the denoiser
 
 so one decorator, `guide`, serves every solver. This is not OGDM's discriminator (methods/ogdm.py),
 which is trained beside the denoiser on sampler steps and is gone after training; DG's is trained
-afterwards by `ogdm_jax.discriminator.training`, belongs to one checkpoint and one sampler, and acts
+afterwards by `ogdm_jax.discriminator`, belongs to one checkpoint and one sampler, and acts
 only while sampling.
 
 | also written as | with c taken where | form |

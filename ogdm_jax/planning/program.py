@@ -10,7 +10,7 @@ import numpy as np
 
 from ogdm_jax import data, parallel
 from ogdm_jax.config import Config, ConfigError
-from ogdm_jax.discriminator import training as discriminator
+from ogdm_jax.discriminator import run as discriminator
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
 from ogdm_jax.training import run as runs

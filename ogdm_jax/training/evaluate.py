@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,11 @@ from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.churn import ChurnRule
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training import checkpoint, logs
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import state as states
 from ogdm_jax.training.workdir import TrainedModel, open_source
 from ogdm_jax.typing import Array, PyTree
 
@@ -55,56 +55,45 @@ def check_evaluation(config: Config) -> None:
 
 
 class Evaluator:
-    """Samples from the moving average and measures how far they are from the data.
+    """Draws samples of a model and measures how far they are from the data of a run.
 
     What stays the same is made once: the compiled sampler, the feature space, the features of the
     data. All processes sample their share of the seeds; the lead process measures, and all get its
     report. An image depends on its seed alone, so all evaluations of a run see the same noise.
-
-    What another kind of run samples with (DG's discriminator guides its prior) are the four
-    properties and methods `_model`, `_churn`, `_weights` and `_guidance`.
     """
 
-    def __init__(self, run: runs.Run, workdir: epath.Path) -> None:
-        """Nothing is compiled or read yet."""
-        self.run, self._workdir, self._sampler = run, workdir, None
+    def __init__(self, run: runs.Run, model: models.Model, churn: ChurnRule | None = None) -> None:
+        """Nothing is compiled or read yet.
 
-    def __call__(self, state: states.TrainState) -> dict[str, Any]:
-        """The distance report, with the step and the sampler.
-
-        Every process of the run has to call it. The lead process writes workdir/samples.png and,
-        as evaluation.json, the report.
+        Args:
+          run: has the data, the plan, and the groups sample and evaluate.
+          model: what is sampled; in a discriminator's run that is the prior's.
+          churn: of the sampler, where no guidance brings it.
         """
-        return self._write(*self._measure(state))
+        self._run, self._model, self._churn = run, model, churn
+        self._sampler: generate.Images | None = None
 
-    @property
-    def _model(self) -> models.Model:
-        return self.run.model
+    def measure(
+        self, step: int, params: PyTree, buffers: PyTree, guidance: Sequence[Guidance] = ()
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The distance of samples to the data. Every process of the run has to call it.
 
-    @property
-    def _churn(self) -> Any:
-        return None
+        Args:
+          step: of the run, for the report.
+          params: of the model, in this process.
+          buffers: of the model, in this process.
+          guidance: methods; from call to call only their constants may change.
 
-    def _weights(self, state: states.TrainState) -> tuple[PyTree, PyTree]:
-        return self.run.plan.local_copy(state.ema), self.run.plan.local_copy(state.buffers)
-
-    def _guidance(self, state: states.TrainState) -> tuple[Guidance, ...]:
-        return ()
-
-    @functools.cached_property
-    def _space(self) -> FeatureSpace:
-        return space_of(self.run.config)
-
-    @functools.cached_property
-    def _reference(self) -> np.ndarray:
-        """The data's features [n, dim]."""
-        return self._space(references(self.run.source))
-
-    def _measure(self, state: states.TrainState) -> tuple[dict[str, Any], np.ndarray]:
-        """(report, the first images) in every process of the run, which all have to call it."""
-        images = self._samples(state)
+        Returns:
+          The distance report with step and sampler, and the first images, uint8 [n,h,w,c]: both in
+          every process.
+        """
+        images = self.samples(params, buffers, guidance)
         shown = images[:SHOWN].copy()  # not a view that keeps all of them
-        report = self._report(images, int(state.step)) if jax.process_index() == 0 else {}
+        report = {}
+        if jax.process_index() == 0:
+            report = {"step": step} | distance_report(self._space, images, self._reference)
+            report |= describe_sampler(self._run.config.sample)
         if jax.process_count() == 1:
             return report, shown
         text = np.zeros(1 << 14, np.uint8)
@@ -113,46 +102,45 @@ class Evaluator:
         text = np.asarray(multihost_utils.broadcast_one_to_all(text))
         return json.loads(text.tobytes().rstrip(b"\0")), shown
 
-    def _write(self, report: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
-        """The report, which the lead process writes beside its images."""
-        if jax.process_index() == 0:
-            pictures.save_png(self._workdir / "samples.png", pictures.sheet(images, columns=8))
-            with places.written(self._workdir / "evaluation.json") as new:
-                new.write_text(json.dumps(report, indent=1) + "\n")
-        return report
-
-    def _report(self, images: np.ndarray, step: int) -> dict[str, Any]:
-        settings = self.run.config.sample
-        report = {"step": step} | distance_report(self._space, images, self._reference)
-        return report | sampler_words(settings)
-
-    def _samples(self, state: states.TrainState) -> np.ndarray:
-        """uint8 images of seeds 0 to num - 1, in every process of the run."""
+    def samples(
+        self, params: PyTree, buffers: PyTree, guidance: Sequence[Guidance] = ()
+    ) -> np.ndarray:
+        """uint8 images of the seeds from 0, in every process of the run; see `measure`."""
         index, count = jax.process_index(), jax.process_count()
-        num = self.run.config.evaluate.num or len(self.run.source)
+        num = self._run.config.evaluate.num or len(self._run.source)
         mine = np.resize(np.arange(num)[index::count], -(-num // count))  # as many in every process
-        images = np.concatenate([to_uint8(part) for part in self._draw(state, mine)])
+        drawn = self._draw(mine, params, buffers, guidance)
+        images = np.concatenate([to_uint8(part) for part in drawn])
         if count == 1:
             return images
         everything = np.asarray(multihost_utils.process_allgather(images))  # [processes, share,...]
         return everything.swapaxes(0, 1).reshape(-1, *images.shape[1:])[:num]
 
-    def _draw(self, state: states.TrainState, seeds: np.ndarray) -> Iterator[np.ndarray]:
+    @functools.cached_property
+    def _space(self) -> FeatureSpace:
+        return space_of(self._run.config)
+
+    @functools.cached_property
+    def _reference(self) -> np.ndarray:
+        """The data's features [n, dim]."""
+        return self._space(references(self._run.source))
+
+    def _draw(
+        self, seeds: np.ndarray, params: PyTree, buffers: PyTree, guidance: Sequence[Guidance]
+    ) -> Iterator[np.ndarray]:
         """Yields this process's images of the seeds, from its own devices."""
-        devices = self.run.plan.local_devices
+        devices = self._run.plan.local_devices
         mesh = Mesh(np.asarray(devices), ("images",))
         whole = NamedSharding(mesh, PartitionSpec())
         divided = NamedSharding(mesh, PartitionSpec("images"))
-        trees = [jax.tree.map(np.asarray, tree) for tree in self._weights(state)]
-        params, buffers = jax.device_put(trees, whole)
+        params, buffers = jax.device_put(jax.tree.map(np.asarray, (params, buffers)), whole)
         guidance = [
-            dataclasses.replace(g, constants=jax.device_put(g.constants, whole))
-            for g in self._guidance(state)
+            dataclasses.replace(method, constants=jax.device_put(method.constants, whole))
+            for method in guidance
         ]
         if self._sampler is None:
-            self._sampler = generate.sampler(
-                self._model, self.run.config.sample, devices, self._churn, guidance
-            )
+            settings = self._run.config.sample
+            self._sampler = generate.sampler(self._model, settings, devices, self._churn, guidance)
         compiled = self._sampler
 
         def sampler(
@@ -172,41 +160,31 @@ class Evaluator:
         return generate.generate(sampler, params, buffers, seeds, labels, batch, guidance)
 
 
-def sampler_words(settings: Sample) -> dict[str, Any]:
+def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndarray) -> None:
+    """The lead process writes workdir/samples.png and, as workdir/evaluation.json, the report."""
+    if jax.process_index() == 0:
+        pictures.save_png(workdir / "samples.png", pictures.sheet(images, columns=8))
+        with places.written(workdir / "evaluation.json") as new:
+            new.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def describe_sampler(settings: Sample) -> dict[str, Any]:
     """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance."""
     evaluations = nfe(settings.solver, settings.steps)
     return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
 
 
-def make_evaluation(
-    evaluator: Evaluator,
-    workdir: epath.Path,
-    saved: checkpoint.Checkpoints,
-    writer: logs.Writer,
-    tell: Callable[[str], None],
-) -> Callable[[states.TrainState], None]:
-    """What the loop calls to evaluate; without config.evaluate.features it does nothing.
+def note(report: Mapping[str, Any], saved: checkpoint.Checkpoints, writer: logs.Writer) -> str:
+    """Writes a report to the log's files, and notes in `saved` which checkpoint is the best.
 
-    It measures, logs with `writer`, tells one line, and notes in `saved` which checkpoint is the
-    best.
+    Returns:
+      The report in one line.
     """
-
-    def evaluate(state: states.TrainState) -> None:
-        if not evaluator.run.config.evaluate.features:
-            return
-        report = evaluator(state)
-        best = saved.record(report)
-        logged = {report["features"]: report["fd"]} | {
-            k: report[k] for k in ("floor", "n", "kid", "precision", "recall")
-        }
-        writer.write(report["step"], {f"evaluate/{name}": value for name, value in logged.items()})
-        tell(f"{_sentence(report, best)}\nsamples: {workdir / 'samples.png'}")
-
-    return evaluate
-
-
-def _sentence(report: dict[str, Any], best: bool) -> str:
-    """A report in one line."""
+    best = saved.record(report)
+    logged = {report["features"]: report["fd"]} | {
+        name: report[name] for name in ("floor", "n", "kid", "precision", "recall")
+    }
+    writer.write(report["step"], {f"evaluate/{name}": value for name, value in logged.items()})
     sentence = (
         f"{report['features']} {report['fd']:.3f} (real against real {report['floor']:.3f}; "
         f"n = {report['n']}, {report['solver']}, {report['nfe']} network evaluations)"
@@ -241,5 +219,5 @@ def measure_samplers(
         title = f"{settings.solver} {settings.steps}"
         values = [space(part) for part in draw(settings, range(num), title)]
         report = distance_report(space, np.concatenate(values), reference)
-        reports.append({"step": trained.step} | sampler_words(settings) | report)
+        reports.append({"step": trained.step} | describe_sampler(settings) | report)
     return reports

@@ -1,39 +1,34 @@
-"""The training loop. Order, on purpose: save, THEN take the next batch, step, log.
+"""The training loop. Its order matters: save, then take the next batch, step, log.
 
-The checkpoint therefore holds the loader's position before the next batch, and a resumed run sees
-exactly what an
-uninterrupted one sees. Resume priority: the workdir's own checkpoint, then config.init.workdir,
-  then fresh.
+A checkpoint therefore holds the loader's position before the next batch, and a resumed run sees
+exactly what an uninterrupted one sees. A run starts from the workdir's own checkpoint, else from
+config.init.workdir, else fresh.
 """
 
 import dataclasses
+import functools
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
-from ogdm_jax import cluster, data, parallel, places
+from ogdm_jax import cluster, parallel, places
 from ogdm_jax import config as configs
-from ogdm_jax.data import pictures as report
-from ogdm_jax.methods import contract as slots
-from ogdm_jax.sampling import generate
+from ogdm_jax.methods import contract
 from ogdm_jax.training import logs
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
-from ogdm_jax.training.evaluate import Evaluator, check_evaluation, make_evaluation
-from ogdm_jax.training.workdir import open_source
+from ogdm_jax.training.evaluate import check_evaluation, note
+from ogdm_jax.training.signals import stop_signals
+from ogdm_jax.training.state import TrainState, copy
+from ogdm_jax.training.task import DENOISER, Batches, Log, Task
 from ogdm_jax.typing import PyTree
 
-Say = Callable[[str], None]
+Initial = tuple[PyTree, PyTree, epath.Path]  # (params, buffers) of a checkpoint, and its path
 
 
 class NotFinite(RuntimeError):
@@ -42,101 +37,85 @@ class NotFinite(RuntimeError):
     """
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What the loop trains; everything else is the same for every network.
-
-    Attributes:
-      build: (config, plan, workdir, say) -> Run.
-      batches: run -> endless iterator of this process's batches, with get_state and set_state.
-      watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all
-        processes.
-      evaluator: (run, workdir) -> evaluate(state) -> report with "fd", called every
-        config.evaluate.every.
-    """
-
-    build: Callable[[configs.Config, parallel.Plan, epath.Path, Say], runs.Run]
-    batches: Callable[[runs.Run], Any]
-    watch: Callable[[runs.Run, epath.Path, logs.Writer], Callable[[int, states.TrainState], None]]
-    evaluator: Callable[[runs.Run, epath.Path], Evaluator]
-
-
 def train(
     config: configs.Config,
     workdir: str | os.PathLike,
-    say: Say = print,
-    task: Task | None = None,
+    log: Log = print,
+    task: Task[Any] | None = None,
     profile: profiles.Steps | None = None,
-) -> tuple[runs.Run, states.TrainState]:
+) -> tuple[runs.Run, TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
 
     Args:
-      workdir: local, or gs://.   task: what is trained; None = a denoiser.
+      config: of the run.
+      workdir: the training folder, local or gs://.
+      log: gets the lines of the log, in the lead process.
+      task: what is trained; None trains a denoiser.
       profile: the (first, last) step of which a trace is written to workdir/profile.
 
     Returns:
-      The run and its last state. After SIGTERM or Ctrl-C the state is saved, and cluster.Stopped
-      raised.
+      The run and its last state.
 
     Raises:
       ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything
-      is compiled. NotFinite: a loss is not finite; the last good checkpoint is kept.
+        is compiled.
+      NotFinite: a loss is not finite; the last good checkpoint is kept.
+      cluster.Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     task, workdir = task or DENOISER, places.workdir(workdir)
-    cluster.compare(_shared(config, workdir))
+    cluster.compare(_shared_settings(config, workdir))
     places.writable(workdir, "--workdir", keep=jax.process_count() > 1)
     plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
     check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
-        configs.check_same_run(find(workdir).config, config, slots.settings_types())
-    run = task.build(config, plan, workdir, say)
+        configs.check_same_run(find(workdir).config, config, contract.settings_types())
+    run = task.build(config, plan, workdir, log)
     profiles.check(profile, run.steps)
-    given = (
-        _given(run) if config.init.workdir and not resumes else None
-    )  # before the loop writes anything
+    # Read before the loop writes anything.
+    initial = _initial_weights(run) if config.init.workdir and not resumes else None
     lead = jax.process_index() == 0
-    batch = config.data.batch
-    cluster.keep_safe(lambda: _safe(workdir))
+    cluster.keep_safe(lambda: _how_to_go_on(workdir))
     with (
-        Checkpoints(
-            workdir,
-            config.train.keep,
-            configs.duration(config.train.keep_every, batch),
-            config.evaluate.keep_best,
-        ) as saved,
+        _checkpoints(config, workdir) as saved,
         logs.Writer(workdir, config.log.tensorboard, lead) as writer,
-        profiles.Profiler(profile if lead else None, workdir, say) as profiler,
-        _stop_signals() as stopped,
+        profiles.Profiler(profile if lead else None, workdir, log) as profiler,
+        stop_signals() as stopped,
     ):
         batches = task.batches(run)
-        state = _start(run, saved, batches, given, say)
+        state = _first_state(run, saved, batches, initial, log)
         if lead:
             with places.written(workdir / "config.json") as new:
                 new.write_text(configs.to_json(config))
-        state = _steps(
-            task,
-            run,
-            state,
-            saved,
-            batches,
-            writer,
-            profiler,
-            stopped,
-            workdir,
-            say if lead else _silent,
+        loop = _Loop(
+            run=run,
+            batches=batches,
+            watch=task.watch(run, workdir, writer),
+            evaluate=task.evaluation(run, workdir),
+            saved=saved,
+            writer=writer,
+            profiler=profiler,
+            stopped=stopped,
+            workdir=workdir,
+            log=log if lead else _log_nothing,
         )
-    return run, state
+        return run, loop.run_from(state)
 
 
-def _shared(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
+def _checkpoints(config: configs.Config, workdir: epath.Path) -> Checkpoints:
+    settings = config.train
+    every = config.steps(settings.keep_every)
+    return Checkpoints(workdir, settings.keep, every, config.evaluate.keep_best)
+
+
+def _shared_settings(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
     """What every process of a run has to have alike; their data may lie at different places."""
     flat = configs.flatten(config).items()
     settings = {f"config.{key}": value for key, value in flat if key != "data.data_dir"}
     return settings | {"--workdir": str(workdir), "the version of jax": jax.__version__}
 
 
-def _safe(workdir: epath.Path) -> str:
+def _how_to_go_on(workdir: epath.Path) -> str:
     """How a run goes on after one of its processes died, for the last sentence of the others."""
     steps = complete(workdir)
     if not steps:
@@ -150,211 +129,174 @@ def _safe(workdir: epath.Path) -> str:
     )
 
 
-def _given(run: runs.Run) -> tuple[PyTree, PyTree, epath.Path]:
-    """(params, buffers) that fine-tuning starts from, where the plan wants them, and their
-    checkpoint.
-    """
+def _initial_weights(run: runs.Run) -> Initial:
+    """The weights that fine-tuning starts from, placed as the plan wants them."""
     init = run.config.init
     snapshot = find(init.workdir, field="config.init.workdir")
     shapes = run.plan.shapes(jax.eval_shape(run.create, run.key))
     return *load_weights(snapshot, shapes.params, shapes.buffers, init.weights), snapshot.path
 
 
-def _start(
-    run: runs.Run,
-    saved: Checkpoints,
-    batches,
-    given: tuple[PyTree, PyTree, epath.Path] | None,
-    say: Say,
-) -> states.TrainState:
-    """The state to begin with, by resume priority."""
+def _first_state(
+    run: runs.Run, saved: Checkpoints, batches: Batches, initial: Initial | None, log: Log
+) -> TrainState:
+    """The newest checkpoint's state, else a fresh one, of the initial weights if there are any."""
     latest = saved.latest()
     if latest is not None:
         state, position = saved.restore(latest, jax.eval_shape(run.create, run.key), run.plan)
         batches.set_state(position)
-        say(f"resumed from step {latest}")
+        log(f"resumed from step {latest}")
         return state
     state = run.init()
-    if given is not None:
-        params, buffers, path = given
-        state = state.replace(params=params, ema=states.copy(params), buffers=buffers)
-        say(f"fine-tuning the {run.config.init.weights} weights of {path}")
+    if initial is not None:
+        params, buffers, path = initial
+        state = dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)
+        log(f"fine-tuning the {run.config.init.weights} weights of {path}")
     return state
 
 
-def _steps(
-    task, run, state, saved, batches, writer, profiler, stopped, workdir, say
-) -> states.TrainState:
-    config, plan, batch = run.config, run.plan, run.config.data.batch
-    every = {
-        "save": configs.duration(config.train.save_every, batch),
-        "log": max(configs.duration(config.log.every, batch), 1),
-        "sample": configs.duration(config.sample.every, batch),
-        "evaluate": configs.duration(config.evaluate.every, batch),
-    }
-    frozen = run.frozen()
-    for method in run.filled.methods:
-        if method.verify is not None:
-            method.verify(state.memory[method.name], frozen["whole"][method.name])
-    compiled = run.compile(state)
-    about = describe(config, run.source.shape, run.source.num_classes)
-    first = int(state.step)
-    interval, began, count = logs.Interval(), time.monotonic(), 0
-    profiler.skipped(first)
-    bar = _progress(first, run.steps, say)
-    watch = task.watch(run, workdir, writer)
-    evaluate = make_evaluation(task.evaluator(run, workdir), workdir, saved, writer, say)
-    for step in range(first, run.steps + 1):
-        done = step == run.steps
-        stop = stopped() or saved.preempted(step)
-        due = {name: bool(n) and step % n == 0 and step > first for name, n in every.items()}
-        if (
-            every["evaluate"]
-            and step == first > 0
-            and step % every["evaluate"] == 0
-            and step not in saved.reports
-        ):
-            due["evaluate"] = True  # stopped between saving and measuring
-        if (
-            stop or done or due["save"] or due["evaluate"]
-        ):  # so that there is a checkpoint to keep as the best
-            _check_finite(step, interval, saved)
-            saved.save(step, plan.globalise(state), about, batches.get_state())
-        paused = time.monotonic()
-        if due["sample"] or done:
-            watch(step, state)
-        if stop:
-            say(f"stopped at step {step}; saved, the same command goes on from here")
-            saved.close()
-            raise cluster.Stopped
-        if due["evaluate"] or done:
-            evaluate(state)
-        if done:
-            return state
-        began += time.monotonic() - paused  # speed is that of training
-        profiler.before(step + 1)
-        state, metrics = compiled(state, frozen, plan.place_batch(next(batches)), run.key)
-        profiler.after(step + 1, metrics)
-        if step == first:
-            jax.block_until_ready(metrics)
-            say(f"compiled in {time.monotonic() - began:.1f} s")
-            began = time.monotonic()
-        else:
-            count += 1  # the compiling step would spoil the interval's speed
-        interval.add(metrics)
-        bar(step + 1)
-        if (step + 1) % every["log"] == 0 or step + 1 == run.steps:
-            _check_finite(step + 1, interval, saved)
-            values = interval.means()
-            seconds = time.monotonic() - began
-            values |= {
-                "kimg": (step + 1) * batch / 1000,
-                "images_per_second": count * batch / max(seconds, 1e-9),
-            }
-            began, count = time.monotonic(), 0
-            writer.write(step + 1, values)
-            say(logs.line(step + 1, values))
-    return state
+@dataclasses.dataclass
+class _Loop:
+    """One pass over the steps of a run, and what it needs for that.
 
-
-def _check_finite(step: int, interval: logs.Interval, saved: Checkpoints) -> None:
-    """Stops before a state that came out of a non-finite loss can be saved."""
-    bad = interval.bad_loss()
-    if bad:
-        raise NotFinite(
-            f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step "
-            f"{saved.latest()}: "
-            "lower optim.learning_rate or the method's weight and start again from there"
-        )
-
-
-def _grids(
-    run: runs.Run, workdir: epath.Path, writer: logs.Writer
-) -> Callable[[int, states.TrainState], None]:
-    """Writes samples/STEP.png of the moving average, from the same seeds every time."""
-    settings = run.config.sample
-    compiled = []
-
-    def write(step: int, state: states.TrainState) -> None:
-        params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
-        if jax.process_index() != 0:
-            return
-        if not compiled:
-            compiled.append(generate.sampler(run.model, settings, run.plan.local_devices[:1]))
-        seeds = np.arange(settings.num)
-        classes = run.model.label_dim
-        labels = seeds % classes if classes else None
-        images = np.concatenate(
-            list(generate.generate(compiled[0], params, buffers, seeds, labels, settings.num))
-        )
-        picture = report.sheet(images)
-        report.save_png(workdir / "samples" / f"{step:08d}.png", picture)
-        writer.image(step, "samples", picture)
-
-    return write
-
-
-def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, say: Say) -> runs.Run:
-    run = runs.build(config, open_source(config), plan)
-    generate.check_settings(config.sample, run.model)
-    return run
-
-
-def _batches(run: runs.Run) -> data.Batches:
-    return data.batches(
-        run.source,
-        run.config.data.batch,
-        run.config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        extra_references=run.filled.references,
-        workers=run.config.data.workers,
-    )
-
-
-DENOISER = Task(build=_build, batches=_batches, watch=_grids, evaluator=Evaluator)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads between steps; a second one
-    acts at once.
-
-    Among several processes JAX's own handler of SIGTERM stays: through it all of them learn of a
-    signal to one, and stop at the same step (Checkpoints.preempted). Ctrl-C is passed on to it.
+    Attributes:
+      run: the fixed parts.
+      batches: of this process.
+      watch: `Task.watch`'s function.
+      evaluate: `Task.evaluation`'s function.
+      saved: the checkpoints.
+      writer: of the numbers.
+      profiler: of the steps that are traced.
+      stopped: whether a signal came.
+      workdir: the training folder.
+      log: of lines.
     """
-    flagged = []
-    previous = {}
-    several = jax.process_count() > 1
 
-    def handle(number, _frame):
-        signal.signal(number, previous[number])
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            flagged.append(number)
+    run: runs.Run
+    batches: Batches
+    watch: Callable[[int, TrainState], None]
+    evaluate: Callable[[TrainState], dict[str, Any]]
+    saved: Checkpoints
+    writer: logs.Writer
+    profiler: profiles.Profiler
+    stopped: Callable[[], bool]
+    workdir: epath.Path
+    log: Log
 
-    try:
-        for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handle)
-    except ValueError:
-        pass  # not in the main thread (a notebook's worker): nothing to catch there
-    try:
-        yield lambda: bool(flagged)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def run_from(self, state: TrainState) -> TrainState:
+        """Trains from a state to the end of the run; returns the last state."""
+        run, first = self.run, int(state.step)
+        constants = run.frozen()
+        for method in run.filled.methods:
+            if method.verify is not None:
+                method.verify(state.memory[method.name], constants["whole"][method.name])
+        compiled = run.compile(state)
+        interval = logs.Interval()
+        self.profiler.skipped(first)
+        advance = _progress_bar(first, run.steps, self.log)
+        for step in range(first, run.steps + 1):
+            self._between_steps(step, first, state, interval)
+            if step == run.steps:
+                break
+            self.profiler.before(step + 1)
+            batch = run.plan.place_batch(next(self.batches))
+            state, metrics = compiled(state, constants, batch, run.key)
+            self.profiler.after(step + 1, metrics)
+            interval.add(metrics)
+            if step == first:  # it would spoil the interval's speed
+                jax.block_until_ready(metrics)
+                self.log(f"compiled in {interval.restart():.1f} s")
+            advance(step + 1)
+            if (step + 1) % max(self._every["log"], 1) == 0 or step + 1 == run.steps:
+                self._write_numbers(step + 1, interval)
+        return state
+
+    @functools.cached_property
+    def _every(self) -> dict[str, int]:
+        """Steps from one save, line, picture and evaluation to the next; 0: none in between."""
+        config = self.run.config
+        return {
+            "save": config.steps(config.train.save_every),
+            "log": config.steps(config.log.every),
+            "sample": config.steps(config.sample.every),
+            "evaluate": config.steps(config.evaluate.every),
+        }
+
+    def _due(self, what: str, step: int, first: int) -> bool:
+        """Whether something is due before the step that follows `step`."""
+        every = self._every[what]
+        if not every or step % every:
+            return False
+        # A run that was stopped between saving and measuring measures when it is resumed.
+        missed = what == "evaluate" and step > 0 and step not in self.saved.reports
+        return step > first or (step == first and missed)
+
+    def _between_steps(
+        self, step: int, first: int, state: TrainState, interval: logs.Interval
+    ) -> None:
+        """Saves, draws and measures what is due after `step` steps.
+
+        Raises:
+          NotFinite: instead of saving a state that came out of such a loss.
+          cluster.Stopped: a signal came; the state is saved.
+        """
+        done = step == self.run.steps
+        stop = self.stopped() or self.saved.preempted(step)
+        measures = done or self._due("evaluate", step, first)
+        # What is measured is saved, so that it can be kept as the best.
+        if stop or measures or self._due("save", step, first):
+            self._save(step, state, interval)
+        with interval.paused():  # the speed is that of training
+            if done or self._due("sample", step, first):
+                self.watch(step, state)
+            if stop:
+                self.log(f"stopped at step {step}; saved, the same command goes on from here")
+                self.saved.close()
+                raise cluster.Stopped
+            if measures and self.run.config.evaluate.features:
+                self._measure(state)
+
+    def _save(self, step: int, state: TrainState, interval: logs.Interval) -> None:
+        run = self.run
+        self._check_finite(step, interval)
+        about = describe(run.config, run.source.shape, run.source.num_classes)
+        self.saved.save(step, run.plan.globalise(state), about, self.batches.get_state())
+
+    def _measure(self, state: TrainState) -> None:
+        report = self.evaluate(state)
+        sentence = note(report, self.saved, self.writer)
+        self.log(f"{sentence}\nsamples: {self.workdir / 'samples.png'}")
+
+    def _write_numbers(self, step: int, interval: logs.Interval) -> None:
+        self._check_finite(step, interval)
+        values = interval.means() | interval.speed(step, self.run.config.data.batch)
+        self.writer.write(step, values)
+        self.log(logs.line(step, values))
+
+    def _check_finite(self, step: int, interval: logs.Interval) -> None:
+        """Stops before a state that came out of a non-finite loss can be saved."""
+        bad = interval.bad_loss()
+        if bad:
+            raise NotFinite(
+                f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step "
+                f"{self.saved.latest()}: "
+                "lower optim.learning_rate or the method's weight and start again from there"
+            )
 
 
-def _progress(first: int, total: int, say: Say) -> Callable[[int], None]:
+def _progress_bar(first: int, total: int, log: Log) -> Callable[[int], None]:
     """A progress bar on a terminal of the lead process; nothing elsewhere."""
-    if say is _silent or not sys.stderr.isatty():
+    if log is _log_nothing or not sys.stderr.isatty():
         return lambda step: None
     from tqdm import tqdm
 
     bar = tqdm(total=total, initial=first, unit="step", leave=False)
-    return lambda step: bar.update(step - bar.n)
+
+    def advance(step: int) -> None:
+        bar.update(step - bar.n)
+
+    return advance
 
 
-def _silent(_: str) -> None:
-    pass
+def _log_nothing(_: str) -> None:
+    """The log of the processes that do not lead."""

@@ -5,8 +5,9 @@ appendix F).
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from ogdm_jax.config import Config, duration
+from ogdm_jax.config import Config
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -18,8 +19,8 @@ def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Sched
     before the step).
     """
 
-    def schedule(step: Array) -> Array:
-        rate = jnp.asarray(peak, jnp.float32)
+    def schedule(step: ArrayLike) -> Array:
+        step, rate = jnp.asarray(step), jnp.asarray(peak, jnp.float32)
         if ramp_steps:
             rate = rate * jnp.minimum(step / ramp_steps, 1.0)
         if decay_steps:
@@ -29,23 +30,25 @@ def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Sched
     return schedule
 
 
+def rate_of(config: Config) -> optax.Schedule:
+    """`learning_rate` of config.optim."""
+    settings = config.optim
+    ramp, decay = config.steps(settings.ramp), config.steps(settings.decay)
+    return learning_rate(settings.learning_rate, ramp, decay)
+
+
 def optimiser(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The denoiser's Adam and its learning rate as a function of the step."""
-    settings, batch = config.optim, config.data.batch
-    schedule = learning_rate(
-        settings.learning_rate,
-        duration(settings.ramp, batch, "config.optim.ramp"),
-        duration(settings.decay, batch, "config.optim.decay"),
-    )
-    return adam(schedule, tuple(settings.betas), settings.eps, settings.weight_decay), schedule
+    settings, schedule = config.optim, rate_of(config)
+    return adam(schedule, settings.betas, settings.eps, settings.weight_decay), schedule
 
 
 def adam(
-    rate: optax.ScalarOrSchedule,
+    rate: float | optax.Schedule,
     betas: tuple[float, float],
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-):
+) -> optax.GradientTransformation:
     """Adam, or AdamW where weight_decay > 0."""
     if weight_decay:
         return optax.adamw(rate, *betas, eps=eps, weight_decay=weight_decay)
@@ -53,8 +56,10 @@ def adam(
 
 
 def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
-    """Replaces nan by 0 and +-inf by +-1e5 (EDM's rule), and counts what was replaced. Run it after
-    averaging.
+    """Replaces nan by 0 and +-inf by +-1e5 (EDM's rule). Call it after averaging over devices.
+
+    Returns:
+      (gradients, how many numbers were replaced: int32 scalar).
     """
     bad = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(grads))
     clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
@@ -62,8 +67,8 @@ def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
 
 
 def ema_beta(step: Array, batch: int, halflife_images: float, rampup: float) -> Array:
-    """Beta = 0.5^(batch / h), h = min(halflife, rampup * images seen before the step); no ramp-up
-    where rampup is 0.
+    """Decay of the moving average: beta = 0.5^(batch / h), h = min(half-life, rampup * images seen
+    before the step); h = half-life where rampup is 0.
     """
     halflife = jnp.asarray(halflife_images, jnp.float32)
     if rampup:
@@ -72,4 +77,5 @@ def ema_beta(step: Array, batch: int, halflife_images: float, rampup: float) -> 
 
 
 def ema_update(ema: PyTree, params: PyTree, beta: Array) -> PyTree:
+    """Beta * ema + (1 - beta) * params, leaf by leaf."""
     return jax.tree.map(lambda e, p: e * beta + p * (1 - beta), ema, params)

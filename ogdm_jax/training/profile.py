@@ -1,6 +1,5 @@
-"""A jax.profiler trace of some steps of a run, for TensorBoard or Perfetto.
-
-train.py --profile FIRST,LAST
+"""A jax.profiler trace of some steps of a run (train.py --profile FIRST,LAST), for TensorBoard or
+Perfetto.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ Steps = tuple[int, int]
 
 
 def parse(text: str) -> Steps | None:
-    """The first and the last step of "10,12", counted as the log counts them; None of "".
+    """The (first, last) step of FIRST,LAST such as "10,12", counted as on the log; None of "".
 
     Raises:
       ConfigError: not two numbers, from 1 upwards, in order.
@@ -46,19 +45,15 @@ def check(steps: Steps | None, total: int) -> None:
 
 
 class Profiler:
-    """Traces this process while it takes the steps, into workdir/profile. Use it in a `with`.
-
-    Args:
-      steps: the first and the last one; None: none.
-      workdir: of the run.
-      report: writes a line of the log.
-    """
+    """Traces some steps of the lead process into workdir/profile. Use it in a `with`."""
 
     def __init__(
-        self, steps: Steps | None, workdir: epath.Path, report: Callable[[str], None]
+        self, steps: Steps | None, workdir: epath.Path, log: Callable[[str], None]
     ) -> None:
-        self._steps, self._target, self._report = steps, workdir / "profile", report
-        self._on, self._open = False, contextlib.ExitStack()
+        """Traces nothing where steps is None."""
+        self._steps, self._target, self._log = steps, workdir / "profile", log
+        self._folder: pathlib.Path | None = None  # of the trace that is being made
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Profiler":
         return self
@@ -68,37 +63,37 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Call it before the step that makes the count `step`."""
-        if not self._steps or self._on or not self._steps[0] <= step <= self._steps[1]:
+        traced = self._steps and self._steps[0] <= step <= self._steps[1]
+        if not traced or self._folder:
             return
-        self._folder = pathlib.Path(self._target)
+        folder = pathlib.Path(self._target)
         if not places.is_local(self._target):
-            self._folder = pathlib.Path(self._open.enter_context(tempfile.TemporaryDirectory()))
-        jax.profiler.start_trace(str(self._folder))
-        self._on = True
+            folder = pathlib.Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        jax.profiler.start_trace(str(folder))
+        self._folder = folder
 
     def after(self, step: int, outputs: Any) -> None:
         """Call it after that step, with arrays that are ready when it has run."""
-        if self._on and self._steps and step >= self._steps[1]:
+        if self._steps and self._folder and step >= self._steps[1]:
             jax.block_until_ready(outputs)
             self._stop()
-            self._report(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
+            self._log(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
 
     def skipped(self, start: int) -> None:
-        """Reports that a resumed run starts behind the steps.
-
-        It is no error: the same command must work after a pre-emption.
+        """Logs where a run goes on behind the steps: the command of a run that was pre-empted must
+        still work.
         """
         if self._steps and start >= self._steps[1]:
-            self._report(
+            self._log(
                 f"--profile: steps {self._steps[0]} to {self._steps[1]} lie before step {start}; "
                 "none is traced"
             )
 
     def _stop(self) -> None:
-        if not self._on:
+        if self._folder is None:
             return
-        self._on = False
+        folder, self._folder = self._folder, None
         jax.profiler.stop_trace()
         if not places.is_local(self._target):
-            places.mirror(self._folder, self._target)
+            places.mirror(folder, self._target)
         self._open.close()

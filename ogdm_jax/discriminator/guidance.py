@@ -1,0 +1,167 @@
+"""A trained discriminator as guidance of a sampler."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, Unpack
+
+import jax
+import numpy as np
+
+from ogdm_jax.config import Sample, choose
+from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator.network import open_network, ratio_of
+from ogdm_jax.discriminator.settings import Settings
+from ogdm_jax.discriminator.settings import of as settings_of
+from ogdm_jax.methods import dg
+from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
+from ogdm_jax.sampling import churn as churning
+from ogdm_jax.sampling.churn import Churn
+from ogdm_jax.sampling.guidance import Guidance
+from ogdm_jax.training import checkpoint
+from ogdm_jax.training.workdir import TrainedModel
+from ogdm_jax.typing import PyTree
+
+
+class Words(TypedDict, total=False):
+    """Settings of guidance that a caller replaces, see `dg.Settings`; None leaves them."""
+
+    weight: float | None
+    corrector_weight: float | None
+    time_min: float | None
+    time_max: float | None
+    boost: bool | None
+    boost_churn: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What a discriminator is about to guide.
+
+    Attributes:
+      model: the model.
+      sampling: config.sample of the run.
+      churn: of the run, where no method brings it.
+      cfg: weight of classifier-free guidance, 1 without; None if it has a window.
+    """
+
+    model: TrainedModel
+    sampling: Sample
+    churn: Churn | None = None
+    cfg: float | None = 1.0
+
+
+def open_guidance(
+    workdir: str | os.PathLike,
+    step: int | str | None = None,
+    *,
+    use: Use | None = None,
+    preset: str = "",
+    labels: np.ndarray | None = None,
+    log: Callable[[str], None] = print,
+    **words: Unpack[Words],
+) -> Guidance:
+    """The guidance of a training folder: `model.sample(..., guidance=open_guidance(DIR))`.
+
+    The weight is that of `words`, else of the preset, else the one that the checkpoint's evaluation
+    found best, else config.dg.weight.
+
+    Args:
+      workdir: what training wrote.
+      step: its checkpoint; None takes the best of its evaluations, else the newest.
+      use: what will be guided. If it differs from what the discriminator was trained on, `log` gets
+        one line that says in what.
+      preset: a name of dg.PRESETS.
+      labels: [n] classes of the images to come, or None.
+      log: see use.
+      words: settings to replace.
+
+    Raises:
+      CheckpointError: no discriminator there.
+      ConfigError: an unknown preset.
+      ValueError: a conditional discriminator and images without a class; see `guidance_of`.
+    """
+    if step is None and checkpoint.evaluations(workdir):
+        step = "best"
+    snapshot = checkpoint.find(workdir, step, "--dg.discriminator")
+    config = snapshot.config
+    if config.task != "discriminator":
+        raise checkpoint.CheckpointError(
+            f"--dg.discriminator: {str(workdir)!r} holds no discriminator; expected a folder of "
+            "configs/*_dg.py"
+        )
+    if labels is not None and (labels < 0).any() and config.data.conditional:
+        raise ValueError(  # its head knows no "no class"
+            "--label: no class given, but the discriminator is conditional; expected the images' "
+            "class"
+        )
+    network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
+    params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
+    report = checkpoint.evaluations(workdir).get(snapshot.step, {})
+    chosen: dict[str, Any] = {"weight": report["weight"]} if "weight" in report else {}
+    if preset:
+        chosen = dict(choose("dg.preset", preset, dg.PRESETS).settings)
+    chosen |= {name: value for name, value in words.items() if value is not None}
+    boost_churn = chosen.pop("boost_churn", dg.Boost.churn)
+    settings = dataclasses.replace(settings_of(config), **chosen)
+    params, extractor = jax.tree.map(np.asarray, (params, extractor))
+    method = guidance_of(settings, network, params, extractor, boost_churn)
+    path = settings_of(config).samples_path(workdir)
+    if use is not None and path.is_file():
+        differences = _differences(generated.read_origin(path), use, method)
+        if differences:
+            log(
+                f"note: the discriminator of {workdir} was trained on samples that differ in "
+                f"{', '.join(differences)}"
+            )
+    return method
+
+
+def guidance_of(
+    settings: Settings,
+    network: FeatureDiscriminator,
+    params: PyTree,
+    extractor: PyTree,
+    boost_churn: float = dg.Boost.churn,
+) -> Guidance:
+    """The guidance by a discriminator.
+
+    Args:
+      settings: weights, window of times and boosting.
+      network: the discriminator.
+      params: of its head.
+      extractor: params of its extractor, or None.
+      boost_churn: S_churn of boosted images, see `dg.Boost`.
+
+    Raises:
+      ValueError: an empty window.
+    """
+    times = settings.time_min, settings.time_max
+    if not 0 <= times[0] < times[1]:
+        raise ValueError(
+            f"time_min={times[0]}, time_max={times[1]}; expected 0 <= time_min < time_max"
+        )
+    low, high = (float(dg.vp_sigma(np.float64(time))) for time in times)
+    boost = None
+    if settings.boost:
+        boost = dg.Boost(settings.sampler_churn() or Churn(), boost_churn)
+    return dg.guidance(
+        ratio_of(network, settings.clock),
+        settings.weight,
+        low,
+        high,
+        settings.corrector_weight,
+        params={"params": params, "extractor": extractor},
+        boost=boost,
+    )
+
+
+def _differences(origin: Mapping[str, Any], use: Use, method: Guidance) -> list[str]:
+    """In what the discriminator's samples differ from what it is about to guide."""
+    origin = {**origin, "churn": churning.parse(origin.get("churn") or "")}
+    here: dict[str, Any] = {"weights": generated.digest(use.model)}
+    here |= {name: getattr(use.sampling, name) for name in generated.SAMPLER}
+    if method.churn is None:  # boosting churns by design, and over the folder's own churn
+        here["churn"] = use.churn
+    here["cfg"] = use.cfg
+    return [name for name, value in here.items() if value != origin.get(name)]

@@ -1,0 +1,158 @@
+"""A run that trains a discriminator, built from a configuration."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from ogdm_jax import config as configs
+from ogdm_jax import parallel
+from ogdm_jax.data import Source
+from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator.loss import training_loss
+from ogdm_jax.discriminator.network import keep_extractor, open_network
+from ogdm_jax.discriminator.pairs import Pairs, split
+from ogdm_jax.discriminator.settings import check_run
+from ogdm_jax.discriminator.settings import of as settings_of
+from ogdm_jax.methods import contract as slots
+from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import optim
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import step as steps
+from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
+from ogdm_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedRun(runs.Run):
+    """A run whose network is the discriminator, as far as compiling needs it.
+
+    Attributes:
+      extractor: params of the network that makes the features, or None.
+    """
+
+    extractor: PyTree
+
+    @property
+    def network(self) -> FeatureDiscriminator:
+        """What is trained: `model`, by its own type."""
+        return cast(FeatureDiscriminator, self.model)
+
+    def example_batch(self) -> dict[str, PyTree]:
+        """As that of a denoiser, with "real" [b]."""
+        batch = super().example_batch()
+        return batch | {"real": jnp.zeros_like(batch["index"])}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorRun(PlannedRun):
+    """A run with its prior and images; `source` has all real images.
+
+    Attributes:
+      prior: the model to guide.
+      kept: (real, generated) images that are trained on.
+      held_out: (real, generated) images that are not.
+    """
+
+    prior: TrainedModel
+    kept: tuple[Source, Source]
+    held_out: tuple[Source, Source]
+
+    def batches(self, process_index: int, process_count: int) -> Pairs:
+        """Batches of one process."""
+        data = self.config.data
+        return Pairs(
+            *self.kept, data.batch, self.config.seed, process_index, process_count, data.workers
+        )
+
+
+def build(
+    config: configs.Config,
+    plan: parallel.Plan,
+    workdir: epath.Path,
+    log: Callable[[str], None] = print,
+) -> DiscriminatorRun:
+    """Opens the prior, draws or reads its samples, and builds the run.
+
+    Raises:
+      ConfigError, CheckpointError, SourceError: bad settings, prior, samples or data.
+    """
+    settings, batch = check_run(config), config.data.batch
+    parallel.check_batch(batch // 2, config.optim.accumulate, len(plan.devices))
+    prior = open_prior(config)
+    generate.check_settings(config.sample, prior.model)
+    source = open_source(config if config.data.source else prior.config)
+    if source.shape != prior.model.image_shape:
+        raise configs.ConfigError(
+            f"config.data.source: images of {source.shape}; expected the prior's "
+            f"{prior.model.image_shape}"
+        )
+    network, extractor = open_network(config, source.shape, source.num_classes, workdir)
+    if network.label_dim and not prior.model.label_dim:
+        raise configs.ConfigError(
+            "config.data.conditional: True given; expected a prior with classes for it"
+        )
+    keep_extractor(network, extractor, workdir)
+    num, path = settings.num or len(source), settings.samples_path(workdir)
+    drawn = generated.draw_or_read(config, prior, num, path, plan.local_devices, log)
+    sides = {"real": source, "generated": drawn}
+    kept, held_out = zip(*(split(side, settings.held_out) for side in sides.values()))
+    for side, images in zip(sides, kept):
+        enough = f"a share that leaves {side} images"
+        configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
+    parts = _parts(config, plan, source, network, extractor, prior.config.data.xflip)
+    return DiscriminatorRun(**parts, extractor=extractor, prior=prior, kept=kept, held_out=held_out)
+
+
+def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> PlannedRun:
+    """The run without prior, samples and data, for whoever only compiles.
+
+    Nothing is read but an extractor.
+    """
+    network, extractor = open_network(config, source.shape, source.num_classes, "")
+    parts = _parts(config, plan, source, network, extractor, xflip=False)
+    return PlannedRun(**parts, extractor=extractor)
+
+
+def open_prior(config: configs.Config) -> TrainedModel:
+    """The model to guide. Raises CheckpointError where the folder holds none."""
+    settings = settings_of(config)
+    step = settings.prior_step
+    number = int(step) if step.isdigit() else step or None
+    return open_workdir(settings.prior, number, settings.prior_weights, "config.dg.prior")
+
+
+def _parts(
+    config: configs.Config,
+    plan: parallel.Plan,
+    source: Source,
+    network: FeatureDiscriminator,
+    extractor: PyTree,
+    xflip: bool,
+) -> dict[str, Any]:
+    """The fields of runs.Run."""
+    rate = optim.rate_of(config)
+    # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
+    adam = optim.adam(rate, config.optim.betas, config.optim.eps)
+    tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), adam)
+    filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": extractor})])
+    loss = training_loss(config, network, xflip)
+    unused: Any = None  # a denoiser's noise distribution: this loss has its own
+    model: Any = network
+    step = steps.make_step(config, model, unused, filled, tx, rate, **plan.words, loss=loss)
+    return {
+        "config": config,
+        "source": source,
+        "model": network,
+        "law": unused,
+        "filled": filled,
+        "tx": tx,
+        "plan": plan,
+        "step": step,
+        "steps": config.steps(config.train.duration),
+        "memory": {},
+    }

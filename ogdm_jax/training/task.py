@@ -1,0 +1,115 @@
+"""What the loop trains: `Task` is what it asks of a kind of run, DENOISER the ordinary kind."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+
+from ogdm_jax import config as configs
+from ogdm_jax import data, parallel
+from ogdm_jax.data import pictures
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import logs
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.evaluate import Evaluator, write_report
+from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.workdir import open_source
+
+RunT = TypeVar("RunT", bound=runs.Run)
+Log = Callable[[str], None]
+
+
+class Batches(Protocol):
+    """An endless iterator of one process's batches, which can go on from a saved position."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, int]:
+        """The position of the next batch."""
+        ...
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from a position that `get_state` gave."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Generic[RunT]):
+    """What differs between kinds of runs; everything else is the same for every network.
+
+    Attributes:
+      build: (config, plan, workdir, log) -> the run.
+      batches: run -> this process's batches.
+      watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all
+        processes.
+      evaluation: (run, workdir) -> evaluate(state) -> a report with "fd", called every
+        config.evaluate.every in all processes.
+    """
+
+    build: Callable[[configs.Config, parallel.Plan, epath.Path, Log], RunT]
+    batches: Callable[[RunT], Batches]
+    watch: Callable[[RunT, epath.Path, logs.Writer], Callable[[int, TrainState], None]]
+    evaluation: Callable[[RunT, epath.Path], Callable[[TrainState], dict[str, Any]]]
+
+
+def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
+    run = runs.build(config, open_source(config), plan)
+    generate.check_settings(config.sample, run.model)
+    return run
+
+
+def _batches(run: runs.Run) -> data.Batches:
+    return data.batches(
+        run.source,
+        run.config.data.batch,
+        run.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        extra_references=run.filled.references,
+        workers=run.config.data.workers,
+    )
+
+
+def _watch(
+    run: runs.Run, workdir: epath.Path, writer: logs.Writer
+) -> Callable[[int, TrainState], None]:
+    """Writes samples/STEP.png of the moving average, from the same seeds every time."""
+    settings = run.config.sample
+    compiled: list[generate.Images] = []
+
+    def write(step: int, state: TrainState) -> None:
+        params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
+        if jax.process_index() != 0:
+            return
+        if not compiled:
+            compiled.append(generate.sampler(run.model, settings, run.plan.local_devices[:1]))
+        seeds = np.arange(settings.num)
+        classes = run.model.label_dim
+        labels = seeds % classes if classes else None
+        parts = generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)
+        picture = pictures.sheet(np.concatenate(list(parts)))
+        pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
+        writer.image(step, "samples", picture)
+
+    return write
+
+
+def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], dict[str, Any]]:
+    """Measures the moving average's samples; the lead process writes them with the report."""
+    evaluator = Evaluator(run, run.model)
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
+        report, images = evaluator.measure(int(state.step), params, buffers)
+        write_report(workdir, report, images)
+        return report
+
+    return evaluate
+
+
+DENOISER = Task(build=_build, batches=_batches, watch=_watch, evaluation=_evaluation)
