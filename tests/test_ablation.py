@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.diffusion import grids
-from ogdm_jax.sampling.ablation import ablation
+from ogdm_jax.sampling.ablation import Design, ablation
 from ogdm_jax.sampling.sampler import Churn, sample
 from tests.support.oracles import Gaussian, two_bumps
 
@@ -38,9 +38,8 @@ def test_ablation_goldens(grid, schedule, scaling, solver, n, want):
     tolerance = 5e-6 if grid == "iddpm" else 6e-8  # the authors' iDDPM table is float32
     with jax.enable_x64(True):
         z = jnp.ones((1, 1, 1, 1), jnp.float64)
-        x = ablation(
-            DATA.denoise, z, n, solver=solver, grid=grid, schedule=schedule, scaling=scaling
-        )
+        design = Design(solver=solver, grid=grid, schedule=schedule, scaling=scaling)
+        x = ablation(DATA.denoise, z, n, design)
         assert abs(float(x[0, 0, 0, 0]) - want) < tolerance
 
 
@@ -50,7 +49,7 @@ def test_ablation_defaults_equal_sample(solver, churn):
     data, key = two_bumps(), jax.random.key(3)
     with jax.enable_x64(True):
         z = jax.random.normal(jax.random.key(0), (5, 2, 2, 1), jnp.float64)
-        a = ablation(data.denoise, z, 12, solver=solver, churn=churn, key=key)
+        a = ablation(data.denoise, z, 12, Design(solver=solver), churn=churn, key=key)
         b = sample(data.denoise, z, grids.edm(12), solver, churn=churn, key=key)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
 
@@ -80,4 +79,6 @@ class StrangeRule:
 )
 def test_bad_ablation_settings(settings, words):
     with pytest.raises(ValueError, match=words):
-        ablation(DATA.denoise, jnp.ones((1, 1, 1, 1)), **settings)
+        how = {name: settings[name] for name in ("n", "churn", "key") if name in settings}
+        design = Design(**{name: value for name, value in settings.items() if name not in how})
+        ablation(DATA.denoise, jnp.ones((1, 1, 1, 1)), design=design, **how)

@@ -6,6 +6,7 @@ and scaling; with the defaults this is `sample(solver="heun")`. All coefficients
 float64 before anything is traced.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,27 +20,99 @@ from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling.sampler import step_noise
 from ogdm_jax.typing import Array, Denoise
 
+# Ends of the grids as published; VP's are its levels at the times 0.001 and 1.
 RANGES = {
-    "vp": None,
+    "vp": tuple(float(process.VP().sigma(t)) for t in (1e-3, 1.0)),
     "ve": (0.02, 100.0),
     "iddpm": (0.002, 81.0),
     "edm": (0.002, 80.0),
-}  # vp: VP's at t_min and 1
+}
+_CHOICES = {
+    "solver": ("euler", "heun"),
+    "grid": tuple(RANGES),
+    "schedule": ("vp", "ve", "linear"),
+    "scaling": ("vp", "none"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """One of the samplers of EDM's table 1 and appendix C; the defaults are EDM's own.
+
+    Attributes:
+      solver: "euler", or "heun", whose second point lies at the fraction alpha of the step.
+      grid: "vp", "ve", "iddpm" or "edm", where the levels lie; or the decreasing levels themselves,
+        without a final 0.
+      schedule: sigma(t): "vp", "ve" (sqrt t) or "linear" (t).
+      scaling: s(t): "vp" (1 / sqrt(1 + sigma^2)) or "none" (1).
+      alpha: in (0, 1]; 1 is Heun, 1/2 the midpoint rule.
+      sigma_min: lowest level of the grid; None: the published one.
+      sigma_max: highest level of the grid; None: the published one.
+      rho: exponent of the edm grid.
+      t_min: VP time of sigma_min.
+
+    Raises:
+      ValueError: an unknown name, or alpha outside (0, 1].
+    """
+
+    solver: str = "heun"
+    grid: str | np.ndarray = "edm"
+    schedule: str = "linear"
+    scaling: str = "none"
+    alpha: float = 1.0
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    t_min: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, np.ndarray) and value not in allowed:
+                raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}; expected a number in (0, 1]")
+
+    def levels(self, n: int, low: float, high: float) -> np.ndarray:
+        """[n] levels of the grid between two levels, without the final 0."""
+        if isinstance(self.grid, str):
+            return {
+                "vp": lambda: grids.vp(n, low, high, self.t_min),
+                "ve": lambda: grids.ve(n, low, high),
+                "iddpm": lambda: grids.iddpm(n, low, high),
+                "edm": lambda: grids.edm(n, low, high, self.rho),
+            }[self.grid]()[:-1]
+        levels = np.asarray(self.grid, np.float64)
+        decreasing = levels.ndim == 1 and levels.size > 0 and (np.diff(levels) < 0).all()
+        if not (decreasing and levels[-1] > 0):
+            raise ValueError(
+                "grid: expected a name, or decreasing positive levels without a final 0"
+            )
+        return levels
+
+    def range(self, denoise: Denoiser) -> tuple[float, float]:
+        """The lowest and the highest level, clipped to the denoiser's."""
+        if isinstance(self.grid, str):
+            low, high = RANGES[self.grid]
+        else:
+            low, high = np.min(self.grid), np.max(self.grid)
+        low = float(low) if self.sigma_min is None else self.sigma_min
+        high = float(high) if self.sigma_max is None else self.sigma_max
+        return grids.clip_range(denoise, low, high)
+
+    def clock(self, low: float, high: float) -> process.VP | process.VE | process.EDM:
+        """sigma(t) with its inverse and derivative."""
+        if self.schedule == "vp":
+            return process.VP.between(low, high, self.t_min)
+        return process.VE() if self.schedule == "ve" else process.EDM()
 
 
 def ablation(
     denoise: Denoise,
     latents: Array,
     n: int = 18,
-    solver: str = "heun",
-    grid: str | np.ndarray = "edm",
-    schedule: str = "linear",
-    scaling: str = "none",
-    alpha: float = 1.0,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    t_min: float = 1e-3,
+    design: Design = Design(),
+    *,
     churn: Any = None,
     key: Array | None = None,
     label: Array | None = None,
@@ -54,16 +127,7 @@ def ablation(
       denoise: D(x, sigma, label); its range of levels and its rounding are obeyed.
       latents: [B,H,W,C] ~ N(0, I); the state keeps their dtype.
       n: steps (of a named grid).
-      solver: "euler", or "heun", whose second point lies at the fraction alpha of the step (1 =
-        Heun, 1/2 = midpoint).
-      grid: "vp", "ve", "iddpm" or "edm", where the levels lie; or the decreasing levels themselves,
-        without a final 0.
-      schedule: sigma(t): "vp", "ve" (sqrt t) or "linear" (t).
-      scaling: s(t): "vp" (1 / sqrt(1 + sigma^2)) or "none".
-      alpha: in (0, 1].
-      sigma_min, sigma_max: ends of the grid (default: those published with it), clipped to the
-        denoiser's range.
-      rho: of the edm grid.   t_min: VP time of sigma_min.
+      design: solver, grid, schedule and scaling.
       churn: None, a number, a mapping or `Churn` (constants only).
       key: scalar or [B] typed keys, needed by churn.
       label: [B] int32 or None.
@@ -73,70 +137,73 @@ def ablation(
       [B,H,W,C].
 
     Raises:
-      ValueError: an unknown name, alpha outside (0, 1], churn without key.
+      ValueError: churn without key, or churn that depends on the images.
     """
-    for name, value, allowed in (
-        ("solver", solver, ("euler", "heun")),
-        ("grid", grid if isinstance(grid, str) else "edm", tuple(RANGES)),
-        ("schedule", schedule, ("vp", "ve", "linear")),
-        ("scaling", scaling, ("vp", "none")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha}; expected a number in (0, 1]")
-    rule = churning.as_rule(churn)
-    if rule is not None and not isinstance(rule, churning.Churn):
-        raise ValueError(
-            f"churn={churn!r}; expected Churn's constants: the ablation sampler's tables are fixed "
-            "before"
-        )
+    rule = _constant_churn(churn)
     if rule is not None and key is None and noise_fn is None:
         raise ValueError("key=None; expected a key, because churn draws noise")
     denoise = as_denoiser(denoise)
-    low, high = _range(denoise, grid, sigma_min, sigma_max)
-    levels = _levels(grid, n, low, high, rho, t_min)
-    n = len(levels)
-    clock = {
-        "vp": process.VP.between(low, high, t_min),
-        "ve": process.VE(),
-        "linear": process.EDM(),
-    }[schedule]
-    rounded = _rounding(denoise)
-    table = coefficients(clock, scaling == "vp", rounded(levels), rounded, rule, alpha)
-    table = jax.tree.map(lambda v: jnp.asarray(v, latents.dtype), table)
+    table = _table(design, denoise, n, rule, latents.dtype)
     noise = None if rule is None else step_noise(key, latents, noise_fn)
+    alpha = design.alpha
 
     def slope(x: Array, at: dict[str, Array]) -> Array:
         sigma = jnp.broadcast_to(at["sigma"], x.shape[:1])
-        return at["linear"] * x - at["pull"] * denoise(x / at["scale"], sigma, label).astype(
-            x.dtype
-        )
+        x0_hat = denoise(x / at["scale"], sigma, label)
+        return at["linear"] * x - at["pull"] * x0_hat.astype(x.dtype)
 
-    def raised(x: Array, step: Array, row: dict[str, Any]) -> Array:
+    def churned(x: Array, step: Array, row: dict[str, Any]) -> Array:
         if noise is None:
             return x
         return row["rescale"] * x + row["noise"] * noise(step)
 
     def euler_step(x: Array, xs: Any) -> tuple[Array, None]:
         step, row = xs
-        x = raised(x, step, row)
+        x = churned(x, step, row)
         return x + row["h"] * slope(x, row["start"]), None
 
     def heun_step(x: Array, xs: Any) -> tuple[Array, None]:
         step, row = xs
-        x = raised(x, step, row)
+        x = churned(x, step, row)
         d = slope(x, row["start"])
         d2 = slope(x + alpha * row["h"] * d, row["second"])
         return x + row["h"] * ((1 - 1 / (2 * alpha)) * d + d2 / (2 * alpha)), None
 
     x = latents * table.pop("first")
+    n = len(table["h"])
     rows = (jnp.arange(n, dtype=jnp.int32), table)
-    if solver == "euler":
+    if design.solver == "euler":
         return jax.lax.scan(euler_step, x, rows)[0]
     if n > 1:
         x, _ = jax.lax.scan(heun_step, x, jax.tree.map(lambda v: v[:-1], rows))
     return euler_step(x, jax.tree.map(lambda v: v[-1], rows))[0]
+
+
+def _constant_churn(churn: Any) -> churning.Churn | None:
+    """The churn as EDM's constants, from which the tables are made before anything is traced."""
+    rule = churning.as_rule(churn)
+    if rule is not None and not isinstance(rule, churning.Churn):
+        raise ValueError(
+            f"churn={churn!r}; expected Churn's constants: the ablation sampler's tables are made "
+            "before any image is seen"
+        )
+    return rule
+
+
+def _table(
+    design: Design, denoise: Denoiser, n: int, churn: churning.Churn | None, dtype: Any
+) -> dict[str, Any]:
+    """`coefficients` of a design, rounded to a dtype."""
+    low, high = design.range(denoise)
+    levels = design.levels(n, low, high)
+
+    def rounded(levels: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(denoise.round_sigma(cast(Array, levels)), np.float64)
+
+    clock, scaled = design.clock(low, high), design.scaling == "vp"
+    table = coefficients(clock, scaled, rounded(levels), rounded, churn, design.alpha)
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), table)
 
 
 def coefficients(
@@ -179,9 +246,7 @@ def coefficients(
     before, start = point(t), point(t_hat)
     h = np.append(t[1:], 0.0) - t_hat
     second = t_hat + alpha * h
-    second[-1] = t_hat[
-        -1
-    ]  # the last step has no second point, and sigma(0) = 0 would divide by zero
+    second[-1] = t_hat[-1]  # unused by the last step, which would divide by sigma(0) = 0
     added = np.sqrt(np.maximum(start["sigma"] ** 2 - sigma**2, 0.0))
     return {
         "first": before["sigma"][0] * before["scale"][0],
@@ -191,50 +256,3 @@ def coefficients(
         "rescale": start["scale"] / before["scale"],
         "noise": added * start["scale"] * (1.0 if churn is None else churn.S_noise),
     }
-
-
-def _levels(
-    grid: str | np.ndarray, n: int, low: float, high: float, rho: float, t_min: float
-) -> np.ndarray:
-    if not isinstance(grid, str):
-        levels = np.asarray(grid, np.float64)
-        if (
-            levels.ndim != 1
-            or levels.size == 0
-            or not ((np.diff(levels) < 0).all() and levels[-1] > 0)
-        ):
-            raise ValueError(
-                "grid: expected a name, or decreasing positive levels without a final 0"
-            )
-        return levels
-    named = {
-        "vp": lambda: grids.vp(n, low, high, t_min),
-        "ve": lambda: grids.ve(n, low, high),
-        "iddpm": lambda: grids.iddpm(n, low, high),
-        "edm": lambda: grids.edm(n, low, high, rho),
-    }
-    return named[grid]()[:-1]
-
-
-def _range(
-    denoise: Denoise, grid: str | np.ndarray, sigma_min: float | None, sigma_max: float | None
-) -> tuple[float, float]:
-    if not isinstance(grid, str):
-        low, high = float(np.min(grid)), float(np.max(grid))
-    elif grid == "vp":
-        low, high = (float(process.VP().sigma(t)) for t in (1e-3, 1.0))
-    else:
-        low, high = RANGES[grid]
-    return grids.clip_range(
-        denoise, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
-    )
-
-
-def _rounding(denoise: Denoiser) -> Callable[[np.ndarray], np.ndarray]:
-    """The denoiser's round_sigma as a function of NumPy tables, evaluated before tracing."""
-
-    def rounded(levels: np.ndarray) -> np.ndarray:
-        with jax.ensure_compile_time_eval():
-            return np.asarray(denoise.round_sigma(cast(Array, levels)), np.float64)
-
-    return rounded

@@ -10,7 +10,7 @@ from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import iddpm_levels
 from ogdm_jax.sampling import discrete
-from ogdm_jax.sampling.ablation import ablation
+from ogdm_jax.sampling.ablation import Design, ablation
 from ogdm_jax.sampling.churn import Churn, gamma_of
 from ogdm_jax.sampling.sampler import nfe, sample
 from tests.support.golden_support import Golden, family, nchw, nhwc
@@ -107,7 +107,8 @@ def run(
             )
             euler, n = settings.get("solver") == "euler", settings.get("n", 18)
             settings["grid"] = iddpm_grid(n, low, high, called, churn, euler)
-        return ablation(denoise, latents, **settings, **slots)
+        n = settings.pop("n", 18)
+        return ablation(denoise, latents, n, Design(**settings), **slots)
     n = settings.get("num_steps", 18)
     low, high = grids.clip_range(
         denoise, settings.get("sigma_min", 0.002), settings.get("sigma_max", 80.0)
