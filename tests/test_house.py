@@ -45,13 +45,12 @@ LATER = {
 }
 # Modules of ours that a command imports once it is known to need them.
 LATER_HERE = {
-    ("cli.guidance", "discriminator.training"): "--help and guidance without DG start quickly",
-    ("cli.train", "discriminator.training"): "--help starts quickly",
+    ("cli.guidance", "discriminator.guidance"): "--help and guidance without DG start quickly",
+    ("cli.train", "discriminator.train"): "--help starts quickly",
     ("cli.train", "training.loop"): "--help starts quickly",
 }
 LINES = 450  # a line of the two lists below goes when what it names is short
 LONG_FILES = {
-    "discriminator/training.py": "its settings and command move out with issue 14's contract",
     "interop/torch_state.py": "the reader of PyTorch's three file formats",
     "methods/ogdm.py": "the training contract of issue 14 shortens it",
     "methods/sp.py": "the training contract of issue 14 shortens it",
@@ -61,8 +60,6 @@ BODY = 60  # without the docstring
 LONG_FUNCTIONS = {
     "interop/restricted_pickle.py _table": "one entry per instruction of pickle",
     "networks/unet.py __call__": "the U-Net from its input to its output, in order",
-    "sampling/ablation.py ablation": "EDM's ablation sampler, with its schedules and scalings",
-    "training/loop.py _steps": "the loop over steps",
     "training/run.py build": "every part of a run, checked before the next",
     "training/step.py make_step": "the train step, in order",
 }

@@ -295,11 +295,11 @@ def _measure(
 
 def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session) -> Guidance:
     """DG's guidance by the discriminator of a training folder."""
-    from ogdm_jax.discriminator import guidance as discriminator  # its imports only where needed
+    from ogdm_jax.discriminator.guidance import Use, open_guidance  # only where it is needed
 
     other = session.settings.get("cfg")
     weight = 1.0 if other is None else None if other.window else other.weight
-    use = discriminator.Use(run, session.sampling, session.churn, weight)
+    use = Use(run, session.sampling, session.churn, weight)
     words = dict(vars(chosen))
     folder = words.pop("discriminator")
-    return discriminator.open_guidance(folder, use=use, labels=session.labels, **words)
+    return open_guidance(folder, use=use, labels=session.labels, **words)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ogdm_jax import data, parallel
 from ogdm_jax.config import Config, ConfigError
-from ogdm_jax.discriminator import run as discriminator
+from ogdm_jax.discriminator.run import planned
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
 from ogdm_jax.training import run as runs
@@ -107,7 +107,7 @@ def source_like(
 def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """The run of a configuration. Weights that it would read (a teacher's) are zeros."""
     if config.task == "discriminator":
-        return discriminator.planned(config, source, plan)
+        return planned(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 
 
