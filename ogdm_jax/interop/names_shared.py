@@ -5,6 +5,8 @@ in our variables.
 """
 
 import dataclasses
+import functools
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -108,13 +110,14 @@ def _reorder(value: np.ndarray, heads: int, source: str, target: str) -> np.ndar
     return split.transpose(*axes, *range(3, split.ndim)).reshape(value.shape)
 
 
+@functools.lru_cache(maxsize=32)  # a trace of the network takes a second, and both ways ask for it
 def variable_shapes(
     network: nn.Module, *inputs: jax.ShapeDtypeStruct
-) -> dict[Path, tuple[int, ...]]:
+) -> Mapping[Path, tuple[int, ...]]:
     """{path: shape} of all variables of a network, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = _flat(jax.eval_shape(network.init, key, *inputs))
-    return {path: tuple(leaf.shape) for path, leaf in variables.items()}
+    return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in variables.items()})
 
 
 def _flat(variables: PyTree) -> dict[Path, Any]:
