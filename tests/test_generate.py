@@ -8,9 +8,10 @@ import pytest
 
 from ogdm_jax import config as configs
 from ogdm_jax import models
-from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.config import ConfigError, Sample, groups
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.sampler import SOLVERS
 from ogdm_jax.training.workdir import TrainedModel
 from tests.support import tiny
 
@@ -61,9 +62,15 @@ def test_grids_that_cannot_be_are_one_sentence(model):
         generate.noise_levels(model, _settings("respaced", 1001))
     assert "\n" not in str(error.value)
     with pytest.raises(
-        ConfigError, match="sample.grid: 'log' given; expected one of edm, vp, ve, iddpm, respaced"
+        ConfigError,
+        match="sample.grid: unknown 'log'; expected one of edm, vp, ve, iddpm, respaced",
     ):
-        generate.noise_levels(model, _settings("log"))
+        _settings("log")
+
+
+def test_the_names_that_settings_allow_are_those_that_there_are():
+    assert set(groups.SOLVERS) == set(SOLVERS)
+    assert set(groups.GRIDS) == {*generate.CONTINUOUS, *generate.DISCRETE}
 
 
 def test_folders_from_before_the_settings_open_again():

@@ -425,7 +425,7 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
             ("--grid", "respaced"),
             "config.sample.grid: 'respaced' given; expected one of edm, vp, ve, iddpm: the model",
         ),
-        (("--grid", "log"), "config.sample.grid: 'log' given; expected one of edm"),
+        (("--grid", "log"), "config.sample.grid: unknown 'log'; expected one of edm"),
     ],
     ids=lambda v: " ".join(v)[-40:] if isinstance(v, tuple) else "",
 )

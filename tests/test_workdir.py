@@ -43,7 +43,7 @@ def test_the_denoiser_holds_the_weights(trained):
     [
         ({"n": 0}, "n: 0 given; expected at least 1 image"),
         ({"label": 3}, "--label: 3 given, but the model is unconditional"),
-        ({"solver": "magic"}, "sample.solver: 'magic'"),
+        ({"solver": "magic"}, "sample.solver: unknown 'magic'; expected one of euler, heun"),
         ({"stepz": 3}, "no setting 'stepz'; expected some of solver, steps"),
     ],
 )

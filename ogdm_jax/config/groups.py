@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, suggestion
 
+# What `sampling.sampler` and `sampling.generate` have under these names.
+SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
+GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad")
 Settings = TypeVar("Settings")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 
@@ -238,11 +241,12 @@ class Sample(_Checked):
 
     every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
     num: int = _free(64, "images of a grid", least=1, expected="at least 1")
-    solver: str = _free("heun", "rule of one step")
+    solver: str = _free("heun", "rule of one step", choices=SOLVERS)
     steps: int = _free(18, "steps of the solver", least=1)
     grid: str = _free(
         "edm",
         "edm, vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad",
+        choices=GRIDS,
     )
     sigma_min: float = setting(0.002, "lowest noise level; noise.clip clips to it")
     sigma_max: float = setting(80.0, "highest noise level; noise.clip clips to it")

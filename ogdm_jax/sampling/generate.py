@@ -1,6 +1,4 @@
-"""Images from a denoiser: seeds in, images out, over any number of devices. An image depends only
-on its seed.
-"""
+"""Images from seeds, over any number of devices. An image depends only on its seed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +14,15 @@ from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import grids
 from ogdm_jax.models import Model
 from ogdm_jax.sampling.guidance import Guidance, combine
-from ogdm_jax.sampling.sampler import SOLVERS, check_parts, sample
+from ogdm_jax.sampling.sampler import check_parts, sample
 from ogdm_jax.sampling.solvers import FEWEST_STEPS
 from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
 Images = Callable[[PyTree, PyTree, Any, Any, PyTree, PyTree], Array]  # see `sampler`
-# Names of config.sample.grid. Continuous ones lie within the sampler's and the model's range of
-# levels, the others are steps of a discrete model's own process: guided-diffusion's respacing, and
-# DDIM's two (arXiv 2010.02502 D.2).
+# Names of config.sample.grid (config.groups.GRIDS lists them, too). Continuous grids lie within the
+# sampler's and the model's range of levels. The others are steps of a discrete model's own process:
+# guided-diffusion's respacing, and DDIM's two (arXiv 2010.02502 D.2).
 CONTINUOUS = {
     "edm": grids.edm,
     "vp": lambda n, low, high, rho: grids.vp(n, low, high),
@@ -46,8 +44,12 @@ def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.ndarray | None:
-    """The class of each image: `label` for all, else drawn from each seed; None for an
-    unconditional model.
+    """The class of each image: `label`, or one drawn from each seed; None without classes.
+
+    Args:
+      seeds: [n].
+      num_classes: of the model, 0 if it is unconditional.
+      label: of all images (-1: no class), or None.
 
     Raises:
       ConfigError: a label for an unconditional model, or one that is no class.
@@ -66,30 +68,16 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
 
 
 def noise_levels(model: Model, settings: Sample) -> np.ndarray:
-    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last one
-    0.
+    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last 0.
 
     Raises:
-      ConfigError: an unknown grid, one that the model has no steps for, or that has fewer steps
-      than wanted.
+      ConfigError: the grid needs a discrete model, or has fewer steps than wanted.
     """
-    name, steps = settings.grid, settings.steps
-    require(
-        name in (*CONTINUOUS, *DISCRETE),
-        "sample.grid",
-        name,
-        f"one of {', '.join([*CONTINUOUS, *DISCRETE])}",
-    )
-    discrete, table = name in DISCRETE, model.table
-    fits = table is not None or not discrete
-    require(
-        fits,
-        "sample.grid",
-        name,
-        f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one",
-    )
+    name, steps, table = settings.grid, settings.steps, model.table
+    fitting = f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one"
+    require(name in CONTINUOUS or table is not None, "sample.grid", name, fitting)
     try:
-        if discrete and table is not None:
+        if name in DISCRETE and table is not None:
             kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
             return np.append(table.sigma[kept][::-1], 0.0)
         low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
@@ -101,15 +89,7 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
 
 
 def check_settings(settings: Sample, model: Model | None = None) -> None:
-    """Raises ConfigError for an unknown solver or grid, too few steps, or an eta, rho or range that
-    cannot be.
-    """
-    require(
-        settings.solver in SOLVERS,
-        "sample.solver",
-        settings.solver,
-        f"one of {', '.join(sorted(SOLVERS))}",
-    )
+    """Raises ConfigError for too few steps, or a grid that the model does not have."""
     least = FEWEST_STEPS.get(settings.solver, 1)
     require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
     if model is not None:
@@ -123,18 +103,21 @@ def sampler(
     churn: Any = None,
     guidance: Sequence[Guidance] = (),
 ) -> Images:
-    """A compiled (params, buffers, seeds [b], labels [b] | None, constants, rows) -> images
-    [b,h,w,c] in [-1, 1].
+    """A compiled function (params, buffers, seeds, labels, constants, rows) -> images.
+
+    seeds are [b], labels [b] or None, constants and rows those of `arrays`, images [b,h,w,c] in
+    about [-1, 1].
 
     Args:
       model: what is sampled.
       settings: solver, steps, grid, sigma_min, sigma_max, rho, eta of config.sample.
       devices: b must be a multiple of their number; each samples its share.
       churn: of `sample`, where no method brings it.
-      guidance: sampling methods; their constants and rows come with each call, see `arrays`.
+      guidance: sampling methods; their constants and rows come with each call.
 
     Raises:
-      ConfigError, ValueError: settings out of range; two owners of one part of guidance.
+      ConfigError: settings that do not fit the model.
+      ValueError: two owners of one part of guidance.
     """
     check_settings(settings)
     levels = noise_levels(model, settings)
@@ -192,8 +175,7 @@ def generate(
     batch: int,
     guidance: Sequence[Guidance] = (),
 ) -> Iterator[np.ndarray]:
-    """Yields images of all seeds in batches of one compiled size; the last one is filled up and
-    cut.
+    """Yields images of all seeds, batch by batch; one compiled size serves all.
 
     Args:
       images: of `sampler`.
@@ -207,7 +189,7 @@ def generate(
     seeds = np.asarray(seeds, np.uint32)
     constants, rows = arrays(guidance)
     for start in range(0, len(seeds), batch):
-        # The last part repeats its first rows, so that one compiled size serves all.
+        # The last part repeats its first rows up to that size.
         at = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
         classes = None if labels is None else np.asarray(labels, np.int32)[at]
         part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
