@@ -60,3 +60,26 @@ def _forget_programs():
     """Compiled programs pile up to gigabytes over the suite; no module needs another's."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Golden files last: they are many and need nothing of each other, so both workers end
+    together.
+    """
+    items.sort(key=lambda item: item.path.name == "test_golden.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay on one worker, which trains and compiles what they share once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.option.dist != "load":  # somebody asked for another distribution
+        return None
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_golden.py" in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
