@@ -80,14 +80,14 @@ def main() -> None:
             with Checkpoints(teacher.name) as checkpoints:
                 about = describe(run.config, run.source.shape, run.source.num_classes)
                 checkpoints.save(0, holder[0], about, {"step": 0})
-        frozen = run.frozen()
+        constants = run.constants()
         step = run.compile(holder[0])
         batch = run.plan.place_batch(next(data.batches(run.source, config.data.batch, 0)))
 
-        def turn(n, holder=holder, step=step, frozen=frozen, batch=batch, key=run.key):
+        def turn(n, holder=holder, step=step, constants=constants, batch=batch, key=run.key):
             began = time.perf_counter()
             for _ in range(n):
-                holder[0], _ = step(holder[0], frozen, batch, key)
+                holder[0], _ = step(holder[0], constants, batch, key)
             jax.block_until_ready(holder[0])
             return (time.perf_counter() - began) / n
 

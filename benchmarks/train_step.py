@@ -136,10 +136,10 @@ def jax_step(size: str, dropout: float, augment: float) -> tuple:
     source = data.Source(name="random", shape=(side, side, channels), images=pictures)
     run = runs.build(config, source, parallel.make_plan(config.parallel.plan))
     holder = [run.init()]
-    step, frozen = run.compile(holder[0]), run.frozen()
+    step, constants = run.compile(holder[0]), run.constants()
 
     def advance(placed):
-        holder[0], metrics = step(holder[0], frozen, placed, run.key)
+        holder[0], metrics = step(holder[0], constants, placed, run.key)
         jax.block_until_ready((holder[0], metrics))
         return holder[0]
 

@@ -17,9 +17,9 @@ mean.
 from ml_collections import ConfigDict
 
 from ogdm_jax import config
-from ogdm_jax.methods import contract
+from ogdm_jax.methods import discovery
 
 
 def get_config() -> ConfigDict:
     """All groups and those of the training methods; locked, so that no name can be misspelled."""
-    return config.editable(contract.defaults())
+    return config.editable(discovery.defaults())

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 from ogdm_jax.configs import base
 from ogdm_jax.discriminator.settings import Settings
-from ogdm_jax.methods import contract
+from ogdm_jax.methods import discovery
 
 
 def get_config():
     config = base.get_config().unlock()
-    for name in ("noise", "precondition", *contract.training_names()):
+    for name in ("noise", "precondition", *discovery.training()):
         del config[name]  # a denoiser's
     for name in ("xflip", "augment", "label_dropout"):
         del config.data[name]  # follow from the prior

@@ -78,16 +78,6 @@ class Plan:
             lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state
         )
 
-    @property
-    def words(self) -> dict[str, Any]:
-        """All that the step is told of the devices: keywords of training.step.make_step."""
-        return {
-            "axis": self.axis,
-            "ravel": self.ravel,
-            "gather": self.gather,
-            "scatter": self.scatter,
-        }
-
     def gather(self, tree: PyTree) -> PyTree:
         """Inside the step: parameters, whole on every device while a network uses them.
 
@@ -159,7 +149,7 @@ class Plan:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape(leaf), leaf.dtype), tree)
 
     def compile(self, step: Callable, state: PyTree) -> Callable:
-        """The compiled step(state, frozen, batch, key); the state given to it is donated."""
+        """The compiled step(state, constants, batch, key); the state given to it is donated."""
         step = platforms.traced_for(self.platform, step)
         if self.kind == "pmap":
             return jax.pmap(
@@ -172,10 +162,10 @@ class Plan:
             )
         shardings = self.state_shardings(state)
         replicated = self.sharding()
-        frozen = {"whole": replicated, "divided": self.sharding(AXIS)}
+        constants = {"whole": replicated, "divided": self.sharding(AXIS)}
         return jax.jit(
             step,
-            in_shardings=(shardings, frozen, self.sharding(AXIS), replicated),
+            in_shardings=(shardings, constants, self.sharding(AXIS), replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )

@@ -27,8 +27,7 @@ def saved(tmp_path_factory):
         ema=filled(shapes.ema, 2),
         buffers=filled(shapes.buffers, 0),
         opt_state=filled(shapes.opt_state, 0),
-        companions={},
-        memory={},
+        carry={},
     )
     with Checkpoints(folder, keep=1, keep_every=4) as checkpoints:
         for step in range(2, 11, 2):

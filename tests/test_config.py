@@ -10,7 +10,7 @@ import pytest
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
-from ogdm_jax.methods import contract
+from ogdm_jax.methods import discovery
 from ogdm_jax.training import run as runs
 from tests.support import tiny
 
@@ -23,7 +23,7 @@ NAMES = sorted(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_loads_and_survives_json(name):
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py")
-    contract.check_settings(config)
+    discovery.check_settings(config)
     again = configs.from_json(configs.to_json(config))
     json.loads(configs.to_json(config), parse_constant=pytest.fail)  # Infinity and NaN are no JSON
     assert configs.flatten(again) == configs.flatten(config)
@@ -66,8 +66,8 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
         "label": np.zeros(8, np.int32),
         "index": np.arange(8, dtype=np.int32),
     }
-    frozen = contract.frozen_trees(run.filled)
-    after, metrics = jax.eval_shape(run.step, state, frozen, batch, run.key)
+    constants = run.methods.constants()
+    after, metrics = jax.eval_shape(run.step, state, constants, batch, run.key)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
 
 
@@ -164,7 +164,7 @@ def test_settings_out_of_range_are_refused_before_compiling(text, field):
 
 def test_a_run_may_be_lengthened_but_not_changed():
     old, new = tiny.config(), tiny.config("train.duration=40 steps", "log.every=1 steps")
-    methods = contract.settings_types()
+    methods = discovery.settings_types()
     configs.check_same_run(old, new, methods)
     with pytest.raises(ValueError, match="sample.sigma_max"):  # it clips the training levels
         configs.check_same_run(old, tiny.config("sample.sigma_max=10.0"), methods)

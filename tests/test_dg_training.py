@@ -331,9 +331,9 @@ def test_the_loss_begins_at_chance_and_only_the_head_is_trained(trained):
     _, run, _, _ = trained
     state = run.init()
     batch = next(run.batches(0, 1))
-    frozen = {"dg": {"extractor": run.extractor}}
+    constants = {"dg": {"extractor": run.extractor}}
     loss = training_loss(run.config, run.model, False)
-    value, sums = jax.jit(lambda p: loss(p, state, frozen, batch, run.key))(state.params)
+    value, sums = jax.jit(lambda p: loss(p, state, constants, batch, run.key))(state.params)
     np.testing.assert_allclose(value, np.log(2), atol=0.05)
     assert set(sums) == {"loss", "accuracy"} and sums["loss"][1] == 8
     names = {p[0].key for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
@@ -501,9 +501,9 @@ def test_four_devices_train_as_one(trained, prior, plan):
 
     def two_steps(run):
         state = run.init()
-        step, frozen, batches = run.compile(state), run.frozen(), run.batches(0, 1)
+        step, constants, batches = run.compile(state), run.constants(), run.batches(0, 1)
         for _ in range(2):
-            state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+            state, metrics = step(state, constants, run.plan.place_batch(next(batches)), run.key)
         return run.plan.local_copy(state.params), {
             k: float(np.asarray(v)) for k, v in metrics.items()
         }

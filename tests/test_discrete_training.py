@@ -52,7 +52,7 @@ def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
     @jax.jit
     def both(params):
         x0_hat = run.model.denoiser(params)(x0 + wide(sigma) * eps, sigma)
-        ours = run.law.weight(sigma) * jnp.sum(jnp.square(x0_hat - x0), axis=(1, 2, 3))
+        ours = run.noise.weight(sigma) * jnp.sum(jnp.square(x0_hat - x0), axis=(1, 2, 3))
         xt = wide(np.sqrt(chain.alpha_bar[t])) * x0 + wide(np.sqrt(1 - chain.alpha_bar[t])) * eps
         eps_hat = run.model.network.apply({"params": params}, xt, jnp.asarray(t, jnp.float32))
         return ours, 64 * jnp.mean(jnp.square(eps_hat - eps), axis=(1, 2, 3))
@@ -64,13 +64,13 @@ def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
 def test_ogdm_trains_on_discrete_pairs_and_its_discriminators_rate_falls(run):
     """Two steps: both networks learn in the first; in the second the discriminator's rate is 0."""
     state = run.init()
-    step, frozen = run.compile(state), run.frozen()
+    step, constants = run.compile(state), run.constants()
     batches = data.batches(run.source, 8, 0)
     seen = []
     for _ in range(2):
-        before = jax.tree.map(np.asarray, (state.params, state.companions["ogdm"].params))
-        state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
-        after = jax.tree.map(np.asarray, (state.params, state.companions["ogdm"].params))
+        before = jax.tree.map(np.asarray, (state.params, state.carry["ogdm"]["params"]))
+        state, metrics = step(state, constants, run.plan.place_batch(next(batches)), run.key)
+        after = jax.tree.map(np.asarray, (state.params, state.carry["ogdm"]["params"]))
         moved = [
             any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
             for pair in zip(before, after, strict=True)
@@ -90,8 +90,7 @@ def test_the_celeba_configuration_is_the_authors():
     shapes = jax.eval_shape(built.create, jax.random.key(0))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert (
-        count(shapes.params) == 121_060_483
-        and count(shapes.companions["ogdm"].params) == 28_853_760
+        count(shapes.params) == 121_060_483 and count(shapes.carry["ogdm"]["params"]) == 28_853_760
     )
     assert abs(0.5 ** (1 / configs.duration(config.ema.halflife, 128)) - 0.9999) < 1e-8
     settings = config.settings("ogdm", ogdm.Settings)

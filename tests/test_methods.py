@@ -1,35 +1,68 @@
-"""The contract of methods/: every file alone and in pairs, in one train step; two owners of one
-slot are named.
+"""The contract of training methods: every file alone and in pairs, traced and trained; two owners of
+one slot are named; a method of another package.
 """
 
+import dataclasses
 import functools
 import itertools
+import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from ogdm_jax import data, parallel
+from ogdm_jax.cli import train
 from ogdm_jax.methods import contract as slots
-from ogdm_jax.methods import sp
+from ogdm_jax.methods import discovery, sp
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
-from tests.support import tiny
+from tests.support import foreign, tiny
 
-TRAINING = slots.training_names()
+TRAINING = list(discovery.training())
 PAIRS = list(itertools.combinations(TRAINING, 2))
+RUNS = {"learning_rate", "ema_beta"}  # metrics of every run
 SMALL = (tiny.ONE_LEVEL, "data.batch=8", "stf.n=32")
 
 
 def test_every_method_file_says_what_it_is():
-    for name in slots.names():
-        module = slots.module(name)
-        assert (
-            module.__doc__ and "arXiv" in module.__doc__ or any(c.isdigit() for c in module.__doc__)
-        ), name
-        if name in TRAINING:
-            assert isinstance(module.DEFAULTS, dict) and callable(module.training)
+    """A paper, and settings of which each has a help text and a default that passes its check."""
+    for name, module in discovery.modules().items():
+        assert re.search(r"\b\d{4}(\.\d{4,5})?\b", module.__doc__), name
+    for name, module in discovery.training().items():
+        assert dataclasses.is_dataclass(module.Settings()), name
+        for field in dataclasses.fields(module.Settings):
+            assert field.metadata["help"], (name, field.name)
+        for preset in getattr(module, "PRESETS", {}).values():
+            module.Settings(**preset)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "on", [(), *((n,) for n in TRAINING), *PAIRS, tuple(TRAINING)], ids="+".join
+)
+def test_a_step_keeps_the_state_and_reports_numbers(on):
+    """Traced, not compiled: every combination gives back the state that it was given, with one
+    finite number per metric, and what a method says of itself is true.
+    """
+    zeros = lambda shapes: jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    source, plan = data.open_source("digits"), parallel.make_plan("mesh", 2)
+    run = runs.build(tiny.config(*SMALL, f"methods={on!r}"), source, plan, zeros)
+    state, constants, batch, key = run.shapes()
+    after, metrics = jax.eval_shape(run.step, state, constants, batch, key)
+    described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert described(after) == described(state)
+    assert all(value.shape == () for value in metrics.values())
+    assert [m.name for m in run.methods.all] == list(on)
+    assert set(state.carry) == {m.name for m in run.methods.all if m.carry is not None}
+    own = {**constants["whole"], **constants["divided"]}
+    assert set(own) == {m.name for m in run.methods.all if m.constants is not None}
+    for method in run.methods.all:
+        named = {method.name, "loss"}
+        alone = set(metrics) - {"loss", "loss/denoise", "grad_norm", "grad_nonfinite"}
+        assert on != (method.name,) or all(set(re.split("[/_]", n)) & named for n in alone - RUNS)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +82,14 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-def proceed(run, compiled, frozen, state, steps, first=0):
+def proceed(run, compiled, constants, state, steps, first=0):
     """(state, metrics of each step) after some more steps, from the loader's position `first`."""
     batches = data.batches(
-        run.source, run.config.data.batch, run.config.seed, first, 0, 1, run.filled.references
+        run.source, run.config.data.batch, run.config.seed, first, 0, 1, run.methods.references
     )
     metrics = []
     for _ in range(steps):
-        state, values = compiled(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        state, values = compiled(state, constants, run.plan.place_batch(next(batches)), run.key)
         metrics.append({k: float(np.asarray(v)) for k, v in values.items()})
     return state, metrics
 
@@ -70,7 +103,7 @@ def trained(*flags, plan="pmap", devices=1):
 def _trained(flags, plan, devices):
     run = tiny.build(*SMALL, *flags, plan=plan, devices=devices)
     state = run.init()
-    state, metrics = proceed(run, run.compile(state), run.frozen(), state, 3)
+    state, metrics = proceed(run, run.compile(state), run.constants(), state, 3)
     return run, run.plan.local_copy(state), metrics
 
 
@@ -104,7 +137,6 @@ def test_methods_train_in_every_combination(on, pretrained):
         [v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]
     ).all(), metrics
     assert metrics[-1]["grad_nonfinite"] == 0
-    assert set(state.companions) == {m.name for m in run.filled.companions}
 
 
 def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
@@ -114,26 +146,26 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
     flags = (f"methods={tuple(TRAINING)!r}", f"init.workdir={pretrained}", "stf.source=stream")
     run = tiny.build(*SMALL, *flags, plan="mesh", devices=2)
     state = run.init()
-    compiled, frozen = run.compile(state), run.frozen()
-    state, _ = proceed(run, compiled, frozen, state, 1)
+    compiled, constants = run.compile(state), run.constants()
+    state, _ = proceed(run, compiled, constants, state, 1)
     with Checkpoints(tmp_path) as saved:
         saved.save(
             1, state, describe(run.config, run.source.shape, run.source.num_classes), {"step": 1}
         )
-    straight, metrics = proceed(run, compiled, frozen, state, 2, first=1)
+    straight, metrics = proceed(run, compiled, constants, state, 2, first=1)
     assert np.isfinite(
         [v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]
     ).all(), metrics
-    assert set(straight.companions) == {"ogdm"} and set(straight.memory) == {"sp"}
+    assert set(straight.carry) == {"ogdm", "sp"}
 
     with Checkpoints(tmp_path) as saved:
         restored, position = saved.restore(1, jax.eval_shape(run.create, run.key), run.plan)
-    sp.verify(restored.memory["sp"], frozen["whole"]["sp"])
-    resumed, _ = proceed(run, compiled, frozen, restored, 2, first=position["step"])
+    run.check(restored.carry, constants)
+    resumed, _ = proceed(run, compiled, constants, restored, 2, first=position["step"])
     tiny.assert_trees(resumed, straight)
-    teacher = jax.tree.map(np.asarray, frozen["whole"]["sp"])
+    teacher = jax.tree.map(np.asarray, constants["whole"]["sp"])
     now = sp.fingerprint({name: teacher[name] for name in ("params", "buffers")})
-    np.testing.assert_array_equal(now, run.memory["sp"]["teacher"])
+    np.testing.assert_array_equal(now, resumed.carry["sp"]["teacher"])
 
 
 def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
@@ -141,11 +173,12 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
         tiny.build("methods=('sp',)", *SMALL, f"sp.teacher={pretrained}", *more)
         for more in (["sp.teacher_step=0"], [])
     )
-    assert first.memory["sp"]["teacher_step"] == 0 and newest.memory["sp"]["teacher_step"] == 1
-    frozen = slots.frozen_trees(newest.filled)["whole"]["sp"]
+    began, now = (run.methods.init(run.key) for run in (first, newest))
+    assert began["sp"]["teacher_step"] == 0 and now["sp"]["teacher_step"] == 1
+    constants = newest.methods.constants()
     with pytest.raises(ValueError, match="other weights at step 1 .* config.sp.teacher_step=0"):
-        sp.verify(first.memory["sp"], frozen)
-    sp.verify(newest.memory["sp"], frozen)
+        newest.check(began, constants)
+    newest.check(now, constants)
 
 
 def test_sp_overfits_eight_images(tmp_path):
@@ -160,7 +193,7 @@ def test_sp_overfits_eight_images(tmp_path):
     def phase(steps, *flags):
         run = runs.build(tiny.config(*plain, *flags), source, parallel.make_plan("mesh", 1))
         state = run.init()
-        return run, *proceed(run, run.compile(state), run.frozen(), state, steps)
+        return run, *proceed(run, run.compile(state), run.constants(), state, steps)
 
     run, state, _ = phase(100, "methods=()")
     with Checkpoints(tmp_path / "base") as saved:
@@ -228,12 +261,52 @@ def test_weight_zero_is_plain_training_bit_for_bit(on, flags, pretrained):
     tiny.assert_trees(zero.ema, plain.ema)
 
 
-def test_two_owners_of_one_slot_are_named():
+@pytest.mark.fast
+@pytest.mark.parametrize("slot", ["target", "distance"])
+def test_two_owners_of_one_slot_are_named(slot):
     fill = lambda *a: None
-    with pytest.raises(ValueError, match="first and second both fill the target slot"):
-        slots.combine([slots.Slots("first", target=fill), slots.Slots("second", target=fill)])
+    both = [slots.Slots(name, **{slot: fill}) for name in ("first", "second")]
+    with pytest.raises(ValueError, match=f"first and second both fill the {slot} slot"):
+        slots.combine(both)
 
 
 def test_unknown_methods_list_the_known_ones():
     with pytest.raises(ValueError, match="unknown method 'gan'; expected some of .*ogdm"):
-        slots.module("gan")
+        discovery.training_method("gan")
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    """A package of somebody else with the training method `quiet`, for one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        foreign.install(tmp_path, patch, "quiet", foreign.TRAINING)
+        yield
+    discovery.modules.cache_clear()
+
+
+def test_a_method_of_another_package_is_trained_by_the_command(quiet, tmp_path):
+    flags = tiny.flags(
+        tiny.ONE_LEVEL, "data.batch=8", "train.duration=2 steps", "log.every=1 steps"
+    )
+    more = ["--config.methods=quiet,ogdm", "--config.quiet.weight=0.5"]
+    train.main(["--workdir", str(tmp_path / "w"), *flags, *more])
+    logged = [json.loads(t) for t in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    assert [line["quiet/steps"] for line in logged] == [1, 2]
+    for line in logged:
+        np.testing.assert_allclose(
+            line["loss"], line["loss/denoise"] + line["loss/ogdm"] + line["loss/quiet"], rtol=1e-5
+        )
+
+
+@pytest.mark.fast
+def test_settings_of_another_package_are_settings_like_any_other(quiet, capsys):
+    train.main(["--dry-run", *tiny.flags("methods=quiet"), "--config.quiet.weight=0.5"])
+    assert "--config.quiet.weight=0.5" in capsys.readouterr().out
+    for flag, message in (
+        ("quiet.wieght=1", "unknown key 'wieght'; did you mean weight"),
+        ("quiet.weight=-1", "config.quiet.weight: -1.0 given; expected a number of at least 0"),
+        ("methods=quite", "unknown method 'quite'; did you mean quiet"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--dry-run", f"--config.{flag}"])
+        assert message in capsys.readouterr().err

@@ -374,7 +374,6 @@ def test_r1_of_the_sum_sees_other_examples():
 
 def context(**changes):
     """What the step would tell the method; the denoiser is linear(theta)."""
-    law = noise.edm()
     base = slots.Context(
         image_shape=SHAPE,
         label_dim=0,
@@ -385,9 +384,11 @@ def context(**changes):
         sigma_data=0.5,
         sigma_min=0.002,
         sigma_max=80.0,
-        weight=law.weight,
+        noise=noise.edm(),
         denoiser=lambda params, buffers: linear(params),
         learning_rate=1e-3,
+        source=None,
+        weights=None,
     )
     return dataclasses.replace(base, **changes)
 
@@ -417,22 +418,30 @@ def born():
     return drawn(StyleGAN2Discriminator(img_resolution=8, img_channels=3, **TINY))[0]["params"]
 
 
+def players_of(**settings):
+    """Both sides of the game at tiny sizes, as `ogdm.training` makes them."""
+    settings = ogdm.Settings(**TINY | settings)
+    return ogdm.Players(settings, context(), ogdm.discriminator(settings, context()))
+
+
+def owned(phi):
+    """What the step hands the penalty, of a discriminator's parameters."""
+    return slots.Own(carry={"params": phi})
+
+
 def play(**settings):
-    """(method, discriminator params, G penalty of theta and phi, D loss of phi and theta)."""
-    method = ogdm.training(ogdm.DEFAULTS | TINY | settings, context())
-    e = example()
+    """(discriminator params, G penalty of theta and phi, D loss of phi and theta)."""
+    players, e = players_of(**settings), example()
 
     def generator(theta, phi):
         denoise = linear(theta)
-        return jnp.mean(
-            method.penalty(e, denoise(e.xt, e.sigma), same(denoise), phi, None, None)[0]
-        )
+        return jnp.mean(players.penalty(e, denoise(e.xt, e.sigma), same(denoise), owned(phi))[0])
 
-    def companion(phi, theta):
-        return jnp.mean(method.companion.loss(phi, e, same(linear(theta)), None, jnp.int32(1))[0])
+    def opponent(phi, theta):
+        return jnp.mean(players.loss(phi, e, same(linear(theta)), jnp.int32(1))[0])
 
-    players = (quick_jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (generator, companion))
-    return born(), *players
+    both = (quick_jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (generator, opponent))
+    return born(), *both
 
 
 def is_zero(tree):
@@ -441,22 +450,18 @@ def is_zero(tree):
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_each_player_moves_only_itself(solver):
-    params, generator, companion = play(solver=solver)
+    params, generator, opponent = play(solver=solver)
     _, (theta, phi) = generator(0.1, params)
     assert theta != 0 and is_zero(phi)
-    _, (phi, theta) = companion(params, 0.1)
+    _, (phi, theta) = opponent(params, 0.1)
     assert not is_zero(phi) and is_zero(theta)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
+def test_the_discriminator_judges_real_and_fake_of_the_same_lower_level(solver):
     """Real is x0 + sigma_s eps, not sigma_t: made here by hand, from the pair's own draw."""
-    settings = ogdm.Settings(**ogdm.DEFAULTS | TINY | {"solver": solver, "input_scale": "unit"})
-    method, e, denoise = (
-        ogdm.training(dataclasses.asdict(settings), context()),
-        example(),
-        linear(0.1),
-    )
+    players, e = players_of(solver=solver, input_scale="unit"), example()
+    settings, denoise = players.settings, linear(0.1)
     network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, mbstd_batch=4, **TINY)
 
     def both(phi):
@@ -467,7 +472,7 @@ def test_the_companion_judges_real_and_fake_of_the_same_lower_level(solver):
         judge = lambda x: network.apply({"params": phi}, x, levels)
         losses = ogdm.discriminator_loss(judge(scale * real), judge(scale * fake))
         want = losses + settings.r1 * ogdm.r1_penalty(judge, scale * real)
-        return method.companion.loss(phi, e, same(denoise), None, jnp.int32(0))[0], want
+        return players.loss(phi, e, same(denoise), jnp.int32(0))[0], want
 
     got, want = quick_jit(both)(born())
     np.testing.assert_allclose(got, want, rtol=1e-4)
@@ -495,14 +500,12 @@ def test_sharing_the_denoising_output_changes_calls_and_not_numbers():
 
 
 def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
-    settings = ogdm.Settings(**ogdm.DEFAULTS | TINY)
-    method = ogdm.training(dataclasses.asdict(settings), context())
-    e = example()
+    players, e = players_of(), example()
     network = StyleGAN2Discriminator(img_resolution=8, img_channels=3, mbstd_batch=4, **TINY)
 
     def both(params):
-        loss, metrics = method.penalty(
-            e, linear(0.0)(e.xt, e.sigma), same(linear(0.0)), params, None, None
+        loss, metrics = players.penalty(
+            e, linear(0.0)(e.xt, e.sigma), same(linear(0.0)), owned(params)
         )
         below = ogdm.next_sigma(e.sigma, jax.vmap(jax.random.uniform)(e.keys("ogdm/gap")), 0.2)
         fake = ogdm.project(linear(0.0), e.xt, e.sigma, below)
@@ -515,14 +518,14 @@ def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
     loss, metrics, logits = quick_jit(both)(born())
     np.testing.assert_allclose(metrics["ogdm/generator_logit"], logits, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(loss, -0.025 * 192 * logits, rtol=1e-4, atol=1e-6)
-    made = jax.eval_shape(method.companion.init, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, born())
+    made = jax.eval_shape(players.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made["params"]) == jax.tree.map(jnp.shape, born())
 
 
 def test_lazy_r1_keeps_its_average_and_skips_its_steps():
     judge = lambda x, pair: jnp.sum(x, axis=(1, 2, 3)) / 192**0.5  # noqa: E731  R1 = 1
     pair, x = ogdm.Pair(jnp.ones(4), jnp.ones(4)), jnp.asarray(images(1))
-    run = lambda settings, step: ogdm.companion_loss(judge, x, x, pair, settings, step)
+    run = lambda settings, step: ogdm.own_loss(judge, x, x, pair, settings, step)
     every, lazy = ogdm.Settings(r1=0.5), ogdm.Settings(r1=0.5, r1_interval=4)
     base = run(ogdm.Settings(r1=0.0), 0)[0]
     np.testing.assert_allclose(run(every, 3)[0] - base, 0.5, rtol=1e-4)
@@ -532,11 +535,9 @@ def test_lazy_r1_keeps_its_average_and_skips_its_steps():
 
 @pytest.mark.parametrize("name", ["edm", "adm"])
 def test_presets_train_and_name_only_known_switches(name):
-    assert set(ogdm.PRESETS[name]) <= set(ogdm.DEFAULTS) and set(ogdm.preset(name)) == set(
-        ogdm.DEFAULTS
-    )
-    params, generator, companion = play(**ogdm.preset(name) | TINY)
-    assert np.isfinite(generator(0.1, params)[0]) and np.isfinite(companion(params, 0.1)[0])
+    assert ogdm.PRESETS[name].items() <= ogdm.preset(name).items()
+    params, generator, opponent = play(**ogdm.preset(name) | TINY)
+    assert np.isfinite(generator(0.1, params)[0]) and np.isfinite(opponent(params, 0.1)[0])
 
 
 def test_conditions_and_views():
@@ -553,10 +554,7 @@ def test_conditions_and_views():
 
 def test_each_network_call_has_dropout_of_its_own():
     """Denoising, first and second projection call, in both players' steps: no key twice."""
-    method = ogdm.training(
-        ogdm.DEFAULTS | TINY | {"solver": "heun", "share_denoise": False}, context()
-    )
-    e = example()
+    players, e = players_of(solver="heun", share_denoise=False), example()
 
     def keys(params):
         seen = []
@@ -568,8 +566,8 @@ def test_each_network_call_has_dropout_of_its_own():
 
             return as_denoiser(denoise)
 
-        method.penalty(e, e.xt, denoiser, params, None, None)
-        method.companion.loss(params, e, denoiser, None, 0)
+        players.penalty(e, e.xt, denoiser, owned(params))
+        players.loss(params, e, denoiser, 0)
         return seen
 
     seen = [
@@ -613,7 +611,7 @@ def test_each_network_call_has_dropout_of_its_own():
 )
 def test_bad_settings_are_one_sentence(settings, changes, message):
     with pytest.raises(ValueError, match=message):
-        ogdm.training(ogdm.DEFAULTS | TINY | settings, context(**changes))
+        ogdm.training(ogdm.Settings(**TINY | settings), context(**changes))
     with pytest.raises(
         ValueError, match="config.ogdm.preset: unknown 'vp'; expected one of edm, adm"
     ):

@@ -126,7 +126,7 @@ def test_a_converted_openai_network_fine_tunes_and_samples(openai):
     )
     state = run.init().replace(params=jax.tree.map(jnp.asarray, params))
     batch = run.plan.place_batch(next(data.batches(run.source, 8, 0)))
-    _, metrics = run.compile(state)(state, run.frozen(), batch, run.key)
+    _, metrics = run.compile(state)(state, run.constants(), batch, run.key)
     assert (
         np.isfinite(float(np.asarray(metrics["loss"])))
         and float(np.asarray(metrics["grad_norm"])) > 0

@@ -42,7 +42,7 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
     # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights
     # may move by a part of learning_rate * steps; typical agreement is 1e-6, and a wrong mean over
     # devices would move all weights.
-    for name in ("params", "ema", "companions"):
+    for name in ("params", "ema", "carry"):
         for a, b in zip(
             jax.tree.leaves(getattr(state, name)),
             jax.tree.leaves(getattr(expected, name)),
@@ -56,7 +56,7 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
                 )
     assert metrics.keys() == expected_metrics.keys()
     # Adam hides a wrong scale of the gradient; its norm does not.
-    for name in ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_companion", "grad_norm"):
+    for name in ("loss", "loss/denoise", "loss/ogdm", "loss/ogdm_discriminator", "grad_norm"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-4, err_msg=name)
 
 
@@ -70,8 +70,8 @@ def test_replicated_state_is_equal_on_every_device(plan):
 
     batches = data.batches(run.source, run.config.data.batch, 0)
     for _ in range(2):
-        state, _ = step(state, run.frozen(), run.plan.place_batch(next(batches)), run.key)
-    for leaf in jax.tree.leaves((state.params, state.ema, state.companions)):
+        state, _ = step(state, run.constants(), run.plan.place_batch(next(batches)), run.key)
+    for leaf in jax.tree.leaves((state.params, state.ema, state.carry)):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == 4 and all(np.array_equal(c, copies[0]) for c in copies[1:])
 
@@ -80,7 +80,7 @@ def test_replicated_state_is_equal_on_every_device(plan):
 def test_sharded_plan_divides_the_state():
     run = tiny.build(*SMALL, plan="sharded", devices=8)
     state = run.init()
-    for tree in (state.params, state.ema, state.opt_state, state.companions):
+    for tree in (state.params, state.ema, state.opt_state, state.carry):
         for leaf in jax.tree.leaves(tree):
             if leaf.size >= 1024 and any(
                 n % 8 == 0 for n in leaf.shape
@@ -98,13 +98,13 @@ def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():
 
 
 def test_no_network_weight_is_a_constant_of_the_compiled_step():
-    """Parameters, companions and teachers travel as arguments: the lowered program stays small."""
+    """Parameters, carries and constants travel as arguments: the lowered program stays small."""
     run = tiny.build(*SMALL, plan="mesh")
     state = run.init()
     from ogdm_jax import data
 
     batch = run.plan.place_batch(next(data.batches(run.source, 32, 0)))
-    text = run.compile(state).lower(state, run.frozen(), batch, run.key).as_text()
+    text = run.compile(state).lower(state, run.constants(), batch, run.key).as_text()
     biggest = max(leaf.size for leaf in jax.tree.leaves(state.params))
     constants = [line for line in text.splitlines() if "stablehlo.constant dense<" in line]
     assert max((len(line) for line in constants), default=0) < 8 * biggest
@@ -113,7 +113,7 @@ def test_no_network_weight_is_a_constant_of_the_compiled_step():
 def test_steady_state_traces_nothing(caplog):
     run = tiny.build(*SMALL)
     state = run.init()
-    step, frozen = run.compile(state), run.frozen()
+    step, constants = run.compile(state), run.constants()
     from ogdm_jax import data
 
     batches = data.batches(run.source, 32, 0)
@@ -121,11 +121,11 @@ def test_steady_state_traces_nothing(caplog):
         jax.log_compiles(),
         caplog.at_level("WARNING"),
     ):  # says so of every trace, also where a cache spares the rest
-        state, _ = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        state, _ = step(state, constants, run.plan.place_batch(next(batches)), run.key)
         assert any("tracing" in record.message for record in caplog.records)
         caplog.clear()
         for _ in range(3):
-            state, _ = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+            state, _ = step(state, constants, run.plan.place_batch(next(batches)), run.key)
     assert not caplog.records
 
 

@@ -64,7 +64,7 @@ def test_kill_and_resume_is_bit_exact(tmp_path):
     finish(start(tmp_path / "b", f"train.duration={step + 10} steps"))
     resumed, straight = (saved_state(tmp_path / w, step + 10) for w in ("a", "b"))
     assert resumed[1] == straight[1] == {"step": step + 10}
-    assert set(straight[0].companions) == {"ogdm"}
+    assert set(straight[0].carry) == {"ogdm"}
     tiny.assert_trees(resumed[0], straight[0])
 
 

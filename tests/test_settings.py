@@ -10,7 +10,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import models, parallel, startup
 from ogdm_jax.cli import train
 from ogdm_jax.config import ConfigError, check, parse, setting
-from ogdm_jax.methods import contract, ogdm
+from ogdm_jax.methods import discovery, ogdm
 
 pytestmark = pytest.mark.fast
 
@@ -98,7 +98,7 @@ def test_a_file_of_another_project_is_an_overlay_like_ours(tmp_path):
             configs.load(file)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="unknown method 'stff'.*did you mean stf"):
-        contract.check_settings(configs.load("digits", ["methods=stff"]))
+        discovery.check_settings(configs.load("digits", ["methods=stff"]))
     with pytest.raises(ConfigError, match="is no file; did you mean cifar10_edm"):
         configs.load("cifar10_emd")
 
@@ -111,7 +111,7 @@ def test_old_names_of_settings(tmp_path):
     old = configs.from_json(json.dumps(saved))
     assert old.noise.distribution == "ddpm" and old.data.workers == -1
     assert old.settings("ogdm", ogdm.Settings).distribution == "adm"
-    configs.check_same_run(old, configs.load("celeba64_ogdm"), contract.settings_types())
+    configs.check_same_run(old, configs.load("celeba64_ogdm"), discovery.settings_types())
     with pytest.raises(ConfigError, match="unknown key 'law'; it is now distribution"):
         configs.load("digits", ["noise.law=ve"])
 

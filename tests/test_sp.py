@@ -2,6 +2,7 @@
 training slot.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -204,10 +205,10 @@ def test_predicted_noise_of_every_preconditioning(kind):
 def test_training_takes_the_stable_noise():
     """The loss is that of example.eps_hat, and not of (x - x0_hat) / sigma."""
     ex = predicted(example(sigma=np.full(6, 0.002, np.float32)))
-    slot = sp.training(sp.DEFAULTS | PAPER, context())
+    slot = sp.training(sp.Settings(**PAPER), context())
     x0_hat, eps_hat = forward(network(), ex)
     np.testing.assert_array_equal(eps_hat, ex.eps_hat)
-    kept = jax.jit(lambda ex, h: slot.distance(ex, h, ex.x0, None, slot.frozen(), slot.memory())[0])
+    kept = jax.jit(lambda ex, h: slot.distance(ex, h, ex.x0, None, owned(slot))[0])
     sigma_next = sp.draw_sigma_next("sd_uniform", ex.keys("sp/sigma_next"), context())
     features = lambda x, s: denoiser(network(), None, ex.augment).features(x, s, ex.label, at="mid")
     of_noise = lambda noise: sp.self_perceptual_loss(
@@ -293,9 +294,9 @@ def example(b=6, seed=0, sigma=None):
 
 def context(**more):
     law = types.SimpleNamespace(
-        sample=lambda keys: jnp.exp(-1.2 + 1.2 * jax.vmap(jax.random.normal)(keys))
+        sample=lambda keys: jnp.exp(-1.2 + 1.2 * jax.vmap(jax.random.normal)(keys)),
+        weight=lambda s: (jnp.square(s) + SD**2) / jnp.square(s * SD),
     )
-    weight = lambda s: (jnp.square(s) + SD**2) / jnp.square(s * SD)
     fields = dict(
         image_shape=(8, 8, 1),
         label_dim=3,
@@ -306,11 +307,10 @@ def context(**more):
         sigma_data=SD,
         sigma_min=0.002,
         sigma_max=80.0,
-        weight=weight,
         denoiser=denoiser,
         learning_rate=1e-3,
-        law=law,
-        weights=lambda folder, kind, step: (network(), {}, 7),
+        noise=law,
+        weights=lambda *_: (network(), {}, 7),
     )
     return types.SimpleNamespace(**fields | more)
 
@@ -325,22 +325,27 @@ def predicted(ex, params=None):
     return ex.replace(eps_hat=forward(network() if params is None else params, ex)[1])
 
 
-def run(settings=None, ex=None, params=None, memory=None, target=None, **more):
+def owned(slot):
+    """What the step hands the slot at the start of a run."""
+    return slots.Own(slot.constants.make(), slot.carry.init(jax.random.key(0)))
+
+
+def run(settings=None, ex=None, params=None, carry=None, target=None, **more):
     """(loss [b], metrics, gradient of the loss's mean by parameter) of the distance slot."""
-    ex, filled = ex or example(), sp.training(sp.DEFAULTS | (settings or {}), context(**more))
-    frozen = filled.frozen()
-    memory = memory or filled.memory()
+    ex, slot = ex or example(), sp.training(sp.Settings(**settings or {}), context(**more))
+    own = owned(slot)
+    own = own if carry is None else own.replace(carry=carry)
     target = ex.x0 if target is None else target
 
     @jax.jit
-    def loss(params, frozen, memory):
+    def loss(params, own):
         x0_hat, eps_hat = forward(params, ex)
         known = ex.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
-        each, metrics = filled.distance(known, x0_hat, target, None, frozen, memory)
+        each, metrics = slot.distance(known, x0_hat, target, None, own)
         return jnp.mean(each), (each, metrics)
 
     grads, (each, metrics) = jax.grad(loss, has_aux=True)(
-        network() if params is None else params, frozen, memory
+        network() if params is None else params, own
     )
     return each, metrics, grads
 
@@ -351,7 +356,7 @@ PAPER = sp.PRESETS["paper"]
 def test_the_teachers_decoder_plays_no_part():
     broken = network() | {"dec_block": np.full((16, 64), np.nan, np.float32)}
     plain, _, _ = run(PAPER)
-    again, _, _ = run(PAPER, weights=lambda folder, kind, step: (broken, {}, 7))
+    again, _, _ = run(PAPER, weights=lambda *_: (broken, {}, 7))
     np.testing.assert_array_equal(again, plain)
 
 
@@ -373,7 +378,7 @@ def test_paper_preset_is_the_loss_of_the_definition():
 def test_zero_weight_is_the_squared_error():
     ex, params = example(), network()
     loss, _, grads = run({"weight": 0.0})
-    plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().weight))
+    plain = jax.jit(lambda h: slots.squared_error(ex, h, ex.x0, context().noise.weight))
     x0_hat = jax.jit(lambda p: trained(p, ex)(ex.xt, ex.sigma, ex.label))
     np.testing.assert_allclose(loss, plain(x0_hat(params)), rtol=1e-5)
     assert np.isfinite(ravel_pytree(grads)[0]).all()
@@ -423,16 +428,17 @@ def test_remat_changes_nothing():
 
 
 def test_another_teacher_is_noticed():
-    filled = sp.training(sp.DEFAULTS, context())
+    slot = sp.training(sp.Settings(), context())
     other = jax.tree.map(lambda p: p + 1e-3, network())
-    changed = sp.training(sp.DEFAULTS, context(weights=lambda folder, kind, step: (other, {}, 9)))
-    sp.verify(filled.memory(), filled.frozen())
+    changed = sp.training(sp.Settings(), context(weights=lambda *_: (other, {}, 9)))
+    first, later = owned(slot), owned(changed)
+    slot.carry.check(first.carry, first.constants)
     with pytest.raises(
         ValueError,
         match="other weights at step 9 than this .*; expected .*config.sp.teacher_step=7$",
     ):
-        sp.verify(filled.memory(), changed.frozen())
-    loss, _, _ = run(PAPER, memory=changed.memory())
+        slot.carry.check(first.carry, later.constants)
+    loss, _, _ = run(PAPER, carry=later.carry)
     assert np.isnan(loss).all()
     assert np.array_equal(sp.fingerprint({"a": np.ones(3)}), sp.fingerprint({"a": np.ones(3)}))
     assert not np.array_equal(sp.fingerprint({"a": np.ones(3)}), sp.fingerprint({"b": np.ones(3)}))
@@ -442,29 +448,28 @@ def test_calibration_reaches_the_share_and_freezes():
     """The weighted SP gradient has 0.2 of the squared error's size once measured, and later steps
     change nothing.
     """
-    filled = sp.training(sp.DEFAULTS | {"calibration": 2}, context())
-    memory, ex, weights = (
-        filled.memory(),
+    slot = sp.training(sp.Settings(calibration=2), context())
+    carry, ex, weights = (
+        owned(slot).carry,
         example(sigma=np.geomspace(0.1, 2, 6).astype(np.float32)),
         [],
     )
     for _ in range(4):
-        _, metrics, _ = run({"calibration": 2}, ex, memory=memory)
+        _, metrics, _ = run({"calibration": 2}, ex, carry=carry)
         weights.append(float(metrics["sp/weight"][0]))
-        memory = filled.remember(
-            memory, {k: jnp.mean(v) for k, v in metrics.items() if not isinstance(v, tuple)}
-        )
-    assert weights[0] == 0 and weights[1] > 0 and weights[2] == weights[3] and memory["count"] == 2
+        means = {k: jnp.mean(v) for k, v in metrics.items() if not isinstance(v, tuple)}
+        carry, _ = slot.carry.update(carry, types.SimpleNamespace(metrics=means))
+    assert weights[0] == 0 and weights[1] > 0 and weights[2] == weights[3] and carry["count"] == 2
 
     params = network()
     x0_hat = trained(params, ex)(ex.xt, ex.sigma, ex.label)
     scale = wide(ex.sigma * SD / np.sqrt(np.square(ex.sigma) + SD**2))
 
     def size(weight, mse_weight):
-        settings = sp.DEFAULTS | {"auto": False, "weight": weight, "mse_weight": mse_weight}
+        settings = sp.Settings(auto=False, weight=weight, mse_weight=mse_weight)
         slot = sp.training(settings, context())
-        known, (frozen, memory) = predicted(ex), (slot.frozen(), slot.memory())
-        loss = lambda h: jnp.sum(slot.distance(known, h, ex.x0, None, frozen, memory)[0])
+        known, own = predicted(ex), owned(slot)
+        loss = lambda h: jnp.sum(slot.distance(known, h, ex.x0, None, own)[0])
         return float(jnp.linalg.norm(scale * jax.grad(loss)(x0_hat)))
 
     np.testing.assert_allclose(size(weights[1], 0.0) / size(0.0, 1.0), 0.2, rtol=1e-3)
@@ -533,14 +538,14 @@ def test_the_mean_gradient_is_the_squared_errors_direction_for_an_identity_teach
     ],
 )
 def test_wrong_settings_are_one_sentence(change, message):
-    weights = lambda folder, kind, step: (network() | {"map_noise": np.zeros(3)}, {}, 7)
+    weights = lambda *_: (network() | {"map_noise": np.zeros(3)}, {}, 7)
     with pytest.raises(ValueError, match=message):
-        sp.training(sp.DEFAULTS | change, context(weights=weights))
+        sp.training(sp.Settings(**change), context(weights=weights))
 
 
 def test_presets_are_whole_settings():
-    assert sp.preset("pixel_edm") == sp.DEFAULTS
-    assert sp.preset("paper") == sp.DEFAULTS | PAPER
+    assert sp.preset("pixel_edm") == dataclasses.asdict(sp.Settings())
+    assert sp.preset("paper") == dataclasses.asdict(sp.Settings(**PAPER))
     assert tiny.config(name="cifar10_sp_paper").others["sp"] == sp.preset("paper")
     with pytest.raises(
         ValueError, match="config.sp.preset: unknown 'edm'; expected one of paper, pixel_edm"
@@ -559,7 +564,7 @@ def test_what_the_run_tells_the_method(monkeypatch):
     run = tiny.build(
         "methods=('sp',)", "precondition.kind=ve", "noise.distribution=ve", "noise.stratified=true"
     )
-    assert run.law.stratified and (told[0].sigma_min, told[0].sigma_max) == (0.02, 80.0)
+    assert run.noise.stratified and (told[0].sigma_min, told[0].sigma_max) == (0.02, 80.0)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(4))
     for kind in sp.SIGMA_NEXT:
         assert (sp.draw_sigma_next(kind, keys, told[0]) >= 0.02).all()
@@ -567,13 +572,13 @@ def test_what_the_run_tells_the_method(monkeypatch):
         ValueError,
         match="config.init.workdir: '' given; expected a trained folder, .*config.sp.teach",
     ):
-        told[0].weights("", "ema", None)
+        told[0].weights("", "ema", None, "config.sp.teacher")
 
 
 def test_devices_agree():
     """pmap over 4 devices gives the single device's losses and gradient."""
-    slot = sp.training(sp.DEFAULTS | PAPER, context())
-    frozen, memory, ex = slot.frozen(), slot.memory(), example(b=8)
+    slot = sp.training(sp.Settings(**PAPER), context())
+    own, ex = owned(slot), example(b=8)
     names = ("x0", "image", "label", "augment", "sigma", "eps", "xt", "index")
 
     def loss(params, fields):
@@ -581,7 +586,7 @@ def test_devices_agree():
         denoise = denoiser(params, None, part.augment)
         x0_hat, eps_hat = denoise.with_noise(part.xt, part.sigma, part.label)
         part = part.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
-        return jnp.mean(slot.distance(part, x0_hat, part.x0, None, frozen, memory)[0])
+        return jnp.mean(slot.distance(part, x0_hat, part.x0, None, own)[0])
 
     fields = {n: getattr(ex, n) for n in names}
     cut = {n: a.reshape(4, 2, *a.shape[1:]) for n, a in fields.items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax import data
-from ogdm_jax.training.step import draw_example
+from ogdm_jax.training.example import draw_example
 from tests.support import tiny
 
 KEY = jax.random.key(5)
@@ -14,7 +14,9 @@ KEY = jax.random.key(5)
 
 def draw(batch, *more):
     run = tiny.build("methods=", tiny.ONE_LEVEL, *more)
-    return draw_example(run.config, run.model, run.law, jax.tree.map(jnp.asarray, batch), KEY, KEY)
+    return draw_example(
+        run.config, run.model, run.noise, jax.tree.map(jnp.asarray, batch), KEY, KEY
+    )
 
 
 def batch(n: int = 400, label=None) -> dict:
@@ -78,12 +80,12 @@ def test_the_loss_is_the_mean_over_images_of_a_weighted_sum_over_pixels():
     state = run.init()
     given = next(data.batches(run.source, 8, 0))
     key = jax.random.fold_in(run.key, 0)
-    e = draw_example(run.config, run.model, run.law, jax.tree.map(jnp.asarray, given), key, key)
+    e = draw_example(run.config, run.model, run.noise, jax.tree.map(jnp.asarray, given), key, key)
     x0_hat = jax.jit(run.model.denoiser(state.params))(e.xt, e.sigma)
     squares = np.square(np.asarray(x0_hat, np.float64) - np.asarray(e.x0)).sum(axis=(1, 2, 3))
     sigma, data_std = np.asarray(e.sigma, np.float64), run.config.precondition.sigma_data
     want = np.mean(
         (sigma**2 + data_std**2) / (sigma * data_std) ** 2 * squares
     )  # 2206.00364, table 1
-    _, metrics = run.compile(state)(state, run.frozen(), run.plan.place_batch(given), run.key)
+    _, metrics = run.compile(state)(state, run.constants(), run.plan.place_batch(given), run.key)
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)

@@ -13,7 +13,7 @@ from ogdm_jax.data import from_arrays
 from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import stf
-from ogdm_jax.training import step
+from ogdm_jax.training import objective
 from tests.support.oracles import brute_force
 
 RNG = np.random.default_rng
@@ -63,12 +63,13 @@ def context(b=8, devices=1, axis=None, **more):
 
 
 def fill(settings, ex, ctx=None):
-    slot = stf.training(stf.DEFAULTS | settings, ctx or context())
-    return jax.jit(slot.target)(ex, arrays(slot))
+    slot = stf.training(stf.Settings(**settings), ctx or context())
+    return jax.jit(slot.target)(ex, owned(slot))
 
 
-def arrays(slot):
-    return next((trees() for trees in (slot.frozen, slot.divided) if trees), None)
+def owned(slot):
+    """What the step hands the slot."""
+    return slots.Own(None if slot.constants is None else slot.constants.make())
 
 
 def assert_target(got, ex, references, mask=None, rows=slice(None)):
@@ -95,7 +96,7 @@ def test_full_is_the_posterior_of_the_whole_set():
 
 
 def test_stream_is_the_batch_and_what_the_loader_brought():
-    slot = stf.training(stf.DEFAULTS | {"source": "stream", "n": 20}, context(devices=2))
+    slot = stf.training(stf.Settings(source="stream", n=20), context(devices=2))
     assert slot.references == 2 * (20 - 4)
     given = {"reference": jnp.asarray(SET[20:32]), "reference_label": jnp.asarray(CLASSES[20:32])}
     ex = example(references=given, label=True)
@@ -137,19 +138,19 @@ def test_loss_is_zero_at_the_target_and_edms_without_stf():
     passes through it.
     """
     ex, law = example(), noise.edm()
-    slot = stf.training(stf.DEFAULTS | {"source": "full"}, context())
-    on, off, frozen = slots.combine([slot]), slots.combine([]), {"stf": arrays(slot)}
+    slot = stf.training(stf.Settings(source="full"), context())
+    on, off, own = slots.combine([slot]), slots.combine([]), owned(slot)
 
-    def loss(filled, ex, x0_hat):
-        return step._denoising_loss(filled, law, ex, x0_hat, None, frozen, {})[0]
+    def loss(methods, ex, x0_hat):
+        return objective.denoising_loss(methods, law, ex, x0_hat, None, lambda _: own)[0]
 
-    at_target = jax.jit(lambda ex: loss(on, ex, slot.target(ex, frozen["stf"])[0]))
+    at_target = jax.jit(lambda ex: loss(on, ex, slot.target(ex, own)[0]))
     np.testing.assert_allclose(at_target(ex), 0, atol=1e-9)
     weight = (np.square(ex.sigma) + 0.25) / np.square(0.5 * ex.sigma)
-    for filled, target in ((off, ex.x0), (on, fill({"source": "full"}, ex)[0])):
+    for methods, target in ((off, ex.x0), (on, fill({"source": "full"}, ex)[0])):
         truth = weight * np.square(0.9 * ex.xt - target).sum((1, 2, 3))
         slope = (2 * weight * ((0.9 * ex.xt - target) * ex.xt).sum((1, 2, 3))).sum()
-        total = jax.jit(jax.value_and_grad(lambda c, f=filled: jnp.sum(loss(f, ex, c * ex.xt))))
+        total = jax.jit(jax.value_and_grad(lambda c, f=methods: jnp.sum(loss(f, ex, c * ex.xt))))
         np.testing.assert_allclose(total(0.9), (truth.sum(), slope), rtol=1e-5)
 
 
@@ -185,7 +186,7 @@ def test_plans_agree(source):
     ex = example(label=True, references=given if source == "stream" else None)
     settings = {"source": source, "n": 7}
     whole, _ = fill(settings, ex, context(devices=4))
-    slot = stf.training(stf.DEFAULTS | settings, context(devices=4, axis="data"))
+    slot = stf.training(stf.Settings(**settings), context(devices=4, axis="data"))
     names = [
         n
         for n in ("x0", "image", "label", "sigma", "eps", "xt", "index", "references")
@@ -193,11 +194,12 @@ def test_plans_agree(source):
     ]
     cut = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), {n: getattr(ex, n) for n in names})
     split = lambda a: np.reshape(a, (4, -1, *a.shape[1:]))
-    frozen = jax.tree.map(split, arrays(slot)) if slot.divided else arrays(slot)
-    target = lambda fields, frozen: slot.target(ex.replace(**fields), frozen)[0]
-    axes = (0, 0 if slot.divided else None)
+    divided = slot.constants is not None and slot.constants.divided
+    own = jax.tree.map(split, owned(slot)) if divided else owned(slot)
+    target = lambda fields, own: slot.target(ex.replace(**fields), own)[0]
+    axes = (0, 0 if divided else None)
     run = jax.pmap(target, axis_name="data", in_axes=axes, devices=jax.devices()[:4])
-    np.testing.assert_allclose(np.reshape(run(cut, frozen), whole.shape), whole, atol=1e-6)
+    np.testing.assert_allclose(np.reshape(run(cut, own), whole.shape), whole, atol=1e-6)
     if source == "full":
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
         np.testing.assert_allclose(
@@ -280,7 +282,7 @@ def test_dropped_labels_see_every_class():
 )
 def test_wrong_settings_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message):
-        stf.training(stf.DEFAULTS | change, context(augment=lambda keys, images: images))
+        stf.training(stf.Settings(**change), context(augment=lambda keys, images: images))
 
 
 def test_sources_of_data_that_do_not_fit_are_one_sentence():
@@ -289,14 +291,14 @@ def test_sources_of_data_that_do_not_fit_are_one_sentence():
         match="config.stf.source: 'full' given; expected stream or gather.*not in memory",
     ):
         stf.training(
-            stf.DEFAULTS | {"source": "full"}, context(source=types.SimpleNamespace(images=None))
+            stf.Settings(source="full"), context(source=types.SimpleNamespace(images=None))
         )
     vectors = context(
         source=from_arrays("vectors", SET, RNG(0).normal(size=(50, 3)).astype(np.float32))
     )
     with pytest.raises(ValueError, match="config.stf.class_mask: True given; expected false"):
-        stf.training(stf.DEFAULTS, vectors)
-    stf.training(stf.DEFAULTS | {"class_mask": False}, vectors)
+        stf.training(stf.Settings(), vectors)
+    stf.training(stf.Settings(class_mask=False), vectors)
 
 
 def test_stream_refuses_sets_without_enough_other_images():
@@ -304,12 +306,12 @@ def test_stream_refuses_sets_without_enough_other_images():
     those.
     """
     stream = {"source": "stream", "n": 46}
-    assert stf.training(stf.DEFAULTS | stream, context(devices=2)).references == 2 * 42
+    assert stf.training(stf.Settings(**stream), context(devices=2)).references == 2 * 42
     with pytest.raises(ValueError, match="config.stf.n: 47 given; expected at most 46 with stream"):
-        stf.training(stf.DEFAULTS | stream | {"n": 47}, context(devices=2))
-    stf.training(stf.DEFAULTS | stream | {"n": 60}, context(b=60))  # nothing besides the batch
+        stf.training(stf.Settings(**stream | {"n": 47}), context(devices=2))
+    stf.training(stf.Settings(**stream | {"n": 60}), context(b=60))  # nothing besides the batch
     with pytest.raises(ValueError, match="config.stf.n: 61 given; expected at most 60 with stream"):
-        stf.training(stf.DEFAULTS | stream | {"n": 61}, context(b=60))
+        stf.training(stf.Settings(**stream | {"n": 61}), context(b=60))
 
 
 @pytest.mark.parametrize("source", ["cache", "stream"])
@@ -320,7 +322,7 @@ def test_training_holds_no_float_copy_of_the_references(source):
     b, n, size = 128, 4096, (32, 32, 3)
     big = from_arrays("big", np.broadcast_to(np.uint8(0), (5000, *size)))
     ctx = context(b, image_shape=size, source=big, xflip=True, label_dim=0)
-    slot = stf.training(stf.DEFAULTS | {"source": source, "n": n}, ctx)
+    slot = stf.training(stf.Settings(source=source, n=n), ctx)
     abstract = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     pixels, row, key = abstract(b, *size), abstract(b), jax.eval_shape(jax.random.key, 0)
     given = {
@@ -344,5 +346,6 @@ def test_training_holds_no_float_copy_of_the_references(source):
         "image": abstract(50_000, *size, dtype=jnp.uint8),
         "label": abstract(50_000, dtype=jnp.int32),
     }
-    program = jax.jit(lambda ex, frozen: slot.target(ex, frozen)[0]).lower(ex, frozen).compile()
+    own = slots.Own(frozen)
+    program = jax.jit(lambda ex, own: slot.target(ex, own)[0]).lower(ex, own).compile()
     assert program.memory_analysis().temp_size_in_bytes <= 32e6

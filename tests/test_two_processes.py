@@ -86,7 +86,7 @@ def losses(workdir) -> np.ndarray:
         values for values in map(json.loads, lines) if "loss" in values
     ]  # evaluations have lines of their own
     return np.array(
-        [[values[k] for k in ("loss", "loss/ogdm_companion", "grad_norm")] for values in steps]
+        [[values[k] for k in ("loss", "loss/ogdm_discriminator", "grad_norm")] for values in steps]
     )
 
 

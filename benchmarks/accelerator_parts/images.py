@@ -159,7 +159,7 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
     trained["ogdm"] = trained["ogdm"].replace(
         params=jax.device_put(start), ema=jax.device_put(start)
     )
-    frozen = run.frozen()
+    constants = run.constants()
     batches = data.batches(run.source, size.images_batch, 0)
     reserve = (
         min(max(40.0, 0.35 * options.seconds), 90.0)
@@ -176,7 +176,7 @@ def _train(run: Any, options: Options, began: float) -> tuple[dict[str, Any], di
             start = time.monotonic()
             for batch in block:
                 trained[method], metrics = program.run(
-                    trained[method], frozen, run.plan.place_batch(batch), run.key
+                    trained[method], constants, run.plan.place_batch(batch), run.key
                 )
             losses[method] = float(metrics["loss/denoise"])  # waits for the device
             if done:

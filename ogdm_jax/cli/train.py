@@ -18,7 +18,7 @@ from ogdm_jax import cluster, parallel, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import plan as planning
 from ogdm_jax.cli.parsing import parser_of
-from ogdm_jax.methods import contract
+from ogdm_jax.methods import discovery
 from ogdm_jax.training import profile
 
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         planning.check(args)
         values = configs.read(args.config, startup.split_overrides(rest))
         config = configs.resolve(values.to_dict())
-        contract.check_settings(config)
+        discovery.check_settings(config)
         workdir = args.workdir or str(Path("runs") / Path(args.config).stem)
         steps = profile.parse(args.profile)
 

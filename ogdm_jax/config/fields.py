@@ -8,7 +8,7 @@ A group of settings is a frozen dataclass whose fields are made by `setting` and
         rate: float = setting(0.2, "guidance rate", least=0, most=1)
 
         def __post_init__(self) -> None:
-            check(self, "dsg")
+            check(self, "GROUP")
 
 Command lines make their options and their help from the same fields.
 """

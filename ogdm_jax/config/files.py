@@ -36,7 +36,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
       path: a file that defines get_config() -> ConfigDict, or the name of a shipped one.
       overrides: texts such as "train.duration=10 kimg", "network.channel_mult=(1,2)",
-        "methods=ogdm,stf".
+        "data.batch=64".
 
     Raises:
       ConfigError: the file is missing or defines no get_config, a key is unknown, a value is NaN,

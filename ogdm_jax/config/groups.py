@@ -295,7 +295,9 @@ class Config:
         "what is trained: a denoiser, or a discriminator that guides one",
         choices=("denoiser", "discriminator"),
     )
-    methods: tuple[str, ...] = setting((), "training methods that are on, such as ogdm,stf")
+    methods: tuple[str, ...] = setting(
+        (), "training methods that are on, by name, with commas between them"
+    )
     data: Data = Data()
     network: Network = Network()
     precondition: Precondition = Precondition()

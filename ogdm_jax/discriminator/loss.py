@@ -17,7 +17,8 @@ from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.pixels import to_float
-from ogdm_jax.training import step as steps
+from ogdm_jax.training.example import Batch
+from ogdm_jax.training.gradients import sums
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
 
@@ -51,7 +52,7 @@ def training_loss(
     """
 
     def loss(
-        params: PyTree, state: Any, constants: PyTree, batch: steps.Batch, key: Array
+        params: PyTree, state: Any, constants: PyTree, batch: Batch, key: Array
     ) -> tuple[Array, Any]:
         keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])
         image = to_float(batch["image"])
@@ -61,13 +62,13 @@ def training_loss(
         ratio = ratio_of(network, of(config).clock, 0.0, keys("dropout"))
         ratio = ratio({"params": params, "extractor": constants["dg"]["extractor"]})
         value, right = _noisy_cross_entropy(config, ratio, image, batch, key)
-        return jnp.mean(value), steps.sums({"loss": value, "accuracy": right})
+        return jnp.mean(value), sums({"loss": value, "accuracy": right})
 
     return loss
 
 
 def _noisy_cross_entropy(
-    config: Config, ratio: LogRatio, image: Array, batch: steps.Batch, key: Array
+    config: Config, ratio: LogRatio, image: Array, batch: Batch, key: Array
 ) -> tuple[Array, Array]:
     """`cross_entropy` of a log ratio at x = image + sigma eps; each example draws its own sigma and
     eps from the key.
@@ -97,7 +98,7 @@ class HeldOut:
         """Takes the params of the extractor (or None), and the real and the generated images."""
         self._extractor, self._sides, self._batch = extractor, sides, batch
 
-        def values(params: PyTree, extractor: PyTree, batch: steps.Batch) -> tuple[Array, Array]:
+        def values(params: PyTree, extractor: PyTree, batch: Batch) -> tuple[Array, Array]:
             ratio = ratio_of(network, of(config).clock, 0.0)
             ratio = ratio({"params": params, "extractor": extractor})
             image = to_float(batch["image"])

@@ -17,12 +17,13 @@ from ogdm_jax.discriminator.network import keep_extractor, open_network
 from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.settings import check_run
 from ogdm_jax.discriminator.settings import of as settings_of
-from ogdm_jax.methods import contract as slots
+from ogdm_jax.methods.contract import Constants, Slots, combine
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import optim
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import step as steps
+from ogdm_jax.training.objective import Objective
 from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
 from ogdm_jax.typing import PyTree
 
@@ -139,20 +140,17 @@ def _parts(
     # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
     adam = optim.adam(rate, config.optim.betas, config.optim.eps)
     tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), adam)
-    filled = slots.combine([slots.Slots("dg", frozen=lambda: {"extractor": extractor})])
-    loss = training_loss(config, network, xflip)
-    unused: Any = None  # a denoiser's noise distribution: this loss has its own
-    model: Any = network
-    step = steps.make_step(config, model, unused, filled, tx, rate, **plan.words, loss=loss)
+    methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
+    objective = Objective(training_loss(config, network, xflip))
+    step = steps.make_step(config, objective, methods, tx, rate, plan)
     return {
         "config": config,
         "source": source,
         "model": network,
-        "law": unused,
-        "filled": filled,
+        "noise": None,  # this loss has its own
+        "methods": methods,
         "tx": tx,
         "plan": plan,
         "step": step,
         "steps": config.steps(config.train.duration),
-        "memory": {},
     }

@@ -1,37 +1,38 @@
-"""The three training slots, and how methods fill them.
+"""What a training method is: the slots of the loss that it fills, and what it owns.
 
 A training step minimises, per example,
 
     L_i = distance(x0_hat_i, target_i) + sum_m penalty_m,i
 
-`target` says what x0_hat should equal (default: the clean image), `distance` how far it is
-(default: the noise law's weight times the squared error, summed over pixels), `penalties` what is
-added. A method is one file of this folder that exports DEFAULTS (its settings with their default
-values) and `training(settings, context) -> Slots`. Files are found by name, so that a new method is
-one new file.
+`target` says what x0_hat should equal (default: the clean image), `distance` how far it is (default:
+the noise distribution's weight times the squared error, summed over pixels), `penalty` what is
+added. What a method needs beyond them is of two kinds: `Constants`, arrays that never change (a
+frozen network, a resident data set), and a `Carry`, which the method makes, keeps from step to step
+and updates itself (a second network with its optimiser, running numbers), as an optax transformation
+owns its state. The step knows no method: it hands each one its own constants and carry.
 
-A sampling method gives a `sampling.guidance.Guidance`: its file exports Settings, PRESETS,
-`guidance(...)` and, for the command line, `build(settings, session)`.
+A method is one file that exports `Settings` (a frozen dataclass) and `training(settings, context)
+-> Slots`; methods/discovery.py finds it. A sampling method gives a `sampling.guidance.Guidance`.
 
-Losses are numbers per example [b]; the mean over examples, rounds and devices happens once, in
-training/step.py. Metrics are dicts name -> [b] values, or name -> (values [b], weights [b]) for a
+Losses are numbers per example [b]; the mean over examples, rounds and devices is taken once, in
+training/. Metrics of slots are dicts name -> [b] values, or name -> (values [b], weights [b]) for a
 weighted mean (a noise bin, say).
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import struct
 
-from ogdm_jax import methods, randomness
-from ogdm_jax.config import Config, ConfigError, suggestion
+from ogdm_jax import randomness
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data import Source
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.typing import Array, PyTree
 
 Metrics = dict[str, Any]
@@ -46,16 +47,17 @@ class Example:
       image: [b,h,w,c] the same images before augmentation.
       label: [b] int32, -1 = no class (after label dropout), or None for an unconditional model.
       augment: [b,9] augmentation labels, or None.
-      sigma: [b] noise levels.   eps: [b,h,w,c] standard normal noise.   xt: [b,h,w,c] = x0 + sigma
-        * eps.
+      sigma: [b] noise levels.
+      eps: [b,h,w,c] standard normal noise.
+      xt: [b,h,w,c] = x0 + sigma * eps.
       index: [b] int32 global index of each example in the step's batch.
-      key: the step's key for draws made once per step.   noise_key: the key of this example's
-        noise.
+      key: the step's key for draws made once per step.
+      noise_key: the key of this example's noise.
       references: {"reference": uint8 [n,h,w,c], "reference_label": [n]}, this device's share of the
         reference batch of a method that asked for one; else None.
       eps_hat: [b,h,w,c] the noise that the denoiser predicts, (xt - x0_hat) / sigma without that
-        form's cancellation at small sigma. A constant: no gradient goes through it. None for
-        companions.
+        form's cancellation at small sigma. A constant: no gradient goes through it. None while a
+        carry is updated.
     """
 
     x0: Array
@@ -78,33 +80,144 @@ class Example:
         return randomness.example_keys(self.key, purpose, self.index)
 
 
+@struct.dataclass
+class Own:
+    """A method's own part of the step's arguments; None where it declared none.
+
+    Attributes:
+      constants: what its `Constants.make` returned, on the devices.
+      carry: what its `Carry` holds now. No gradient has to be stopped: only the denoiser's
+        parameters are differentiated.
+    """
+
+    constants: PyTree = None
+    carry: PyTree = None
+
+
+class DenoiserOf(Protocol):
+    """The denoiser of an example, by the name of a purpose: each purpose has dropout of its own.
+
+    augment: with the example's augmentation labels, or as if it had none.
+    """
+
+    def __call__(self, purpose: str, augment: bool = True) -> Denoiser: ...
+
+
+Target = Callable[[Example, Own], tuple[Array, Metrics]]
+Distance = Callable[[Example, Array, Array, DenoiserOf, Own], tuple[Array, Metrics]]
+Penalty = Callable[[Example, Array, DenoiserOf, Own], tuple[Array, Metrics]]
+OwnLoss = Callable[[PyTree, Example, DenoiserOf], tuple[Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """Arrays that the step receives as an argument and never changes.
+
+    Attributes:
+      make: () -> pytree of host arrays; every process makes the same.
+      divided: every device holds its share of the rows of each array, whose number is a multiple of
+        context.devices; else every device holds all of it.
+    """
+
+    make: Callable[[], PyTree]
+    divided: bool = False
+
+
+class Gradient(Protocol):
+    """Trains a method's own network on the step's batch: (gradient, metrics) of the mean loss.
+
+    loss: (params, example, denoiser) -> ([b], metrics); the denoiser is the one that the step has
+      just updated, and no gradient goes to it.
+    params: what is differentiated.
+    key, noise_key: of the example's draws, and of its noise; with `Update.key` for both they are
+      those that the denoiser was trained on.
+
+    The gradient is that of all rounds and devices, with what is not finite replaced; metrics are
+    means, with "grad_nonfinite", the number of replaced entries.
+    """
+
+    def __call__(
+        self, loss: OwnLoss, params: PyTree, key: Array, noise_key: Array
+    ) -> tuple[PyTree, dict[str, Array]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What a carry is updated with, once per step and after the denoiser's own update.
+
+    Attributes:
+      step: scalar int32, the optimiser steps done before this one.
+      key: the key of this step.
+      metrics: the means of what the slots reported in this step.
+      constants: the method's own.
+      gradient: for a network in the carry.
+    """
+
+    step: Array
+    key: Array
+    metrics: Mapping[str, Array]
+    constants: PyTree
+    gradient: Gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What a method keeps from step to step; checkpoints hold it.
+
+    Attributes:
+      init: key -> pytree of arrays. The key is that of the whole run: fold a name of your own in.
+      update: (carry, Update) -> (carry, metrics), metrics being scalars.
+      check: (carry, constants) -> None, when a run begins or goes on: raises ValueError if the
+        constants are not those that it began with.
+    """
+
+    init: Callable[[Array], PyTree]
+    update: Callable[[PyTree, Update], tuple[PyTree, Mapping[str, Array]]]
+    check: Callable[[PyTree, PyTree], None] | None = None
+
+
+class Weights(Protocol):
+    """Reads weights of the run's network from a training folder, as host arrays.
+
+    folder: a training folder; "" for the one that the run is fine-tuned from.
+    which: "ema" or "params".   step: of its checkpoint, None for the newest.
+    field: the setting that names the folder, for messages.
+
+    Returns (params, buffers, step).
+    """
+
+    def __call__(
+        self, folder: str, which: str, step: int | None, field: str
+    ) -> tuple[PyTree, PyTree, int]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a method may know when the step is built: settings and pure functions, never parameters.
 
     Attributes:
-      image_shape: (h, w, c).   label_dim: number of classes, 0 if unconditional.
-      batch: images per optimiser step over all devices.   device_batch: images per device and
-        accumulation round.
-      devices: number of devices.   axis: name of the mapped axis inside the step, or None.
-      sigma_data: standard deviation of the data in [-1, 1].   sigma_min, sigma_max: range of noise
-        levels, within both the sampler's and those that the denoiser is made for.
-      weight: sigma [b] -> lambda(sigma) [b], the noise law's loss weight.
+      image_shape: (h, w, c).
+      label_dim: number of classes, 0 if unconditional.
+      batch: images per optimiser step over all devices.
+      device_batch: images per device and accumulation round.
+      devices: number of devices.
+      axis: name of the mapped axis inside the step, or None.
+      mesh: the devices, where arrays inside the step are global (axis is None): for collectives of
+        a method's own.
+      sigma_data: standard deviation of the data in [-1, 1].
+      sigma_min, sigma_max: range of noise levels, within both the sampler's and those that the
+        denoiser is made for.
+      noise: the noise distribution with the loss weight, for methods that draw a second noise
+        level; never stratified.
       denoiser: (params, buffers, augment=None, dropout_keys=None) -> Denoiser, the model as a pure
         function of its parameters (models.Model.denoiser).
-      learning_rate: learning rate of the denoiser (a companion's default).
-      source: the opened data source (ogdm_jax.data), for methods that keep it on the devices.
-      law: the noise law (diffusion/noise.py), for methods that draw a second noise level; never
-        stratified.
-      weights: (training folder, "ema" | "params", step) -> (params, buffers, step) of its
-        checkpoint of that step (of the newest for None), as host arrays; the folder "" is the one
-        that the run is fine-tuned from.
+      dtype: compute type of the run's networks; None: that of their inputs.
+      learning_rate: peak learning rate of the denoiser.
+      source: the opened data source, for methods that keep it on the devices.
+      weights: reads weights of the run's network.
       xflip: whether images are mirrored at random without a label.
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels;
         None if off.
-      dtype: compute type of the run's networks (config.network.dtype); None: that of their inputs.
-      mesh: the devices, where arrays inside the step are global (axis is None): for collectives of
-        a method's own.
     """
 
     image_shape: tuple[int, int, int]
@@ -116,12 +229,11 @@ class Context:
     sigma_data: float
     sigma_min: float
     sigma_max: float
-    weight: Callable[[Array], Array]
+    noise: NoiseDistribution
     denoiser: Callable[..., Denoiser]
     learning_rate: float
-    source: Any = None
-    law: Any = None
-    weights: Callable[[str, str, int | None], tuple[PyTree, PyTree, int]] | None = None
+    source: Source
+    weights: Weights
     xflip: bool = False
     augment: Callable[[Array, Array], Array] | None = None
     mesh: jax.sharding.Mesh | None = None
@@ -129,154 +241,81 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
-class Companion:
-    """A network trained beside the main one, after it, on its own loss (OGDM's discriminator).
-
-    Attributes:
-      init: key -> params.
-      loss: (params, example, denoiser, frozen, step) -> ([b] loss, metrics); denoiser as in
-        `Slots`, of the already updated main network, and no gradient goes to it.
-      learning_rate, betas: of its Adam.
-      resample: "all" draws new noise levels, noise and augmentation for its example; "noise" only
-        new noise.
-    """
-
-    init: Callable[[Array], PyTree]
-    loss: Callable[..., tuple[Array, Metrics]]
-    learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    resample: str = "all"
-
-
-@dataclasses.dataclass(frozen=True)
 class Slots:
-    """What one method fills; None leaves a slot to others.
-
-    Slots receive the denoiser of the current parameters as denoiser(purpose, augment=True) ->
-    Denoiser: that of this example, with dropout keys of its own by the name of a purpose, and with
-    the example's augmentation labels unless augment is False.
+    """What one method fills and owns; None leaves a slot to others.
 
     Attributes:
       name: the method's name.
-      target: (example, frozen) -> (target like x0, metrics).
-      distance: (example, x0_hat, target, denoiser, frozen, memory) -> ([b], metrics).
-      penalty: (example, x0_hat, denoiser, companion_params, frozen, memory) -> ([b], metrics).
-      companion: a network trained beside the main one.
+      target: (example, own) -> (target like x0, metrics).
+      distance: (example, x0_hat, target, denoiser, own) -> ([b], metrics).
+      penalty: (example, x0_hat, denoiser, own) -> ([b], metrics).
+      constants: arrays that it is given in every step.
+      carry: what it keeps from step to step.
       references: images per step, over all devices, that the loader has to bring besides the batch
         (0 = none).
-      frozen: () -> pytree of arrays that the step receives as an argument (a teacher, a resident
-        data set).
-      divided: () -> dict of arrays of rows, received in place of `frozen`; every device holds its
-        share of the rows, whose number is a multiple of context.devices.
-      memory: () -> pytree of small numbers that the state carries.
-      remember: (memory, metrics) -> memory, once a step, from the averaged metrics.
-      verify: (memory, frozen) -> None, after a restore: raises ValueError if the frozen arrays are
-        not those of before.
     """
 
     name: str
-    target: Callable[..., tuple[Array, Metrics]] | None = None
-    distance: Callable[..., tuple[Array, Metrics]] | None = None
-    penalty: Callable[..., tuple[Array, Metrics]] | None = None
-    companion: Companion | None = None
+    target: Target | None = None
+    distance: Distance | None = None
+    penalty: Penalty | None = None
+    constants: Constants | None = None
+    carry: Carry | None = None
     references: int = 0
-    frozen: Callable[[], PyTree] | None = None
-    divided: Callable[[], dict[str, Any]] | None = None
-    memory: Callable[[], PyTree] | None = None
-    remember: Callable[[PyTree, Mapping[str, Array]], PyTree] | None = None
-    verify: Callable[[PyTree, PyTree], None] | None = None
-
-
-def module(name: str):
-    """The module of a method. Raises ValueError with the known names if there is none."""
-    if name not in names():
-        known = training_names()
-        raise ConfigError(
-            f"config.methods: unknown method {name!r}{suggestion(name, known)}; expected some of "
-            f"{', '.join(known)}"
-        )
-    return importlib.import_module(f"{methods.__name__}.{name}")
-
-
-def names() -> list[str]:
-    """Every method file of the folder, training or sampling."""
-    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "slots")
-
-
-def training_names() -> list[str]:
-    """Methods that fill a training slot."""
-    return [
-        n
-        for n in names()
-        if hasattr(importlib.import_module(f"{methods.__name__}.{n}"), "training")
-    ]
-
-
-def settings_types() -> dict[str, type]:
-    """{training method: the dataclass of its settings}."""
-    return {name: module(name).Settings for name in training_names()}
-
-
-def defaults() -> dict[str, dict[str, Any]]:
-    """The settings of every training method, by name: the groups of the base configuration."""
-    return {name: dataclasses.asdict(kind()) for name, kind in settings_types().items()}
-
-
-def check_settings(config: Config) -> None:
-    """Raises ConfigError for an unknown method, or a setting of any method that is out of range."""
-    for name in config.methods:
-        module(name)
-    for name, kind in settings_types().items():
-        config.settings(name, kind)
 
 
 @dataclasses.dataclass(frozen=True)
-class Filled:
-    """The slots of a step, each with its owner."""
+class Methods:
+    """The methods of a run, joined: each single slot with its one owner or None."""
 
-    methods: tuple[Slots, ...]
+    all: tuple[Slots, ...]
     target: Slots | None
     distance: Slots | None
-    penalties: tuple[Slots, ...]
-    companions: tuple[Slots, ...]
+
+    @property
+    def penalties(self) -> tuple[Slots, ...]:
+        """Those that add a penalty."""
+        return tuple(m for m in self.all if m.penalty is not None)
 
     @property
     def references(self) -> int:
-        return max((m.references for m in self.methods), default=0)
+        """Images per step that the loader brings besides the batch, for whoever wants most."""
+        return max((m.references for m in self.all), default=0)
+
+    def constants(self) -> dict[str, dict[str, PyTree]]:
+        """The step's argument on the host: {"whole": {method: arrays}, "divided": the same}."""
+        owned = [(m.name, m.constants) for m in self.all if m.constants is not None]
+        return {
+            place: {name: own.make() for name, own in owned if own.divided == divided}
+            for place, divided in (("whole", False), ("divided", True))
+        }
+
+    def init(self, key: Array) -> dict[str, PyTree]:
+        """{method: its fresh carry}."""
+        return {m.name: m.carry.init(key) for m in self.all if m.carry is not None}
+
+    def check(self, carry: Mapping[str, PyTree], constants: Mapping[str, Any]) -> None:
+        """Raises ValueError where constants are not those that a carry began with."""
+        constants = constants["whole"] | constants["divided"]
+        for method in self.all:
+            if method.carry is not None and method.carry.check is not None:
+                method.carry.check(carry[method.name], constants.get(method.name))
 
 
-def combine(filled: Sequence[Slots]) -> Filled:
-    """Joins methods into one step. Raises ValueError naming both owners where two claim one single
+def combine(methods: Sequence[Slots]) -> Methods:
+    """Joins methods into one step. Raises ConfigError naming both owners where two claim one single
     slot.
     """
-    owners = {}
+    owners: dict[str, Slots | None] = {}
     for slot in ("target", "distance"):
-        claims = [m for m in filled if getattr(m, slot) is not None]
+        claims = [m for m in methods if getattr(m, slot) is not None]
         if len(claims) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"config.methods: {claims[0].name} and {claims[1].name} both fill the {slot} slot; "
                 "choose one of them"
             )
         owners[slot] = claims[0] if claims else None
-    return Filled(
-        methods=tuple(filled),
-        target=owners["target"],
-        distance=owners["distance"],
-        penalties=tuple(m for m in filled if m.penalty is not None),
-        companions=tuple(m for m in filled if m.companion is not None),
-    )
-
-
-def per_method(filled: Filled, attribute: str) -> dict[str, PyTree]:
-    """{method: attribute()} of those methods that define it: the frozen trees, the memories."""
-    return {
-        m.name: getattr(m, attribute)() for m in filled.methods if getattr(m, attribute) is not None
-    }
-
-
-def frozen_trees(filled: Filled) -> dict[str, dict[str, PyTree]]:
-    """The step's frozen argument on the host: {"whole": by method, "divided": by method}."""
-    return {"whole": per_method(filled, "frozen"), "divided": per_method(filled, "divided")}
+    return Methods(tuple(methods), owners["target"], owners["distance"])
 
 
 def noise_bins(values: Mapping[str, Array], sigma: Array, edges: Sequence[float]) -> Metrics:
@@ -284,6 +323,8 @@ def noise_bins(values: Mapping[str, Array], sigma: Array, edges: Sequence[float]
     <= high.
 
     Args:
+      values: {name: [b]}.
+      sigma: [b] noise levels.
       edges: between the bins; the first bin begins at 0 and the last one is open.
     """
     metrics: Metrics = {}

@@ -2,21 +2,24 @@
 entry point group `ogdm_jax.methods`.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from ogdm_jax import methods
+from ogdm_jax.config import Config, ConfigError, suggestion
 
 GROUP = "ogdm_jax.methods"
 
 
 @functools.cache
 def modules() -> dict[str, ModuleType]:
-    """Every method's module by name: those with `training(settings, context)` or, for sampling,
-    `build(settings, session)`.
+    """Every method's module by name: those with `Settings`, and `training(settings, context)` or,
+    for sampling, `build(settings, session)`.
 
     Raises:
       ValueError: two methods of one name.
@@ -32,13 +35,43 @@ def modules() -> dict[str, ModuleType]:
                 "expected another name"
             )
         found[entry.name] = entry.load()
-    return {
-        name: module
-        for name, module in sorted(found.items())
-        if hasattr(module, "training") or hasattr(module, "build")
-    }
+    return {name: module for name, module in sorted(found.items()) if hasattr(module, "Settings")}
 
 
 def sampling() -> dict[str, ModuleType]:
     """The sampling methods by name."""
     return {name: module for name, module in modules().items() if hasattr(module, "build")}
+
+
+def training() -> dict[str, ModuleType]:
+    """The training methods by name."""
+    return {name: module for name, module in modules().items() if hasattr(module, "training")}
+
+
+def training_method(name: str) -> ModuleType:
+    """The module of a training method. Raises ConfigError with the known names if there is none."""
+    known = training()
+    if name not in known:
+        raise ConfigError(
+            f"config.methods: unknown method {name!r}{suggestion(name, known)}; expected some of "
+            f"{', '.join(known)}"
+        )
+    return known[name]
+
+
+def settings_types() -> dict[str, type]:
+    """{training method: the dataclass of its settings}."""
+    return {name: module.Settings for name, module in training().items()}
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """The settings of every training method, by name: groups of the base configuration."""
+    return {name: dataclasses.asdict(kind()) for name, kind in settings_types().items()}
+
+
+def check_settings(config: Config) -> None:
+    """Raises ConfigError for an unknown method, or a setting of any method that is out of range."""
+    for name in config.methods:
+        training_method(name)
+    for name, kind in settings_types().items():
+        config.settings(name, kind)

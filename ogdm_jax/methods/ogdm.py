@@ -22,14 +22,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ogdm_jax import randomness
-from ogdm_jax.config import check, choose, require, setting
+from ogdm_jax.config import ConfigError, check, choose, require, setting
 from ogdm_jax.diffusion import jumps, steps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
 from ogdm_jax.diffusion.process import Discrete
-from ogdm_jax.methods.contract import Companion, Context, Example, Metrics, Slots
+from ogdm_jax.methods.contract import (
+    Carry,
+    Context,
+    DenoiserOf,
+    Example,
+    Metrics,
+    Own,
+    Slots,
+    Update,
+)
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
 
@@ -142,8 +152,6 @@ class Settings:
             require(self.condition != "index", "ogdm.condition", self.condition, told)
 
 
-DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
-
 # What the released codes do, switch by switch. The augmentation-free ADM code tells the
 # discriminator (t, gap).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,12 +194,10 @@ def preset(name: str) -> dict[str, Any]:
     """All settings of a released convention, "edm" or "adm" (for config.ogdm.update). Raises
     ValueError otherwise.
     """
-    choose("ogdm.preset", name, PRESETS)
-    return DEFAULTS | PRESETS[name]
+    return dataclasses.asdict(Settings(**choose("ogdm.preset", name, PRESETS)))
 
 
 # -- the projection and the two losses
-# ------------------------------------------------------------------------------
 
 
 def project(
@@ -269,7 +275,6 @@ def logits_and_r1(discriminate: Discriminate, images: Array) -> tuple[Array, Arr
 
 
 # -- what the discriminator sees
-# ------------------------------------------------------------------------------------
 
 
 def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
@@ -343,7 +348,7 @@ def _projected(
     return project(denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min)
 
 
-def companion_loss(
+def own_loss(
     discriminate: Callable[[Array, Pair], Array],
     real: Array,
     fake: Array,
@@ -391,80 +396,104 @@ def companion_loss(
 
 
 # -- the training slots
-# ---------------------------------------------------------------------------------------------
 
 
-def training(settings: Mapping[str, Any], context: Context) -> Slots:
-    """Fills the penalty slot with the observation loss and brings the discriminator as companion.
+def training(settings: Settings, context: Context) -> Slots:
+    """Fills the penalty slot with the observation loss; its carry is the discriminator with its
+    Adam, {"params", "opt_state"}, trained after the denoiser in every step.
 
     Raises:
-      ValueError: a setting is unknown or out of range, images are not square with a side 2^n >= 8,
-      the device batch
-        cannot be cut into groups of minibatch statistics, or distribution "adm" has other levels
-        than config.noise.
+      ConfigError: images are not square with a side 2^n >= 8, the device batch cannot be cut into
+        groups of minibatch statistics, or distribution "adm" has other levels than config.noise.
     """
-    settings = Settings(**{k: tuple(v) if k == "betas" else v for k, v in dict(settings).items()})
     _check_levels(settings, context)
-    network = discriminator(settings, context)
-    shape = context.image_shape
-    pixels = shape[0] * shape[1] * shape[2]
+    players = Players(settings, context, discriminator(settings, context))
+    return Slots(
+        "ogdm",
+        penalty=players.penalty,
+        carry=Carry(players.init, players.update),
+    )
 
-    def discriminate(params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
-        return lambda x, pair: network.apply(
-            {"params": params}, x, condition(pair, settings), label
-        )
 
-    def looked_at(params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
-        judge = discriminate(params, label)
-        return lambda x, pair: judge(view(x, pair, settings, context.sigma_data), pair)
+@dataclasses.dataclass(frozen=True)
+class Players:
+    """Both sides of the game: the observation loss of the denoiser, and what trains D."""
 
-    def pair_of(example: Example) -> Pair:
-        return draw_pair(settings, example.sigma, randomness.uniform(example.keys("ogdm/gap")))
+    settings: Settings
+    context: Context
+    network: StyleGAN2Discriminator
 
-    def penalty(example, x0_hat, denoiser, params, frozen, memory):
-        del frozen, memory
+    @property
+    def adam(self) -> optax.GradientTransformation:
+        """The discriminator's optimiser."""
+        settings = self.settings
+        peak = settings.learning_rate
+        peak = self.context.learning_rate if peak is None else peak
+        fall = lambda step: peak * jnp.maximum(1.0 - step / settings.decay, 0.0)
+        return optax.adam(fall if settings.decay else peak, *settings.betas, eps=1e-8)
+
+    def init(self, key: Array) -> dict[str, PyTree]:
+        """A fresh discriminator with its Adam."""
+        label = jnp.zeros((1,), jnp.int32) if self.context.label_dim else None
+        image, pair = jnp.zeros((1, *self.context.image_shape)), jnp.ones((1, 2))
+        key = randomness.fold_in_name(key, "ogdm/companion")
+        params = self.network.init(key, image, pair, label)["params"]
+        return {"params": params, "opt_state": self.adam.init(params)}
+
+    def penalty(
+        self, example: Example, x0_hat: Array, denoiser: DenoiserOf, own: Own
+    ) -> tuple[Array, Metrics]:
+        """The observation loss gamma * pixels * ell_G [b]."""
+        settings = self.settings
         if settings.gamma == 0:  # bitwise the plain denoiser's gradient
             return jnp.zeros_like(example.sigma), {}
-        pair = pair_of(example)
+        pair = self.pair_of(example)
+        judge = self.discriminate(jax.lax.stop_gradient(own.carry["params"]), example.label)
+        sees = lambda x, pair: judge(view(x, pair, settings, self.context.sigma_data), pair)
         shared = x0_hat if settings.share_denoise else None
-        judge = looked_at(jax.lax.stop_gradient(params), example.label)
         denoise = _denoiser(denoiser, settings, "ogdm")
-        _, logits = observation(denoise, judge, example.xt, pair, example.label, settings, shared)
-        loss = settings.gamma * pixels * generator_loss(logits, settings.loss)
-        return loss, {
-            "ogdm/generator_logit": logits,
-            "ogdm/level_ratio": pair.sigma_next / pair.sigma,
-        }
+        _, logits = observation(denoise, sees, example.xt, pair, example.label, settings, shared)
+        h, w, c = self.context.image_shape
+        loss = settings.gamma * (h * w * c) * generator_loss(logits, settings.loss)
+        ratio = pair.sigma_next / pair.sigma
+        return loss, {"ogdm/generator_logit": logits, "ogdm/level_ratio": ratio}
 
-    def loss(params, example, denoiser, frozen, step):
-        del frozen
-        pair = pair_of(example)
+    def update(self, carry: PyTree, update: Update) -> tuple[PyTree, Mapping[str, Array]]:
+        """One Adam step of the discriminator on the batch and the updated denoiser."""
+        fresh = randomness.fold_in_name(update.key, "ogdm/companion")
+        key = update.key if self.settings.resample == "noise" else fresh
+        loss = lambda params, example, denoiser: self.loss(params, example, denoiser, update.step)
+        grads, metrics = update.gradient(loss, carry["params"], key, fresh)
+        updates, opt_state = self.adam.update(grads, carry["opt_state"], carry["params"])
+        params = optax.apply_updates(carry["params"], updates)
+        return {"params": params, "opt_state": opt_state}, metrics
+
+    def loss(
+        self, params: PyTree, example: Example, denoiser: DenoiserOf, step: Array | int
+    ) -> tuple[Array, Metrics]:
+        """The discriminator's loss [b]: real and fake are of the same x0, eps and lower level."""
+        settings, pair = self.settings, self.pair_of(example)
         real = example.x0 + pair.sigma_next[:, None, None, None] * example.eps
         denoise = _denoiser(denoiser, settings, "ogdm/companion")
         fake = _projected(denoise, example.xt, pair, example.label, settings)
-        seen = [view(x, pair, settings, context.sigma_data) for x in (real, fake)]
-        return companion_loss(discriminate(params, example.label), *seen, pair, settings, step)
+        seen = [view(x, pair, settings, self.context.sigma_data) for x in (real, fake)]
+        judge = self.discriminate(params, example.label)
+        loss, metrics = own_loss(judge, *seen, pair, settings, step)
+        return loss, metrics | {"loss/ogdm_discriminator": loss}
 
-    def init(key: Array) -> PyTree:
-        label = jnp.zeros((1,), jnp.int32) if context.label_dim else None
-        return network.init(key, jnp.zeros((1, *shape)), jnp.ones((1, 2)), label)["params"]
+    def pair_of(self, example: Example) -> Pair:
+        """Where each example's projection starts and ends."""
+        return draw_pair(self.settings, example.sigma, randomness.uniform(example.keys("ogdm/gap")))
 
-    peak = context.learning_rate if settings.learning_rate is None else settings.learning_rate
-    rate = (
-        (lambda step: peak * jnp.maximum(1.0 - step / settings.decay, 0.0))
-        if settings.decay
-        else peak
-    )
-    return Slots(
-        "ogdm",
-        penalty=penalty,
-        companion=Companion(init, loss, rate, settings.betas, settings.resample),
-    )
+    def discriminate(self, params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
+        """(images as the discriminator sees them, pair) -> logits [b]."""
+        told = lambda pair: condition(pair, self.settings)
+        return lambda x, pair: self.network.apply({"params": params}, x, told(pair), label)
 
 
 def _check_levels(settings: Settings, context: Context) -> None:
     """Refuses pairs of one discrete chain for levels that are drawn from another."""
-    levels = getattr(context.law, "levels", None)
+    levels = context.noise.levels
     if settings.distribution != "adm" or levels is None:
         return
     chain = Discrete.make(settings.schedule, settings.diffusion_steps).sigma
@@ -478,10 +507,10 @@ def _check_levels(settings: Settings, context: Context) -> None:
 
 
 def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminator:
-    """The companion's network for a training context; see training for what it raises."""
+    """The auxiliary network for a training context; see `training` for what it raises."""
     h, w, c = context.image_shape
     if h != w or h < 8 or h & (h - 1):
-        raise ValueError(
+        raise ConfigError(
             f"config.ogdm: images are {h}x{w}; expected squares with a side 2^n of at least 8"
         )
     chunk = min(settings.statistics_batch or context.device_batch, context.device_batch)
@@ -504,7 +533,7 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     )
 
 
-def _denoiser(denoiser: Callable[..., Denoiser], settings: Settings, purpose: str) -> Denoiser:
+def _denoiser(denoiser: DenoiserOf, settings: Settings, purpose: str) -> Denoiser:
     """The projection's denoiser: its two evaluations each with dropout of its own."""
     # Fakes must be made alike in both players' steps: where the denoising output is shared, it
     # knows the augmentation.

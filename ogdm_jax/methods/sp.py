@@ -23,7 +23,7 @@ hash of its weights, and no run goes on with other weights than it began with.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,8 +33,19 @@ import numpy as np
 from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.diffusion import noise, precondition
 from ogdm_jax.diffusion.process import eps_from_x0
-from ogdm_jax.methods import contract as slots
-from ogdm_jax.methods.contract import Context, Example, Metrics, Slots
+from ogdm_jax.methods.contract import (
+    Carry,
+    Constants,
+    Context,
+    DenoiserOf,
+    Example,
+    Metrics,
+    Own,
+    Slots,
+    Update,
+    noise_bins,
+    squared_error,
+)
 from ogdm_jax.typing import Array, Features, PyTree
 
 SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
@@ -82,14 +93,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self, "sp")
-        if self.auto and self.weight > 0:  # nothing to calibrate for a weight of 0
+        if self.calibrated:
             anchor = "mse_weight > 0: it measures against the squared error"
             require(self.mse_weight > 0, "sp.auto", True, anchor)
             steps = "at least 1 step with auto"
             require(self.calibration >= 1, "sp.calibration", self.calibration, steps)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the weight is measured: there is nothing to measure for a weight of 0."""
+        return self.auto and self.weight > 0
 
-DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's loss: nothing but features, at every noise level.
     "paper": {
@@ -110,7 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal law of sigma /
+# Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal distribution of sigma /
 # sigma_data.
 _SD_MEAN, _SD_STD = 0.776, 1.587
 _SMALLEST_JUMP = 0.05
@@ -120,14 +135,14 @@ def preset(name: str) -> dict[str, Any]:
     """All settings of a published recipe's loss, "paper" or "pixel_edm" (for config.sp.update).
 
     What else the paper's recipe has lies in other groups of the configuration;
-    configs/cifar10_sp_paper.py sets it: the law of t as wide as that of t' (noise.mean, noise.std),
+    configs/cifar10_sp_paper.py sets it: the distribution of t as wide as that of t' (noise.mean, noise.std),
     learning rate 3e-5 (optim), EMA of 0.9995 per step (ema), 50,000 steps (train) of 896 images
     (data).
 
     Raises:
       ValueError: another name.
     """
-    return DEFAULTS | choose("sp.preset", name, PRESETS)
+    return dataclasses.asdict(Settings(**choose("sp.preset", name, PRESETS)))
 
 
 def self_perceptual_loss(
@@ -198,7 +213,7 @@ def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array
 def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
     """The noise levels s' [B] of typed keys [B], clipped to the context's range.
 
-    kind  "same": the training law again.   "sd_uniform": log-normal fitted to the paper's uniform t
+    kind  "same": the training distribution again.   "sd_uniform": log-normal fitted to the paper's uniform t
     (much noisier).
           "angle_uniform": theta' uniform between the range's ends.
 
@@ -208,12 +223,12 @@ def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
     low, high, data = context.sigma_min, context.sigma_max, context.sigma_data
     choose("sp.sigma_next", kind, SIGMA_NEXT)
     if kind == "same":
-        law = context.law
+        levels = context.noise
     elif kind == "sd_uniform":
-        law = noise.edm(float(np.log(data)) + _SD_MEAN, _SD_STD, data)
+        levels = noise.edm(float(np.log(data)) + _SD_MEAN, _SD_STD, data)
     else:
-        law = noise.angle_uniform(low, high, data)
-    return jnp.clip(law.sample(keys), low, high)
+        levels = noise.angle_uniform(low, high, data)
+    return jnp.clip(levels.sample(keys), low, high)
 
 
 def calibration() -> dict[str, Array]:
@@ -253,10 +268,10 @@ def fingerprint(variables: PyTree) -> np.ndarray:
     return np.frombuffer(digest.digest(), np.uint32).copy()
 
 
-def verify(memory: Mapping[str, Array], frozen: Mapping[str, Any]) -> None:
+def check_teacher(carry: Mapping[str, Array], constants: Mapping[str, Any]) -> None:
     """Raises ValueError if a run resumes with another teacher than the one it began with."""
-    if not np.array_equal(np.asarray(memory["teacher"]), np.asarray(frozen["fingerprint"])):
-        began, now = int(memory["teacher_step"]), int(frozen["step"])
+    if not np.array_equal(np.asarray(carry["teacher"]), np.asarray(constants["fingerprint"])):
+        began, now = int(carry["teacher_step"]), int(constants["step"])
         raise ValueError(
             f"config.sp.teacher: holds other weights at step {now} than this run began with; "
             f"expected the teacher of then, with config.sp.teacher_step={began}"
@@ -268,7 +283,7 @@ def _wide(v: Array, x: Array) -> Array:
 
 
 def _both(
-    features: Features, x0, eps, x0_hat, eps_hat, sigma_next
+    features: Features, x0: Array, eps: Array, x0_hat: Array, eps_hat: Array, sigma_next: Array
 ) -> tuple[list[Array], list[Array]]:
     """Predicted and real features, each a list of [B,K] float32. Two calls: one of 2B would keep
     what the real half needs for a backward pass that never comes.
@@ -291,66 +306,46 @@ def _distance(predicted: list[Array], real: list[Array], distance: str, feature_
     return sum(parts) / len(parts)
 
 
-def training(settings: Mapping[str, Any], context: Context) -> Slots:
+def training(settings: Settings, context: Context) -> Slots:
     """Fills the distance slot: mse_weight * (squared error to the target) + weight * gate *
     self-perceptual loss.
 
     STF may replace the target of the squared error; SP compares with the features of the actual
-    image and noise. The teacher is read from settings["teacher"] when the run starts, and its
-    fingerprint travels with the state: resuming with another teacher makes the loss nan, and
-      `verify` says why. A weight of 0 is plain training, bit for bit.
+    image and noise. The teacher is read from settings.teacher when the run starts; it is this
+    method's constants. Its fingerprint travels in the carry, with the calibration: resuming with
+    another teacher makes the loss nan, and `check_teacher` says why. A weight of 0 is plain
+    training, bit for bit.
 
     Raises:
-      ValueError: an unknown name, a number out of range, or no teacher.
+      ConfigError: no teacher, or a tap that is no block of it.
+      CheckpointError: the teacher's folder does not fit.
     """
-    for key, options in (
-        ("sigma_next", SIGMA_NEXT),
-        ("distance", DISTANCES),
-        ("feature_norm", FEATURE_NORMS),
-    ):
-        choose(f"sp.{key}", settings[key], options)
-    for key in ("mse_weight", "weight", "share", "sigma_max"):
-        require(settings[key] >= 0, f"sp.{key}", settings[key], "a number of at least 0")
-    # Nothing to calibrate for a weight of 0.
-    settings = dict(settings) | {"auto": settings["auto"] and settings["weight"] > 0}
-    if settings["auto"]:
-        require(
-            settings["mse_weight"] > 0,
-            "sp.auto",
-            True,
-            "mse_weight > 0: it measures against the squared error",
-        )
-        require(
-            settings["calibration"] >= 1,
-            "sp.calibration",
-            settings["calibration"],
-            "at least 1 step with auto",
-        )
     teacher = functools.cache(functools.partial(_teacher, settings, context))
-    _check_tap(settings["tap"], teacher()["params"])
+    _check_tap(settings.tap, teacher()["params"])
 
-    def memory() -> dict[str, Array]:
+    def init(key: Array) -> dict[str, Array]:
+        del key  # nothing is drawn
         known = {"teacher": teacher()["fingerprint"], "teacher_step": teacher()["step"]}
         return calibration() | jax.tree.map(jnp.asarray, known)
 
-    def remember(memory: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
-        return memory | calibrate(
-            memory, metrics["sp/grad_mse"], metrics["sp/grad_sp"], settings["calibration"]
-        )
+    def update(carry: PyTree, update: Update) -> tuple[PyTree, Mapping[str, Array]]:
+        if not settings.calibrated:
+            return carry, {}
+        measured = (update.metrics["sp/grad_mse"], update.metrics["sp/grad_sp"])
+        return carry | calibrate(carry, *measured, settings.calibration), {}
 
     return Slots(
         name="sp",
-        distance=functools.partial(_fill, settings, context),
-        frozen=teacher,
-        memory=memory,
-        remember=remember if settings["auto"] else None,
-        verify=verify,
+        distance=functools.partial(_distance_slot, settings, context),
+        constants=Constants(teacher),
+        carry=Carry(init, update, check_teacher),
     )
 
 
-def _teacher(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+def _teacher(settings: Settings, context: Context) -> dict[str, Any]:
+    """{"params", "buffers", "fingerprint", "step"} of the teacher, on the host."""
     params, buffers, step = context.weights(
-        *(settings[f"teacher{part}"] for part in ("", "_weights", "_step"))
+        settings.teacher, settings.teacher_weights, settings.teacher_step, "config.sp.teacher"
     )
     variables = jax.tree.map(np.asarray, {"params": params, "buffers": buffers})
     return variables | {"fingerprint": fingerprint(variables), "step": np.int32(step)}
@@ -367,26 +362,59 @@ def _check_tap(tap: str, params: Mapping[str, Any]) -> None:
     )
 
 
-def _fill(settings, context: Context, example: Example, x0_hat, target, denoiser, frozen, memory):
-    squared = slots.squared_error(example, x0_hat, target, context.weight)
-    same_teacher = jnp.all(memory["teacher"] == frozen["fingerprint"])
-    if settings["weight"] == 0:  # bitwise the plain denoiser's gradient
-        return jnp.where(same_teacher, settings["mse_weight"] * squared, jnp.nan), {
-            "loss/mse": squared
-        }
-    teacher = context.denoiser(frozen["params"], frozen["buffers"], example.augment)
+def _distance_slot(
+    settings: Settings,
+    context: Context,
+    example: Example,
+    x0_hat: Array,
+    target: Array,
+    denoiser: DenoiserOf,
+    own: Own,
+) -> tuple[Array, Metrics]:
+    """The whole loss [b]; nan where the teacher is not the one that the run began with."""
+    del denoiser
+    squared = squared_error(example, x0_hat, target, context.noise.weight)
+    same_teacher = jnp.all(own.carry["teacher"] == own.constants["fingerprint"])
+    if settings.weight == 0:  # bitwise the plain denoiser's gradient
+        loss = jnp.where(same_teacher, settings.mse_weight * squared, jnp.nan)
+        return loss, {"loss/mse": squared}
+    gated = _gated(settings, context, example, x0_hat, own)
+    perceptual, cosine = gated(x0_hat)
+    weight, norms = jnp.asarray(settings.weight, jnp.float32), {}
+    if settings.calibrated:
+        weight = weight * calibrated_weight(own.carry, settings.share)
+        norms = _gradient_norms(settings, context, example, (x0_hat, target), gated, own.carry)
+    loss = settings.mse_weight * squared + weight * perceptual
+    loss = jnp.where(same_teacher, loss, jnp.nan)
+    # What no teacher may notice: a prediction whose mean colour is off, without the squared error
+    # as an anchor.
+    colour = jnp.mean(jax.lax.stop_gradient(x0_hat) - example.x0, axis=(1, 2))
+    metrics: Metrics = {
+        "loss/mse": squared,
+        "loss/sp": perceptual,
+        "sp/cosine": cosine,
+        "sp/weight": weight * jnp.ones_like(loss),
+        "sp/colour": jnp.mean(jnp.abs(colour), axis=-1),
+    }
+    metrics |= noise_bins({"sp/loss": perceptual}, example.sigma, settings.bins)
+    return loss, metrics | norms
+
+
+def _gated(
+    settings: Settings, context: Context, example: Example, x0_hat: Array, own: Own
+) -> Callable[[Array], tuple[Array, Array]]:
+    """x0_hat -> (the self-perceptual loss behind its gate, cosine of the features) [b] each."""
+    teacher = context.denoiser(own.constants["params"], own.constants["buffers"], example.augment)
 
     def features(x: Array, sigma: Array) -> PyTree:
-        return teacher.features(x, sigma, example.label, at=settings["tap"])
+        return teacher.features(x, sigma, example.label, at=settings.tap)
 
-    if settings["remat"]:
+    if settings.remat:
         features = jax.checkpoint(features)
-    sigma, sigma_next = (
-        example.sigma,
-        draw_sigma_next(settings["sigma_next"], example.keys("sp/sigma_next"), context),
-    )
-    gate = (sigma <= settings["sigma_max"]).astype(jnp.float32)
-    if settings["normalize_jump"]:
+    sigma = example.sigma
+    sigma_next = draw_sigma_next(settings.sigma_next, example.keys("sp/sigma_next"), context)
+    gate = (sigma <= settings.sigma_max).astype(jnp.float32)
+    if settings.normalize_jump:
         sine = jump_sine(sigma, sigma_next, context.sigma_data)
         gate = gate / jnp.maximum(jnp.square(sine), _SMALLEST_JUMP)
     # The gradient takes the way through x0_hat, which is exact; the value is the stable one of
@@ -396,30 +424,10 @@ def _fill(settings, context: Context, example: Example, x0_hat, target, denoiser
     def gated(x0_hat: Array) -> tuple[Array, Array]:
         eps_hat = eps_from_x0(example.xt, x0_hat, sigma) + rounding
         predicted, real = _both(features, example.x0, example.eps, x0_hat, eps_hat, sigma_next)
-        return gate * _distance(
-            predicted, real, settings["distance"], settings["feature_norm"]
-        ), _cosine(predicted, real)
+        loss = _distance(predicted, real, settings.distance, settings.feature_norm)
+        return gate * loss, _cosine(predicted, real)
 
-    perceptual, cosine = gated(x0_hat)
-    weight, norms = jnp.asarray(settings["weight"], jnp.float32), {}
-    if settings["auto"]:
-        weight = weight * calibrated_weight(memory, settings["share"])
-        norms = _gradient_norms(settings, context, example, x0_hat, target, gated, memory)
-    loss = settings["mse_weight"] * squared + weight * perceptual
-    loss = jnp.where(same_teacher, loss, jnp.nan)
-    each = jnp.ones_like(loss)
-    metrics: Metrics = {
-        "loss/mse": squared,
-        "loss/sp": perceptual,
-        "sp/cosine": cosine,
-        "sp/weight": weight * each,
-    }
-    # What no teacher may notice: a prediction whose mean colour is off, without the squared error
-    # as an anchor.
-    colour = jnp.mean(jax.lax.stop_gradient(x0_hat) - example.x0, axis=(1, 2))
-    metrics["sp/colour"] = jnp.mean(jnp.abs(colour), axis=-1)
-    metrics |= slots.noise_bins({"sp/loss": perceptual}, sigma, settings["bins"])
-    return loss, metrics | norms
+    return gated
 
 
 def _cosine(predicted: list[Array], real: list[Array]) -> Array:
@@ -431,7 +439,12 @@ def _cosine(predicted: list[Array], real: list[Array]) -> Array:
 
 
 def _gradient_norms(
-    settings, context: Context, example: Example, x0_hat, target, gated, memory
+    settings: Settings,
+    context: Context,
+    example: Example,
+    both: tuple[Array, Array],
+    gated: Callable[[Array], tuple[Array, Array]],
+    carry: Mapping[str, Array],
 ) -> Metrics:
     """Squared norms [b] of both losses' gradients in the network's own output scale, while the
     calibration is open.
@@ -439,19 +452,17 @@ def _gradient_norms(
     EDM's F-space, where both losses are well scaled: d/dF = c_out d/dx0_hat. It needs one more
     backward pass through the teacher, and only in those steps.
     """
-    x0_hat, target = jax.lax.stop_gradient((x0_hat, target))
+    x0_hat, target = jax.lax.stop_gradient(both)  # prediction and target
     sigma, data = example.sigma, context.sigma_data
     scale = jnp.square(sigma * data) / (jnp.square(sigma) + data**2)
     norm = lambda g: scale * jnp.sum(jnp.square(g), axis=(1, 2, 3))
 
     def measure() -> tuple[Array, Array]:
-        squared = lambda x: (
-            settings["mse_weight"]
-            * jnp.sum(slots.squared_error(example, x, target, context.weight))
-        )
+        weight = context.noise.weight
+        squared = lambda x: settings.mse_weight * jnp.sum(squared_error(example, x, target, weight))
         perceptual = lambda x: jnp.sum(gated(x)[0])
         return norm(jax.grad(squared)(x0_hat)), norm(jax.grad(perceptual)(x0_hat))
 
     closed = lambda: (jnp.zeros_like(sigma), jnp.zeros_like(sigma))
-    mse, sp = jax.lax.cond(memory["count"] < settings["calibration"], measure, closed)
+    mse, sp = jax.lax.cond(carry["count"] < settings.calibration, measure, closed)
     return {"sp/grad_mse": mse, "sp/grad_sp": sp}

@@ -11,7 +11,7 @@ Nothing else of a loss changes.
 
 Differences from the authors' code: a matrix-product form instead of an array (batch, references,
 pixels); classes and augmentation can enter the weights; no in-place writes; works for every noise
-law and preconditioning.
+distribution and preconditioning.
 """
 
 import dataclasses
@@ -24,11 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.config import check, choose, require, setting
+from ogdm_jax.config import check, require, setting
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, across, alone, merge, shard_mask, weighted_sums
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
-from ogdm_jax.methods.contract import Context, Example, Metrics, Slots, noise_bins
+from ogdm_jax.methods.contract import (
+    Constants,
+    Context,
+    Example,
+    Metrics,
+    Own,
+    Slots,
+    noise_bins,
+)
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
@@ -44,9 +52,14 @@ class Settings:
         "where references come from: stream (loader), cache (resident set), gather (batch), full",
         choices=SOURCES,
     )
-    n: int = setting(1024, "stream, cache: references per device, the source included")
+    n: int = setting(
+        1024,
+        "stream, cache: references per device, the source included",
+        least=1,
+        expected="at least 1 reference per device",
+    )
     chunk: int = setting(
-        0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB"
+        0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB", least=0
     )
     class_mask: bool = setting(True, "conditional models: only references of the same class count")
     augment: str = setting(
@@ -60,7 +73,6 @@ class Settings:
         check(self, "stf")
 
 
-DEFAULTS: dict[str, Any] = dataclasses.asdict(Settings())
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
 
 
@@ -221,7 +233,7 @@ def _check_shapes(xt, sigma, references, chunk, source, label, reference_label) 
             )
 
 
-def training(settings: Mapping[str, Any], context: Context) -> Slots:
+def training(settings: Settings, context: Context) -> Slots:
     """Fills the target slot: the clean image becomes a posterior mean, where the reference batch is
 
       stream: this device's images and n - b more that the loader brings (the authors' convention).
@@ -244,53 +256,49 @@ def training(settings: Mapping[str, Any], context: Context) -> Slots:
     image twice, as two examples.)
 
     Raises:
-      ValueError: an unknown source or mode; n too small, or for stream too large for the set; a set
-      that is not in
-        memory; "official" with a full set; class masks for label vectors.
+      ConfigError: for stream an n too small for the batch or too large for the set; a set that is
+        not in memory; "official" with a full set; class masks for label vectors.
     """
-    source = choose("stf.source", settings["source"], SOURCES)
-    n, mode = settings["n"], choose("stf.augment", settings["augment"], AUGMENT_MODES)
+    _check(settings, context)
+    source, n = settings.source, settings.n
+    constants = {
+        "cache": Constants(functools.partial(_resident, context)),
+        "full": Constants(functools.partial(_whole_set, context), divided=True),
+    }
+    more = (n - context.device_batch) * context.devices if source == "stream" else 0
+    return Slots(
+        name="stf",
+        target=functools.partial(_target, settings, context),
+        constants=constants.get(source),
+        references=more,
+    )
+
+
+def _check(settings: Settings, context: Context) -> None:
+    """What the data, the batch and the devices allow."""
+    source, n = settings.source, settings.n
     if source in ("cache", "full"):
-        require(
-            getattr(context.source, "images", None) is not None,
-            "stf.source",
-            source,
-            "stream or gather, or a larger data.memory_limit: the data set is not in memory",
-        )
-    if source in ("stream", "cache"):
-        least = context.device_batch if source == "stream" else 1
+        elsewhere = "stream or gather, or a larger data.memory_limit: the data set is not in memory"
+        require(context.source.images is not None, "stf.source", source, elsewhere)
+    if source == "stream":
+        least = context.device_batch
         require(n >= least, "stf.n", n, f"at least {least} references per device")
     if source == "stream" and n > context.device_batch:
         # References of other devices may be the same images; of one device they may not, nor any of
         # the global batch.
         size, batch = len(context.source), context.batch
-        require(
-            n <= context.device_batch + size - batch,
-            "stf.n",
-            n,
-            f"at most {context.device_batch + max(size - batch, 0)} with stream, as the set has "
-            f"{size} images of which "
-            f"a batch takes {batch}; or stf.source cache or full",
+        most = context.device_batch + max(size - batch, 0)
+        expected = (
+            f"at most {most} with stream, as the set has {size} images of which a batch takes "
+            f"{batch}; or stf.source cache or full"
         )
-    leaks = context.augment is not None and mode == "official"
-    require(
-        not (leaks and source == "full"), "stf.augment", mode, "matched or dsm with stf.source full"
-    )
-    vectors = context.label_dim > 0 and getattr(context.source, "label_size", 0) > 0
-    require(
-        not (vectors and settings["class_mask"]),
-        "stf.class_mask",
-        True,
-        "false for a source of label vectors",
-    )
-
-    return Slots(
-        name="stf",
-        target=functools.partial(_target, settings, context),
-        references=(n - context.device_batch) * context.devices if source == "stream" else 0,
-        frozen=functools.partial(_resident, context) if source == "cache" else None,
-        divided=functools.partial(_whole_set, context) if source == "full" else None,
-    )
+        require(n <= context.device_batch + size - batch, "stf.n", n, expected)
+    leaks = context.augment is not None and settings.augment == "official"
+    exact = "matched or dsm with stf.source full"
+    require(not (leaks and source == "full"), "stf.augment", settings.augment, exact)
+    vectors = context.label_dim > 0 and context.source.label_size > 0
+    plain = "false for a source of label vectors"
+    require(not (vectors and settings.class_mask), "stf.class_mask", True, plain)
 
 
 def _resident(context: Context) -> dict[str, np.ndarray]:
@@ -318,8 +326,11 @@ def _whole_set(context: Context) -> dict[str, np.ndarray]:
     return {"image": fill(images), "label": fill(labels), "counts": counts}
 
 
-def _target(settings: Mapping[str, Any], context: Context, example: Example, frozen: PyTree | None):
-    augment, mode = example.augment, settings["augment"]
+def _target(
+    settings: Settings, context: Context, example: Example, own: Own
+) -> tuple[Array, Metrics]:
+    """The target slot: posterior means for the images that the mode allows, x0 for the others."""
+    augment, mode = example.augment, settings.augment
     plain = augment is not None and mode != "official"
     unflip = (
         functools.partial(flip, augment=augment)
@@ -327,28 +338,38 @@ def _target(settings: Mapping[str, Any], context: Context, example: Example, fro
         else lambda images: images
     )
     clean = example.image if plain else example.x0
-    mean, ess = _posterior(settings, context, example, frozen, unflip(example.xt), clean, plain)
+    mean, ess = _posterior(
+        settings, context, example, own.constants, unflip(example.xt), clean, plain
+    )
     mean = unflip(mean)
     if plain:
         keep = isometric(augment) if mode == "matched" else jnp.all(augment == 0, axis=1)
         mean = jnp.where(keep[:, None, None, None], mean, example.x0)
         ess = jnp.where(keep, ess, 1.0)
     mean = jax.lax.stop_gradient(mean)
-    return mean, _metrics(settings["bins"], example, mean, ess)
+    return mean, _metrics(settings.bins, example, mean, ess)
 
 
-def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Array, Array]:
+def _posterior(
+    settings: Settings,
+    context: Context,
+    example: Example,
+    constants: PyTree,
+    xt: Array,
+    clean: Array,
+    plain: bool,
+) -> tuple[Array, Array]:
     """Target and effective sample size [b] for queries xt whose sources are `clean`, by the kind of
     reference batch.
     """
-    kind, chunk = settings["source"], settings["chunk"] or None
-    label = example.label if settings["class_mask"] else None
+    kind, chunk = settings.source, settings.chunk or None
+    label = example.label if settings.class_mask else None
     if kind == "gather":
         return stable_target(
             xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label
         )
     if kind == "full":
-        return _over_devices(context, chunk, xt, example.sigma, label, frozen)
+        return _over_devices(context, chunk, xt, example.sigma, label, constants)
 
     # Where arrays are global (a mesh), each device's images still meet references of their own, as
     # under pmap.
@@ -358,7 +379,7 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
         if context.axis is None and batch % context.device_batch == 0
         else 1
     )
-    given, reference_label = _references(settings, context, example, frozen, groups, plain)
+    given, reference_label = _references(settings, context, example, constants, groups, plain)
 
     def of_group(xt, sigma, clean, label, given, reference_label):
         b, more = clean.shape[0], next(iter(given.values())).shape[0]
@@ -366,11 +387,11 @@ def _posterior(settings, context, example, frozen, xt, clean, plain) -> tuple[Ar
         if kind == "cache":
             if more == 0:
                 return clean, jnp.ones_like(sigma)
-            references = OnDemand((more, *clean.shape[1:]), lambda k: _images(frozen, given, k))
+            references = OnDemand((more, *clean.shape[1:]), lambda k: _images(constants, given, k))
             return stable_target(xt, sigma, references, None, chunk, source=clean, **known)
 
         def make(k: Array) -> Array:
-            loaded = to_float(_images(frozen, given, jnp.maximum(k - b, 0)), clean.dtype)
+            loaded = to_float(_images(constants, given, jnp.maximum(k - b, 0)), clean.dtype)
             return jnp.where((k < b)[:, None, None, None], clean[jnp.minimum(k, b - 1)], loaded)
 
         # The authors' convention: all images of the device are references.
@@ -410,7 +431,12 @@ def _over_devices(context, chunk, xt, sigma, label, rows) -> tuple[Array, Array]
 
 
 def _references(
-    settings, context, example, frozen, groups: int, plain: bool
+    settings: Settings,
+    context: Context,
+    example: Example,
+    constants: PyTree,
+    groups: int,
+    plain: bool,
 ) -> tuple[dict[str, Array], Array | None]:
     """What `_images` makes the references besides the sources from, and their labels [groups, m]
     for class masks.
@@ -421,33 +447,35 @@ def _references(
     # A group is known by its first example: another one on every device and in every round, the
     # same on every plan.
     keys = randomness.example_keys(example.key, "stf", example.index.reshape(groups, -1)[:, 0])
-    if settings["source"] == "cache":
-        draw = lambda k: jax.random.randint(k, (settings["n"] - 1,), 0, frozen["image"].shape[0])
+    if settings.source == "cache":
+        draw = lambda k: jax.random.randint(k, (settings.n - 1,), 0, constants["image"].shape[0])
         given = {"rows": jax.vmap(draw)(randomness.fold_in_each(keys, "rows"))}
-        labels = jnp.asarray(frozen["label"])[given["rows"]]
+        labels = jnp.asarray(constants["label"])[given["rows"]]
     else:
         nothing = jnp.zeros((0, *context.image_shape), jnp.uint8), jnp.zeros((0,), jnp.int32)
         loaded = example.references or dict(zip(("reference", "reference_label"), nothing))
         split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])
         given, labels = {"image": split(loaded["reference"])}, split(loaded["reference_label"])
-    if example.label is None or not settings["class_mask"]:
+    if example.label is None or not settings.class_mask:
         labels = None
     count = jnp.arange(next(iter(given.values())).shape[1])
     each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)
     if context.xflip:
         given["mirrored"] = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
     if example.augment is not None and not plain:
-        images = jax.vmap(lambda given: to_float(_images(frozen, given, count), jnp.float32))(given)
+        images = jax.vmap(lambda given: to_float(_images(constants, given, count), jnp.float32))(
+            given
+        )
         given = {"image": jax.vmap(context.augment)(each("augment"), images)}
     return given, labels
 
 
-def _images(frozen: PyTree | None, given: dict[str, Array], k: Array) -> Array:
+def _images(constants: PyTree, given: dict[str, Array], k: Array) -> Array:
     """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored
     where drawn.
     """
     images = (
-        jnp.asarray(frozen["image"])[given["rows"][k]] if "rows" in given else given["image"][k]
+        jnp.asarray(constants["image"])[given["rows"][k]] if "rows" in given else given["image"][k]
     )
     if "mirrored" in given:
         images = jnp.where(given["mirrored"][k][:, None, None, None], images[:, :, ::-1], images)

@@ -4,7 +4,7 @@
 
 params  the denoiser as trained.
 ema     {"params": moving average, "buffers": frozen tensors}: all that sampling needs.
-state   step, optimiser, companions, memory.
+state   step, optimiser, what methods carry.
 config  the configuration, the image shape and the number of classes.
 data    where the loader stands.
 
@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ogdm_jax import config as configs
 from ogdm_jax import places
 from ogdm_jax.parallel import Plan
+from ogdm_jax.training import older
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.typing import PyTree
 
@@ -130,24 +131,25 @@ class Checkpoints:
         Raises:
           CheckpointError: the files are damaged or belong to another network.
         """
-        wanted = {
-            name: ocp.args.StandardRestore(tree) for name, tree in _split(plan.shapes(like)).items()
-        }
+        path, trees = self.folder / str(step), _split(plan.shapes(like))
+        stored = _stored(path, "state")
+        if older.is_older(stored):
+            trees["state"] = older.as_older(trees["state"], stored)
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         found = _guard(
-            self.folder / str(step),
+            path,
             lambda: self._manager.restore(
                 step, args=ocp.args.Composite(**wanted, data=ocp.args.JsonRestore())
             ),
         )
-        rest = found["state"]
+        rest = older.as_newer(found["state"]) if older.is_older(stored) else found["state"]
         return TrainState(
             step=rest["step"],
             params=found["params"],
             ema=found["ema"]["params"],
             buffers=found["ema"]["buffers"],
             opt_state=rest["opt_state"],
-            companions=rest["companions"],
-            memory=rest["memory"],
+            carry=rest["carry"],
         ), found["data"]
 
 
@@ -158,8 +160,7 @@ def _split(state: TrainState) -> dict[str, PyTree]:
         "state": {
             "step": state.step,
             "opt_state": state.opt_state,
-            "companions": state.companions,
-            "memory": state.memory,
+            "carry": state.carry,
         },
     }
 
@@ -318,9 +319,7 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
 
     Of a network that does not fit, orbax says less, and that in several threads.
     """
-    handler = ocp.StandardCheckpointHandler()  # a Checkpointer warns of other metadata
-    with contextlib.closing(handler) as reader:
-        stored = _guard(snapshot.path, lambda: reader.metadata(snapshot.path / "ema").tree)
+    stored = _stored(snapshot.path, "ema")
     there, here = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
@@ -340,6 +339,13 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
             f"{len(differ)} of {len(names)} tensors differ); expected the network "
             "settings that it was trained with"
         )
+
+
+def _stored(path: epath.Path, item: str) -> PyTree:
+    """The tree of a checkpoint's item with what is known of each leaf; no array is read."""
+    # a Checkpointer would warn of other metadata
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return _guard(path, lambda: reader.metadata(path / item).tree)
 
 
 def _shapes(tree: PyTree) -> PyTree:

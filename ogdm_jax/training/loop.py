@@ -17,7 +17,7 @@ from etils import epath
 
 from ogdm_jax import cluster, parallel, places
 from ogdm_jax import config as configs
-from ogdm_jax.methods import contract
+from ogdm_jax.methods import discovery
 from ogdm_jax.training import logs
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
@@ -69,7 +69,7 @@ def train(
     check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
-        configs.check_same_run(find(workdir).config, config, contract.settings_types())
+        configs.check_same_run(find(workdir).config, config, discovery.settings_types())
     run = task.build(config, plan, workdir, log)
     profiles.check(profile, run.steps)
     # Read before the loop writes anything.
@@ -186,10 +186,8 @@ class _Loop:
     def run_from(self, state: TrainState) -> TrainState:
         """Trains from a state to the end of the run; returns the last state."""
         run, first = self.run, int(state.step)
-        constants = run.frozen()
-        for method in run.filled.methods:
-            if method.verify is not None:
-                method.verify(state.memory[method.name], constants["whole"][method.name])
+        constants = run.constants()
+        run.check(state.carry, constants)
         compiled = run.compile(state)
         interval = logs.Interval()
         self.profiler.skipped(first)

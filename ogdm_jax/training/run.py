@@ -1,9 +1,9 @@
-"""From a configuration to the parts of a run: model, noise law, methods, optimiser, plan, step;
-checked first.
+"""From a configuration to the parts of a run: model, noise distribution, methods, optimiser, plan,
+step; checked first.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,29 +11,41 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ogdm_jax import config as configs
 from ogdm_jax import models, parallel, randomness
-from ogdm_jax.data import Source, augment
-from ogdm_jax.diffusion import grids, noise
-from ogdm_jax.methods import contract as slots
-from ogdm_jax.training import checkpoint, optim, state, step
+from ogdm_jax.config import Config
+from ogdm_jax.data import Source
+from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.methods import discovery
+from ogdm_jax.methods.contract import Methods, combine
+from ogdm_jax.training import context, objective, optim, state, step
 from ogdm_jax.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a training run; the state travels separately."""
+    """The fixed parts of a training run; the state travels separately.
 
-    config: configs.Config
+    Attributes:
+      config: all settings.
+      source: the data.
+      model: the network that is trained.
+      noise: the distribution of noise levels; None where the objective has its own.
+      methods: the training methods that are on.
+      tx: the optimiser.
+      plan: which devices hold what.
+      step: the pure step, not compiled.
+      steps: how many there will be.
+    """
+
+    config: Config
     source: Source
     model: models.Model
-    law: noise.NoiseDistribution
-    filled: slots.Filled
+    noise: NoiseDistribution | None
+    methods: Methods
     tx: optax.GradientTransformation
     plan: parallel.Plan
     step: step.Step
     steps: int
-    memory: dict[str, PyTree]
 
     @property
     def key(self) -> jax.Array:
@@ -41,15 +53,16 @@ class Run:
         return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
 
     def create(self, key: jax.Array) -> state.TrainState:
-        return state.create(self.model, self.filled, self.tx, self.memory, key)
+        """A fresh state; jit it or eval_shape it."""
+        return state.create(self.model, self.methods, self.tx, key)
 
     def init(self) -> state.TrainState:
         """A fresh state, placed as the plan wants it."""
         return self.plan.init(self.create, jax.random.key(self.config.seed))
 
-    def frozen(self) -> PyTree:
-        """The step's frozen argument: whole trees on all devices, divided ones each on its own."""
-        trees = slots.frozen_trees(self.filled)
+    def constants(self) -> dict[str, PyTree]:
+        """The step's constants: whole trees on all devices, divided ones each on its own."""
+        trees = self.methods.constants()
         return {
             "whole": self.plan.place(trees["whole"]),
             "divided": self.plan.place_rows(trees["divided"]),
@@ -59,14 +72,14 @@ class Run:
         """The step's arguments as shapes, laid out as the plan wants them: all that compiling ahead
         of time needs.
         """
-        given = jax.eval_shape(self.create, jax.random.key(0))
-        trees = slots.frozen_trees(self.filled)
-        frozen = {
+        fresh = jax.eval_shape(self.create, jax.random.key(0))
+        trees = self.methods.constants()
+        constants = {
             "whole": jax.tree.map(_shape, trees["whole"]),
             "divided": self.plan.row_shapes(trees["divided"]),
         }
         batch = self.plan.row_shapes(jax.eval_shape(lambda: self.example_batch()))
-        return given, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))
+        return fresh, constants, batch, jax.eval_shape(lambda: jax.random.key(0))
 
     def example_batch(self) -> dict[str, PyTree]:
         """A batch of the run's sizes, all zeros, over all processes."""
@@ -76,12 +89,17 @@ class Run:
         images = lambda n: jnp.zeros((n, *source.shape), jnp.uint8)
         labels = lambda n: jnp.zeros((n, *wide), kind)
         batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
-        if more := self.filled.references:
+        if more := self.methods.references:
             batch |= {"reference": images(more), "reference_label": labels(more)}
         return batch
 
     def compile(self, like: state.TrainState) -> Callable[..., Any]:
+        """The step, compiled for the plan's devices; `like` is a state or its shapes."""
         return self.plan.compile(self.step, like)
+
+    def check(self, carry: Mapping[str, PyTree], constants: Mapping[str, PyTree]) -> None:
+        """Raises ValueError where a method's constants are not those that its carry began with."""
+        self.methods.check(carry, constants)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -89,93 +107,35 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def build(
-    config: configs.Config,
+    config: Config,
     source: Source,
     plan: parallel.Plan,
-    stand_in: Callable[[PyTree], PyTree] | None = None,
+    stand_in: context.StandIn | None = None,
 ) -> Run:
-    """Builds and checks a run.
+    """Builds and checks the run of a denoiser.
 
     Args:
+      config: its settings.
+      source: its data.
+      plan: its devices.
       stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint: for
         whoever only compiles.
 
     Raises:
       ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices
-      or another setting.
+        or another setting.
     """
-    batch = config.data.batch
     model = models.build(config, source.shape, source.num_classes)
-    law = noise_law(config)
+    levels = context.noise_distribution(config)
     tx, rate = optim.optimiser(config)
-    device_batch = parallel.check_batch(batch, config.optim.accumulate, len(plan.devices))
-
-    def weights(folder: str, which: str, at: int | None = None) -> tuple[PyTree, PyTree, int]:
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        if stand_in is not None:
-            return *stand_in(shapes), 0
-        field = "config.sp.teacher" if folder else "config.init.workdir"
-        folder = folder or config.init.workdir
-        configs.require(
-            bool(folder), "init.workdir", folder, "a trained folder, here or as config.sp.teacher"
-        )
-        snapshot = checkpoint.find(folder, at, field)
-        return *jax.tree.map(
-            np.asarray, checkpoint.load_weights(snapshot, *shapes, which)
-        ), snapshot.step
-
-    levels = grids.clip_range(model.denoiser({}), config.sample.sigma_min, config.sample.sigma_max)
-    pipe = augment.AugmentPipe(p=config.data.augment) if config.data.augment > 0 else None
-    context = slots.Context(
-        image_shape=source.shape,
-        label_dim=model.label_dim,
-        batch=batch,
-        device_batch=device_batch,
-        devices=len(plan.devices),
-        axis=plan.axis,
-        sigma_data=config.precondition.sigma_data,
-        sigma_min=levels[0],
-        sigma_max=levels[1],
-        weight=law.weight,
-        denoiser=model.denoiser,
-        learning_rate=config.optim.learning_rate,
-        source=source,
-        law=dataclasses.replace(
-            law, stratified=False
-        ),  # the same strata twice would tie a second level to the first
-        weights=weights,
-        xflip=config.data.xflip,
-        augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
-        mesh=None if plan.axis else plan.mesh,
-        dtype=model.network.dtype,
-    )
-    filled = slots.combine(
-        [
-            slots.module(name).training(
-                dataclasses.asdict(config.settings(name, slots.module(name).Settings)), context
-            )
-            for name in config.methods
-        ]
-    )
+    told = context.context(config, source, model, levels, plan, stand_in)
+    methods = combine([_method(config, name, told) for name in config.methods])
+    goal = objective.denoising(config, model, levels, methods, plan.gather)
+    pure = step.make_step(config, goal, methods, tx, rate, plan)
     steps = config.steps(config.train.duration)
-    pure = step.make_step(config, model, law, filled, tx, rate, **plan.words)
-    memory = jax.tree.map(np.asarray, slots.per_method(filled, "memory"))
-    return Run(config, source, model, law, filled, tx, plan, pure, steps, memory)
+    return Run(config, source, model, levels, methods, tx, plan, pure, steps)
 
 
-def noise_law(config: configs.Config) -> noise.NoiseDistribution:
-    """The distribution of a configuration's training noise levels."""
-    settings = config.noise
-    if settings.distribution == "ddpm":
-        return noise.ddpm(
-            config.precondition.schedule, config.precondition.diffusion_steps, settings.stratified
-        )
-    if settings.distribution != "edm":
-        return getattr(noise, settings.distribution)(stratified=settings.stratified)
-    return noise.edm(
-        settings.mean,
-        settings.std,
-        sigma_data=config.precondition.sigma_data,
-        clip=(config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None,
-        stratified=settings.stratified,
-    )
+def _method(config: Config, name: str, told: context.Context) -> Any:
+    module = discovery.training_method(name)
+    return module.training(config.settings(name, module.Settings), told)

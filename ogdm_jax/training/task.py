@@ -70,7 +70,7 @@ def _batches(run: runs.Run) -> data.Batches:
         run.config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        extra_references=run.filled.references,
+        extra_references=run.methods.references,
         workers=run.config.data.workers,
     )
 

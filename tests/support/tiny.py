@@ -55,13 +55,13 @@ def train(run: runs.Run, steps: int):
     them.
     """
     state = run.init()
-    step, frozen = run.compile(state), run.frozen()
+    step, constants = run.compile(state), run.constants()
     batches = data.batches(
-        run.source, run.config.data.batch, run.config.seed, extra_references=run.filled.references
+        run.source, run.config.data.batch, run.config.seed, extra_references=run.methods.references
     )
     metrics = {}
     for _ in range(steps):
-        state, metrics = step(state, frozen, run.plan.place_batch(next(batches)), run.key)
+        state, metrics = step(state, constants, run.plan.place_batch(next(batches)), run.key)
     return run.plan.local_copy(state), {k: float(np.asarray(v)) for k, v in metrics.items()}
 
 

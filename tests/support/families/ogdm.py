@@ -219,7 +219,7 @@ def losses(g: Golden):
             fake = ogdm.project(
                 denoiser(params), xt, pair.sigma, pair.sigma_next, settings.solver, label
             )
-            loss, metrics = ogdm.companion_loss(judge(disc_params), real, fake, pair, settings)
+            loss, metrics = ogdm.own_loss(judge(disc_params), real, fake, pair, settings)
             loss, r1 = loss / pixels, metrics["ogdm/r1"]
             return jnp.mean(loss), {"lossD": loss - settings.r1 * r1, "r1": r1}
 
@@ -293,7 +293,7 @@ def _adm_values(g: Golden):
     fake = ogdm.project(denoise, x0 + s * noise, pair.sigma, pair.sigma_next, settings.solver)
     for kind in ("hinge", "logistic"):
         values[f"lossG_{kind}"] = ogdm.generator_loss(logits, kind)
-        loss, metrics = ogdm.companion_loss(
+        loss, metrics = ogdm.own_loss(
             judge, seen(real), seen(fake), pair, dataclasses.replace(settings, loss=kind)
         )
         values[f"lossD_{kind}"] = loss - settings.r1 * metrics["ogdm/r1"]

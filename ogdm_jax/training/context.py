@@ -1,0 +1,104 @@
+"""What a run tells its training methods (methods/contract.py: Context)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ogdm_jax import config as configs
+from ogdm_jax import models, parallel
+from ogdm_jax.config import Config
+from ogdm_jax.data import Source, augment
+from ogdm_jax.diffusion import grids, noise
+from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.methods.contract import Context, Weights
+from ogdm_jax.training import checkpoint
+from ogdm_jax.typing import PyTree
+
+StandIn = Callable[[PyTree], PyTree]
+
+
+def context(
+    config: Config,
+    source: Source,
+    model: models.Model,
+    levels: NoiseDistribution,
+    plan: parallel.Plan,
+    stand_in: StandIn | None = None,
+) -> Context:
+    """The context of a run's methods.
+
+    Args:
+      config: the run's settings.
+      source: its data.
+      model: its network.
+      levels: the distribution of its noise levels.
+      plan: its devices.
+      stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint.
+
+    Raises:
+      ConfigError: a batch that the devices and rounds do not divide.
+    """
+    low, high = grids.clip_range(
+        model.denoiser({}), config.sample.sigma_min, config.sample.sigma_max
+    )
+    pipe = augment.AugmentPipe(p=config.data.augment) if config.data.augment > 0 else None
+    batch, devices = config.data.batch, len(plan.devices)
+    return Context(
+        image_shape=source.shape,
+        label_dim=model.label_dim,
+        batch=batch,
+        device_batch=parallel.check_batch(batch, config.optim.accumulate, devices),
+        devices=devices,
+        axis=plan.axis,
+        mesh=None if plan.axis else plan.mesh,
+        sigma_data=config.precondition.sigma_data,
+        sigma_min=low,
+        sigma_max=high,
+        # the same strata twice would tie a second level to the first
+        noise=dataclasses.replace(levels, stratified=False),
+        denoiser=model.denoiser,
+        dtype=model.network.dtype,
+        learning_rate=config.optim.learning_rate,
+        source=source,
+        weights=_weights(config, model, stand_in),
+        xflip=config.data.xflip,
+        augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
+    )
+
+
+def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> Weights:
+    """Reads checkpoints of the run's network for methods."""
+
+    def weights(
+        folder: str, which: str, step: int | None, field: str
+    ) -> tuple[PyTree, PyTree, int]:
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        if stand_in is not None:
+            return *stand_in(shapes), 0
+        named = field if folder else "config.init.workdir"
+        folder = folder or config.init.workdir
+        expected = f"a trained folder, here or as {field}"
+        configs.require(bool(folder), "init.workdir", folder, expected)
+        snapshot = checkpoint.find(folder, step, named)
+        found = checkpoint.load_weights(snapshot, *shapes, which)
+        return *jax.tree.map(np.asarray, found), snapshot.step
+
+    return weights
+
+
+def noise_distribution(config: Config) -> NoiseDistribution:
+    """The distribution of a configuration's training noise levels."""
+    settings, process = config.noise, config.precondition
+    if settings.distribution == "ddpm":
+        return noise.ddpm(process.schedule, process.diffusion_steps, settings.stratified)
+    if settings.distribution != "edm":
+        return getattr(noise, settings.distribution)(stratified=settings.stratified)
+    return noise.edm(
+        settings.mean,
+        settings.std,
+        sigma_data=process.sigma_data,
+        clip=(config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None,
+        stratified=settings.stratified,
+    )

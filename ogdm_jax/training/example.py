@@ -1,0 +1,96 @@
+"""From a batch of the loader to what the network is trained on: augmentation, label dropout, noise
+level and noise.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ogdm_jax import randomness
+from ogdm_jax.config import Config
+from ogdm_jax.data import augment as augmentation
+from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.methods.contract import DenoiserOf, Example
+from ogdm_jax.models import Model
+from ogdm_jax.pixels import to_float
+from ogdm_jax.typing import Array, PyTree
+
+Batch = dict[str, Any]
+
+
+def references(batch: Batch) -> Batch:
+    """Those entries of a batch that are a reference batch: all accumulation rounds share them."""
+    return {name: value for name, value in batch.items() if name.startswith("reference")}
+
+
+def draw_example(
+    config: Config,
+    model: Model,
+    noise: NoiseDistribution,
+    batch: Batch,
+    key: Array,
+    noise_key: Array,
+) -> Example:
+    """What is drawn for a (micro-)batch, for each image from keys of its own.
+
+    Args:
+      config: for data.xflip, data.augment, data.label_dropout and the size of the whole batch.
+      model: says whether labels are used.
+      noise: the distribution of the noise levels.
+      batch: {"image": uint8 [b,h,w,c], "label": [b] or [b,k], "index": int32 [b], ...}.
+      key: the step's key.
+      noise_key: that of eps alone; the same key, but where only the noise is drawn anew.
+    """
+    index = batch["index"]
+    keys = lambda purpose: randomness.example_keys(key, purpose, index)
+    image = to_float(batch["image"])
+    if config.data.xflip:
+        image = augmentation.xflip(keys("xflip"), image)
+    x0, augment = image, None
+    if config.data.augment > 0:
+        pipe = augmentation.AugmentPipe(p=config.data.augment)
+        x0, augment = pipe.augment(keys("augment"), image)
+    label = batch["label"] if model.label_dim else None
+    if label is not None and config.data.label_dropout > 0:
+        hidden = randomness.uniform(keys("label_dropout")) < config.data.label_dropout
+        label = _without_class(label, hidden)
+    strata = {"index": index, "batch": config.data.batch, "key": key} if noise.stratified else {}
+    sigma = noise.sample(keys("sigma"), **strata)
+    eps = randomness.normal(randomness.example_keys(noise_key, "noise", index), x0.shape[1:])
+    return Example(
+        x0=x0,
+        image=image,
+        label=label,
+        augment=augment,
+        sigma=sigma,
+        eps=eps,
+        xt=x0 + sigma[:, None, None, None] * eps,
+        index=index,
+        key=key,
+        noise_key=noise_key,
+        references=references(batch) or None,
+    )
+
+
+def _without_class(label: Array, hidden: Array) -> Array:
+    """Labels with those of hidden [b] taken away: -1, or zeros for vectors (no class is all zeros,
+    as in EDM).
+    """
+    if label.ndim == 1:
+        return jnp.where(hidden, -1, label)
+    return jnp.where(hidden[:, None], 0, label)
+
+
+def denoiser_of(model: Model, params: PyTree, buffers: PyTree, example: Example) -> DenoiserOf:
+    """The denoiser of an example by purpose: its dropout keys come from the purpose's name."""
+
+    def make(purpose: str, augment: bool = True) -> Denoiser:
+        return model.denoiser(
+            params,
+            buffers,
+            augment=example.augment if augment else None,
+            dropout_keys=example.keys(f"dropout/{purpose}"),
+        )
+
+    return make
