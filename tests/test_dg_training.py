@@ -430,9 +430,9 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
         ("dg.clock=sine", "dg.clock"),
     ],
 )
-def test_wrong_settings_are_one_sentence(trained, prior, text, words):
+def test_wrong_settings_are_one_sentence(tmp_path, prior, text, words):
     with pytest.raises(ValueError, match=words) as error:
-        build_run(config(prior, text), parallel.make_plan("pmap", 1), trained[0])
+        build_run(config(prior, text), parallel.make_plan("pmap", 1), tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -95,6 +95,9 @@ def test_statistics_of_another_space_are_refused():
     class Space:
         name, dim = "fd_x", 3
 
+        def __call__(self, images):
+            return images  # features come in
+
     with pytest.raises(ValueError, match="3 features of fd_y"):
         statistics_report(Space(), np.zeros((9, 3)), Statistics(np.zeros(3), np.eye(3), 9, "fd_y"))
     with pytest.raises(ValueError, match="2 features of an unnamed space"):

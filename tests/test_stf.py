@@ -434,16 +434,17 @@ def test_shared_references_reduce_the_batch_error_by_n_over_b():
 
 
 def test_flips_undo_themselves_and_isometric_sees_the_rest():
-    images = RNG(0).normal(size=(5, 4, 4, 3)).astype(np.float32)
+    images = jnp.asarray(RNG(0).normal(size=(5, 4, 4, 3)), jnp.float32)
     augment = np.zeros((5, 9), np.float32)
     augment[1, 0] = augment[2, 1] = augment[3, 0] = augment[3, 1] = 1
     augment[4, 6] = -0.3
+    augment = jnp.asarray(augment)
     np.testing.assert_array_equal(
         augmentation.flip(augmentation.flip(images, augment), augment), images
     )
     np.testing.assert_array_equal(augmentation.flip(images, augment)[1], images[1][:, ::-1])
     np.testing.assert_array_equal(augmentation.flip(images, augment)[3], images[3][::-1, ::-1])
-    np.testing.assert_array_equal(augmentation.isometric(jnp.asarray(augment)), [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(augmentation.isometric(augment), [1, 1, 1, 1, 0])
 
 
 @pytest.mark.fast

@@ -5,6 +5,7 @@ It makes the warnings that are errors inside pytest errors there, too: the filte
 pyproject.toml, read again.
 """
 
+import gc
 import tomllib
 import warnings
 from importlib import import_module
@@ -35,3 +36,4 @@ def install() -> None:
 
 if __name__ == "sitecustomize":
     install()
+    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
