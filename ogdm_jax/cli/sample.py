@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Samples by the words of a command line; None: those of this process."""
+    """Samples by the words of a command line; None takes those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     with startup.one_sentence():
         guidance.refuse_former(words)
@@ -124,8 +124,9 @@ def run(args: argparse.Namespace) -> None:
 def _sampler(
     args: argparse.Namespace, published: dict[str, Any], trained: TrainedModel, num: int
 ) -> Sample:
-    """Settings of the sampler: what the words ask for, else what the presets say, else the
-    configuration's. A preset's grid holds where the model has steps of its own.
+    """Settings of the sampler: those of the words, else of the presets, else of the configuration.
+
+    A preset's grid holds only for a discrete model.
     """
     grid = published.get("grid", "") if trained.model.table is not None else ""
     return trained.settings(

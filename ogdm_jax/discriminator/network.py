@@ -80,8 +80,9 @@ def _open_extractor(
 def keep_extractor(
     network: FeatureDiscriminator, params: PyTree, workdir: str | os.PathLike
 ) -> None:
-    """Copies the extractor into the training folder, once: sampling must not depend on a file
-    elsewhere.
+    """Copies the extractor into the training folder, if it is not there yet.
+
+    Sampling then needs no file from elsewhere.
     """
     path = _copy_path(workdir)
     if network.extractor is None or path.is_file() or jax.process_index() != 0:

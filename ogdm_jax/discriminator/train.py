@@ -23,8 +23,9 @@ def train(
     log: Callable[[str], None] = print,
     profile: profile.Steps | None = None,
 ) -> tuple[DiscriminatorRun, TrainState]:
-    """As `loop.train`, which says what is returned and raised, for a configuration with a group
-    dg.
+    """Trains the discriminator of a configuration with a group dg.
+
+    Arguments, what is returned and what is raised are those of `loop.train`.
     """
     run, state = loop.train(config, workdir, log, TASK, profile)
     return cast(DiscriminatorRun, run), state

@@ -1,5 +1,6 @@
-"""EDM's ablation sampler: any time grid, noise schedule sigma(t) and scaling s(t) (arXiv 2206.00364
-sections 3 and 4).
+"""EDM's ablation sampler: any time grid, noise schedule sigma(t) and scaling s(t).
+
+arXiv 2206.00364, sections 3 and 4.
 
 The ODE of x = s(t) (x0 + sigma(t) eps) is solved in t, so discretisation error depends on schedule
 and scaling; with the defaults this is `sample(solver="heun")`. All coefficients are tables made in
@@ -214,8 +215,10 @@ def coefficients(
     churn: churning.Churn | None,
     alpha: float,
 ) -> dict[str, Any]:
-    """Float64 tables, one row a step: step size h, the ODE's coefficients at both points, churn's
-    factors.
+    """Float64 tables with a row per step.
+
+    "h" is the step size, "start" and "second" are the ODE's coefficients at the two points,
+    "rescale" and "noise" are churn's factors; "first" scales the latents.
 
     Args:
       clock: sigma(t), its inverse and derivative.

@@ -1,5 +1,6 @@
-"""Where numbers go: one line on the log, one JSON line in metrics.jsonl, TensorBoard events. Only
-the lead process writes.
+"""Where numbers go: a line on the log, a JSON line in metrics.jsonl, TensorBoard events.
+
+Only the lead process writes.
 """
 
 import contextlib
@@ -89,10 +90,10 @@ def _is_loss(name: str) -> bool:
 
 
 class Writer:
-    """Writes one interval's numbers. Use it in a `with`, or close it.
+    """Writes numbers and pictures of a run. Use it in a `with`, or close it.
 
-    For a bucket, files grow on this machine and are copied there every UPLOAD seconds and at the
-    end.
+    A bucket's files grow on this machine; they are copied there every UPLOAD seconds and when the
+    writer is closed.
     """
 
     def __init__(self, workdir: epath.Path, tensorboard: bool, lead: bool) -> None:

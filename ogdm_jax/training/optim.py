@@ -1,5 +1,6 @@
-"""Adam with EDM's ramp, gradient sanitising, and the exponential moving average (2206.00364,
-appendix F).
+"""Adam with EDM's ramp, finite gradients, and the exponential moving average.
+
+arXiv 2206.00364, appendix F.
 """
 
 import jax
@@ -12,11 +13,10 @@ from ogdm_jax.typing import Array, PyTree
 
 
 def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Schedule:
-    """lr(step) = peak * min(step / ramp, 1) * max(1 - step / decay, 0); 0 switches ramp or decay
-    off.
+    """The learning rate at each step: peak * min(step / ramp, 1) * max(1 - step / decay, 0).
 
-    With a ramp the very first step has learning rate 0, as in EDM (the ramp counts images seen
-    before the step).
+    A length of 0 switches ramp or decay off. With a ramp the very first step has learning rate 0,
+    as in EDM: its ramp counts the images seen before the step.
     """
 
     def schedule(step: ArrayLike) -> Array:
