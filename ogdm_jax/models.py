@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.config import Config, require
 from ogdm_jax.diffusion import precondition, process
@@ -159,3 +161,13 @@ def discrete_table(config: Config) -> process.Discrete:
 def parameter_count(params: PyTree) -> int:
     """How many numbers the tree holds."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
+
+
+def fingerprint(variables: PyTree) -> np.ndarray:
+    """SHA-256 of names, shapes and values of a tree of weights, as uint32 [8]."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return np.frombuffer(digest.digest(), np.uint32).copy()

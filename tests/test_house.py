@@ -52,16 +52,11 @@ LATER_HERE = {
 LINES = 450  # a line of the two lists below goes when what it names is short
 LONG_FILES = {
     "interop/torch_state.py": "the reader of PyTorch's three file formats",
-    "methods/ogdm.py": "the training contract of issue 14 shortens it",
-    "methods/sp.py": "the training contract of issue 14 shortens it",
-    "methods/stf.py": "the training contract of issue 14 shortens it",
 }
 BODY = 60  # without the docstring
 LONG_FUNCTIONS = {
     "interop/restricted_pickle.py _table": "one entry per instruction of pickle",
     "networks/unet.py __call__": "the U-Net from its input to its output, in order",
-    "training/run.py build": "every part of a run, checked before the next",
-    "training/step.py make_step": "the train step, in order",
 }
 
 

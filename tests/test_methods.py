@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ogdm_jax import data, parallel
+from ogdm_jax import data, models, parallel
 from ogdm_jax.cli import train
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import discovery, sp
@@ -164,7 +164,7 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
     resumed, _ = proceed(run, compiled, constants, restored, 2, first=position["step"])
     tiny.assert_trees(resumed, straight)
     teacher = jax.tree.map(np.asarray, constants["whole"]["sp"])
-    now = sp.fingerprint({name: teacher[name] for name in ("params", "buffers")})
+    now = models.fingerprint({name: teacher[name] for name in ("params", "buffers")})
     np.testing.assert_array_equal(now, resumed.carry["sp"]["teacher"])
 
 

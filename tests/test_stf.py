@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.methods import stf
-from tests.support.oracles import brute_force
+from tests.support.oracles import brute_force, parametrised
 
 RNG = np.random.default_rng
 stable = jax.jit(stf.stable_target, static_argnames=("chunk", "axis_name"))
@@ -157,7 +157,7 @@ def test_full_set_is_the_score_of_the_empirical_mixture():
     score = jax.vmap(jax.grad(log_density))(jnp.asarray(x), jnp.asarray(sigma))
     target, _ = stable(x, sigma, references)
     np.testing.assert_allclose(
-        stf.target("score", jnp.asarray(x), target, sigma), score, rtol=1e-4, atol=1e-4
+        parametrised("score", jnp.asarray(x), target, sigma), score, rtol=1e-4, atol=1e-4
     )
 
 
@@ -232,19 +232,19 @@ def test_targets_of_all_parametrisations_agree():
     wide = lambda a: a[:, None, None, None]
     x = jnp.asarray(wide(alpha) * clean + wide(sigma) * noise)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5)
-    close(stf.target("x0", x, clean, sigma, alpha), clean)
-    close(stf.target("eps", x, clean, sigma, alpha), noise)
-    close(stf.target("score", x, clean, sigma, alpha), -noise / wide(sigma))
-    close(stf.target("v", x, clean, sigma, alpha), wide(alpha) * noise - wide(sigma) * clean)
+    close(parametrised("x0", x, clean, sigma, alpha), clean)
+    close(parametrised("eps", x, clean, sigma, alpha), noise)
+    close(parametrised("score", x, clean, sigma, alpha), -noise / wide(sigma))
+    close(parametrised("v", x, clean, sigma, alpha), wide(alpha) * noise - wide(sigma) * clean)
     t = np.linspace(0.1, 0.9, 5).astype(np.float32)
     flow = jnp.asarray(wide(1 - t) * clean + wide(t) * noise)
-    close(stf.target("flow", flow, clean, t), noise - clean)
+    close(parametrised("flow", flow, clean, t), noise - clean)
     x = jnp.asarray(clean + wide(sigma) * noise)
     norm = np.sqrt(sigma**2 + 0.25)
     truth = (clean - wide(0.25 / norm**2) * x) / wide(sigma * 0.5 / norm)
-    close(stf.target("F", x, clean, sigma), truth)
+    close(parametrised("F", x, clean, sigma), truth)
     with pytest.raises(ValueError, match="kind is 'w'"):
-        stf.target("w", x, clean, sigma)
+        parametrised("w", x, clean, sigma)
 
 
 def test_masks_select_references():

@@ -1,8 +1,9 @@
-"""Weighted means over many references in one pass: softmax sums that merge like a log-sum-exp, over
-chunks and devices.
+"""The posterior mean of the clean image over many references in one pass: softmax sums that merge
+like a log-sum-exp, over chunks and devices.
 
-The engine of methods/stf.py: for queries x [B,D], levels sigma [B] and references y [n,D] the sums
-of w_k, w_k^2 and w_k y_k with w_k = exp(-|x - y_k|^2 / (2 sigma^2)), up to a factor per query.
+`stable_target` is the whole of it; for queries x [B,D], levels sigma [B] and references y [n,D] the
+rest takes the sums of w_k, w_k^2 and w_k y_k with w_k = exp(-|x - y_k|^2 / (2 sigma^2)), up to a
+factor per query.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array
@@ -43,6 +45,129 @@ class OnDemand(NamedTuple):
     make: Callable[
         [Array], Array
     ]  # indices [k] int32, 0 <= index < n -> images [k, ...], uint8 or float
+
+
+def stable_target(
+    xt: Array,
+    sigma: Array,
+    references: Array | OnDemand,
+    mask: Array | None = None,
+    chunk: int | None = None,
+    axis_name: str | None = None,
+    *,
+    source: Array | None = None,
+    label: Array | None = None,
+    reference_label: Array | None = None,
+) -> tuple[Array, Array]:
+    """Posterior mean of the source over a reference batch (2302.00670, eq. 6 and algorithm 1; spec
+    1 and 7).
+
+    target_i = sum_k w_ik y_k,  w_i = softmax_k( (x_i . y_k - |y_k|^2 / 2) / sigma_i^2 ): |x|^2
+    cancels. Computed as one attention-like pass with an online softmax; temporaries are O(B (D +
+    chunk) + chunk D), never B n D. Matrix products run at the highest precision. For x = alpha y +
+    sigma eps pass x / alpha and sigma / alpha.
+
+    Args:
+      xt: [B, ...] noisy images.   sigma: [B] or scalar, > 0.
+      references: [n, ...] float in [-1, 1] or uint8, which is scaled like training images chunk by
+        chunk. They must hold each query's clean image exactly once, unless `source` does. OnDemand:
+        made when needed.
+      mask: bool, which references count: [n] for all queries, or [B, n].
+      chunk: references per pass; None chooses it.
+      axis_name: a mapped axis over which the references are divided: this device holds n of them.
+        The queries are gathered, the references never; every device gets the targets of its own
+        queries, weighed against all. A mask is then [n] (own references), [all queries, n], [own
+        queries, all references], or [B, n] if all devices ask the same queries (nan if they do
+        not).
+      source: [B, ...] one more reference for each query alone: its own clean image, when
+        `references` lacks it.
+      label: [B] int32 and reference_label [n] int32: only references of the query's class count; a
+        query of label -1 uses all. Compared chunk by chunk, so cheaper than a mask; both masks may
+        be given.
+
+    Returns:
+      (target like xt, effective sample size [B] = 1 / sum_k w_k^2). No gradient passes. A query
+      with no allowed reference gets nan.
+
+    Raises:
+      ValueError: shapes that do not fit, no references, or a chunk below 1.
+    """
+    xt = jnp.asarray(xt)
+    if not isinstance(references, OnDemand):
+        references = jax.lax.stop_gradient(jnp.asarray(references))
+    _check_shapes(xt, sigma, references, chunk, source, label, reference_label)
+    batch, own = xt.shape[0], None
+    dtype = jnp.promote_types(xt.dtype, jnp.float32)
+    x = jax.lax.stop_gradient(xt).astype(dtype).reshape(batch, -1)
+    sigma = jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(sigma, dtype)), (batch,))
+    if source is not None:
+        own = alone(
+            x, to_float(jax.lax.stop_gradient(jnp.asarray(source)).reshape(batch, -1), dtype)
+        )
+    queries, levels, same = x, sigma, None
+    if axis_name is not None:
+        if mask is not None and mask.ndim == 2:
+            mask, same = shard_mask(mask, x, references.shape[0], axis_name)
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
+        queries, levels, label = gather(x), gather(sigma), None if label is None else gather(label)
+    if mask is not None and mask.shape not in (
+        (references.shape[0],),
+        (queries.shape[0], references.shape[0]),
+    ):
+        raise ValueError(
+            f"stable_target: mask has shape {mask.shape}; expected [{references.shape[0]}] or "
+            f"[{queries.shape[0]}, {references.shape[0]}] (references, or queries x references)"
+        )
+    part = weighted_sums(queries, levels, references, mask, chunk, label, reference_label)
+    if axis_name is not None:
+        part = across(part, levels, axis_name)
+    if own is not None:
+        part = merge(part, own, sigma)
+    target = part.total / part.mass[:, None]
+    if same is not None:
+        target = jnp.where(same, target, jnp.nan)
+    return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
+
+
+def _check_shapes(
+    xt: Array,
+    sigma: Array | float,
+    references: Array | OnDemand,
+    chunk: int | None,
+    source: Array | None,
+    label: Array | None,
+    reference_label: Array | None,
+) -> None:
+    """Raises ValueError for shapes that do not fit each other."""
+    if references.shape[1:] != xt.shape[1:] or references.shape[0] < 1:
+        raise ValueError(
+            f"stable_target: references have shape {references.shape}; expected [n, ...] like xt's "
+            f"{xt.shape}, n >= 1"
+        )
+    if np.shape(sigma) not in ((), (xt.shape[0],)):
+        raise ValueError(
+            f"stable_target: sigma has shape {np.shape(sigma)}; expected [{xt.shape[0]}]"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(
+            f"stable_target: chunk is {chunk}; expected a positive number of references"
+        )
+    if source is not None and source.shape != xt.shape:
+        raise ValueError(
+            f"stable_target: source has shape {source.shape}; expected xt's {xt.shape}"
+        )
+    for name, value, size in (
+        ("label", label, xt.shape[0]),
+        ("reference_label", reference_label, references.shape[0]),
+    ):
+        if (label is None) != (reference_label is None) or (
+            value is not None and value.shape != (size,)
+        ):
+            shape = None if value is None else value.shape
+            raise ValueError(
+                f"stable_target: {name} has shape {shape}; expected [{size}], with its partner "
+                "given too"
+            )
 
 
 def class_mask(label: Array, reference_label: Array) -> Array:
@@ -146,7 +271,7 @@ def shard_mask(
 def weighted_sums(
     x: Array,
     sigma: Array,
-    references: Array,
+    references: Array | OnDemand,
     mask: Array | None,
     chunk: int | None,
     label: Array | None,

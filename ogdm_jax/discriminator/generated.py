@@ -20,7 +20,7 @@ from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.data import Source, from_arrays
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import cfg
-from ogdm_jax.methods.sp import fingerprint
+from ogdm_jax.models import fingerprint
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance

@@ -4,12 +4,13 @@ A training step minimises, per example,
 
     L_i = distance(x0_hat_i, target_i) + sum_m penalty_m,i
 
-`target` says what x0_hat should equal (default: the clean image), `distance` how far it is (default:
-the noise distribution's weight times the squared error, summed over pixels), `penalty` what is
-added. What a method needs beyond them is of two kinds: `Constants`, arrays that never change (a
-frozen network, a resident data set), and a `Carry`, which the method makes, keeps from step to step
-and updates itself (a second network with its optimiser, running numbers), as an optax transformation
-owns its state. The step knows no method: it hands each one its own constants and carry.
+`target` says what x0_hat should equal (default: the clean image), `distance` how far it is
+(default: the noise distribution's weight times the squared error, summed over pixels), `penalty`
+what is added. What a method needs beyond them is of two kinds: `Constants`, arrays that never
+change (a frozen network, a resident data set), and a `Carry`, which the method makes, keeps from
+step to step and updates itself (a second network with its optimiser, running numbers), as an optax
+transformation owns its state. The step knows no method: it hands each one its own constants and
+carry.
 
 A method is one file that exports `Settings` (a frozen dataclass) and `training(settings, context)
 -> Slots`; methods/discovery.py finds it. A sampling method gives a `sampling.guidance.Guidance`.
@@ -100,7 +101,9 @@ class DenoiserOf(Protocol):
     augment: with the example's augmentation labels, or as if it had none.
     """
 
-    def __call__(self, purpose: str, augment: bool = True) -> Denoiser: ...
+    def __call__(self, purpose: str, augment: bool = True) -> Denoiser:
+        """See above."""
+        ...
 
 
 Target = Callable[[Example, Own], tuple[Array, Metrics]]
@@ -138,7 +141,9 @@ class Gradient(Protocol):
 
     def __call__(
         self, loss: OwnLoss, params: PyTree, key: Array, noise_key: Array
-    ) -> tuple[PyTree, dict[str, Array]]: ...
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """See above."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +193,9 @@ class Weights(Protocol):
 
     def __call__(
         self, folder: str, which: str, step: int | None, field: str
-    ) -> tuple[PyTree, PyTree, int]: ...
+    ) -> tuple[PyTree, PyTree, int]:
+        """See above."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +278,6 @@ class Methods:
     all: tuple[Slots, ...]
     target: Slots | None
     distance: Slots | None
-
-    @property
-    def penalties(self) -> tuple[Slots, ...]:
-        """Those that add a penalty."""
-        return tuple(m for m in self.all if m.penalty is not None)
 
     @property
     def references(self) -> int:

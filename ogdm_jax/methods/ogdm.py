@@ -17,7 +17,7 @@ dozen switches: PRESETS has both.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,13 @@ import optax
 
 from ogdm_jax import randomness
 from ogdm_jax.config import ConfigError, check, choose, require, setting
-from ogdm_jax.diffusion import jumps, steps
+from ogdm_jax.diffusion import jumps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
+from ogdm_jax.diffusion.observation import LOSSES, SOLVERS, logits_and_r1, project
+from ogdm_jax.diffusion.observation import discriminator_loss as discriminator_loss
+from ogdm_jax.diffusion.observation import generator_loss as generator_loss
+from ogdm_jax.diffusion.observation import r1_penalty as r1_penalty
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods.contract import (
     Carry,
@@ -42,13 +46,6 @@ from ogdm_jax.methods.contract import (
 )
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
-
-Discriminate = Callable[
-    [Array], Array
-]  # images [B,h,w,c] -> logits [B], with condition and label bound
-
-
-SOLVERS, LOSSES = ("euler", "heun", "ddim"), ("hinge", "logistic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,38 +151,33 @@ class Settings:
 
 # What the released codes do, switch by switch. The augmentation-free ADM code tells the
 # discriminator (t, gap).
+_BOTH = {"loss": "hinge", "r1_interval": 1, "pass_augment": False, "statistics_batch": 0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "edm": {
+    "edm": _BOTH
+    | {
         "gamma": 0.025,
         "k": 0.2,
         "distribution": "edm",
         "solver": "euler",
-        "loss": "hinge",
         "r1": 1.0,
-        "r1_interval": 1,
         "share_denoise": False,
-        "pass_augment": False,
         "resample": "all",
         "condition": "sigma",
         "input_scale": "none",
         "scale_by_pixels": True,
-        "statistics_batch": 0,
     },
-    "adm": {
+    "adm": _BOTH
+    | {
         "gamma": 0.01,
         "k": 0.1,
         "distribution": "adm",
         "solver": "ddim",
-        "loss": "hinge",
         "r1": 0.25,
-        "r1_interval": 1,
         "share_denoise": True,
-        "pass_augment": False,
         "resample": "noise",
         "condition": "index",
         "input_scale": "vp",
         "scale_by_pixels": False,
-        "statistics_batch": 0,
     },
 }
 
@@ -195,83 +187,6 @@ def preset(name: str) -> dict[str, Any]:
     ValueError otherwise.
     """
     return dataclasses.asdict(Settings(**choose("ogdm.preset", name, PRESETS)))
-
-
-# -- the projection and the two losses
-
-
-def project(
-    denoise: Denoise,
-    xt: Array,
-    sigma: Array,
-    sigma_next: Array,
-    solver: str = "euler",
-    label: Array | None = None,
-    x0_hat: Array | None = None,
-    floor: float = 0.002,
-) -> Array:
-    """One deterministic sampler step x_t -> x_s with the current denoiser: what the discriminator
-    judges.
-
-        d = (x_t - D(x_t; sigma_t)) / sigma_t,   Euler: x_s = x_t + (sigma_s - sigma_t) d
-        (2206.00364, alg. 1)
-
-    Heun's correction is left out where sigma_s <= floor, as in the authors' code (their sampler,
-    and EDM's, leave it out only on the last step, to 0). DDIM is Euler in this coordinate.
-
-    Args:
-      xt: [B,h,w,c].   sigma, sigma_next: [B], 0 <= sigma_next <= sigma.   solver: "euler", "heun"
-        or "ddim".
-      x0_hat: [B,h,w,c] = denoise(xt, sigma, label) if it is known already.
-
-    Returns:
-      [B,h,w,c].
-
-    Raises:
-      ValueError: unknown solver.
-    """
-    choose("ogdm.solver", solver, SOLVERS)
-    if solver == "heun":
-        # float32's 0.002 is above the number 0.002: the slack keeps a level that was clipped to the
-        # floor at the floor.
-        return steps.heun(
-            denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat, floor=floor * (1 + 1e-6)
-        )
-    return getattr(steps, solver)(denoise, xt, sigma, sigma_next, label, x0_hat=x0_hat)
-
-
-def generator_loss(logits: Array, kind: str = "hinge") -> Array:
-    """ell_G of fake logits [B]: -z ("hinge", the authors' choice) or softplus(-z) = -log sigmoid(z)
-    ("logistic").
-    """
-    choose("ogdm.loss", kind, LOSSES)
-    return -logits if kind == "hinge" else jax.nn.softplus(-logits)
-
-
-def discriminator_loss(real_logits: Array, fake_logits: Array, kind: str = "hinge") -> Array:
-    """[B]: relu(1 - z_r) + relu(1 + z_f) ("hinge") or softplus(-z_r) + softplus(z_f)
-    ("logistic").
-    """
-    choose("ogdm.loss", kind, LOSSES)
-    if kind == "hinge":
-        return jax.nn.relu(1 - real_logits) + jax.nn.relu(1 + fake_logits)
-    return jax.nn.softplus(-real_logits) + jax.nn.softplus(fake_logits)
-
-
-def r1_penalty(discriminate: Discriminate, images: Array) -> Array:
-    """|grad_x sum_b D(x_b)|^2 per example [B] (1801.04406, eq. 9, without its gamma / 2).
-
-    The gradient is of the batch's sum, so that it has the cross terms of minibatch statistics, as
-    in the authors' code.
-    """
-    return logits_and_r1(discriminate, images)[1]
-
-
-def logits_and_r1(discriminate: Discriminate, images: Array) -> tuple[Array, Array]:
-    """(discriminate(images), r1_penalty(discriminate, images)) from one forward pass."""
-    logits, pullback = jax.vjp(discriminate, images)
-    (gradient,) = pullback(jnp.ones_like(logits))
-    return logits, jnp.sum(jnp.square(gradient), axis=tuple(range(1, images.ndim)))
 
 
 # -- what the discriminator sees
@@ -296,13 +211,12 @@ def draw_pair(settings: Settings, sigma: Array, u: Array) -> Pair:
 def condition(pair: Pair, settings: Settings) -> Array:
     """The two numbers [B, 2] that tell the discriminator the pair, by settings.condition."""
     if settings.condition == "index":
-        return jnp.stack([pair.index, pair.gap], axis=1).astype(pair.sigma.dtype)
+        numbers = (cast(Array, pair.index), cast(Array, pair.gap))
+        return jnp.stack(numbers, axis=1).astype(pair.sigma.dtype)
     levels = jnp.stack([pair.sigma, pair.sigma_next], axis=1)
-    return (
-        levels
-        if settings.condition == "sigma"
-        else jnp.log(jnp.maximum(levels, settings.sigma_min)) / 4
-    )
+    if settings.condition == "sigma":
+        return levels
+    return jnp.log(jnp.maximum(levels, settings.sigma_min)) / 4
 
 
 def view(images: Array, pair: Pair, settings: Settings, sigma_data: float = 0.5) -> Array:
@@ -315,27 +229,7 @@ def view(images: Array, pair: Pair, settings: Settings, sigma_data: float = 0.5)
     return images * jax.lax.rsqrt(constant + jnp.square(pair.sigma_next))[:, None, None, None]
 
 
-def observation(
-    denoise: Denoise,
-    discriminate: Callable[[Array, Pair], Array],
-    xt: Array,
-    pair: Pair,
-    label: Array | None,
-    settings: Settings,
-    x0_hat: Array | None = None,
-) -> tuple[Array, Array]:
-    """Projects and asks the discriminator: (fake [B,h,w,c], logits [B]).
-
-    Args:
-      denoise: the denoiser; its `corrector`, where it has one, makes Heun's second evaluation.
-      discriminate: (images of level sigma_next, pair) -> logits [B].
-      x0_hat: the denoiser's output at (xt, sigma), or None to evaluate it here.
-    """
-    fake = _projected(denoise, xt, pair, label, settings, x0_hat)
-    return fake, discriminate(fake, pair)
-
-
-def _projected(
+def project_pair(
     denoise: Denoise,
     xt: Array,
     pair: Pair,
@@ -343,7 +237,11 @@ def _projected(
     settings: Settings,
     x0_hat: Array | None = None,
 ) -> Array:
-    """project() of a pair, with the solver and the floor of settings."""
+    """`project` from a pair's level to its next one, by settings: what the discriminator judges.
+
+    denoise.corrector, where there is one, makes Heun's second evaluation; x0_hat is the denoiser's
+    output at (xt, sigma), or None to evaluate it here.
+    """
     levels = (pair.sigma, pair.sigma_next)
     return project(denoise, xt, *levels, settings.solver, label, x0_hat, settings.sigma_min)
 
@@ -452,7 +350,8 @@ class Players:
         sees = lambda x, pair: judge(view(x, pair, settings, self.context.sigma_data), pair)
         shared = x0_hat if settings.share_denoise else None
         denoise = _denoiser(denoiser, settings, "ogdm")
-        _, logits = observation(denoise, sees, example.xt, pair, example.label, settings, shared)
+        fake = project_pair(denoise, example.xt, pair, example.label, settings, shared)
+        logits = sees(fake, pair)
         h, w, c = self.context.image_shape
         loss = settings.gamma * (h * w * c) * generator_loss(logits, settings.loss)
         ratio = pair.sigma_next / pair.sigma
@@ -475,10 +374,10 @@ class Players:
         settings, pair = self.settings, self.pair_of(example)
         real = example.x0 + pair.sigma_next[:, None, None, None] * example.eps
         denoise = _denoiser(denoiser, settings, "ogdm/companion")
-        fake = _projected(denoise, example.xt, pair, example.label, settings)
-        seen = [view(x, pair, settings, self.context.sigma_data) for x in (real, fake)]
+        fake = project_pair(denoise, example.xt, pair, example.label, settings)
+        real, fake = (view(x, pair, settings, self.context.sigma_data) for x in (real, fake))
         judge = self.discriminate(params, example.label)
-        loss, metrics = own_loss(judge, *seen, pair, settings, step)
+        loss, metrics = own_loss(judge, real, fake, pair, settings, step)
         return loss, metrics | {"loss/ogdm_discriminator": loss}
 
     def pair_of(self, example: Example) -> Pair:
@@ -487,8 +386,12 @@ class Players:
 
     def discriminate(self, params: PyTree, label: Array | None) -> Callable[[Array, Pair], Array]:
         """(images as the discriminator sees them, pair) -> logits [b]."""
-        told = lambda pair: condition(pair, self.settings)
-        return lambda x, pair: self.network.apply({"params": params}, x, told(pair), label)
+
+        def judge(x: Array, pair: Pair) -> Array:
+            told = condition(pair, self.settings)
+            return cast(Array, self.network.apply({"params": params}, x, told, label))
+
+        return judge
 
 
 def _check_levels(settings: Settings, context: Context) -> None:

@@ -22,16 +22,15 @@ hash of its weights, and no run goes on with other weights than it began with.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import check, choose, require, setting
-from ogdm_jax.diffusion import noise, precondition
+from ogdm_jax.diffusion import noise
 from ogdm_jax.diffusion.process import eps_from_x0
 from ogdm_jax.methods.contract import (
     Carry,
@@ -46,6 +45,7 @@ from ogdm_jax.methods.contract import (
     noise_bins,
     squared_error,
 )
+from ogdm_jax.models import fingerprint
 from ogdm_jax.typing import Array, Features, PyTree
 
 SIGMA_NEXT = ("same", "sd_uniform", "angle_uniform")
@@ -135,9 +135,9 @@ def preset(name: str) -> dict[str, Any]:
     """All settings of a published recipe's loss, "paper" or "pixel_edm" (for config.sp.update).
 
     What else the paper's recipe has lies in other groups of the configuration;
-    configs/cifar10_sp_paper.py sets it: the distribution of t as wide as that of t' (noise.mean, noise.std),
-    learning rate 3e-5 (optim), EMA of 0.9995 per step (ema), 50,000 steps (train) of 896 images
-    (data).
+    configs/cifar10_sp_paper.py sets it: the distribution of t as wide as that of t' (noise.mean,
+    noise.std), learning rate 3e-5 (optim), EMA of 0.9995 per step (ema), 50,000 steps (train) of
+    896 images (data).
 
     Raises:
       ValueError: another name.
@@ -181,25 +181,6 @@ def self_perceptual_loss(
     return _distance(predicted, real, distance, feature_norm)
 
 
-def predicted_noise(
-    xt: Array, network_output: Array, sigma: Array, sigma_data: float = 0.5
-) -> Array:
-    """eps_hat from EDM's raw output F, exact at small sigma and safe for a half-precision F
-    (spec/sp.md 1).
-
-    eps_hat = sigma / (sigma^2 + sd^2) x - sd / sqrt(sigma^2 + sd^2) F, equal to (x - x0_hat) /
-    sigma without its cancellation. Training gets it with x0_hat from
-    `Denoiser.with_noise`, for every preconditioning.
-
-    Args:
-      xt, network_output: [B,H,W,C].   sigma: [B].
-
-    Returns:
-      [B,H,W,C].
-    """
-    return precondition.edm(lambda *_, **__: network_output, sigma_data).with_noise(xt, sigma)[1]
-
-
 def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array:
     """sin(theta - theta') [B] with theta = arctan(sigma / sigma_data): how much of an output error
     f gets to see.
@@ -213,9 +194,9 @@ def jump_sine(sigma: Array, sigma_next: Array, sigma_data: float = 0.5) -> Array
 def draw_sigma_next(kind: str, keys: Array, context: Context) -> Array:
     """The noise levels s' [B] of typed keys [B], clipped to the context's range.
 
-    kind  "same": the training distribution again.   "sd_uniform": log-normal fitted to the paper's uniform t
-    (much noisier).
-          "angle_uniform": theta' uniform between the range's ends.
+    Kinds are "same" (the training distribution again), "sd_uniform" (log-normal, fitted to the
+    paper's uniform t, which is much noisier) and "angle_uniform" (theta' uniform between the
+    range's ends).
 
     Raises:
       ValueError: an unknown kind.
@@ -258,16 +239,6 @@ def calibrated_weight(state: Mapping[str, Array], share: float) -> Array:
     )
 
 
-def fingerprint(variables: PyTree) -> np.ndarray:
-    """SHA-256 of names, shapes and values of a tree of weights, as uint32 [8]."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        value = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return np.frombuffer(digest.digest(), np.uint32).copy()
-
-
 def check_teacher(carry: Mapping[str, Array], constants: Mapping[str, Any]) -> None:
     """Raises ValueError if a run resumes with another teacher than the one it began with."""
     if not np.array_equal(np.asarray(carry["teacher"]), np.asarray(constants["fingerprint"])):
@@ -303,7 +274,7 @@ def _distance(predicted: list[Array], real: list[Array], distance: str, feature_
     parts = [jnp.mean(size(p - r), axis=1) for p, r in zip(predicted, real, strict=True)]
     if feature_norm == "relative":
         parts = [part / jnp.mean(size(r), axis=1) for part, r in zip(parts, real)]
-    return sum(parts) / len(parts)
+    return functools.reduce(jnp.add, parts) / len(parts)
 
 
 def training(settings: Settings, context: Context) -> Slots:
@@ -419,7 +390,8 @@ def _gated(
         gate = gate / jnp.maximum(jnp.square(sine), _SMALLEST_JUMP)
     # The gradient takes the way through x0_hat, which is exact; the value is the stable one of
     # example.eps_hat.
-    rounding = jax.lax.stop_gradient(example.eps_hat - eps_from_x0(example.xt, x0_hat, sigma))
+    eps_hat = cast(Array, example.eps_hat)
+    rounding = jax.lax.stop_gradient(eps_hat - eps_from_x0(example.xt, x0_hat, sigma))
 
     def gated(x0_hat: Array) -> tuple[Array, Array]:
         eps_hat = eps_from_x0(example.xt, x0_hat, sigma) + rounding

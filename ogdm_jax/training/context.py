@@ -82,7 +82,8 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
         expected = f"a trained folder, here or as {field}"
         configs.require(bool(folder), "init.workdir", folder, expected)
         snapshot = checkpoint.find(folder, step, named)
-        found = checkpoint.load_weights(snapshot, *shapes, which)
+        params, buffers = shapes
+        found = checkpoint.load_weights(snapshot, params, buffers, which)
         return *jax.tree.map(np.asarray, found), snapshot.step
 
     return weights

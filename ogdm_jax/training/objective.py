@@ -40,7 +40,9 @@ class Loss(Protocol):
         constants: Mapping[str, PyTree],
         batch: Batch,
         key: Array,
-    ) -> tuple[Array, Sums]: ...
+    ) -> tuple[Array, Sums]:
+        """See above."""
+        ...
 
 
 class See(Protocol):
@@ -50,7 +52,9 @@ class See(Protocol):
 
     def __call__(
         self, params: PyTree, buffers: PyTree, batch: Batch, key: Array, noise_key: Array
-    ) -> tuple[Example, DenoiserOf]: ...
+    ) -> tuple[Example, DenoiserOf]:
+        """See above."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +94,14 @@ def denoising(
         own = lambda name: Own(constants.get(name), gather(state.carry.get(name)))
         example, denoiser = see(params, state.buffers, batch, key, key)
         x0_hat, eps_hat, bound = _denoised(model.table, denoiser("denoise"), example)
-        example = example.replace(eps_hat=jax.lax.stop_gradient(eps_hat))
+        example = dataclasses.replace(example, eps_hat=jax.lax.stop_gradient(eps_hat))
         total, metrics = denoising_loss(methods, noise, example, x0_hat, denoiser, own)
         metrics |= {"loss/denoise": total}
         if bound is not None:
             total, metrics = total + bound, metrics | {"loss/variance": bound}
-        for method in methods.penalties:
+        for method in methods.all:
+            if method.penalty is None:
+                continue
             added, more = method.penalty(example, x0_hat, denoiser, own(method.name))
             total = total + added
             metrics |= more | {f"loss/{method.name}": added}

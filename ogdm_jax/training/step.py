@@ -7,6 +7,7 @@ says of them: `axis`, `ravel`, `gather` and `scatter`.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -60,9 +61,8 @@ def make_step(
         loss = lambda params, part: objective.loss(params, before, own, part, key)
         grads, metrics = gradients(loss, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        state = state.replace(
-            params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
+        params = optax.apply_updates(state.params, updates)
+        state = replace(state, params=params, opt_state=opt_state)
 
         carry = dict(state.carry)
         for method in methods.all:
@@ -76,7 +76,7 @@ def make_step(
 
         beta = optim.ema_beta(seen, batch_size, halflife, rampup)
         ema = optim.ema_update(state.ema, state.params, beta)
-        state = state.replace(step=seen + 1, ema=ema, carry=carry)
+        state = replace(state, step=seen + 1, ema=ema, carry=carry)
         norm = optax.tree.norm(grads)
         return state, metrics | {
             "grad_norm": norm,

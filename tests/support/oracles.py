@@ -141,3 +141,46 @@ def brute_force(x, sigma, references, mask=None):
     weights = np.exp(logits - logits.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     return weights @ y, 1 / np.square(weights).sum(1)
+
+
+def parametrised(
+    kind: str,
+    xt,
+    x0,
+    sigma,
+    alpha=1.0,
+    sigma_data=0.5,
+):
+    """What a network of another parametrisation should predict when its clean image should be x0
+    (spec/stf.md 1).
+
+    kind    "x0": x0                        "eps": (x - alpha x0) / sigma        "score": (alpha x0
+    - x) / sigma^2
+            "v": (alpha x - x0) / sigma (alpha^2 + sigma^2 = 1)      "flow": (x - x0) / t, with
+            sigma = t, alpha = 1 - t "F": (x0 - c_skip x) / c_out (EDM's network space, alpha = 1)
+
+    Args:
+      xt: [B, ...] = alpha * clean + sigma * noise.   x0: [B, ...], a clean image or a posterior
+        mean.
+      sigma: [B].   alpha: [B] or a number.   sigma_data: of EDM's preconditioning.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    wide = (slice(None),) + (None,) * (xt.ndim - 1)
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, xt.dtype), (xt.shape[0],))[wide]
+    alpha = jnp.broadcast_to(jnp.asarray(alpha, xt.dtype), (xt.shape[0],))[wide]
+    if kind == "x0":
+        return x0
+    if kind == "eps":
+        return (xt - alpha * x0) / sigma
+    if kind == "score":
+        return (alpha * x0 - xt) / jnp.square(sigma)
+    if kind == "v":
+        return (alpha * xt - x0) / sigma
+    if kind == "flow":
+        return (xt - x0) / sigma
+    if kind == "F":
+        norm = jnp.sqrt(jnp.square(sigma) + sigma_data**2)
+        return (x0 - sigma_data**2 / jnp.square(norm) * xt) * norm / (sigma * sigma_data)
+    raise ValueError(f"target: kind is {kind!r}; expected x0, eps, score, v, flow or F")

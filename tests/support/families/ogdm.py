@@ -207,7 +207,8 @@ def losses(g: Golden):
             augmented = denoiser(net_params, augment)
             squared = jnp.square(augmented(xt, pair.sigma, label) - y)
             loss = (s**2 + 0.25) / (0.5 * s) ** 2 * squared
-            _, logits = ogdm.observation(denoise, judge(variables), xt, pair, label, settings)
+            fake = ogdm.project_pair(denoise, xt, pair, label, settings)
+            logits = judge(variables)(fake, pair)
             added = settings.gamma * pixels * ogdm.generator_loss(logits)
             total = jnp.mean(jnp.sum(loss, axis=(1, 2, 3)) + added)
             return total, {"loss": jnp.moveaxis(loss, -1, 1), "fake_pred": logits, "G": total}
@@ -274,9 +275,8 @@ def _adm_values(g: Golden):
 
     xt = x0 + s * _wide(nhwc(g["noise_G"]))
     x0_hat = denoise(xt, pair.sigma)
-    fake, logits = ogdm.observation(
-        denoise, lambda x, pair: judge(seen(x), pair), xt, pair, None, settings, x0_hat
-    )
+    fake = ogdm.project_pair(denoise, xt, pair, None, settings, x0_hat)
+    logits = judge(seen(fake), pair)
     values = {
         "abar_t": 1 / (1 + pair.sigma**2),
         "abar_target": 1 / (1 + pair.sigma_next**2),
