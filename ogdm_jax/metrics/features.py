@@ -1,6 +1,7 @@
 """Feature spaces by name, and the distances between generated and real images in one of them."""
 
 import hashlib
+import os
 import re
 from pathlib import PurePath
 from typing import Any, Protocol, runtime_checkable
@@ -44,7 +45,10 @@ class FeatureSpace(Protocol):
 
 
 def feature_space(
-    source: str | Source, weights: str | None = None, route: str = "tf", size: int = 96
+    source: str | Source,
+    weights: str | os.PathLike | None = None,
+    route: str = "tf",
+    size: int = 96,
 ) -> TrainedFeatures | NetworkFeatures:
     """A feature space by name.
 
