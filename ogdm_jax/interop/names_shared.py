@@ -7,7 +7,7 @@ in our variables.
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -110,14 +110,20 @@ def _reorder(value: np.ndarray, heads: int, source: str, target: str) -> np.ndar
     return split.transpose(*axes, *range(3, split.ndim)).reshape(value.shape)
 
 
-@functools.lru_cache(maxsize=32)  # a trace of the network takes a second, and both ways ask for it
-def variable_shapes(
+def _traced_shapes(
     network: nn.Module, *inputs: jax.ShapeDtypeStruct
 ) -> Mapping[Path, tuple[int, ...]]:
     """{path: shape} of all variables of a network, without computing anything."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = _flat(jax.eval_shape(network.init, key, *inputs))
     return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in variables.items()})
+
+
+# A trace of the network takes a second, and both directions of a name map ask for it. flax's modules
+# can be hashed, but their type denies it.
+variable_shapes: Callable[..., Mapping[Path, tuple[int, ...]]] = functools.lru_cache(maxsize=32)(
+    _traced_shapes
+)
 
 
 def _flat(variables: PyTree) -> dict[Path, Any]:

@@ -99,7 +99,7 @@ def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp"
       logit: (x_vp [B,...], time [B] in [0, 1], label) -> [B]; x_vp = x / sqrt(1 + sigma^2).
       clip: the probability is clipped to [clip, 1 - clip], as the authors do: where |logit| is
         above 11.5 the gradient is 0, because a saturated discriminator points nowhere. 0: no
-          clipping.
+        clipping.
       clock: "vp", or "cosine" (see cosine_time).
 
     Raises:

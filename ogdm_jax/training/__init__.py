@@ -1,1 +1,1 @@
-
+"""Training a denoiser: state, optimiser, step, loop, checkpoints, logs, evaluation."""

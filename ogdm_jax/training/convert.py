@@ -84,7 +84,7 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
     tx, _ = optim.optimiser(config)
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
-    start = state.TrainState(jnp.zeros((), "int32"), params, params, buffers, moments, {}, {})
+    start = state.TrainState(jnp.zeros((), "int32"), params, params, buffers, moments, {})
     with checkpoint.Checkpoints(out) as folder:
         folder.save(0, start, checkpoint.describe(config, shape, network.label_dim), {"step": 0})
     return models.parameter_count(params)
