@@ -119,8 +119,8 @@ def _traced_shapes(
     return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in variables.items()})
 
 
-# A trace of the network takes a second, and both directions of a name map ask for it. flax's modules
-# can be hashed, but their type denies it.
+# A trace of the network takes a second, and both directions of a name map ask for it. Modules of
+# flax can be hashed, but their type denies it.
 variable_shapes: Callable[..., Mapping[Path, tuple[int, ...]]] = functools.lru_cache(maxsize=32)(
     _traced_shapes
 )
