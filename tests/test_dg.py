@@ -168,7 +168,7 @@ def test_the_ratio_differentiates_through_the_scaling():
 
 
 def test_derivatives_of_the_guided_denoiser_are_those_of_the_base():
-    """Loss-guided kicks differentiate through D alone; the correction moves the mean (spec/dsg.md
+    """Loss guidance differentiates through D alone; the correction moves the mean (spec/dsg.md
     6.7).
     """
     sigma = jnp.asarray([0.3, 1.0, 5.0])

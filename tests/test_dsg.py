@@ -565,7 +565,7 @@ class TestKick:
             )
         np.testing.assert_allclose(found[1], found[0], atol=2e-6)
 
-    def test_a_shift_and_the_kick_in_one_scan(self):
+    def test_a_transform_and_a_transition_in_one_scan(self):
         """A wrong model with the exact log ratio is the right model; guided, both give the same
         images.
         """

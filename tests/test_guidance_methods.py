@@ -1,4 +1,4 @@
-"""The methods that DSG is compared with, against their formulas, and the transitions that kicks
+"""The methods that DSG is compared with, against their formulas, and the transitions that guidance
 start from.
 """
 

@@ -12,7 +12,9 @@ from ogdm_jax import metrics
 pytestmark = pytest.mark.fast
 
 PUBLIC = {
+    "diffusion.denoiser": {"Denoiser": None, "as_denoiser": "fn"},
     "diffusion.precondition": {
+        "adm": "network_fn",
         "edm": "network_fn, sigma_data=0.5",
         "vp": "network_fn",
         "ve": "network_fn",
@@ -84,7 +86,11 @@ PUBLIC = {
         "precision_recall": "x, y, k",
         "density_coverage": "x, y, k",
         "Moments": None,
+        "psnr": "a, b",
+        "ssim": "a, b",
     },
+    "training.workdir": {"open_workdir": "workdir"},
+    "data.pictures": {"show": "images"},
 }
 CASES = [
     (module, name, promised) for module, names in PUBLIC.items() for name, promised in names.items()

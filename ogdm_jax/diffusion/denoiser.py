@@ -99,6 +99,6 @@ class Denoiser:
         return self.taps(x, sigma, label, at)
 
 
-def as_denoiser(denoise: Denoise) -> Denoiser:
+def as_denoiser(fn: Denoise) -> Denoiser:
     """A Denoiser as it is; a plain function (x, sigma, label) -> x0_hat as a Denoiser of it."""
-    return denoise if isinstance(denoise, Denoiser) else Denoiser(denoise)
+    return fn if isinstance(fn, Denoiser) else Denoiser(fn)

@@ -1,4 +1,4 @@
-"""A small guided problem for the tests of kicks: Gaussian data, half the pixels seen, one step and
+"""A small guided problem for the tests of guidance: Gaussian data, half the pixels seen, one step and
 its parts.
 """
 
