@@ -24,9 +24,14 @@ slice() {  # a slice that is READY; one that was pre-empted is made anew
     *) vm delete --quiet || return ;;
   esac
   vm create --accelerator-type "$kind" --version "$version" --spot || return
+  install || { vm delete --quiet; return 1; }  # else the next start would find it READY, without the code
+}
+
+install() {
   local code
   code=$(mktemp -d)/code.tar.gz
-  tar -czf "$code" --exclude=./.git --exclude='./.venv*' --exclude=./runs . || return
+  # tar ends with 1 where a file changed while it was read, such as a cache.
+  tar -czf "$code" --exclude=./.git --exclude='./.venv*' --exclude=./runs . || [ $? = 1 ] || return
   gcloud compute tpus tpu-vm scp --worker=all --zone "$zone" "$code" "$name":code.tar.gz || return
   # uv brings the Python that the package asks for: that of the image may be older.
   vm ssh --worker=all --command="mkdir -p ogdm_jax && tar -xzf code.tar.gz -C ogdm_jax && cd ogdm_jax && \

@@ -184,6 +184,17 @@ def test_a_pod_gives_up_where_every_start_fails(tmp_path):
     )
 
 
+def test_a_pod_on_which_the_code_did_not_arrive_is_made_again(tmp_path):
+    failing = GCLOUD.replace("  ssh) case", "  scp) [ $N -lt 9 ] && exit 1 ;;\n  ssh) case")
+    code, calls, out = execute(
+        "tpu_pod.sh", tmp_path, {"gcloud": failing}, ZONE="z", TMPDIR=str(tmp_path)
+    )
+    assert code == 1, out  # two of its four starts ended before any training
+    verbs = [c[4] for c in calls]
+    assert verbs[:8] == ["describe", "create", "scp", "delete"] * 2
+    assert verbs.count("create") == 4
+
+
 @pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_gpu.yaml"])
 def test_jobsets_start_what_exists(name):
     (jobset,) = yaml.safe_load_all((RECIPES / name).read_text())
