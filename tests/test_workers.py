@@ -237,6 +237,23 @@ SCRIPT = """
 """
 
 
+def ended(program, way):
+    """What a program printed on both streams until it ended in this way; Ctrl-C is pressed again
+    where the first did nothing for a while.
+    """
+    for _ in range(3):
+        if way == "ctrl-c":
+            os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        elif way != "exit":
+            os.kill(program.pid, getattr(signal, way))
+        try:
+            return program.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            if way != "ctrl-c":
+                raise
+    raise AssertionError("three times Ctrl-C did not end the program")
+
+
 @pytest.mark.parametrize("way", ["exit", "ctrl-c", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_training_process(tmp_path, way):
     for k in range(6):
@@ -249,13 +266,11 @@ def test_no_process_outlives_the_training_process(tmp_path, way):
     try:
         word, *pids = program.stdout.readline().split()
         assert word == "pids" and len(pids) == 2, program.stderr.read()
-        if way == "ctrl-c":
-            os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of the group
-        elif way != "exit":
-            os.kill(program.pid, getattr(signal, way))
-        printed, errors = program.communicate(timeout=60)
+        printed, errors = ended(program, way)
         assert gone({int(pid) for pid in pids})
-        assert errors == "" and printed == ("interrupted\n" if way == "ctrl-c" else "")
+        assert printed == ("interrupted\n" if way == "ctrl-c" else "")
+        # Python drops an interrupt that comes while it runs a finaliser, and says so.
+        assert errors == "" or way == "ctrl-c" and errors.startswith("Exception ignored in")
     finally:
         program.kill()
 
