@@ -277,8 +277,10 @@ def weighted_sums(
     label: Array | None,
     reference_label: Array | None,
 ) -> Sums:
-    """All references, `chunk` at a time; the last chunk steps back and hides what it has seen, so
-    nothing is padded.
+    """Sums over all references, `chunk` at a time.
+
+    Where the chunks do not divide the references, the last one begins earlier and masks those that
+    an earlier chunk has counted: no array is padded.
     """
     n, width = references.shape[0], x.shape[1]
     if not isinstance(references, OnDemand):

@@ -357,8 +357,8 @@ def _distance_slot(
         norms = _gradient_norms(settings, context, example, (x0_hat, target), gated, own.carry)
     loss = settings.mse_weight * squared + weight * perceptual
     loss = jnp.where(same_teacher, loss, jnp.nan)
-    # What no teacher may notice: a prediction whose mean colour is off, without the squared error
-    # as an anchor.
+    # Features may be blind to a prediction whose mean colour is off, and without the squared error
+    # nothing else holds it: the log shows how far off it is.
     colour = jnp.mean(jax.lax.stop_gradient(x0_hat) - example.x0, axis=(1, 2))
     metrics: Metrics = {
         "loss/mse": squared,
