@@ -45,9 +45,8 @@ setup(
         "flax>=0.12.8",  # linen modules, struct dataclasses
         "optax>=0.2.8",  # optimisers
         "orbax-checkpoint>=0.12.8",  # asynchronous, multi-process checkpoints
-        "chex>=0.1.92",  # shape checks in public functions, trace counting in tests
+        "chex>=0.1.92",  # counts traces in tests (shapes are jaxtyping's)
         "ml-collections>=1.1",  # config files and typed command-line overrides
-        "absl-py>=2.5",  # flag parsing under ml-collections
         "tensorflow-datasets>=4.9.10",  # reads prepared data sets (never TensorFlow itself)
         # paths that may be in a bucket, as orbax and tensorflow-datasets have them
         "etils[epath]>=1.15",

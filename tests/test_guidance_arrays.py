@@ -2,14 +2,17 @@
 owner.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ogdm_jax.config import Sample
+from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import as_denoiser
-from ogdm_jax.sampling import generate
+from ogdm_jax.methods import dsg, mpgd
+from ogdm_jax.sampling import generate, sample
 from ogdm_jax.sampling.guidance import Guidance, combine, per_image
 
 pytestmark = pytest.mark.fast
@@ -97,3 +100,23 @@ def test_outermost_transforms_come_last():
     several = [Guidance("b", transform("b"), outermost=True), Guidance("a", transform("a"))]
     combine(several).transform(as_denoiser(lambda x, sigma, label=None: x))
     assert order == ["a", "b"]
+
+
+@pytest.mark.parametrize("method", [dsg, mpgd])
+def test_other_noise_levels_measurements_and_sizes_trace_nothing(method):
+    """Only the number of steps is a matter of the program."""
+    chex.clear_trace_counter()  # it goes by the name of the function
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def images(latents, sigmas, y, size):
+        loss = lambda x0_hat: jnp.sum(jnp.square(x0_hat - y), (1, 2, 3))
+        guidance = method.guidance(loss, size)
+        denoise = _Model().denoiser(jnp.float32(0.25), {})
+        key = jax.random.key(0)
+        return sample(denoise, latents, sigmas, "ddim", key, guidance=guidance, eta=1.0)
+
+    latents = jnp.ones((2, 4, 4, 1))
+    first = images(latents, grids.edm(4), 0.1 * latents, 0.1)
+    second = images(latents, grids.edm(4, 0.01, 10.0), 0.3 * latents, 0.5)
+    assert np.isfinite(first).all() and np.abs(first - second).max() > 0.01
