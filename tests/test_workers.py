@@ -218,6 +218,8 @@ def test_a_source_that_cannot_be_handed_over_is_one_sentence(steps):
 
 SCRIPT = """
     import os, signal, sys, time
+    # A shell's background job, such as this test may be part of, ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax, jax.numpy as jnp
     assert float(jax.jit(lambda x: x @ x)(jnp.ones((64, 64)))[0, 0]) == 64  # JAX and its threads run
     import psutil
@@ -237,23 +239,6 @@ SCRIPT = """
 """
 
 
-def ended(program, way):
-    """What a program printed on both streams until it ended in this way; Ctrl-C is pressed again
-    where the first did nothing for a while.
-    """
-    for _ in range(3):
-        if way == "ctrl-c":
-            os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of the group
-        elif way != "exit":
-            os.kill(program.pid, getattr(signal, way))
-        try:
-            return program.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            if way != "ctrl-c":
-                raise
-    raise AssertionError("three times Ctrl-C did not end the program")
-
-
 @pytest.mark.parametrize("way", ["exit", "ctrl-c", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_training_process(tmp_path, way):
     for k in range(6):
@@ -266,13 +251,16 @@ def test_no_process_outlives_the_training_process(tmp_path, way):
     try:
         word, *pids = program.stdout.readline().split()
         assert word == "pids" and len(pids) == 2, program.stderr.read()
-        printed, errors = ended(program, way)
+        if way == "ctrl-c":
+            os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        elif way != "exit":
+            os.kill(program.pid, getattr(signal, way))
+        printed, errors = program.communicate(timeout=60)
         assert gone({int(pid) for pid in pids})
-        assert printed == ("interrupted\n" if way == "ctrl-c" else "")
-        # Python drops an interrupt that comes while it runs a finaliser, and says so.
-        assert errors == "" or way == "ctrl-c" and errors.startswith("Exception ignored in")
+        assert errors == "" and printed == ("interrupted\n" if way == "ctrl-c" else "")
     finally:
         program.kill()
+        program.communicate()
 
 
 def test_number_of_processes_is_checked_and_follows_the_cores(sets, monkeypatch):
