@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+    except BrokenPipeError:
+        if not _unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, RuntimeError) as error:
@@ -48,6 +51,16 @@ def one_sentence() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _unread() -> bool:
+    """Whether the program that read what this one prints (head, less) has ended."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, select.POLLOUT)
+    except OSError:  # standard output is no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def raised_here(error: Exception) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from ogdm_jax import startup
 from tests.support import compiling, tiny
 from tests.support.commands import arrays, entry, picture_size
 
@@ -204,3 +205,22 @@ def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     assert done.returncode == 0, done.stderr
     done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.fast
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    """As `ogdm train --dry-run | head -1`, with a reader that is gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ogdm_jax", "train", "--dry-run"]
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run(
+            command, cwd=tiny.ROOT, env=ENV, stdout=gone, stderr=subprocess.PIPE, timeout=300
+        )
+    assert done.returncode == 1 and done.stderr == b""
+
+
+@pytest.mark.fast
+def test_a_pipe_of_something_else_that_breaks_is_shown():
+    with pytest.raises(BrokenPipeError), startup.one_sentence():
+        raise BrokenPipeError

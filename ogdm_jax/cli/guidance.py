@@ -298,7 +298,9 @@ def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session
     from ogdm_jax.discriminator.guidance import Use, open_guidance  # only where it is needed
 
     other = session.settings.get("cfg")
-    weight = 1.0 if other is None else None if other.window else other.weight
+    weight: float | None = 1.0
+    if other is not None:  # samples that are trained on have no window
+        weight = None if other.window else other.weight
     use = Use(run, session.sampling, session.churn, weight)
     words = dict(vars(chosen))
     folder = words.pop("discriminator")

@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> None:
             done.append(part)
             bar.update(len(part))
     images = np.concatenate(done)
+    pictures = to_uint8(images)
     if guided.restoration is None:
-        output.write(out, to_uint8(images), seeds, guided.labels)
+        output.write(out, pictures, seeds, guided.labels)
     else:
         files.write(out, guided.restoration, images)
     print(
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         figures = {**how, "seconds_per_image": seconds, "images": len(images), **means}
         print(json.dumps(names | figures))
     if args.evaluate:
-        print(json.dumps(distance(trained.config, to_uint8(images))))
+        print(json.dumps(distance(trained.config, pictures)))
 
 
 def _sampler(
@@ -152,7 +153,3 @@ def parse_seeds(text: str, num: int) -> np.ndarray:
     if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
         raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
     return np.arange(int(first), int(last) + 1)
-
-
-if __name__ == "__main__":
-    main()

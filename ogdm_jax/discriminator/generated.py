@@ -145,13 +145,15 @@ def _draw(
     config: Config, prior: TrainedModel, num: int, devices: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [num,h,w,c], int32 labels [num], -1 without classes)."""
-    guidance = base_guidance(config)
-    images = generate.sampler(
-        prior.model, config.sample, devices, of(config).sampler_churn(), guidance
-    )
     seeds = FIRST_SEED + np.arange(num)
     labels = generate.labels_for(seeds, prior.model.label_dim, None)
-    batch = len(devices) * min(256, -(-num // len(devices)))
-    parts = generate.generate(images, prior.params, prior.buffers, seeds, labels, batch, guidance)
+    parts = prior.batches(
+        config.sample,
+        seeds,
+        labels=labels,
+        guidance=base_guidance(config),
+        churn=of(config).sampler_churn(),
+        devices=devices,
+    )
     pictures = np.concatenate([to_uint8(part) for part in parts])
     return pictures, np.full(num, -1, np.int32) if labels is None else labels

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ogdm_jax import config as configs
-from ogdm_jax import models, places, randomness
+from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import nfe, sample
@@ -159,12 +159,8 @@ def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) ->
 
     @jax.jit
     def run(params: PyTree, buffers: PyTree, seeds: Array, labels: Array | None) -> PyTree:
-        keys = generate.seed_keys(seeds)
-        latents = randomness.normal(
-            randomness.fold_in_each(keys, "latent"), trained.model.image_shape
-        )
+        latents, key = generate.seed_noise(seeds, trained.model.image_shape)
         denoise = trained.model.denoiser(params, buffers)
-        key = randomness.fold_in_each(keys, "steps")
         more = {"label": labels, "eta": settings.eta, "trajectory": True}
         return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
 

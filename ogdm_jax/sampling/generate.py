@@ -37,6 +37,20 @@ def seed_keys(seeds: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), seeds)
 
 
+def seed_noise(seeds: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """What `sample` starts from, of seeds [n]: latents [n, *shape] and a key for each image."""
+    keys = seed_keys(seeds)
+    latents = randomness.normal(randomness.fold_in_each(keys, "latent"), shape)
+    return latents, randomness.fold_in_each(keys, "steps")
+
+
+def batch_size(num: int, devices: int, most: int = 256) -> int:
+    """Images of a compiled batch: a multiple of the devices, at most so many on each, and no more
+    than `num` images need.
+    """
+    return devices * min(most, -(-num // devices))
+
+
 def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     """The class of each seed: uniform, drawn from the seed alone."""
     keys = randomness.fold_in_each(seed_keys(jnp.asarray(seeds, jnp.uint32)), "label")
@@ -131,13 +145,13 @@ def sampler(
         constants: PyTree,
         rows: PyTree,
     ) -> Array:
-        keys = seed_keys(seeds)
+        latents, key = seed_noise(seeds, model.image_shape)
         drawn = sample(
             model.denoiser(params, buffers),
-            randomness.normal(randomness.fold_in_each(keys, "latent"), model.image_shape),
+            latents,
             levels,
             solver=settings.solver,
-            key=randomness.fold_in_each(keys, "steps"),
+            key=key,
             churn=churn,
             label=labels,
             guidance=[

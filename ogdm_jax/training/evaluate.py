@@ -156,7 +156,7 @@ class Evaluator:
             return compiled(params, buffers, seeds, labels, constants, rows)
 
         labels = generate.labels_for(seeds, self._model.label_dim, None)
-        batch = len(devices) * min(256, -(-len(seeds) // len(devices)))
+        batch = generate.batch_size(len(seeds), len(devices))
         return generate.generate(sampler, params, buffers, seeds, labels, batch, guidance)
 
 

@@ -148,7 +148,7 @@ class TrainedModel:
             labels = generate.labels_for(seeds, self.model.label_dim, None)
         guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
         images = generate.sampler(self.model, settings, devices, churn, guidance)
-        size = len(devices) * min(batch, -(-len(seeds) // len(devices)))
+        size = generate.batch_size(len(seeds), len(devices), batch)
         return generate.generate(images, self.params, self.buffers, seeds, labels, size, guidance)
 
 
