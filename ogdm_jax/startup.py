@@ -1,5 +1,6 @@
 """What every command line does before JAX starts, and how it ends on bad input."""
 
+import errno
 import logging
 import os
 import select
@@ -10,6 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then give the same command again",
+    errno.EDQUOT: "free some of your quota, then give the same command again",
+    errno.EROFS: "expected a place that can be written",
+    errno.ENOENT: "expected a path that exists",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 def prepare() -> None:
@@ -51,6 +60,18 @@ def one_sentence() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+    except OSError as error:  # a file, a place, space or permission: never a fault of the program
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def sentence_of(error: OSError) -> str:
+    """What an error of the operating system says, with the file and what to do."""
+    names = [name for name in (error.filename, error.filename2) if name]
+    files = " and ".join(repr(os.fspath(name)) for name in names)
+    reason = (error.strerror or " ".join(str(error).split()) or type(error).__name__).lower()
+    remedy = _REMEDIES.get(error.errno or 0, "expected a file or folder that this user may use")
+    return f"{files or 'the operating system'}: {reason}; {remedy}"
 
 
 def _unread() -> bool:

@@ -27,7 +27,7 @@ ORDER = (
     "sampling",
     "data models",
     "diffusion networks",
-    "config parallel randomness typing places platforms cluster pixels startup __init__",
+    "config parallel randomness typing places platforms cluster pixels records startup __init__",
 )
 LEVEL = {folder: -level for level, line in enumerate(ORDER) for folder in line.split()}
 FLOOR = -len(ORDER) + 1
