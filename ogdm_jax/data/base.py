@@ -3,11 +3,12 @@
 import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
 
+from ogdm_jax.data import identity
 from ogdm_jax.data.pictures import PictureError, fit, with_channels
 
 Label: TypeAlias = int | np.ndarray | None  # a class, a float vector [k], or no label
@@ -22,7 +23,8 @@ class Reader(Protocol):
     """Random access to stored images: what a kind of source implements.
 
     A reader that is faster at many items than one by one also has `read_many(rows)`, an iterator
-    over what `read` returns for each of them.
+    over what `read` returns for each of them; one that knows which files it reads, `contents()`, a
+    hash of them.
     """
 
     def __len__(self) -> int:
@@ -36,6 +38,13 @@ class Reader(Protocol):
     def where(self, i: int) -> str:
         """Words that name item i in a message."""
         ...
+
+
+@runtime_checkable
+class _Known(Protocol):
+    """A reader that knows which files it reads."""
+
+    def contents(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +77,13 @@ class Stored(NamedTuple):
       reader: reads them.
       labels: integers [N] or vectors [N,k] where they are known before any image is read.
       class_names: one per class, or none.
+      notes: what was left out or chosen, a sentence each.
     """
 
     reader: Reader
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
@@ -95,6 +106,8 @@ class Source:
       label_size: 0 for integer labels, else the length of float label vectors.
       reader: reads the images that are not in memory.
       resolution: what images that are read are cropped and resized to; None: as stored.
+      hashes: of the contents and of the labels that are known ahead, for `fingerprint`.
+      notes: what was left out or chosen when it was opened, a sentence each, for people to read.
     """
 
     name: str
@@ -106,6 +119,8 @@ class Source:
     label_size: int = 0
     reader: Reader | None = dataclasses.field(default=None, repr=False)
     resolution: int | None = None
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._stored if self.images is None else self.images)
@@ -213,6 +228,7 @@ def from_arrays(
         images,
         found,
         _label_size(found),
+        hashes=_hashes(identity.of_array(images), found),
     )
 
 
@@ -227,7 +243,7 @@ def from_reader(
 
     Sets of at most memory_limit bytes are read into memory now, with every image checked.
     """
-    reader, labels, class_names = stored
+    reader, labels, class_names, notes = stored
     if len(reader) == 0:
         raise SourceError(f"{name}: holds no images; expected at least one")
     first = _with_channels(fit(reader.read(0)[0], resolution), channels, name)
@@ -242,8 +258,26 @@ def from_reader(
         label_size=_label_size(labels),
         reader=reader,
         resolution=resolution,
+        hashes=_hashes(reader.contents() if isinstance(reader, _Known) else "", labels),
+        notes=notes,
     )
     return source if len(reader) * first.size > memory_limit else _in_memory(source)
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What tells a set from others, as plain JSON; `identity.difference` compares two.
+
+    Returns:
+      images: their number; class_names; contents: a hash of the names and sizes of files, or of the
+      images of an array, "" where neither is known; labels: a hash of the labels where they are
+      known before images are read, else "".
+    """
+    known = {"images": len(source), "class_names": list(source.class_names)}
+    return known | {"contents": "", "labels": ""} | source.hashes
+
+
+def _hashes(contents: str, labels: np.ndarray | None) -> dict[str, str]:
+    return {"contents": contents, "labels": "" if labels is None else identity.of_array(labels)}
 
 
 def _in_memory(source: Source) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ogdm_jax import places
+from ogdm_jax.data import identity
 from ogdm_jax.data.base import SourceError, Stored
 from ogdm_jax.data.pictures import decode
 
@@ -20,8 +21,8 @@ class TfdsReader:
     The labels are in the records, so they are not known ahead.
     """
 
-    def __init__(self, source: str, items: Any, has_label: bool) -> None:
-        self.source, self.items, self.has_label = source, items, has_label
+    def __init__(self, source: str, items: Any, has_label: bool, hash: str) -> None:
+        self.source, self.items, self.has_label, self.hash = source, items, has_label, hash
 
     def __len__(self) -> int:
         return len(self.items)
@@ -29,6 +30,10 @@ class TfdsReader:
     def where(self, i: int) -> str:
         """The number of the record, for messages."""
         return f"record {i}"
+
+    def contents(self) -> str:
+        """A hash of the records' files and of the parts that are read of them."""
+        return self.hash
 
     def read(self, i: int) -> tuple[np.ndarray, int | None]:
         """(uint8 [h,w,1 or 3], label or None)."""
@@ -90,7 +95,16 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
         # It stays encoded: `decode` reads it like every other picture, and faster.
         items.decoders = {"image": tfds.decode.SkipDecoding()}
     names = () if label is None else tuple(getattr(label, "names", None) or ())
-    return Stored(TfdsReader(source, items, label is not None), None, names)
+    reader = TfdsReader(source, items, label is not None, _contents(builder, split))
+    return Stored(reader, None, names)
+
+
+def _contents(builder: Any, split: str) -> str:
+    """A hash of which records of which files a split is, and of their bytes."""
+    files = builder.info.splits[split].file_instructions
+    sizes = [n for file in files for n in (file.skip, file.take)]
+    size = builder.info.splits[_base_split(split)].num_bytes
+    return identity.of_names([Path(file.filename).name for file in files], [*sizes, size or 0])
 
 
 def _find(tfds: Any, source: str, spec: str, folder: str | None) -> tuple[Any, str]:
