@@ -6,6 +6,7 @@ import pytest
 
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe, find, load_weights
+from ogdm_jax.training.workdir import open_workdir
 from tests.support import tiny
 
 pytestmark = pytest.mark.fast
@@ -29,9 +30,11 @@ def saved(tmp_path_factory):
         opt_state=filled(shapes.opt_state, 0),
         carry={},
     )
+    about = describe(run.config, run.source.shape, 0)
+    named = describe(run.config, run.source.shape, 0, {"images": 2, "class_names": ["cat", "dog"]})
     with Checkpoints(folder, keep=1, keep_every=4) as checkpoints:
         for step in range(2, 11, 2):
-            checkpoints.save(step, state, describe(run.config, run.source.shape, 0), {"step": step})
+            checkpoints.save(step, state, named if step == 10 else about, {"step": step})
     return folder, shapes
 
 
@@ -39,6 +42,13 @@ def test_the_newest_and_every_fourth_stay(saved):
     folder, _ = saved
     assert {int(path.name) for path in (folder / "checkpoints").iterdir()} == {4, 8, 10}
     assert find(folder).step == 10 and find(folder, 4).step == 4
+
+
+def test_what_the_data_were_is_kept_and_may_be_missing(saved):
+    folder, _ = saved
+    assert find(folder).data_set == {"images": 2, "class_names": ["cat", "dog"]}
+    assert find(folder).class_names == open_workdir(folder).class_names == ("cat", "dog")
+    assert find(folder, 8).data_set == {} and find(folder, 8).class_names == ()
 
 
 @pytest.mark.parametrize("which,value", [("ema", 2), ("params", 1)])

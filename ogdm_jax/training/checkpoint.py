@@ -5,7 +5,7 @@
 params  the denoiser as trained.
 ema     {"params": moving average, "buffers": frozen tensors}: all that sampling needs.
 state   step, optimiser, what methods carry.
-config  the configuration, the image shape and the number of classes.
+config  the configuration, the image shape, the number of classes, and what the data set was.
 data    where the loader stands.
 
     workdir/evaluations.json
@@ -197,18 +197,40 @@ def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> li
     return sorted(alike, key=lambda step: (reports[step]["fd"], step))
 
 
-def describe(config: configs.Config, image_shape: tuple[int, int, int], num_classes: int) -> dict:
-    """What a checkpoint says about its model, so that sampling needs no data set."""
+def describe(
+    config: configs.Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    data_set: Mapping[str, Any] | None = None,
+) -> dict:
+    """What a checkpoint says about its model, so that sampling needs no data set.
+
+    Args:
+      config: of the run.
+      image_shape: (height, width, channels).
+      num_classes: 0 where there are none.
+      data_set: `data.fingerprint`'s dict, with "class_names" where they are known.
+    """
     return {
         "config": json.loads(configs.to_json(config)),
         "image_shape": list(image_shape),
         "num_classes": num_classes,
-    }
+    } | ({"data_set": dict(data_set)} if data_set else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What sampling and fine-tuning take from a training folder."""
+    """What sampling and fine-tuning take from a training folder.
+
+    Attributes:
+      config: of the run.
+      image_shape: (height, width, channels).
+      num_classes: 0 where there are none.
+      step: of the checkpoint.
+      path: of the checkpoint.
+      field: the setting that named the folder, for messages.
+      data_set: the fingerprint of the data; {} in folders of before.
+    """
 
     config: configs.Config
     image_shape: tuple[int, int, int]
@@ -216,6 +238,12 @@ class Snapshot:
     step: int
     path: epath.Path
     field: str = "--workdir"
+    data_set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in order; () where they are not known."""
+        return tuple(map(str, self.data_set.get("class_names") or ()))
 
 
 def find(
@@ -262,6 +290,7 @@ def find(
         step=int(path.name),
         path=path,
         field=field,
+        data_set=saved.get("data_set") or {},
     )
 
 

@@ -48,6 +48,7 @@ class TrainedModel:
       params: the weights, of the moving average unless others were asked for.
       buffers: tensors of the network that are not trained.
       step: of the checkpoint.
+      class_names: in order; () where they are not known.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class TrainedModel:
     params: PyTree
     buffers: PyTree
     step: int
+    class_names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.model.image_shape))
@@ -177,4 +179,6 @@ def open_workdir(
     model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))
     params, buffers = checkpoint.load_weights(snapshot, params, buffers, weights)
-    return TrainedModel(snapshot.config, model, params, buffers, snapshot.step)
+    return TrainedModel(
+        snapshot.config, model, params, buffers, snapshot.step, snapshot.class_names
+    )
