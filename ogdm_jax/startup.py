@@ -4,14 +4,16 @@ import errno
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 
+STOPPED = 130  # exit code after Ctrl-C: 128 and the signal's number, as shells have it
 _REMEDIES = {
     errno.ENOSPC: "free some space, then give the same command again",
     errno.EDQUOT: "free some of your quota, then give the same command again",
@@ -45,7 +47,7 @@ def one_sentence() -> Iterator[None]:
     """Turns errors that a user can mend into one sentence on stderr and exit code 1.
 
     Those are the errors that this package raises itself; whatever comes from inside a library keeps
-    its traceback.
+    its traceback. Ctrl-C ends with the code that shells give it, STOPPED.
     """
     try:
         yield
@@ -60,6 +62,11 @@ def one_sentence() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        with suppress(ValueError):  # another thread than the main one has no signals
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it without a word
+        print("stopped", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
     except OSError as error:  # a file, a place, space or permission: never a fault of the program
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         raise SystemExit(1) from None

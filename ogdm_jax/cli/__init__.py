@@ -40,5 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {words[0]!r} is no command; expected one of {known}", file=sys.stderr)
         return 1
     module, function, _ = COMMANDS[words[0]]
-    run = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-    return run(words[1:]) or 0
+    try:
+        run = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return run(words[1:]) or 0
+    except KeyboardInterrupt:  # while modules are read; commands answer it themselves
+        print("stopped", file=sys.stderr)
+        return 130
