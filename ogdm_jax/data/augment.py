@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Key, Shaped
 
 from ogdm_jax import randomness
+from ogdm_jax.pixels import check_floats
 from ogdm_jax.typing import Array
 
 # Low-pass filter of the orthogonal wavelet "symlet 6": 12 taps of sum sqrt(2).
@@ -151,12 +152,13 @@ class AugmentPipe:
           (images, labels [B,label_dim]).
 
         Raises:
-          ValueError: images not of rank 4 or with a side below 2.
+          ValueError: images not of rank 4, with a side below 2, or of integers.
         """
         if images.ndim != 4 or min(images.shape[1:3]) < 2:
             raise ValueError(
                 f"AugmentPipe: images have shape {images.shape}; expected [B,H,W,C] with H, W >= 2"
             )
+        check_floats(images.dtype)
         batch, height, width, _ = images.shape
         labels = [jnp.zeros((batch, 0), images.dtype)]
         for name in (name for name in self.ops if name in _FLIPS):

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from ogdm_jax import randomness
+from ogdm_jax.pixels import check_floats
 from ogdm_jax.typing import Array
 
 
@@ -161,7 +162,11 @@ def gaussian_matrix(size: int, std: float, side: int) -> np.ndarray:
 def gaussian_noise(keys: Array, y: Array, std: float) -> Array:
     """Measurements y + std * noise, keys [B]; std in the units of y, images in [-1, 1] (published:
     0.05).
+
+    Raises:
+      ValueError: integers.
     """
+    check_floats(y.dtype, "y")
     return y + jnp.asarray(std, y.dtype) * randomness.normal(keys, y.shape[1:], y.dtype)
 
 
@@ -170,8 +175,9 @@ def poisson_noise(keys: Array, y: Array, rate: float = 1.0) -> Array:
     clipped. keys [B].
 
     Raises:
-      ValueError: rate not positive.
+      ValueError: rate not positive, or integers.
     """
+    check_floats(y.dtype, "y")
     if not rate > 0:
         raise ValueError(f"rate={rate}; expected a positive number of counts per grey level")
     mean = 255 * rate * jnp.clip((y + 1) / 2, 0, 1)

@@ -12,6 +12,7 @@ from ogdm_jax.inverse import degradations, operators
 from ogdm_jax.inverse.operators import Loss, Operator
 from ogdm_jax.inverse.tasks import Settings, Task
 from ogdm_jax.metrics import distances
+from ogdm_jax.pixels import check_floats, check_range
 from ogdm_jax.sampling import generate
 from ogdm_jax.typing import Array, PyTree
 
@@ -105,7 +106,8 @@ class Restoration:
         clipped = np.clip(restored, -1, 1)
         figures = {"psnr": np.asarray(distances.psnr(clipped, self.images))}
         if min(restored.shape[1:3]) >= 11:
-            figures["ssim"] = np.asarray(distances.ssim(clipped, self.images))
+            of_papers = ((clipped + 1) / 2, (self.images + 1) / 2, 1.0)
+            figures["ssim"] = np.asarray(distances.ssim(*of_papers))
         ratio = lambda std: np.asarray(operators.residual_ratio(measured.operator, y, x0, std))
         if measured.loss_unit:
             figures["residual_ratio"] = ratio(measured.std)
@@ -115,8 +117,14 @@ class Restoration:
 def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarray) -> Restoration:
     """Measures images [n,H,W,C] in [-1, 1]: one draw of masks and noise, each from its image's
     seed.
+
+    Raises:
+      ValueError: images of integers, or far outside [-1, 1].
     """
-    images, drawn = np.asarray(images, np.float32), task.draw(seeds)
+    images = np.asarray(images)
+    check_floats(images.dtype)
+    check_range(images)
+    images, drawn = images.astype(np.float32), task.draw(seeds)
     operator = task.operator(drawn)
     keys = randomness.fold_in_each(
         generate.seed_keys(jnp.asarray(seeds, jnp.uint32)), "measurement"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.inverse import degradations
+from ogdm_jax.pixels import check_floats
 from ogdm_jax.typing import Array
 
 Function = Callable[[Array], Array]
@@ -59,6 +60,16 @@ class Operator:
     spectrum: Callable[[tuple[int, int, int]], Spectrum] | None = None
     observed: Callable[[Array], Array] | None = None
     hide: Function | None = None
+
+    def __post_init__(self) -> None:
+        """Puts the check of the numbers' type before `forward`: integers would be cut off."""
+        forward = self.forward
+
+        def checked(x: Array) -> Array:
+            check_floats(x.dtype, f"images of operator {self.name!r}")
+            return forward(x)
+
+        object.__setattr__(self, "forward", checked)
 
     @property
     def linear(self) -> bool:

@@ -16,6 +16,8 @@ from jaxtyping import Float, Num
 from numpy.typing import ArrayLike
 from scipy.ndimage import correlate1d
 
+from ogdm_jax.pixels import check_range, check_type, which
+
 # rows of a distance matrix held at once (x 50,000 float64 = 1.6 GB); of a kernel matrix columns too
 _CHUNK = 4096
 Features = Num[Any, "n d"]
@@ -36,17 +38,23 @@ def _pools() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()  # looks through all loaded libraries: once
 
 
-def _features(x: ArrayLike, name: str) -> np.ndarray:
+def checked_features(x: ArrayLike, name: str) -> np.ndarray:
+    """Features [n, d] as float64; ValueError with the first example that is not finite."""
     array = np.asarray(x, np.float64)
     if array.ndim != 2:
         raise ValueError(f"{name}: shape {array.shape}; expected [number of examples, features].")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: contains NaN or infinity; expected finite features.")
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{name}: example {bad[0]}{more} of {len(array)}: NaN or infinity; expected finite "
+            "features."
+        )
     return array
 
 
 def _pair(x: ArrayLike, y: ArrayLike, least: int) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _features(x, "x"), _features(y, "y")
+    x, y = checked_features(x, "x"), checked_features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"x, y: {x.shape[1]} and {y.shape[1]} features; expected the same feature space."
@@ -72,7 +80,7 @@ class Moments:
 
     def update(self, features: Num[Any, "b d"]) -> "Moments":
         """Adds a batch; returns self."""
-        batch = _features(features, "features")
+        batch = checked_features(features, "features")
         if len(batch) == 0:
             return self
         mean = batch.mean(0)
@@ -315,7 +323,7 @@ def inception_score(probabilities: Num[Any, "n classes"], splits: int = 10) -> t
     Raises:
       ValueError: rows that are no probabilities, or fewer of them than splits.
     """
-    p = _features(probabilities, "probabilities")
+    p = checked_features(probabilities, "probabilities")
     if p.min(initial=0) < 0 or np.abs(p.sum(1) - 1).max(initial=0) > 1e-3:
         raise ValueError(
             "probabilities: rows are not distributions; expected non-negative rows that sum to 1."
@@ -332,54 +340,76 @@ def inception_score(probabilities: Num[Any, "n classes"], splits: int = 10) -> t
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray, bool]:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim not in (3, 4):
+def _images(
+    a: ArrayLike, b: ArrayLike, data_range: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Both as float64, and the range of their values."""
+    pair = np.asarray(a), np.asarray(b)
+    shapes, types = [image.shape for image in pair], [image.dtype for image in pair]
+    if shapes[0] != shapes[1] or len(shapes[0]) not in (3, 4):
         raise ValueError(
-            f"images: shapes {a.shape} and {b.shape}; expected equal shapes [n, h, w, c] or [h, w, "
-            "c]."
+            f"images: shapes {shapes[0]} and {shapes[1]}; expected equal shapes [n, h, w, c] or "
+            "[h, w, c]."
         )
-    return (a, b, False) if a.ndim == 4 else (a[None], b[None], True)
+    for image in pair:
+        check_type(image.dtype) if data_range else check_range(image)
+    if (types[0] == np.uint8) != (types[1] == np.uint8):
+        raise ValueError(
+            f"images: types {types[0]} and {types[1]}; expected both uint8, or both floats."
+        )
+    if data_range is None:
+        data_range = 255.0 if types[0] == np.uint8 else 2.0
+    first, second = (image.astype(np.float64) for image in pair)
+    wide = (np.abs(first) > 2 * data_range) | (np.abs(second) > 2 * data_range)
+    if not 0 < data_range < np.inf or wide.any():
+        raise ValueError(
+            f"data_range: {data_range:g} given, but of the images {which(wide)} larger numbers; "
+            "expected the largest possible value minus the smallest, 255 for uint8."
+        )
+    return first, second, data_range
 
 
-def psnr(a: Images, b: Images, data_range: float = 2.0) -> Float[np.ndarray, " n"] | np.float64:
+def psnr(
+    a: Images, b: Images, data_range: float | None = None
+) -> Float[np.ndarray, " n"] | np.float64:
     """10 log10(range^2 / mean squared error) in dB, one number an image; infinite for equal images.
 
     Args:
-      a: one image or several.
-      b: as many of the same shape.
-      data_range: largest minus smallest possible value, 2 for [-1, 1], 255 for uint8.
+      a: one image or several, uint8 or floats. An image with a NaN scores NaN.
+      b: as many of the same shape and type.
+      data_range: largest minus smallest possible value; None: 255 for uint8, else 2 for [-1, 1].
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: shapes or types differ, or the values cannot be of this range.
     """
-    a, b, single = _images(a, b)
-    error = np.mean((a - b) ** 2, axis=(1, 2, 3))
+    a, b, data_range = _images(a, b, data_range)
+    error = np.mean((a - b) ** 2, axis=(-3, -2, -1))
     with np.errstate(divide="ignore"):
-        result = 10 * np.log10(data_range**2 / error)
-    return result[0] if single else result
+        return 10 * np.log10(data_range**2 / error)
 
 
 def ssim(
-    a: Images, b: Images, data_range: float = 2.0, window: str = "gaussian"
+    a: Images, b: Images, data_range: float | None = None, window: str = "gaussian"
 ) -> Float[np.ndarray, " n"] | np.float64:
     """Structural similarity in [-1, 1], one number an image, mean over positions and channels.
 
     (2 ma mb + C1)(2 cov + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)) with local moments, C = (0.01
     L)^2 and (0.03 L)^2. Source: Wang et al. 2004. Only positions whose window lies inside the image
-    count, as in scikit-image.
+    count, as in scikit-image. It compares means, so images in [-1, 1] score otherwise than the same
+    ones in [0, 255] or [0, 1], of which papers report it.
 
     Args:
-      a: one image or several.
-      b: as many of the same shape.
-      data_range: L, largest minus smallest possible value, 2 for [-1, 1], 255 for uint8.
+      a: one image or several, uint8 or floats. An image with a NaN scores NaN.
+      b: as many of the same shape and type.
+      data_range: L, largest minus smallest possible value; None: 255 for uint8, else 2 for [-1, 1].
       window: "gaussian" (11 x 11, std 1.5, as published) or "uniform" (7 x 7 with sample
         covariances, scikit-image's default).
 
     Raises:
-      ValueError: the shapes differ, images smaller than the window, or an unknown window.
+      ValueError: shapes or types differ, values that cannot be of this range, images smaller than
+        the window, or an unknown window.
     """
-    a, b, single = _images(a, b)
+    a, b, data_range = _images(a, b, data_range)
     if window == "gaussian":
         taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
         correction = 1.0
@@ -389,14 +419,15 @@ def ssim(
     else:
         raise ValueError(f"window: '{window}'; expected 'gaussian' or 'uniform'.")
     taps, pad = taps / taps.sum(), len(taps) // 2
-    if min(a.shape[1:3]) < len(taps):
-        size = f"{a.shape[1]} x {a.shape[2]}"
+    if min(a.shape[-3:-1]) < len(taps):
+        size = f"{a.shape[-3]} x {a.shape[-2]}"
         raise ValueError(
             f"images: {size}; expected at least {len(taps)} x {len(taps)} for window '{window}'."
         )
 
     def local(v: np.ndarray) -> np.ndarray:
-        return correlate1d(correlate1d(v, taps, axis=1), taps, axis=2)[:, pad:-pad, pad:-pad]
+        sums = correlate1d(correlate1d(v, taps, axis=-3), taps, axis=-2)
+        return sums[..., pad:-pad, pad:-pad, :]
 
     ma, mb = local(a), local(b)
     va, vb, cov = (
@@ -405,5 +436,4 @@ def ssim(
     )
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     value = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    result = value.mean(axis=(1, 2, 3))
-    return result[0] if single else result
+    return value.mean(axis=(-3, -2, -1))

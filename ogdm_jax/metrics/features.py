@@ -13,6 +13,7 @@ from ogdm_jax.data import Source, open_source
 from ogdm_jax.metrics.distances import (
     Features,
     Moments,
+    checked_features,
     frechet_distance,
     kernel_distance,
     manifolds,
@@ -20,7 +21,7 @@ from ogdm_jax.metrics.distances import (
 from ogdm_jax.metrics.networks import NetworkFeatures, inception_features, lite0_features
 from ogdm_jax.metrics.statistics import Statistics
 from ogdm_jax.metrics.trained import TrainedFeatures, train_features
-from ogdm_jax.pixels import to_uint8
+from ogdm_jax.pixels import check_range, to_uint8, which
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
 Images = Shaped[np.ndarray, "n h w c"]
@@ -121,6 +122,11 @@ def _extracted(space: FeatureSpace, data: Images | Features, name: str) -> np.nd
     """Features [n, dim], in float64, of images or of what was extracted before."""
     data = np.asarray(data)
     if data.ndim == 4:
+        if not np.isfinite(data).all():
+            raise ValueError(
+                f"{name}: {which(~np.isfinite(data))} NaN or infinity; expected finite images."
+            )
+        check_range(data, name)
         data = space(to_uint8(data))
     elif data.ndim != 2:
         raise ValueError(
@@ -129,7 +135,7 @@ def _extracted(space: FeatureSpace, data: Images | Features, name: str) -> np.nd
         )
     elif data.shape[1] != space.dim:
         raise ValueError(f"{name}: {data.shape[1]} features; {space.name} has {space.dim}.")
-    return data.astype(np.float64)
+    return checked_features(data, name)
 
 
 def _frechet(x: np.ndarray, y: np.ndarray) -> float:

@@ -224,8 +224,8 @@ def score_set(
 def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int | None]:
     """Mean PSNR and SSIM of uint8 image i against image i.
 
-    JSON has no infinity, which is the PSNR of equal images: they are left out of the mean (None
-    without any other) and counted as "identical".
+    The PSNR of equal images is infinite: they are left out of the mean (None without any other) and
+    counted as "identical". SSIM needs 11 pixels a side (else None).
 
     Raises:
       ValueError: the shapes differ.
@@ -235,10 +235,10 @@ def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int 
             f"--paired: {samples.shape} samples, {reference.shape} references; expected equal "
             "shapes"
         )
-    decibels = np.atleast_1d(psnr(samples, reference, 255))
-    finite = decibels[np.isfinite(decibels)]
+    decibels = np.atleast_1d(psnr(samples, reference))
+    different = decibels[~np.isposinf(decibels)]
     return {
-        "psnr": float(finite.mean()) if finite.size else None,
-        "identical": len(decibels) - len(finite),
-        "ssim": float(ssim(samples, reference, 255).mean()),
+        "psnr": float(different.mean()) if different.size else None,
+        "identical": len(decibels) - len(different),
+        "ssim": float(ssim(samples, reference).mean()) if min(samples.shape[1:3]) >= 11 else None,
     }
