@@ -15,7 +15,7 @@ from ogdm_jax.config import Config, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
 ONLY = {  # settings that other kinds of network do not have
@@ -27,8 +27,9 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network and how it becomes a denoiser; no parameters inside. table: the steps of a discrete
-    process.
+    """A network and how it becomes a denoiser; no parameters inside.
+
+    table: the steps of a discrete process. time_scale: what its network calls one of them.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class Model:
     image_shape: tuple[int, int, int]
     label_dim: int
     table: process.Discrete | None = None
+    time_scale: float = 1.0
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, buffers): trained tensors, and others such as Fourier frequencies."""
@@ -65,10 +67,9 @@ class Model:
             augmented.
           dropout_keys: [B] typed keys, one per image; None switches dropout off.
         """
-        variables = {"params": params, **({"buffers": buffers} if buffers else {})}
         bound = {"augment": augment, "dropout_keys": dropout_keys}
         bound = {name: value for name, value in bound.items() if value is not None}
-        apply = cast(Callable[..., Any], functools.partial(self.network.apply, variables, **bound))
+        apply = functools.partial(self._apply(params, buffers), **bound)
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
             return apply(x, c_noise, label)
@@ -77,6 +78,21 @@ class Model:
             return apply(x, c_noise, label, at=at, method="features")
 
         return self.wrap(network_fn, taps=taps)
+
+    def eps(self, params: PyTree, buffers: PyTree | None = None) -> NetworkFn:
+        """(x_vp [B,H,W,C], t [B], label) -> eps of a discrete model (`table`), at any t, halves
+        too: what the published samplers of such models ask for.
+        """
+        apply, channels = self._apply(params, buffers), self.image_shape[-1]
+
+        def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
+            return apply(x, self.time_scale * c_noise, label)[..., :channels]
+
+        return network_fn
+
+    def _apply(self, params: PyTree, buffers: PyTree | None) -> Callable[..., Any]:
+        variables = {"params": params, **({"buffers": buffers} if buffers else {})}
+        return cast(Callable[..., Any], functools.partial(self.network.apply, variables))
 
 
 def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> Model:
@@ -132,7 +148,10 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
         **settings,
     )
     table = discrete_table(config) if kind == "adm" else None
-    return Model(network, _wrap(config, kind, table), image_shape, network.label_dim, table)
+    settings = config.precondition
+    scale = 1000 / settings.diffusion_steps if settings.rescale_timesteps else 1.0
+    wrap = _wrap(config, kind, table)
+    return Model(network, wrap, image_shape, network.label_dim, table, scale)
 
 
 def _wrap(config: Config, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:

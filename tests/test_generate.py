@@ -44,6 +44,7 @@ def test_every_grid(model):
             "respaced": grids.respaced("20"),
             "ddim": grids.ddim(20),
             "quad": grids.ddim(20, spacing="quad"),
+            "trailing": grids.ddim(20, spacing="trailing"),
         }
     for name, levels in expected.items():
         np.testing.assert_allclose(
@@ -70,7 +71,7 @@ def test_grids_that_cannot_be_are_one_sentence(model):
 
 def test_the_names_that_settings_allow_are_those_that_there_are():
     assert set(groups.SOLVERS) == set(SOLVERS)
-    assert set(groups.GRIDS) == {*generate.CONTINUOUS, *generate.DISCRETE}
+    assert set(groups.GRIDS) == {*generate.CONTINUOUS, *generate.DISCRETE, generate.PNDM}
 
 
 def test_folders_from_before_the_settings_open_again():

@@ -76,7 +76,7 @@ def test_bad_number_of_steps(name, n):
         (lambda: grids.ve(5, sigma_max=np.inf), "sigma_max=inf"),
         (lambda: grids.iddpm(2000), "at most 992"),
         (lambda: grids.ddim(1001), "at most 1000"),
-        (lambda: grids.ddim(5, spacing="log"), "uniform, quad or even"),
+        (lambda: grids.ddim(5, spacing="log"), "uniform, quad, even, trailing"),
         (lambda: grids.ddim(900, spacing="quad"), "twice"),
         (lambda: grids.ddim(5, betas="quadratic"), "'linear', 'cosine'"),
         (lambda: grids.ddim(5, betas=[0.1, 2.0]), r"in \(0, 1\]"),
@@ -93,3 +93,27 @@ def test_clip_range_follows_the_denoiser():
 
     assert grids.clip_range(denoise, 0.002, 80.0) == (0.002, 80.0)
     assert grids.clip_range(Denoiser(denoise, 0.02, 50), 0.002, 80.0) == (0.02, 50.0)
+
+
+def test_one_step_of_a_discrete_process_starts_at_its_top():
+    """The published rules keep index 0 alone there, a grid [.01, 0] that denoises nothing."""
+    for spacing in grids.SPACINGS:
+        assert grids.ddim_timesteps(1, 1000, spacing).tolist() == [999]
+    top = process.Discrete.make().sigma[-1]
+    for grid in (grids.respaced("1"), grids.respaced([1]), grids.ddim(1)):
+        np.testing.assert_allclose(grid, [top, 0.0])
+    np.testing.assert_allclose(
+        grids.ddim(1, "cosine", steps=50)[0], grids.respaced("", "cosine", 50)[0]
+    )
+
+
+def test_trailing_spacing_counts_from_the_top():
+    """arXiv 2305.08891 table 2."""
+    at = lambda n, steps=1000: grids.ddim_timesteps(n, steps, "trailing").tolist()
+    assert at(5) == [199, 399, 599, 799, 999] and at(1000) == list(range(1000))
+    assert at(2) == [499, 999] and at(3, 10) == [2, 6, 9]
+    for n in range(1, 41):
+        kept = grids.ddim_timesteps(n, 40, "trailing")
+        assert kept[-1] == 39 and (np.diff(kept) > 0).all() and kept[0] >= 0 and len(kept) == n
+    with pytest.raises(ValueError, match="spacing='leading'; expected uniform, quad, even, trail"):
+        grids.ddim_timesteps(5, spacing="leading")

@@ -45,8 +45,19 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", default="", help="FIRST-LAST, both included; replaces --num")
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     add("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
-    add("--grid", default="", help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad")
+    add(
+        "--grid",
+        default="",
+        help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad, trailing, pndm (the "
+        "released code of --solver spndm and fpndm)",
+    )
     add("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
+    add(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="clamp x0_hat to [-1, 1] at every step, as ADM's published samples were made",
+    )
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
     add("--label", type=int, default=None, help="class of all images (default: from each seed)")
     add("--batch", type=int, default=64, help="images per device at a time")
@@ -136,6 +147,7 @@ def _sampler(
         steps=published.get("steps") if args.steps is None else args.steps,
         eta=published.get("eta") if args.eta is None else args.eta,
         grid=args.grid or grid,
+        clip=args.clip,
     )
 
 

@@ -14,7 +14,7 @@ from ogdm_jax.config.fields import ConfigError, check, duration, require, settin
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
-GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad")
+GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad", "trailing", "pndm")
 Settings = TypeVar("Settings")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 
@@ -245,7 +245,8 @@ class Sample(_Checked):
     steps: int = _free(18, "steps of the solver", least=1)
     grid: str = _free(
         "edm",
-        "edm, vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad",
+        "edm, vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad, "
+        "trailing, and pndm (as the released S- and F-PNDM step)",
         choices=GRIDS,
     )
     sigma_min: float = setting(0.002, "lowest noise level; noise.clip clips to it")
@@ -254,12 +255,29 @@ class Sample(_Checked):
     eta: float = _free(
         0.0, "ddim and heun: 0 = deterministic, 1 = as random as DDPM", least=0, most=1
     )
+    clip: bool = _free(
+        False, "clamp x0_hat to [-1, 1] at every evaluation, as ADM's published samples were made"
+    )
 
     def _check_together(self) -> None:
         stochastic = self.solver in ("ddim", "heun")
         require(self.eta == 0 or stochastic, "sample.eta", self.eta, "0 but with ddim or heun")
         ordered = 0 < self.sigma_min < self.sigma_max
         require(ordered, "sample.sigma_min", self.sigma_min, "0 < sigma_min < sigma_max")
+        if self.grid == "pndm":
+            require(
+                self.solver in ("spndm", "fpndm"),
+                "sample.solver",
+                self.solver,
+                "spndm or fpndm with the grid 'pndm'",
+            )
+            require(
+                not self.clip,
+                "sample.clip",
+                self.clip,
+                "False with the grid 'pndm', whose released code does not clip; the grids ddim and "
+                "respaced do",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,3 +102,26 @@ class Denoiser:
 def as_denoiser(fn: Denoise) -> Denoiser:
     """A Denoiser as it is; a plain function (x, sigma, label) -> x0_hat as a Denoiser of it."""
     return fn if isinstance(fn, Denoiser) else Denoiser(fn)
+
+
+def clipped(denoise: Denoiser) -> Denoiser:
+    """The denoiser with x0_hat clamped to [-1, 1], as guided-diffusion samples.
+
+    Slopes and eps_hat follow the clamped x0_hat: (x - x0_hat) / sigma.
+    """
+
+    def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
+        return jnp.clip(denoise(x, sigma, label), -1, 1)
+
+    def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
+        assert denoise.variance is not None  # replaced below only where it is there
+        x0_hat, fraction = denoise.variance(x, sigma, label)
+        return jnp.clip(x0_hat, -1, 1), fraction
+
+    return dataclasses.replace(
+        denoise,
+        evaluate=evaluate,
+        variance=denoise.variance and variance,
+        noise=None,
+        corrector=denoise.corrector and clipped(denoise.corrector),
+    )

@@ -13,6 +13,8 @@ from ogdm_jax.diffusion import process
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.typing import Denoise
 
+SPACINGS = ("uniform", "quad", "even", "trailing")  # of `ddim_timesteps`
+
 
 def _fractions(n: int) -> np.ndarray:
     if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
@@ -103,8 +105,10 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
       n: how many.
       steps: T.
       spacing: "uniform", floor(i T / n), and "quad", floor(linspace(0, sqrt(0.8 T), n)^2) (arXiv
-        2010.02502 D.2; both never reach the last index); "even", round(i (T - 1) / (n - 1)), which
-        does.
+        2010.02502 D.2; both never reach the last index); "even", round(i (T - 1) / (n - 1)), and
+        "trailing", round(T - i T / n) - 1 from the last down (arXiv 2305.08891 table 2), which do.
+        One step is the last index in all of them: the published rules would keep index 0 alone,
+        where there is nothing left to denoise.
 
     Raises:
       ValueError: n outside 1..T, an unknown spacing, or indices that coincide.
@@ -112,12 +116,16 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
     k = _fractions(n)
     if n > steps:
         raise ValueError(f"n={n}; expected at most {steps}, the steps of the process")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing={spacing!r}; expected {', '.join(SPACINGS)}")
+    if n == 1:
+        return np.asarray([steps - 1])
+    if spacing == "trailing":
+        return np.round(steps - np.arange(n) * steps / n).astype(np.int64)[::-1] - 1
     if spacing == "uniform":
         return np.arange(n) * steps // n
     if spacing == "even":
         return process.space_timesteps(steps, [n])
-    if spacing != "quad":
-        raise ValueError(f"spacing={spacing!r}; expected uniform, quad or even")
     kept = np.floor((np.sqrt(0.8 * steps) * k) ** 2 + 1e-9).astype(np.int64)
     if len(np.unique(kept)) < n:
         raise ValueError(
@@ -152,7 +160,7 @@ def respaced(
     steps: int = 1000,
 ) -> np.ndarray:
     """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or
-    "" (all steps).
+    "" (all steps). "1" is one step from the top, and not the published index 0.
 
     Raises:
       ValueError: unknown betas, or a spacing that the steps do not allow
@@ -160,6 +168,8 @@ def respaced(
     """
     table = process.betas(betas, steps)
     keep = process.space_timesteps(len(table), spacing) if spacing else None
+    if keep is not None and len(keep) == 1:
+        keep = ddim_timesteps(1, len(table))
     return np.append(process.Discrete.make(table, keep=keep).sigma[::-1], 0.0)
 
 

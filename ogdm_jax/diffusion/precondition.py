@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from ogdm_jax.diffusion import process
-from ogdm_jax.diffusion.denoiser import Denoiser, same_level
+from ogdm_jax.diffusion.denoiser import Denoiser, clipped, same_level
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 Coefficients = tuple[Array, Array, Array, Array]
@@ -38,7 +38,6 @@ class _Network:
       network_fn: F(x, c_noise, label).
       coefficients: sigma [B] -> (c_skip, c_out, c_in, c_noise), [B] each.
       rest: sigma [B] -> 1 - c_skip, where that difference cancels (EDM); None: c_skip is 0 or 1.
-      clip: clamp x0_hat to [-1, 1].
       learned_variance: the network has as many further channels v.
       network_taps: features of the network, or None.
     """
@@ -46,7 +45,6 @@ class _Network:
     network_fn: NetworkFn
     coefficients: Callable[[Array], Coefficients]
     rest: Callable[[Array], Array] | None
-    clip: bool
     learned_variance: bool
     network_taps: Taps | None
 
@@ -60,15 +58,10 @@ class _Network:
         return x0_hat, (further + 1) / 2
 
     def noise(self, x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        """(x0_hat, eps_hat), eps_hat = ((1 - c_skip) x - c_out F) / sigma: no cancellation.
-
-        With clip eps_hat is (x - x0_hat) / sigma, of the clamped x0_hat.
-        """
+        """(x0_hat, eps_hat), eps_hat = ((1 - c_skip) x - c_out F) / sigma: no cancellation."""
         x0_hat, output, _ = self._parts(x, sigma, label)
         x = x.astype(x0_hat.dtype)
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), (x.shape[0],))
-        if self.clip:
-            return x0_hat, (x - x0_hat) / _per_image(sigma)
         c_skip, c_out, *_ = self.coefficients(sigma)
         rest = 1 - c_skip if self.rest is None else self.rest(sigma)
         return x0_hat, _per_image(rest / sigma) * x - _per_image(c_out / sigma) * output
@@ -92,7 +85,7 @@ class _Network:
                 "of the image; expected as many for the learned variance"
             )
         x0_hat = _per_image(c_skip) * x + _per_image(c_out) * output
-        return jnp.clip(x0_hat, -1, 1) if self.clip else x0_hat, output, further
+        return x0_hat, output, further
 
     def _input(self, x: Array, sigma: Array) -> tuple[Array, tuple[Array, Array], Array, Array]:
         """(x in at least float32, (c_skip, c_out), c_in, c_noise)."""
@@ -135,8 +128,8 @@ def make(
       A Denoiser whose sigma may be one number or [B]. It raises ValueError for x that is no
       [B,H,W,C] and sigma of another shape.
     """
-    network = _Network(network_fn, coefficients, rest, clip, learned_variance, taps)
-    return Denoiser(
+    network = _Network(network_fn, coefficients, rest, learned_variance, taps)
+    made = Denoiser(
         network.evaluate,
         sigma_min,
         sigma_max,
@@ -145,6 +138,7 @@ def make(
         noise=network.noise,
         taps=network.taps if taps else None,
     )
+    return clipped(made) if clip else made
 
 
 def _edm(sigma: Array, sigma_data: float) -> Coefficients:

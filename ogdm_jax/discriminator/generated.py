@@ -29,7 +29,8 @@ from ogdm_jax.training.workdir import TrainedModel
 
 # Far from the seeds of sample.py and of evaluations: no sample that is judged was trained on.
 FIRST_SEED = 2**31
-SAMPLER = ("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho")  # of config.sample
+# of config.sample
+SAMPLER = ("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "clip")
 
 
 def digest(prior: TrainedModel) -> str:
@@ -123,7 +124,8 @@ def read_origin(path: epath.Path) -> dict[str, Any]:
 
 def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(images, labels, origin) of a file."""
-    older = {"eta": 0.0, "grid": "edm"}  # what older files, which do not say, were drawn with
+    # what older files, which do not say, were drawn with
+    older = {"eta": 0.0, "grid": "edm", "clip": False}
     try:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))

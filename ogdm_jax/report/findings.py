@@ -161,7 +161,7 @@ def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) ->
     def run(params: PyTree, buffers: PyTree, seeds: Array, labels: Array | None) -> PyTree:
         latents, key = generate.seed_noise(seeds, trained.model.image_shape)
         denoise = trained.model.denoiser(params, buffers)
-        more = {"label": labels, "eta": settings.eta, "trajectory": True}
+        more = {"label": labels, "eta": settings.eta, "clip": settings.clip, "trajectory": True}
         return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
 
     seeds = np.asarray(seeds, np.uint32)

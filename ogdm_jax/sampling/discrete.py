@@ -43,7 +43,7 @@ def ddim(
       latents: [B,H,W,C] ~ N(0, I).
       n: steps.
       table: the full process (default: linear, 1000 steps).
-      spacing: "uniform", "quad" or "even" (`grids.ddim_timesteps`).
+      spacing: of `grids.ddim_timesteps`.
       clip: clamp x0 to [-1, 1]; slopes are then re-derived from it, as guided-diffusion does.
       **settings: eta, key, guidance, trajectory, ... of `sample`.
     """
@@ -54,6 +54,24 @@ def ddim(
     # sample() multiplies by sigmas[0].
     start = latents * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
     return sample(denoise, start, sigmas, solver="ddim", **settings)
+
+
+def pndm_levels(n: int, table: Discrete, order: int = 2) -> np.ndarray:
+    """[n + 1] noise levels that `pndm` steps over, with its errors; the last is not 0."""
+    return _one_above(table, _pndm_times(n, table, order))
+
+
+def _pndm_times(n: int, table: Discrete, order: int) -> np.ndarray:
+    if order not in (2, 4):
+        raise ValueError(f"order={order}; expected 2 (S-PNDM) or 4 (F-PNDM)")
+    if not order <= n < len(table.timesteps):
+        raise ValueError(f"n={n}; expected from {order} to {len(table.timesteps) - 1} steps")
+    return np.append(grids.ddim_timesteps(n, len(table.timesteps))[::-1].astype(np.float64), -1.0)
+
+
+def _one_above(table: Discrete, t: np.ndarray) -> np.ndarray:
+    """Levels of the indices t + 1, where the published code reads alpha_bar; halves are cut off."""
+    return table.sigma[np.maximum(t, -1).astype(np.int64) + 1]
 
 
 def pndm(
@@ -77,15 +95,11 @@ def pndm(
       ValueError: another order, or n below 2 (order 4: below 4) or not below T.
     """
     table = Discrete.make() if table is None else table
-    if order not in (2, 4):
-        raise ValueError(f"order={order}; expected 2 (S-PNDM) or 4 (F-PNDM)")
-    if not order <= n < len(table.timesteps):
-        raise ValueError(f"n={n}; expected from {order} to {len(table.timesteps) - 1} steps")
-    t = np.append(grids.ddim_timesteps(n, len(table.timesteps))[::-1].astype(np.float64), -1.0)
+    t = _pndm_times(n, table, order)
     middle = (t[:-1] + t[1:]) / 2
 
     def node(t: np.ndarray) -> Node:
-        sigma = table.sigma[np.maximum(t, -1).astype(np.int64) + 1]
+        sigma = _one_above(table, t)
         return {
             k: jnp.asarray(v, latents.dtype)
             for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))

@@ -13,6 +13,7 @@ from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import grids
 from ogdm_jax.models import Model
+from ogdm_jax.sampling import discrete
 from ogdm_jax.sampling.guidance import Guidance, combine
 from ogdm_jax.sampling.sampler import check_parts, sample
 from ogdm_jax.sampling.solvers import FEWEST_STEPS
@@ -22,14 +23,16 @@ AXIS = "images"
 Images = Callable[[PyTree, PyTree, Any, Any, PyTree, PyTree], Array]  # see `sampler`
 # Names of config.sample.grid (config.groups.GRIDS lists them, too). Continuous grids lie within the
 # sampler's and the model's range of levels. The others are steps of a discrete model's own process:
-# guided-diffusion's respacing, and DDIM's two (arXiv 2010.02502 D.2).
+# guided-diffusion's respacing, DDIM's two (arXiv 2010.02502 D.2), and one that ends at the top.
 CONTINUOUS = {
     "edm": grids.edm,
     "vp": lambda n, low, high, rho: grids.vp(n, low, high),
     "ve": lambda n, low, high, rho: grids.ve(n, low, high),
     "iddpm": lambda n, low, high, rho: grids.iddpm(n, low, high),
 }
-DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad"}
+DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad", "trailing": "trailing"}
+ORDERS = {"spndm": 2, "fpndm": 4}
+PNDM = "pndm"  # the released code of S- and F-PNDM, `discrete.pndm`
 
 
 def seed_keys(seeds: Array) -> Array:
@@ -82,7 +85,8 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
 
 
 def noise_levels(model: Model, settings: Sample) -> np.ndarray:
-    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last 0.
+    """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last 0
+    (of the released PNDM: the process's lowest).
 
     Raises:
       ConfigError: the grid needs a discrete model, or has fewer steps than wanted.
@@ -94,6 +98,8 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
         if name in DISCRETE and table is not None:
             kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
             return np.append(table.sigma[kept][::-1], 0.0)
+        if name == PNDM and table is not None:
+            return discrete.pndm_levels(steps, table, ORDERS[settings.solver])
         low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
         return CONTINUOUS[name](steps, low, high, settings.rho)
     except ValueError as error:
@@ -124,7 +130,7 @@ def sampler(
 
     Args:
       model: what is sampled.
-      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta of config.sample.
+      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta, clip of config.sample.
       devices: b must be a multiple of their number; each samples its share.
       churn: of `sample`, where no method brings it.
       guidance: sampling methods; their constants and rows come with each call.
@@ -146,6 +152,15 @@ def sampler(
         rows: PyTree,
     ) -> Array:
         latents, key = seed_noise(seeds, model.image_shape)
+        if settings.grid == PNDM:
+            eps = model.eps(params, buffers)
+            return discrete.pndm(
+                lambda x, t: eps(x, t, labels),
+                latents,
+                settings.steps,
+                model.table,
+                ORDERS[settings.solver],
+            )
         drawn = sample(
             model.denoiser(params, buffers),
             latents,
@@ -159,6 +174,7 @@ def sampler(
                 for method, c, r in zip(guidance, constants, rows, strict=True)
             ],
             eta=settings.eta,
+            clip=settings.clip,
         )
         return cast(Array, drawn)  # without a trajectory
 
@@ -172,6 +188,11 @@ def sampler(
 
 def check_guidance(settings: Sample, guidance: Sequence[Guidance], churn: Any = None) -> None:
     """Raises ValueError for guidance that does not fit the sampler or has two owners of a part."""
+    if settings.grid == PNDM and guidance:
+        raise ConfigError(
+            f"--guidance: {guidance[0].name} given with the grid 'pndm', which is a published "
+            "sampler of its own; expected another grid, such as ddim"
+        )
     check_parts(settings.solver, combine(guidance, churn), settings.eta)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
+from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser, clipped
 from ogdm_jax.diffusion.steps import spread
 from ogdm_jax.sampling.churn import ChurnRule, Info, as_rule
 from ogdm_jax.typing import Array, Denoise, PyTree
@@ -93,12 +93,18 @@ class Parts(NamedTuple):
     transition: Guidance | None
     churn: Guidance | None
 
-    def transform(self, denoise: Denoiser) -> Denoiser:
-        """The denoiser under every transform."""
+    def transform(self, denoise: Denoiser, clip: bool = False) -> Denoiser:
+        """The denoiser under every transform.
+
+        With clip x0_hat is clamped to [-1, 1] below the outermost transforms, as guided-diffusion
+        does: what classifier-free guidance gives is clamped, what a discriminator adds is not.
+        """
         for guidance in self.transforms:
+            if clip and guidance.outermost:
+                denoise, clip = clipped(denoise), False
             if guidance.denoiser is not None:
                 denoise = as_denoiser(guidance.denoiser(denoise, guidance.constants))
-        return denoise
+        return clipped(denoise) if clip else denoise
 
 
 def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts:

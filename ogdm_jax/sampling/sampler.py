@@ -76,6 +76,7 @@ def sample(
     *,
     eta: float | Array = 0.0,
     variance: str | float | Array | None = None,
+    clip: bool = False,
     round_sigma: Callable[[Array], Array] | None = None,
     noise_fn: Callable[[Array], Array] | None = None,
 ) -> Array | tuple[Array, Trajectory]:
@@ -101,6 +102,8 @@ def sample(
         adds std * noise.
       variance: of ancestral, see `steps.posterior_std`; or "learned", what the denoiser's
         `variance` says. None: "learned" where the denoiser has one, else "small".
+      clip: x0_hat is clamped to [-1, 1] at every evaluation and slopes follow it (the clip_denoised
+        of guided-diffusion); see `Parts.transform` for its place among transforms.
       round_sigma: replaces the denoiser's own; [..] -> [..].
       noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
 
@@ -114,7 +117,7 @@ def sample(
     _check_solver(solver)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
-    denoise = parts.transform(as_denoiser(denoise))
+    denoise = parts.transform(as_denoiser(denoise), clip)
     if (random_steps or parts.churn is not None) and key is None and noise_fn is None:
         raise ValueError(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"

@@ -36,6 +36,7 @@ class SamplerWords(TypedDict, total=False):
     num: int | None
     eta: float | None
     grid: str
+    clip: bool | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +108,7 @@ class TrainedModel:
           guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
-          words: entries of config.sample to replace: solver, steps, eta, grid.
+          words: entries of config.sample to replace: solver, steps, eta, grid, clip.
 
         Returns:
           float32 [n,h,w,c], about [-1, 1].

@@ -1,0 +1,155 @@
+"""Clipped sampling, and the samplers that published discrete models were drawn with, by the words of
+a command: guided-diffusion's DDIM and DDPM with clip_denoised, and the released S- and F-PNDM.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ogdm_jax import models
+from ogdm_jax.cli import sample as command
+from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.diffusion import grids, precondition, process
+from ogdm_jax.methods import cfg, dg
+from ogdm_jax.sampling import discrete, generate
+from ogdm_jax.sampling.sampler import sample, step_noise
+from ogdm_jax.training.workdir import TrainedModel
+from tests.reference.gaussian import Chain
+from tests.support import tiny
+from tests.support.oracles import Gaussian, column
+
+pytestmark = pytest.mark.fast
+
+ADM = ("precondition.kind=adm", "data.augment=0", tiny.ONE_LEVEL)
+RESCALED = (*ADM, "precondition.rescale_timesteps=true", "precondition.diffusion_steps=40")
+
+
+class Bend(nn.Module):
+    """A network of two numbers: eps that bends, depends on the time, and leaves [-1, 1]."""
+
+    @nn.compact
+    def __call__(self, x, c_noise, label=None):
+        a, b = (self.param(name, nn.initializers.constant(0.6), ()) for name in "ab")
+        return a * jnp.sin(3 * x) + b * jnp.cos(column(c_noise, x) / 300)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = tiny.config(*RESCALED)
+    model = dataclasses.replace(models.build(config, (4, 4, 1), 0), network=Bend())
+    params = Bend().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))["params"]
+    return TrainedModel(config, model, params, {}, 0)
+
+
+def eps_of(trained):
+    def eps(x, t):
+        return trained.model.network.apply({"params": trained.params}, x, t)[..., :1]
+
+    return eps
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ancestral"])
+def test_a_command_clips_as_guided_diffusion(trained, kind):
+    """Every step of `ddim_sample` and `p_sample` with clip_denoised, in x_vp, by the chain."""
+    settings = trained.settings(solver=kind, steps=40, grid="respaced", clip=True)
+    seeds = np.arange(3)
+    got = np.concatenate(list(trained.batches(settings, seeds)))
+    loose = dataclasses.replace(settings, clip=False)
+    assert np.abs(np.concatenate(list(trained.batches(loose, seeds))) - got).max() > 0.05
+    assert np.abs(got).max() <= 1
+
+    z, keys = generate.seed_noise(jnp.asarray(seeds, jnp.uint32), (4, 4, 1))
+    chain = Chain.make("linear", 40, rescale=True, variance="small")
+    top = chain.table.sigma[-1]
+    x, model = z * top / np.sqrt(1 + top**2), eps_of(trained)
+    for i, t in enumerate(range(39, -1, -1)):
+        at = jnp.full(3, t)
+        if kind == "ddim":
+            x = chain.ddim_sample(model, x, at)
+        else:
+            x = chain.p_sample(model, x, at, step_noise(keys, z)(jnp.int32(i)))
+    np.testing.assert_allclose(got, x, atol=2e-3)
+
+
+@pytest.mark.parametrize("solver", ["spndm", "fpndm"])
+def test_the_released_pndm_is_a_grid(trained, solver):
+    """The network is asked at the released times (halves too), in the words that it was told."""
+    order, asked = generate.ORDERS[solver], []
+    settings = trained.settings(solver=solver, steps=8, grid="pndm")
+    got = np.concatenate(list(trained.batches(settings, np.arange(3))))
+    z, _ = generate.seed_noise(jnp.arange(3, dtype=jnp.uint32), (4, 4, 1))
+    eps = eps_of(trained)
+
+    def model(x, t):
+        asked.append(t)
+        return eps(x, 25.0 * t)
+
+    with jax.disable_jit():
+        want = discrete.pndm(model, z, 8, trained.model.table, order)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+    assert len(asked) == (9 if order == 2 else 17)
+    assert any(float(t[0]) % 1 for t in asked) == (order == 4)
+    levels = generate.noise_levels(trained.model, settings)
+    assert levels[-1] == trained.model.table.sigma[0] and levels[0] == trained.model.table.sigma[36]
+
+
+def test_grids_of_the_released_samplers_refuse_what_they_do_not_use(trained):
+    for words, sentence in (
+        ({"solver": "heun"}, "sample.solver: 'heun' given; expected spndm or fpndm"),
+        ({"solver": "spndm", "clip": True}, "sample.clip: True given; expected False with the"),
+        ({"solver": "spndm", "steps": 1}, "at least 2"),
+        ({"solver": "fpndm", "steps": 40}, "expected from 4 to 39 steps"),
+    ):
+        with pytest.raises(ConfigError, match=sentence) as error:
+            trained.settings(**({"steps": 8} | words), grid="pndm")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="cfg given with the grid 'pndm'"):
+        settings = trained.settings(solver="spndm", steps=8, grid="pndm")
+        generate.sampler(trained.model, settings, jax.devices()[:1], guidance=[cfg.guidance(2.0)])
+    edm = models.build(tiny.config(tiny.ONE_LEVEL), (4, 4, 1), 0)
+    with pytest.raises(ConfigError, match="grid: 'pndm' given.*not a discrete one"):
+        generate.check_settings(Sample(grid="pndm", solver="spndm"), edm)
+
+
+def test_the_words_of_the_command_reach_the_sampler():
+    parse = command.parser().parse_args
+    at = lambda *words: parse(["--workdir", "w", *words]).clip
+    assert (at(), at("--clip"), at("--no-clip")) == (None, True, False)
+
+
+def test_slopes_follow_the_clamped_image():
+    """eps is re-derived from x0_hat, for x0_hat far outside: DDIM's step of a clamped denoiser."""
+    data = Gaussian(0.0, 5.0)
+    z = 3 * jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
+    sigmas = np.array([2.0, 1.0])
+    x = z * 2.0
+    x0 = jnp.clip(data.denoise(x, jnp.full(4, 2.0)), -1, 1)
+    for solver in ("euler", "ddim"):
+        got = sample(data.denoise, z, sigmas, solver, clip=True)
+        np.testing.assert_allclose(got, x0 + (x - x0) / 2, atol=1e-5)
+    table = process.Discrete.make()
+    eps = lambda x, t, label=None: -0.3 * x
+    clipped = precondition.adm(eps, table, clip=True)
+    grid = grids.respaced("10")
+    a, b = sample(clipped, z, grid, "ddim"), sample(precondition.adm(eps), z, grid, clip=True)
+    np.testing.assert_allclose(a, sample(precondition.adm(eps), z, grid, "ddim", clip=True))
+    assert a.shape == b.shape
+    x0_hat, noise = clipped.with_noise(x, jnp.full(4, 2.0))
+    np.testing.assert_allclose(x0_hat + 2 * noise, x, atol=1e-5)
+
+
+def test_the_place_of_the_clamp_among_transforms():
+    """What classifier-free guidance gives is clamped; what a discriminator adds is not (arXiv
+    2105.05233 algorithm 1: after the clamp).
+    """
+    base = lambda x, sigma, label=None: column(0.8 * (label + 1.0), x) * jnp.ones_like(x)
+    z = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
+    settings = {"label": jnp.asarray([0, 0]), "clip": True, "solver": "euler"}
+    run = lambda *guidance: sample(base, z, np.array([1.0, 0.0]), guidance=guidance, **settings)
+    np.testing.assert_allclose(run(cfg.guidance(3.0)), 1.0)  # 2.4 before
+    pull = dg.guidance(lambda x, sigma, label: 0.5 * jnp.sum(x, (1, 2, 3)))
+    np.testing.assert_allclose(run(cfg.guidance(3.0), pull), 1.5, rtol=1e-6)
