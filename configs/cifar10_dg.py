@@ -43,7 +43,7 @@ def get_config():
     config.network.remat = False
     config.optim.learning_rate = 3e-4
     config.optim.ramp = "0 steps"
-    config.optim.decay = "6 Mimg"
+    config.optim.decay = "train.duration"
     config.optim.weight_decay = 1e-7  # coupled to the gradient (Adam with L2)
     config.ema.halflife = "50 kimg"
     config.train.duration = "6 Mimg"  # 60 passes over both sides

@@ -21,7 +21,7 @@ def get_config():
     config.noise.clip = True
     config.precondition.sigma_data = 0.75  # measured: ogdm data describe digits
     config.optim.ramp = "6400 images"
-    config.optim.decay = "800 steps"
+    config.optim.decay = "train.duration"
     config.ema.halflife = "5 kimg"
     # OGDM's published settings are for 3,072 numbers an image: R1 and the hinge loss both grow with
     # them. These were chosen by distance on one seed (benchmarks/ogdm_pays.py measures them on

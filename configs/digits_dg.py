@@ -20,7 +20,7 @@ def get_config():
     config.network.head_channels = 32
     config.network.dropout = 0.1  # 1,600 images are soon known by heart
     config.optim.learning_rate = 1e-3
-    config.optim.decay = "1000 steps"
+    config.optim.decay = "train.duration"
     config.ema.halflife = "10 kimg"
     config.train.duration = "1000 steps"
     config.train.save_every = "0 steps"

@@ -14,7 +14,7 @@ def get_config():
     config.optim.ramp = "0 steps"
     config.ema.rampup = 0.0
     config.train.duration = "300 steps"
-    config.optim.decay = "300 steps"
+    config.optim.decay = "train.duration"
     config.sample.solver = "heun"
     config.sample.steps = 18
     return config

@@ -21,7 +21,7 @@ def get_config():
     config.precondition.sigma_data = 0.62  # measured: ogdm data describe mnist5k --resolution 28
     config.optim.learning_rate = 2e-3
     config.optim.ramp = "3200 images"
-    config.optim.decay = "4500 steps"
+    config.optim.decay = "train.duration"
     config.ema.halflife = "5 kimg"
     config.train.duration = "4500 steps"
     config.train.save_every = "500 steps"

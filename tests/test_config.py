@@ -162,20 +162,6 @@ def test_settings_out_of_range_are_refused_before_compiling(text, field):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_may_be_lengthened_but_not_changed():
-    old, new = tiny.config(), tiny.config("train.duration=40 steps", "log.every=1 steps")
-    methods = discovery.settings_types()
-    configs.check_same_run(old, new, methods)
-    with pytest.raises(ValueError, match="sample.sigma_max"):  # it clips the training levels
-        configs.check_same_run(old, tiny.config("sample.sigma_max=10.0"), methods)
-    with pytest.raises(configs.ConfigError, match="network.model_channels.*8 there, 16 now"):
-        configs.check_same_run(old, tiny.config("network.model_channels=16"), methods)
-    plain = tiny.config("methods=")
-    configs.check_same_run(
-        plain, tiny.config("methods=", "ogdm.gamma=3.0"), methods
-    )  # a method that is off
-
-
 @pytest.mark.fast
 def test_locked(tmp_path):
     file = tmp_path / "c.py"

@@ -15,7 +15,6 @@ from ogdm_jax.config.fields import (
 )
 from ogdm_jax.config.files import (
     SHIPPED,
-    check_same_run,
     editable,
     from_json,
     load,
@@ -53,7 +52,6 @@ __all__ = [
     "Precondition",
     "Sample",
     "check",
-    "check_same_run",
     "choose",
     "duration",
     "editable",

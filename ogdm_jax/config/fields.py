@@ -40,6 +40,7 @@ def setting(
     below: float | None = None,
     expected: str = "",
     free: bool = False,
+    decided: bool = False,
     was: str = "",
 ) -> Any:
     """A field of a dataclass of settings: `dataclasses.field` with what `check` needs as metadata.
@@ -52,6 +53,7 @@ def setting(
         `most` are allowed values, `above` and `below` are not.
       expected: ends the sentence of an error, in place of words made from the limits.
       free: whether the value may differ when a run is resumed.
+      decided: whether it may differ then where a person says so (--override).
       was: the setting's older name; training folders of before have it.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
@@ -63,6 +65,7 @@ def setting(
             "limits": {name: value for name, value in limits.items() if value is not None},
             "expected": expected,
             "free": free,
+            "decided": decided,
             "was": was,
         },
     )

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ogdm_jax.config.fields import ConfigError, parse, suggestion
-from ogdm_jax.config.groups import GROUPS, Config, flatten, make, plain, resolve
+from ogdm_jax.config.groups import GROUPS, Config, flatten, plain, resolve
 
 SHIPPED = Path(__file__).parent.parent / "configs"  # in a checkout a link to configs/ at the top
 
@@ -187,45 +187,3 @@ def _decoded(value: Any) -> Any:
             return float(value["float"])
         return {k: _decoded(v) for k, v in value.items()}
     return tuple(_decoded(v) for v in value) if isinstance(value, list) else value
-
-
-def check_same_run(saved: Config, config: Config, methods: Mapping[str, type]) -> None:
-    """Refuses to resume a training folder with settings that would make it another run.
-
-    Settings that are declared `free` may differ, and so may those of a method that neither run
-    uses.
-
-    Args:
-      methods: {method: the dataclass of its settings}, of all training methods.
-
-    Raises:
-      ConfigError: naming the first settings that differ, with both values.
-    """
-    used = set(config.methods) | set(saved.methods)
-    old, new = (_fixed(c, methods, used) for c in (saved, config))
-    differ = [
-        f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)"
-        for k in sorted(old | new)
-        if old.get(k) != new.get(k)
-    ]
-    if differ:
-        raise ConfigError(
-            f"--workdir holds a run of another configuration: {'; '.join(differ[:4])}; "
-            "expected the same settings or a new --workdir"
-        )
-
-
-def _fixed(config: Config, methods: Mapping[str, type], used: set[str]) -> dict[str, Any]:
-    """{"group.key": value} of what must stay the same in a run."""
-    groups: dict[str, Any] = {name: getattr(config, name) for name in GROUPS}
-    fixed: dict[str, Any] = {"seed": config.seed, "task": config.task, "methods": config.methods}
-    for name, values in config.others.items():
-        if name not in methods:
-            fixed |= flatten(_decoded(_encoded(dict(values))), f"{name}.")
-        elif name in used:
-            groups[name] = make(methods[name], values, name)
-    for name, group in groups.items():
-        for field, declared in type(group).__dataclass_fields__.items():
-            if not declared.metadata.get("free"):
-                fixed[f"{name}.{field}"] = getattr(group, field)
-    return fixed

@@ -17,6 +17,7 @@ SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
 GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad", "trailing", "pndm")
 Settings = TypeVar("Settings")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
+_decided = functools.partial(setting, decided=True)  # may differ then with --override
 
 
 class _Checked:
@@ -34,39 +35,39 @@ class _Checked:
 class Data(_Checked):
     """Where images come from and how they are batched and augmented."""
 
-    source: str = setting(
+    source: str = _decided(
         "tfds:cifar10/train",
         "digits, mnist5k, tfds:NAME/SPLIT, folder:DIR, zip:FILE, npz:FILE, cifar10:FILE",
     )
     data_dir: str = _free("", "where prepared tfds sets lie; '' = tfds's own default")
-    batch: int = setting(
+    batch: int = _decided(
         512, "images per step over all devices", least=1, expected="a positive number of images"
     )
     conditional: bool = setting(False, "the network sees class labels")
-    label_dropout: float = setting(
+    label_dropout: float = _decided(
         0.0,
         "share of labels hidden in training (for classifier-free guidance)",
         least=0,
         most=1,
         expected="a probability",
     )
-    xflip: bool = setting(
+    xflip: bool = _decided(
         False, "unlabelled horizontal flips; they become part of the data distribution"
     )
-    augment: float = setting(
+    augment: float = _decided(
         0.12,
         "probability of EDM's labelled augmentation; 0 = off",
         least=0,
         most=1,
         expected="a probability",
     )
-    resolution: int = setting(
+    resolution: int = _decided(
         0,
         "crop images to squares and resize them to this side; 0 = as stored",
         least=0,
         expected="a number of pixels, or 0 for images as stored",
     )
-    channels: int = setting(0, "1 or 3; 0 = as stored")
+    channels: int = _decided(0, "1 or 3; 0 = as stored")
     memory_limit: float = _free(
         2.0,
         "GiB; smaller sets are kept in memory as one array",
@@ -98,7 +99,7 @@ class Network(_Checked):
     channel_mult: tuple[int, ...] = setting((2, 2, 2), "width of each level over the first's")
     num_blocks: int = setting(4, "residual blocks per level", least=1)
     attn_resolutions: tuple[int, ...] = setting((16,), "sides at which blocks attend")
-    dropout: float = setting(
+    dropout: float = _decided(
         0.13, "share of dropped units", least=0, below=1, expected="a probability below 1"
     )
     embedding_type: str = setting("positional", "song: positional, or fourier (NCSN++)")
@@ -112,12 +113,12 @@ class Network(_Checked):
         True, "openai: the embedding scales and shifts (use_scale_shift_norm)"
     )
     resblock_updown: bool = setting(False, "openai: residual blocks resample")
-    dtype: str = setting(
+    dtype: str = _decided(
         "float32",
         "compute type; parameters stay float32",
         choices=("float32", "bfloat16"),
     )
-    remat: bool = setting(False, "recompute activations in the backward pass")
+    remat: bool = _free(False, "recompute activations in the backward pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,34 +147,37 @@ class Precondition(_Checked):
 class Noise(_Checked):
     """The distribution of the noise levels of training."""
 
-    distribution: str = setting(
+    distribution: str = _decided(
         "edm",
         "edm (log-normal), vp, ve, or ddpm (uniform over the discrete process)",
         choices=("edm", "vp", "ve", "ddpm"),
         was="law",
     )
-    mean: float = setting(-1.2, "edm: of ln sigma")
-    std: float = setting(1.2, "edm: of ln sigma", above=0)
-    clip: bool = setting(
+    mean: float = _decided(-1.2, "edm: of ln sigma")
+    std: float = _decided(1.2, "edm: of ln sigma", above=0)
+    clip: bool = _decided(
         False,
         "clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)",
     )
-    stratified: bool = setting(False, "spread the quantiles of a batch evenly")
+    stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim(_Checked):
     """Adam."""
 
-    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
-    ramp: str = setting("10 Mimg", "linear warm-up from 0")
-    decay: str = setting("0 steps", "linear decay to 0 over this length; 0 = constant")
-    betas: tuple[float, float] = setting(
+    learning_rate: float = _decided(1e-3, "peak learning rate", above=0)
+    ramp: str = _decided("10 Mimg", "linear warm-up from 0")
+    decay: str = _decided(
+        "0 steps",
+        "linear decay to 0 over this length; 0 = constant, train.duration = as long as the run",
+    )
+    betas: tuple[float, float] = _decided(
         (0.9, 0.999), "of Adam", least=0, below=1, expected="two numbers in [0, 1)"
     )
-    eps: float = setting(1e-8, "of Adam", above=0)
-    weight_decay: float = setting(0.0, "decoupled (AdamW)", least=0)
-    accumulate: int = setting(
+    eps: float = _decided(1e-8, "of Adam", above=0)
+    weight_decay: float = _decided(0.0, "decoupled (AdamW)", least=0)
+    accumulate: int = _free(
         1,
         "rounds per optimiser step; equals one big batch",
         least=1,
@@ -188,8 +192,8 @@ class Optim(_Checked):
 class Ema(_Checked):
     """The exponential moving average of the parameters, which samples are drawn from."""
 
-    halflife: str = setting("500 kimg", "half-life")
-    rampup: float = setting(
+    halflife: str = _decided("500 kimg", "half-life")
+    rampup: float = _decided(
         0.05,
         "half-life <= this share of the images seen; 0 = no ramp-up, as where init.workdir is set",
         least=0,
@@ -202,6 +206,13 @@ class Init(_Checked):
 
     workdir: str = setting("", "fine-tune the last checkpoint of this training folder")
     weights: str = setting("ema", "ema or params of that checkpoint")
+    step: int = _free(
+        -1,
+        "a checkpoint of that folder; without init.workdir, and where a run is resumed: go back to "
+        "this step of --workdir, with its optimiser (0 starts afresh); -1 = the newest",
+        least=-1,
+        expected="the step of a checkpoint, or -1 for the newest",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +260,8 @@ class Sample(_Checked):
         "trailing, and pndm (as the released S- and F-PNDM step)",
         choices=GRIDS,
     )
-    sigma_min: float = setting(0.002, "lowest noise level; noise.clip clips to it")
-    sigma_max: float = setting(80.0, "highest noise level; noise.clip clips to it")
+    sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it")
+    sigma_max: float = _decided(80.0, "highest noise level; noise.clip clips to it")
     rho: float = _free(7.0, "exponent of the grid", above=0)
     eta: float = _free(
         0.0, "ddim and heun: 0 = deterministic, 1 = as random as DDPM", least=0, most=1
@@ -307,13 +318,13 @@ class Config:
         dataclass.
     """
 
-    seed: int = setting(0, "of every draw", least=0)
+    seed: int = _decided(0, "of every draw", least=0)
     task: str = setting(
         "denoiser",
         "what is trained: a denoiser, or a discriminator that guides one",
         choices=("denoiser", "discriminator"),
     )
-    methods: tuple[str, ...] = setting(
+    methods: tuple[str, ...] = _decided(
         (), "training methods that are on, by name, with commas between them"
     )
     data: Data = Data()
@@ -333,7 +344,7 @@ class Config:
     def __post_init__(self) -> None:
         check(self, "")
         for key, text in flatten(self).items():
-            if key in DURATIONS:
+            if key in DURATIONS and (key, text) != ("optim.decay", WHOLE_RUN):
                 duration(text, self.data.batch, f"config.{key}")
         every, features = self.evaluate.every, self.evaluate.features
         if self.steps(every) and not features:
@@ -341,6 +352,7 @@ class Config:
 
     def steps(self, text: str) -> int:
         """Optimiser steps of one of this run's durations."""
+        text = self.train.duration if text == WHOLE_RUN else text
         return duration(text, self.data.batch)
 
     def settings(self, name: str, kind: type[Settings]) -> Settings:
@@ -357,6 +369,7 @@ GROUPS: dict[str, Any] = {
     for field in dataclasses.fields(Config)
     if dataclasses.is_dataclass(field.default)
 }
+WHOLE_RUN = "train.duration"  # as a value of optim.decay
 DURATIONS = (
     *("optim.ramp", "optim.decay", "ema.halflife", "log.every", "sample.every", "evaluate.every"),
     *("train.duration", "train.save_every", "train.keep_every"),

@@ -132,7 +132,7 @@ class Checkpoints:
           CheckpointError: the files are damaged or belong to another network.
         """
         path, trees = self.folder / str(step), _split(plan.shapes(like))
-        stored = _stored(path, "state")
+        stored = item_tree(path, "state")
         if older.is_older(stored):
             trees["state"] = older.as_older(trees["state"], stored)
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
@@ -348,7 +348,7 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
 
     Of a network that does not fit, orbax says less, and that in several threads.
     """
-    stored = _stored(snapshot.path, "ema")
+    stored = item_tree(snapshot.path, "ema")
     there, here = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
@@ -370,7 +370,7 @@ def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
         )
 
 
-def _stored(path: epath.Path, item: str) -> PyTree:
+def item_tree(path: epath.Path, item: str) -> PyTree:
     """The tree of a checkpoint's item with what is known of each leaf; no array is read."""
     # a Checkpointer would warn of other metadata
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:

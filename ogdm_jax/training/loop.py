@@ -18,7 +18,7 @@ from etils import epath
 from ogdm_jax import cluster, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs
+from ogdm_jax.training import logs, resume
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
@@ -69,7 +69,7 @@ def train(
     check_evaluation(config)
     resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
     if resumes:
-        configs.check_same_run(find(workdir).config, config, discovery.settings_types())
+        resume.check(workdir, find(workdir), config, discovery.settings_types())
     run = task.build(config, plan, workdir, log)
     profiles.check(profile, run.steps)
     # Read before the loop writes anything.

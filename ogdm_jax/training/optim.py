@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ogdm_jax.config import Config
+from ogdm_jax.config import Config, require
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -31,9 +31,20 @@ def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Sched
 
 
 def rate_of(config: Config) -> optax.Schedule:
-    """`learning_rate` of config.optim."""
-    settings = config.optim
+    """`learning_rate` of config.optim.
+
+    Raises:
+      ConfigError: the rate would be 0 before the run ends.
+    """
+    settings, length = config.optim, config.train.duration
     ramp, decay = config.steps(settings.ramp), config.steps(settings.decay)
+    require(
+        decay == 0 or decay >= config.steps(length),
+        "optim.decay",
+        settings.decay,
+        f"a length of at least train.duration ({length}), after which the learning rate is 0; "
+        "train.duration to follow it, or 0 steps for a constant rate",
+    )
     return learning_rate(settings.learning_rate, ramp, decay)
 
 
