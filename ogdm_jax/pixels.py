@@ -64,7 +64,8 @@ def check_floats(dtype: np.dtype, name: str = "images") -> None:
     """Raises ValueError for integers where only floating-point numbers can be computed with."""
     if dtype.kind not in "fV":
         raise ValueError(
-            f"{name}: type {dtype}; expected floats in [-1, 1] (pixels.to_float makes them of uint8)"
+            f"{name}: type {dtype}; expected floats in [-1, 1] (pixels.to_float makes them of "
+            "uint8)"
         )
 
 
