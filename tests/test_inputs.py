@@ -32,15 +32,6 @@ def test_colour_is_not_measured_by_a_grey_model(tmp_path):
             open_input(str(where), (8, 8, 1))
 
 
-def test_a_mask_of_zeros_and_ones_hides_its_zeros(tmp_path):
-    seen = np.ones((8, 8), np.uint8)
-    seen[1:5, 2:6] = 0
-    Image.fromarray(seen).save(tmp_path / "mask.png")
-    mask = mask_of(tmp_path / "mask.png", 8)
-    assert mask.shape == (2, 8, 8, 1) and (mask[0] == 0).sum() == 16
-    np.testing.assert_array_equal(mask[1, ..., 0], seen)
-
-
 def test_mask_and_picture_are_cropped_alike(tmp_path):
     picture = np.zeros((8, 16), np.uint8)
     picture[:, 12:] = 255
@@ -50,8 +41,61 @@ def test_mask_and_picture_are_cropped_alike(tmp_path):
     assert mask_of(tmp_path / "mask.png", 8).min() == 1  # what it hides lies outside the crop
 
 
-@pytest.mark.parametrize("value", [0, 1, 255])
-def test_a_mask_that_says_nothing_is_refused(tmp_path, value):
-    Image.new("L", (8, 8), value).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match="mask.png hides (all|none) of its pixels"):
-        mask_of(tmp_path / "mask.png", 8)
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _rgba() -> Image.Image:
+    pixels = np.full((8, 8, 4), (40, 40, 40, 255), np.uint8)
+    pixels[:2, :2] = (200, 10, 10, 0)  # a colour under a transparent corner
+    return Image.fromarray(pixels)
+
+
+def _gradient() -> np.ndarray:
+    return np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+
+
+AS_PEOPLE_HAVE_THEM = {
+    "turned.jpg": lambda path: Image.fromarray(_gradient()).save(path, quality=100, exif=_exif(6)),
+    "mirrored.png": lambda path: Image.fromarray(_gradient()).save(path, exif=_exif(2)),
+    "corner.png": lambda path: _rgba().save(path),
+    "deep.png": lambda path: Image.fromarray(_gradient().astype("u2") * 257).save(path),
+    "deep.tif": lambda path: Image.fromarray(_gradient().astype("u2") * 257).save(path),
+    "palette.gif": lambda path: Image.fromarray(_gradient()).convert("P").save(path),
+    "bit.png": lambda path: Image.fromarray(_gradient()).convert("1").save(path),
+    "grey.png": lambda path: Image.fromarray(_gradient()).convert("LA").save(path),
+    "colour.bmp": lambda path: Image.fromarray(_gradient()).convert("RGB").save(path),
+    "print.jpg": lambda path: Image.fromarray(_gradient()).convert("CMYK").save(path),
+    "wide.png": lambda path: Image.fromarray(np.hstack([_gradient()] * 2)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_that_of_its_folder(tmp_path, name, channels):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    AS_PEOPLE_HAVE_THEM[name](folder / name)
+    shape = (8, 8, channels)
+    try:
+        truth = open_source(f"folder:{folder}", None, 8, channels).images
+    except ValueError as error:
+        with pytest.raises(ValueError) as refused:
+            open_input(str(folder / name), shape)
+        for other in (refused.value, error):
+            assert "has colour where grey images are expected" in str(other)
+        return
+    assert truth.shape == (1, *shape)
+    for where in (folder, folder / name):
+        np.testing.assert_array_equal(open_input(str(where), shape).images, truth)
+
+
+def test_upright_and_on_white(tmp_path):
+    AS_PEOPLE_HAVE_THEM["turned.jpg"](tmp_path / "turned.jpg")
+    found = open_input(str(tmp_path / "turned.jpg"), (8, 8, 1)).images[0, ..., 0].astype(int)
+    assert abs(found - np.rot90(_gradient(), -1)).max() < 12
+    AS_PEOPLE_HAVE_THEM["corner.png"](tmp_path / "corner.png")
+    found = open_input(str(tmp_path / "corner.png"), (8, 8, 3)).images[0]
+    assert (found[:2, :2] == 255).all() and (found[2:] == 40).all()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ogdm_jax import pixels
 from ogdm_jax.data import SourceError, open_pictures, open_source, pictures
-from ogdm_jax.data.pictures import PictureError, decode, fit, read, read_mask, with_channels
+from ogdm_jax.data.pictures import PictureError, decode, read, with_channels
 
 pytestmark = pytest.mark.fast
 
@@ -197,45 +197,6 @@ def test_equal_channels_are_grey_and_colour_is_not():
     np.testing.assert_array_equal(with_channels(grey, 3), np.repeat(grey, 3, -1))
     with pytest.raises(PictureError, match="channels=3"):
         with_channels(random(4, 4, 3), 1)
-
-
-@pytest.mark.parametrize("kind", ["0 and 1", "0 and 255", "16 bits", "palette", ".npy"])
-def test_masks_as_people_have_them(tmp_path, kind):
-    seen = np.ones((8, 8), np.uint8)
-    seen[2:6, 3:7] = 0
-    path = tmp_path / ("mask.npy" if kind == ".npy" else "mask.png")
-    if kind == ".npy":
-        np.save(path, seen.astype(bool))
-    elif kind == "palette":
-        image = Image.fromarray(seen).convert("P")
-        image.putpalette([0, 0, 0, 255, 255, 255])
-        image.save(path)
-    else:
-        scale = {"0 and 1": 1, "0 and 255": 255}.get(kind, 65535)
-        Image.fromarray(seen.astype("u2" if scale > 255 else "u1") * scale).save(path)
-    mask = read_mask(path, 8)
-    assert mask.shape == (8, 8, 1) and mask.dtype == np.float32
-    np.testing.assert_array_equal(mask[..., 0], seen)
-
-
-def test_a_mask_is_cropped_as_the_picture_is(tmp_path):
-    seen = np.full((8, 16), 255, np.uint8)
-    seen[:, 12:] = 0  # right of the square in the middle
-    Image.fromarray(seen).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png", 8).min() == 1
-    seen[:, 10:] = 0
-    Image.fromarray(seen).save(tmp_path / "mask.png")
-    for side in (4, 8, 16):
-        mask = read_mask(tmp_path / "mask.png", side)
-        np.testing.assert_array_equal(mask, fit(seen[..., None], side, nearest=True) / 255)
-        assert mask.sum() == side * side * 6 / 8
-
-
-@pytest.mark.parametrize("value,words", [(0, "all"), (255, "none")])
-def test_a_mask_that_hides_all_or_none_is_refused(tmp_path, value, words):
-    Image.new("L", (8, 8), value).save(tmp_path / "mask.png")
-    with pytest.raises(PictureError, match=f"mask.png hides {words} of its pixels"):
-        read_mask(tmp_path / "mask.png", 8)
 
 
 def test_a_notebook_displays_what_show_returns():

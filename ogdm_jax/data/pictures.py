@@ -89,38 +89,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def read_mask(path: str | os.PathLike, resolution: int) -> np.ndarray:
-    """A mask of a picture or .npy file, float32 [resolution,resolution,1]: 1 seen, 0 hidden.
-
-    A pixel is seen where it is brighter than half of the brightest one, so masks of 0 and 1, of 0
-    and 255 and of False and True mean the same. The mask is cropped as `fit` crops the picture.
-
-    Raises:
-      PictureError: unreadable, of another shape, or a mask that hides every pixel or none.
-    """
-    if os.fspath(path).endswith(".npy"):
-        try:
-            with places.place(path).open("rb") as file:
-                values = np.load(file).astype(np.float32)
-        except (OSError, ValueError, EOFError) as error:
-            raise PictureError(f"{path} is no readable .npy ({type(error).__name__})") from None
-        if values.ndim == 2:
-            values = values[..., None]
-        if values.ndim != 3 or not np.isfinite(values).all():
-            raise PictureError(
-                f"{path} has shape {values.shape}; expected numbers [h,w] or [h,w,channels]"
-            )
-    else:
-        values = read(path).astype(np.float32)
-    grey = values.mean(axis=-1, keepdims=True)
-    seen = grey > max(float(grey.max()), 0.0) / 2
-    if seen.all() or not seen.any():
-        what = "none" if seen.all() else "all"
-        raise PictureError(
-            f"{path} hides {what} of its pixels; expected black where pixels are hidden and white "
-            "where they are seen"
-        )
-    return (fit(seen * np.uint8(255), resolution, nearest=True) > 0).astype(np.float32)
+def opacity(content: bytes) -> np.ndarray | None:
+    """The alpha channel of a picture that `decode` reads, uint8 [h,w]; None where it has none."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        if "A" not in image.getbands() and "transparency" not in image.info:
+            return None
+        if image.mode.startswith("I"):  # one of 65,536 grey levels is to be seen through
+            return np.where(np.asarray(image) == image.info["transparency"], 0, 255)
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
 
 
 def fit(image: np.ndarray, resolution: int | None, nearest: bool = False) -> np.ndarray:

@@ -13,8 +13,7 @@ import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.config import ConfigError, check, setting
-from ogdm_jax.data import pictures
-from ogdm_jax.inverse import degradations, networks, operators
+from ogdm_jax.inverse import degradations, given, networks, operators
 from ogdm_jax.inverse.operators import Operator
 from ogdm_jax.typing import PyTree
 
@@ -28,10 +27,11 @@ class Settings:
     Attributes:
       noise: standard deviation of Gaussian noise on y, images in [-1, 1].
       poisson: counts per grey level of Poisson noise instead; 0: none.
-      mask: "random", "box" or a picture of which black pixels are hidden.
+      mask: "random", "box" or a picture or .npy of which black pixels are hidden.
       factor: of super-resolution.
       blur: standard deviation of the Gaussian, or side of the other blurs' kernel; None: by the
         size of the images.
+      kernel: a picture or .npy of the other blurs' kernel; "": one drawn at random.
       network: "FILE.py:FUNCTION", images [B,H,W,C] in [-1, 1] -> features, for style, embedding and
         segmentation.
     """
@@ -42,7 +42,9 @@ class Settings:
     poisson: float = setting(
         0.0, "Poisson noise of so many counts per grey level instead", least=0, below=np.inf
     )
-    mask: str = setting("random", "random, box, or a picture of which black pixels are hidden")
+    mask: str = setting(
+        "random", "random, box, or a picture or .npy of which black pixels are hidden"
+    )
     factor: int = setting(4, "reduction of super_resolution", least=1)
     blur: float | None = setting(
         None,
@@ -51,6 +53,7 @@ class Settings:
         below=np.inf,
         expected="a positive number of pixels",
     )
+    kernel: str = setting("", "motion blur: picture or .npy of the kernel; default: a random one")
     network: str = setting("", "FILE.py:FUNCTION, images [n,h,w,c] in [-1, 1] to features")
 
     def __post_init__(self) -> None:
@@ -111,6 +114,12 @@ def _deblur(settings: Settings, shape: Shape) -> Operator:
 
 def _motion(settings: Settings, shape: Shape) -> np.ndarray:
     """The one kernel of the blurs that are no Gaussian."""
+    if settings.kernel:
+        if settings.blur is not None:
+            raise ConfigError(
+                f"--task.blur: {settings.blur:g} given with --task.kernel; expected one of them"
+            )
+        return given.kernel(settings.kernel)
     wide = max(round(61 * shape[0] / 256), 7) if settings.blur is None else settings.blur
     if wide < 2:
         raise ConfigError(
@@ -121,6 +130,11 @@ def _motion(settings: Settings, shape: Shape) -> np.ndarray:
 
 def _nonlinear_deblur(settings: Settings, shape: Shape) -> Operator:
     network = load_function(settings.network) if settings.network else None
+    if network is not None and (settings.kernel or settings.blur is not None):
+        option = "kernel" if settings.kernel else "blur"
+        raise ConfigError(
+            f"--task.{option}: given with --task.network, which blurs; expected one of them"
+        )
     return operators.nonlinear_blur(_motion(settings, shape), network=network)
 
 
@@ -138,17 +152,13 @@ def _inpaint(settings: Settings, shape: Shape) -> Task:
 
 
 def _mask_of(where: str, side: int) -> np.ndarray:
-    """[side,side,1]: 0 where a picture is black."""
-    path = places.place(where, "--task.mask")
-    if not path.is_file():
+    """[side,side,1]: 0 where a picture or an array is black."""
+    if not places.place(where, "--task.mask").is_file():
         raise ConfigError(
-            f"--task.mask: {where!r} given; expected random, box or a picture of which black "
-            "pixels are hidden"
+            f"--task.mask: {where!r} given; expected random, box or a picture (or .npy) of which "
+            "black pixels are hidden"
         )
-    try:
-        return pictures.read_mask(path, side)
-    except pictures.PictureError as error:
-        raise ConfigError(f"--task.mask: {error}") from None
+    return given.mask(where, side)
 
 
 def _rng(seed: int) -> np.random.Generator:
@@ -182,8 +192,10 @@ _KINDS: dict[str, _Kind] = {
         lambda settings, shape: operators.super_resolution(settings.factor, shape[0]), ("factor",)
     ),
     "deblur": _Kind(_deblur, ("blur",)),
-    "motion_deblur": _Kind(lambda s, shape: operators.motion_blur(_motion(s, shape)), ("blur",)),
-    "nonlinear_deblur": _Kind(_nonlinear_deblur, ("blur", "network")),
+    "motion_deblur": _Kind(
+        lambda s, shape: operators.motion_blur(_motion(s, shape)), ("blur", "kernel")
+    ),
+    "nonlinear_deblur": _Kind(_nonlinear_deblur, ("blur", "kernel", "network")),
     "phase_retrieval": _Kind(lambda settings, shape: operators.phase_retrieval()),
     "high_dynamic_range": _Kind(lambda settings, shape: operators.high_dynamic_range()),
     "denoise": _Kind(lambda settings, shape: operators.identity()),
