@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax import pixels
 from ogdm_jax.config import Config, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -110,12 +111,14 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
     height, width, channels = image_shape
     net: Any = config.network
     levels = 2 ** (len(net.channel_mult) - 1)
+    side = max(min(height, width) // levels, 1) * levels
+    fewer = f", or give fewer levels than network.channel_mult={tuple(net.channel_mult)}"
     require(
         height == width and height % levels == 0,
-        "network.channel_mult",
-        tuple(net.channel_mult),
-        f"a number of levels whose {levels}-fold reduction divides square images (the source has "
-        f"{height}x{width})",
+        "data.resolution",
+        config.data.resolution,
+        f"square images with a side that {levels} divides ({len(net.channel_mult)} levels), and "
+        f"these are {width} x {height}: {pixels.crop_all(side)}{fewer * (levels > 1)}",
     )
     conditional = config.data.conditional
     require(

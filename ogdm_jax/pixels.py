@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 FAR = 3.0  # numbers beyond it are of another range than [-1, 1], not samples that overshoot
 
 
+def crop_all(side: int) -> str:
+    """What a person gives to make squares of one size of all images, for a sentence."""
+    return (
+        f"crop and resize them by --config.data.resolution={side} (train.py, ogdm plan), or once "
+        f"for all by ogdm data prepare SOURCE --resolution {side} --out PLACE, whose result "
+        "evaluate.py takes too"
+    )
+
+
 def to_float(images: "Images", dtype: np.dtype | type = np.float32) -> "Images":
     """uint8 images as image / 127.5 - 1; floating-point numbers as they are.
 
@@ -36,7 +45,8 @@ def to_uint8(images: npt.ArrayLike) -> np.ndarray:
     an image that `to_float` made comes back unchanged. uint8 images pass as they are.
 
     Raises:
-      ValueError: NaN or infinity (the images [n,h,w,c] are named), or integers that are not uint8.
+      ValueError: NaN or infinity (the images [n,h,w,c] are named), integers that are not uint8, or
+        whole numbers of 0 to 255 as floats.
     """
     images = np.asarray(images)
     check_type(images.dtype)
@@ -47,6 +57,12 @@ def to_uint8(images: npt.ArrayLike) -> np.ndarray:
     if not np.isfinite(images).all():
         raise ValueError(
             f"images: {which(~np.isfinite(images))} NaN or infinity; expected numbers in [-1, 1]."
+        )
+    # Samples may leave [-1, 1] and are clipped; levels of 0 to 255 would all become white.
+    if images.max(initial=0) > FAR and images.min() >= 0 and (images == np.rint(images)).all():
+        raise ValueError(
+            f"images: whole numbers from {images.min():g} to {images.max():g} of type "
+            f"{images.dtype}; expected uint8, or numbers in [-1, 1]."
         )
     return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8)
 

@@ -156,7 +156,7 @@ def test_what_is_no_picture_says_why(tmp_path):
             read(tmp_path / "a.tif")
         with pytest.raises(SourceError, match=f"a.tif {words}.*; replace or remove it"):
             open_source(f"folder:{tmp_path}")
-    with pytest.raises(PictureError, match="none.png is no readable image \\(FileNotFoundError\\)"):
+    with pytest.raises(PictureError, match="none.png is no readable image \\(No such file"):
         read(tmp_path / "none.png")
 
 

@@ -163,7 +163,9 @@ def test_a_damaged_zip_member_is_named(tmp_path, compressed):
         (tmp_path / "a.zip").write_bytes(bad)
         source = open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)
         source[0]
-        with pytest.raises(SourceError, match=r"b.png is no readable image \(\w+\)"):
+        with pytest.raises(
+            SourceError, match=r"b.png is no readable image \(.*(checksum|begins where)"
+        ):
             source[1]
     (tmp_path / "a.zip").write_bytes(good)
     lost = open_source(f"zip:{tmp_path}/a.zip", memory_limit=0)
@@ -171,7 +173,7 @@ def test_a_damaged_zip_member_is_named(tmp_path, compressed):
         tmp_path / "a.zip"
     ).unlink()  # the first image was read when it was opened: the file is still held
     assert lost.take(np.array([1]))["image"].shape == (1, 8, 8, 3)
-    with pytest.raises(SourceError, match=r"a.png is no readable image \(FileNotFoundError\)"):
+    with pytest.raises(SourceError, match=r"a.png is no readable image \(No such file"):
         pickle.loads(pickle.dumps(lost))[0]
 
 

@@ -1,17 +1,21 @@
 """Image sets that are arrays: two from Python packages, .npz files, CIFAR-10's own archive."""
 
 import lzma
+import math
 import operator
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Container, Sequence
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ogdm_jax.data.base import SourceError
+from ogdm_jax.data.labels import SourceError
+from ogdm_jax.data.pictures import what_is
 from ogdm_jax.places import files_below, place
 
 DIGIT_NAMES = tuple("0123456789")
@@ -28,6 +32,9 @@ CIFAR10_NAMES = (
     "truck",
 )
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
+_NAME_KEYS = ("label_names", "class_names")
+_NPY = b"\x93NUMPY"  # how an .npy begins
+_OURS = ("seeds", "about")  # what sample.py and the discriminator's training write beside images
 # What numpy raises for an .npz that is cut, altered, encrypted, of an unknown compression or of
 # impossible sizes.
 DAMAGED = (
@@ -45,11 +52,12 @@ _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
 
 class Arrays(NamedTuple):
-    """Images [N,H,W,C] or [N,H,W], labels [N] or [N,k] or None, and class names where known."""
+    """Images [N,H,W,C] or [N,H,W], labels [N] or [N,k] or None, class names where known, notes."""
 
     images: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def digits() -> Arrays:
@@ -92,42 +100,91 @@ def npz(name: str, path: str) -> Arrays:
       SourceError: missing, damaged, without images, or with conditions that cannot be met.
     """
     file, _, conditions = path.partition("?")
-    arrays = _load(name, file)
-    key = next((key for key in _IMAGE_KEYS if key in arrays), None)
-    if key is None:
+    arrays, ignored = _load(name, file, everything=bool(conditions))
+    image, label, names = (_first(arrays, keys) for keys in (_IMAGE_KEYS, _LABEL_KEYS, _NAME_KEYS))
+    if image is None:
         raise SourceError(
-            f"{name}: has arrays {sorted(arrays)}; expected the images under "
+            f"{name}: has arrays {sorted({*arrays, *ignored})}; expected the images under "
             f"{', '.join(_IMAGE_KEYS)}"
         )
-    images, labels = arrays[key], next((arrays[k] for k in _LABEL_KEYS if k in arrays), None)
+    images, labels = arrays[image], None if label is None else arrays[label]
     if images.ndim not in (3, 4):
         raise SourceError(
             f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3"
         )
-    if labels is not None and len(labels) != len(images):
+    if labels is not None and len(np.atleast_1d(labels)) != len(images):
         raise SourceError(
-            f"{name}: has {len(labels)} labels for {len(images)} images; expected one label per "
-            "image"
+            f"{name}: has {len(np.atleast_1d(labels))} labels for {len(images)} images; expected "
+            "one label per image"
         )
     if conditions:
         keep = _select(name, conditions, arrays, len(images))
         images, labels = images[keep], None if labels is None else labels[keep]
-    return Arrays(images, labels, tuple(str(n) for n in arrays.get("label_names", ())))
+    words = () if names is None else tuple(str(n) for n in np.atleast_1d(arrays[names]))
+    notes = [f"reads no other arrays than {image!r}: {', '.join(ignored)}"] if ignored else []
+    return Arrays(images, labels, words, tuple(notes))
 
 
-def _load(name: str, file: str) -> dict[str, np.ndarray]:
-    if not place(file).is_file():
+def _first(arrays: Container[str], role: Sequence[str]) -> str | None:
+    return next((key for key in role if key in arrays), None)
+
+
+def _load(name: str, file: str, everything: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of an .npz that are images, labels and their names, or everything; and the names
+    of the others. An .npy is one array of images.
+    """
+    path = place(file)
+    if not path.is_file():
+        what = "a folder: open it as folder:" if path.is_dir() else "not there"
         raise SourceError(
-            f"{name}: there is no file {file}; expected an .npz with uint8 images [N,H,W,C] under "
-            "'image'"
+            f"{name}: there is no file {file} (it is {what}); expected an .npz with uint8 images "
+            "[N,H,W,C] under 'image'"
         )
+    roles = (_IMAGE_KEYS, _LABEL_KEYS, _NAME_KEYS)
     try:
-        with place(file).open("rb") as handle, np.load(handle) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (*DAMAGED, AttributeError) as error:
+        with path.open("rb") as handle:
+            if handle.read(len(_NPY)) == _NPY:
+                _check_header(handle, path.stat().length)
+                handle.seek(0)
+                return {"image": np.load(handle)}, []
+            handle.seek(0)
+            with np.load(handle) as archive:
+                keys = list(archive.files)
+                kept = [key for role in roles for key in keys if key == _first(keys, role)]
+                kept = keys if everything else kept
+                for key in kept:
+                    _check_member(archive.zip, key)
+                arrays = {key: archive[key] for key in kept}
+            return arrays, [key for key in keys if key not in (*kept, *_OURS)]
+    except (*DAMAGED, AttributeError, TypeError, struct.error) as error:
+        with path.open("rb") as handle:
+            what = what_is(handle.read(64))
+        words = what if what and "zip" not in what else " ".join(str(error).split())[:120]
         raise SourceError(
-            f"{name}: {file} is no readable .npz of plain arrays ({type(error).__name__})"
+            f"{name}: {file} is no readable .npz of plain arrays ({words or type(error).__name__})"
         ) from None
+
+
+def _check_member(archive: zipfile.ZipFile, key: str) -> None:
+    """ValueError for an array of an .npz that says of more bytes than it has, or holds objects."""
+    member = archive.getinfo(f"{key}.npy" if f"{key}.npy" in archive.NameToInfo else key)
+    with archive.open(member) as file:
+        if file.read(len(_NPY)) == _NPY:
+            try:
+                _check_header(file, member.file_size)
+            except ValueError as error:
+                raise ValueError(f"array {key!r} {error}") from None
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """As `_check_member`, of an .npy file of `size` bytes read as far as its first six."""
+    version = tuple(file.read(2))
+    header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    shape, _, dtype = header[min(max(version[0], 1), 2)](file)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects, which are not read: save numbers or texts")
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"says it has the shape {shape}, and has {size} bytes")
 
 
 def cifar10(name: str, path: str) -> Arrays:

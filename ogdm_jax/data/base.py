@@ -9,13 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ogdm_jax.data import identity
+from ogdm_jax.data.labels import SourceError, normal
 from ogdm_jax.data.pictures import PictureError, fit, with_channels
+from ogdm_jax.pixels import crop_all
 
 Label: TypeAlias = int | np.ndarray | None  # a class, a float vector [k], or no label
-
-
-class SourceError(ValueError):
-    """An image set cannot be used: one sentence that says which one, why, and how to prepare it."""
 
 
 @runtime_checkable
@@ -176,8 +174,8 @@ class Source:
         if image.shape != self.shape:
             size, expected = (f"{s[1]}x{s[0]}" for s in (image.shape, self.shape))
             raise SourceError(
-                f"{where}: is {size} where {self._stored.where(0)} is {expected}; pass a "
-                "resolution to crop and resize all"
+                f"{where}: is {size} where {self._stored.where(0)} is {expected}; "
+                f"{crop_all(min(self.shape[:2]))}"
             )
         return image
 
@@ -189,6 +187,7 @@ def from_arrays(
     class_names: Sequence[str] = (),
     resolution: int | None = None,
     channels: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Source:
     """A source in memory.
 
@@ -199,36 +198,28 @@ def from_arrays(
       class_names: one per class, or none.
       resolution: centre-crop and resize to this side.
       channels: 1 or 3; None: as given.
+      notes: what was left out or chosen, a sentence each.
 
     Raises:
       SourceError: other types or shapes, no images, or colour where channels is 1.
     """
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8:
-        raise SourceError(
-            f"{name}: images have type {images.dtype}; expected uint8 with values 0 to 255"
-        )
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise SourceError(
-            f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3"
-        )
-    if len(images) == 0:
-        raise SourceError(f"{name}: holds no images; expected at least one")
+    images = images[..., None] if images.ndim == 3 and images.shape[-1] not in (1, 3) else images
+    _check_array(name, images)
     if resolution is not None and images.shape[1:3] != (resolution, resolution):
         images = np.stack([fit(image, resolution) for image in images])
     if channels not in (None, images.shape[-1]):
         images = np.stack([_with_channels(image, channels, name) for image in images])
-    found = None if labels is None else normal_labels(name, labels, len(images))
     height, width, depth = images.shape[1:]
-    return Source(
-        name,
-        (height, width, depth),
-        _count_classes(found, class_names),
-        tuple(class_names),
-        images,
-        found,
-        _label_size(found),
-        hashes=_hashes(identity.of_array(images), found),
+    return _with_labels(
+        Source(
+            name,
+            (height, width, depth),
+            class_names=tuple(class_names),
+            images=images,
+            hashes={"contents": identity.of_array(images)},
+            notes=tuple(notes),
+        ),
+        labels,
     )
 
 
@@ -247,20 +238,17 @@ def from_reader(
     if len(reader) == 0:
         raise SourceError(f"{name}: holds no images; expected at least one")
     first = _with_channels(fit(reader.read(0)[0], resolution), channels, name)
-    labels = None if labels is None else normal_labels(name, labels, len(reader))
     height, width, depth = first.shape
     source = Source(
         name,
         (height, width, depth),
-        _count_classes(labels, class_names),
-        class_names,
-        labels=labels,
-        label_size=_label_size(labels),
+        class_names=class_names,
         reader=reader,
         resolution=resolution,
-        hashes=_hashes(reader.contents() if isinstance(reader, _Known) else "", labels),
+        hashes={"contents": reader.contents()} if isinstance(reader, _Known) else {},
         notes=notes,
     )
+    source = _with_labels(source, labels)
     return source if len(reader) * first.size > memory_limit else _in_memory(source)
 
 
@@ -276,8 +264,19 @@ def fingerprint(source: Source) -> dict[str, Any]:
     return known | {"contents": "", "labels": ""} | source.hashes
 
 
-def _hashes(contents: str, labels: np.ndarray | None) -> dict[str, str]:
-    return {"contents": contents, "labels": "" if labels is None else identity.of_array(labels)}
+def _with_labels(source: Source, labels: np.ndarray | None) -> Source:
+    """The source with labels that are known ahead, or with none."""
+    if labels is None:
+        return dataclasses.replace(source, num_classes=len(source.class_names))
+    found = normal(source.name, labels, len(source), source.class_names)
+    return dataclasses.replace(
+        source,
+        num_classes=found.classes,
+        labels=found.values,
+        label_size=found.classes if found.values.ndim == 2 else 0,
+        hashes=source.hashes | {"labels": identity.of_array(found.values)},
+        notes=source.notes + found.notes,
+    )
 
 
 def _in_memory(source: Source) -> Source:
@@ -297,45 +296,50 @@ def _in_memory(source: Source) -> Source:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for start in tqdm(blocks, desc=source.name, unit="block", leave=False, disable=None):
             list(pool.map(load, range(start, min(start + 1024, len(source)), 128)))
-    labels = source.labels
-    if labels is None and (source.class_names or np.any(read_labels >= 0)):
-        labels = read_labels
-    count = _count_classes(labels, source.class_names)
-    return dataclasses.replace(source, images=images, labels=labels, num_classes=count, reader=None)
+    source = dataclasses.replace(source, images=images, reader=None)
+    if source.labels is None and (source.class_names or np.any(read_labels >= 0)):
+        known = source.hashes
+        source = dataclasses.replace(_with_labels(source, read_labels), hashes=known)
+    return source
 
 
-def normal_labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Labels as int32 [N] (-1 and above) or float32 [N,k]; SourceError for anything else."""
-    labels = np.asarray(labels)
-    if len(labels) != count:
+_RECIPES = (
+    ("fractions from 0 to 1", 0, 1, True, "np.rint(x * 255)"),
+    ("fractions from -1 to 1", -1.05, 1.05, True, "np.rint((x + 1) * 127.5)"),
+    ("numbers from 0 to 255", 0, 255, False, "np.rint(x)"),
+    ("numbers from 0 to 65535", 0, 65535, False, "(x.astype(int) + 128) // 257"),
+)
+
+
+def _check_array(name: str, images: np.ndarray) -> None:
+    """SourceError for what is no uint8 [N,H,W,1 or 3], with what makes it one."""
+    expected = "expected uint8 with values 0 to 255"
+    if images.dtype.kind in "biuf" and images.dtype != np.uint8:
+        low, high = (float(f(images)) for f in (np.min, np.max)) if images.size else (0.0, 0.0)
+        fractions = images.dtype.kind in "bf"
+        what, recipe = f"numbers from {low:g} to {high:g}", ""
+        for words, least, most, fraction, how in _RECIPES:
+            if least <= low and high <= most and (fractions or not fraction):
+                what, recipe = words, f": save {how}.astype(np.uint8)"
+                break
         raise SourceError(
-            f"{name}: has {len(labels)} labels for {count} images; expected one label per image"
+            f"{name}: images have type {images.dtype}; {expected} ({what} are in it{recipe})"
         )
-    if labels.ndim == 2 and np.issubdtype(labels.dtype, np.number):
-        return labels.astype(np.float32)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if images.dtype != np.uint8:
+        raise SourceError(f"{name}: images have type {images.dtype}; {expected}")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        hint = ""
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            hint = " (channels first: save np.moveaxis(x, 1, -1))"
+        elif images.ndim == 4 and images.shape[-1] == 4:
+            hint = " (with transparency: lay it on a ground first, or save PNG files)"
+        elif images.ndim == 3:
+            hint = " (one image: save x[None])"
         raise SourceError(
-            f"{name}: labels have type {labels.dtype} and shape {labels.shape}; expected integers "
-            "[N] or vectors [N,k]"
+            f"{name}: images have shape {images.shape}; expected [N,H,W,C] with C = 1 or 3{hint}"
         )
-    if labels.min() < -1 or labels.max() >= 2**31 - 1:
-        raise SourceError(
-            f"{name}: labels go from {labels.min()} to {labels.max()}; expected -1 (no class) or "
-            "classes from 0"
-        )
-    return labels.astype(np.int32)
-
-
-def _label_size(labels: np.ndarray | None) -> int:
-    """The length of label vectors; 0 for classes or no labels."""
-    return labels.shape[1] if labels is not None and labels.ndim == 2 else 0
-
-
-def _count_classes(labels: np.ndarray | None, class_names: Sequence[str]) -> int:
-    """The length of label vectors; else classes by name, or the largest label + 1."""
-    if labels is None:
-        return len(class_names)
-    return _label_size(labels) or max(len(class_names), int(labels.max(initial=-1)) + 1)
+    if 0 in images.shape:
+        raise SourceError(f"{name}: holds no images; expected at least one")
 
 
 def _with_channels(image: np.ndarray, channels: int | None, where: str) -> np.ndarray:

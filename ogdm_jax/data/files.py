@@ -1,30 +1,29 @@
 """Image files: folders (sub-folders are classes) and EDM's zip archives."""
 
-import json
 import os
 import struct
 import threading
 import weakref
 import zipfile
 import zlib
-from pathlib import PurePath
+from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 
-from ogdm_jax.data import identity
-from ogdm_jax.data.base import SourceError, Stored
-from ogdm_jax.data.pictures import PictureError, decode
+from ogdm_jax.data import identity, labels, listing
+from ogdm_jax.data.base import Stored
+from ogdm_jax.data.labels import SourceError
+from ogdm_jax.data.pictures import HEAD, PictureError, check_size, decode, what_is
 from ogdm_jax.places import files_below, is_local, local, place
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 # What reading a file or a zip member raises.
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
-_UNREADABLE += (NotImplementedError, RuntimeError)
+_UNREADABLE += (NotImplementedError, RuntimeError, struct.error, MemoryError, OverflowError)
 # The header of a zip member ends with the lengths of its name and of its extra field.
 _HEADER = struct.Struct("<26xHH")
 _UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
+_TABLE = "dataset.json"
 
 
 class FolderReader:
@@ -55,37 +54,45 @@ class FolderReader:
         if not is_local(self.root):
             return (place(self.root) / self.names[i]).read_bytes()
         with open(os.path.join(self.root, self.names[i]), "rb", buffering=0) as file:
-            return file.read()
+            head = file.read(HEAD)
+            size = os.fstat(file.fileno()).st_size
+            if size <= len(head):
+                return head
+            check_size(head, size)
+            return head + file.read()
 
     def read(self, i: int) -> tuple[np.ndarray, None]:
         """(uint8 [h,w,1 or 3], None): labels are known ahead."""
         try:
             return decode(self.content(i)), None
-        except PictureError as error:
-            reason = str(error)
-        except _UNREADABLE as error:
-            reason = f"is no readable image ({type(error).__name__})"
-        raise SourceError(f"{self.source}: {self.names[i]} {reason}; replace or remove it")
+        except (PictureError, *_UNREADABLE) as error:
+            raise SourceError(
+                f"{self.source}: {self.names[i]} {reason(error)}; replace or remove it (ogdm data "
+                f"check {self.source} lists every such file)"
+            ) from None
 
 
 class ZipReader(FolderReader):
     """Members of a zip archive at `places`, an index that threads and processes share.
 
     Args:
-      source, root, names: as of a folder; root is the archive.
+      source, root: as of a folder; root is the archive.
+      names: of the members, as messages and labels have them.
+      stored: their names in the archive.
       places: int64 [N, 5]: where a member's header begins, its stored and its true number of bytes,
-        its checksum and its method (-1: one that only zipfile reads: encrypted, or compressed by
-        bzip2 or lzma).
+        its checksum and its method (-1: one that only zipfile reads: compressed by bzip2 or lzma).
     """
 
-    def __init__(self, source: str, root: str, names: list[str], places: np.ndarray) -> None:
+    def __init__(
+        self, source: str, root: str, names: list[str], stored: list[str], places: np.ndarray
+    ) -> None:
         super().__init__(source, root, names)
-        self.places, self._lock = places, threading.Lock()
+        self.stored, self.places, self._lock = stored, places, threading.Lock()
         self._file: int | None = None
         self._archive: zipfile.ZipFile | None = None
 
     def __reduce__(self) -> tuple:
-        return ZipReader, (self.source, self.root, self.names, self.places)
+        return ZipReader, (self.source, self.root, self.names, self.stored, self.places)
 
     def contents(self) -> str:
         """A hash of the members' names, sizes and checksums."""
@@ -95,20 +102,23 @@ class ZipReader(FolderReader):
         """A member's bytes. Reading at a place moves no file position, so threads need no turns."""
         start, stored, size, checksum, method = self.places[i].tolist()
         if method < 0 or not is_local(self.root):
-            return self._slowly(self.names[i])
+            return self._slowly(self.stored[i], size)
         file = self._opened()
         # 512: the name and what else stands between the header and the data.
-        block = os.pread(file, _HEADER.size + stored + 512, start)
+        block = os.pread(file, _HEADER.size + min(stored, HEAD) + 512, start)
         if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
             raise zipfile.BadZipFile("no member begins where the archive's directory says")
         begin = _HEADER.size + sum(_HEADER.unpack_from(block))
         data = block[begin : begin + stored]
         if len(data) < stored:
-            data = os.pread(file, stored, start + begin)
+            left = os.fstat(file).st_size - start - begin
+            data = os.pread(file, min(stored, max(left, 0)), start + begin)
         if method == zipfile.ZIP_DEFLATED:
+            head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEAD)
+            check_size(head, size)
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))
         if len(data) != size or zlib.crc32(data) != checksum:
-            raise zipfile.BadZipFile("a member is cut short or its checksum is wrong")
+            raise zipfile.BadZipFile("it is cut short or its checksum is wrong")
         return data
 
     def _opened(self) -> int:
@@ -118,7 +128,7 @@ class ZipReader(FolderReader):
                 weakref.finalize(self, os.close, self._file)
             return self._file
 
-    def _slowly(self, name: str) -> bytes:
+    def _slowly(self, name: str, size: int) -> bytes:
         with self._lock:
             if self._archive is None:
                 if is_local(self.root):
@@ -127,7 +137,18 @@ class ZipReader(FolderReader):
                     file = place(self.root).open("rb")
                     weakref.finalize(self, file.close)  # zipfile closes only what it opened itself
                     self._archive = zipfile.ZipFile(file)
-            return self._archive.read(name)
+            with self._archive.open(name) as member:
+                head = member.read(HEAD)
+                check_size(head, size)
+                return head + member.read()
+
+
+def reason(error: Exception) -> str:
+    """What follows a file's name where it cannot be read."""
+    if isinstance(error, PictureError):
+        return str(error)
+    words = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+    return f"is no readable image ({words or type(error).__name__})"
 
 
 def open_file(path: str) -> Stored:
@@ -142,67 +163,140 @@ def open_folder(source: str, path: str) -> Stored:
     Classes are those of a dataset.json as in EDM's zip where there is one, else the sub-folders.
 
     Raises:
-      SourceError: no folder, no images, a bad dataset.json, or images both at the top and in
-        sub-folders: the former would have no class.
+      SourceError: no folder, no images, a bad dataset.json, or folders that are no classes.
     """
     root, path = place(path), _plain(path)
     if not root.is_dir():
+        what = "is a file" if root.exists() else "is not there"
         raise SourceError(
-            f"{source}: there is no folder {path}; expected a folder of images, one sub-folder a "
-            "class"
+            f"{source}: there is no folder {path} (it {what}); expected a folder of images, one "
+            "sub-folder a class"
         )
-    names = sorted(name for name in files_below(root) if PurePath(name).suffix.lower() in SUFFIXES)
+    if is_local(path):
+        files = listing.walk(source, path)
+    else:
+        files = listing.Files(files_below(root), [], [])
+
+    def head(name: str) -> bytes:
+        with (root / name).open("rb") as file:
+            return file.read(64)
+
+    names, notes = listing.pictures(files.names, head)
     if not names:
-        raise SourceError(
-            f"{source}: has no images; expected files such as CLASS/NAME.png or NAME.png in it"
-        )
-    if (root / "dataset.json").is_file():
-        labels = _json_labels(source, (root / "dataset.json").read_bytes(), names)
-        return Stored(FolderReader(source, path, names), labels)
-    classes = sorted({n.split("/")[0] for n in names if "/" in n})
-    if classes and any("/" not in n for n in names):
-        raise SourceError(
-            f"{source}: has images both at its top and in sub-folders; put every image in a "
-            "class's sub-folder"
-        )
-    number = {name: k for k, name in enumerate(classes)}
-    labels = np.array([number[n.split("/")[0]] for n in names], np.int32) if classes else None
-    return Stored(FolderReader(source, path, names), labels, tuple(classes))
+        _nothing(source, "CLASS/NAME.png or NAME.png", (*files.notes, *notes))
+    tables = [name for name in files.names if name.split("/")[-1] == _TABLE]
+    found = _classes(source, names, files.folders, tables, lambda name: (root / name).read_bytes())
+    return Stored(
+        FolderReader(source, path, names),
+        found.labels,
+        found.names,
+        (*files.notes, *notes, *found.notes),
+    )
 
 
 def open_zip(source: str, path: str) -> Stored:
-    """EDM's archive: images sorted by name, and dataset.json.
-
-    That is {"labels": [[name, integer or float vector], ...]}, or null for the list.
+    """EDM's archive, or that of a folder as `open_folder` reads it.
 
     Raises:
-      SourceError: no file, no zip archive, no images, or a bad dataset.json.
+      SourceError: no file, no zip archive, no images, a bad dataset.json, encrypted or
+        contradicting members.
     """
     if not place(path).is_file():
+        what = "a folder: open it as folder:" if place(path).is_dir() else "not there"
         raise SourceError(
-            f"{source}: there is no file {path}; make one by ogdm data prepare "
+            f"{source}: there is no file {path} (it is {what}); make one by ogdm data prepare "
             f"folder:DIR --out {path}"
         )
     try:
         with place(path).open("rb") as file, zipfile.ZipFile(file) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            table = archive.read("dataset.json") if "dataset.json" in members else None
+            return _members(source, path, archive)
+    except SourceError:
+        raise
     except _UNREADABLE as error:
+        with place(path).open("rb") as file:
+            kind = what_is(file.read(64))
+        words = kind if kind and "zip" not in kind else "cut short or damaged: "
+        words += "" if kind and "zip" not in kind else str(error) or type(error).__name__
+        raise SourceError(f"{source}: {path} is no readable zip archive ({words})") from None
+
+
+def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
+    """The pictures of an open archive."""
+    members, links, twice = {}, 0, 0
+    for member in archive.infolist():
+        name = labels.plain(member.filename)
+        if member.external_attr >> 28 == 0o12:
+            links += 1
+        elif not member.is_dir() and name:
+            other = members.setdefault(name, member)
+            twice += other is not member
+            if (other.CRC, other.file_size) != (member.CRC, member.file_size):
+                raise SourceError(
+                    f"{source}: {path} has two different members {name}; expected one: pack it "
+                    "again"
+                )
+    locked = next((name for name, member in members.items() if member.flag_bits & 1), None)
+    if locked is not None:
         raise SourceError(
-            f"{source}: {path} is no readable zip archive ({type(error).__name__})"
-        ) from None
-    names = sorted(
-        n
-        for n in members
-        if PurePath(n).suffix.lower() in SUFFIXES and not n.startswith("__MACOSX")
-    )
-    if not names:
-        raise SourceError(
-            f"{source}: has no images; expected files such as 00000/img00000000.png in it"
+            f"{source}: {path} is encrypted ({locked} asks for a password); expected a plain "
+            "archive: unpack it and pack it without one"
         )
-    labels = None if table is None else _json_labels(source, table, names)
-    places = np.array([_place(members[n]) for n in names], np.int64)
-    return Stored(ZipReader(source, _plain(path), names, places), labels)
+
+    def head(name: str) -> bytes:
+        with archive.open(members[name]) as file:
+            return file.read(64)
+
+    def table(name: str) -> bytes:
+        if members[name].file_size > (1 << 20) + (len(names) << 16):
+            raise SourceError(
+                f"{source}: {name} has {members[name].file_size} bytes for {len(names)} images; "
+                "expected a table of labels"
+            )
+        return archive.read(members[name])
+
+    names, notes = listing.pictures(members, head)
+    notes += [f"left out {links} links in the archive"] if links else []
+    notes += [f"{twice} members lie twice in the archive: read once"] if twice else []
+    if not names:
+        _nothing(source, "CLASS/NAME.png or 00000/img00000000.png", notes)
+    folders = [labels.plain(m.filename) for m in archive.infolist() if m.is_dir()]
+    tables = [name for name in members if name.split("/")[-1] == _TABLE]
+    found = _classes(source, names, folders, tables, table)
+    stored = [members[name].filename for name in names]
+    places = np.array([_place(members[name]) for name in names], np.int64)
+    reader = ZipReader(source, _plain(path), names, names if stored == names else stored, places)
+    return Stored(reader, found.labels, found.names, (*notes, *found.notes))
+
+
+def _nothing(source: str, expected: str, notes: tuple[str, ...] | list[str]) -> NoReturn:
+    left = f" ({'; '.join(notes)})" if notes else ""
+    raise SourceError(f"{source}: has no images{left}; expected files such as {expected} in it")
+
+
+def _classes(
+    source: str,
+    names: list[str],
+    folders: list[str],
+    tables: list[str],
+    read: Callable[[str], bytes],
+) -> listing.Classes:
+    """What a dataset.json says, at the top or in the one folder that all images lie in; else what
+    the folders do.
+    """
+    tops = [table.removesuffix(_TABLE) for table in sorted(tables, key=len)]
+    at = next((top for top in tops if all(name.startswith(top) for name in names)), None)
+    ignored = [f"ignores {table}: images lie beside its folder" for table in tables]
+    if at is None:
+        found = listing.classes(source, names, folders)
+        return found._replace(notes=(*found.notes, *ignored))
+    try:
+        content = read(at + _TABLE)
+    except _UNREADABLE as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{source}: {at}{_TABLE} cannot be read ({error})") from None
+    table = labels.of_json(source, content, [name[len(at) :] for name in names])
+    return listing.Classes(table.labels, table.class_names, table.notes)
 
 
 def _plain(path: str) -> str:
@@ -217,34 +311,3 @@ def _place(member: zipfile.ZipInfo) -> tuple[int, int, int, int, int]:
     )
     method = member.compress_type if plain else -1
     return member.header_offset, member.compress_size, member.file_size, member.CRC, method
-
-
-def _json_labels(source: str, content: bytes, names: list[str]) -> np.ndarray | None:
-    try:
-        pairs = json.loads(content)["labels"]
-        table = (
-            None
-            if pairs is None
-            else {str(name).replace("\\", "/"): label for name, label in pairs}
-        )
-    except (ValueError, KeyError, TypeError):
-        raise SourceError(
-            f"{source}: dataset.json is malformed; "
-            'expected {"labels": [[name, label], ...]} or null'
-        ) from None
-    if table is None:
-        return None
-    missing = next((n for n in names if n not in table), None)
-    if missing is not None:
-        raise SourceError(
-            f"{source}: dataset.json has no label for {missing}; expected one for every image, or "
-            "null"
-        )
-    labels = [table[n] for n in names]
-    try:
-        return np.array(labels)
-    except ValueError:
-        raise SourceError(
-            f"{source}: dataset.json mixes kinds of labels; expected all integers or all vectors "
-            "of one length"
-        ) from None

@@ -1,9 +1,12 @@
 """Pictures: the one reader and the one writer of image files, grids of images, and `show`."""
 
 import dataclasses
+import functools
 import io
 import math
 import os
+import re
+import struct
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +18,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ogdm_jax import places
 from ogdm_jax.pixels import to_uint8
 
+# The formats that are read, the usual ones first. Of Pillow's others some only note where another
+# program would read them, and PostScript is a program that Ghostscript would run.
+_FORMATS = (
+    "PNG JPEG GIF WEBP BMP PPM TIFF AVIF JPEG2000 QOI ICO ICNS PSD DDS SGI PCX SUN DIB XBM TGA"
+)
+# How what is no picture, but often has a picture's name, begins.
+_OTHERS = {
+    "an HTML page": (b"<!doctype html", b"<html", b"<head"),
+    "an XML file (SVG pictures are not read)": (b"<?xml", b"<svg"),
+    "a Git LFS pointer (git lfs pull gets the file)": (b"version https://git-lfs",),
+    "a zip archive": (b"pk\x03\x04",),
+    "a gzip file": (b"\x1f\x8b",),
+    "a PDF document": (b"%pdf",),
+    "a PostScript file": (b"%!ps",),
+    "JSON": (b"{", b"["),
+}
+_PIXELS = 6000  # in a byte, that no compression exceeds except of these formats
+_DENSE = ("WEBP", "AVIF", "JPEG2000")
+_LARGE = 64 << 20  # bytes of a file from which its picture's size is asked first
+HEAD = 64 << 10  # bytes that are enough for that
 # What Pillow raises for content that is cut, altered, or no picture at all.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, RuntimeError)
-_UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError)
+_UNREADABLE += (NotImplementedError, IndexError, TypeError, OverflowError, MemoryError)
+_UNREADABLE += (struct.error, AttributeError, ArithmeticError)
 # Where Pillow notes that a picture is to be turned or is transparent. TIFF notes it elsewhere.
 _CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
 _WIDE_INTEGERS = ("PNG", "PPM")  # formats whose mode "I" holds 0..65535
@@ -39,21 +63,81 @@ def read(path: str | os.PathLike) -> np.ndarray:
         raise PictureError(f"{os.fspath(path)} {error}") from None
     except OSError as error:
         raise PictureError(
-            f"{os.fspath(path)} is no readable image ({type(error).__name__})"
+            f"{os.fspath(path)} is no readable image ({error.strerror or error})"
         ) from None
 
 
-def decode(content: bytes) -> np.ndarray:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """The endings of files that are pictures, in lower case, with the dot."""
+    read = _formats()
+    return frozenset(e.lower() for e, name in Image.registered_extensions().items() if name in read)
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins so is a picture of a format that says so at its beginning."""
+    kinds = set(_formats()) & {"PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "QOI"}
+    tests = [test for kind, (_, test) in Image.OPEN.items() if kind in kinds and test]
+    return len(head) >= 16 and any(test(head) is True for test in tests)
+
+
+def what_is(head: bytes) -> str:
+    """What a file is, by how it begins, for a sentence: "an HTML page"; "" where that says nothing.
+
+    A picture is nothing of these.
+    """
+    if not head.strip(b"\0"):
+        return "nothing but zeros" if head else "an empty file"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((what for what, begins in _OTHERS.items() if start.startswith(begins)), "")
+
+
+def check_size(head: bytes, size: int) -> None:
+    """PictureError for a file of so many bytes that is no picture of a fitting size.
+
+    Args:
+      head: its first bytes, `HEAD` of them.
+      size: in bytes.
+    """
+    if size <= _LARGE:
+        return
+    try:
+        with Image.open(io.BytesIO(head), formats=_formats()) as image:
+            fits = size <= _LARGE + 16 * image.width * image.height
+    except (*_UNREADABLE, Image.DecompressionBombError):
+        fits = False
+    if not fits:
+        raise PictureError(
+            f"is no readable image ({what_is(head) or 'a file'} of {size >> 20} MB that says of no "
+            "picture so large)"
+        )
+
+
+def decode(content: bytes, found: dict[str, Any] | None = None) -> np.ndarray:
     """An encoded picture as uint8 [h,w,1] (grey) or [h,w,3] (everything else).
 
     It is turned as its EXIF data say, transparent parts are laid on white, palettes become
-    colours, and 16-bit grey is scaled to 8 bits (0..65535 to 0..255, rounded).
+    colours, and 16-bit grey is scaled to 8 bits (0..65535 to 0..255, rounded). Of several frames
+    the first is taken.
+
+    Args:
+      content: the bytes of the file.
+      found: takes "format", "mode", "size" (width and height as stored) and "frames" (whether there
+        are several) as the file has them, for reports.
 
     Raises:
-      PictureError: no picture, a damaged one, or one of 32-bit numbers.
+      PictureError: no picture, a damaged one, one too large, or one of 32-bit numbers or LAB.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            _check_claim(image, len(content))
+            facts = {"format": image.format, "mode": image.mode, "size": image.size}
             image.load()  # a PNG may say behind its pixels how it is to be turned
             plain = (
                 image.mode in ("L", "RGB")
@@ -61,11 +145,35 @@ def decode(content: bytes) -> np.ndarray:
                 and _CHANGES.isdisjoint(image.info)
             )
             array = np.asarray(image if plain else _upright(image))
+            if found is not None:
+                several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+                found |= facts | {"frames": several}
     except PictureError:
         raise
+    except UnidentifiedImageError:
+        what = what_is(content) or "of no format that is read, or its beginning is damaged"
+        raise PictureError(f"is no readable image ({what})") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.findall("[0-9]+", str(error))
+        raise PictureError(
+            f"is too large ({' of at most '.join(pixels)} pixels): reduce it with another program"
+        ) from None
     except _UNREADABLE as error:
-        raise PictureError(f"is no readable image ({type(error).__name__})") from None
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise PictureError(f"is no readable image ({reason})") from None
+    if not array.size:
+        raise PictureError("is no readable image (it has no pixels)")
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def _check_claim(image: Image.Image, size: int) -> None:
+    """Refuses a picture whose file is too short for its pixels before memory is taken for them."""
+    pixels = image.width * image.height
+    if image.format not in _DENSE and pixels > _PIXELS * size + (1 << 20):
+        raise PictureError(
+            f"is no readable image (it says {image.width} x {image.height} pixels and has {size} "
+            "bytes)"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -76,6 +184,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":
+        raise PictureError("holds LAB colours; expected grey, RGB, CMYK or a palette")
     return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 

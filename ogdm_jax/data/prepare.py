@@ -167,7 +167,8 @@ def _prepare_zip(source: Source, out: Path, bounds: Bounds) -> str:
                         archive.writestr(name, part.read(name))
         labels = _zip_labels(source, np.array(read))
         table = None if labels is None else [[member(i), label] for i, label in enumerate(labels)]
-        archive.writestr("dataset.json", json.dumps({"labels": table}))
+        about = {"labels": table} | ({"class_names": source.class_names} if table else {})
+        archive.writestr("dataset.json", json.dumps(about))
     os.rename(parts / "whole.zip", out)
     shutil.rmtree(parts)
     return f"zip:{out}"

@@ -1,11 +1,14 @@
 """Where images come from: `open_source` opens every kind of image set by its name."""
 
 import difflib
+import logging
 import os
+from collections.abc import Callable
 
 from ogdm_jax import places
 from ogdm_jax.data import arrays, files, prepared
-from ogdm_jax.data.base import Source, SourceError, from_arrays, from_reader
+from ogdm_jax.data.base import Source, Stored, from_arrays, from_reader
+from ogdm_jax.data.labels import SourceError
 
 KINDS = (
     "digits",
@@ -17,6 +20,7 @@ KINDS = (
     "cifar10:FILE[?test]",
 )
 MEMORY_LIMIT = 2 << 30
+_LOG = logging.getLogger(__name__)
 
 
 def open_source(
@@ -43,32 +47,50 @@ def open_source(
         colour set.
       memory_limit: sets of at most so many uint8 bytes are held in memory.
 
+    What was left out or chosen is logged as a warning, and is `notes` of the source.
+
     Raises:
       SourceError: missing, unprepared, empty, of mixed sizes, unreadable, of a wrong type, or of an
         unknown kind.
     """
-    _check_size(name, resolution, channels)
+    check_size(name, resolution, channels)
+    found = stored(name, data_dir, resolution)
+    if isinstance(found, Stored):
+        return _told(from_reader(name, found, resolution, channels, memory_limit))
+    return _told(from_arrays(name, *found[:3], resolution, channels, found.notes))
+
+
+def stored(
+    name: str, data_dir: str | os.PathLike | None = None, resolution: int | None = None
+) -> Stored | arrays.Arrays:
+    """A set as it is stored, before its images are read and checked; as `open_source` names it."""
     kind, _, rest = name.partition(":")
     if name == "digits":
-        return from_arrays(name, *arrays.digits(), resolution, channels)
+        return arrays.digits()
     if name == "mnist5k":
-        return from_arrays(name, *arrays.mnist5k(resolution), resolution, channels)
-    if kind in ("npz", "cifar10"):
-        read = arrays.npz if kind == "npz" else arrays.cifar10
-        found = read(name, _path(name, rest, data_dir))
-        return from_arrays(name, *found, resolution, channels)
+        return arrays.mnist5k(resolution)
     if kind == "tfds":
-        stored = prepared.open_tfds(name, rest, data_dir)
-    elif kind in ("folder", "zip"):
-        open_files = files.open_folder if kind == "folder" else files.open_zip
-        stored = open_files(name, _path(name, rest, data_dir))
-    else:
-        near = difflib.get_close_matches(kind, [k.partition(":")[0] for k in KINDS], 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SourceError(
-            f"data source {name!r} is unknown{hint}; expected one of {', '.join(KINDS)}"
-        )
-    return from_reader(name, stored, resolution, channels, memory_limit)
+        return prepared.open_tfds(name, rest, data_dir)
+    if kind in _OPENED:
+        return _OPENED[kind](name, _path(name, rest, data_dir))
+    near = difflib.get_close_matches(kind, [k.partition(":")[0] for k in KINDS], 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise SourceError(f"data source {name!r} is unknown{hint}; expected one of {', '.join(KINDS)}")
+
+
+_OPENED: dict[str, Callable[[str, str], Stored | arrays.Arrays]] = {
+    "npz": arrays.npz,
+    "cifar10": arrays.cifar10,
+    "folder": files.open_folder,
+    "zip": files.open_zip,
+}
+
+
+def _told(source: Source) -> Source:
+    """The source, once its notes have been said."""
+    for note in source.notes:
+        _LOG.warning("%s: %s", source.name, note)
+    return source
 
 
 def open_pictures(word: str, resolution: int | None = None, channels: int | None = None) -> Source:
@@ -83,8 +105,9 @@ def open_pictures(word: str, resolution: int | None = None, channels: int | None
     if name == word and "://" not in word or places.is_uri(word):
         path = places.place(word)
         if path.is_file():
-            _check_size(word, resolution, channels)
-            return from_reader(word, files.open_file(word), resolution, channels, MEMORY_LIMIT)
+            check_size(word, resolution, channels)
+            one = from_reader(word, files.open_file(word), resolution, channels, MEMORY_LIMIT)
+            return _told(one)
         if ":" not in word and word not in KINDS:
             raise SourceError(
                 f"{word!r} is no file, folder or data source; expected pictures, or one of "
@@ -110,7 +133,8 @@ def source_name(word: str) -> str:
     return f"{kind}:{word}" if kind and (uri or ":" not in word) else word
 
 
-def _check_size(name: str, resolution: int | None, channels: int | None) -> None:
+def check_size(name: str, resolution: int | None, channels: int | None) -> None:
+    """SourceError for a side or a number of channels that no image has."""
     if resolution is not None and resolution < 1:
         raise SourceError(
             f"{name}: resolution is {resolution}; expected a positive number of pixels or None"
