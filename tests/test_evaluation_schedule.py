@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ogdm_jax.config import ConfigError
-from ogdm_jax.training import evaluate, loop
-from ogdm_jax.training.checkpoint import CheckpointError, evaluations, find, ranked
+from ogdm_jax.training import evaluate, evaluations, loop
+from ogdm_jax.training.checkpoint import CheckpointError, find
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import tiny
 
@@ -102,7 +102,7 @@ def test_the_best_checkpoint_stays_through_a_resume(tmp_path, distances):
     assert _kept(tmp_path) == {8, 20} or _kept(tmp_path) == {20}  # 8 leaves with the next save
     assert find(tmp_path, "best").step == 20 and len(distances) == 5
 
-    reports = evaluations(tmp_path)
+    reports = evaluations.read(tmp_path)
     assert {step: report["fd"] for step, report in reports.items()} == DISTANCES
     assert reports[8]["n"] == 12 and reports[8]["floor"] > 0 and reports[8]["nfe"] == 5
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_an_evaluation_that_was_missed_is_made_up(tmp_path, distances):
     with pytest.raises(CheckpointError, match="no checkpoint .* was evaluated"):
         find(tmp_path, "best")
     _train(tmp_path, 6)
-    assert sorted(evaluations(tmp_path)) == [4, 6]
+    assert sorted(evaluations.read(tmp_path)) == [4, 6]
 
 
 def test_samples_are_those_of_the_command_line_on_any_devices():
@@ -137,9 +137,9 @@ def test_samples_are_those_of_the_command_line_on_any_devices():
 def test_only_distances_of_one_protocol_are_compared():
     reports = {1: {"fd": 1.0, "n": 5}, 2: {"fd": 9.0, "n": 50}, 3: {"fd": 8.0, "n": 50}}
     assert (
-        ranked(reports, [1, 2, 3]) == [3, 2]
-        and ranked(reports, [1, 2]) == [2]
-        and ranked({}, [1]) == []
+        evaluations.ranked(reports, [1, 2, 3]) == [3, 2]
+        and evaluations.ranked(reports, [1, 2]) == [2]
+        and evaluations.ranked({}, [1]) == []
     )
 
 

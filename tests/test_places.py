@@ -20,7 +20,8 @@ from ogdm_jax.data.sources import source_name
 from ogdm_jax.interop import export
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.metrics.statistics import load_statistics
-from ogdm_jax.training import checkpoint, loop
+from ogdm_jax.training import evaluations, loop
+from ogdm_jax.training.checkpoint import complete
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import bucket as buckets
 from tests.support import tiny
@@ -63,10 +64,8 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     there, here = (open_workdir(where) for where in (uri, folder))
     assert there.step == here.step == 6
     tiny.assert_trees(there.params, here.params)
-    assert (
-        checkpoint.complete(uri) == checkpoint.complete(folder) == [4, 6]
-    )  # train.keep=2: removed there, too
-    assert checkpoint.evaluations(uri)[6] == checkpoint.evaluations(folder)[6]
+    assert complete(uri) == complete(folder) == [4, 6]  # train.keep=2: removed there, too
+    assert evaluations.read(uri)[6] == evaluations.read(folder)[6]
     names = lambda root: {
         str(p.relative_to(root)).split("events")[0] for p in Path(root).rglob("*.*")
     }

@@ -130,7 +130,7 @@ def test_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(trained, tmp_pat
     for path in victims:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     out = finish(start(copy, "train.duration=20 steps", PLAIN), code=1)
-    assert "error: checkpoint" in out and "damaged" in out
+    assert "error: --workdir: every checkpoint" in out and "is damaged (" in out
     assert (copy / "checkpoints" / "10").is_dir()
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from ogdm_jax import data
 from ogdm_jax.config import ConfigError
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import checkpoint, optim, resume
+from ogdm_jax.training import arrays, optim, resume
 from ogdm_jax.training.checkpoint import Checkpoints, describe, find
 from tests.support import tiny
 
@@ -200,5 +200,5 @@ def test_a_schedule_shorter_than_the_run_is_refused():
 
 
 def test_the_tree_of_an_item(saved):
-    tree = checkpoint.item_tree(find(saved[0]).path, "state")
+    tree = arrays.item_tree(find(saved[0]).path, "state")
     assert set(tree) == {"step", "opt_state", "carry"}

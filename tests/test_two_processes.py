@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from ogdm_jax import data, parallel
+from ogdm_jax.training import evaluations
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, complete, evaluations, find
+from ogdm_jax.training.checkpoint import Checkpoints, complete, find
 from tests.support import compiling, tiny
 
 STEPS = 5
@@ -122,7 +123,7 @@ def test_two_processes_equal_one(tmp_path, plan, evaluated):
     ):
         np.testing.assert_allclose(a, b, atol=1e-3)
     if evaluated:  # each process samples its share, the lead one measures
-        two, one = (evaluations(tmp_path / name)[STEPS] for name in ("two", "one"))
+        two, one = (evaluations.read(tmp_path / name)[STEPS] for name in ("two", "one"))
         assert two["n"] == one["n"] == 45 and two["features"] == "fd_digits"
         np.testing.assert_allclose(two["fd"], one["fd"], rtol=0.02)
 

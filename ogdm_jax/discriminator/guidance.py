@@ -18,7 +18,7 @@ from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.training import checkpoint
+from ogdm_jax.training import checkpoint, evaluations, steps
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import PyTree
 
@@ -81,7 +81,7 @@ def open_guidance(
       ConfigError: an unknown preset.
       ValueError: a conditional discriminator and images without a class; see `guidance_of`.
     """
-    if step is None and checkpoint.evaluations(workdir):
+    if step is None and evaluations.ranked(evaluations.read(workdir), steps.complete(workdir)):
         step = "best"
     snapshot = checkpoint.find(workdir, step, "--dg.discriminator")
     config = snapshot.config
@@ -97,7 +97,7 @@ def open_guidance(
         )
     network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
     params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
-    report = checkpoint.evaluations(workdir).get(snapshot.step, {})
+    report = evaluations.read(workdir).get(snapshot.step, {})
     chosen: dict[str, Any] = {"weight": report["weight"]} if "weight" in report else {}
     if preset:
         chosen = dict(choose("dg.preset", preset, dg.PRESETS).settings)

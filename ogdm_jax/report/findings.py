@@ -15,7 +15,8 @@ from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import nfe, sample
-from ogdm_jax.training import checkpoint
+from ogdm_jax.training import evaluations
+from ogdm_jax.training.steps import complete
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
 
@@ -96,8 +97,8 @@ def collect(
       distances: reports, see `Findings`.
     """
     settings, config = trained.settings(), trained.config
-    evaluated = checkpoint.ranked(checkpoint.evaluations(workdir), checkpoint.complete(workdir))
-    evaluations = nfe(settings.solver, settings.steps)
+    evaluated = evaluations.ranked(evaluations.read(workdir), complete(workdir))
+    cost = nfe(settings.solver, settings.steps)
     methods = " + ".join(config.methods) or "plain"
     return Findings(
         title=f"{_name(workdir)}: {methods} on {config.data.source}",
@@ -107,7 +108,7 @@ def collect(
         best=evaluated[0] if evaluated else None,
         samples=samples,
         real=real[np.random.default_rng(0).permutation(len(real))[:SHOWN]],
-        sampler=f"{settings.solver}, {settings.steps} steps, {evaluations} network evaluations",
+        sampler=f"{settings.solver}, {settings.steps} steps, {cost} network evaluations",
         nearest=nearest(space, samples[:COMPARED], real, features),
         progress=read_progress(workdir),
         path=trace(trained, settings, np.arange(TRACED)),
@@ -127,11 +128,11 @@ def facts(trained: TrainedModel, settings: configs.Sample) -> list[tuple[str, st
     height, width, channels = trained.model.image_shape
     classes = f"{trained.model.label_dim} classes" if trained.model.label_dim else "no labels"
     count = models.parameter_count(trained.params)
-    evaluations = f"{nfe(settings.solver, settings.steps)} evaluations an image"
+    cost = f"{nfe(settings.solver, settings.steps)} evaluations an image"
     return [
         ("checkpoint", f"step {trained.step:,}", f"{seen:,} images seen"),
         ("network", f"{count:,}", f"parameters; {height} x {width} x {channels}, {classes}"),
-        ("sampler", f"{settings.solver}, {settings.steps}", evaluations),
+        ("sampler", f"{settings.solver}, {settings.steps}", cost),
     ]
 
 

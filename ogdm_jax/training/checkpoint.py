@@ -15,8 +15,10 @@ The reports of evaluations in training, by step: what a resumed run knows of the
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,24 +28,20 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ogdm_jax import config as configs
-from ogdm_jax import places
+from ogdm_jax import places, records
 from ogdm_jax.parallel import Plan
-from ogdm_jax.training import older
+from ogdm_jax.training import arrays, checksums, evaluations, older, saving, steps
+from ogdm_jax.training.checksums import ITEMS
 from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.steps import CheckpointError, complete
 from ogdm_jax.typing import PyTree
 
-ITEMS = ("params", "ema", "state", "config", "data")
-RECORD = "evaluations.json"
-# distances can be compared where these are equal
-_PROTOCOL = ("features", "n", "n_samples", "solver", "steps")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another network; one sentence names it."""
+Log = Callable[[str], None]
+_aloud: Log = functools.partial(print, file=sys.stderr)
 
 
 class Checkpoints:
-    """The checkpoints of one training folder.
+    """The checkpoints of one training folder; `lock.hold` keeps other runs away from it.
 
     Close it, or use it in a `with`: the last save is finished then.
 
@@ -57,29 +55,57 @@ class Checkpoints:
     def __init__(
         self, workdir: str | os.PathLike, keep: int = 3, keep_every: int = 0, keep_best: int = 0
     ) -> None:
-        self.folder = places.absolute(places.workdir(workdir)) / "checkpoints"
-        self.reports = evaluations(workdir)
-        kept = [policies.LatestN(max(keep, 1)), _Best(self.reports, keep_best)]
+        self.workdir, self.folder = workdir, steps.folder(workdir)
+        self.reports = evaluations.read(workdir)
+        kept = [policies.LatestN(max(keep, 1)), evaluations.Best(self.reports, keep_best)]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), create=True, step_prefix=None
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            create=True,
+            step_prefix=None,
+            lightweight_initialize=True,  # nothing beside the items is read
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
+        self._saving: int | None = None  # the step whose save has not been waited for
+        saving.quiet()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(CheckpointError):  # the first error is the one to be read
+                self.close()
 
     def close(self) -> None:
-        """Waits until the last save is finished."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until the last save is finished. Raises CheckpointError as `wait`."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # wait() has raised what there was
+                self._manager.close()
+
+    def wait(self) -> None:
+        """Returns when the last save is closed: only then may a line say that it is saved.
+
+        Raises:
+          CheckpointError: it could not be written; the sentence says why, and which step is safe.
+        """
+        if self._saving is not None:
+            self._told(self._saving, self._manager.wait_until_finished)
+            self._saving = None
+
+    def check(self) -> None:
+        """Raises as `wait` if the last save has failed meanwhile; never waits."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def latest(self) -> int | None:
-        """The newest step that was saved; None: none was."""
-        return self._manager.latest_step()
+        """The newest step that is complete, None where none is; a save under way does not count."""
+        return next(reversed(complete(self.workdir)), None)
 
     def record(self, report: Mapping[str, Any]) -> bool:
         """Notes the report of an evaluation, for the next save. Call it in every process.
@@ -89,12 +115,9 @@ class Checkpoints:
         """
         self.reports[report["step"]] = dict(report)
         if jax.process_index() == 0:
-            path = self.folder.parent / RECORD
-            listed = [self.reports[step] for step in sorted(self.reports)]
-            with places.written(path) as new:  # whole or not at all, where the run is stopped here
-                new.write_text(json.dumps(listed, indent=1) + "\n")
-        best = ranked(self.reports, [*self._manager.all_steps(), report["step"]])
-        return best[:1] == [report["step"]]
+            evaluations.write(self.workdir, self.reports)
+        listed = [*self._manager.all_steps(), report["step"]]
+        return evaluations.ranked(self.reports, listed)[:1] == [report["step"]]
 
     def preempted(self, step: int) -> bool:
         """Whether the processes of a pod agreed that one was told to stop; False outside pods."""
@@ -108,40 +131,66 @@ class Checkpoints:
           state: to save.
           about: describe()'s dict.
           data: the loader's get_state().
+
+        Raises:
+          CheckpointError: this save cannot be started, or the one before has failed; see `wait`.
         """
+        self.wait()
         if step in self._manager.all_steps():
             return
-        trees = _split(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
-                config=ocp.args.JsonSave(about),
-                data=ocp.args.JsonSave(data),
-            ),
-            force=True,
-        )
+        plain = lambda value: ocp.args.JsonSave(json.loads(records.dumps(value)))
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        args = ocp.args.Composite(**trees, config=plain(about), data=plain(data))
+        if places.is_local(self.folder) and not self.folder.is_dir():
+            raise CheckpointError(
+                f"--workdir: {str(self.folder)!r} is gone, so that step {step} cannot be saved; "
+                "expected the folder to stay while the run writes there"
+            )
+        self._saving = step
+        self._told(step, lambda: self._manager.save(step, args=args, force=True))
+
+    def _told(self, step: int, save: Callable[[], Any]) -> None:
+        """Calls save(); what goes wrong in it becomes one sentence, and its half is removed."""
+        try:
+            save()
+        # orbax and tensorstore raise many kinds, in threads of their own
+        except Exception as error:
+            self._saving = None
+            for path in steps.unfinished(self.folder, step):
+                with contextlib.suppress(Exception):  # its threads may still be writing
+                    path.rmtree(missing_ok=True)
+            whole, why = self.latest(), saving.reason(error, self.folder)
+            if whole == step:
+                raise CheckpointError(
+                    f"step {step} is saved, but not all after it: {why}"
+                ) from error
+            safe = "no checkpoint is complete" if whole is None else f"step {whole} is safe"
+            raise CheckpointError(f"step {step} was not saved ({why}); {safe}") from error
+
+    def _list_files(self) -> None:
+        """In the saving thread of process 0, when all is written and has no name yet."""
+        assert self._saving is not None
+        for path in steps.unfinished(self.folder, self._saving):
+            checksums.write(path)
 
     def restore(self, step: int, like: TrainState, plan: Plan) -> tuple[TrainState, dict]:
         """The state of a step, placed as the plan wants it, and where the loader stood.
 
         Args:
+          step: one that is whole, see `resumable`.
           like: a state of the same run, or its shapes.
+          plan: of the devices.
 
         Raises:
           CheckpointError: the files are damaged or belong to another network.
         """
         path, trees = self.folder / str(step), _split(plan.shapes(like))
-        stored = item_tree(path, "state")
+        stored = arrays.item_tree(path, "state")
         if older.is_older(stored):
             trees["state"] = older.as_older(trees["state"], stored)
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        found = _guard(
-            path,
-            lambda: self._manager.restore(
-                step, args=ocp.args.Composite(**wanted, data=ocp.args.JsonRestore())
-            ),
-        )
+        read = lambda: self._manager.restore(step, args=ocp.args.Composite(**wanted))
+        found = arrays.guard(path, read)
         rest = older.as_newer(found["state"]) if older.is_older(stored) else found["state"]
         return TrainState(
             step=rest["step"],
@@ -150,7 +199,7 @@ class Checkpoints:
             buffers=found["ema"]["buffers"],
             opt_state=rest["opt_state"],
             carry=rest["carry"],
-        ), found["data"]
+        ), records.read(path / "data" / "metadata", dict, "--workdir")
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:
@@ -163,38 +212,6 @@ def _split(state: TrainState) -> dict[str, PyTree]:
             "carry": state.carry,
         },
     }
-
-
-class _Best(policies.PreservationPolicy):
-    """Preserves the checkpoints whose evaluation found the smallest distances."""
-
-    def __init__(self, reports: Mapping[int, Mapping[str, Any]], count: int) -> None:
-        self._reports, self._count = reports, count
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        best = ranked(self._reports, [info.step for info in checkpoints])[: self._count]
-        return [info.step in best for info in checkpoints]
-
-
-def evaluations(workdir: str | os.PathLike) -> dict[int, dict[str, Any]]:
-    """{step: report} of the evaluations of a training folder; {} where there were none."""
-    path = places.place(workdir) / RECORD
-    reports = json.loads(path.read_text()) if path.is_file() else []
-    return {report["step"]: report for report in reports}
-
-
-def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> list[int]:
-    """The evaluated ones of some steps, smallest distance first.
-
-    Those that were evaluated in another way than the last report (features, number of images,
-    sampler) are left out.
-    """
-    if not reports:
-        return []
-    protocol = lambda report: [report.get(key) for key in _PROTOCOL]
-    last = protocol(reports[max(reports)])
-    alike = [step for step in set(steps) & set(reports) if protocol(reports[step]) == last]
-    return sorted(alike, key=lambda step: (reports[step]["fd"], step))
 
 
 def describe(
@@ -243,65 +260,103 @@ class Snapshot:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes in order; () where they are not known."""
-        return tuple(map(str, self.data_set.get("class_names") or ()))
+        names = self.data_set.get("class_names")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def find(
-    workdir: str | os.PathLike, step: int | str | None = None, field: str = "--workdir"
+    workdir: str | os.PathLike,
+    step: int | str | None = None,
+    field: str = "--workdir",
+    read: Sequence[str] = ("ema", "config"),
+    log: Log = _aloud,
 ) -> Snapshot:
-    """A checkpoint of a training folder.
+    """A checkpoint of a training folder, its files compared with their checksums.
 
     Args:
       workdir: the training folder.
-      step: its number, "best" for that of the smallest distance, None for the newest.
+      step: its number, "best" for that of the smallest distance, None for the newest. Of the two
+        last, damaged ones are passed over.
       field: the setting that named the folder, for messages.
+      read: the items that will be read.
+      log: gets a line about each damaged checkpoint that is passed over.
 
     Raises:
-      CheckpointError: no folder, no checkpoint, no such step, no evaluation, or an unreadable
-        configuration.
+      CheckpointError: no folder, no checkpoint, no such step, no evaluation, a damaged one that was
+        asked for by its number, or an unreadable configuration.
+      RecordError: evaluations.json cannot be read, and "best" is asked for.
     """
-    folder = places.absolute(places.workdir(workdir, field)) / "checkpoints"
-    steps = complete(workdir)
-    if not steps:
+    folder, present = steps.folder(workdir, field), steps.present(workdir)
+    if not present:
         raise CheckpointError(
             f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that "
             "train.py wrote"
         )
+    at = _beside(field, "step")
+    choices = present[::-1]
     if step == "best":
-        best = ranked(evaluations(workdir), steps)
-        if not best:
-            at = _beside(field, "step")
-            raise CheckpointError(
-                f"{at}: no checkpoint in {str(workdir)!r} was evaluated; expected a number"
-            )
-        step = best[0]
-    if step is not None and step not in steps:
-        at = _beside(field, "step")
-        raise CheckpointError(
-            f"{at}: no checkpoint of step {step} in {str(workdir)!r}; there are {steps}"
-        )
-    path = folder / str(step if step is not None else steps[-1])
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        saved = _guard(path, lambda: reader.restore(path / "config"))
-    return Snapshot(
-        config=configs.from_json(json.dumps(saved["config"])),
-        image_shape=tuple(saved["image_shape"]),
-        num_classes=saved["num_classes"],
-        step=int(path.name),
-        path=path,
-        field=field,
-        data_set=saved.get("data_set") or {},
+        choices = _best_first(workdir, present, at)
+    elif step is not None:
+        choices = [int(step)] if step in present else []
+    wrong = ""
+    for number in choices:
+        wrong = checksums.damage(folder / str(number), read)
+        if not wrong:
+            return _opened(folder / str(number), field)
+        if not isinstance(step, int):
+            log(f"{field}: checkpoint {folder / str(number)} is damaged ({wrong}): passed over")
+    what = f"checkpoint {step} is damaged ({wrong})" if choices else f"no checkpoint of step {step}"
+    if not isinstance(step, int):
+        what = f"every checkpoint is damaged ({wrong})"
+        at = field
+    whole = complete(workdir)
+    raise CheckpointError(f"{at}: {what} in {str(workdir)!r}; there are {whole or 'no others'}")
+
+
+def _best_first(workdir: str | os.PathLike, present: list[int], at: str) -> list[int]:
+    reports = evaluations.read(workdir)
+    best = evaluations.ranked(reports, present)
+    if best:
+        return best
+    gone = f" (those of {sorted(reports)[:5]} were, and are gone)" if reports else ""
+    raise CheckpointError(
+        f"{at}: no checkpoint in {str(workdir)!r} was evaluated{gone}; expected a number, one of "
+        f"{present}"
     )
 
 
-def complete(workdir: str | os.PathLike) -> list[int]:
-    """The steps whose checkpoints are written to their end, in order."""
-    folder = places.place(workdir) / "checkpoints"
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not places.is_local(folder):
-        # No folder can be renamed in a bucket: a file in it says that it is complete.
-        found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
-    return sorted(int(path.name) for path in found)
+def resumable(workdir: str | os.PathLike, log: Log) -> Snapshot | None:
+    """What a run of this folder goes on from; None: nothing was saved, it starts afresh.
+
+    Call it in every process of a run that holds the folder's lock. See `steps.newest_whole` for
+    what it puts aside, and for its errors.
+    """
+    step = steps.newest_whole(workdir, log)
+    return None if step is None else find(workdir, step, read=())
+
+
+def _opened(path: epath.Path, field: str) -> Snapshot:
+    """The snapshot of a checkpoint whose files are there."""
+    file = path / "config" / "metadata"
+    try:
+        saved = records.read(file, dict, field)
+        shape, classes, data_set = (
+            saved.get(k) for k in ("image_shape", "num_classes", "data_set")
+        )
+        sizes = [*shape, classes] if isinstance(shape, list) else []
+        if len(sizes) != 4 or any(type(n) is not int or not 0 <= n < 1 << 20 for n in sizes):
+            raise ValueError(f"image_shape is {shape!r}, num_classes {classes!r}")
+        if not isinstance(data_set or {}, dict):
+            raise ValueError(f"data_set is {data_set!r}")
+        config = configs.from_json(json.dumps(saved["config"]))
+    except records.RecordError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{field}: {str(file)!r} describes no model ({reason}); expected what training wrote"
+        ) from error
+    return Snapshot(config, tuple(shape), classes, int(path.name), path, field, data_set or {})
 
 
 def _beside(field: str, what: str) -> str:
@@ -328,72 +383,12 @@ def load_weights(
         raise CheckpointError(
             f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params"
         )
-    _same_network(snapshot, {"params": params, "buffers": buffers})
-    with ocp.StandardCheckpointer() as reader:
-        ema = _guard(
-            snapshot.path,
-            lambda: reader.restore(
-                snapshot.path / "ema", _shapes({"params": params, "buffers": buffers})
-            ),
-        )
-        if which == "params":
-            ema["params"] = _guard(
-                snapshot.path, lambda: reader.restore(snapshot.path / "params", _shapes(params))
-            )
+    wrong = checksums.damage(snapshot.path, ["params"]) if which == "params" else ""
+    if wrong:
+        raise CheckpointError(f"{snapshot.field}: checkpoint {snapshot.path} is damaged ({wrong})")
+    wanted = {"params": params, "buffers": buffers}
+    arrays.same_network(snapshot.path, wanted, snapshot.field)
+    ema = arrays.read(snapshot.path, "ema", wanted)
+    if which == "params":
+        ema["params"] = arrays.read(snapshot.path, "params", params)
     return ema["params"], ema["buffers"]
-
-
-def _same_network(snapshot: Snapshot, wanted: PyTree) -> None:
-    """Compares names and shapes before anything is read.
-
-    Of a network that does not fit, orbax says less, and that in several threads.
-    """
-    stored = item_tree(snapshot.path, "ema")
-    there, here = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in leaves
-        }
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, wanted))
-    )
-    names = here | there
-    differ = [name for name in names if there.get(name) != here.get(name)]
-    if differ:
-        first = (
-            f"{differ[0]} is {there.get(differ[0], 'missing')} there, "
-            f"{here.get(differ[0], 'missing')} here"
-        )
-        raise CheckpointError(
-            f"{snapshot.field}: checkpoint {snapshot.path} is of another network ({first}; "
-            f"{len(differ)} of {len(names)} tensors differ); expected the network "
-            "settings that it was trained with"
-        )
-
-
-def item_tree(path: epath.Path, item: str) -> PyTree:
-    """The tree of a checkpoint's item with what is known of each leaf; no array is read."""
-    # a Checkpointer would warn of other metadata
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        return _guard(path, lambda: reader.metadata(path / item).tree)
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or default
-        ),
-        tree,
-    )
-
-
-def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
-    """What read() gives; any error inside the storage library becomes a sentence with the path."""
-    try:
-        return read()
-    # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
-    except Exception as error:
-        first = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"checkpoint {path}: damaged, or of another network ({type(error).__name__}: {first})"
-        ) from error

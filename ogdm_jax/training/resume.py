@@ -16,7 +16,7 @@ from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, flatten, make
 from ogdm_jax.config.groups import DURATIONS, GROUPS
 from ogdm_jax.data import identity
-from ogdm_jax.training import checkpoint, older
+from ogdm_jax.training import arrays, checkpoint, older
 from ogdm_jax.training.state import TrainState
 
 HISTORY = "history.jsonl"
@@ -160,7 +160,7 @@ def check_state(saved: checkpoint.Snapshot, wanted: TrainState, changed: Changes
     Raises:
       ConfigError: naming the first tensor that differs.
     """
-    stored = {item: checkpoint.item_tree(saved.path, item) for item in ("params", "state")}
+    stored = {item: arrays.item_tree(saved.path, item) for item in ("params", "state")}
     state: Any = {"step": wanted.step, "opt_state": wanted.opt_state, "carry": wanted.carry}
     if older.is_older(stored["state"]):
         state = older.as_older(state, stored["state"])

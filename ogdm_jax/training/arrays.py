@@ -1,0 +1,83 @@
+"""The arrays of a checkpoint, read through orbax; what goes wrong there is one sentence."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ogdm_jax.training.steps import CheckpointError
+from ogdm_jax.typing import PyTree
+
+
+def read(step: epath.Path, item: str, like: PyTree) -> Any:
+    """The tree of an item.
+
+    Args:
+      step: the folder of the checkpoint.
+      item: its name.
+      like: arrays or shapes; shardings there are kept.
+
+    Raises:
+      CheckpointError: the files are damaged.
+    """
+    with ocp.StandardCheckpointer() as reader:
+        return guard(step, lambda: reader.restore(step / item, _shapes(like)))
+
+
+def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
+    """Compares names and shapes before anything is read.
+
+    Of a network that does not fit, orbax says less, and that in several threads.
+    """
+    found = item_tree(step, "ema")
+    there, here = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
+    )
+    names = here | there
+    differ = [name for name in names if there.get(name) != here.get(name)]
+    if differ:
+        first = (
+            f"{differ[0]} is {there.get(differ[0], 'missing')} there, "
+            f"{here.get(differ[0], 'missing')} here"
+        )
+        raise CheckpointError(
+            f"{field}: checkpoint {step} is of another network ({first}; "
+            f"{len(differ)} of {len(names)} tensors differ); expected the network "
+            "settings that it was trained with"
+        )
+
+
+def item_tree(step: epath.Path, item: str) -> PyTree:
+    """The tree of a checkpoint's item with what is known of each leaf; no array is read."""
+    # a Checkpointer would warn of other metadata
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return guard(step, lambda: reader.metadata(step / item).tree)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or default
+        ),
+        tree,
+    )
+
+
+def guard(step: epath.Path, read: Callable[[], Any]) -> Any:
+    """What read() gives; any error inside the storage library becomes a sentence with the path."""
+    try:
+        return read()
+    # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
+    except Exception as error:
+        first = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"checkpoint {step}: damaged, or of another network ({type(error).__name__}: {first})"
+        ) from error

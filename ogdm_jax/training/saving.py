@@ -1,0 +1,55 @@
+"""What goes wrong while a checkpoint is saved: one sentence, not the tracebacks of its threads."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from ogdm_jax import startup
+
+_CODES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EIO", "ESTALE")
+
+
+def quiet() -> None:
+    """Keeps what orbax and tensorstore print of a save that fails off the screen, from now on.
+
+    The error itself is raised where the save is waited for. The threads of the other arrays go on
+    for a while and fail one by one, as late as at the end of the process.
+    """
+    log = logging.getLogger("absl")
+    if _stays not in log.filters:
+        log.addFilter(_stays)
+        sys.unraisablehook = _Hook(sys.unraisablehook)
+
+
+def _stays(record: logging.LogRecord) -> bool:
+    """A filter: whether a record stays."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _Hook:
+    """An unraisablehook that leaves out what tensorstore tells an event loop that is gone."""
+
+    def __init__(self, before: Callable[[Any], object]) -> None:
+        self._before = before
+
+    def __call__(self, told: Any) -> None:
+        if told.object is not None or str(told.exc_value) != "Event loop is closed":
+            self._before(told)
+
+
+def reason(error: BaseException, path: epath.Path) -> str:
+    """Why something could not be written at path, from the operating system where it said so."""
+    seen: BaseException | None = error
+    while seen is not None and not (isinstance(seen, OSError) and seen.errno):
+        seen = seen.__cause__ or seen.__context__
+    words = " ".join(str(error).split())
+    known = (getattr(errno, name) for name in _CODES)
+    code = seen.errno if seen else next((c for c in known if os.strerror(c) in words), None)
+    if code is None:
+        return f"{type(error).__name__}: {words[:300]}"
+    return startup.sentence_of(OSError(code, os.strerror(code), str(path)))
