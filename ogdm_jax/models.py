@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import pixels
-from ogdm_jax.config import Config, require
+from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
@@ -150,6 +150,13 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
         dtype=_DTYPES[net.dtype],
         **settings,
     )
+    try:
+        network.check_widths()
+    except ValueError as error:
+        raise ConfigError(
+            f"config.network.model_channels: {net.model_channels} given with channel_mult "
+            f"{tuple(net.channel_mult)}; {error}; expected other widths"
+        ) from None
     table = discrete_table(config) if kind == "adm" else None
     settings = config.precondition
     scale = 1000 / settings.diffusion_steps if settings.rescale_timesteps else 1.0

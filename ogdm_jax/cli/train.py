@@ -79,9 +79,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     with cluster.ending_together(), startup.one_sentence():
         startup.prepare()
         planning.check(args)
-        values = configs.read(args.config, startup.split_overrides(rest))
+        values, typed = configs.read(args.config), startup.split_overrides(rest)
+        before = configs.flatten(values.to_dict())
+        for text in typed:
+            configs.override(values, text)
         config = configs.resolve(values.to_dict())
         discovery.check_settings(config)
+        vain = configs.check_typed(config, before, typed, discovery.settings_types())
         workdir = args.workdir or str(Path("runs") / Path(args.config).stem)
         steps = profile.parse(args.profile)
 
@@ -90,12 +94,14 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             return
         if args.dry_run:
             print("\n".join(configs.spelled(values)))
-            print(_summary(config, workdir))
+            print(_summary(config, workdir) + (vain and f"; {vain}"))
             return
         cluster.join(args.coordinator, args.processes, args.process)
         from ogdm_jax.discriminator import train as discriminator
         from ogdm_jax.training import loop  # JAX may start only now
 
+        if vain and not args.process:
+            print(vain, flush=True)
         task = discriminator if config.task == "discriminator" else loop
         task.train(config, workdir, profile=steps)
 

@@ -1,7 +1,9 @@
-"""Settings: how one is declared (fields.py), those of every run (groups.py), and how they are read
-from a Python file and the command line (files.py).
+"""Settings: how one is declared (fields.py), those of every run (groups.py, together in whole.py),
+which have an effect (effects.py), and how they are read from a Python file and the command line
+(files.py).
 """
 
+from ogdm_jax.config.effects import check_sense, check_typed
 from ogdm_jax.config.fields import (
     ConfigError,
     check,
@@ -24,7 +26,6 @@ from ogdm_jax.config.files import (
     to_json,
 )
 from ogdm_jax.config.groups import (
-    Config,
     Data,
     Evaluate,
     Network,
@@ -33,11 +34,8 @@ from ogdm_jax.config.groups import (
     Parallel,
     Precondition,
     Sample,
-    flatten,
-    make,
-    replace,
-    resolve,
 )
+from ogdm_jax.config.whole import Config, flatten, make, replace, resolve
 
 __all__ = [
     "SHIPPED",
@@ -52,6 +50,8 @@ __all__ = [
     "Precondition",
     "Sample",
     "check",
+    "check_sense",
+    "check_typed",
     "choose",
     "duration",
     "editable",

@@ -16,11 +16,19 @@ Command lines make their options and their help from the same fields.
 import ast
 import dataclasses
 import difflib
+import functools
 import math
+import types
+import typing
+import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
+_LONGEST = 2**53  # steps of a duration
+_FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest that a device can hold
+_WHOLE = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -42,6 +50,7 @@ def setting(
     free: bool = False,
     decided: bool = False,
     was: str = "",
+    only: str | tuple[str, ...] = (),
 ) -> Any:
     """A field of a dataclass of settings: `dataclasses.field` with what `check` needs as metadata.
 
@@ -50,11 +59,14 @@ def setting(
       help: what the setting means, one line.
       choices: the only values.
       least, above, most, below: limits of a number, or of each number of a tuple; `least` and
-        `most` are allowed values, `above` and `below` are not.
+        `most` are allowed values, `above` and `below` are not. Numbers are finite in float32,
+        whole ones below 2^31, unless `most` says more (math.inf: infinity is a value).
       expected: ends the sentence of an error, in place of words made from the limits.
       free: whether the value may differ when a run is resumed.
       decided: whether it may differ then where a person says so (--override).
       was: the setting's older name; training folders of before have it.
+      only: where the setting has an effect, such as "kind=song|openai" or "noise.clip" (is on);
+        a name without a dot is of the same group. Of several, one suffices. See effects.py.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     return dataclasses.field(
@@ -67,6 +79,7 @@ def setting(
             "free": free,
             "decided": decided,
             "was": was,
+            "only": (only,) if isinstance(only, str) else only,
         },
     )
 
@@ -83,19 +96,33 @@ def check(settings: Any, group: str, prefix: str = "config.") -> None:
     Raises:
       ConfigError: "config.GROUP.FIELD: VALUE given; expected ..." of the first wrong field.
     """
+    hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         if "limits" not in field.metadata:
             continue
         key = f"{prefix}{group}.{field.name}" if group else prefix + field.name
-        value = _typed(key, getattr(settings, field.name), field)
+        value = _typed(key, getattr(settings, field.name), hints[field.name], field)
         object.__setattr__(settings, field.name, value)
         choices = field.metadata["choices"]
-        if choices is not None and value is not None:
-            if value not in choices:
-                raise ConfigError(f"{key}: unknown {value!r}; expected one of {', '.join(choices)}")
-        parts = value if isinstance(value, tuple) else (value,)
-        if not all(_within(part, field.metadata["limits"]) for part in parts):
-            raise ConfigError(f"{key}: {value!r} given; expected {expected(field)}")
+        if choices is not None and value is not None and value not in choices:
+            raise ConfigError(
+                f"{key}: unknown {shown(value)}{suggestion(str(value), choices)}; expected one of "
+                f"{', '.join(choices)}"
+            )
+        for part in value if isinstance(value, tuple) else (value,):
+            if wrong := _wrong(part, field):
+                raise ConfigError(f"{key}: {shown(value)} given; expected {wrong}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is too long for a sentence."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def expected(field: dataclasses.Field[Any]) -> str:
@@ -104,53 +131,98 @@ def expected(field: dataclasses.Field[Any]) -> str:
         return field.metadata["expected"]
     if field.metadata["choices"] is not None:
         return f"one of {', '.join(field.metadata['choices'])}"
-    limits = field.metadata["limits"]
-    sample = (
-        field.default[0] if isinstance(field.default, tuple) and field.default else field.default
-    )
-    noun = "a whole number" if is_number(sample) and isinstance(sample, int) else "a number"
+    limits = {k: v for k, v in field.metadata["limits"].items() if not math.isinf(v)}
+    kind, default = str(field.type), field.default
+    sample = default[0] if isinstance(default, tuple) and default else default
+    if isinstance(sample, str) or "str" in kind:
+        return "text"
+    if isinstance(sample, bool):
+        return "true or false"
+    whole = isinstance(sample, int) or "int" in kind
+    noun = "a whole number" if whole else "a number"
+    if isinstance(default, tuple) or "tuple" in kind:
+        noun = f"{noun[2:]}s{', each' if limits else ''}"
     if limits == {"least": 0, "most": 1}:
-        return "a number from 0 to 1"
+        return f"{noun} from 0 to 1"
     if limits == {"above": 0} and noun == "a number":
         return "a positive number"
     words = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}
-    if noun == "a whole number" and "above" in limits:
+    if whole and "above" in limits:
         limits = {("least" if k == "above" else k): v + (k == "above") for k, v in limits.items()}
     return " and ".join(
         [noun, *(f"{words[name]} {value:g}" for name, value in limits.items())]
     ).replace(f"{noun} and", noun, 1)
 
 
-def _typed(key: str, value: Any, field: dataclasses.Field[Any]) -> Any:
-    """The value as the field's type; raises ConfigError where it is of another one."""
-    default = field.default
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{key}: {value!r} given; expected a number")
-    if default is None or value is None:
-        if value is None and default is not None:
-            raise ConfigError(f"{key}: None given; expected {expected(field)}")
-        if default is None and "float" in str(field.type) and is_number(value):
-            return float(value)
-        return tuple(value) if isinstance(value, list) else value
-    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        value = tuple(value)
-        if default and not all(is_number(v) == is_number(default[0]) for v in value):
-            raise ConfigError(
-                f"{key}: {value!r} has entries of another type; expected something like {default!r}"
-            )
+def _typed(key: str, value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
+    """The value as the field's declared type; raises ConfigError where it is of another one."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
+    if value is None:
+        if types.NoneType in kinds:
+            return None
+        raise ConfigError(f"{key}: None given; expected {expected(field)}")
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if tuple in (kind, typing.get_origin(kind)):
+        return _entries(key, value, typing.get_args(kind), field)
+    if kind is float and is_number(value):
+        return _float(value)
+    whole = isinstance(kind, type) and isinstance(value, kind)
+    if whole and isinstance(value, bool) == (kind is bool) or not isinstance(kind, type):
         return value
-    if isinstance(default, float) and is_number(value):
+    example = "" if field.default is None else f" such as {field.default!r}"
+    raise ConfigError(
+        f"{key}: {shown(value)} is of another type; expected {kind.__name__}{example}"
+    )
+
+
+def _entries(
+    key: str, value: Any, kinds: tuple[Any, ...], field: dataclasses.Field[Any]
+) -> tuple[Any, ...]:
+    """The value as a tuple of entries of those types; `...` as the second: as many as there are."""
+    example = f"something like {field.default!r}" if field.default else expected(field)
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{key}: {shown(value)} is of another type; expected {example}")
+    endless = len(kinds) < 2 or kinds[1] is Ellipsis
+    if not endless and len(value) != len(kinds):
+        raise ConfigError(f"{key}: {shown(value)} given; expected {expected(field)}")
+    kind = kinds[0] if kinds else object
+    fits = {float: is_number, int: lambda v: is_number(v) and isinstance(v, int)}
+    is_fit = fits.get(kind, lambda v: isinstance(v, kind))
+    if not all(is_fit(entry) for entry in value):
+        raise ConfigError(f"{key}: {shown(value)} has entries of another type; expected {example}")
+    return tuple(value)
+
+
+def _float(value: int | float) -> float:
+    try:
         return float(value)
-    if isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool):
-        return value
-    kind = type(default).__name__
-    raise ConfigError(f"{key}: {value!r} is of another type; expected {kind} such as {default!r}")
+    except OverflowError:  # a whole number above 1e308
+        return math.copysign(math.inf, value)
 
 
-def _within(value: Any, limits: Mapping[str, float]) -> bool:
-    """Whether a number is inside the limits; what is no number has none."""
+def _wrong(value: Any, field: dataclasses.Field[Any]) -> str:
+    """What is expected in place of a number or text out of all limits; "" for a good one."""
+    limits = field.metadata["limits"]
+    if isinstance(value, str):
+        odd = any(unicodedata.category(sign) in ("Cc", "Cs") for sign in value)
+        return "text of one line, in UTF-8" if odd else ""
     if not is_number(value):
-        return True
+        return ""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "a number"
+        if math.isinf(value) and value not in limits.values():
+            return "a finite number"
+        if value and math.isfinite(value) and not _FLOAT32[0] <= abs(value) <= _FLOAT32[1]:
+            return "0 or a number from 1.2e-38 to 3.4e38, which float32 can hold"
+    elif abs(value) > max(_WHOLE, limits.get("most", 0)):
+        return f"a whole number of at most {_WHOLE}"
+    return "" if _within(value, limits) else expected(field)
+
+
+def _within(value: float, limits: Mapping[str, float]) -> bool:
+    """Whether a number is inside the limits."""
     return (
         value >= limits.get("least", -math.inf)
         and value <= limits.get("most", math.inf)
@@ -177,35 +249,34 @@ def parse(key: str, text: str, old: Any, prefix: str = "--config.") -> Any:
         if text.lower() in ("true", "false", "1", "0"):
             return text.lower() in ("true", "1")
         raise ConfigError(f"{prefix}{key}: {text!r} is not a truth value; expected true or false")
-    value: Any
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = (
-            tuple(part.strip() for part in text.split(",") if part.strip())
-            if isinstance(old, tuple)
-            else text
-        )
+    value = _literal(text)
     if isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if old and value and not all(is_number(v) == is_number(old[0]) for v in value):
-            raise ConfigError(
-                f"{prefix}{key}: {text!r} has entries of another type; expected something like "
-                f"{old!r}"
-            )
-        return value
-    if isinstance(old, float) and (
-        is_number(value) or text.strip().lower() in ("inf", "-inf")
-    ):  # no literal says inf
-        return float(value)
+        if value is text:
+            value = [part.strip() for part in text.split(",") if part.strip()]
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if isinstance(old, float):
+        if is_number(value):
+            return _float(value)
+        if text.strip().lower() in ("inf", "-inf"):  # no literal says it
+            return float(text)
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         value = int(value)
     if old is not None and type(value) is not type(old):
         raise ConfigError(
-            f"{prefix}{key}: {text!r} is of another type; expected {type(old).__name__} such as "
-            f"{old!r}"
+            f"{prefix}{key}: {shown(text)} is of another type; expected {type(old).__name__} such "
+            f"as {old!r}"
         )
     return value
+
+
+def _literal(text: str) -> Any:
+    """The value that a text is in Python; the text itself where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "1or 2" and the like
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -229,20 +300,25 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
         amount = math.nan
     if unit not in _UNITS or not math.isfinite(amount) or amount < 0:
         raise ConfigError(
-            f"{key}: {text!r} is no duration; expected a number and one of {', '.join(_UNITS)}"
+            f"{key}: {shown(text)} is no duration; expected a number and one of {', '.join(_UNITS)}"
         )
     per_unit = _UNITS[unit]
+    if amount * (per_unit or 1) > _LONGEST:
+        raise ConfigError(f"{key}: {shown(text)} given; expected at most {_LONGEST:.0e} steps")
     return math.ceil(amount) if per_unit is None else math.ceil(amount * per_unit / batch)
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
     """Raises ConfigError "config.key: value ...; expected ..." unless the condition holds."""
     if not condition:
-        raise ConfigError(f"config.{key}: {value!r} given; expected {expected}")
+        raise ConfigError(f"config.{key}: {shown(value)} given; expected {expected}")
 
 
 def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> Any:
     """The option of that name; raises ConfigError listing the names otherwise."""
     if value not in options:
-        raise ConfigError(f"config.{key}: unknown {value!r}; expected one of {', '.join(options)}")
+        near = suggestion(value, options)
+        raise ConfigError(
+            f"config.{key}: unknown {shown(value)}{near}; expected one of {', '.join(options)}"
+        )
     return options[value] if isinstance(options, Mapping) else value

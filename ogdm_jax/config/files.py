@@ -7,16 +7,20 @@ import importlib.util
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ml_collections
 from ml_collections import ConfigDict
 
 from ogdm_jax.config.fields import ConfigError, parse, suggestion
-from ogdm_jax.config.groups import GROUPS, Config, flatten, plain, resolve
+from ogdm_jax.config.whole import GROUPS, Config, flatten, plain, resolve
 
+_ML = str(Path(ml_collections.__file__).parent)
 SHIPPED = Path(__file__).parent.parent / "configs"  # in a checkout a link to configs/ at the top
 
 
@@ -47,19 +51,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """As `load`, before the values are checked: the keys are those that a person may type."""
-    module = _module(_found(path))
-    if not hasattr(module, "get_config"):
-        raise ConfigError(
-            f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> "
-            "ConfigDict"
-        )
-    try:
-        config = module.get_config().lock()
-    except (AttributeError, KeyError, TypeError) as error:
-        if not _from_config_dict(error):
-            raise
-        text = " ".join(str(error.args[0]).split())
-        raise ConfigError(f"--config: {str(path)!r}: {text}") from None
+    found = _found(path)
+    with _said(found):
+        module = _module(found)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(
+                f"--config: {str(path)!r} defines no get_config(); expected def get_config() -> "
+                "ConfigDict"
+            )
+        config = module.get_config()
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(
+                f"--config: get_config() of {str(path)!r} returns {type(config).__name__}; "
+                "expected a ConfigDict, such as that of configs/base.py with changes"
+            )
+        config = ConfigDict(config.to_dict()).lock()
     for text in overrides:
         override(config, text)
     return config
@@ -91,13 +97,23 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _from_config_dict(error: BaseException) -> bool:
-    """Whether ml_collections refused a name or a value."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return module.startswith("ml_collections")
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Turns whatever a configuration file raises into one sentence with its line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        text = " ".join(str(error.args[0] if error.args else "").split())[:300]
+        names = "" if frames[-1].filename.startswith(_ML) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"--config: {str(path)!r}{f', line {line}' if line else ''}: {names}{text}; expected a "
+            "Python file with get_config() -> ConfigDict"
+        ) from None
 
 
 def override(config: ConfigDict, text: str) -> None:

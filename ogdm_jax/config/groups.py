@@ -2,20 +2,18 @@
 CIFAR-10 (2206.00364, configuration F) on one set of names.
 
 Durations are "N steps", "N images", "N kimg" or "N Mimg"; images are counted over all devices.
-A method's settings are declared in its own file, and lie in `Config.others` until it is built.
+`Config` (whole.py) is all of these groups; a method's settings are declared in its own file.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, TypeVar
 
-from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, suggestion
+from ogdm_jax.config.fields import check, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
 GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad", "trailing", "pndm")
-Settings = TypeVar("Settings")
+_DISCRETE = ("precondition.kind=adm", "noise.distribution=ddpm")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
 
@@ -41,7 +39,7 @@ class Data(_Checked):
     )
     data_dir: str = _free("", "where prepared tfds sets lie; '' = tfds's own default")
     batch: int = _decided(
-        512, "images per step over all devices", least=1, expected="a positive number of images"
+        512, "images per step over all devices", least=1, most=2**20, expected="1 to 2^20 images"
     )
     conditional: bool = setting(False, "the network sees class labels")
     label_dropout: float = _decided(
@@ -50,6 +48,7 @@ class Data(_Checked):
         least=0,
         most=1,
         expected="a probability",
+        only="conditional",
     )
     xflip: bool = _decided(
         False, "unlabelled horizontal flips; they become part of the data distribution"
@@ -65,19 +64,22 @@ class Data(_Checked):
         0,
         "crop images to squares and resize them to this side; 0 = as stored",
         least=0,
-        expected="a number of pixels, or 0 for images as stored",
+        most=8192,
+        expected="a number of pixels, at most 8192, or 0 for images as stored",
     )
     channels: int = _decided(0, "1 or 3; 0 = as stored")
     memory_limit: float = _free(
         2.0,
         "GiB; smaller sets are kept in memory as one array",
         least=0,
+        most=2**20,
         expected="GiB, at least 0",
     )
     workers: int = _free(
         -1,
         "processes that read larger sets; -1 = half the cores (1 to 8), 0 = threads instead",
         least=-1,
+        most=1024,
         expected="a number of processes, 0 for threads, or -1 for half of the cores",
     )
 
@@ -95,30 +97,69 @@ class Network(_Checked):
         "song (DDPM++, NCSN++), dhariwal (EDM's ADM) or openai (ADM as OpenAI has it)",
         choices=("song", "dhariwal", "openai"),
     )
-    model_channels: int = setting(128, "width of the first level", least=1)
-    channel_mult: tuple[int, ...] = setting((2, 2, 2), "width of each level over the first's")
-    num_blocks: int = setting(4, "residual blocks per level", least=1)
-    attn_resolutions: tuple[int, ...] = setting((16,), "sides at which blocks attend")
+    model_channels: int = setting(
+        128,
+        "width of the first level",
+        least=4,
+        most=2**16,
+        expected="an even number of channels, at least 4",
+    )
+    channel_mult: tuple[float, ...] = setting(
+        (2, 2, 2),
+        "width of each level over the first's",
+        above=0,
+        most=64,
+        expected="1 to 14 positive numbers",
+    )
+    num_blocks: int = setting(4, "residual blocks per level", least=1, most=1000)
+    attn_resolutions: tuple[int, ...] = setting((16,), "sides at which blocks attend", least=1)
     dropout: float = _decided(
         0.13, "share of dropped units", least=0, below=1, expected="a probability below 1"
     )
-    embedding_type: str = setting("positional", "song: positional, or fourier (NCSN++)")
-    encoder_type: str = setting("standard", "song: standard, or residual (NCSN++)")
-    resample_filter: tuple[int, ...] = setting((1, 1), "song: (1, 1), or (1, 3, 3, 1) (NCSN++)")
-    num_heads: int = setting(1, "openai: attention heads")
+    embedding_type: str = setting(
+        "positional",
+        "song: positional, or fourier (NCSN++)",
+        choices=("positional", "fourier"),
+        only="kind=song",
+    )
+    encoder_type: str = setting(
+        "standard",
+        "song: standard, or residual (NCSN++)",
+        choices=("standard", "residual"),
+        only="kind=song",
+    )
+    resample_filter: tuple[int, ...] = setting(
+        (1, 1), "song: (1, 1), or (1, 3, 3, 1) (NCSN++)", only="kind=song"
+    )
+    num_heads: int = setting(1, "openai: attention heads", least=1, only="kind=openai")
     head_channels: int = setting(
-        0, "openai: width of a head, in place of their number where above 0"
+        0,
+        "openai: width of a head, in place of their number where above 0",
+        least=0,
+        only="kind=openai",
     )
     scale_shift: bool = setting(
-        True, "openai: the embedding scales and shifts (use_scale_shift_norm)"
+        True, "openai: the embedding scales and shifts (use_scale_shift_norm)", only="kind=openai"
     )
-    resblock_updown: bool = setting(False, "openai: residual blocks resample")
+    resblock_updown: bool = setting(False, "openai: residual blocks resample", only="kind=openai")
     dtype: str = _decided(
         "float32",
         "compute type; parameters stay float32",
         choices=("float32", "bfloat16"),
     )
     remat: bool = _free(False, "recompute activations in the backward pass")
+
+    def _check_together(self) -> None:
+        width, taps = self.model_channels, self.resample_filter
+        even = "an even number of channels, at least 4"
+        require(width % 2 == 0, "network.model_channels", width, even)
+        levels = "1 to 14 positive numbers"
+        require(
+            1 <= len(self.channel_mult) <= 14, "network.channel_mult", self.channel_mult, levels
+        )
+        filters = "an even number of taps with a positive sum, such as (1, 1) or (1, 3, 3, 1)"
+        good = len(taps) % 2 == 0 and sum(taps) > 0
+        require(good, "network.resample_filter", taps, filters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +172,29 @@ class Precondition(_Checked):
         choices=("edm", "vp", "ve", "iddpm", "adm"),
     )
     sigma_data: float = setting(
-        0.5, "standard deviation of the data in [-1, 1]; `data describe` measures it", above=0
+        0.5,
+        "standard deviation of the data in [-1, 1]; `data describe` measures it",
+        least=1e-4,
+        most=1e4,
+        expected="a positive number from 1e-4 to 1e4",
     )
     schedule: str = setting(
-        "linear", "adm and noise.distribution ddpm: betas", choices=("linear", "cosine")
+        "linear",
+        "adm and noise.distribution ddpm: betas",
+        choices=("linear", "cosine"),
+        only=_DISCRETE,
     )
-    diffusion_steps: int = setting(1000, "and their number", least=2, expected="at least 2")
+    diffusion_steps: int = setting(
+        1000, "and their number", least=2, most=10**5, expected="2 to 100,000", only=_DISCRETE
+    )
     learned_variance: bool = setting(
-        False, "adm: the network has channels for it, trained by the bound of L_hybrid"
+        False,
+        "adm: the network has channels for it, trained by the bound of L_hybrid",
+        only="kind=adm",
     )
-    rescale_timesteps: bool = setting(False, "adm: the network is told t * 1000 / diffusion_steps")
+    rescale_timesteps: bool = setting(
+        False, "adm: the network is told t * 1000 / diffusion_steps", only="kind=adm"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +207,19 @@ class Noise(_Checked):
         choices=("edm", "vp", "ve", "ddpm"),
         was="law",
     )
-    mean: float = _decided(-1.2, "edm: of ln sigma")
-    std: float = _decided(1.2, "edm: of ln sigma", above=0)
+    mean: float = _decided(-1.2, "edm: of ln sigma", least=-30, most=30, only="distribution=edm")
+    std: float = _decided(
+        1.2,
+        "edm: of ln sigma",
+        above=0,
+        most=30,
+        expected="a positive number of at most 30",
+        only="distribution=edm",
+    )
     clip: bool = _decided(
         False,
         "clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)",
+        only="distribution=edm",
     )
     stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
 
@@ -184,9 +246,6 @@ class Optim(_Checked):
         expected="a positive number of rounds",
     )
 
-    def _check_together(self) -> None:
-        require(len(self.betas) == 2, "optim.betas", self.betas, "two numbers in [0, 1)")
-
 
 @dataclasses.dataclass(frozen=True)
 class Ema(_Checked):
@@ -205,7 +264,9 @@ class Init(_Checked):
     """What a fresh run starts from."""
 
     workdir: str = setting("", "fine-tune the last checkpoint of this training folder")
-    weights: str = setting("ema", "ema or params of that checkpoint")
+    weights: str = setting(
+        "ema", "ema or params of that checkpoint", choices=("ema", "params"), only="workdir"
+    )
     step: int = _free(
         -1,
         "a checkpoint of that folder; without init.workdir, and where a run is resumed: go back to "
@@ -221,7 +282,7 @@ class Train(_Checked):
 
     duration: str = _free("200 Mimg", "length of the training")
     save_every: str = _free("2500 kimg", "from checkpoint to checkpoint; 0 = only at the end")
-    keep: int = _free(3, "newest checkpoints that stay")
+    keep: int = _free(3, "newest checkpoints that stay", least=1)
     keep_every: str = _free("0 steps", "also keep one checkpoint per this length; 0 = none")
 
 
@@ -253,16 +314,16 @@ class Sample(_Checked):
     every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
     num: int = _free(64, "images of a grid", least=1, expected="at least 1")
     solver: str = _free("heun", "rule of one step", choices=SOLVERS)
-    steps: int = _free(18, "steps of the solver", least=1)
+    steps: int = _free(18, "steps of the solver", least=1, most=10**5)
     grid: str = _free(
         "edm",
         "edm, vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad, "
         "trailing, and pndm (as the released S- and F-PNDM step)",
         choices=GRIDS,
     )
-    sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it")
-    sigma_max: float = _decided(80.0, "highest noise level; noise.clip clips to it")
-    rho: float = _free(7.0, "exponent of the grid", above=0)
+    sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it", above=0)
+    sigma_max: float = _decided(80.0, "highest noise level; noise.clip clips to it", above=0)
+    rho: float = _free(7.0, "exponent of the grid", least=0.1, most=1000, only="grid=edm")
     eta: float = _free(
         0.0, "ddim and heun: 0 = deterministic, 1 = as random as DDPM", least=0, most=1
     )
@@ -296,9 +357,13 @@ class Evaluate(_Checked):
     """The distance of samples to the data."""
 
     features: str = _free("", "feature space: a labelled source, lite0, inception; '' = none")
-    weights: str = _free("", "inception: the weights file")
+    weights: str = _free("", "inception: the weights file", only="features=inception")
     num: int = _free(
-        0, "samples for it; 0 = as many as the data set has", least=0, expected="at least 0"
+        0,
+        "samples for it; 0 = as many as the data set has",
+        least=0,
+        expected="at least 0",
+        only="features",
     )
     every: str = _free("0 steps", "evaluate during training, too; 0 = only at the end")
     keep_best: int = _free(
@@ -306,136 +371,5 @@ class Evaluate(_Checked):
         "checkpoints with the smallest distances that stay, whatever train.keep says",
         least=0,
         expected="at least 0",
+        only="features",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings of a run; nothing behind the entry points reads anything else.
-
-    Attributes:
-      others: {method: its settings as plain values}; `Config.settings` makes them the method's own
-        dataclass.
-    """
-
-    seed: int = _decided(0, "of every draw", least=0)
-    task: str = setting(
-        "denoiser",
-        "what is trained: a denoiser, or a discriminator that guides one",
-        choices=("denoiser", "discriminator"),
-    )
-    methods: tuple[str, ...] = _decided(
-        (), "training methods that are on, by name, with commas between them"
-    )
-    data: Data = Data()
-    network: Network = Network()
-    precondition: Precondition = Precondition()
-    noise: Noise = Noise()
-    optim: Optim = Optim()
-    ema: Ema = Ema()
-    init: Init = Init()
-    train: Train = Train()
-    parallel: Parallel = Parallel()
-    log: Log = Log()
-    sample: Sample = Sample()
-    evaluate: Evaluate = Evaluate()
-    others: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check(self, "")
-        for key, text in flatten(self).items():
-            if key in DURATIONS and (key, text) != ("optim.decay", WHOLE_RUN):
-                duration(text, self.data.batch, f"config.{key}")
-        every, features = self.evaluate.every, self.evaluate.features
-        if self.steps(every) and not features:
-            require(False, "evaluate.every", every, "'0 steps' while evaluate.features is ''")
-
-    def steps(self, text: str) -> int:
-        """Optimiser steps of one of this run's durations."""
-        text = self.train.duration if text == WHOLE_RUN else text
-        return duration(text, self.data.batch)
-
-    def settings(self, name: str, kind: type[Settings]) -> Settings:
-        """The group of a method as the dataclass that the method declares, checked.
-
-        Raises:
-          ConfigError: an unknown key or a value out of range.
-        """
-        return make(kind, self.others.get(name, {}), name)
-
-
-GROUPS: dict[str, Any] = {
-    field.name: type(field.default)
-    for field in dataclasses.fields(Config)
-    if dataclasses.is_dataclass(field.default)
-}
-WHOLE_RUN = "train.duration"  # as a value of optim.decay
-DURATIONS = (
-    *("optim.ramp", "optim.decay", "ema.halflife", "log.every", "sample.every", "evaluate.every"),
-    *("train.duration", "train.save_every", "train.keep_every"),
-)
-
-
-def make(kind: type[Settings], values: Mapping[str, Any], group: str) -> Settings:
-    """A dataclass of settings from the values of a group; what is not given keeps its default.
-
-    Raises:
-      ConfigError: a key that the dataclass does not have, with the nearest that it has; a value out
-        of range.
-    """
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    known = [field.name for field in fields]
-    older = {field.metadata.get("was", ""): field.name for field in fields}
-    values = {older.get(name, name): value for name, value in values.items()}
-    for name in values:
-        if name not in known:
-            key = f"{group}.{name}" if group else name
-            raise ConfigError(
-                f"config.{key}: unknown key {name!r}{suggestion(name, known)}; "
-                f"{group or 'the configuration'} has {', '.join(sorted(known))}"
-            )
-    return kind(**values)
-
-
-def resolve(values: Mapping[str, Any]) -> Config:
-    """The typed settings of nested plain values: {"seed": 0, "data": {"batch": 64}, ...}. Groups
-    that are not declared here are methods' own.
-
-    Raises:
-      ConfigError: as `make`.
-    """
-    top: dict[str, Any] = {}
-    others: dict[str, Mapping[str, Any]] = {}
-    for name, value in values.items():
-        if name in GROUPS:
-            top[name] = make(GROUPS[name], value, name)
-        elif isinstance(value, Mapping):
-            others[name] = value
-        else:
-            top[name] = value
-    return make(Config, top | {"others": others}, "")
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Nested plain values of a configuration, those of methods at the top: what `resolve` takes."""
-    values = dataclasses.asdict(config)
-    return {**values, **values.pop("others")}
-
-
-def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with other values, {"optim.accumulate": 2}; it is checked anew."""
-    values = plain(config)
-    for key, value in changes.items():
-        group, _, leaf = key.rpartition(".")
-        (values[group] if group else values)[leaf] = value
-    return resolve(values)
-
-
-def flatten(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"group.key": value} of every leaf."""
-    values = plain(config) if isinstance(config, Config) else config
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        found |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return found

@@ -20,13 +20,15 @@ class Settings:
 
     prior: str = setting("", "training folder of the model that is to be guided")
     prior_step: str = setting("", "its checkpoint: a number or best; '' = the newest")
-    prior_weights: str = setting("ema", "ema or params of that checkpoint")
+    prior_weights: str = setting(
+        "ema", "ema or params of that checkpoint", choices=("ema", "params")
+    )
     samples: str = setting(
         "",
         "file of its samples; '' = WORKDIR/samples.npz. Drawn if missing, refused if of another "
         "origin",
     )
-    num: int = setting(0, "samples; 0 = as many as there are real images")
+    num: int = setting(0, "samples; 0 = as many as there are real images", least=0)
     churn: str = setting(
         "", "S_churn,S_min,S_max,S_noise of the sampler; the rest of it is config.sample"
     )
@@ -47,20 +49,24 @@ class Settings:
     classes: int = setting(
         0,
         "rows of a conditional head's table; 0 = the source's classes, 1000 in the authors' files",
+        least=0,
+        most=2**20,
     )
-    t_min: float = setting(1e-5, "smallest time of training")
+    t_min: float = setting(1e-5, "smallest time of training", above=0, below=1)
     importance: bool = setting(True, "log-uniform noise levels; False: uniform time")
     weight: float = setting(2.0, "guidance weight at Heun's first evaluation")
     corrector_weight: float = setting(0.0, "guidance weight at Heun's second evaluation")
     weights: tuple[float, ...] = setting(
         (), "further weights that evaluations try; the best one is noted"
     )
-    time_min: float = setting(0.01, "lowest time at which it guides")
-    time_max: float = setting(1.0, "highest time at which it guides")
+    time_min: float = setting(0.01, "lowest time at which it guides", least=0, most=1)
+    time_max: float = setting(1.0, "highest time at which it guides", least=0, most=1)
     boost: bool = setting(False, "churn examples by their ratio")
 
     def __post_init__(self) -> None:
         check(self, "dg")
+        before = f"at most dg.time_max, {self.time_max}"
+        require(self.time_min <= self.time_max, "dg.time_min", self.time_min, before)
 
     def sampler_churn(self) -> Churn | None:
         """The churn of the prior's sampler. Raises ConfigError where the text is none."""

@@ -104,7 +104,9 @@ class Settings:
     """
 
     weight: float = setting(1.5, "1 is the conditional model alone")
-    window: Window | None = setting(None, "LOW,HIGH noise levels that are guided; default: all")
+    window: Window | None = setting(
+        None, "LOW,HIGH noise levels that are guided; default: all", most=float("inf")
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""

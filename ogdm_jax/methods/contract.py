@@ -260,6 +260,7 @@ class Slots:
       carry: what it keeps from step to step.
       references: images per step, over all devices, that the loader has to bring besides the batch
         (0 = none).
+      sees_target: whether its distance looks at the target, and not only at x0.
     """
 
     name: str
@@ -269,6 +270,7 @@ class Slots:
     constants: Constants | None = None
     carry: Carry | None = None
     references: int = 0
+    sees_target: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +308,7 @@ class Methods:
 
 def combine(methods: Sequence[Slots]) -> Methods:
     """Joins methods into one step. Raises ConfigError naming both owners where two claim one single
-    slot.
+    slot, or where one fills a target that the other's distance does not look at.
     """
     owners: dict[str, Slots | None] = {}
     for slot in ("target", "distance"):
@@ -317,7 +319,19 @@ def combine(methods: Sequence[Slots]) -> Methods:
                 "choose one of them"
             )
         owners[slot] = claims[0] if claims else None
+    target, distance = owners["target"], owners["distance"]
+    if target is not None and distance is not None and not distance.sees_target:
+        raise ConfigError(
+            f"config.methods: {target.name} makes a target for the squared error, which "
+            f"{distance.name} has switched off (config.{distance.name}.mse_weight is 0); expected "
+            "one of them, or a weight above 0"
+        )
     return Methods(tuple(methods), owners["target"], owners["distance"])
+
+
+def rising(edges: Sequence[float]) -> bool:
+    """Whether edges of noise bins are in order, none twice."""
+    return all(low < high for low, high in itertools.pairwise(edges))
 
 
 def noise_bins(values: Mapping[str, Array], sigma: Array, edges: Sequence[float]) -> Metrics:

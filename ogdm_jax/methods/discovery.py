@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from ogdm_jax import methods
-from ogdm_jax.config import Config, ConfigError, suggestion
+from ogdm_jax.config import Config, ConfigError, check_sense, suggestion
+from ogdm_jax.config.whole import GROUPS
 
 GROUP = "ogdm_jax.methods"
 
@@ -70,8 +71,16 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 
 def check_settings(config: Config) -> None:
-    """Raises ConfigError for an unknown method, or a setting of any method that is out of range."""
+    """Raises ConfigError for an unknown method or group, a setting of any method that is out of
+    range, and settings that contradict each other.
+    """
     for name in config.methods:
         training_method(name)
-    for name, kind in settings_types().items():
+    kinds = settings_types()
+    for name, kind in kinds.items():
         config.settings(name, kind)
+    for name in config.others:
+        if name not in kinds and not (name == "dg" and config.task == "discriminator"):
+            near = suggestion(name, [*kinds, *GROUPS])
+            raise ConfigError(f"config.{name}: no group of settings and no method{near}")
+    check_sense(config)

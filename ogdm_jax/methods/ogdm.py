@@ -47,6 +47,8 @@ from ogdm_jax.methods.contract import (
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
 
+_EDM, _ADM = "distribution=edm", "distribution=adm"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -56,8 +58,6 @@ class Settings:
         0.025,
         "weight of the observation loss, relative to a mean-per-pixel denoising loss",
         least=0,
-        below=float("inf"),
-        expected="a number of at least 0",
     )
     k: float = setting(
         0.2,
@@ -79,7 +79,7 @@ class Settings:
     loss: str = setting("hinge", "of both players", choices=LOSSES)
     r1: float = setting(1.0, "coefficient of the R1 penalty", least=0)
     r1_interval: int = setting(
-        1, "every how many steps R1 is taken (then times the interval)", least=1
+        1, "every how many steps R1 is taken (then times the interval)", least=1, only="r1"
     )
     share_denoise: bool = setting(
         True,
@@ -112,13 +112,12 @@ class Settings:
         "multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly notices)",
     )
     statistics_batch: int = setting(
-        4,
-        "examples that share minibatch statistics; 0 = all of a device's batch, as the authors",
+        4, "examples that share minibatch statistics; 0 = a device's batch, as the authors", least=0
     )
-    channel_base: int = setting(32768, "widths of the discriminator")
-    channel_max: int = setting(512, "greatest width of the discriminator")
+    channel_base: int = setting(32768, "widths of the discriminator", least=1, most=2**24)
+    channel_max: int = setting(512, "greatest width of the discriminator", least=1, most=2**16)
     learning_rate: float | None = setting(
-        None, "of the discriminator's Adam; None = the denoiser's peak rate"
+        None, "of the discriminator's Adam; None = the denoiser's peak rate", above=0
     )
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
@@ -127,20 +126,23 @@ class Settings:
         below=1,
         expected="two numbers in [0, 1)",
     )
-    decay: int = setting(
-        0,
-        "steps in which that rate falls linearly to 0; 0 = constant",
-        least=0,
-        expected="a number of steps of at least 0",
+    decay: int = setting(0, "steps in which that rate falls linearly to 0; 0 = constant", least=0)
+    sigma_min: float = setting(0.002, "lowest level of the warp (distribution edm)", above=0)
+    sigma_max: float = setting(80.0, "highest level of the warp", above=0, only=_EDM)
+    rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only="distribution=edm")
+    schedule: str = setting(
+        "linear", "betas of distribution adm", choices=("linear", "cosine"), only=_ADM
     )
-    sigma_min: float = setting(0.002, "lowest level of the warp (distribution edm)")
-    sigma_max: float = setting(80.0, "highest level of the warp")
-    rho: float = setting(7.0, "exponent of the warp")
-    schedule: str = setting("linear", "betas of distribution adm", choices=("linear", "cosine"))
-    diffusion_steps: int = setting(1000, "and their number")
+    diffusion_steps: int = setting(1000, "and their number", least=2, most=10**5, only=_ADM)
 
     def __post_init__(self) -> None:
         check(self, "ogdm")
+        ordered = self.sigma_min < self.sigma_max
+        require(
+            ordered, "ogdm.sigma_min", self.sigma_min, f"less than ogdm.sigma_max, {self.sigma_max}"
+        )
+        grid = "at most 1, or a whole number of levels of a grid, at least 2"
+        require(self.k <= 1 or (self.k >= 2 and self.k % 1 == 0), "ogdm.k", self.k, grid)
         if self.distribution == "adm":
             share = "a fraction of the discrete steps, at most 1, with distribution 'adm'"
             require(self.k <= 1, "ogdm.k", self.k, share)
@@ -395,8 +397,10 @@ class Players:
 
 
 def _check_levels(settings: Settings, context: Context) -> None:
-    """Refuses pairs of one discrete chain for levels that are drawn from another."""
+    """Refuses pairs of one discrete chain or grid for levels that are not drawn from it."""
     levels = context.noise.levels
+    grid = "at most 1: above, training must draw its levels from a grid, which no distribution does"
+    require(settings.k <= 1, "ogdm.k", settings.k, grid)
     if settings.distribution != "adm" or levels is None:
         return
     chain = Discrete.make(settings.schedule, settings.diffusion_steps).sigma

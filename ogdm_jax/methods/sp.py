@@ -43,6 +43,7 @@ from ogdm_jax.methods.contract import (
     Slots,
     Update,
     noise_bins,
+    rising,
     squared_error,
 )
 from ogdm_jax.models import fingerprint
@@ -63,14 +64,14 @@ class Settings:
     sigma_next: str = setting(
         "same", "distribution of the second noise level s'", choices=SIGMA_NEXT
     )
-    sigma_max: float = setting(2.3, "the loss acts at noise levels up to this", least=0)
+    sigma_max: float = setting(
+        2.3, "the loss acts at noise levels up to this", least=0, most=float("inf")
+    )
     teacher: str = setting("", "training folder of the teacher; '' = init.workdir", free=True)
     teacher_step: int | None = setting(
-        None,
-        "step of its checkpoint; None = the newest (a resumed run may have to name it)",
-        free=True,
+        None, "its step; None = the newest (a resumed run may have to name it)", least=0, free=True
     )
-    teacher_weights: str = setting("ema", "ema or params of that checkpoint", free=True)
+    teacher_weights: str = setting("ema", "ema or params", choices=("ema", "params"), free=True)
     tap: str = setting(
         "mid",
         "features of the teacher: mid = output of the middle block, or blocks' names with commas",
@@ -82,17 +83,25 @@ class Settings:
     )
     distance: str = setting("mse", "mse or mae of the features", choices=DISTANCES)
     share: float = setting(
-        0.2, "auto: size of the feature gradient relative to the squared error's", least=0
+        0.2,
+        "auto: size of the feature gradient relative to the squared error's",
+        least=0,
+        only="auto",
     )
-    calibration: int = setting(100, "auto: steps over which the weight is measured; then it stays")
+    calibration: int = setting(
+        100, "auto: steps over which the weight is measured; then it stays", least=0, only="auto"
+    )
     normalize_jump: bool = setting(
         False, "divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'"
     )
     remat: bool = setting(False, "recompute the teacher's activations in the backward pass")
-    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the noise bins of the metrics")
+    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the metrics' bins", above=0)
 
     def __post_init__(self) -> None:
         check(self, "sp")
+        require(rising(self.bins), "sp.bins", self.bins, "rising numbers")
+        some = "a positive number, as sp.mse_weight is 0"
+        require(self.weight > 0 or self.mse_weight > 0, "sp.weight", self.weight, some)
         if self.calibrated:
             anchor = "mse_weight > 0: it measures against the squared error"
             require(self.mse_weight > 0, "sp.auto", True, anchor)
@@ -310,6 +319,7 @@ def training(settings: Settings, context: Context) -> Slots:
         distance=functools.partial(_distance_slot, settings, context),
         constants=Constants(teacher),
         carry=Carry(init, update, check_teacher),
+        sees_target=settings.mse_weight > 0,
     )
 
 

@@ -36,6 +36,7 @@ from ogdm_jax.methods.contract import (
     Own,
     Slots,
     noise_bins,
+    rising,
 )
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
@@ -57,20 +58,29 @@ class Settings:
         "stream, cache: references per device, the source included",
         least=1,
         expected="at least 1 reference per device",
+        only="source=stream|cache",
     )
     chunk: int = setting(
         0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB", least=0
     )
-    class_mask: bool = setting(True, "conditional models: only references of the same class count")
+    class_mask: bool = setting(
+        True,
+        "conditional models: only references of the same class count",
+        only="data.conditional",
+    )
     augment: str = setting(
         "matched",
         "with labelled augmentation: official, matched or dsm (see `training`)",
         choices=AUGMENT_MODES,
+        only="data.augment",
     )
-    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the noise bins of the metrics")
+    bins: tuple[float, ...] = setting(
+        (0.5, 2.0, 10.0), "edges of the noise bins of the metrics", above=0
+    )
 
     def __post_init__(self) -> None:
         check(self, "stf")
+        require(rising(self.bins), "stf.bins", self.bins, "rising numbers")
 
 
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this

@@ -150,6 +150,11 @@ def _bias(module: Dense | Conv, fans: tuple[int, int], ndim: int) -> Array:
     return bias.reshape((1,) * (ndim - 1) + (module.features,))
 
 
+def norm_groups(channels: int, groups: int = 0) -> int:
+    """Groups of a norm: as many as are given, else of at least 4 channels, at most 32."""
+    return groups or max(1, min(32, channels // 4))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (`group_norm`) with a scale and a bias for each channel.
 
@@ -165,7 +170,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Of x [B,H,W,C], the same shape. Raises ValueError where the groups do not divide C."""
         channels = x.shape[-1]
-        groups = self.groups or max(1, min(32, channels // 4))
+        groups = norm_groups(channels, self.groups)
         if channels % groups:
             raise ValueError(
                 f"GroupNorm: {channels} channels given; expected a multiple of the {groups} groups"

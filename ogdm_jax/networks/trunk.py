@@ -255,6 +255,25 @@ class UNet(nn.Module):
                     f"{', '.join(blocks)}"
                 )
 
+    def check_widths(self) -> None:
+        """Raises ValueError where the channels of a block do not divide into its norms' groups or
+        its attention's heads.
+        """
+        h, skips = self._first_width, [self._first_width]
+        for step in self._plan():
+            h += skips.pop() if step.takes_skip else 0
+            width = h if step.width is None else step.width
+            heads = self.heads(width) if step.attend else 0
+            parts = [(n, layers.norm_groups(n, self._style.groups), "groups") for n in (h, width)]
+            for channels, count, what in [*parts, (width, heads or 1, "heads")]:
+                if channels < 1 or channels % count:
+                    raise ValueError(
+                        f"{step.name} has {channels} channels, which do not divide into {count} "
+                        f"{what}"
+                    )
+            h = width
+            skips += [h] if step.stores_skip else []
+
     # Sizes
 
     @property

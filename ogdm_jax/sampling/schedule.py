@@ -1,6 +1,7 @@
 """Which steps are guided, and how often: the settings that methods with a transition share."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -33,9 +34,11 @@ class Schedule:
 
     GROUP: ClassVar[str] = "guidance"
     interval: int = setting(1, "guide every so many steps, counted back from the last", least=1)
-    window: Window | None = setting(None, "LOW,HIGH noise levels that are guided")
+    window: Window | None = setting(None, "LOW,HIGH noise levels that are guided", most=math.inf)
     repeats: int = setting(1, "time travel: passes of each guided step", least=1)
-    repeat_window: Window | None = setting(None, "LOW,HIGH noise levels with time travel")
+    repeat_window: Window | None = setting(
+        None, "LOW,HIGH noise levels with time travel", most=math.inf
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""

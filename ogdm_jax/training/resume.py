@@ -14,7 +14,7 @@ from etils import epath
 
 from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, flatten, make
-from ogdm_jax.config.groups import DURATIONS, GROUPS
+from ogdm_jax.config.whole import DURATIONS, GROUPS
 from ogdm_jax.data import identity
 from ogdm_jax.training import arrays, checkpoint, older
 from ogdm_jax.training.state import TrainState

@@ -125,6 +125,7 @@ def build(
       ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices
         or another setting.
     """
+    discovery.check_settings(config)
     model = models.build(config, source.shape, source.num_classes)
     levels = context.noise_distribution(config)
     tx, rate = optim.optimiser(config)

@@ -1,0 +1,92 @@
+"""Which settings have an effect: one that a person changes on a command line does, or is refused.
+
+`setting(only=...)` declares where. A setting of a file that has none is harmless, as files are
+overlays of files; so is one of a method that is off, which a command line may keep: it is said.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ogdm_jax.config.fields import ConfigError, require, shown
+from ogdm_jax.config.whole import GROUPS, Config, flatten
+
+
+def idle(config: Config, methods: Mapping[str, type]) -> dict[str, str]:
+    """{"group.key": where it would have an effect} of the settings that have none in this run.
+
+    Args:
+      config: of the run.
+      methods: {method: the dataclass of its settings}, of all training methods.
+    """
+    if config.task != "denoiser":  # its network is not one of ours, its groups are fewer
+        return {}
+    values, found = flatten(config), {}
+    own = {name: config.settings(name, kind) for name, kind in methods.items()}
+    for name, settings in own.items():
+        values |= {f"{name}.{key}": value for key, value in vars(settings).items()}
+    for group, kind in {**GROUPS, **methods}.items():
+        off = group in methods and group not in config.methods
+        for field in dataclasses.fields(kind):
+            only = field.metadata.get("only", ())
+            if off:
+                found[f"{group}.{field.name}"] = _off(group)
+            elif only and not any(_holds(values, _full(group, text)) for text in only):
+                words = " or ".join(_words(_full(group, text)) for text in only)
+                found[f"{group}.{field.name}"] = words
+    return found
+
+
+def _full(group: str, condition: str) -> str:
+    return condition if "." in condition else f"{group}.{condition}"
+
+
+def _holds(values: Mapping[str, Any], condition: str) -> bool:
+    key, equals, wanted = condition.partition("=")
+    return str(values[key]) in wanted.split("|") if equals else bool(values[key])
+
+
+def _words(condition: str) -> str:
+    key, equals, wanted = condition.partition("=")
+    return f"config.{key}={' or '.join(wanted.split('|'))}" if equals else f"config.{key} set"
+
+
+def check_typed(
+    config: Config, before: Mapping[str, Any], typed: Sequence[str], methods: Mapping[str, type]
+) -> str:
+    """Refuses what a person changes on a command line without any effect.
+
+    Args:
+      config: with the changes.
+      before: {"group.key": value} of the file.
+      typed: "key=value", as for `config.load`.
+      methods: as in `idle`.
+
+    Returns:
+      A sentence about changed settings of methods that are off, or "".
+
+    Raises:
+      ConfigError: naming the setting and where it has an effect.
+    """
+    now, without = flatten(config), idle(config, methods)
+    keys = dict.fromkeys(text.partition("=")[0] for text in typed)
+    vain = [key for key in keys if key in without and now.get(key) != before.get(key)]
+    for key in vain:
+        if key.partition(".")[0] not in methods or without[key] != _off(key):
+            raise ConfigError(
+                f"--config.{key}: {shown(now.get(key))} given, which has no effect here; expected "
+                f"it only with {without[key]}"
+            )
+    off = ", ".join(dict.fromkeys(key.partition(".")[0] for key in vain))
+    return f"without effect, as config.methods has no {off}: {', '.join(vain)}" if vain else ""
+
+
+def _off(key: str) -> str:
+    return f"config.methods={key.partition('.')[0]}"
+
+
+def check_sense(config: Config) -> None:
+    """Raises ConfigError for settings that contradict each other, wherever they come from."""
+    dropout, seen = config.data.label_dropout, config.data.conditional
+    need = "0 without data.conditional: there are no labels to hide"
+    require(seen or not dropout or config.task != "denoiser", "data.label_dropout", dropout, need)
