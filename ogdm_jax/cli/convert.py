@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args, rest = parser.parse_known_args(argv)
     with startup.one_sentence():
-        show.check(args)
         startup.prepare()
         _convert(args, startup.split_overrides(rest))
 

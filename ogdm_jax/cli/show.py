@@ -3,7 +3,7 @@
     ogdm show FILE               its network, its settings, and where they are known from
     ogdm show FILE --tensors     also one line per tensor
 
-FILE: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors.
+FILE: .pt, .pth, .pkl (EDM's network-snapshot), .npz or .safetensors, also a folder of its shards.
 """
 
 import argparse
@@ -11,30 +11,23 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ogdm_jax import places, startup
+from ogdm_jax import startup
 from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.interop import Pretrained, export, load_pretrained, pretrained, recognise
-from ogdm_jax.interop.restricted_pickle import quote
-from ogdm_jax.interop.torch_state import TorchFile, open_torch, tensors
+from ogdm_jax.interop.inert import quote
+from ogdm_jax.interop.torch_state import TorchFile, open_torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which network lies in a file; `ogdm convert` has them, too."""
     add = parser.add_argument
     add("source", metavar="FILE")
-    add("--entry", default=None, help="part of a file that has several, such as net or disc")
+    add("--entry", default=None, help="way to the part to take, such as net, 4 or state.model")
     kinds = "edm, vp, ve, iddpm or adm, where the file does not say"
     add("--precondition", default=None, help=kinds)
     hidden = "a setting that the tensors do not tell, such as num_heads=1"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=hidden)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError where there is no such file."""
-    if not places.local(args.source, args.source).is_file():
-        raise ValueError(
-            f"{args.source}: there is no such file; expected .pt, .pth, .pkl or .safetensors"
-        )
+    add("--allow-nan", action="store_true", help="take weights that are not finite")
 
 
 def load(args: argparse.Namespace, file: TorchFile | None = None) -> Pretrained:
@@ -52,7 +45,8 @@ def load(args: argparse.Namespace, file: TorchFile | None = None) -> Pretrained:
             settings[name] = tuple(settings[name])
     if args.precondition:
         settings["precondition"] = args.precondition
-    return load_pretrained(file or args.source, entry=args.entry, **settings)
+    told = {"entry": args.entry, "allow_nan": args.allow_nan}
+    return load_pretrained(file or args.source, **told, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,16 +56,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tensors", action="store_true", help="one line per tensor")
     args = parser.parse_args(argv)
     with startup.one_sentence():
-        check(args)
         startup.prepare()
         _show(args)
 
 
 def _show(args: argparse.Namespace) -> None:
     file = open_torch(args.source)
-    state = tensors(file, args.entry)
+    part, others = file.part(args.entry)
+    state = file.arrays(part)
     numbers = sum(value.size for value in state.values())
     print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers")
+    for note in pretrained.notes(part, others, state):
+        print(note)
     if args.tensors:
         for name, value in state.items():
             print(f"  {quote(name)}  {value.dtype}  {list(value.shape)}")
@@ -89,5 +85,5 @@ def _show(args: argparse.Namespace) -> None:
     known |= {"schedule": found.schedule} if found.precondition == "adm" else {}
     for name, value in (export.network_settings(found.network) | known).items():
         print(f"  {name}: {'not said by the file' if value is None and name in known else value}")
-    told = pretrained.describe(file, args.entry)
+    told = export.read_about(file.path) or pretrained.describe(part)
     print(f"from the file itself: {', '.join(sorted(told)) or 'only names and shapes'}")

@@ -1,12 +1,13 @@
-"""The layouts of PyTorch's files, parsed into inert records.
+"""The layouts of checkpoint files, parsed into inert records.
 
-Four layouts, told apart by their first bytes: torch.save's zip archive (torch >= 1.6; of a
-TorchScript archive the weights, never the program), its older stream of pickles, plain pickles
-(EDM's network-snapshot-*.pkl, whose official reader executes Python source found inside), and
-safetensors.
+Told apart by their first bytes: torch.save's zip archive (torch >= 1.6; of a TorchScript archive
+the weights, never the program), its older stream of pickles, plain pickles (EDM's
+network-snapshot-*.pkl, whose official reader executes Python source found inside), safetensors, and
+numpy's .npz and .npy.
 """
 
 import functools
+import io
 import json
 import math
 import re
@@ -15,21 +16,19 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from ogdm_jax.interop.restricted_pickle import Budget, Persistent, UnsafeFileError, load, quote
-from ogdm_jax.interop.torch_records import (
-    DTYPES,
-    Module,
-    Storage,
-    Tensor,
-    admit_with,
-    is_count,
-    shape_of,
-)
+import numpy as np
+
+from ogdm_jax.interop import strangers
+from ogdm_jax.interop.inert import Budget, Module, UnsafeFileError, quote
+from ogdm_jax.interop.parts import MAX_NAME
+from ogdm_jax.interop.restricted_pickle import Persistent, load
+from ogdm_jax.interop.torch_globals import admit_with
+from ogdm_jax.interop.torch_records import DTYPES, Storage, Tensor, is_count, shape_of
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-MAX_NAME = 512  # characters of a tensor's, module's or archive member's name
 MAX_HEADER = 8 << 20  # bytes of a safetensors header
+_MAX_NPY_HEADER = 1 << 16  # bytes
 _PER_MEMBER = 16  # bytes that a zip directory takes in memory, at most, per byte of it
 _PER_VALUE = 128  # bytes that parsed JSON takes in memory, at most, per value
 # safetensors' name of a type -> torch's: F16 and float16, U8 and uint8
@@ -45,33 +44,63 @@ _SAFETENSORS = {
 } | {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
-def parse(data: memoryview, handle: BinaryIO, budget: Budget) -> tuple[str, Any]:
-    """(layout, object) of a file: "zip", "legacy", "pickle" or "safetensors".
+def parse(data: memoryview, handle: BinaryIO, budget: Budget, name: str = "") -> tuple[str, Any]:
+    """(layout, object) of a file: "zip", "legacy", "pickle", "safetensors", "npz" or "npy".
 
     Args:
       data: the file, mapped; not empty.
       handle: the same file, for the standard library's reader of zip directories.
       budget: charged with what parsing copies.
+      name: of the file.
 
     Raises:
       UnsafeFileError: another kind of file, or one that is refused; the text has no subject yet.
     """
     if data[:4] == b"PK\x03\x04":
-        return "zip", _read_zip(data, handle, budget)
+        return _read_zip(data, handle, budget)
     # Before pickles, whose first byte 0x80 may be that of a header's length. No pickle passes: its
     # bytes 5 to 7 are not all 0 in front of a brace unless a length in it exceeds the file.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
         return "safetensors", _read_safetensors(data, budget)
-    if data[0] == 0x80:
+    if data[:6] == b"\x93NUMPY":
+        return "npy", _read_npy(data, budget)
+    # Protocols 0 and 1 have no first byte of their own: "(" or "}" or "]", or a name.
+    if data[0] == 0x80 or re.match(rb"[(\]})]|c\w+(\.\w+)*\n\w+\n", data[:256]):
         return _read_pickles(data, budget)
-    known = {
-        b"\x1f\x8b": "gzip-compressed",
-        b"BZ": "bzip2-compressed",
-        b"\x93N": "a numpy file",
-        b"PK": "an empty zip archive",
-    }
-    what = known.get(bytes(data[:2]), "of an unknown kind")
-    raise UnsafeFileError(f"it is {what}, not a PyTorch zip or pickle file nor safetensors")
+    raise UnsafeFileError(f"it is {strangers.file_kind(data, name)}")
+
+
+# numpy's files
+
+
+def _read_npy(data: memoryview, budget: Budget) -> Any:
+    """An array, or the objects in it, which numpy pickles behind the header."""
+    handle = io.BytesIO(bytes(data[:_MAX_NPY_HEADER]))
+    try:
+        version = np.lib.format.read_magic(handle)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(handle)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError) as error:
+        raise UnsafeFileError("its header of a numpy array is damaged") from error
+    content = data[handle.tell() :]
+    if dtype.hasobject:
+        return _load_all(content, budget)
+    if dtype.kind not in "biufc":
+        return Module(f"an array of the type {dtype}")
+    count = math.prod(shape_of(list(shape)))
+    if count * dtype.itemsize != len(content):
+        raise UnsafeFileError(
+            f"a numpy array of shape {shape} and type {dtype} has {len(content)} bytes"
+        )
+    order = ">" if dtype.byteorder == ">" else "<"
+    storage = Storage(dtype.newbyteorder("="), count, content, order)
+    sizes = shape[::-1] if fortran else shape
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    return Tensor(
+        storage, 0, tuple(shape), tuple(strides[::-1] if fortran else strides), storage.dtype
+    )
 
 
 # zip archives
@@ -92,9 +121,13 @@ class _Charged:
 
 
 def _members(data: memoryview, handle: BinaryIO, budget: Budget) -> dict[str, memoryview]:
-    """Member name -> its bytes. Only uncompressed members are admitted: nothing inflates.
+    """Member name -> its bytes.
 
-    torch writes no others but the program of a TorchScript archive, code/, which is left out.
+    Only uncompressed members are admitted: nothing inflates but numpy's, within the budget. torch
+    writes no others but the program of a TorchScript archive, code/, which is left out.
+
+    Raises:
+      UnsafeFileError: it is no archive of torch or numpy, or a damaged one.
     """
     try:
         infos = zipfile.ZipFile(cast(BinaryIO, _Charged(handle, budget))).infolist()
@@ -106,6 +139,12 @@ def _members(data: memoryview, handle: BinaryIO, budget: Budget) -> dict[str, me
         ) from error
     if sum(info.compress_size for info in infos) > len(data):  # before any is read
         raise UnsafeFileError("its members overlap: together they are longer than the file")
+    names = [info.filename for info in infos]
+    if not any(name.endswith(("data.pkl", ".npy")) for name in names):
+        raise UnsafeFileError(
+            f"it is {strangers.archive_kind(names)}, with 0 data.pkl members, where torch.save "
+            "writes one"
+        )
     found: dict[str, memoryview] = {}
     for info in infos:
         name = info.filename
@@ -120,14 +159,16 @@ def _members(data: memoryview, handle: BinaryIO, budget: Budget) -> dict[str, me
             raise UnsafeFileError(f"its member {quote(name)} occurs twice")
         if re.match(r"[^/]+/code/", name):
             continue
-        found[name] = _content(data, info)
+        found[name] = _content(data, info, budget)
     return found
 
 
-def _content(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
+def _content(data: memoryview, info: zipfile.ZipInfo, budget: Budget) -> memoryview:
     """The bytes of one member of an archive."""
     member = f"its member {quote(info.filename)}"
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+    packed = info.compress_type == zipfile.ZIP_DEFLATED and info.filename.endswith(".npy")
+    stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+    if not packed and not stored:
         raise UnsafeFileError(f"{member} is compressed, which torch.save never does")
     if info.flag_bits & 0x1:
         raise UnsafeFileError(f"{member} is encrypted")
@@ -137,16 +178,25 @@ def _content(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
         raise UnsafeFileError(f"{member} has no header where the directory says")
     lengths = header[26:28], header[28:30]  # of the name, and of further fields
     start += 30 + sum(int.from_bytes(length, "little") for length in lengths)
-    if info.file_size > len(data) - start:
+    if info.compress_size > len(data) - start:
         raise UnsafeFileError(f"{member} is declared longer than the file")
-    content = data[start : start + info.file_size]
+    content = data[start : start + info.compress_size]
+    if packed:
+        budget.charge(info.file_size, "contents unfold", info.filename)
+        try:
+            content = memoryview(zlib.decompressobj(-15).decompress(content, info.file_size))
+        except zlib.error as error:
+            raise UnsafeFileError(f"{member} is damaged") from error
     if zlib.crc32(content) != info.CRC:
         raise UnsafeFileError(f"{member} does not match its checksum")
     return content
 
 
-def _read_zip(data: memoryview, handle: BinaryIO, budget: Budget) -> Any:
+def _read_zip(data: memoryview, handle: BinaryIO, budget: Budget) -> tuple[str, Any]:
     members = _members(data, handle, budget)
+    if all(name.endswith(".npy") for name in members):
+        found = {name[:-4]: _read_npy(content, budget) for name, content in members.items()}
+        return "npz", found
     pickles = [name for name in members if re.fullmatch(r"[^/]*/data\.pkl|data\.pkl", name)]
     if len(pickles) != 1:
         raise UnsafeFileError(
@@ -170,7 +220,7 @@ def _read_zip(data: memoryview, handle: BinaryIO, budget: Budget) -> Any:
     root = _load_all(members[pickles[0]], budget, persistent, scripted)
     if scripted and not isinstance(root, Module):
         raise UnsafeFileError("it is a TorchScript archive, but its data.pkl holds no module")
-    return root
+    return "zip", root
 
 
 def _same(known: Storage, new: Storage, key: str) -> Storage:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import flax.errors
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import precondition
@@ -20,11 +21,11 @@ from ogdm_jax.interop import (
     names_inception,
     recognise,
 )
+from ogdm_jax.interop.inert import Module, quote
 from ogdm_jax.interop.names_shared import Entry
-from ogdm_jax.interop.restricted_pickle import UnsafeFileError, quote
+from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import check_about, check_settings
-from ogdm_jax.interop.torch_records import Module
-from ogdm_jax.interop.torch_state import TorchFile, open_torch, select, tensors
+from ogdm_jax.interop.torch_state import TorchFile, open_torch
 from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Array, PyTree
@@ -62,6 +63,8 @@ class Pretrained:
       dropout: of the original training where the file says so; the network itself always has 0
         unless a setting asks.
       schedule: of adm, the betas: linear or cosine.
+      notes: what was taken of the file, what else it holds, what was ignored and converted; one
+        sentence each.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Pretrained:
     sigma_data: float = 0.5
     dropout: float | None = None
     schedule: str = "linear"
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.variables))
@@ -101,27 +105,57 @@ class Pretrained:
 
 
 def from_torch(
-    state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
+    state: Mapping[str, np.ndarray],
+    kind: str | None = None,
+    *,
+    allow_nan: bool = False,
+    **settings: Any,
 ) -> tuple[nn.Module, PyTree]:
     """(network, variables) of a PyTorch state dict; variables are numpy arrays, at least float32.
 
     Args:
-      state: {name: array}, as read_torch gives it. A prefix "module." (of data-parallel training)
-        is dropped.
+      state: {name: array}, as read_torch gives it. Names may have a prefix, such as "module.";
+        counts and tables of noise beside the network's tensors are left out.
       kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also
         OGDM_adm's), adm_encoder (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception;
         None recognises it from the names.
+      allow_nan: take weights that are not finite.
       **settings: attributes of the network that replace what names and shapes show, such as
         dropout=0.1, or add what they cannot show: img_resolution, head_channels or num_heads, and
         qkv_order (legacy or new) of OpenAI's models.
 
     Raises:
-      ValueError: an unknown kind or setting, a setting that the tensors do not show, or tensors
-        that are missing, unexpected or of other shapes (listed, in one sentence).
+      ValueError: an unknown kind or setting, a setting that the tensors do not show, tensors that
+        are missing, unexpected or of other shapes (listed, in one sentence), or numbers that are
+        not finite or no floating-point numbers.
     """
-    state = _plain(state)
+    state = _plain(state, kind)
     network, convert = match(state, kind, **settings)
+    _check_numbers(state, allow_nan)
     return network, convert(state)
+
+
+def _check_numbers(state: _State, allow_nan: bool) -> None:
+    """Raises ValueError naming the first tensors that no network can compute with."""
+    state = {n: v for n, v in state.items() if not recognise.is_extra(n, v.shape)}
+    for name, value in state.items():
+        inexact = jnp.issubdtype(value.dtype, jnp.floating)
+        if value.size > 1 and not inexact:
+            raise ValueError(
+                f"state: {quote(name)} is {value.dtype}, no floating-point numbers (quantised "
+                "weights?); expected the checkpoint from before that"
+            )
+    bad = [
+        name
+        for name, value in state.items()
+        if not np.isfinite(value if value.dtype.kind == "f" else value.astype(np.float32)).all()
+    ]
+    if bad and not allow_nan:
+        raise ValueError(
+            f"state: {quote(bad[0])} holds numbers that are not finite, as do {len(bad)} of "
+            f"{len(state)} tensors; expected a checkpoint from before that, or allow_nan "
+            "(--allow-nan) to take them as they are"
+        )
 
 
 def match(
@@ -131,7 +165,7 @@ def match(
 
     Arguments and errors are those of from_torch.
     """
-    state = _plain(state)
+    state = _plain(state, kind)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = kind or recognise.kind_of(shapes)
     if kind not in _RECOGNISED:
@@ -152,14 +186,17 @@ def match(
             f"state: has names of the {kind} network, but its {what} make none "
             f"({type(error).__name__})"
         ) from error
-    _compare(kind, shapes, found.needed, found.optional)
-    return found.network, found.convert
+    extra = _compare(kind, shapes, found.needed, found.optional)
+    return found.network, lambda full: found.convert(
+        {name: value for name, value in full.items() if name not in extra}
+    )
 
 
 def load_pretrained(
     path: str | os.PathLike | TorchFile,
     kind: str | None = None,
     entry: str | None = None,
+    allow_nan: bool = False,
     **settings: Any,
 ) -> Pretrained:
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
@@ -173,6 +210,7 @@ def load_pretrained(
       path: see read_torch; also what open_torch gives.
       entry: see read_torch.
       kind: see from_torch.
+      allow_nan: see from_torch.
       **settings: see from_torch; also precondition, sigma_data and schedule.
 
     Raises:
@@ -180,62 +218,96 @@ def load_pretrained(
       ValueError: see from_torch.
     """
     file = path if isinstance(path, TorchFile) else open_torch(path)
-    about, state = describe(file, entry), tensors(file, entry)
+    about = export.read_about(file.path) or {}
+    part, others = file.part(entry, kind or about.get("kind"))
+    about, state = about or describe(part), file.arrays(part)
     for name in ("precondition", "sigma_data", "schedule"):
         about[name] = settings.pop(name, about.get(name))
     check_about(about)
     if about["precondition"] is None and ("u" in state or "model.u" in state):
         about["precondition"] = "iddpm"
-    kind = kind or about.get("kind")
-    network, variables = from_torch(state, kind, **(about.get("settings") or {}) | settings)
-    kind = kind or recognise.kind_of({name: value.shape for name, value in _plain(state).items()})
+    kind = kind or about.get("kind") or part.kind
+    more = (about.get("settings") or {}) | settings
+    network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
+    kind = kind or recognise.kind_of({name: value.shape for name, value in state.items()})
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
     if kind == "adm":
         about["precondition"] = about["precondition"] or "adm"
         about["schedule"] = about["schedule"] or recognise.schedule_of(network)
-    schedule = about["schedule"] or "linear"
     return Pretrained(
-        kind, network, variables, about["precondition"], sigma_data, about.get("dropout"), schedule
+        kind,
+        network,
+        variables,
+        about["precondition"],
+        sigma_data,
+        about.get("dropout"),
+        about["schedule"] or "linear",
+        notes(part, others, state),
     )
 
 
-def describe(file: TorchFile, entry: str | None = None) -> dict[str, Any]:
-    """What a file says beside its tensors.
-
-    Any of kind, settings, precondition, sigma_data and dropout; {} where it says nothing.
-    """
-    about = export.read_about(file.path)
-    if about is not None:
-        return about
-    try:
-        part = select(file.root, entry)
-    except UnsafeFileError:
-        return {}  # tensors() says why
-    if not isinstance(part, Module) or part.name not in _CLASSES:
+def describe(part: Part) -> dict[str, Any]:
+    """What a part's object says beside its tensors: any of precondition, sigma_data, dropout."""
+    if not isinstance(part.node, Module) or part.node.name not in _CLASSES:
         return {}
-    arguments = part.state.get("_init_kwargs")
+    arguments = part.node.state.get("_init_kwargs")
     dropout = arguments.get("dropout") if isinstance(arguments, dict) else None
     found = {
-        "precondition": _CLASSES[part.name],
-        "sigma_data": part.state.get("sigma_data"),
+        "precondition": _CLASSES[part.node.name],
+        "sigma_data": part.node.state.get("sigma_data"),
         "dropout": dropout,
     }
     return {name: value for name, value in found.items() if isinstance(value, str | float | int)}
 
 
-def _plain(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    wrapped = bool(state) and all(name.startswith("module.") for name in state)
-    return {
-        name.removeprefix("module.") if wrapped else name: value for name, value in state.items()
-    }
+def notes(part: Part, others: list[Part], state: _State) -> tuple[str, ...]:
+    """Sentences that say what was taken of a file, what else there is, and what was changed."""
+    said = []
+    if part.entry or others:
+        what = "averaged weights" if part.averaged else "weights"
+        also = ", ".join(f"--entry {quote(other.entry)}" for other in others[:_LISTED])
+        said.append(
+            f"taken: the {what} at {quote(part.entry) or 'the top'}"
+            + (f"; also there: {also}" if also else "")
+        )
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    extra = [name for name in shapes if recognise.is_extra(name, shapes[name])]
+    ignored = [*extra, *part.beside]
+    if ignored:
+        some = ", ".join(map(quote, ignored[:_LISTED]))
+        more = ", ..." if len(ignored) > _LISTED else ""
+        said.append(f"ignored: {len(ignored)} tensors ({some}{more})")
+    types = sorted({str(value.dtype) for name, value in state.items() if name not in extra})
+    if types not in ([], ["float32"]):
+        said.append(f"stored as {', '.join(types)}; computed with float32")
+    return tuple(said)
+
+
+def _plain(state: _State, kind: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors under the prefix at which a known network lies.
+
+    Raises:
+      ValueError: there are several.
+    """
+    found = [(prefix, k) for prefix, k in recognise.places(state) if kind in (None, k)]
+    if len({prefix for prefix, _ in found}) > 1:
+        listed = ", ".join(quote(prefix) or "(none)" for prefix, _ in found[:_LISTED])
+        raise ValueError(
+            f"state: known networks lie under several prefixes of its names ({listed}); expected "
+            "the tensors of one (load_pretrained takes entry=...)"
+        )
+    prefix = found[0][0] if found else ""
+    return {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
 
 
 def _compare(
     kind: str, shapes: recognise.Shapes, expected: recognise.Shapes, optional: set[str]
-) -> None:
-    """Raises ValueError listing what is missing, unexpected or misshapen."""
+) -> set[str]:
+    """The tensors that are left out; raises ValueError listing what does not fit otherwise."""
     missing = [name for name in expected if name not in shapes]
-    unexpected = [quote(name) for name in shapes if name not in expected and name not in optional]
+    left = [name for name in shapes if name not in expected and name not in optional]
+    extra = {name for name in left if recognise.is_extra(name, shapes[name])}
+    unexpected = [quote(name) for name in left if name not in extra]
     wrong = [
         f"{n} {shapes[n]} instead of {e}"
         for n, e in expected.items()
@@ -251,6 +323,7 @@ def _compare(
         raise ValueError(
             f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}"
         )
+    return extra
 
 
 class _Match(NamedTuple):

@@ -6,17 +6,39 @@ dropout: for the published OpenAI and OGDM_adm models these stand in a table; fo
 settings that the user gives.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from ogdm_jax.interop.restricted_pickle import quote
+from ogdm_jax.interop.inert import quote
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_TAPS = 64  # of a resampling filter
 KINDS = ("edm", "adm", "adm_encoder", "ogdm_discriminator", "inception")
+DENOISERS = ("edm", "adm")
+# kind -> names that tell it, without what may stand in front of them
+_SIGNS = {
+    "edm": (r"(model\.)?enc\.\d{1,6}x\d{1,6}_conv\.weight",),
+    "adm": (r"time_embed\.0\.weight", r"input_blocks\.0\.0\.weight"),
+    "ogdm_discriminator": (r"mapping\.embed\.weight", r"b4\.out\.weight"),
+    "inception": (
+        r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed(\.tower)?\.conv)\.weight",
+    ),
+}
+_FOUND = {
+    kind: [re.compile(rf"(?:^|\.)({sign})$") for sign in signs] for kind, signs in _SIGNS.items()
+}
+_BUFFERS = ("resample_filter", "freqs", "running_mean", "running_var", "num_batches_tracked")
+# What training programs keep among the tensors of a network and no network computes with.
+_EXTRA = re.compile(
+    r"total_(ops|params)|num_batches_tracked|n_averaged|num_updates|decay|initted|logvar|snr|"
+    r"((global|num)_)?(step|epoch|iter|iteration)s?|lvlb_weights|timesteps|(p2_)?loss_weights?|"
+    r"(\w+_)?(alphas|betas|sigmas)(_\w+)?|(\w+_)?alpha_(cumprod|bar)\w*|posterior_\w+"
+)
+_WEIGHTS = ("weight", "bias", "scale", "gamma", "beta", "mean", "var")
 
 # (model_channels, channel_mult, blocks a level, downsampling factors with attention, input
 # channels) -> the hidden. Sources: the flags published beside the checkpoints
@@ -61,25 +83,46 @@ class UnrecognisedError(ValueError):
     """
 
 
+def places(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(prefix, kind) of each known network among the names; a prefix ends in a dot or is ""."""
+    names, found = list(names), []
+    for kind, signs in _FOUND.items():
+        prefixes = [
+            {name[: match.start(1)] for name in names if (match := sign.search(name))}
+            for sign in signs
+        ]
+        for prefix in sorted(set.intersection(*prefixes)):
+            encoder = kind == "adm" and not any(
+                name.startswith(f"{prefix}output_blocks.") for name in names
+            )
+            found.append((prefix, "adm_encoder" if encoder else kind))
+    return found
+
+
 def kind_of(shapes: Shapes) -> str:
     """One of KINDS. Raises UnrecognisedError naming a few of the tensors."""
-    names = list(shapes)
-    if any(re.fullmatch(r"(model\.)?enc\.\d{1,6}x\d{1,6}_conv\.weight", name) for name in names):
-        return "edm"
-    if "time_embed.0.weight" in shapes and "input_blocks.0.0.weight" in shapes:
-        return "adm" if any(name.startswith("output_blocks.") for name in names) else "adm_encoder"
-    if "mapping.embed.weight" in shapes and "b4.out.weight" in shapes:
-        return "ogdm_discriminator"
-    if any(
-        re.match(r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed)\.", name)
-        for name in names
-    ):
-        return "inception"
-    some = ", ".join(quote(name) for name in sorted(names)[:3])
+    for prefix, kind in places(shapes):
+        if not prefix:
+            return kind
+    some = ", ".join(quote(name) for name in sorted(shapes)[:3])
     raise UnrecognisedError(
-        f"state: {len(names)} tensors ({some}, ...) of no known network; expected "
+        f"state: {len(shapes)} tensors ({some}, ...) of no known network; expected "
         f"{', '.join(KINDS)}"
     )
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is none of the parameters that are trained and averaged."""
+    leaf = name.rpartition(".")[2]
+    return leaf in _BUFFERS or name in ("u", "model.u") or bool(_EXTRA.fullmatch(leaf[:80]))
+
+
+def is_extra(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor that a network has no place for can be left out: counts, tables of noise."""
+    leaf = name.rpartition(".")[2]
+    if len(shape) > 1 or leaf in _WEIGHTS:
+        return False
+    return math.prod(shape) <= 1 or bool(_EXTRA.fullmatch(leaf[:80]))
 
 
 def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -14,8 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# instructions of a file; a pickled EDM network has about 170 per tensor: 92,000 for ImageNet
-MAX_INSTRUCTIONS = 1_000_000
+from ogdm_jax.interop.inert import (
+    MAX_INSTRUCTIONS,
+    Budget,
+    Global,
+    Inert,
+    Module,
+    UnsafeFileError,
+    quote,
+    scalar,
+)
+
 MAX_INT_BYTES = 64  # of an integer
 MAX_LINE = 4096  # bytes of a line of text
 # entries of the memo: the format's own limit in binary. Numbers written as text have none, and
@@ -23,83 +32,11 @@ MAX_LINE = 4096  # bytes of a line of text
 MAX_MEMO = 2**32
 _PER_ITEM = 100  # bytes of an item of a dictionary or set, about
 _PER_REFERENCE = 8  # bytes
+_PER_LETTER = 2  # bytes of a long line: texts of protocol 0 hold bytes
 _MARK = object()
-
-
-class UnsafeFileError(ValueError):
-    """A file that is refused: it asks for code, or its bytes contradict each other.
-
-    The text is one sentence.
-    """
-
-
-@dataclass
-class Budget:
-    """What reading one file may still cost, pickles inside pickles included.
-
-    A few bytes of a pickle can name a long text, list or array again and again. Code that copies
-    what a file names therefore calls `charge` before it copies.
-
-    Attributes:
-      bytes: memory beside that of the file itself.
-      instructions: of pickles.
-    """
-
-    bytes: int
-    instructions: int = MAX_INSTRUCTIONS
-
-    @classmethod
-    def of(cls, file_size: int) -> "Budget":
-        """The budget of a file of so many bytes."""
-        return cls(4 * file_size + (16 << 20))
-
-    def charge(self, count: int, what: str = "contents unfold", where: str = "") -> None:
-        """Takes `count` bytes from the budget.
-
-        Raises:
-          UnsafeFileError: it is used up; what and where complete the sentence.
-        """
-        self.bytes -= count
-        if self.bytes < 0:
-            place = f" (at {quote(where)})" if where else ""
-            raise UnsafeFileError(f"its {what} to more than 4 times the file's size{place}")
-
-
-@dataclass(frozen=True)
-class Global:
-    """What an admitted `module.name` stands for.
-
-    Attributes:
-      name: in full.
-      call: what the instruction REDUCE calls; None: nothing.
-      is_class: whether the instruction NEWOBJ may call it, too.
-    """
-
-    name: str
-    call: Callable[..., Any] | None = None
-    is_class: bool = False
-
-
-class Inert:
-    """Base of the records that stand for objects."""
-
-    def build(self, state: Any) -> None:
-        """Takes what the instruction BUILD would have given to __setstate__.
-
-        Raises:
-          UnsafeFileError: this kind of record has no state, or the state is not of its kind.
-        """
-        raise UnsafeFileError(f"it gives a state to {_type(self)}")
-
 
 Admit = Callable[[str, str], Any]
 Persistent = Callable[[Any], Any]
-
-
-def quote(text: Any) -> str:
-    """A text from a file, shortened and escaped so that a message stays one readable line."""
-    text = text if isinstance(text, str) else type(text).__name__
-    return ascii(text if len(text) <= 80 else text[:77] + "...")[1:-1]
 
 
 def _type(value: Any) -> str:
@@ -191,13 +128,16 @@ class _Machine:
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
-    def line(self) -> str:
-        window = bytes(self.data[self.at : self.at + MAX_LINE])
-        end = window.find(b"\n")
-        if end < 0:
-            raise UnsafeFileError("its pickle has a text line without an end")
-        self.at += end + 1
-        return window[:end].decode("utf-8")
+    def line(self, longest: int = MAX_LINE, codec: str = "utf-8") -> str:
+        start, longest = self.at, min(longest, len(self.data) - self.at)
+        for at in range(start, start + longest, MAX_LINE):
+            end = bytes(self.data[at : at + MAX_LINE]).find(b"\n")
+            if end >= 0:
+                self.at = at + end + 1
+                if at > start:  # bytes and their text, at most
+                    self.budget.charge(_PER_LETTER * (at - start))
+                return bytes(self.data[start : at + end]).decode(codec)
+        raise UnsafeFileError("its pickle has a text line without an end")
 
     def text(self, layout: str) -> str:
         return str(self.take(self.number(layout)), "utf-8", "surrogatepass")
@@ -214,11 +154,12 @@ class _Machine:
         return value
 
     def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise UnsafeFileError(
-                f"its pickle is corrupt: it adds items to {_type(self.stack[-1])}"
-            )
-        return self.stack[-1]
+        target = self.stack[-1]
+        if isinstance(target, Module) and kind is list:
+            return target.items
+        if not isinstance(target, kind):
+            raise UnsafeFileError(f"its pickle is corrupt: it adds items to {_type(target)}")
+        return target
 
     def since_mark(self) -> list:
         for i in range(len(self.stack) - 1, -1, -1):
@@ -231,6 +172,7 @@ class _Machine:
     # instructions that build
 
     def set_items(self, target: Any, items: list) -> None:
+        target = target.state if isinstance(target, Module) else target
         if not isinstance(target, dict):
             raise UnsafeFileError(f"its pickle is corrupt: it adds named items to {_type(target)}")
         if len(items) % 2:
@@ -312,19 +254,6 @@ class _Machine:
         target.update(scalar(item) for item in items)
 
 
-def scalar(key: Any) -> Any:
-    """A key of a dictionary or an item of a set, once it is known to be plain.
-
-    Python hashes integers modulo 2^61 - 1: without a limit a file could choose keys that all
-    collide.
-    """
-    if not isinstance(key, str | int | float | None):
-        raise UnsafeFileError(f"its pickle has a key of {_type(key)}")
-    if isinstance(key, int) and not -(2**63) <= key < 2**64:
-        raise UnsafeFileError("its pickle has a whole number of more than 64 bits as a key")
-    return key
-
-
 def _int(text: str) -> int:
     if len(text) > 2 * MAX_INT_BYTES:
         raise UnsafeFileError(f"its pickle holds an integer of {len(text)} digits")
@@ -366,8 +295,8 @@ def _append(m: _Machine) -> None:
 
 def _new_object_with_names(m: _Machine) -> None:
     names, args, cls = m.pop(), m.pop(), m.pop()
-    if names != {}:
-        raise UnsafeFileError("it makes an object with keyword arguments")
+    if names != {} and isinstance(args, tuple):
+        args = (*args, names)
     m.new_object(args, cls)
 
 
@@ -392,7 +321,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
-    ord("V"): lambda m: m.push(m.line().encode("latin1").decode("raw-unicode-escape")),
+    ord("V"): lambda m: m.push(m.line(len(m.data), "raw-unicode-escape")),
     0x8C: lambda m: m.push(m.text("<B")),
     ord("X"): lambda m: m.push(m.text("<I")),
     0x8D: lambda m: m.push(m.text("<Q")),

@@ -9,8 +9,8 @@ from typing import Any, cast
 import flax.linen as nn
 import numpy as np
 
+from ogdm_jax.interop.inert import quote
 from ogdm_jax.interop.recognise import KINDS
-from ogdm_jax.interop.restricted_pickle import quote
 
 PRECONDITIONS, SCHEDULES = ("edm", "vp", "ve", "iddpm", "adm"), ("linear", "cosine")
 _LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from ogdm_jax import places
 from ogdm_jax.data.arrays import DAMAGED
-from ogdm_jax.interop.restricted_pickle import quote
+from ogdm_jax.interop.inert import quote
 from ogdm_jax.metrics.distances import Moments
 
 
