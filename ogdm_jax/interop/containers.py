@@ -264,7 +264,7 @@ def _reference(reference: Any) -> tuple[Storage, str, int]:
 
 
 def _read_pickles(data: memoryview, budget: Budget) -> tuple[str, Any]:
-    first = bytes(data[:14])
+    first = bytes(data[:32])  # protocols 4 and 5 begin with a frame
     if LEGACY_MAGIC.to_bytes(10, "little") in first:
         return "legacy", _read_legacy(data, budget, functools.partial(_read_nested, budget))
     return "pickle", _load_all(data, budget)

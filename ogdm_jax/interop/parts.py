@@ -12,6 +12,7 @@ from typing import Any
 
 from ogdm_jax.interop import recognise
 from ogdm_jax.interop.inert import Budget, Module, Odd, UnsafeFileError, quote
+from ogdm_jax.interop.torch_globals import PARTIAL
 from ogdm_jax.interop.torch_records import NumpyArray, Tensor
 
 MAX_NAME = 512  # characters of a tensor's or module's name
@@ -69,8 +70,11 @@ class Part:
 
     @property
     def averaged(self) -> bool:
-        """Whether a step of the way says that these are averaged weights."""
-        return any(_AVERAGED.search(word.lower()) for word in re.split(r"[./]", self.entry))
+        """Whether a step of the way, or a count beside them, says that these are averages."""
+        words = re.split(r"[./]", self.entry.lower())
+        return "n_averaged" in self.beside or (
+            any(map(_AVERAGED.search, words)) and not words[-1].startswith("online")
+        )
 
 
 def choose(
@@ -97,9 +101,8 @@ def choose(
     if entry is not None:
         found = _below(found, parts, entry)
         if not found:
-            raise UnsafeFileError(
-                f"it has no part {quote(entry)} with tensors (there is: {_listing(root, parts)})"
-            )
+            there = _listing(root, list(_parts(root, budget)))
+            raise UnsafeFileError(f"it has no part {quote(entry)} with tensors (there is: {there})")
     pool = _most_likely(found, kind)
     averaged = [part for part in pool if part.averaged]
     if unmatched and not averaged and entry is None:
@@ -160,7 +163,7 @@ def _listing(root: Any, parts: list[Part]) -> str:
         return _entries(parts)
     if isinstance(root, dict):
         return ", ".join(quote(str(key)) for key in list(root)[:_LISTED]) or "an empty dictionary"
-    return f"one {quote(root.name if isinstance(root, Module) else root)}"
+    return f"one {quote(root.name if isinstance(root, Module) else root)} without a name"
 
 
 # the parts of a file
@@ -243,7 +246,7 @@ def _leaves(node: Any) -> Iterator[tuple[str, Leaf]]:
 def _leaf(value: Any) -> Leaf | None:
     """The tensor that a value is."""
     if isinstance(value, Module) and value.name in _SHARDS:
-        return Odd(f"a part of one process ({value.name}); save the full tensors")
+        return Odd(PARTIAL.format(value.name))
     if isinstance(value, NumpyArray) and value.value is None:
         return None
     return value if isinstance(value, Leaf) else None
@@ -313,7 +316,12 @@ def _candidates(part: Part) -> Iterator[Part]:
             for name, leaf in names.items()
             if name.startswith(inner) or name == f"{prefix}u"
         }
-        outside = tuple(name for name in names if name.removeprefix(prefix) not in own)
+        elsewhere = tuple(p for p, _ in places if p and p != prefix)
+        outside = tuple(
+            name
+            for name in names
+            if name.removeprefix(prefix) not in own and not name.startswith(elsewhere)
+        )
         yield Part(part.path, prefix, kind, own, _inside(part.node, prefix), outside)
         yield from _without_dots(part, names, prefix, kind, own)
 

@@ -62,8 +62,10 @@ _ODD = {
     "nested_tensor": "a nested tensor; save its parts",
     "qtensor": "quantised; save its dequantize(), or the model from before it was quantised",
     "meta_tensor_no_storage": "on the meta device, without numbers; save it once it is loaded",
-    "wrapper_subclass": "a part of one process (DTensor); save the full tensors",
 }
+
+
+PARTIAL = "a part of one process ({}); save the full tensors"
 
 
 def _odd(what: str) -> Callable[..., Odd]:
@@ -77,6 +79,8 @@ def _from_type(function: Any, cls: Any, arguments: Any, *_: Any) -> Tensor | Odd
         raise UnsafeFileError(f"it names {quote(name)} as what rebuilds a tensor")
     if not isinstance(arguments, tuple):
         raise UnsafeFileError("the arguments that rebuild a tensor are no tuple")
+    if name.endswith("_wrapper_subclass"):
+        return Odd(PARTIAL.format(quote(getattr(cls, "name", cls).rpartition(".")[2])))
     return function.call(*arguments)
 
 
@@ -103,7 +107,7 @@ def _attribute(owner: Any, name: Any) -> Global:
     """A method that stands in a file as its owner and its name."""
     if not isinstance(owner, Module | Global) or not isinstance(name, str):
         raise UnsafeFileError("it names builtins.getattr, which could reach anything")
-    return Global(f"{owner.name[:80]}.{name[:80]}")
+    return _unknown(f"{owner.name[:80]}.{name[:80]}")
 
 
 def _ordered_dict(pairs: Any = ()) -> dict:
@@ -227,11 +231,11 @@ _ACTING = re.compile(
     r"|tempfile|pip|pkgutil|zipimport|inspect|gc|ast|pdb|bdb)(\..*)?"
 )
 _HARMLESS = re.compile(
-    r"types\.SimpleNamespace|builtins\.(bool|bytearray|bytes|complex|float|int|list|object|range"
-    r"|reversed|slice|str|tuple|type|Ellipsis|NotImplemented|[A-Z][A-Za-z]+(Error|Exception|Warning))"
+    r"types\.SimpleNamespace|builtins\.(bool|bytearray|bytes|complex|float|int|list|object|range|str"
+    r"|reversed|slice|xrange|tuple|type|Ellipsis|NotImplemented|[A-Z]\w+(Error|Exception|Warning))"
 )
 # packages whose functions make what is meant to be read: unknown ones are refused once called
-_TORCH = re.compile(r"(torch|numpy|torch_utils|dnnlib)\b(?!\.random\.).*")
+_TORCH = re.compile(r"(torch|numpy|torch_utils|dnnlib)\b(?!\.(random|distributed)\.).*")
 
 
 def _unknown(full: str, kind: type[Module] = Module) -> Global:
