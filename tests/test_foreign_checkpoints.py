@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -357,13 +358,13 @@ def test_shards(state, tmp_path):
 
 
 def test_numpys_files(state, tmp_path):
-    np.savez(tmp_path / "a.npz", **state)
-    np.savez_compressed(tmp_path / "b.npz", **state)
+    plain: dict[str, Any] = dict(state)
+    np.savez(tmp_path / "a.npz", **plain)
+    np.savez_compressed(tmp_path / "b.npz", **plain)
     np.savez(tmp_path / "c.npz", model=np.array(state, dtype=object), step=np.array(3))
     np.save(tmp_path / "d.npy", np.array({"ema": state}, dtype=object))
-    np.savez(
-        tmp_path / "e.npz", **{n: np.asfortranarray(v).astype(">f4") for n, v in state.items()}
-    )
+    big: dict[str, Any] = {n: np.asfortranarray(v).astype(">f4") for n, v in state.items()}
+    np.savez(tmp_path / "e.npz", **big)
     for name in ("a.npz", "b.npz", "c.npz", "d.npy", "e.npz"):
         read = read_torch(tmp_path / name)
         for key, value in state.items():
