@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ogdm_jax.cli.parsing import parser_of
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.prepare import prepare
@@ -58,8 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("source", metavar="SOURCE", help=", ".join(KINDS).replace("%", "%%"))
         add("--data-dir", help="folder of prepared tfds sets, and of relative paths")
-        add("--resolution", type=int, help="centre-crop and resize to this many pixels a side")
-        add("--channels", type=int, help="3 turns grey images of a mixed set into RGB")
+        add(
+            "--resolution",
+            type=whole(1, 8192),
+            help="centre-crop and resize to this many pixels a side",
+        )
+        add("--channels", type=whole(1, 3), help="3 turns grey images of a mixed set into RGB")
         if name == "describe":
             add("--json", action="store_true", help="print JSON")
         else:

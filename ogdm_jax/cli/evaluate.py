@@ -9,7 +9,7 @@ import numpy as np
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli import protocol as protocol_command
-from ogdm_jax.cli.parsing import new_parser
+from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
@@ -40,9 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", required=True, nargs="+", metavar="X", help="npz, folder or zip of images")
     images = "images, a source name, or mu and sigma (npz)"
     add("--reference", required=True, metavar="Y", help=images)
-    add("--num", type=int, help="take a random subset of so many samples")
-    add("--k", type=int, default=5, help="neighbours of precision, recall, density, coverage")
-    add("--seed", type=int, default=0, help="of subsets and splits")
+    add("--num", type=whole(1), help="take a random subset of so many samples")
+    add("--k", type=whole(1), default=5, help="neighbours of precision, recall, density, coverage")
+    add("--seed", type=whole(0), default=0, help="of subsets and splits")
     add("--paired", action="store_true", help="also PSNR and SSIM, image i against image i")
     moments = "write mu and sigma of the (last) samples"
     add("--save-statistics", default="", metavar="FILE.npz", help=moments)

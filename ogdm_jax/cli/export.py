@@ -11,7 +11,7 @@ from etils import epath
 
 from ogdm_jax import config as configs
 from ogdm_jax import startup
-from ogdm_jax.cli.parsing import parser_of
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.interop import export
 from ogdm_jax.training import workdir
 
@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("export", __doc__)
     parser.add_argument("workdir", metavar="WORKDIR")
     parser.add_argument("--out", required=True, help="FILE.safetensors")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=whole(0), default=None, help="checkpoint (default: the newest)"
+    )
     parser.add_argument("--weights", default="ema", help="ema or params")
     args = parser.parse_args(argv)
     with startup.one_sentence():

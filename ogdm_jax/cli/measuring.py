@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ogdm_jax import parallel, places
-from ogdm_jax.config import ConfigError, Sample, replace
+from ogdm_jax.cli.parsing import step, whole
+from ogdm_jax.config import Sample, replace
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
@@ -36,7 +37,12 @@ def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--features", default="", metavar="SPACE", help=words)
     add("--weights", default="", metavar="FILE", help="inception: the weights file")
     add("--route", default="tf", help="inception: tf (EDM, original FID) or pytorch_fid")
-    add("--size", type=int, default=96, help="lite0: pixels a side that images are resized to")
+    add(
+        "--size",
+        type=whole(8, 4096),
+        default=96,
+        help="lite0: pixels a side that images are resized to",
+    )
     add("--data-dir", default="", metavar="DIR", help="folder of prepared tfds sets")
 
 
@@ -44,9 +50,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that choose a trained model, its data and its devices."""
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="training folder")
-    add("--step", default="", help="checkpoint: a number, or best (default: the newest)")
-    add("--batch", type=int, default=256, help="images per device at a time")
-    add("--devices", type=int, default=0, help="0 = all")
+    add(
+        "--step",
+        type=step,
+        default=None,
+        help="checkpoint: a number, or best (default: the newest)",
+    )
+    add("--batch", type=whole(1), default=256, help="images per device at a time")
+    add("--devices", type=whole(0), default=0, help="0 = all")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,12 +104,7 @@ def open_space(
 
 def open_model(args: argparse.Namespace) -> TrainedModel:
     """The model of --workdir at --step."""
-    step: int | str | None = args.step or None
-    if step not in (None, "best"):
-        if not args.step.isdigit():
-            raise ConfigError(f"--step: {args.step!r} given; expected a number or best")
-        step = int(args.step)
-    return workdir.open_workdir(args.workdir, step)
+    return workdir.open_workdir(args.workdir, args.step)
 
 
 def open_model_space(
@@ -132,10 +138,8 @@ def drawing(
       churn: EDM's stochasticity, see `sampling.sample`.
 
     Raises:
-      ConfigError: --batch or --devices cannot be.
+      ConfigError: there are not so many --devices.
     """
-    if args.batch < 1:
-        raise ConfigError(f"--batch: {args.batch} given; expected at least 1")
     how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
 
     def draw(settings: Sample, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:

@@ -1,15 +1,76 @@
-"""Parsers of command lines whose help begins with examples."""
+"""Parsers of command lines: help that begins with examples, errors of one sentence, numbers."""
 
 import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from ogdm_jax.config import suggestion
+from ogdm_jax.config.fields import shown
+
+_LARGEST = 2**31 - 1
 
 
-def new_parser(command: str, about: str, examples: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one sentence and end with 1, as all of ours do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the sentence."""
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        near = suggestion(unknown.partition("=")[0], self._option_string_actions) if unknown else ""
+        text = " ".join(message.removeprefix("argument ").split())[:500]
+        self.exit(1, f"error: {text}{near}; `{self.prog} --help` lists what there is\n")
+
+
+def whole(least: int = 0, most: int = _LARGEST) -> Callable[[str], int]:
+    """The type of an option that takes a whole number within limits."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            range_ = f"of at least {least}" if most == _LARGEST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} given; expected a whole number {range_}"
+            )
+        return value
+
+    return read
+
+
+def decimal(least: float, most: float) -> Callable[[str], float]:
+    """The type of an option that takes a number within limits."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} given; expected a number from {least:g} to {most:g}"
+            )
+        return value
+
+    return read
+
+
+def step(text: str) -> int | str:
+    """The type of an option that names a checkpoint: its step, or best."""
+    if text == "best" or text.isdecimal() and len(text) < 16:
+        return text if text == "best" else int(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)} given; expected a step such as 800, or best")
+
+
+def new_parser(command: str, about: str, examples: str) -> Parser:
     """A parser whose help begins with the examples, one a line: the words after the command."""
     lines = [f"ogdm {command} {words}" for words in examples.splitlines()]
     return _parser(command, about, lines)
 
 
-def parser_of(command: str, doc: str | None) -> argparse.ArgumentParser:
+def parser_of(command: str, doc: str | None) -> Parser:
     """A parser whose help is a module's docstring, the lines that show commands first."""
     lines = (doc or "").splitlines()
     shown = [line.startswith(("    ", "ogdm ")) for line in lines]
@@ -18,8 +79,8 @@ def parser_of(command: str, doc: str | None) -> argparse.ArgumentParser:
     return _parser(command, about.replace("\n\n\n", "\n\n"), examples)
 
 
-def _parser(command: str, about: str, lines: list[str]) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def _parser(command: str, about: str, lines: list[str]) -> Parser:
+    return Parser(
         prog=f"ogdm {command}",
         usage="\n" + "\n".join(f"  {line}" for line in lines),
         description=about,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ogdm_jax import parallel, places
+from ogdm_jax.cli.parsing import whole
 from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.planning import chips, program, report
 
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-shape", default="", metavar="H,W,C", help="of images whose source is not at hand"
     )
-    group.add_argument("--classes", type=int, default=-1, help="of that source")
-    group.add_argument("--images", type=int, default=0, help="in that source")
+    group.add_argument("--classes", type=whole(0), default=-1, help="of that source")
+    group.add_argument("--images", type=whole(1), default=0, help="in that source")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import new_parser
+from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html
 from ogdm_jax.training.evaluate import measure_samplers, references
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     measuring.add_model_options(parser)
     add = parser.add_argument
     most = f"images of a distance (default: the data's, at most {MOST})"
-    add("--num", type=int, default=0, help=most)
+    add("--num", type=whole(0), default=0, help=most)
     add("--solvers", default="euler,heun", help='for distance against NFE; "" for none')
     add("--steps", default="3,5,9,18", help="sampler steps for distance against NFE")
     add("--distances", default="", metavar="FILE.json", help="show these; a report writes them")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.cli import guidance
-from ogdm_jax.cli.parsing import parser_of
+from ogdm_jax.cli.parsing import decimal, parser_of, step, whole
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.inverse import files
@@ -37,21 +37,30 @@ def parser() -> argparse.ArgumentParser:
     """The words of the command; those of guidance are made from the methods' Settings."""
     made = parser_of("sample", __doc__)
     add = made.add_argument
-    step = lambda text: text if text == "best" else int(text)
     add("--workdir", required=True, help="training folder")
     add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     add("--weights", default="ema", help="ema or params")
-    add("--num", type=int, default=64, help="images, from the seeds 0 to num - 1")
+    add("--num", type=whole(1), default=64, help="images, from the seeds 0 to num - 1")
     add("--seeds", default="", help="FIRST-LAST, both included; replaces --num")
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
-    add("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
+    add(
+        "--steps",
+        type=whole(1, 10**5),
+        default=None,
+        help="sampler steps (default: the configuration's)",
+    )
     add(
         "--grid",
         default="",
         help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad, trailing, pndm (the "
         "released code of --solver spndm and fpndm)",
     )
-    add("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
+    add(
+        "--eta",
+        type=decimal(0, 1),
+        default=None,
+        help="randomness of ddim and heun: 0 none, 1 as DDPM",
+    )
     add(
         "--clip",
         action=argparse.BooleanOptionalAction,
@@ -60,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
     add("--label", type=int, default=None, help="class of all images (default: from each seed)")
-    add("--batch", type=int, default=64, help="images per device at a time")
-    add("--devices", type=int, default=0, help="0 = all")
+    add("--batch", type=whole(1), default=64, help="images per device at a time")
+    add("--devices", type=whole(0), default=0, help="0 = all")
     add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
     add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
     guidance.add_options(made)

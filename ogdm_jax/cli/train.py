@@ -17,7 +17,7 @@ from pathlib import Path
 from ogdm_jax import cluster, parallel, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import plan as planning
-from ogdm_jax.cli.parsing import parser_of
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.methods import discovery
 from ogdm_jax.training import profile
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     )
     parser.add_argument(
         "--stopped-code",
-        type=int,
+        type=whole(0, 255),
         default=0,
         metavar="CODE",
         help="exit code after a signal (default: 0)",
@@ -52,8 +52,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         "several processes", "all three, only where JAX cannot find the cluster itself"
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--processes", metavar="N", type=int, help="their number")
-    several.add_argument("--process", metavar="I", type=int, help="which one this is, 0 to N - 1")
+    several.add_argument("--processes", metavar="N", type=whole(1), help="their number")
+    several.add_argument(
+        "--process", metavar="I", type=whole(0), help="which one this is, 0 to N - 1"
+    )
     planning.add_arguments(parser)
     return parser.parse_known_args(argv)
 
