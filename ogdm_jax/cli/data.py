@@ -1,23 +1,26 @@
 """Looks at image sets and prepares them.
 
 ogdm data describe SOURCE                       size, classes, mean, std, sigma_data to set
+ogdm data check SOURCE                          reads every image: what is bad, odd or left out
 ogdm data prepare SOURCE --out DIR|FILE.zip     array_record, or EDM's zip
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ogdm_jax import places, records, startup
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.data import SourceError, open_source
+from ogdm_jax.data.check import check, in_words
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import KINDS
 
 _COMMANDS = {
     "describe": "print number, size, classes, mean, std and the suggested sigma_data",
+    "check": "read every image; list what is bad, odd or left out; exit code 1 where any is bad",
     "prepare": "write a set as array_record (read without TensorFlow) or as EDM's zip; the same "
     "command continues unfinished work",
 }
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             help="centre-crop and resize to this many pixels a side",
         )
         add("--channels", type=whole(1, 3), help="3 turns grey images of a mixed set into RGB")
-        if name == "describe":
+        if name != "prepare":
             add("--json", action="store_true", help="print JSON")
         else:
             add("--out", required=True, metavar="DIR|FILE.zip", help="what to write")
@@ -75,19 +78,28 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    how = args.data_dir, args.resolution, args.channels
     try:
-        # prepare passes over the set once: there is no use in holding it in memory first.
-        limit = {} if args.command == "describe" else {"memory_limit": 0}
-        source = open_source(args.source, args.data_dir, args.resolution, args.channels, **limit)
+        if args.command == "check":
+            report = check(args.source, *how)
+            print(records.dumps(report) if args.json else in_words(report))
+            return 1 if report["bad"] else 0
         if args.command == "describe":
-            facts = describe(source)
-            print(json.dumps(facts) if args.json else _text(facts))
-        else:
-            name = prepare(source, args.out, args.name)
-            where = f", data_dir {args.out}" if name.startswith("tfds:") else ""
-            print(f"wrote {len(source)} images; open them as {name}{where}")
-    except (SourceError, OSError) as error:
+            facts = describe(open_source(args.source, *how))
+            print(records.dumps(facts) if args.json else _text(facts))
+            return 0
+        out = places.place(args.out, "--out")
+        places.writable(out, "--out", file=out.suffix == ".zip")
+        # It passes over the set once: there is no use in holding it in memory first.
+        source = open_source(args.source, *how, memory_limit=0)
+        name = prepare(source, args.out, args.name)
+        where = f", data_dir {args.out}" if name.startswith("tfds:") else ""
+        print(f"wrote {len(source)} images; open them as {name}{where}")
+    except (SourceError, places.PlaceError, records.RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {startup.sentence_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -22,7 +22,7 @@ class Reader(Protocol):
 
     A reader that is faster at many items than one by one also has `read_many(rows)`, an iterator
     over what `read` returns for each of them; one that knows which files it reads, `contents()`, a
-    hash of them.
+    hash of them, and `remarks()`, what is to be said of those it has read.
     """
 
     def __len__(self) -> int:
@@ -40,9 +40,11 @@ class Reader(Protocol):
 
 @runtime_checkable
 class _Known(Protocol):
-    """A reader that knows which files it reads."""
+    """A reader that knows which files it reads, and what is to be said of those it has read."""
 
     def contents(self) -> str: ...
+
+    def remarks(self) -> tuple[str, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,7 +251,10 @@ def from_reader(
         notes=notes,
     )
     source = _with_labels(source, labels)
-    return source if len(reader) * first.size > memory_limit else _in_memory(source)
+    if len(reader) * first.size <= memory_limit:
+        source = _in_memory(source)
+    remarks = reader.remarks() if isinstance(reader, _Known) else ()
+    return dataclasses.replace(source, notes=source.notes + remarks)
 
 
 def fingerprint(source: Source) -> dict[str, Any]:

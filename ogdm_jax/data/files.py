@@ -7,7 +7,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class FolderReader:
 
     def __init__(self, source: str, root: str, names: list[str]) -> None:
         self.source, self.root, self.names = source, root, names
+        self.frames: set[str] = set()  # pictures of several frames, as they are met
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,8 +64,23 @@ class FolderReader:
 
     def read(self, i: int) -> tuple[np.ndarray, None]:
         """(uint8 [h,w,1 or 3], None): labels are known ahead."""
+        facts: dict[str, Any] = {}
+        image = self.look(i, facts)
+        if facts["frames"]:
+            self.frames.add(self.names[i])
+        return image, None
+
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be said of the images that were read."""
+        if not self.frames:
+            return ()
+        first = min(self.frames)
+        return (f"takes the first of several frames of {len(self.frames)} images ({first} first)",)
+
+    def look(self, i: int, facts: dict[str, Any]) -> np.ndarray:
+        """As `read`, without the label; facts takes what `decode` finds."""
         try:
-            return decode(self.content(i)), None
+            return decode(self.content(i), facts)
         except (PictureError, *_UNREADABLE) as error:
             raise SourceError(
                 f"{self.source}: {self.names[i]} {reason(error)}; replace or remove it (ogdm data "

@@ -15,8 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
-from ogdm_jax import places
-from ogdm_jax.data.base import Source, SourceError
+from ogdm_jax import places, records
+from ogdm_jax.data.base import Source, SourceError, fingerprint
 from ogdm_jax.data.pictures import encode
 
 # uint8 bytes of images a shard; an interrupted run repeats at most one shard.
@@ -205,15 +205,21 @@ def _write_shards(
         "images": len(source),
         "shape": list(source.shape),
         "shards": len(shards),
+        "contents": fingerprint(source),
     }
     parts.mkdir(parents=True, exist_ok=True)
     note = parts / _PLAN
-    if note.exists() and json.loads(note.read_text()) != plan:
+    begun = records.read(note, dict, "--out") if note.exists() else plan
+    if begun != plan and begun.get("source") == source.name:  # its files have changed since
+        shutil.rmtree(parts)
+        parts.mkdir(parents=True)
+    elif begun != plan:
         raise SourceError(
             f"{source.name}: {parts} holds the unfinished work of another call; remove it or "
             "finish that one"
         )
-    note.write_text(json.dumps(plan))
+    with places.written(epath.Path(note)) as new:
+        new.write_text(records.dumps(plan))
     with tqdm(total=len(source), desc=str(final), unit="image", disable=None) as bar:
         for shard, (start, stop) in zip(shards, bounds):
             if (parts / shard).exists():

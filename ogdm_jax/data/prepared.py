@@ -35,6 +35,10 @@ class TfdsReader:
         """A hash of the records' files and of the parts that are read of them."""
         return self.hash
 
+    def remarks(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
     def read(self, i: int) -> tuple[np.ndarray, int | None]:
         """(uint8 [h,w,1 or 3], label or None)."""
         try:
@@ -42,7 +46,7 @@ class TfdsReader:
         except Exception as error:  # a damaged record ends in many types of errors
             raise SourceError(
                 f"{self.source}: record {i} cannot be read ({type(error).__name__}); prepare the "
-                "set again"
+                f"set again (ogdm data check {self.source} lists every such record)"
             ) from error
 
     def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
