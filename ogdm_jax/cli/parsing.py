@@ -1,7 +1,6 @@
 """Parsers of command lines: help that begins with examples, errors of one sentence, numbers."""
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -40,28 +39,11 @@ def whole(least: int = 0, most: int = _LARGEST) -> Callable[[str], int]:
     return read
 
 
-def decimal(least: float, most: float) -> Callable[[str], float]:
-    """The type of an option that takes a number within limits."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{shown(text)} given; expected a number from {least:g} to {most:g}"
-            )
-        return value
-
-    return read
-
-
 def step(text: str) -> int | str:
     """The type of an option that names a checkpoint: its step, or best."""
     if text == "best" or text.isdecimal() and len(text) < 16:
         return text if text == "best" else int(text)
-    raise argparse.ArgumentTypeError(f"{shown(text)} given; expected a step such as 800, or best")
+    raise argparse.ArgumentTypeError(f"{shown(text)} given; expected a number or best")
 
 
 def new_parser(command: str, about: str, examples: str) -> Parser:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ogdm_jax import places, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import decimal, new_parser, whole
+from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
@@ -32,8 +32,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ranges", type=whole(1), default=3, help="sets, from consecutive seeds")
     add("--first", type=whole(0, 2**32 - 1), default=0, help="the first seed")
     add("--solver", default="", help="default: the configuration's")
-    add("--steps", type=whole(1, 10**5), default=None, help="default: the configuration's")
-    add("--eta", type=decimal(0, 1), default=None, help="randomness of ddim and heun, 0 to 1")
+    add("--steps", type=int, default=None, help="default: the configuration's")
+    add("--eta", type=float, default=None, help="randomness of ddim and heun, 0 to 1")
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler")
     add("--reference", default="", help="another source, or mu and sigma (npz)")
     add("--out", default="", metavar="FILE.json", help="also write the JSON here")

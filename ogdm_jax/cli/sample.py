@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.cli import guidance
-from ogdm_jax.cli.parsing import decimal, parser_of, step, whole
+from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.inverse import files
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     add(
         "--steps",
-        type=whole(1, 10**5),
+        type=int,
         default=None,
         help="sampler steps (default: the configuration's)",
     )
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--eta",
-        type=decimal(0, 1),
+        type=float,
         default=None,
         help="randomness of ddim and heun: 0 none, 1 as DDPM",
     )
