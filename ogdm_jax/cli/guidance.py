@@ -12,10 +12,9 @@ import numpy as np
 from ogdm_jax.cli import options
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.inverse import files, tasks
-from ogdm_jax.inverse.measured import Restoration, measure
+from ogdm_jax.inverse.measured import Restoration, measure, taken
 from ogdm_jax.methods import dg, discovery
 from ogdm_jax.methods.session import Session
-from ogdm_jax.pixels import to_float
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
@@ -64,6 +63,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="picture, folder or data source to measure; or to follow (style, embedding, ...)",
     )
+    group.add_argument(
+        "--measured",
+        default="",
+        help="picture, folder or .npy that was measured already, taken as it is: a low-resolution, "
+        "blurred or covered picture (with --task.mask); there is no truth, so no PSNR",
+    )
     options.add_options(parser, "task", tasks.Settings, "what is measured, and with which noise")
     for name, module in methods.items():
         about = (module.__doc__ or name).partition("\n\n")[0].replace("\n", " ")
@@ -88,6 +93,8 @@ class Request:
       task: name, or "".
       task_settings: of the task.
       input: where the images to measure are.
+      measured: where measurements are, if they were made already.
+      several: whether the command says how many samples it wants; if not, one of each picture.
     """
 
     settings: dict[str, Any]
@@ -95,6 +102,8 @@ class Request:
     task: str
     task_settings: tasks.Settings
     input: str
+    measured: str = ""
+    several: bool = False
 
 
 def read(args: argparse.Namespace) -> Request:
@@ -117,13 +126,25 @@ def read(args: argparse.Namespace) -> Request:
     published_task = sampling.pop("task", "")
     task = args.task or published_task
     measured = _task_settings(task, texts)
-    if (task or args.input) and not names:
-        raise ConfigError(f"--task, --input: expected --guidance with one of {', '.join(methods)}")
+    if (task or args.input or args.measured) and not names:
+        raise ConfigError(
+            f"--task, --input, --measured: expected --guidance with one of {', '.join(methods)}"
+        )
+    if (args.input or args.measured) and not task:
+        option = "--measured" if args.measured else "--input"
+        raise ConfigError(
+            f"{option}: given, but there is no --task; expected one of {', '.join(tasks.TASKS)}"
+        )
+    if args.measured and args.input:
+        raise ConfigError("--measured, --input: both given; expected one of them")
+    if args.measured:
+        tasks.check_known(task, measured)
     # A transition needs steps that are random; ddim with eta 1 has them with every model.
     asked = sampling or args.solver or args.eta is not None or args.churn
     if not asked and any(isinstance(s, Schedule) for s in settings.values()):
         sampling = {"solver": "ddim", "eta": 1.0}
-    return Request(settings, sampling, task, measured, args.input)
+    several = bool(args.seeds) or args.num is not None
+    return Request(settings, sampling, task, measured, args.input, args.measured, several)
 
 
 def _check_names(
@@ -273,24 +294,41 @@ def _build(
 def _measure(
     request: Request, run: TrainedModel, seeds: np.ndarray, label: int | None
 ) -> tuple[Restoration, np.ndarray | None]:
-    """Measurements of as many inputs as there are seeds, and the classes of the images."""
+    """Measurements, and the classes of the images.
+
+    Without a number of samples in the command there is one of each picture, up to the seeds; else
+    the pictures are taken in turn, so that three seeds give three samples of one measurement.
+    """
     shape, classes = run.model.image_shape, run.model.label_dim
-    source = files.open_input(request.input, shape)
-    seeds = seeds[: len(source)]
     task = tasks.make_task(request.task, request.task_settings, shape)
-    taken = source.take(np.arange(len(seeds)))
+    if request.measured:
+        found = files.read_measured(request.measured, task, shape, len(seeds), classes)
+    else:
+        found = files.read_input(request.input, shape, len(seeds), classes)
+    count = len(found.values)
+    seeds = seeds if request.several else seeds[:count]
+    rows = np.arange(len(seeds)) % count
     if not classes or label is not None:
         labels = generate.labels_for(seeds, classes, label)
-    elif source.num_classes == classes and not source.label_size:
-        labels = taken["label"]
+    elif found.labels is not None:
+        labels = found.labels[rows]
     elif run.config.data.label_dropout:
         labels = np.full(len(seeds), -1, np.int32)
     else:
+        option = "--measured" if request.measured else "--input"
         raise ConfigError(
-            "--label: not given, and --input has no classes of the model's; expected the images' "
+            f"--label: not given, and {option} has no classes of the model's; expected the images' "
             "class"
         )
-    return measure(task, request.task_settings, to_float(taken["image"]), seeds), labels
+    make = taken if request.measured else measure
+    made = make(task, request.task_settings, found.values, seeds[:count])
+    about: dict[str, Any]
+    about = {"measured": request.measured} if request.measured else {"input": request.input}
+    about["pictures"] = count
+    if found.total > count:
+        about["pictures_left"] = found.total - count
+    made = dataclasses.replace(made, names=found.names, about=about).take(rows)
+    return dataclasses.replace(made, seeds=seeds), labels
 
 
 def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session) -> Guidance:

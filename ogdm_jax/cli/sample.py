@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="training folder")
     add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     add("--weights", default="ema", help="ema or params")
-    add("--num", type=whole(1), default=64, help="images, from the seeds 0 to num - 1")
+    add("--num", type=whole(1), help="images, from the seeds 0 to num - 1 (default: 64)")
     add("--seeds", default="", help="FIRST-LAST, both included; replaces --num")
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     add(
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
       ValueError: words that do not fit the model or each other, before anything is compiled.
     """
     request = guidance.read(args)
-    seeds = parse_seeds(args.seeds, args.num)
+    seeds = parse_seeds(args.seeds, 64 if args.num is None else args.num)
     out = output.check_output(args.out)
     trained = open_workdir(args.workdir, args.step, args.weights)
     settings = _sampler(args, request.sampling, trained, len(seeds))
@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if guided.restoration is not None:
         seconds = round((time.perf_counter() - start) / len(seeds), 4)
         names = {"task": request.task, "guidance": ",".join(request.settings)}
+        names |= guided.restoration.about
         how = {name: getattr(settings, name) for name in ("solver", "steps", "grid")}
         means = {
             name: round(float(np.mean(values)), 4)

@@ -93,7 +93,12 @@ def _told(source: Source) -> Source:
     return source
 
 
-def open_pictures(word: str, resolution: int | None = None, channels: int | None = None) -> Source:
+def open_pictures(
+    word: str,
+    resolution: int | None = None,
+    channels: int | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Source:
     """What a person names on a command line: a picture, a folder or an archive of them, a source.
 
     A single picture is read as the folder that holds only this file.
@@ -106,14 +111,14 @@ def open_pictures(word: str, resolution: int | None = None, channels: int | None
         path = places.place(word)
         if path.is_file():
             check_size(word, resolution, channels)
-            one = from_reader(word, files.open_file(word), resolution, channels, MEMORY_LIMIT)
+            one = from_reader(word, files.open_file(word), resolution, channels, memory_limit)
             return _told(one)
         if ":" not in word and word not in KINDS:
             raise SourceError(
                 f"{word!r} is no file, folder or data source; expected pictures, or one of "
                 f"{', '.join(KINDS)}"
             )
-    return open_source(name, None, resolution, channels)
+    return open_source(name, None, resolution, channels, memory_limit)
 
 
 def source_name(word: str) -> str:

@@ -1,17 +1,36 @@
 """Images to measure, read from wherever they are, and results, written for people and programs."""
 
-import json
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from ogdm_jax import places
-from ogdm_jax.data import Source, open_pictures, pictures
+from ogdm_jax import places, records
+from ogdm_jax.data import Source, SourceError, open_pictures, pictures
+from ogdm_jax.data.sources import MEMORY_LIMIT
+from ogdm_jax.inverse import given, tasks
 from ogdm_jax.inverse.measured import Restoration
-from ogdm_jax.pixels import to_uint8
+from ogdm_jax.inverse.tasks import Task
+from ogdm_jax.pixels import check_range, to_float, to_uint8
 
 
-def open_input(where: str, shape: tuple[int, int, int]) -> Source:
+class Inputs(NamedTuple):
+    """What a command measures, or what was measured elsewhere.
+
+    Attributes:
+      values: [k,...] images in [-1, 1], or measurements.
+      labels: [k] classes of the model, or None.
+      names: [k] of the pictures.
+      total: how many there are where these were taken from.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray | None
+    names: np.ndarray
+    total: int
+
+
+def open_input(where: str, shape: tuple[int, int, int], memory_limit: int = MEMORY_LIMIT) -> Source:
     """Images to measure: a picture, a folder or archive of pictures, or a data source by name.
 
     They are cropped and resized to the model's shape (H, W, C).
@@ -21,24 +40,106 @@ def open_input(where: str, shape: tuple[int, int, int]) -> Source:
     """
     if not where:
         raise ValueError(
-            "--input: not given; expected the picture or the folder of pictures to measure"
+            "--input: not given; expected the picture or the folder of pictures to measure, or "
+            "--measured with what was measured already"
         )
     try:
-        return open_pictures(where, resolution=shape[0], channels=shape[2])
+        return open_pictures(where, shape[0], shape[2], memory_limit)
     except ValueError as error:
         raise ValueError(f"--input: {error}") from None
 
 
+def read_input(where: str, shape: tuple[int, int, int], most: int, classes: int) -> Inputs:
+    """At most so many images of `open_input`, for a model of so many classes."""
+    return _first(open_input(where, shape, 0), most, classes)
+
+
+def read_measured(
+    where: str, task: Task, shape: tuple[int, int, int], most: int, classes: int
+) -> Inputs:
+    """At most so many measurements, as they are: pictures, or an array of NumPy.
+
+    Args:
+      where: pictures as of `open_input`, or .npy [h,w], [h,w,c] or [n,h,w,c]: uint8, or floats in
+        the units of y (images in [-1, 1]).
+      task: what was measured.
+      shape: of the model's images.
+      most: measurements that are read.
+      classes: of the model.
+
+    Raises:
+      ValueError: unreadable, or of another size than the task's measurements.
+    """
+    wanted = tasks.measured_shape(task, shape)
+    picture = wanted[-1] in (1, 3) and task.name != "phase_retrieval"
+    path = places.place(where, "--measured")
+    if path.suffix == ".npy" and path.is_file():
+        y = given.array(path, "--measured")
+        y = y.reshape(1, *y.shape, 1) if y.ndim == 2 else y.reshape(-1, *y.shape[-3:])
+        y = to_float(y)
+        if picture:
+            check_range(y, "--measured")
+        _check_size(where, y.shape[1:], wanted, task.name, shape)
+        names = np.array([f"{path.name}[{i}]" if len(y) > 1 else path.name for i in range(len(y))])
+        return Inputs(y[:most], None, names[:most], len(y))
+    if not picture:
+        raise ValueError(
+            f"--measured: {where!r} given; {task.name} measures no picture; expected a .npy of "
+            f"numbers {list(wanted)}"
+        )
+    try:
+        source = open_pictures(where, None, wanted[-1], 0)
+        _check_size(where, source.shape, wanted, task.name, shape)
+        return _first(source, most, classes)
+    except SourceError as error:
+        reason = str(error).partition("; crop and resize")[0]  # measurements are not resized
+        raise ValueError(f"--measured: {reason}") from None
+
+
+def _check_size(
+    where: str,
+    found: tuple[int, ...],
+    wanted: tuple[int, ...],
+    task: str,
+    shape: tuple[int, int, int],
+) -> None:
+    if found == wanted:
+        return
+    remedy = "crop or resize it with another program, before it is measured"
+    if task == "super_resolution" and found[0] == found[1] and shape[0] % found[0] == 0:
+        remedy = f"--task.factor {shape[0] // found[0]} fits it"
+    raise ValueError(
+        f"--measured: {where!r} is {'x'.join(map(str, found))}, and is not resized; expected "
+        f"{'x'.join(map(str, wanted))} (height, width, channels), which {task} makes of this "
+        f"model's images; {remedy}"
+    )
+
+
+def _first(source: Source, most: int, classes: int) -> Inputs:
+    count = min(most, len(source))
+    found = source.take(np.arange(count))
+    known = classes and source.num_classes == classes and not source.label_size
+    labels = found["label"] if known else None
+    where = (lambda i: f"{source.name}[{i}]") if source.reader is None else source.reader.where
+    return Inputs(
+        to_float(found["image"]), labels, np.array([where(i) for i in range(count)]), len(source)
+    )
+
+
 def side_by_side(restoration: Restoration, restored: np.ndarray) -> np.ndarray:
-    """[n,3,H,W,C] uint8: input, measurement and result [n,H,W,C] in [-1, 1] of each image."""
+    """[n,3,H,W,C] uint8: input, measurement and result [n,H,W,C] in [-1, 1] of each image.
+
+    [n,2,H,W,C] where nobody knows the input.
+    """
     images, shown = restoration.images, restoration.images
     if restoration.task.restores:
-        shown = _as_pictures(restoration.y, images.shape)
-    return np.stack([to_uint8(np.clip(v, -1, 1)) for v in (images, shown, restored)], axis=1)
+        shown = _as_pictures(restoration.y, restored.shape)
+    parts = [part for part in (images, shown, restored) if part is not None]
+    return np.stack([to_uint8(np.clip(v, -1, 1)) for v in parts], axis=1)
 
 
 def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> None:
-    """Input, measurement and result side by side.
+    """Input (where it is known), measurement and result side by side.
 
     Args:
       path: FILE.png for one grid; FILE.npz for the float arrays input, measurement, result and the
@@ -46,31 +147,30 @@ def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> N
       restoration: what was measured.
       restored: [n,H,W,C] in [-1, 1].
     """
-    n, _, h, w, c = (triples := side_by_side(restoration, restored)).shape
+    n, parts, h, w, c = (rows := side_by_side(restoration, restored)).shape
     scale = max(1, 64 // h)
     if path.suffix == ".npz":
+        arrays: dict[str, Any] = {"measurement": restoration.y, "result": restored}
+        if restoration.images is not None:
+            arrays["input"] = restoration.images
         with places.written(path) as new:
-            np.savez_compressed(
-                new,
-                input=restoration.images,
-                measurement=restoration.y,
-                result=restored,
-                seeds=restoration.seeds,
-            )
+            np.savez_compressed(new, seeds=restoration.seeds, **arrays)
     elif path.suffix == ".png":
-        columns = 3 * min(n, 4)
-        together = pictures.grid(triples.reshape(3 * n, h, w, c), columns, padding=2, scale=scale)
+        columns = parts * min(n, 4)
+        together = pictures.grid(rows.reshape(parts * n, h, w, c), columns, padding=2, scale=scale)
         pictures.save_png(path, together)
     else:
-        for seed, triple in zip(restoration.seeds, triples, strict=True):
-            one = pictures.grid(triple, 3, padding=2, scale=scale)
+        for seed, row in zip(restoration.seeds, rows, strict=True):
+            one = pictures.grid(row, parts, padding=2, scale=scale)
             pictures.save_png(path / f"img{int(seed):08d}.png", one)
-    figures = {
-        name: [round(float(v), 5) for v in values]
-        for name, values in restoration.judge(restored).items()
-    }
-    text = json.dumps({"seeds": restoration.seeds.tolist(), **figures}) + "\n"
-    (path.with_suffix(".json") if path.suffix else path / "figures.json").write_text(text)
+    about: dict[str, Any] = {"seeds": restoration.seeds}
+    if restoration.names is not None:
+        about["pictures"] = restoration.names
+    for name, values in restoration.judge(restored).items():
+        about[name] = [round(float(v), 5) for v in values]
+    beside = path.with_suffix(".json") if path.suffix else path / "figures.json"
+    with places.written(beside) as new:
+        new.write_text(records.dumps(about) + "\n")
 
 
 def _as_pictures(y: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

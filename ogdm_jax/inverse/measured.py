@@ -3,7 +3,10 @@ back.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,17 +69,27 @@ class Restoration:
       task: what was measured.
       settings: how.
       seeds: [n] of the images.
-      images: [n,H,W,C] inputs in [-1, 1].
+      images: [n,H,W,C] inputs in [-1, 1]; None where only measurements are known.
       drawn: what `task.draw` gave: a row per image.
       y: [n,...] measurements.
+      names: [n] of the pictures.
+      about: where they are from, for a report.
     """
 
     task: Task
     settings: Settings
     seeds: np.ndarray
-    images: np.ndarray
+    images: np.ndarray | None
     drawn: PyTree
     y: np.ndarray
+    names: np.ndarray | None = None
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def take(self, rows: np.ndarray) -> "Restoration":
+        """Some of the measurements; a row may come several times."""
+        kept = {name: getattr(self, name) for name in ("seeds", "images", "drawn", "y", "names")}
+        kept = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], kept)
+        return dataclasses.replace(self, **kept)
 
     @property
     def rows(self) -> PyTree:
@@ -91,7 +104,7 @@ class Restoration:
 
     def judge(self, restored: np.ndarray) -> dict[str, np.ndarray]:
         """Figures per image: PSNR and SSIM of images clipped to [-1, 1] (where there is a truth),
-        residuals.
+        residuals, and the share of hidden pixels.
 
         residual_ratio = ||y - A x0|| / (noise sqrt(m)), about 1 where x0 explains y and not its
         noise (absent without noise); residual = ||y - A x0|| / sqrt(m). Where the input is an
@@ -103,15 +116,21 @@ class Restoration:
             miss = operators.measurement_loss(measured.operator, y, squared=False)(x0)
             size = jnp.sqrt(jnp.sum(jnp.square(y).reshape(len(y), -1), axis=1))
             return {"distance": np.asarray(miss / size)}
-        clipped = np.clip(restored, -1, 1)
-        figures = {"psnr": np.asarray(distances.psnr(clipped, self.images))}
-        if min(restored.shape[1:3]) >= 11:
-            of_papers = ((clipped + 1) / 2, (self.images + 1) / 2, 1.0)
-            figures["ssim"] = np.asarray(distances.ssim(*of_papers))
+        figures = {}
+        if self.images is not None:
+            clipped = np.clip(restored, -1, 1)
+            figures["psnr"] = np.asarray(distances.psnr(clipped, self.images))
+            if min(restored.shape[1:3]) >= 11:
+                of_papers = ((clipped + 1) / 2, (self.images + 1) / 2, 1.0)
+                figures["ssim"] = np.asarray(distances.ssim(*of_papers))
         ratio = lambda std: np.asarray(operators.residual_ratio(measured.operator, y, x0, std))
         if measured.loss_unit:
             figures["residual_ratio"] = ratio(measured.std)
-        return figures | {"residual": ratio(1.0)}
+        figures["residual"] = ratio(1.0)
+        if measured.operator.hide is not None:
+            seen = np.asarray(measured.operator.count(y))
+            figures["hidden"] = 1 - seen / np.prod(y.shape[1:])
+        return figures
 
 
 def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarray) -> Restoration:
@@ -136,3 +155,11 @@ def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarra
         y = degradations.gaussian_noise(keys, y, settings.noise)
     y = y if operator.hide is None else operator.hide(y)
     return Restoration(task, settings, np.asarray(seeds), images, drawn, np.asarray(y))
+
+
+def taken(task: Task, settings: Settings, y: np.ndarray, seeds: np.ndarray) -> Restoration:
+    """Measurements y [n,...] of which nobody knows the image, as they are."""
+    drawn = task.draw(seeds)
+    hide = task.operator(drawn).hide
+    y = np.asarray(y if hide is None else hide(jnp.asarray(y)), np.float32)
+    return Restoration(task, settings, np.asarray(seeds), None, drawn, y)

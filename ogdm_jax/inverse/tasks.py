@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ogdm_jax import places
@@ -98,6 +99,32 @@ def make_task(name: str, settings: Settings, shape: Shape) -> Task:
     if isinstance(made, Task):
         return made
     return Task(name, lambda drawn: made, restores=_KINDS[name].restores)
+
+
+def measured_shape(task: Task, shape: Shape) -> tuple[int, ...]:
+    """The shape of one measurement of images of this shape."""
+    operator = task.operator(task.draw(np.zeros(1, np.int64)))
+    images = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    return jax.eval_shape(operator.forward, images).shape[1:]
+
+
+def check_known(name: str, settings: Settings) -> None:
+    """Raises ConfigError where measurements of elsewhere would meet an operator drawn here."""
+    if name not in RESTORING:
+        raise ConfigError(
+            f"--measured: given for --task {name}, which follows an example; expected --input"
+        )
+    if name == "inpaint" and settings.mask in ("random", "box"):
+        raise ConfigError(
+            f"--task.mask: {settings.mask} given with --measured; expected the picture of which "
+            "black pixels are hidden in it"
+        )
+    if name in ("motion_deblur", "nonlinear_deblur"):
+        if not settings.kernel and not (settings.network and name == "nonlinear_deblur"):
+            raise ConfigError(
+                f"--task.kernel: not given for --task {name} with --measured; expected the kernel "
+                "that blurred it, as a picture or .npy"
+            )
 
 
 def users(field: str) -> tuple[str, ...]:
