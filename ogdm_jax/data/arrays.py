@@ -159,7 +159,8 @@ def _load(name: str, file: str, everything: bool) -> tuple[dict[str, np.ndarray]
     except (*DAMAGED, AttributeError, TypeError, struct.error) as error:
         with path.open("rb") as handle:
             what = what_is(handle.read(64))
-        words = what if what and "zip" not in what else " ".join(str(error).split())[:120]
+        known = what not in ("", "a zip archive")
+        words = what if known else " ".join(str(error).split())[:120]
         raise SourceError(
             f"{name}: {file} is no readable .npz of plain arrays ({words or type(error).__name__})"
         ) from None

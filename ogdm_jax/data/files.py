@@ -231,9 +231,9 @@ def open_zip(source: str, path: str) -> Stored:
     except _UNREADABLE as error:
         with place(path).open("rb") as file:
             kind = what_is(file.read(64))
-        words = kind if kind and "zip" not in kind else "cut short or damaged: "
-        words += "" if kind and "zip" not in kind else str(error) or type(error).__name__
-        raise SourceError(f"{source}: {path} is no readable zip archive ({words})") from None
+        if kind in ("", "a zip archive"):
+            kind = f"cut short or damaged: {error or type(error).__name__}"
+        raise SourceError(f"{source}: {path} is no readable zip archive ({kind})") from None
 
 
 def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:

@@ -164,10 +164,10 @@ def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
         return Table(None)
     known, wanted = {}, [key(name) for name in names]
     for name, label in rows:
-        if known.setdefault(key(name), label) != label:
+        other = known.setdefault(key(name), label)
+        if other is not label and other != label:
             raise SourceError(
-                f"{source}: dataset.json gives {name} the labels {known[key(name)]} and {label}; "
-                "expected one"
+                f"{source}: dataset.json gives {name} the labels {other} and {label}; expected one"
             )
     missing = next((n for n, k in zip(names, wanted) if k not in known), None)
     if missing is not None:
