@@ -133,19 +133,26 @@ class TestOtherMethods:
 
     @pytest.mark.parametrize("std", [0.0, 0.3])
     def test_diffpir_solves_the_normal_equations(self, std):
+        """min ||y - A x0||^2 + rho ||x0 - D||^2, rho = lambda sigma_n^2 / sigma_k^2 as the authors
+        have it: sigma_n of images in [0, 1], sigma_k of images in [-1, 1].
+        """
         op = operators.gaussian_blur(5, 0.8)
         y = op.forward(LATENTS)
         matrix = np.asarray(op.forward(jnp.eye(16).reshape(16, 4, 4, 1))).reshape(16, 16).T
         x0, _, _, _ = self.moments()
-        rho = 2 * 8.0 * max(std, 1e-3) ** 2
+        rho = 8.0 * (std / 2) ** 2 / 1.0**2
         flat = lambda v: np.moveaxis(np.asarray(v, np.float64), -1, 1).reshape(6, 16)
         solved = np.linalg.solve(
             matrix.T @ matrix + rho * np.eye(16), (flat(y) @ matrix + rho * flat(x0)).T
         ).T
-        _, got = diffpir.guidance(op, y, std).transition(
-            evaluate_at(self.at), transition_at(self.at), LATENTS, self.eps, self.at
-        )
+        rule = diffpir.guidance(op, y, std).transition
+        args = (evaluate_at(self.at), transition_at(self.at), LATENTS, self.eps)
+        _, got = rule(*args, self.at)
         np.testing.assert_allclose(flat(got), solved, atol=2e-3 if std == 0 else 1e-4)
+        last = self.at._replace(sigma_next=jnp.zeros(3))
+        end, got = rule(*args, last)
+        np.testing.assert_allclose(end, got, atol=1e-6)
+        np.testing.assert_allclose(flat(got), solved if std == 0 else flat(x0), atol=2e-3)
 
     def test_ddnm_keeps_what_was_measured_and_the_priors_spread_elsewhere(self):
         latents = jax.random.normal(jax.random.key(0), (512, 4, 4, 1))
@@ -172,8 +179,35 @@ class TestOtherMethods:
             x[~seen], free[~seen], atol=1e-4
         )  # pixels of this prior know nothing of each other
 
-    def test_ddnm_takes_the_measurements_noise_off_its_own(self):
-        """Noise of the next state, over draws of y's noise and of its own, is the transition's."""
+    @pytest.mark.parametrize("std", [0.3, 3.0])
+    @pytest.mark.parametrize("eta", [0.85, 0.3])
+    def test_ddnm_is_the_authors_step_in_their_coordinate(self, std, eta):
+        """x_vp' = a x0_rectified + what is left of sigma_t, a = sqrt(abar'), sigma_t = sqrt(1 -
+        abar') (arXiv 2212.00490 eq. 17 to 19 and the released svd code), for singular values on
+        both sides.
+        """
+        op = operators.super_resolution(2, 4)
+        basis = op.spectrum((4, 4, 2))
+        y = jax.random.normal(jax.random.key(7), (3, 2, 2, 2))
+        a, sigma_t = 1 / np.sqrt(1 + 0.36), 0.6 / np.sqrt(1 + 0.36)
+        x0 = np.asarray(basis.to(DATA.denoise(LATENTS, self.at.sigma)), np.float64)
+        z, s = np.asarray(basis.to(self.eps)), np.broadcast_to(basis.values, x0.shape)
+        clean = np.asarray(basis.measured(y)) / np.where(s > 0, s, 1)
+        of_y = a * std / np.where(s > 0, s, 1)
+        low = sigma_t < of_y
+        scale = np.where(low, s * sigma_t * np.sqrt(1 - eta**2) / (a * std), 1)
+        fresh = np.where(low, eta * sigma_t, np.sqrt(np.maximum(sigma_t**2 - of_y**2, 0)))
+        want = (a * (x0 + scale * (clean - x0)) + fresh * z) / a
+        got = np.asarray(basis.to(self.next_of(ddnm.guidance(op, y, std, eta=eta))))
+        seen = s > 1e-4
+        assert low[seen].any() and low[seen].all() == (std == 3.0)
+        np.testing.assert_allclose(got[seen], want[seen], atol=1e-5)
+        _, mean, kick, _ = self.moments()
+        plain = np.asarray(basis.to(mean + kick[0] * self.eps))
+        np.testing.assert_allclose(got[~seen], plain[~seen], atol=1e-5)
+
+    def test_ddnm_budgets_the_measurements_noise_once(self):
+        """Noise of the next state, over draws of y's noise and of its own, is its whole level."""
         noise = jax.random.normal(jax.random.key(3), (2, 4000, 4, 4, 1))
         at = self.at._replace(sigma=jnp.ones(4000), sigma_next=jnp.full(4000, 0.6))
         x = jnp.broadcast_to(LATENTS[:1, ..., :1], noise.shape[1:])
@@ -181,8 +215,17 @@ class TestOtherMethods:
             y = 0.2 + std * noise[0]
             args = (evaluate_at(at), transition_at(at), x, noise[1], at)
             x_next, _ = ddnm.guidance(operators.identity(), y, std).transition(*args)
-            want = steps.split_sigma(at.sigma, at.sigma_next, 1.0)[1][0]
-            np.testing.assert_allclose(jnp.std(x_next, axis=0), want, rtol=0.05)
+            np.testing.assert_allclose(jnp.std(x_next, axis=0), 0.6, rtol=0.05)
+
+    @pytest.mark.parametrize("method", ["ddnm", "diffpir"])
+    def test_heun_is_refused_by_methods_that_replace_x0_hat(self, method):
+        module = {"ddnm": ddnm, "diffpir": diffpir}[method]
+        guidance = module.guidance(operators.inpaint(MASK), Y, 0.1)
+        run = functools.partial(sample, DATA.denoise, LATENTS, grids.edm(5), guidance=guidance)
+        for more in ({}, {"eta": 1.0, "key": jax.random.key(0)}):
+            with pytest.raises(ValueError, match="expected solver='ancestral', or s") as error:
+                run("heun", **more)
+            assert "\n" not in str(error.value) and str(error.value).startswith(method)
 
 
 def test_kernels_of_all_solvers_are_one_kernel():

@@ -1,10 +1,13 @@
 """DiffPIR (Zhu et al., CVPR workshop 2023, arXiv 2305.08995): a proximal step, then noise of the
 next level. No gradient.
 
-    x0 = argmin ||y - A x0||^2 + rho ||x0 - D||^2,      rho = 2 strength std^2 / sigma^2
+    x0 = argmin ||y - A x0||^2 + rho ||x0 - D||^2,      rho = strength std^2 / (4 sigma^2)
     x' = x0 + sigma' (sqrt(share) eps + sqrt(1 - share) (x - x0) / sigma)
 
-It brings a transition of its own, whatever the solver's eta.
+The authors' rho = lambda sigma_n^2 / sigma_k^2 has the noise sigma_n of images in [0, 1], half of
+ours, and the level sigma_k of images in [-1, 1]. As in their code the last step takes D as it is;
+without noise (std 0) x0 is an exact projection, at the last step too. The guided steps are
+transitions of the method's own, whatever the solver's eta.
 """
 
 import dataclasses
@@ -12,10 +15,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from ogdm_jax.config import setting
+from ogdm_jax.config import ConfigError, setting
 from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.inverse.operators import Operator, image_shape
-from ogdm_jax.methods.ddnm import refuse_churn
+from ogdm_jax.methods.ddnm import SMALLEST
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, Preset
@@ -23,6 +26,7 @@ from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
 
 PRESETS: dict[str, Preset] = {}
+STRENGTHS = {"inpaint": 1.0}  # of the released code; 8 for the other tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +34,18 @@ class Settings(Schedule):
     """Settings of DiffPIR beside those of `Schedule`.
 
     Attributes:
-      strength: the published lambda: weight of the model against the measurement.
-      share: the published zeta, near 1: share of fresh noise in the next level's.
+      strength: the published lambda: weight of the model against the measurement; None: the
+        released one of the task (command line), see STRENGTHS.
+      share: the published zeta: share of fresh noise in the next level's (released: 1 for
+        inpainting, 0.3 for deblurring, 0.25 for super-resolution).
     """
 
     GROUP: ClassVar[str] = "diffpir"
-    strength: float = setting(8.0, "weight of the model against the measurement")
+    strength: float | None = setting(
+        None,
+        "weight of the model against the measurement; default: the released one, 1 for inpaint, 8",
+        least=0,
+    )
     share: float = setting(1.0, "share of fresh noise in the next level's", least=0, most=1)
 
 
@@ -53,22 +63,29 @@ def guidance(
 
     Raises:
       ConfigError: a setting out of range.
-      ValueError: an operator without singular values; when sampling, churn.
+      ValueError: an operator without singular values; when sampling, churn or Heun's solver.
     """
     operator.need_spectrum("diffpir")
     chosen = Settings(**numbers(strength=strength), **settings)
     rule = Proximal(operator, y, std, strength, chosen.share)
-    return Guidance("diffpir", transition=scheduled(rule, chosen))
+    return Guidance("diffpir", transition=scheduled(rule, chosen), replaces_x0=True)
 
 
 def build(settings: Settings, session: Session) -> Guidance:
     """DiffPIR for the measurements of a command.
 
     Raises:
-      ValueError: no measurements, or such that DiffPIR has no answer to.
+      ValueError: no measurements, or such that DiffPIR has no answer to; an eta that no step uses.
     """
-    measured = session.need_gaussian("diffpir")
-    return guidance(measured.operator, measured.y, measured.noise, **vars(settings))
+    measured, eta = session.need_gaussian("diffpir"), session.sampling.eta
+    if session.sampling.solver == "ddim" and eta < 1 and settings.everywhere:
+        raise ConfigError(
+            f"--eta: {eta:g} with diffpir, whose noise is that of --diffpir.share; expected --eta 1"
+        )
+    words = dict(vars(settings))
+    if settings.strength is None:
+        words["strength"] = STRENGTHS.get(measured.task, 8.0)
+    return guidance(measured.operator, measured.y, measured.noise, **words)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,12 +102,17 @@ class Proximal:
         self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
     ) -> tuple[Array, Array]:
         """(x_next, the x0_hat that explains y)."""
-        refuse_churn("diffpir", info)
         basis = self.operator.need_spectrum("diffpir")(image_shape(x))
-        d = basis.to(evaluate(x))
-        s, sigma = jnp.asarray(basis.values, x.dtype), per_example(info.sigma, x)
-        rho = spread(2 * self.strength * jnp.maximum(self.std, 1e-3) ** 2, x) / sigma**2
-        x0 = basis.back((s * basis.measured(self.y) + rho * d) / (s**2 + rho))
+        x0_hat = evaluate(x)
+        d, sigma = basis.to(x0_hat), per_example(info.sigma, x)
+        s, next_sigma = jnp.asarray(basis.values, x.dtype), per_example(info.sigma_next, x)
+        rho = spread(self.strength * self.std**2 / 4, x) / sigma**2
+        solved = (s > SMALLEST) | (rho > 0)  # else neither y nor the model says anything new
+        total = jnp.where(solved, s**2 + rho, 1.0)
+        explained = jnp.where(solved, (s * basis.measured(self.y) + rho * d) / total, d)
+        x0 = basis.back(explained)
+        if self.std:
+            x0 = jnp.where(next_sigma > 0, x0, x0_hat)
         e = (x - x0) / sigma
         mixed = jnp.sqrt(self.share) * noise + jnp.sqrt(1 - self.share) * e
-        return x0 + per_example(info.sigma_next, x) * mixed, x0
+        return x0 + next_sigma * mixed, x0

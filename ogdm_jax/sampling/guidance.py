@@ -56,6 +56,8 @@ class Guidance:
         (a discriminator's weights); other values compile nothing. Rules find them in info.
       rows: arrays with one row per image, in the order of the seeds (measurements, masks); divided
         over devices with the seeds. Rules find those of their batch in info.
+      replaces_x0: its transition steps from another x0_hat than the denoiser's: Heun's second
+        evaluation would not see that, and churn's noise has no x0_hat; both are refused.
       outermost: its transform comes after those of the others, in whatever order they are given (a
         correction that is to see each image once).
     """
@@ -67,6 +69,7 @@ class Guidance:
     constants: PyTree = None
     rows: PyTree = None
     outermost: bool = False
+    replaces_x0: bool = False
 
     def about(self, info: Info) -> Info:
         """The info that this guidance's rules see: with its own arrays."""

@@ -260,13 +260,34 @@ def check_parts(
             f"{_named(parts.churn)} with solver {solver!r} and eta={eta}; expected solver 'heun' "
             "or 'euler' with eta=0"
         )
-    if parts.transition is not None and not random_steps and parts.churn is None:
-        raise ValueError(
-            f"{parts.transition.name} with solver {solver!r}, eta={eta}: a deterministic step has "
-            "no noise to guide; expected solver='ancestral', or solver='ddim' or 'heun' with "
-            "eta > 0, or churn with 'heun' or 'euler'"
-        )
+    if parts.transition is not None:
+        _check_transition(solver, eta, parts.transition, parts.churn, random_steps)
     return random_steps
+
+
+def _check_transition(
+    solver: str, eta: float | Array, owner: Guidance, churn: Guidance | None, random_steps: bool
+) -> None:
+    """Raises ValueError for a solver that the owner of the transition has nothing to do in."""
+    expected = "solver='ancestral', or solver='ddim' or 'heun' with eta > 0, or churn with 'heun' "
+    expected += "or 'euler'"
+    if owner.replaces_x0:
+        expected = "solver='ancestral', or solver='ddim' with eta > 0"
+        if churn is not None:
+            raise ValueError(
+                f"{owner.name} under churn: noise that is only added has no x0_hat to replace; "
+                f"expected no churn, with {expected}"
+            )
+        if solver == "heun":
+            raise ValueError(
+                f"{owner.name} with solver 'heun': it replaces the x0_hat of a step, which Heun's "
+                f"second evaluation would not see; expected {expected}"
+            )
+    if not random_steps and churn is None:
+        raise ValueError(
+            f"{owner.name} with solver {solver!r}, eta={eta}: a deterministic step has no noise to "
+            f"guide; expected {expected}"
+        )
 
 
 def _named(churn: Guidance) -> str:

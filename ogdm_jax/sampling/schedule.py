@@ -51,6 +51,11 @@ class Schedule:
                 f"{self.GROUP}.repeats of at least 2 with it"
             )
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every step is guided."""
+        return self.interval == 1 and self.window is None
+
 
 def check_window(key: str, window: Window | None) -> None:
     """Raises ConfigError for noise levels that are not 0 <= low < high."""
@@ -93,7 +98,7 @@ class Scheduled:
         no gradient.
         """
         interval, window = self.schedule.interval, self.schedule.window
-        if interval == 1 and window is None:
+        if self.schedule.everywhere:
             return self._passes(evaluate, transition, x, noise, info)
         guided = (info.steps - 1 - info.step) % interval == 0
         if window is not None:
