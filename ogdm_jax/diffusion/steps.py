@@ -43,9 +43,9 @@ def spread(std: float | Array, x: Array) -> Array:
 
 
 def _sqrt(v: Array) -> Array:
-    """sqrt(max(v, 0)) whose gradient at v <= 0 is 0 and not infinite."""
-    positive = v > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
+    """sqrt(max(v, 0)) whose gradient at v <= 0 is 0 and not infinite; nan stays."""
+    nothing = v <= 0
+    return jnp.where(nothing, 0.0, jnp.sqrt(jnp.where(nothing, 1.0, v)))
 
 
 def _x0(denoise: Denoise, x: Array, sigma: Array, label: PyTree) -> Array:

@@ -37,7 +37,7 @@ def embedding(network: Function, normalise: bool = True) -> Operator:
         if not normalise:
             return e
         square = jnp.sum(e**2, axis=1, keepdims=True)
-        positive = square > 0
+        positive = square != 0  # of nan too, which stays
         return jnp.where(positive, e / jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
     return Operator("embedding", forward)

@@ -344,7 +344,7 @@ def measurement_loss(
         total = jnp.sum(jnp.square(residual).reshape(residual.shape[0], -1), axis=1)
         if squared:
             return total
-        positive = total > 0
+        positive = total != 0  # of nan too, which stays
         return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0)
 
     return loss

@@ -122,13 +122,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def _unit(v: Array) -> tuple[Array, Array]:
-    """(v / ||v||, whether it has a direction [B,1,..]) per image: safe at 0, for huge and tiny, and
-    for nan or inf.
+    """(v / ||v||, whether it is not 0 [B,1,..]) per image: safe at 0, and for huge and tiny v; nan
+    and inf have no direction and give nan.
     """
     axes = tuple(range(1, v.ndim))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axes, keepdims=True))
-    known = (largest > 0) & jnp.isfinite(largest)  # nan compares as False
-    scaled = jnp.where(known, v, 0.0) / jnp.where(known, largest, 1.0)
+    known = largest != 0  # of nan too, which stays
+    scaled = v / jnp.where(known, largest, 1.0)
     norm = jnp.sqrt(jnp.sum(jnp.where(known, jnp.square(scaled), 1.0), axes, keepdims=True))
     return scaled / norm, known
 
@@ -149,7 +149,7 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
 
     Returns:
       Like mean. Norms are taken in float32 at least. Zero gradient: mean + r eps / ||eps||; that
-      and zero noise: mean.
+      and zero noise: mean. A gradient with nan or inf: nan.
 
     Raises:
       ValueError: a rate outside [0, 1].
@@ -162,7 +162,7 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
     root_n = math.sqrt(math.prod(mean.shape[1:]))
     if std.shape == mean.shape:
         radius = jnp.sqrt(jnp.sum(jnp.square(std), tuple(range(1, mean.ndim)), keepdims=True))
-        eps = eps * std * jnp.where(radius > 0, root_n / jnp.where(radius > 0, radius, 1.0), 0.0)
+        eps = eps * std * jnp.where(radius != 0, root_n / jnp.where(radius != 0, radius, 1.0), 0.0)
     else:
         radius = root_n * std
     downhill, known = _unit(grad)
@@ -290,7 +290,7 @@ class Spherical:
         x_next = spherical_step(mean, std, noise, grad, rate)
         if self.stop is not None:
             plain = mean + spread(std, x) * noise
-            x_next = jnp.where(per_example(values > self.stop, x) > 0, x_next, plain)
+            x_next = jnp.where(per_example(values <= self.stop, x) > 0, plain, x_next)
         return x_next, x0_hat
 
     def _last(self, evaluate: Evaluate, transition: Moments, x: Array) -> tuple[Array, Array]:

@@ -59,16 +59,19 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
             return scale * jnp.sqrt(1 + info.sigma_next**2)
         ratio = info.sigma_next / info.sigma
         length = rms(grad)
-        positive = length > 0
+        moves = length != 0  # of nan too, which stays
         weight = scale * jnp.abs((1 - ratio) * (1 + ratio)) * rms(x - x0_hat)
-        return jnp.where(positive, weight / jnp.where(positive, length, 1.0), 0.0)
+        return jnp.where(moves, weight / jnp.where(moves, length, 1.0), 0.0)
 
     return Guidance("freedom", transition=scheduled(Descent(gradient, size), chosen))
 
 
 def rms(v: Array) -> Array:
-    """[B] root mean square over an image; its gradient at 0 is not used."""
-    return jnp.sqrt(jnp.mean(jnp.square(v).reshape(v.shape[0], -1), axis=1))
+    """[B] root mean square over an image, for huge and tiny v too; its gradient is not used."""
+    flat = v.reshape(v.shape[0], -1)
+    largest = jnp.max(jnp.abs(flat), axis=1)
+    scaled = flat / jnp.where(largest != 0, largest, 1.0)[:, None]
+    return largest * jnp.sqrt(jnp.mean(jnp.square(scaled), axis=1))
 
 
 def build(settings: Settings, session: Session) -> Guidance:

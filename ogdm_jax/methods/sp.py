@@ -242,7 +242,7 @@ def calibrated_weight(state: Mapping[str, Array], share: float) -> Array:
     """The weight at which SP's gradient is `share` of the squared error's; 0 before the first
     measurement.
     """
-    known = state["sp"] > 0
+    known = state["sp"] != 0  # of nan too, which stays
     return jnp.where(
         known, share * jnp.sqrt(state["mse"] / jnp.where(known, state["sp"], 1.0)), 0.0
     )

@@ -18,7 +18,7 @@ import numpy as np
 from ogdm_jax.diffusion import grids, process
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling import churn as churning
-from ogdm_jax.sampling.sampler import step_noise
+from ogdm_jax.sampling.sampler import step_noise, widened
 from ogdm_jax.typing import Array, Denoise
 
 # Ends of the grids as published; VP's are its levels at the times 0.001 and 1.
@@ -126,7 +126,7 @@ def ablation(
 
     Args:
       denoise: D(x, sigma, label); its range of levels and its rounding are obeyed.
-      latents: [B,H,W,C] ~ N(0, I); the state keeps their dtype.
+      latents: [B,H,W,C] ~ N(0, I); the state has their dtype, in float32 at least.
       n: steps (of a named grid).
       design: solver, grid, schedule and scaling.
       churn: None, a number, a mapping or `Churn` (constants only).
@@ -143,7 +143,7 @@ def ablation(
     rule = _constant_churn(churn)
     if rule is not None and key is None and noise_fn is None:
         raise ValueError("key=None; expected a key, because churn draws noise")
-    denoise = as_denoiser(denoise)
+    denoise, given, latents = as_denoiser(denoise), latents.dtype, widened(latents)
     table = _table(design, denoise, n, rule, latents.dtype)
     noise = None if rule is None else step_noise(key, latents, noise_fn)
     alpha = design.alpha
@@ -174,10 +174,10 @@ def ablation(
     n = len(table["h"])
     rows = (jnp.arange(n, dtype=jnp.int32), table)
     if design.solver == "euler":
-        return jax.lax.scan(euler_step, x, rows)[0]
+        return jax.lax.scan(euler_step, x, rows)[0].astype(given)
     if n > 1:
         x, _ = jax.lax.scan(heun_step, x, jax.tree.map(lambda v: v[:-1], rows))
-    return euler_step(x, jax.tree.map(lambda v: v[-1], rows))[0]
+    return euler_step(x, jax.tree.map(lambda v: v[-1], rows))[0].astype(given)
 
 
 def _constant_churn(churn: Any) -> churning.Churn | None:

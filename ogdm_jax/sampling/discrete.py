@@ -16,7 +16,7 @@ import numpy as np
 
 from ogdm_jax.diffusion import grids, precondition, steps
 from ogdm_jax.diffusion.process import Discrete, vp_scale
-from ogdm_jax.sampling.sampler import Trajectory, sample
+from ogdm_jax.sampling.sampler import Trajectory, sample, widened
 from ogdm_jax.typing import Array
 
 # (x_vp [B,H,W,C], t [B] float: an original index) -> eps [B,H,W,C], labels bound.
@@ -52,8 +52,9 @@ def ddim(
     sigmas = np.append(table.sigma[kept][::-1], 0.0)
     denoise = precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
     # sample() multiplies by sigmas[0].
-    start = latents * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
-    return sample(denoise, start, sigmas, solver="ddim", **settings)
+    start = widened(latents) * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
+    drawn = sample(denoise, start, sigmas, solver="ddim", **settings)
+    return jax.tree.map(lambda v: v.astype(latents.dtype), drawn)
 
 
 def pndm_levels(n: int, table: Discrete, order: int = 2) -> np.ndarray:
@@ -95,6 +96,7 @@ def pndm(
       ValueError: another order, or n below 2 (order 4: below 4) or not below T.
     """
     table = Discrete.make() if table is None else table
+    given, latents = latents.dtype, widened(latents)
     t = _pndm_times(n, table, order)
     middle = (t[:-1] + t[1:]) / 2
 
@@ -137,4 +139,4 @@ def pndm(
         earlier = (d, *earlier)
     rest = tuple({k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends))
     (x, _), _ = jax.lax.scan(cast(Any, multistep), (x, earlier), rest)
-    return x * ends["scale"][-1]
+    return (x * ends["scale"][-1]).astype(given)

@@ -1,7 +1,8 @@
 """How loss guidance takes its gradient: through the network, or at x0_hat; of a loss, or of a loss
 that is smoothed by noise.
 
-A loss is any differentiable x0_hat [B,H,W,C] -> [B]; images never look at each other.
+A loss is any differentiable x0_hat [B,H,W,C] -> [B]; images never look at each other. Where it is
+nan, so is the gradient: an image that was not guided must not look like one that was.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def through_network(
         raise ValueError(
             f"loss: gives shape {values.shape}; expected one number per image, {x.shape[:1]}"
         )
-    return x0_hat, values, pull(jnp.ones_like(values))[0]
+    return x0_hat, values, _known(values, pull(jnp.ones_like(values))[0])
 
 
 def at_x0(
@@ -65,7 +66,12 @@ def at_x0(
     """
     x0_hat = evaluate(x)
     values, pull = jax.vjp(lambda x0: loss(clipped(x0, clip)), x0_hat)
-    return x0_hat, values, pull(jnp.ones_like(values))[0]
+    return x0_hat, values, _known(values, pull(jnp.ones_like(values))[0])
+
+
+def _known(values: Array, grad: Array) -> Array:
+    """The gradient, nan where the loss is."""
+    return jnp.where(per_example(jnp.isnan(values), grad) > 0, jnp.nan, grad)
 
 
 def smoothed(loss: Loss, samples: int, info: Info, clip: bool = False) -> Loss:

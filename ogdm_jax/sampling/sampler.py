@@ -87,8 +87,9 @@ def sample(
         is clipped to the denoiser's levels (several may become one: better make the grid with
         grids.clip_range) and rounded by its `round_sigma`; `corrector` makes Heun's second
         evaluation, `variance` gives ancestral steps with a learned variance.
-      latents: [B,H,W,C] ~ N(0, I). The state keeps their dtype: float64 latents give a float64
-        sampler.
+      latents: [B,H,W,C] ~ N(0, I). The state has their dtype, in float32 at least: float64 latents
+        give a float64 sampler; bfloat16 and float16 ones are returned as such, but a thousand small
+        steps would be lost in their rounding.
       sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
       solver: a name of SOLVERS.
       key: typed key, needed by random settings: a scalar (image i uses fold_in(key, i)) or [B], one
@@ -115,6 +116,7 @@ def sample(
         does not use.
     """
     _check_solver(solver)
+    given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
     denoise = parts.transform(as_denoiser(denoise), clip)
@@ -140,8 +142,20 @@ def sample(
     phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
     result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory)
     if kept is None:
-        return result
-    return result, Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
+        return result.astype(given)
+    whole = Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
+    return jax.tree.map(lambda v: v.astype(given), (result, whole))
+
+
+def widened(latents: Array) -> Array:
+    """Latents in float32 at least.
+
+    Raises:
+      ValueError: latents that are no real numbers.
+    """
+    if not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise ValueError(f"latents: {latents.dtype} given; expected floating-point numbers")
+    return jnp.asarray(latents, jnp.promote_types(latents.dtype, jnp.float32))
 
 
 def step_noise(
