@@ -170,11 +170,12 @@ def _check_member(archive: zipfile.ZipFile, key: str) -> None:
     """ValueError for an array of an .npz that says of more bytes than it has, or holds objects."""
     member = archive.getinfo(f"{key}.npy" if f"{key}.npy" in archive.NameToInfo else key)
     with archive.open(member) as file:
-        if file.read(len(_NPY)) == _NPY:
-            try:
-                _check_header(file, member.file_size)
-            except ValueError as error:
-                raise ValueError(f"array {key!r} {error}") from None
+        if file.read(len(_NPY)) != _NPY:
+            raise ValueError(f"{member.filename} is no array")
+        try:
+            _check_header(file, member.file_size)
+        except ValueError as error:
+            raise ValueError(f"array {key!r} {error}") from None
 
 
 def _check_header(file: IO[bytes], size: int) -> None:

@@ -312,7 +312,7 @@ _RECIPES = (
     ("fractions from 0 to 1", 0, 1, True, "np.rint(x * 255)"),
     ("fractions from -1 to 1", -1.05, 1.05, True, "np.rint((x + 1) * 127.5)"),
     ("numbers from 0 to 255", 0, 255, False, "np.rint(x)"),
-    ("numbers from 0 to 65535", 0, 65535, False, "(x.astype(int) + 128) // 257"),
+    ("numbers from 0 to 65535", 0, 65535, False, "((x.astype(int) + 128) // 257)"),
 )
 
 

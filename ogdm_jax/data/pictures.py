@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,8 @@ _PIXELS = 6000  # in a byte, that no compression exceeds except of these formats
 _DENSE = ("WEBP", "AVIF", "JPEG2000")
 _LARGE = 64 << 20  # bytes of a file from which its picture's size is asked first
 HEAD = 64 << 10  # bytes that are enough for that
+# Pillow warns of half of what it refuses; here what a file says is compared with its bytes.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What Pillow raises for content that is cut, altered, or no picture at all.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, RuntimeError)
 _UNREADABLE += (NotImplementedError, IndexError, TypeError, OverflowError, MemoryError)
