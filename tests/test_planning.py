@@ -244,7 +244,6 @@ def test_digits_on_tpus(shape, chips_, tmp_path):
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.read_text())
     assert plan["devices"] == chips_ and plan["fits"] and plan["hbm_bytes"]["peak"] < 2**30
-    assert (
-        plan["collectives"]["all-reduce"]["bytes"] >= 4 * plan["parameters"]
-        and plan["bfloat16_share"] > 0.9
-    )
+    # Gradients of bfloat16 kernels are summed in bfloat16 (docs/plans.md), the others in float32.
+    summed = plan["collectives"]["all-reduce"]["bytes"] / plan["parameters"]
+    assert 2 <= summed < 4 and plan["bfloat16_share"] > 0.9
