@@ -11,7 +11,7 @@ from ogdm_jax import startup
 from ogdm_jax.cli import evaluate, measuring, report
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
-from ogdm_jax.report import findings
+from ogdm_jax.report import inputs
 from ogdm_jax.training import loop
 from tests.support import tiny
 
@@ -194,8 +194,10 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
     """
     lines = b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo{"step": 3, "loss": 1.0}\n{"step": 4}\n7\n{"step": 5, "\xc3'
     (tmp_path / "metrics.jsonl").write_bytes(lines)
-    assert [line["step"] for line in findings.read_metrics(str(tmp_path))] == [1, 4]
-    assert findings.read_metrics(str(tmp_path / "nothing")) == []
+    found = inputs.metrics(str(tmp_path))
+    assert [line["step"] for line in found.values] == [1, 4]
+    assert found.notes == ["metrics.jsonl: 3 of 5 lines are cut or no objects"]
+    assert inputs.metrics(str(tmp_path / "nothing")) == ([], ())
 
 
 @pytest.mark.parametrize(
@@ -209,15 +211,15 @@ def test_lines_of_a_killed_run_are_left_out(tmp_path):
         ("evaluate protocol --workdir nowhere", "holds no checkpoint"),
         (
             "report --workdir WORK --distances WORK/nothing.json",
-            "nothing.json cannot be read (FileNotFoundError)",
+            "nothing.json' cannot be read (No such file",
         ),
         (
             "report --workdir WORK --distances WORK/metrics.jsonl",
-            "cannot be read (JSONDecodeError)",
+            "metrics.jsonl' is no JSON (Extra data",
         ),
         (
             "report --workdir WORK --distances WORK/object.json",
-            "object.json is no list of distances; expected",
+            "object.json' holds dict; expected a list",
         ),
         (
             "report --workdir WORK --distances WORK/partial.json",

@@ -1,7 +1,6 @@
 """What the commands that measure have in common: options, the feature space, the trained model."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ogdm_jax import parallel, places
+from ogdm_jax import parallel, places, records
 from ogdm_jax.cli.parsing import step, whole
-from ogdm_jax.config import Sample, replace
+from ogdm_jax.config import ConfigError, Sample, replace
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
@@ -143,10 +142,18 @@ def drawing(
     how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
 
     def draw(settings: Sample, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:
-        quiet = not sys.stderr.isatty()
+        quiet, drawn = not sys.stderr.isatty(), 0
         with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:
             for part in trained.batches(settings, seeds, churn=churn, **how):
+                bad = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3)))
+                if len(bad):
+                    raise ConfigError(
+                        f"--workdir: the image of seed {seeds[drawn + bad[0]]} (and of "
+                        f"{len(bad) - 1} more in its batch) holds NaN or infinity; expected a "
+                        "model that draws finite images: try another --step"
+                    )
                 yield to_uint8(part)
+                drawn += len(part)
                 bar.update(len(part))
 
     return draw
@@ -154,7 +161,7 @@ def drawing(
 
 def print_json(result: dict[str, Any], out: str | None) -> None:
     """Prints a result and, where a file is named, writes it there, too."""
-    text = json.dumps(result, indent=1)
+    text = records.dumps(result, indent=1)
     if out:
         with places.written(places.place(out, "--out")) as new:
             new.write_text(text + "\n")

@@ -1,16 +1,15 @@
 """ogdm report: a training folder as one HTML page."""
 
 import argparse
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
-from ogdm_jax import places, startup
+from ogdm_jax import places, records, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.config import Sample
-from ogdm_jax.report import findings, html
+from ogdm_jax.report import findings, html, inputs
 from ogdm_jax.training.evaluate import measure_samplers, references
 from ogdm_jax.training.workdir import TrainedModel
 
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with startup.one_sentence():
         startup.prepare()
-        distances = findings.read_distances(args.distances) if args.distances else None
+        distances = inputs.distances(args.distances) if args.distances else None
         folder = places.workdir(args.workdir)
         out = places.place(args.out, "--out") if args.out else folder / "report.html"
         if args.out or folder.is_dir():  # a missing training folder has a sentence of its own
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             distances = measure_samplers(trained, choices, space, features, num, draw)
             if distances:
                 with places.written(folder / "distances.json") as new:
-                    new.write_text(json.dumps(distances, indent=1) + "\n")
+                    new.write_text(records.dumps(distances, indent=1) + "\n")
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)

@@ -18,6 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+LARGEST = 1e30  # a number that is drawn
 LARGE, SMALL = (6.6, 4.0), (4.2, 2.7)  # inches of 72 units; a letter has 9 to 10 of them
 COLOURS = {
     "#1f5fbf": "var(--s0)",
@@ -32,6 +33,7 @@ _LINES, (_SOFT, _RULE, _INK) = list(COLOURS)[:4], list(COLOURS)[4:]
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ogdm_jax",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 9,
     "axes.edgecolor": _SOFT,
     "axes.labelcolor": _SOFT,
@@ -79,6 +81,8 @@ class Chart:
 
 def nice(value: float) -> str:
     """A number for people: 4 significant digits, no 1e+00 forms between 0.001 and a million."""
+    if not math.isfinite(value):
+        return str(value)
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -90,7 +94,7 @@ def nice(value: float) -> str:
 def svg(chart: Chart) -> str:
     """The chart as an <svg> element, or "" where there is nothing to draw.
 
-    Points that are not finite, or not positive on a log axis, are left out.
+    Points that are not finite, beyond LARGEST, or not positive on a log axis, are left out.
     """
     drawn = [(line, points) for line in chart.lines if len(points := _points(line, chart))]
     if not drawn:
@@ -129,8 +133,8 @@ def svg(chart: Chart) -> str:
 def _points(line: Line, chart: Chart) -> np.ndarray:
     """The points that can be drawn [n, 2]."""
     points = np.array([line.x, line.y], np.float64).T
-    low = [0.0 if log else -math.inf for log in (chart.log_x, chart.log_y)]
-    return points[np.isfinite(points).all(1) & (points > low).all(1)]
+    low = [1 / LARGEST if log else -LARGEST for log in (chart.log_x, chart.log_y)]
+    return points[((points > low) & (points < LARGEST)).all(1)]
 
 
 def _draw_reference(axes: Any, line: Line, points: np.ndarray) -> None:

@@ -1,8 +1,6 @@
 """What the report of a training folder shows, collected as plain data; html.py renders it."""
 
-import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +11,9 @@ import numpy as np
 from ogdm_jax import config as configs
 from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
+from ogdm_jax.report import inputs
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.sampler import nfe, sample
-from ogdm_jax.training import evaluations
 from ogdm_jax.training.steps import complete
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
@@ -60,6 +58,7 @@ class Findings:
       progress: (step, PNG bytes) of grids that training wrote.
       path: the way of some samples from noise to image.
       config: {"group.key": value}.
+      notes: sentences about what could not be read.
     """
 
     title: str
@@ -74,6 +73,7 @@ class Findings:
     progress: Sequence[tuple[int, bytes]] = ()
     path: Path | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def collect(
@@ -97,22 +97,24 @@ def collect(
       distances: reports, see `Findings`.
     """
     settings, config = trained.settings(), trained.config
-    evaluated = evaluations.ranked(evaluations.read(workdir), complete(workdir))
+    logged, best = inputs.metrics(workdir), inputs.best(workdir, complete(workdir))
+    progress = inputs.progress(workdir)
     cost = nfe(settings.solver, settings.steps)
     methods = " + ".join(config.methods) or "plain"
     return Findings(
-        title=f"{_name(workdir)}: {methods} on {config.data.source}",
+        title=inputs.printable(f"{_name(workdir)}: {methods} on {config.data.source}"),
         facts=facts(trained, settings),
         distances=distances,
-        metrics=read_metrics(workdir),
-        best=evaluated[0] if evaluated else None,
+        metrics=logged.values,
+        best=best.values,
         samples=samples,
         real=real[np.random.default_rng(0).permutation(len(real))[:SHOWN]],
         sampler=f"{settings.solver}, {settings.steps} steps, {cost} network evaluations",
         nearest=nearest(space, samples[:COMPARED], real, features),
-        progress=read_progress(workdir),
+        progress=progress.values,
         path=trace(trained, settings, np.arange(TRACED)),
         config=configs.flatten(config),
+        notes=[*logged.notes, *best.notes, *progress.notes],
     )
 
 
@@ -170,53 +172,3 @@ def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) ->
     clean = trained.config.precondition.sigma_data
     scale = clean / np.sqrt(sigmas**2 + clean**2)
     return Path(sigmas, path.states * scale[:, None, None, None, None], path.x0_hats)
-
-
-def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole.
-
-    A killed run cuts its last line short, and the first line of the next run may hang on it.
-    """
-    path, found = places.place(workdir) / "metrics.jsonl", []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and "step" in line]
-
-
-def read_progress(workdir: str, most: int = 4) -> list[tuple[int, bytes]]:
-    """(step, PNG bytes) of at most so many grids that training wrote, even over the steps."""
-    folder = places.place(workdir) / "samples"
-    paths = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
-    if not paths:
-        return []
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), most)).round().astype(int)
-    return [(int(paths[i].stem), paths[i].read_bytes()) for i in np.unique(chosen)]
-
-
-_TEXTS = ("features", "solver")
-_NUMBERS = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
-_NUMBERS += ("n_samples", "n_reference")
-
-
-def read_distances(path: str) -> list[dict[str, Any]]:
-    """A file of distances as `ogdm report` writes it.
-
-    Raises:
-      ValueError: it is missing, or another file.
-    """
-    known = "expected distances.json, which report writes into the training folder"
-    try:
-        reports = json.loads(places.place(path, "--distances").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--distances: {path} cannot be read ({type(error).__name__}); {known}"
-        ) from None
-    for report in reports if isinstance(reports, list) else [None]:
-        if not isinstance(report, dict):
-            raise ValueError(f"--distances: {path} is no list of distances; {known}")
-        for names, kind in ((_TEXTS, str), (_NUMBERS, float | int)):
-            wrong = next((name for name in names if not isinstance(report.get(name), kind)), None)
-            if wrong:
-                raise ValueError(f"--distances: {path} has no {wrong} of the right type; {known}")
-    return reports

@@ -5,6 +5,7 @@ made ready for it.
 """
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     """(name, value, note): the smallest distance and its floor, then the facts."""
     if not found.distances:
         return list(found.facts)
-    best = min(found.distances, key=lambda report: report["fd"])
+    best = min(found.distances, key=lambda r: (math.isnan(r["fd"]), r["fd"]))
     n, name = f"n = {best['n']:,}", best["features"]
     where = f"{best['solver']}, {best['nfe']} evaluations, {n}"
     return [
@@ -97,7 +98,7 @@ def _share(value: float | None) -> str:
     """A share or a kernel distance: two digits behind the point, below 0.1 one digit."""
     if value is None:
         return "–"
-    return nice(round(value, 2)) if abs(value) >= 0.1 else nice(float(f"{value:.1g}"))
+    return nice(float(f"{value:.1g}") if abs(value) < 0.1 else round(value, 2))
 
 
 def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Markup:
