@@ -110,24 +110,25 @@ def progress(workdir: str, most: int = 4) -> Found:
     """(step, PNG bytes) of at most so many grids that training wrote, even over the steps."""
     folder, found, notes = places.place(workdir) / "samples", [], []
     try:
-        paths = [path for path in folder.glob("*.png") if _step_of(path) is not None]
+        paths = sorted((_step_of(path), path) for path in folder.glob("*.png"))
     except OSError as error:
         return Found([], [f"samples/ cannot be read ({error.strerror or error})"])
-    paths = sorted(paths, key=_step_of)
+    paths = [(step, path) for step, path in paths if step >= 0]
     chosen = np.linspace(0, len(paths) - 1, min(len(paths), most)).round().astype(int)
-    for i in np.unique(chosen):
+    for step, path in (paths[i] for i in np.unique(chosen)):
         try:
-            content = paths[i].read_bytes()
+            content = path.read_bytes()
             pictures.decode(content)
-            found.append((_step_of(paths[i]), content))
+            found.append((step, content))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            notes.append(f"samples/{paths[i].name} {reason}")
+            notes.append(f"samples/{path.name} {reason}")
     return Found(found, notes)
 
 
-def _step_of(path: epath.Path) -> int | None:
-    return int(path.stem) if path.stem.isdecimal() and len(path.stem) < 16 else None
+def _step_of(path: epath.Path) -> int:
+    """The step of a file that training wrote; -1 for another file."""
+    return int(path.stem) if path.stem.isdecimal() and len(path.stem) < 16 else -1
 
 
 def distances(path: str) -> list[dict[str, Any]]:
