@@ -64,7 +64,11 @@ class Checkpoints:
             create=True,
             step_prefix=None,
             lightweight_initialize=True,  # nothing beside the items is read
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._list_files,
+                # a folder that cannot be made is an error here, not threads that wait 20 minutes
+                create_directories_asynchronously=False,
+            ),
         )
         self._saving: int | None = None  # the step whose save has not been waited for
         saving.quiet()
@@ -190,7 +194,13 @@ class Checkpoints:
             trees["state"] = older.as_older(trees["state"], stored)
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         read = lambda: self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        found = arrays.guard(path, read)
+        found, file = arrays.guard(path, read), path / "data" / "metadata"
+        position = records.read(file, dict, "--workdir")
+        if type(position.get("step")) is not int or position["step"] != step:
+            raise CheckpointError(
+                f"--workdir: {str(file)!r} holds {position!r}; expected {{'step': {step}}}, as "
+                "training wrote it"
+            )
         rest = older.as_newer(found["state"]) if older.is_older(stored) else found["state"]
         return TrainState(
             step=rest["step"],
@@ -199,7 +209,7 @@ class Checkpoints:
             buffers=found["ema"]["buffers"],
             opt_state=rest["opt_state"],
             carry=rest["carry"],
-        ), records.read(path / "data" / "metadata", dict, "--workdir")
+        ), position
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:
@@ -298,18 +308,18 @@ def find(
         choices = _best_first(workdir, present, at)
     elif step is not None:
         choices = [int(step)] if step in present else []
-    wrong = ""
+    wrong, passed = "", []
     for number in choices:
         wrong = checksums.damage(folder / str(number), read)
         if not wrong:
             return _opened(folder / str(number), field)
+        passed.append(number)
         if not isinstance(step, int):
             log(f"{field}: checkpoint {folder / str(number)} is damaged ({wrong}): passed over")
     what = f"checkpoint {step} is damaged ({wrong})" if choices else f"no checkpoint of step {step}"
     if not isinstance(step, int):
-        what = f"every checkpoint is damaged ({wrong})"
-        at = field
-    whole = complete(workdir)
+        at, what = field, f"every checkpoint is damaged ({wrong})"
+    whole = [number for number in complete(workdir) if number not in passed]
     raise CheckpointError(f"{at}: {what} in {str(workdir)!r}; there are {whole or 'no others'}")
 
 

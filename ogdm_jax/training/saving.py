@@ -20,15 +20,16 @@ def quiet() -> None:
     The error itself is raised where the save is waited for. The threads of the other arrays go on
     for a while and fail one by one, as late as at the end of the process.
     """
-    log = logging.getLogger("absl")
-    if _stays not in log.filters:
-        log.addFilter(_stays)
-        sys.unraisablehook = _Hook(sys.unraisablehook)
+    if isinstance(sys.unraisablehook, _Hook):
+        return
+    sys.unraisablehook = _Hook(sys.unraisablehook)
+    for name in ("absl", "asyncio"):  # orbax's own, and that of its tasks
+        logging.getLogger(name).addFilter(_stays)
 
 
 def _stays(record: logging.LogRecord) -> bool:
-    """A filter: whether a record stays."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """A filter: whether a record is no traceback of a save."""
+    return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
 
 
 class _Hook:
