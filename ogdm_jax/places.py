@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from etils import epath
 
@@ -40,19 +40,19 @@ def place(text: str | os.PathLike, field: str = "path") -> epath.Path:
       field: the setting, for messages.
 
     Raises:
-      PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, or
-        a URI that went through pathlib.Path and lost a slash.
+      PlaceError: an unknown scheme, one whose library is not installed, a URI without a bucket, a
+        URI that went through pathlib.Path and lost a slash, or no path at all.
     """
     words = os.fspath(text)
+    if "\0" in words:
+        raise PlaceError(f"{field}: {words!r} has a zero in it; expected a path")
     scheme, separator, rest = words.partition("://")
     if not separator:
-        first = words.partition(":/")[0]
-        if first in LIBRARIES and not pathlib.Path(f"{first}:").exists():
-            raise PlaceError(
-                f"{field}: {words!r} has one slash (pathlib.Path takes the other away); expected "
-                f"{first}://"
-            )
-        return epath.Path(words)
+        first, colon, rest = words.partition(":")
+        if colon and first in LIBRARIES and not pathlib.Path(f"{first}:").exists():
+            has = "one slash (pathlib.Path takes the other away)" if rest[:1] == "/" else "no slash"
+            raise PlaceError(f"{field}: {words!r} has {has}; expected {first}://")
+        return epath.Path(os.path.expanduser(words))
     if scheme == "file":
         return epath.Path(rest)
     if scheme not in LIBRARIES:
@@ -149,6 +149,8 @@ def writable(path: epath.Path, field: str, file: bool = False, keep: bool = Fals
     try:
         if file and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if file:
+            _refuse_device(path)
         made = _make(folder)
         probe.write_bytes(bytes(4096))
     except Exception as error:  # bucket libraries raise classes of their own
@@ -160,6 +162,12 @@ def writable(path: epath.Path, field: str, file: bool = False, keep: bool = Fals
             with suppress(OSError):
                 os.rmdir(parent)
     return path
+
+
+def _refuse_device(path: epath.Path) -> None:
+    """A rename onto /dev/null would put a file in its place."""
+    if is_local(path) and path.exists() and not (os.path.isfile(path) or path.is_dir()):
+        raise OSError(errno.EINVAL, "a device or a pipe, no file", str(path))
 
 
 def _make(folder: epath.Path) -> list[epath.Path]:
@@ -194,18 +202,29 @@ def _reason(error: Exception, path: epath.Path, file: bool) -> str:
 
 @contextmanager
 def written(path: epath.Path) -> Iterator[pathlib.Path]:
-    """Yields a local file to write, which becomes `path` when the block ends without an error."""
-    if is_local(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
-        yield new
-        os.replace(new, path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        new = pathlib.Path(folder) / path.name
-        yield new
-        path.parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(new).copy(path, overwrite=True)
+    """Yields a local file to write, which becomes `path` when the block ends without an error.
+
+    Otherwise it is removed. Errors of the system name `path` where they name no file.
+    """
+    with tempfile.TemporaryDirectory() if not is_local(path) else nullcontext("") as folder:
+        new = pathlib.Path(folder, path.name)
+        if is_local(path):
+            _refuse_device(path)
+            path = epath.Path(os.path.realpath(path))  # a link stays, and what it names is written
+            new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield new
+            if is_local(path):
+                os.replace(new, path)
+            else:
+                epath.Path(new).copy(path, overwrite=True)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+        finally:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
 
 
 @contextmanager

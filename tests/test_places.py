@@ -4,6 +4,8 @@ used is refused.
 
 import errno
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,8 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
             "gs:/bucket/x",
             "--workdir: 'gs:/bucket/x' has one slash (pathlib.Path takes the other away)",
         ),
+        ("gs:bucket/x", "--workdir: 'gs:bucket/x' has no slash; expected gs://"),
+        ("runs/\0x", "has a zero in it; expected a path"),
         ("gs:///x", "--workdir: 'gs:///x' names no bucket; expected gs://BUCKET/FOLDER"),
     ],
 )
@@ -286,3 +290,68 @@ def test_what_only_reads_local_files_says_so(tmp_path, bucket):
         read_torch("gs://bucket/x.pt")
     with pytest.raises(SourceError, match="npz:foo://x: 'foo://x' has an unknown scheme"):
         data.open_source("npz:foo://x")
+
+
+@pytest.mark.parametrize("file", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *(
+            "/proc/runs/x",
+            "/proc/self/x",
+            "/proc/1/task/x",
+            "/sys/x",
+            "/sys/kernel/x",
+            "/dev/null/x",
+        ),
+        *("FILE/x", "LOOP/x", "BROKEN/x/y", f"{'n' * 300}/x", "READONLY/x", "READONLY/y/x"),
+    ],
+)
+def test_destinations_are_tried_and_refused_in_one_sentence(where, file, tmp_path):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "LOOP").symlink_to(tmp_path / "LOOP")
+    (tmp_path / "BROKEN").symlink_to("/proc/no such place")
+    (tmp_path / "READONLY").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(tmp_path / "READONLY")]
+    if "READONLY" in where and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        path = tmp_path / where  # what begins with a slash stays as it is
+        with pytest.raises(places.PlaceError, match="^--out: ") as caught:
+            places.writable(places.place(path), "--out", file=file)
+        assert str(path) in str(caught.value) and "expected" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    finally:
+        subprocess.run(["umount", "-l", mount[-1]], check=False, capture_output=True)
+
+
+def test_a_device_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(places.PlaceError, match="a device or a pipe, no file"):
+            places.writable(places.place(path), "--out", file=True)
+        with pytest.raises(OSError, match="a device"), places.written(places.place(path)) as new:
+            new.write_text("x")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.json").symlink_to("disk/b.json")
+    for text in ("1", "2"):
+        with places.written(places.place(tmp_path / "a.json")) as new:
+            new.write_text(text)
+    assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "b.json").read_text() == "2"
+
+
+def test_the_home_folder_is_what_a_shell_would_make_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(places.place("~/runs/x")) == f"{tmp_path}/runs/x"
+    assert str(places.place("~nobody-of-that-name/x")) == "~nobody-of-that-name/x"
+
+
+def test_an_error_while_writing_names_the_file_and_leaves_nothing(tmp_path):
+    with pytest.raises(OSError) as caught, places.written(places.place(tmp_path / "a.json")) as new:
+        new.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())

@@ -15,7 +15,6 @@ The reports of evaluations in training, by step: what a resumed run knows of the
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -37,7 +36,10 @@ from ogdm_jax.training.steps import CheckpointError, complete
 from ogdm_jax.typing import PyTree
 
 Log = Callable[[str], None]
-_aloud: Log = functools.partial(print, file=sys.stderr)
+
+
+def _aloud(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 class Checkpoints:
@@ -160,7 +162,8 @@ class Checkpoints:
         # orbax and tensorstore raise many kinds, in threads of their own
         except Exception as error:
             self._saving = None
-            for path in steps.unfinished(self.folder, step):
+            lead = jax.process_index() == 0
+            for path in steps.unfinished(self.folder, step) if lead else ():
                 with contextlib.suppress(Exception):  # its threads may still be writing
                     path.rmtree(missing_ok=True)
             whole, why = self.latest(), saving.reason(error, self.folder)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ogdm_jax import models
 from ogdm_jax.config import Config
 from ogdm_jax.interop import Pretrained, export
-from ogdm_jax.training import checkpoint, optim, state
+from ogdm_jax.training import checkpoint, lock, optim, state
 
 _KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}
 _SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
@@ -85,6 +85,6 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
     start = state.TrainState(jnp.zeros((), "int32"), params, params, buffers, moments, {})
-    with checkpoint.Checkpoints(out) as folder:
+    with lock.hold(out, field="--out"), checkpoint.Checkpoints(out) as folder:
         folder.save(0, start, checkpoint.describe(config, shape, network.label_dim), {"step": 0})
     return models.parameter_count(params)

@@ -12,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ogdm_jax import models, places
+from ogdm_jax import models, places, records
 from ogdm_jax.config import Config, Sample, require
 from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
@@ -165,7 +165,7 @@ def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndar
     if jax.process_index() == 0:
         pictures.save_png(workdir / "samples.png", pictures.sheet(images, columns=8))
         with places.written(workdir / "evaluation.json") as new:
-            new.write_text(json.dumps(report, indent=1) + "\n")
+            new.write_text(records.dumps(report, indent=1) + "\n")
 
 
 def describe_sampler(settings: Sample) -> dict[str, Any]:

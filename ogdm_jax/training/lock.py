@@ -40,7 +40,7 @@ class LockError(ValueError):
 def hold(
     workdir: str | os.PathLike, log: Callable[[str], None] = print, field: str = "--workdir"
 ) -> Iterator["Lock"]:
-    """Keeps other runs out of a training folder, which has to exist, while the block runs.
+    """Keeps other runs out of a training folder, which is made where needed, while the block runs.
 
     Process 0 does it for all processes of a run.
 
@@ -94,6 +94,8 @@ class Lock:
 
     def take(self, log: Callable[[str], None]) -> None:
         """Takes the lock, or raises LockError."""
+        if places.is_local(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             found = self._read()
             if found is not None and not self._gone(found, log):
