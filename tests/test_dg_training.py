@@ -436,7 +436,7 @@ def test_wrong_settings_are_one_sentence(tmp_path, prior, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
+def test_evaluations_choose_checkpoint_and_weight_by_distance(trained, prior):
     folder, _, _, lines = trained
     reports = {r["step"]: r for r in json.loads((folder / "evaluations.json").read_text())}
     assert set(reports) == {2, 4} and all(
@@ -448,6 +448,19 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained):
     assert open_guidance(folder, weight=0.3).constants["weight"] == np.float32(0.3)
     assert open_guidance(folder, preset="second").constants["corrector_weight"] == 1.0
     assert any("unguided" in line for line in lines)
+    heard = []
+    model = open_workdir(prior)
+    for solver in ("euler", "ddim", "ancestral", "spndm", "dpmpp_2m"):
+        use = Use(model, model.settings(solver=solver, steps=3))
+        opened = lambda use=use, **more: open_guidance(folder, use=use, log=heard.append, **more)
+        assert opened().constants["weight"] == np.float32(best["weight"] / 2)
+        assert f"weight {best['weight']:g} is for 'heun'; with {solver!r} it is" in heard[0]
+        assert opened(preset="cifar10").constants["weight"] == 1.0
+        heard.clear()
+        assert opened(preset="second").constants["weight"] == 1.0
+        assert opened(weight=2.0).constants["weight"] == 2.0  # what is said stays
+        assert not any("acts alike" in line for line in heard)
+        heard.clear()
     assert (
         json.loads((folder / "evaluation.json").read_text()) == reports[4]
     )  # with its weight, whichever came last

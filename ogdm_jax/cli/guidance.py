@@ -95,6 +95,7 @@ class Request:
       input: where the images to measure are.
       measured: where measurements are, if they were made already.
       several: whether the command says how many samples it wants; if not, one of each picture.
+      preset: of discriminator guidance, its name, or "".
     """
 
     settings: dict[str, Any]
@@ -104,6 +105,7 @@ class Request:
     input: str
     measured: str = ""
     several: bool = False
+    preset: str = ""
 
 
 def read(args: argparse.Namespace) -> Request:
@@ -144,7 +146,8 @@ def read(args: argparse.Namespace) -> Request:
     if not asked and any(isinstance(s, Schedule) for s in settings.values()):
         sampling = {"solver": "ddim", "eta": 1.0}
     several = bool(args.seeds) or args.num is not None
-    return Request(settings, sampling, task, measured, args.input, args.measured, several)
+    preset = presets["dg"][0] if "dg" in presets else ""
+    return Request(settings, sampling, task, measured, args.input, args.measured, several, preset)
 
 
 def _check_names(
@@ -261,7 +264,7 @@ def build(
         settings=request.settings,
         churn=churn,
         labels=labels,
-        open_discriminator=lambda chosen: _open_discriminator(chosen, run, session),
+        open_discriminator=lambda chosen: _open_discriminator(chosen, run, session, request.preset),
     )
     methods = discovery.sampling()
     guidance = tuple(
@@ -331,8 +334,12 @@ def _measure(
     return dataclasses.replace(made, seeds=seeds), labels
 
 
-def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session) -> Guidance:
-    """DG's guidance by the discriminator of a training folder."""
+def _open_discriminator(
+    chosen: dg.Settings, run: TrainedModel, session: Session, preset: str
+) -> Guidance:
+    """DG's guidance by the discriminator of a training folder. What the preset says is not in the
+    words: its weights are those of its solver.
+    """
     from ogdm_jax.discriminator.guidance import Use, open_guidance  # only where it is needed
 
     other = session.settings.get("cfg")
@@ -340,6 +347,8 @@ def _open_discriminator(chosen: dg.Settings, run: TrainedModel, session: Session
     if other is not None:  # samples that are trained on have no window
         weight = None if other.window else other.weight
     use = Use(run, session.sampling, session.churn, weight)
-    words = dict(vars(chosen))
+    published = dg.PRESETS[preset].settings if preset else {}
+    said = vars(chosen).items()
+    words = {name: value for name, value in said if published.get(name, ...) != value}
     folder = words.pop("discriminator")
-    return open_guidance(folder, use=use, labels=session.labels, **words)
+    return open_guidance(folder, use=use, labels=session.labels, preset=preset, **words)

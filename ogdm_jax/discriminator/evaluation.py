@@ -39,7 +39,8 @@ class GuidedEvaluation:
         if self._unguided is None:
             self._unguided = self._measure(params, step, 0.0)[0]["fd"]
         settings = of(self._run.config)
-        weights = dict.fromkeys((settings.weight, *settings.weights))
+        own = settings.weight_with(self._run.config.sample.solver)
+        weights = dict.fromkeys((own, *settings.weights))
         tried = [self._measure(params, step, weight) for weight in weights]
         report, images = min(tried, key=lambda found: found[0]["fd"])
         report |= {"unguided": self._unguided}

@@ -64,7 +64,8 @@ def open_guidance(
     """The guidance of a training folder: `model.sample(..., guidance=open_guidance(DIR))`.
 
     The weight is that of `words`, else of the preset, else the one that the checkpoint's evaluation
-    found best, else config.dg.weight.
+    found best, else config.dg.weight, else the solver's default. Published and evaluated weights
+    are those of their solver (`dg.weight_under`); where another one acts, `log` says so.
 
     Args:
       workdir: what training wrote.
@@ -98,12 +99,20 @@ def open_guidance(
     network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
     params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
     report = evaluations.read(workdir).get(snapshot.step, {})
-    chosen: dict[str, Any] = {"weight": report["weight"]} if "weight" in report else {}
+    given = {name: value for name, value in words.items() if value is not None}
+    own, chosen = settings_of(config), dict[str, Any]()
     if preset:
         chosen = dict(choose("dg.preset", preset, dg.PRESETS).settings)
-    chosen |= {name: value for name, value in words.items() if value is not None}
+    elif (own.weight is None or own.weights) and "weight" in report:
+        chosen = {"weight": report["weight"]}
+    solver = config.sample.solver if use is None else use.sampling.solver
+    if "weight" in chosen and "weight" not in given:
+        was = "heun" if preset else config.sample.solver
+        chosen["weight"] = _followed(chosen, own.corrector_weight, was, solver, log)
+    chosen |= given
     boost_churn = chosen.pop("boost_churn", dg.Boost.churn)
-    settings = dataclasses.replace(settings_of(config), **chosen)
+    settings = dataclasses.replace(own, **chosen)
+    settings = dataclasses.replace(settings, weight=settings.weight_with(solver))
     params, extractor = jax.tree.map(np.asarray, (params, extractor))
     method = guidance_of(settings, network, params, extractor, boost_churn)
     path = settings_of(config).samples_path(workdir)
@@ -117,12 +126,27 @@ def open_guidance(
     return method
 
 
+def _followed(
+    chosen: dict[str, Any], corrector: float, was: str, solver: str, log: Callable[[str], None]
+) -> float:
+    """The weight that was chosen for one solver, or what acts alike under another."""
+    weight = chosen["weight"]
+    found = dg.weight_under(weight, chosen.get("corrector_weight", corrector), was, solver)
+    if found != weight:
+        log(
+            f"note: the discriminator's weight {weight:g} is for {was!r}; with {solver!r} it is "
+            f"{found:g}, which acts alike"
+        )
+    return found
+
+
 def guidance_of(
     settings: Settings,
     network: FeatureDiscriminator,
     params: PyTree,
     extractor: PyTree,
     boost_churn: float = dg.Boost.churn,
+    solver: str = "heun",
 ) -> Guidance:
     """The guidance by a discriminator.
 
@@ -132,6 +156,7 @@ def guidance_of(
       params: of its head.
       extractor: params of its extractor, or None.
       boost_churn: S_churn of boosted images, see `dg.Boost`.
+      solver: what settings without a weight follow.
 
     Raises:
       ValueError: an empty window.
@@ -147,7 +172,7 @@ def guidance_of(
         boost = dg.Boost(settings.sampler_churn() or Churn(), boost_churn)
     return dg.guidance(
         ratio_of(network, settings.clock),
-        settings.weight,
+        settings.weight_with(solver),
         low,
         high,
         settings.corrector_weight,

@@ -54,7 +54,9 @@ class Settings:
     )
     t_min: float = setting(1e-5, "smallest time of training", above=0, below=1)
     importance: bool = setting(True, "log-uniform noise levels; False: uniform time")
-    weight: float = setting(2.0, "guidance weight at Heun's first evaluation")
+    weight: float | None = setting(
+        None, "guidance weight at Heun's first evaluation; None: 2 with heun, 1 with the others"
+    )
     corrector_weight: float = setting(0.0, "guidance weight at Heun's second evaluation")
     weights: tuple[float, ...] = setting(
         (), "further weights that evaluations try; the best one is noted"
@@ -67,6 +69,12 @@ class Settings:
         check(self, "dg")
         before = f"at most dg.time_max, {self.time_max}"
         require(self.time_min <= self.time_max, "dg.time_min", self.time_min, before)
+
+    def weight_with(self, solver: str) -> float:
+        """`weight`, or its default under a solver."""
+        return (
+            dg.default_weight(solver, self.corrector_weight) if self.weight is None else self.weight
+        )
 
     def sampler_churn(self) -> Churn | None:
         """The churn of the prior's sampler. Raises ConfigError where the text is none."""

@@ -322,6 +322,24 @@ class Boost:
         )
 
 
+def default_weight(solver: str, corrector_weight: float = 0.0) -> float:
+    """The weight that adds c once to the score: 1, but with Heun's two slopes, whose mean counts,
+    what makes their mean 1: the authors' 2 where the second is not guided.
+    """
+    return 2.0 - corrector_weight if solver == "heun" else 1.0
+
+
+def weight_under(weight: float, corrector_weight: float, was: str, solver: str) -> float:
+    """What acts under one solver as the weights (of the first and second evaluation) did under the
+    one that they were chosen for.
+    """
+    if (was == "heun") == (solver == "heun"):
+        return weight
+    if was == "heun":
+        return (weight + corrector_weight) / 2
+    return 2 * weight - corrector_weight
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of discriminator guidance on the command line; None: as the discriminator's training
@@ -329,7 +347,8 @@ class Settings:
 
     Attributes:
       discriminator: its training folder.
-      weight: of Heun's first evaluation; default: the one that the folder's evaluation found best.
+      weight: of Heun's first evaluation, and of solvers with one; default: the one that the
+        folder's evaluation found best, or `default_weight`; both follow the solver.
       corrector_weight: of Heun's second evaluation.
       time_min: start of the window on the VP clock, as the authors give it.
       time_max: end of the window.
@@ -338,7 +357,9 @@ class Settings:
     """
 
     discriminator: str = setting("", "training folder of the discriminator")
-    weight: float | None = setting(None, "weight; default: the folder's best")
+    weight: float | None = setting(
+        None, "weight; default: the folder's best, else 2 with heun and 1 with the others"
+    )
     corrector_weight: float | None = setting(None, "weight of Heun's second evaluation")
     time_min: float | None = setting(None, "start of the window on the VP clock", least=0)
     time_max: float | None = setting(None, "end of the window on the VP clock", most=1)
