@@ -267,6 +267,11 @@ class Init(_Checked):
     weights: str = setting(
         "ema", "ema or params of that checkpoint", choices=("ema", "params"), only="workdir"
     )
+    partial: bool = setting(
+        False,
+        "also of another network (labels, size): copy what fits, list the rest",
+        only="workdir",
+    )
     step: int = _free(
         -1,
         "a checkpoint of that folder; without init.workdir, and where a run is resumed: go back to "

@@ -43,6 +43,11 @@ def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
     names = here | there
     differ = [name for name in names if there.get(name) != here.get(name)]
     if differ:
+        partial = (
+            f", or --config.init.partial=true, which copies the {len(names) - len(differ)} that fit"
+            if field.endswith("init.workdir")
+            else ""
+        )
         first = (
             f"{differ[0]} is {there.get(differ[0], 'missing')} there, "
             f"{here.get(differ[0], 'missing')} here"
@@ -50,7 +55,7 @@ def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
         raise CheckpointError(
             f"{field}: checkpoint {step} is of another network ({first}; "
             f"{len(differ)} of {len(names)} tensors differ); expected the network "
-            "settings that it was trained with"
+            f"settings that it was trained with{partial}"
         )
 
 

@@ -23,12 +23,13 @@ from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
 from ogdm_jax.training.evaluate import check_evaluation, note
+from ogdm_jax.training.partial import fitting_weights
 from ogdm_jax.training.signals import stop_signals
 from ogdm_jax.training.state import TrainState, copy
 from ogdm_jax.training.task import DENOISER, Batches, Log, Task
 from ogdm_jax.typing import PyTree
 
-Initial = tuple[PyTree, PyTree, epath.Path]  # (params, buffers) of a checkpoint, and its path
+Initial = tuple[PyTree, PyTree, str]  # (params, buffers) of a checkpoint, and what to say of them
 
 
 class NotFinite(RuntimeError):
@@ -134,7 +135,10 @@ def _initial_weights(run: runs.Run) -> Initial:
     init = run.config.init
     snapshot = find(init.workdir, field="config.init.workdir")
     shapes = run.plan.shapes(jax.eval_shape(run.create, run.key))
-    return *load_weights(snapshot, shapes.params, shapes.buffers, init.weights), snapshot.path
+    if init.partial:
+        return fitting_weights(snapshot, shapes.params, shapes.buffers, init.weights)
+    weights = load_weights(snapshot, shapes.params, shapes.buffers, init.weights)
+    return *weights, f"fine-tuning the {init.weights} weights of {snapshot.path}"
 
 
 def _first_state(
@@ -149,9 +153,15 @@ def _first_state(
         return state
     state = run.init()
     if initial is not None:
-        params, buffers, path = initial
+        *loaded, said = initial
+        # what does not fit is a shape still (init.partial)
+        params, buffers = jax.tree.map(
+            lambda new, fresh: fresh if isinstance(new, jax.ShapeDtypeStruct) else new,
+            tuple(loaded),
+            (state.params, state.buffers),
+        )
         state = dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)
-        log(f"fine-tuning the {run.config.init.weights} weights of {path}")
+        log(said)
     return state
 
 
