@@ -51,7 +51,10 @@ def test_labels_are_fresh_and_all_else_is_copied(start, which):
     assert missing == ["map_label/bias", "map_label/kernel"]
     del params["map_label"]
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
-    assert "fresh: 2 (params/map_label/bias (8,), params/map_label/kernel (10, " in said and "not used" not in said
+    assert (
+        "fresh: 2 (params/map_label/bias (8,), params/map_label/kernel (10, " in said
+        and "not used" not in said
+    )
 
 
 def test_another_size_goes_by_levels(start):
@@ -67,7 +70,9 @@ def test_shapes_that_differ_and_tensors_that_are_left_are_listed(start, tmp_path
     labelled, _ = saved(tmp_path, build("data.conditional=true"))
     assert "not used: 2 (params/map_label/" in fitted(labelled, build("data.conditional=false"))[2]
     folder, _ = start
-    run = build("data.conditional=false", "network.channel_mult=(2,)", "network.attn_resolutions=()")
+    run = build(
+        "data.conditional=false", "network.channel_mult=(2,)", "network.attn_resolutions=()"
+    )
     _, _, said = fitted(folder, run)
     assert "params/enc_8x8_conv" not in said  # its width is that of the first level's input
     assert "(there " in said

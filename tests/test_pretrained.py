@@ -6,6 +6,7 @@ import gzip
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from ogdm_jax.interop import (
 )
 from ogdm_jax.networks import DhariwalUNet
 from ogdm_jax.training.workdir import open_workdir
-from tests.support import golden_support, tiny
+from tests.support import golden_support
 from tests.support import torch_files as tf
 from tests.support.commands import ogdm, script
 from tests.support.families import adm
@@ -380,7 +381,7 @@ def test_openai_models_are_recognised(name):
     golden, state = golden_case(name)
     arguments = golden.config["kwargs"]
     told = adm.encoder(arguments) if "pool" in arguments else adm.unet(arguments)
-    heads = (
+    heads: dict[str, Any] = (
         {"head_channels": told.head_channels}
         if told.head_channels
         else {"num_heads": told.num_heads}
@@ -472,25 +473,24 @@ def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
     """The documented commands: ten OGDM steps from the converted weights, then a grid."""
     folder, _, said = converted
     line = next(text for text in said.splitlines() if text.startswith("fine-tune: "))
-    printed = shlex.split(line.partition("train.py ")[2])
-    config = str(tiny.ROOT / "configs" / "base.py")
-    flags = [config if printed[i - 1] == "--config" else word for i, word in enumerate(printed)]
-    flags[flags.index("NEW")] = "tuned"
-    more = "methods=ogdm data.source=digits data.batch=16 data.augment=0.0 train.duration=10,steps log.every=5,steps "
+    flags = shlex.split(line.partition(" train ")[2])
+    assert "--config.data.source=digits" in flags and flags[-2:] == ["--workdir", "work-tuned"]
+    more = "methods=ogdm data.batch=16 train.duration=10,steps log.every=5,steps "
     more += "sample.every=0,steps log.tensorboard=false ogdm.channel_base=64 ogdm.channel_max=8 sample.num=4 sample.steps=3"
     extra = [f"--config.{text.replace(',', ' ')}" for text in more.split()]
     done = script(folder, "train.py", *flags, *extra)
     assert done.returncode == 0, done.stderr
     assert "fine-tuning the ema weights" in done.stdout
     lines = [
-        json.loads(text) for text in (folder / "tuned" / "metrics.jsonl").read_text().splitlines()
+        json.loads(text)
+        for text in (folder / "work-tuned" / "metrics.jsonl").read_text().splitlines()
     ]
     assert lines[-1]["step"] == 10 and np.isfinite(lines[-1]["loss"])
     done = script(
         folder,
         "sample.py",
         "--workdir",
-        "tuned",
+        "work-tuned",
         "--num",
         "4",
         "--steps",

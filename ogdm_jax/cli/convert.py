@@ -4,14 +4,17 @@
     ogdm train --config.init.workdir=WORKDIR --workdir NEW ...       fine-tune: convert prints it
     ogdm sample --workdir WORKDIR
 
-FILE: .pt, .pth, .pkl (EDM's network-snapshot) or .safetensors, with a denoiser of EDM's or OpenAI's
-code. What tensors hide of unpublished OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or
-head_channels=64) and, where they are so, --set qkv_order=new --set schedule=cosine.
+FILE: .pt, .pth, .pkl (EDM's network-snapshot), .npz or .safetensors (also a folder of its shards),
+with a denoiser of EDM's or OpenAI's code. Averaged weights come first, wherever they lie; what was
+taken is printed, and what else there is, which --entry picks. What tensors hide of unpublished
+OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or head_channels=64) and, where they are
+so, --set qkv_order=new --set schedule=cosine.
 """
 
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,24 +55,31 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     found = show.load(args)
     convert.check_denoiser(found, args.source)
     config = configs.load(args.config, overrides)
-    defaults = configs.flatten(config)
+    defaults = configs.flatten(configs.load(args.config, ()))
     typed = {text.partition("=")[0] for text in overrides}
-    told = convert.settings_of(found, config).items()
+    told = convert.settings_of(found, config)
     kept = typed.intersection(_KEPT)
-    config = configs.replace(config, {key: value for key, value in told if key not in kept})
+    if config.data.source == configs.Config().data.source and "data.source" not in typed:
+        told |= convert.data_of(found)  # the settings are of no particular images yet
+    config = configs.replace(config, {key: v for key, v in told.items() if key not in kept})
     count = convert.write(found, config, args.out, args.source)
     print(f"wrote {count:,} parameters to {args.out} (preconditioning: {config.precondition.kind})")
+    print("\n".join(found.notes), end="\n" if found.notes else "")
     flat = configs.flatten(config)
     changed = [
-        key
+        f"--config.{key}={_text(flat[key])}"
         for key in flat
-        if key.startswith(("network.", "precondition.", "noise.", "data."))
-        and flat[key] != defaults[key]
+        if flat[key] != defaults[key] and not key.startswith("init.")
     ]
-    flags = " ".join(shlex.quote(f"--config.{key}={_text(flat[key])}") for key in changed)
-    start_here = f"--config {os.path.relpath(args.config)} --config.init.workdir={args.out}"
-    print(f"fine-tune: python train.py {start_here} {flags} --workdir NEW")
-    print(f"sample:    python sample.py --workdir {args.out}")
+    program = "python -m ogdm_jax" if sys.argv[0].endswith("__main__.py") else "ogdm"
+    start = ["--config", os.path.relpath(args.config), f"--config.init.workdir={args.out}"]
+    words = [*start, *changed, "--workdir", f"{args.out.rstrip('/')}-tuned"]
+    print(f"fine-tune: {program} train {shlex.join(words)}")
+    print(f"sample:    {program} sample --workdir {shlex.quote(args.out)}")
+    if flat["data.source"] == "folder:DIR":
+        labels = found.network.label_dim
+        classes = f" (a sub-folder for each of {labels} classes)" if labels else ""
+        print(f"put the folder of your images in place of DIR{classes}")
 
 
 def _text(value: Any) -> str:

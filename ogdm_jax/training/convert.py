@@ -12,6 +12,9 @@ from ogdm_jax.interop import Pretrained, export
 from ogdm_jax.training import checkpoint, lock, optim, state
 
 _KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}
+# (side, channels) -> a set of images that comes with the package or with tfds; all have 10 classes
+_SETS = {(8, 1): "digits", (32, 1): "mnist5k", (32, 3): "tfds:cifar10/train"}
+_CLASSES = 10
 _SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
 
 
@@ -59,6 +62,16 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     elif owner == "openai":  # the file does not say; most of them were trained without
         settings["network.dropout"] = 0.0
     return settings
+
+
+def data_of(found: Pretrained) -> dict[str, Any]:
+    """{"data.key": value}: images that fit a network; of an unknown set, from the folder DIR."""
+    network = found.network
+    size = network.img_resolution, network.img_channels
+    if size in _SETS and network.label_dim in (0, _CLASSES):
+        return {"data.source": _SETS[size]}
+    found_channels = {"data.channels": size[1]} if size[1] in (1, 3) else {}
+    return {"data.source": "folder:DIR", "data.resolution": size[0]} | found_channels
 
 
 def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str) -> int:
