@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ogdm_jax import __version__
+from ogdm_jax.config import suggestion
 
 # command -> (module of this folder, its function, what it does). Only the module that is asked for
 # is imported, so that `ogdm --help` is quick.
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:10} {text}" for name, (*_, text) in COMMANDS.items()))
         return 0
     if words[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"error: {words[0]!r} is no command; expected one of {known}", file=sys.stderr)
+        known, near = ", ".join(COMMANDS), suggestion(words[0], COMMANDS)
+        print(f"error: {words[0]!r} is no command{near}; expected one of {known}", file=sys.stderr)
         return 1
     module, function, _ = COMMANDS[words[0]]
     try:

@@ -55,7 +55,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("data", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, prog="ogdm data")
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         add = command.add_argument

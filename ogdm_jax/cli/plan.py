@@ -72,13 +72,13 @@ def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
 
 
 def _plan(config: Config, source: Any, chip: str, devices: tuple, name: str) -> dict[str, Any]:
-    plan = parallel.plan_of(config.parallel.plan, devices)
+    run = program.build(config, source, parallel.plan_of(config.parallel.plan, devices))
     print(
         f"{name}: tracing and compiling for {len(devices)} x {chip or 'this machine'}",
         file=sys.stderr,
         flush=True,
     )
-    compiled = program.compile_step(program.build(config, source, plan))
+    compiled = program.compile_step(run)
     return report.figures(config, compiled, chip, len(devices), chips.memory(chip, devices), name)
 
 

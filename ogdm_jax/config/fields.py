@@ -216,8 +216,8 @@ def _wrong(value: Any, field: dataclasses.Field[Any]) -> str:
             return "a finite number"
         if value and math.isfinite(value) and not _FLOAT32[0] <= abs(value) <= _FLOAT32[1]:
             return "0 or a number from 1.2e-38 to 3.4e38, which float32 can hold"
-    elif abs(value) > max(_WHOLE, limits.get("most", 0)):
-        return f"a whole number of at most {_WHOLE}"
+    elif abs(value) > (largest := max(_WHOLE, limits.get("most", 0))):
+        return f"a whole number of at most {largest}"
     return "" if _within(value, limits) else expected(field)
 
 

@@ -1,0 +1,86 @@
+"""Every command line that makes no sense is answered by one sentence before anything is built, or
+does no harm.
+"""
+
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from ogdm_jax import cli, parallel
+from ogdm_jax.sampling import generate
+from tests.support import bad_lines, commands
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the lines name."""
+    made = bad_lines.place(tmp_path_factory.mktemp("lines"))
+    with commands.inside(made):
+        bad_lines.convert(made)
+    return made
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    """Whoever initialises, compiles or trains fails."""
+
+    def built(*_, **__):
+        pytest.fail("something was built before the sentence")
+
+    for owner, name in (
+        (parallel.Plan, "compile"),
+        (parallel.Plan, "init"),
+        (generate, "sampler"),
+    ):
+        monkeypatch.setattr(owner, name, built)
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """{path: (size, time)} of all files, but for what Python itself caches."""
+    files = [f for f in sorted(folder.rglob("*")) if "__pycache__" not in f.parts]
+    return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()} | {
+        str(f): (0, 0) for f in files if f.is_dir()
+    }
+
+
+def run(folder: Path, line: str, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a line, in this process."""
+    capsys.readouterr()
+    with commands.inside(folder):
+        try:
+            code = cli.main(shlex.split(line))
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
+def test_there_are_enough_lines_of_every_command():
+    lines = [*bad_lines.all_lines(), *bad_lines.HARMLESS]
+    assert len(lines) >= 250
+    for command in ("train", "sample", "data", "show", "convert", "export", "report", "plan"):
+        assert sum(line.startswith(command) for line in lines) >= 7, command
+    assert sum(line.startswith("evaluate protocol") for line in lines) >= 10
+
+
+@pytest.mark.parametrize("line", bad_lines.all_lines())
+def test_it_is_refused_in_one_sentence(line, folder, nothing_built, capsys):
+    before, start = listing(folder), time.perf_counter()
+    code, out, said = run(folder, line, capsys)
+    took = time.perf_counter() - start
+    assert code == 1, (code, out[-300:], said)
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1500, said
+    assert bad_lines.all_lines()[line] in said, said
+    if line.startswith("train") and "unknown key" not in said and "no value" not in said:
+        assert bad_lines.key(line) in said, said
+    assert listing(folder) == before
+    assert took < 5
+
+
+@pytest.mark.parametrize("line", bad_lines.HARMLESS)
+def test_it_does_no_harm(line, folder, nothing_built, capsys):
+    before = listing(folder)
+    code, _, said = run(folder, line, capsys)
+    assert code == 0 and not said
+    assert listing(folder) == before
