@@ -244,7 +244,7 @@ def check_batch(batch: int, accumulate: int, devices: int) -> int:
         batch % (devices * accumulate) == 0,
         "data.batch",
         batch,
-        f"a multiple of {devices} devices x {accumulate} accumulation rounds",
+        f"a multiple of {devices} devices x {accumulate} accumulation rounds (optim.accumulate)",
     )
     return batch // (devices * accumulate)
 

@@ -109,9 +109,14 @@ def split_overrides(rest: list[str]) -> list[str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--config."):
+            spaces = (
+                ""
+                if word.startswith("-") or not overrides
+                else ("; a value with spaces is quoted, as in '--config.train.duration=10 kimg'")
+            )
             raise ValueError(
                 f"{word}: unknown argument; expected --config.KEY=VALUE or one of those that "
-                "--help lists"
+                f"--help lists{spaces}"
             )
         key = word.removeprefix("--config.")
         if "=" not in key and words and not words[0].startswith("--"):

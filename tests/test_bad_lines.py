@@ -52,8 +52,9 @@ def run(folder: Path, line: str, capsys) -> tuple[int, str, str]:
         try:
             code = cli.main(shlex.split(line))
         except SystemExit as stop:
-            code = stop.code or 0
-    return code, *capsys.readouterr()
+            code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 def test_there_are_enough_lines_of_every_command():

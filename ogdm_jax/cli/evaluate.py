@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(other.shape != shape for other in sets):
             shapes = [other.shape for other in sets]
             raise ValueError(f"--samples: shapes {shapes}; expected one shape")
+        rows = [_rows(source, args.num, args.seed) for source in sets]
         reference = _open_reference(args.reference, args.data_dir or None, shape)
         space = measuring.open_space(args, reference, shape)
         if isinstance(reference, Statistics):
@@ -77,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             real = reference.take(np.arange(len(reference)))["image"]
             against = space(real)
         results = []
-        for word, source in zip(args.samples, sets, strict=True):
-            samples = _subset(source, args.num, args.seed)
+        for word, source, chosen in zip(args.samples, sets, rows, strict=True):
+            samples = source.take(chosen)
             result, moments = protocol.score_set(space, samples, against, args.k, args.seed)
             if args.save_statistics:
                 save_statistics(args.save_statistics, moments, space.name)
@@ -92,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _subset(source: Source, num: int | None, seed: int) -> dict[str, np.ndarray]:
-    """{"image", "label"}: all of a source, or a random subset of num."""
+def _rows(source: Source, num: int | None, seed: int) -> np.ndarray:
+    """Indices of all images of a source, or of a random subset of num."""
     rows = np.arange(len(source))
     if num is not None:
         if not 1 <= num <= len(source):
             raise ValueError(f"--num: {num} given; {source.name} has {len(source)} images")
         rows = np.sort(np.random.default_rng(seed).choice(len(source), num, replace=False))
-    return source.take(rows)
+    return rows
 
 
 def _open_reference(

@@ -12,6 +12,7 @@ from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
+from ogdm_jax.sampling import generate
 from ogdm_jax.training.evaluate import describe_sampler
 
 EXAMPLES = """\
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             solver=args.solver, steps=args.steps, num=args.num, eta=args.eta
         )
         churn = churning.parse(args.churn)
+        generate.check_guidance(settings, (), churn)
         if args.reference.endswith(".npz") and is_statistics(args.reference):
             published = load_statistics(args.reference)
             space = measuring.open_model_space(args, trained, published)

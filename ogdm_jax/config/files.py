@@ -106,7 +106,7 @@ def _said(path: Path) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         text = " ".join(str(error.args[0] if error.args else "").split())[:300]
         names = "" if frames[-1].filename.startswith(_ML) else f"{type(error).__name__}: "

@@ -339,8 +339,8 @@ class Sample(_Checked):
     def _check_together(self) -> None:
         stochastic = self.solver in ("ddim", "heun")
         require(self.eta == 0 or stochastic, "sample.eta", self.eta, "0 but with ddim or heun")
-        ordered = 0 < self.sigma_min < self.sigma_max
-        require(ordered, "sample.sigma_min", self.sigma_min, "0 < sigma_min < sigma_max")
+        below = f"less than sample.sigma_max, {self.sigma_max}"
+        require(self.sigma_min < self.sigma_max, "sample.sigma_min", self.sigma_min, below)
         if self.grid == "pndm":
             require(
                 self.solver in ("spndm", "fpndm"),

@@ -16,7 +16,7 @@ def check_output(out: str) -> epath.Path:
       ValueError: another file type, or a place that cannot be written.
     """
     path = places.place(out, "--out")
-    if path.suffix not in ("", ".png", ".npz"):
+    if not out or path.suffix not in ("", ".png", ".npz"):
         raise ValueError(
             f"--out: {out!r} given; expected FILE.png (a grid), FILE.npz, or a folder for PNG files"
         )

@@ -103,7 +103,7 @@ class Settings:
         some = "a positive number, as sp.mse_weight is 0"
         require(self.weight > 0 or self.mse_weight > 0, "sp.weight", self.weight, some)
         if self.calibrated:
-            anchor = "mse_weight > 0: it measures against the squared error"
+            anchor = "False, or sp.mse_weight > 0: it measures against the squared error"
             require(self.mse_weight > 0, "sp.auto", True, anchor)
             steps = "at least 1 step with auto"
             require(self.calibration >= 1, "sp.calibration", self.calibration, steps)

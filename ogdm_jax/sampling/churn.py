@@ -162,7 +162,8 @@ def parse(text: str, field: str = "--churn") -> Churn | None:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != 4 or not min(numbers) >= 0:
+    good = len(numbers) == 4 and all(n >= 0 for n in numbers)
+    if not good or np.isinf([numbers[0], numbers[1], numbers[3]]).any():
         raise ConfigError(
             f"{field}: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise"
         )

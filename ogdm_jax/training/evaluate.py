@@ -12,8 +12,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+<<<<<<< HEAD
 from ogdm_jax import models, places, records
 from ogdm_jax.config import Config, Sample, require
+=======
+from ogdm_jax import data, models, places
+from ogdm_jax.config import Config, ConfigError, Sample, require
+>>>>>>> 80a6ea5 (More than 500 command lines that make no sense, each answered by one sentence before anything is built; what they showed: feature spaces are looked for first, churn of nan or inf, numbers beyond the set, --out '' and values with spaces are refused)
 from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
@@ -47,11 +52,24 @@ def distance(config: Config, samples: np.ndarray) -> dict[str, Any]:
 
 
 def check_evaluation(config: Config) -> None:
-    """Raises ConfigError where the weights of the feature space are not there."""
+    """Raises ConfigError where the feature space cannot be: no such source, one without classes,
+    no weights.
+    """
     settings = config.evaluate
+    if settings.features not in ("", "lite0", "inception"):
+        try:
+            source = data.open_source(settings.features, memory_limit=0)
+        except data.SourceError as error:
+            raise ConfigError(
+                f"config.evaluate.features: {error}, or lite0, or inception"
+            ) from None
+        labelled = source.num_classes > 1 and not source.label_size
+        spaces = "a source with two or more classes, lite0 or inception"
+        require(labelled, "evaluate.features", settings.features, spaces)
     if settings.features == "inception":
         found = places.local(settings.weights, "config.evaluate.weights").is_file()
-        require(found, "evaluate.weights", settings.weights, "the weights file of Inception")
+        file = "the weights file of Inception, which evaluate.features names"
+        require(found, "evaluate.weights", settings.weights, file)
 
 
 class Evaluator:

@@ -50,7 +50,7 @@ SETTINGS = {
     "data.source=cifar10:nowhere": "nowhere",
     "data.source=..": "expected one of digits",
     "data.source=naïve☃": "naïve☃",
-    "'data.source=a\nb'": "one line",
+    "data.source=a\nb": "one line",
     "data.batch=0": "",
     "data.batch=-3": "",
     "data.batch=7.5": "int",
@@ -122,7 +122,7 @@ SETTINGS = {
     "network.scale_shift=false": "network.kind=openai",
     "network.resblock_updown=true": "network.kind=openai",
     "network.kind=openai --config.network.encoder_type=residual": "network.kind=song",
-    "network.kind=openai --config.data.augment=0 --config.network.model_channels=16": "divide",
+    "network.kind=openai --config.data.augment=0 --config.network.model_channels=24": "divide",
     "network.kind=openai --config.network.model_channels=32 --config.network.num_heads=3": "heads",
     "network.kind=openai --config.network.model_channels=32 --config.network.head_channels=7": (
         "divide"
@@ -300,6 +300,7 @@ LINES = {
     "train --workdir new --config.=3": "unknown key",
     "train --workdir new --config.data": "--config.data: no value",
     "train --workdir new digits": "digits: unknown argument",
+    "train --workdir new --config.train.duration=10 kimg": "quoted",
     "train --workdir new --batch 0": "--batch: unknown argument",
     "train --workdir new --Config.seed=1": "--Config.seed=1: unknown argument",
     "train --workdir new -config.seed=1": "unknown argument",
@@ -364,7 +365,6 @@ LINES = {
     "plan --classes x": "--classes",
     "plan --classes -5": "--classes",
     "plan --images -5": "--images",
-    "plan --plan-out nowhere/deep/x.json/": "",
     "plan --plan-out picture.png/x.json": "picture.png",
     "plan --config nowhere": "is no file",
     "plan --config.data.batch=0": "data.batch",
@@ -380,7 +380,7 @@ LINES = {
     "sample --workdir run --step newest": "--step",
     "sample --workdir run --step -1": "--step",
     "sample --workdir run --step ²": "--step",
-    "sample --workdir run --step best": "best",
+    "sample --workdir run --step best": "evaluated",
     "sample --workdir run --weights raw": "weights",
     "sample --workdir run --num 0": "--num",
     "sample --workdir run --num -4": "--num",
@@ -606,16 +606,16 @@ def all_lines() -> dict[str, str]:
     """{line: what its sentence must hold}."""
     found = {}
     for text, words in SETTINGS.items():
-        found[f"train --workdir new --config.{text.strip(chr(39))}"] = words
-    quoted = "train --workdir new '--config.data.source=a\nb'"
-    found.pop("train --workdir new --config.data.source=a\nb")
-    return found | {quoted: "data.source"} | LINES
+        options = [f"--config.{word}" for word in text.split(" --config.")]
+        found[shlex.join(["train", "--workdir", "new", *options])] = words
+    return found | LINES
 
 
 def key(line: str) -> str:
     """The setting that a line of SETTINGS is about, which its sentence must name; else ""."""
     words = [word for word in shlex.split(line) if word.startswith("--config.")]
-    return words[0].removeprefix("--config.").partition("=")[0] if len(words) == 1 else ""
+    named = len(words) == 1 and not words[0].startswith("--config.data.source")  # it is read aloud
+    return words[0].removeprefix("--config.").partition("=")[0] if named else ""
 
 
 _FILE = "from ogdm_jax.configs import digits\ndef get_config():\n    c = digits.get_config()\n"
