@@ -67,9 +67,9 @@ def test_there_are_enough_lines_of_every_command():
 
 @pytest.mark.parametrize("line", bad_lines.all_lines())
 def test_it_is_refused_in_one_sentence(line, folder, nothing_built, capsys):
-    before, start = listing(folder), time.perf_counter()
+    before, start = listing(folder), time.process_time()
     code, out, said = run(folder, line, capsys)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert code == 1, (code, out[-300:], said)
     assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1500, said
     assert bad_lines.all_lines()[line] in said, said

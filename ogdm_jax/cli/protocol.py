@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         churn = churning.parse(args.churn)
         generate.check_guidance(settings, (), churn)
+        draw = functools.partial(measuring.drawing(args, trained, churn), settings)
         if args.reference.endswith(".npz") and is_statistics(args.reference):
             published = load_statistics(args.reference)
             space = measuring.open_model_space(args, trained, published)
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = measuring.open_model_data(args, trained)
             space = measuring.open_model_space(args, trained, source)
             reference = protocol.of_source(space, source, args.num)
-        draw = functools.partial(measuring.drawing(args, trained, churn), settings)
         tell = functools.partial(print, file=sys.stderr)
         result = protocol.score_ranges(space, reference, ranges, draw, tell)
         result |= describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}

@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out or folder.is_dir():  # a missing training folder has a sentence of its own
             places.writable(out, "--out" if args.out else "--workdir", file=True)
         trained = measuring.open_model(args)
-        source = measuring.open_model_data(args, trained)
-        space = measuring.open_model_space(args, trained, source)
         draw = measuring.drawing(args, trained)
         choices = sampler_choices(args, trained) if distances is None else []
+        source = measuring.open_model_data(args, trained)
+        space = measuring.open_model_space(args, trained, source)
         real = references(source)
         features = space(real)
         if distances is None:

@@ -12,13 +12,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-<<<<<<< HEAD
-from ogdm_jax import models, places, records
-from ogdm_jax.config import Config, Sample, require
-=======
-from ogdm_jax import data, models, places
+from ogdm_jax import data, models, places, records
 from ogdm_jax.config import Config, ConfigError, Sample, require
->>>>>>> 80a6ea5 (More than 500 command lines that make no sense, each answered by one sentence before anything is built; what they showed: feature spaces are looked for first, churn of nan or inf, numbers beyond the set, --out '' and values with spaces are refused)
 from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
