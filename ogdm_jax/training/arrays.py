@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ogdm_jax.training import saving
 from ogdm_jax.training.steps import CheckpointError
 from ogdm_jax.typing import PyTree
 
@@ -35,7 +36,9 @@ def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
     found = item_tree(step, "ema")
     there, here = (
         {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
+                getattr(leaf, "shape", None) or ()
+            )
             for path, leaf in leaves
         }
         for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
@@ -82,6 +85,7 @@ def guard(step: epath.Path, read: Callable[[], Any]) -> Any:
         return read()
     # orbax and tensorstore raise many kinds; none may reach the user as a bare traceback
     except Exception as error:
+        saving.quiet()
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"checkpoint {step}: damaged, or of another network ({type(error).__name__}: {first})"

@@ -192,18 +192,18 @@ class Checkpoints:
           CheckpointError: the files are damaged or belong to another network.
         """
         path, trees = self.folder / str(step), _split(plan.shapes(like))
+        position = records.read(path / "data" / "metadata", dict, "--workdir")
+        if type(position.get("step")) is not int or position["step"] != step:
+            raise CheckpointError(
+                f"--workdir: {str(path / 'data' / 'metadata')!r} holds {position!r}; expected "
+                f"{{'step': {step}}}, as training wrote it"
+            )
         stored = arrays.item_tree(path, "state")
         if older.is_older(stored):
             trees["state"] = older.as_older(trees["state"], stored)
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         read = lambda: self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        found, file = arrays.guard(path, read), path / "data" / "metadata"
-        position = records.read(file, dict, "--workdir")
-        if type(position.get("step")) is not int or position["step"] != step:
-            raise CheckpointError(
-                f"--workdir: {str(file)!r} holds {position!r}; expected {{'step': {step}}}, as "
-                "training wrote it"
-            )
+        found = arrays.guard(path, read)
         rest = older.as_newer(found["state"]) if older.is_older(stored) else found["state"]
         return TrainState(
             step=rest["step"],

@@ -1,9 +1,12 @@
-"""What goes wrong while a checkpoint is saved: one sentence, not the tracebacks of its threads."""
+"""What goes wrong while a checkpoint is written or read: one sentence, not the tracebacks of
+threads.
+"""
 
 import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +18,12 @@ _CODES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "
 
 
 def quiet() -> None:
-    """Keeps what orbax and tensorstore print of a save that fails off the screen, from now on.
+    """Keeps what orbax and tensorstore print beside an error off the screen, from now on.
 
-    The error itself is raised where the save is waited for. The threads of the other arrays go on
-    for a while and fail one by one, as late as at the end of the process.
+    The error itself is raised (of a save, where it is waited for). The threads and tasks of the
+    other arrays go on for a while and fail one by one, as late as at the end of the process.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     if isinstance(sys.unraisablehook, _Hook):
         return
     sys.unraisablehook = _Hook(sys.unraisablehook)
@@ -33,13 +37,17 @@ def _stays(record: logging.LogRecord) -> bool:
 
 
 class _Hook:
-    """An unraisablehook that leaves out what tensorstore tells an event loop that is gone."""
+    """An unraisablehook that leaves out what is told to an event loop that is gone, and the tasks
+    of orbax that end with it.
+    """
 
     def __init__(self, before: Callable[[Any], object]) -> None:
         self._before = before
 
     def __call__(self, told: Any) -> None:
-        if told.object is not None or str(told.exc_value) != "Event loop is closed":
+        code = getattr(told.object, "cr_code", None)
+        late = told.object is None and str(told.exc_value) == "Event loop is closed"
+        if not late and "orbax" not in getattr(code, "co_filename", ""):
             self._before(told)
 
 
