@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from PIL import Image
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel
-from ogdm_jax.data import open_source
+from ogdm_jax.data import open_source, output
 from ogdm_jax.diffusion import grids
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.evaluation import GuidedEvaluation
@@ -532,3 +533,107 @@ def test_four_devices_train_as_one(trained, prior, plan):
         for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True)
     ]
     assert np.median([a.mean() for a in away]) < 1e-5 and max(a.max() for a in away) < 2.1e-3
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_samples_of_a_run_that_was_stopped_are_kept(prior, tmp_path, monkeypatch, stop):
+    """Drawn once, whenever it was stopped: the file is that of a run that was not."""
+    settings, model = config(prior, "dg.num=600"), open_workdir(prior)
+    devices = jax.devices()[:1]
+    draw = lambda name: generated.draw_or_read(
+        settings, model, 600, epath.Path(tmp_path / name), devices, lambda line: None
+    )
+    draw("whole.npz")
+    real, added = output.Output.add, []
+
+    def add(self, start, images):
+        if len(added) == stop:
+            raise KeyboardInterrupt
+        added.append(start)
+        real(self, start, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            draw("parted.npz")
+    other = configs.replace(settings, {"sample.steps": 4})
+    with pytest.raises(output.OutputError, match="drawn with steps 3, now it is 4; .*that .*parts"):
+        path = epath.Path(tmp_path / "parted.npz")
+        generated.draw_or_read(other, model, 600, path, devices, lambda line: None)
+    added.clear()
+    monkeypatch.setattr(output.Output, "add", lambda self, *a: (added.append(a[0]), real(self, *a)))
+    draw("parted.npz")
+    assert added == [0, 256, 512][stop:]
+    assert (tmp_path / "parted.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"parted.npz", "whole.npz"}
+
+
+def test_samples_that_are_not_finite_are_refused(prior, tmp_path):
+    model = open_workdir(prior)
+    broken = dataclasses.replace(
+        model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params)
+    )
+    path = epath.Path(tmp_path / "x.npz")
+    for _ in range(2):  # and so the second time
+        with pytest.raises(output.OutputError, match="^config.dg.samples: 60 of 60 images are not"):
+            generated.draw_or_read(config(prior), broken, 60, path, jax.devices()[:1])
+        assert not path.exists()
+
+
+GOOD = {
+    "image": np.zeros((6, 8, 8, 1), np.uint8),
+    "label": np.zeros(6, np.int32),
+    "about": '{"num": 6}',
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": np.zeros((6, 8, 8, 1))},
+        {"image": np.zeros((6, 8, 8), np.uint8)},
+        {"image": np.array(3)},
+        {"label": np.zeros(5, np.int32)},
+        {"label": np.zeros(6)},
+        {"label": np.zeros((6, 2), np.int32)},
+        {"about": "no json"},
+        {"about": "[1]"},
+        {"about": "7"},
+        {"about": '{"num": 7}'},
+        {"about": np.zeros(3)},
+        {"about": None},
+        {"image": None},
+        {"image": np.array([{"a": 1}], object)},
+    ],
+    ids=str,
+)
+def test_files_of_samples_that_are_none_are_refused(tmp_path, change):
+    path = epath.Path(tmp_path / "x.npz")
+    np.savez(path, **{k: v for k, v in (GOOD | change).items() if v is not None})
+    with pytest.raises(ValueError, match="^config.dg.samples: .*x.npz ") as error:
+        generated.read(path, {"num": 6})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"<html>", "npy", "cut", "bits"]
+)
+def test_damaged_files_of_samples_are_refused(tmp_path, content):
+    path = epath.Path(tmp_path / "x.npz")
+    np.savez_compressed(path, **GOOD)
+    whole = path.read_bytes()
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif content == "cut":
+        path.write_bytes(whole[:-30])
+    elif content == "bits":
+        path.write_bytes(whole[:60] + bytes(b ^ 0xFF for b in whole[60:70]) + whole[70:])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="^config.dg.samples: .*x.npz "):
+        generated.read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="^config.dg.samples: .*x.npz "):
+        generated.read(path)

@@ -439,6 +439,7 @@ def test_mistakes_are_one_sentence_before_anything_is_compiled(command, monkeypa
 
 def test_classes_of_measured_images(command, conditional, pictures, tmp_path):
     args = (*INPAINT, "--steps", "2", "--num", "2", "--out", str(tmp_path / "x.png"))
+    args += ("--overwrite",)
     assert "--label: not given" in command(*args, "--input", str(pictures), workdir=conditional)
     assert (
         command(*args, "--input", str(pictures), "--label", "3", workdir=conditional)["images"] == 2
@@ -498,7 +499,7 @@ def test_a_discriminator_guides_by_the_command(command, judge, tmp_path):
     )
     assert "wrote 2 images of step 0 (euler, 3 steps)" in command(*words)
     found = arrays(tmp_path / "x.npz")["images"]
-    command(*words, "--dg.weight", "30000")
+    command(*words, "--overwrite", "--dg.weight", "30000")
     assert (found != arrays(tmp_path / "x.npz")["images"]).any()
 
 
@@ -538,7 +539,7 @@ def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
     words += ("--steps", "2", "--out", str(tmp_path / "x.npz"))
     found = []
     for weight in ("0", "30000"):
-        said = command(*words, "--dg.weight", weight)
+        said = command(*words, "--overwrite", "--dg.weight", weight)
         assert (said["guidance"], said["task"], said["solver"], said["grid"]) == (
             "dsg,dg",
             "inpaint",
@@ -620,7 +621,7 @@ def test_a_method_of_another_package_guides_by_the_command(command, tmp_path, mo
     try:
         found = []
         for level in ("-1", "1"):
-            out = ("--num", "2", "--steps", "4", "--out", str(tmp_path / "x.npz"))
+            out = ("--num", "2", "--steps", "4", "--overwrite", "--out", str(tmp_path / "x.npz"))
             assert "wrote 2 images" in command(
                 "--guidance", "brighter", "--brighter.level", level, *out
             )

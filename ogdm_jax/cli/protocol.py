@@ -2,18 +2,24 @@
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from ogdm_jax import places, startup
+from ogdm_jax import models, places, records, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.stopping import leaving
+from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.data import output
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.training.evaluate import describe_sampler
+from ogdm_jax.training.workdir import TrainedModel
 
 EXAMPLES = """\
 protocol --workdir DIR --num 10000 --ranges 1
@@ -21,6 +27,8 @@ protocol --workdir DIR --features inception --weights FILE --reference STATISTIC
 ABOUT = """\
 Draws 50,000 images three times, measures each set while it is drawn, and prints the smallest
 distance to the whole data as one JSON object (Karras et al., arXiv 2206.00364, appendix F.1).
+With --out, sets that were measured are kept beside it while others are drawn, and the same command
+goes on with the rest.
 """
 
 
@@ -66,7 +74,71 @@ def main(argv: Sequence[str] | None = None) -> int:
             space = measuring.open_model_space(args, trained, source)
             reference = protocol.of_source(space, source, args.num)
         tell = functools.partial(print, file=sys.stderr)
-        result = protocol.score_ranges(space, reference, ranges, draw, tell)
-        result |= describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
-        measuring.print_json(result | weights_of(space), args.out)
+        how = describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
+        how |= weights_of(space)
+        sets = Sets(args, how | _origin(args, trained, settings, space.name))
+        with leaving(lambda: sets.safe(len(ranges))):
+            result = protocol.score_ranges(
+                space, reference, ranges, draw, tell, sets.finished, sets.keep
+            )
+        measuring.print_json(result | how, args.out)
+        sets.clear()
     return 0
+
+
+def _origin(
+    args: argparse.Namespace, trained: TrainedModel, settings: Sample, space: str
+) -> dict[str, Any]:
+    """What else than the seeds changes a distance: {option: value}."""
+    names = ("num", "ranges", "first", "churn", "reference", "data_dir")
+    found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    found |= {f"sample.{name}": value for name, value in vars(settings).items() if name != "num"}
+    weights = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
+    return found | {"features": space, "weights": weights}
+
+
+class Sets:
+    """The sets that are measured, in OUT.sets until the last one is."""
+
+    def __init__(self, args: argparse.Namespace, origin: dict[str, Any]) -> None:
+        """Reads what an earlier command of the same words measured.
+
+        Raises:
+          ConfigError: sets of other settings are there.
+        """
+        self._file = places.place(f"{args.out}.sets", "--out") if args.out else None
+        self._origin: dict[str, Any] = json.loads(records.dumps(origin))
+        self.finished: list[dict[str, Any]] = []
+        if self._file is None or not self._file.exists():
+            return
+        known = records.read(self._file, dict, "--out")
+        before, self.finished = known.get("drawn_with"), known.get("sets", [])
+        if not isinstance(before, dict):
+            raise ConfigError(f"--out: '{self._file}' holds no measured sets; expected it removed")
+        for name in {**before, **self._origin}:
+            was, now = before.get(name), self._origin.get(name)
+            if was != now:
+                raise ConfigError(
+                    f"--out: '{self._file}' holds sets of {name} {output.short(was)}, now it is "
+                    f"{output.short(now)}; expected the same, another name, or it removed"
+                )
+        print(f"{len(self.finished)} sets are in {self._file} already", file=sys.stderr)
+
+    def keep(self, sets: Sequence[dict[str, Any]]) -> None:
+        """Writes down what is measured."""
+        self.finished = list(sets)
+        if self._file is not None:
+            with places.written(self._file) as new:
+                new.write_text(records.dumps({"drawn_with": self._origin, "sets": sets}) + "\n")
+
+    def safe(self, total: int) -> str:
+        """What is kept, and what to do."""
+        if self._file is None:
+            return "nothing is kept (with --out, finished sets are)"
+        done = f"{len(self.finished)} of {total} sets are safe in '{self._file}'"
+        return f"{done}, and the same command goes on with the rest"
+
+    def clear(self) -> None:
+        """Removes what the result holds now."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

@@ -12,25 +12,33 @@ figures are printed as JSON.
 """
 
 import argparse
-import json
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
-from ogdm_jax import parallel, startup
+from ogdm_jax import models, parallel, records, startup
 from ogdm_jax.cli import guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
-from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.cli.stopping import leaving
+from ogdm_jax.config import ConfigError, Sample, suggestion
 from ogdm_jax.data import output
+from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files
-from ogdm_jax.pixels import to_uint8
+from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.sampling import churn as churning
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import distance
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
+
+SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in ("num", "every")]
+MOST = 10_000_000  # images of one command: their seeds and classes are in memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,26 +49,16 @@ def parser() -> argparse.ArgumentParser:
     add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     add("--weights", default="ema", help="ema or params")
     add("--num", type=whole(1), help="images, from the seeds 0 to num - 1 (default: 64)")
-    add("--seeds", default="", help="FIRST-LAST, both included; replaces --num")
+    add("--seeds", default="", help="such as 0-49999 or 1,3,10-20; replaces --num")
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
-    add(
-        "--steps",
-        type=int,
-        default=None,
-        help="sampler steps (default: the configuration's)",
-    )
+    add("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
     add(
         "--grid",
         default="",
         help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad, trailing, pndm (the "
         "released code of --solver spndm and fpndm)",
     )
-    add(
-        "--eta",
-        type=float,
-        default=None,
-        help="randomness of ddim and heun: 0 none, 1 as DDPM",
-    )
+    add("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
     add(
         "--clip",
         action=argparse.BooleanOptionalAction,
@@ -68,10 +66,11 @@ def parser() -> argparse.ArgumentParser:
         help="clamp x0_hat to [-1, 1] at every step, as ADM's published samples were made",
     )
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
-    add("--label", type=int, default=None, help="class of all images (default: from each seed)")
+    add("--label", default="", help="class of all images, number or name (default: by each seed)")
     add("--batch", type=whole(1), default=64, help="images per device at a time")
     add("--devices", type=whole(0), default=0, help="0 = all")
     add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
+    add("--overwrite", action="store_true", help="replace what this command drew with other words")
     add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
     guidance.add_options(made)
     return made
@@ -87,60 +86,175 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a command asks for, understood and checked; nothing is compiled or written yet.
+
+    Attributes:
+      request: of guidance.
+      out: where images go.
+      trained: the model.
+      settings: of its sampler.
+      churn: of its sampler, where no method brings it.
+      label: the class of all images, None where each seed draws its own.
+      seeds: [n] of the images.
+      guided: what guidance adds.
+      devices: on which images are drawn.
+      batch: images at a time, on all devices.
+    """
+
+    request: guidance.Request
+    out: epath.Path
+    trained: TrainedModel
+    settings: Sample
+    churn: Churn | None
+    label: int | None
+    seeds: np.ndarray
+    guided: guidance.Guided
+    devices: Sequence[Any]
+    batch: int
+
+
 def run(args: argparse.Namespace) -> None:
-    """Opens the model, samples, writes, and prints what was done.
+    """Opens the model, draws what is not on disk yet, and prints what was done.
 
     Raises:
       ValueError: words that do not fit the model or each other, before anything is compiled.
+      OutputError: images cannot be written, or some are not finite.
+    """
+    plan = read(args)
+    task = plan.guided.restoration
+    how = {"floats": task is not None, "overwrite": args.overwrite}
+    with output.opened(plan.out, origin(plan, args), plan.seeds, **how) as out:
+        with leaving(out.safe):
+            start, count = time.perf_counter(), _draw(plan, out)
+            seconds = (time.perf_counter() - start) / max(1, count)
+            figures = None
+            if task is None:
+                out.finish(lambda path: _write(path, out, plan.guided.labels))
+            else:
+                figures = _restored(plan, task, out, seconds)
+            print(
+                f"wrote {out.good.sum():,} images of step {plan.trained.step} "
+                f"({plan.settings.solver}, {plan.settings.steps} steps{_class_of(plan)}) to "
+                f"{plan.out}"
+            )
+            if figures is not None:
+                print(records.dumps(figures))
+            if args.evaluate:
+                report = distance(plan.trained.config, out.uint8())
+                print(records.dumps(report | _lost(out)))
+    if len(out.not_finite):
+        raise output.OutputError(out.missing())
+
+
+def _class_of(plan: Plan) -> str:
+    """Which class all images have, if they have one, for people."""
+    label, names = plan.label, plan.trained.class_names
+    if label is None or label < 0:
+        return "" if label is None else ", no class"
+    return f", class {label}" + (f" ({names[label]})" if label < len(names) else "")
+
+
+def read(args: argparse.Namespace) -> Plan:
+    """The plan of a command line.
+
+    Raises:
+      ValueError: words that do not fit the model or each other.
     """
     request = guidance.read(args)
     seeds = parse_seeds(args.seeds, 64 if args.num is None else args.num)
-    out = output.check_output(args.out)
+    churn = churning.parse(args.churn)
+    out = output.check_output(args.out, len(seeds))
+    devices = parallel.make_plan("mesh", args.devices).local_devices
     trained = open_workdir(args.workdir, args.step, args.weights)
     settings = _sampler(args, request.sampling, trained, len(seeds))
-    churn = churning.parse(args.churn)
     if churn is not None and settings.solver not in ("heun", "euler"):
         raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")
-    guided = guidance.build(request, trained, settings, seeds, label=args.label, churn=churn)
+    label = parse_label(args.label, trained.model.label_dim, trained.class_names)
+    guided = guidance.build(request, trained, settings, seeds, label=label, churn=churn)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
-    start, done = time.perf_counter(), []
-    batches = trained.batches(
-        settings,
-        seeds,
-        labels=guided.labels,
-        guidance=guided.guidance,
-        churn=churn,
-        batch=args.batch,
-        devices=parallel.make_plan("mesh", args.devices).local_devices,
+    batch = generate.batch_size(len(seeds), len(devices), args.batch)
+    plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
+    return Plan(*plan)
+
+
+def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+    """Every choice that changes an image: {option: value}, and digests of weights and inputs."""
+    trained, settings = plan.trained, plan.settings
+    found: dict[str, Any] = {"--step": trained.step, "--weights": args.weights}
+    found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
+    found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
+    found |= {"--churn": args.churn, "--label": plan.label}
+    found["--guidance"] = ",".join(plan.request.settings)
+    for name, chosen in plan.request.settings.items():
+        found |= {f"--{name}.{field}": value for field, value in vars(chosen).items()}
+    constants = generate.arrays(plan.guided.guidance)[0]
+    found["guidance's weights"] = models.fingerprint(constants).tobytes().hex()
+    task = plan.guided.restoration
+    if task is not None:
+        inputs = (task.images, task.y, task.drawn, plan.guided.labels)
+        found |= {"--task": plan.request.task}
+        found |= {f"--task.{field}": v for field, v in vars(plan.request.task_settings).items()}
+        found["--input"] = models.fingerprint(inputs).tobytes().hex()
+    return found
+
+
+def _draw(plan: Plan, out: output.Output) -> int:
+    """Draws and writes what is not on disk yet; returns how many images that were."""
+    before, done, count = int(out.done.sum()), out.done.copy(), 0
+    starts = generate.pending(done, plan.batch)
+    if before:
+        print(f"{before:,} of {len(done):,} images are in {out.where} already", file=sys.stderr)
+    if starts:
+        how = "Ctrl-C stops, and the same command goes on"
+        print(f"drawing into {out.folder}; {how}", file=sys.stderr)
+    drawn = plan.trained.batches(
+        plan.settings,
+        plan.seeds,
+        labels=plan.guided.labels,
+        guidance=plan.guided.guidance,
+        churn=plan.churn,
+        batch=plan.batch // len(plan.devices),
+        devices=plan.devices,
+        done=done,
     )
-    with tqdm(total=len(seeds), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for part in batches:
-            done.append(part)
-            bar.update(len(part))
-    images = np.concatenate(done)
-    pictures = to_uint8(images)
-    if guided.restoration is None:
-        output.write(out, pictures, seeds, guided.labels)
-    else:
-        files.write(out, guided.restoration, images)
-    print(
-        f"wrote {len(images)} images of step {trained.step} ({settings.solver}, {settings.steps} "
-        f"steps) to {out}"
-    )
-    if guided.restoration is not None:
-        seconds = round((time.perf_counter() - start) / len(seeds), 4)
-        names = {"task": request.task, "guidance": ",".join(request.settings)}
-        names |= guided.restoration.about
-        how = {name: getattr(settings, name) for name in ("solver", "steps", "grid")}
-        means = {
-            name: round(float(np.mean(values)), 4)
-            for name, values in guided.restoration.judge(images).items()
-        }
-        figures = {**how, "seconds_per_image": seconds, "images": len(images), **means}
-        print(json.dumps(names | figures))
-    if args.evaluate:
-        print(json.dumps(distance(trained.config, pictures)))
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=len(done), initial=before, unit="image", disable=quiet) as bar:
+        for start, images in zip(starts, drawn, strict=True):
+            out.add(start, images)
+            count += len(images)
+            bar.update(int(out.done.sum()) - bar.n)
+    return count
+
+
+def _write(path: epath.Path, out: output.Output, labels: np.ndarray | None) -> None:
+    """The output of samples: an npz or a grid of what was drawn; a folder is complete already."""
+    if path.suffix == ".npz":
+        columns = out.columns()
+        if labels is not None:
+            columns["labels"] = output.column(labels[out.good])
+        output.write_columns(path, columns)
+    elif path.suffix == ".png":
+        save_png(path, sheet(np.concatenate(list(out.images()))))
+
+
+def _restored(plan: Plan, task: Restoration, out: output.Output, seconds: float) -> dict[str, Any]:
+    """Writes restored images beside their inputs; returns their figures."""
+    images = np.concatenate(list(out.images()))
+    task = task.take(np.flatnonzero(out.good))
+    out.finish(lambda path: files.write(path, task, images))
+    names = {"task": plan.request.task, "guidance": ",".join(plan.request.settings), **task.about}
+    how = {name: getattr(plan.settings, name) for name in ("solver", "steps", "grid")}
+    means = {name: round(float(np.mean(values)), 4) for name, values in task.judge(images).items()}
+    count = {"seconds_per_image": round(seconds, 4), "images": len(images)}
+    return {**names, **how, **count, **means, **_lost(out)}
+
+
+def _lost(out: output.Output) -> dict[str, int]:
+    """How many images a report is not of, if there are such."""
+    return {"not_finite": len(out.not_finite)} if len(out.not_finite) else {}
 
 
 def _sampler(
@@ -162,16 +276,68 @@ def _sampler(
 
 
 def parse_seeds(text: str, num: int) -> np.ndarray:
-    """The seeds of FIRST-LAST such as 10-13, both included; of "" those from 0 to num - 1.
+    """The seeds of 5, 0-49999 or 1,3,10-20 (both ends included); of "" those from 0 to num - 1.
 
     Raises:
-      ConfigError: anything else.
+      ConfigError: anything else, a seed twice, or more than MOST images.
     """
     if not text:
-        if num < 1:
-            raise ConfigError(f"--num: {num} given; expected at least 1 image")
+        if not 1 <= num <= MOST:
+            raise ConfigError(
+                f"--num: {num} given; expected 1 to {MOST:,} images (further ones by --seeds)"
+            )
         return np.arange(num)
-    first, dash, last = text.partition("-")
-    if not (dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < 2**32):
-        raise ConfigError(f"--seeds: {text!r} given; expected FIRST-LAST such as 0-49999")
-    return np.arange(int(first), int(last) + 1)
+    bounds, count = [], 0
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        last = last if dash else first
+        numbers = first.isdecimal() and last.isdecimal() and max(len(first), len(last)) <= 10
+        if not (numbers and int(first) <= int(last) < 2**32):
+            raise ConfigError(
+                f"--seeds: {text[:80]!r} given; expected numbers below 2^32 and FIRST-LAST such as "
+                f"0-49999 or 1,3,10-20, not {part.strip()!r}"
+            )
+        bounds.append((int(first), int(last) + 1))
+        count += int(last) + 1 - int(first)
+    for (_, stop), (start, _) in zip(sorted(bounds), sorted(bounds)[1:]):
+        if start < stop:
+            raise ConfigError(f"--seeds: {text[:80]!r} holds {start} twice; expected each once")
+    if count > MOST:
+        raise ConfigError(
+            f"--seeds: {text[:80]!r} given, {count:,} images; expected at most {MOST:,} (further "
+            "ones by another command into the same folder)"
+        )
+    return np.concatenate([np.arange(start, stop) for start, stop in bounds])
+
+
+def parse_label(text: str, num_classes: int, names: Sequence[str]) -> int | None:
+    """The class that a word means: a number, or a name; None of "".
+
+    Args:
+      text: of --label. What is both, such as the name of another class, is the number.
+      num_classes: of the model.
+      names: of its classes, where the checkpoint knows them.
+
+    Raises:
+      ConfigError: no such class.
+    """
+    if not text:
+        return None
+    if text.removeprefix("-").isdecimal() and len(text) < 10:
+        number = int(text)
+        if -1 <= number < num_classes or text not in names:
+            return number  # `labels_for` says whether it can be
+    if not num_classes:
+        raise ConfigError(
+            f"--label: {text!r} given, but the model is unconditional; leave the option out"
+        )
+    if text in names:
+        return list(names).index(text)
+    if not names:
+        raise ConfigError(
+            f"--label: {text!r} given, but the checkpoint does not say what its classes are "
+            f"called; expected a number from 0 to {num_classes - 1}"
+        )
+    known = ", ".join(names[:20]) + (f", ... ({len(names)} of them)" if len(names) > 20 else "")
+    near = suggestion(text, names)
+    raise ConfigError(f"--label: no class is called {text[:80]!r}; expected one of {known}{near}")

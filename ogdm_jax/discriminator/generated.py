@@ -1,12 +1,12 @@
 """Samples of the prior, which DG's discriminator learns to tell from real images.
 
-Samples are drawn once and stored as uint8 with a record of their origin. A discriminator corrects
+Samples are drawn once and stored as uint8 with a record of their origin; those of a run that is
+stopped meanwhile are kept. A discriminator corrects
 one model under one sampler, so stored samples of another checkpoint, solver or number of steps are
 refused. Real images are uint8, too: a discriminator could tell other samples by their floats.
 """
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ogdm_jax import places
+from ogdm_jax import records
 from ogdm_jax.config import Config, ConfigError
-from ogdm_jax.data import Source, from_arrays
+from ogdm_jax.data import Source, from_arrays, output
+from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import cfg
 from ogdm_jax.models import fingerprint
-from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
@@ -79,6 +79,7 @@ def draw_or_read(
 
     Raises:
       ConfigError: the file is of another checkpoint, sampler or number, or is no such file.
+      OutputError: samples that are not finite, or that cannot be written.
     """
     wanted = origin(config, prior, num)
     if jax.process_index() == 0 and not path.exists():
@@ -86,10 +87,7 @@ def draw_or_read(
             f"drawing {num} samples of step {prior.step} ({wanted['solver']}, {wanted['nfe']} "
             "network evaluations)"
         )
-        images, labels = _draw(config, prior, num, devices)
-        # A run that is stopped here leaves no half-written file.
-        with places.written(path) as new:
-            np.savez_compressed(new, image=images, label=labels, about=json.dumps(wanted))
+        _draw(config, prior, wanted, path, devices)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples for the discriminator")
     return read(path, wanted)
@@ -109,8 +107,8 @@ def read(path: epath.Path, wanted: Mapping[str, Any] | None = None) -> Source:
     for name, value in (wanted or {}).items():
         if found.get(name) != value:
             raise ConfigError(
-                f"config.dg.samples: {path} was drawn with {name} {_short(found.get(name))}, now "
-                f"it is {_short(value)}; "
+                f"config.dg.samples: {path} was drawn with {name} {output.short(found.get(name))}, "
+                f"now it is {output.short(value)}; "
                 "a discriminator fits one checkpoint and one sampler: expected the same, or "
                 "another --workdir"
             )
@@ -129,33 +127,54 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     try:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))
-            return archive["image"], archive["label"], found
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            images, labels = archive["image"], archive["label"]
+    except (*DAMAGED, AttributeError, TypeError) as error:  # the last two: an npy, no record
         raise ConfigError(
             f"config.dg.samples: {path} holds no samples of a discriminator's run "
             f"({type(error).__name__}); "
             "expected a file that such a run wrote, or none"
         ) from None
-
-
-def _short(value: Any) -> str:
-    """A value for a message; of a digest the first digits."""
-    return value[:12] if isinstance(value, str) and len(value) > 40 else repr(value)
+    fits = images.dtype == np.uint8 and images.ndim == 4 and labels.shape == (len(images),)
+    fits = fits and found.get("num", len(images)) == len(images)
+    if not fits or not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(
+            f"config.dg.samples: {path} holds images {images.shape} of {images.dtype} and labels "
+            f"{labels.shape} of {labels.dtype}; expected {found.get('num', 'n')} images of "
+            "bytes [n,h,w,c] and integers [n], or no file there"
+        )
+    return images, labels, found
 
 
 def _draw(
-    config: Config, prior: TrainedModel, num: int, devices: Sequence[Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 images [num,h,w,c], int32 labels [num], -1 without classes)."""
-    seeds = FIRST_SEED + np.arange(num)
+    config: Config,
+    prior: TrainedModel,
+    wanted: Mapping[str, Any],
+    path: epath.Path,
+    devices: Sequence[Any],
+) -> None:
+    """Writes the npz: uint8 images [num,h,w,c], int32 labels [num] (-1 without classes), origin."""
+    seeds = FIRST_SEED + np.arange(wanted["num"])
     labels = generate.labels_for(seeds, prior.model.label_dim, None)
-    parts = prior.batches(
-        config.sample,
-        seeds,
-        labels=labels,
-        guidance=base_guidance(config),
-        churn=of(config).sampler_churn(),
-        devices=devices,
-    )
-    pictures = np.concatenate([to_uint8(part) for part in parts])
-    return pictures, np.full(num, -1, np.int32) if labels is None else labels
+    field, remedy = "config.dg.samples", f"that {path}.parts is removed"
+    with output.opened(path, wanted, seeds, field=field, remedy=remedy) as out:
+        batch = generate.batch_size(len(seeds), len(devices))
+        parts = prior.batches(
+            config.sample,
+            seeds,
+            labels=labels,
+            guidance=base_guidance(config),
+            churn=of(config).sampler_churn(),
+            devices=devices,
+            done=out.done.copy(),
+        )
+        for start, images in zip(generate.pending(out.done, batch), parts, strict=True):
+            out.add(start, images)
+            if len(out.not_finite):
+                break
+        if len(out.not_finite):
+            raise output.OutputError(out.missing())
+        classes = np.full(len(seeds), -1, np.int32) if labels is None else labels
+        columns = {"image": out.columns()["images"], "label": output.column(classes)}
+        columns["about"] = output.column(records.dumps(wanted))
+        out.finish(lambda path: output.write_columns(path, columns))
+        out.clear(record=True)

@@ -151,6 +151,8 @@ def score_ranges(
     ranges: Sequence[range],
     draw: Callable[[range, str], Iterable[np.ndarray]],
     tell: Callable[[str], None],
+    finished: Sequence[dict[str, Any]] = (),
+    keep: Callable[[Sequence[dict[str, Any]]], None] = lambda sets: None,
 ) -> dict[str, Any]:
     """Draws and measures one set of images for each range of seeds.
 
@@ -160,16 +162,19 @@ def score_ranges(
       ranges: of seeds, see `seed_ranges`.
       draw: (seeds, title) -> batches of uint8 images.
       tell: hears the distance of each of several sets.
+      finished: sets that were measured before, the first ones.
+      keep: gets all sets that are measured, after each.
 
     Returns:
       As `smallest`.
     """
-    sets = []
-    for seeds in ranges:
+    sets = list(finished)
+    for seeds in ranges[len(sets) :]:
         name = f"{seeds[0]}-{seeds[-1]}"
         sets.append({"seeds": name} | score(space, draw(seeds, f"seeds {name}"), reference))
         if len(ranges) > 1:
             tell(f"seeds {name}: {space.name} {sets[-1]['fd_all']:.4f}")
+        keep(sets)
     return smallest(space, sets)
 
 

@@ -163,9 +163,11 @@ def parse(text: str, field: str = "--churn") -> Churn | None:
     except ValueError:
         numbers = []
     good = len(numbers) == 4 and all(n >= 0 for n in numbers)
+    good = good and numbers[1] <= numbers[2]
     if not good or np.isinf([numbers[0], numbers[1], numbers[3]]).any():
         raise ConfigError(
-            f"{field}: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise"
+            f"{field}: {text!r} given; expected four numbers S_churn,S_min,S_max,S_noise of at "
+            "least 0, S_min <= S_max (which may be inf)"
         )
     return Churn(*numbers)
 

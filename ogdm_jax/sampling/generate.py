@@ -54,6 +54,19 @@ def batch_size(num: int, devices: int, most: int = 256) -> int:
     return devices * min(most, -(-num // devices))
 
 
+def pending(done: np.ndarray, batch: int) -> list[int]:
+    """The first numbers of the batches that `generate` draws, where some images are done.
+
+    A batch is drawn whole or not at all, so that a run that was stopped and one that was not
+    compute the same.
+
+    Args:
+      done: [n] whether an image need not be drawn.
+      batch: images at a time.
+    """
+    return [at for at in range(0, len(done), batch) if not done[at : at + batch].all()]
+
+
 def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     """The class of each seed: uniform, drawn from the seed alone."""
     keys = randomness.fold_in_each(seed_keys(jnp.asarray(seeds, jnp.uint32)), "label")
@@ -209,6 +222,7 @@ def generate(
     labels: np.ndarray | None,
     batch: int,
     guidance: Sequence[Guidance] = (),
+    done: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields images of all seeds, batch by batch; one compiled size serves all.
 
@@ -220,13 +234,14 @@ def generate(
       labels: [n] classes, or None.
       batch: images at a time, a multiple of the devices.
       guidance: as given to `sampler`; their rows follow the seeds.
+      done: of `pending`; None draws all.
     """
     seeds = np.asarray(seeds, np.uint32)
     constants, rows = arrays(guidance)
-    for start in range(0, len(seeds), batch):
+    for start in pending(np.zeros(len(seeds), bool) if done is None else done, batch):
         # The last part repeats its first rows up to that size.
         at = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
         classes = None if labels is None else np.asarray(labels, np.int32)[at]
         part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
-        done = images(params, buffers, seeds[at], classes, constants, part)
-        yield np.asarray(done)[: len(seeds) - start]
+        drawn = images(params, buffers, seeds[at], classes, constants, part)
+        yield np.asarray(drawn)[: len(seeds) - start]

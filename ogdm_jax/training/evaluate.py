@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogdm_jax import data, models, places, records
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.data import Source, pictures
+from ogdm_jax.metrics.distances import Moments, frechet_distance
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling import generate
@@ -27,6 +28,7 @@ from ogdm_jax.training.workdir import TrainedModel, open_source
 from ogdm_jax.typing import Array, PyTree
 
 Draw = Callable[[Sample, Sequence[int], str], Iterable[np.ndarray]]
+MOST_KEPT = 50_000  # samples whose features are in memory at a time
 SHOWN = 64  # images of an evaluation's samples.png
 
 
@@ -41,9 +43,25 @@ def references(source: Source) -> np.ndarray:
     return source.take(np.arange(min(len(source), 50_000)))["image"]
 
 
-def distance(config: Config, samples: np.ndarray) -> dict[str, Any]:
-    """The distance report of uint8 samples [n,h,w,c] against the data of a configuration."""
-    return distance_report(space_of(config), samples, references(open_source(config)))
+def distance(config: Config, samples: Iterable[np.ndarray]) -> dict[str, Any]:
+    """The distance report of uint8 samples, batch by batch, against the data of a configuration.
+
+    Of more than MOST_KEPT samples only "fd_all" sees the rest; "n_kept" says how many the other
+    figures are of.
+    """
+    space, kept, everything, beyond = space_of(config), [], Moments(), 0
+    for images in samples:
+        values = space(images)
+        everything.update(values)
+        kept.append(values[: max(0, MOST_KEPT - everything.count + len(values))])
+        beyond = everything.count - MOST_KEPT
+    reference = space(references(open_source(config)))
+    report = distance_report(space, np.concatenate(kept), reference)
+    if beyond > 0:
+        whole = Moments().update(reference).finalize()
+        fd_all = frechet_distance(*everything.finalize(), *whole)
+        report |= {"n_samples": everything.count, "n_kept": MOST_KEPT, "fd_all": fd_all}
+    return report
 
 
 def check_evaluation(config: Config) -> None:

@@ -134,6 +134,7 @@ class TrainedModel:
         churn: Any = None,
         batch: int = 256,
         devices: Sequence[Any] | None = None,
+        done: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields the images of `sample` batch by batch.
 
@@ -145,6 +146,7 @@ class TrainedModel:
           churn: EDM's stochasticity, see `sampling.sample`.
           batch: images per device at a time.
           devices: None takes all of this process.
+          done: [len(seeds)] images that need not be drawn, see `generate.pending`.
         """
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
         if labels is None:
@@ -152,7 +154,8 @@ class TrainedModel:
         guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
         images = generate.sampler(self.model, settings, devices, churn, guidance)
         size = generate.batch_size(len(seeds), len(devices), batch)
-        return generate.generate(images, self.params, self.buffers, seeds, labels, size, guidance)
+        weights = self.params, self.buffers
+        return generate.generate(images, *weights, seeds, labels, size, guidance, done)
 
 
 def open_workdir(
