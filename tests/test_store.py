@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax import records
-from ogdm_jax.training import checksums, evaluations, steps
+from ogdm_jax.training import checksums, evaluations, lock, steps
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import (
     CheckpointError,
@@ -411,15 +411,54 @@ def test_a_full_disk_is_one_sentence_and_the_same_goes_on_with_room(made, tmp_pa
             subprocess.run(["umount", "-l", str(tmp_path)], check=True, capture_output=True)
 
 
-def test_a_read_only_folder_is_read_and_not_written(folder, made):
+def test_a_folder_that_becomes_read_only_is_read_and_not_written(folder, made):
     """Sampling needs no right to write; whoever saves is told in a sentence."""
-    mount = ["mount", "--bind", "-o", "ro", str(folder), str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
+    for options in (["--bind", str(folder)], ["-o", "remount,bind,ro", str(folder)]):
+        words = ["mount", *options] + ([str(folder)] if "--bind" in options else [])
+        if options[0] == "-o":
+            saved = Checkpoints(folder)
+            save(saved, made, 29)
+            saved.wait()
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("needs the right to mount")
     try:
-        assert open_workdir(folder).step == 21
-        with pytest.raises((CheckpointError, OSError)) as caught, Checkpoints(folder) as saved:
+        assert open_workdir(folder).step == 29
+        with pytest.raises(CheckpointError) as caught:
             save(saved, made, 30)
-        assert "read-only" in str(caught.value).lower()
+            saved.wait()
+        assert "read-only file system" in str(caught.value) and "29 is safe" in str(caught.value)
+        saved.close()
+        with pytest.raises(OSError), lock.hold(folder):
+            pass
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+
+
+def test_a_checkpoints_folder_that_is_none(tmp_path):
+    """A link to a disk that is not there is no fresh start."""
+    for spoil in (
+        lambda path: path.write_text(""),
+        lambda path: path.symlink_to("/nowhere/at/all"),
+        lambda path: path.symlink_to(path),
+    ):
+        spoil(tmp_path / "checkpoints")
+        with pytest.raises((OSError, CheckpointError)):
+            resumable(tmp_path, lambda _: None)
+            Checkpoints(tmp_path)
+        (tmp_path / "checkpoints").unlink()
+
+
+def test_reading_asks_no_lock_and_says_aloud_what_it_passes_over(folder, capsys):
+    with lock.hold(folder):
+        assert open_workdir(folder).step == 21 and not capsys.readouterr().err
+        flip(largest(folder / "checkpoints" / "21" / "ema"))
+        assert open_workdir(folder).step == 20
+    said = capsys.readouterr()
+    assert "checkpoints/21 is damaged" in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("step", [7, "newest", "", np.int64(7), 1.5])
+def test_a_step_that_is_not_there(folder, step):
+    with pytest.raises(CheckpointError, match=r"--step: no checkpoint of step .*\[10, 20, 21\]"):
+        find(folder, step)
+    assert find(folder, np.int64(20)).step == 20

@@ -22,7 +22,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import places, startup
 from ogdm_jax.cli import show
 from ogdm_jax.cli.parsing import parser_of
-from ogdm_jax.training import convert
+from ogdm_jax.training import convert, steps
 
 _KEPT = (
     "network.dropout",
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     out = places.workdir(args.out, "--out")
-    if (out / "checkpoints").exists():
+    if steps.present(out):
         raise ValueError(f"--out: {args.out!r} already holds checkpoints; expected a new folder")
     places.writable(out, "--out")
     found = show.load(args)

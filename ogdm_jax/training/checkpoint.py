@@ -305,22 +305,22 @@ def find(
             f"{field}: {str(workdir)!r} holds no checkpoint; expected a training folder that "
             "train.py wrote"
         )
-    at = _beside(field, "step")
+    at, named = _beside(field, "step"), step not in (None, "best")
     choices = present[::-1]
     if step == "best":
         choices = _best_first(workdir, present, at)
-    elif step is not None:
-        choices = [int(step)] if step in present else []
+    elif named:
+        choices = [number for number in present if number == step]
     wrong, passed = "", []
     for number in choices:
         wrong = checksums.damage(folder / str(number), read)
         if not wrong:
             return _opened(folder / str(number), field)
         passed.append(number)
-        if not isinstance(step, int):
+        if not named:
             log(f"{field}: checkpoint {folder / str(number)} is damaged ({wrong}): passed over")
     what = f"checkpoint {step} is damaged ({wrong})" if choices else f"no checkpoint of step {step}"
-    if not isinstance(step, int):
+    if not named:
         at, what = field, f"every checkpoint is damaged ({wrong})"
     whole = [number for number in complete(workdir) if number not in passed]
     raise CheckpointError(f"{at}: {what} in {str(workdir)!r}; there are {whole or 'no others'}")

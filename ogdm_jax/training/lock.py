@@ -196,10 +196,13 @@ def _alone(folder: epath.Path) -> Iterator[None]:
         # It stays without where the file system has no locks, and where the program around this one
         # (flock DIR ogdm train ...) holds the same one.
         while time.monotonic() < end:
-            with suppress(OSError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            time.sleep(0.05)
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break
         yield
     finally:
         os.close(descriptor)

@@ -14,7 +14,8 @@ from etils import epath
 
 from ogdm_jax import startup
 
-_CODES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EIO", "ESTALE")
+_CODES = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EIO")
+_CODES += ("ESTALE", "EMFILE", "ENFILE", "ENAMETOOLONG")
 
 
 def quiet() -> None:

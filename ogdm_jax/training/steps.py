@@ -25,8 +25,17 @@ def folder(workdir: str | os.PathLike, field: str = "--workdir") -> epath.Path:
 
 
 def present(workdir: str | os.PathLike) -> list[int]:
-    """The steps of which there is anything, in order; in a bucket, those that are finished."""
+    """The steps of which there is anything, in order; in a bucket, those that are finished.
+
+    Raises:
+      CheckpointError: the name is taken, or a link to where nothing is.
+    """
     top = places.absolute(places.place(workdir)) / "checkpoints"
+    if places.is_local(top) and os.path.lexists(top) and not top.is_dir():
+        raise CheckpointError(
+            f"--workdir: {str(top)!r} is no folder (a file, or a link to a place that is not "
+            "there); expected one"
+        )
     names = [path.name for path in top.iterdir()] if top.is_dir() else []
     digits = [name for name in names if name.isdecimal() and len(name) < 10]
     found = [int(name) for name in digits if name == str(int(name))]
