@@ -428,7 +428,7 @@ def test_files_of_other_kinds_are_named(name, tmp_path):
 FOLDERS = {
     "diffusers": (
         {"config.json": '{"_class_name": "UNet2DModel"}', "m.safetensors": ""},
-        "a model UNet2DModel of diffusers .*give a file, such as .*m.safetensors",
+        "a model UNet2DModel of diffusers .*give a file in it, such as m.safetensors",
     ),
     "pipeline": ({"model_index.json": "{}"}, "a pipeline of diffusers"),
     "transformers": ({"config.json": '{"architectures": ["X"]}'}, "a model X of diffusers or"),
@@ -440,7 +440,7 @@ FOLDERS = {
     "saved": ({"saved_model.pb": ""}, "SavedModel"),
     "unpacked": ({"data.pkl": "", "version": "3"}, "an unpacked torch file; pack"),
     "training": ({"checkpoints": None, "config.json": "{}"}, "a training folder of ours"),
-    "plain": ({"a.pt": "", "b.txt": ""}, "it is a folder; give a file, such as .*a.pt"),
+    "plain": ({"a.pt": "", "b.txt": ""}, "it is a folder; give a file in it, such as a.pt"),
     "nothing": ({"b.txt": ""}, "a folder without a checkpoint"),
 }
 

@@ -228,7 +228,13 @@ def load_pretrained(
         about["precondition"] = "iddpm"
     kind = kind or about.get("kind") or part.kind
     more = (about.get("settings") or {}) | settings
-    network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
+    try:
+        network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
+    except ValueError as error:
+        if not str(error).startswith("state: "):
+            raise
+        said = f"{file.path}: {str(error).removeprefix('state: ')}"
+        raise type(error)(said) from error.__cause__
     kind = kind or recognise.kind_of({name: value.shape for name, value in state.items()})
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
     if kind == "adm":

@@ -129,7 +129,7 @@ def _folder_kind(path: Path) -> str:
         if name in names:
             return f"it is {what}"
     weights = [name for name in names if name.endswith(_WEIGHTS)]
-    give = f"; give a file, such as {quote(os.path.join(path, weights[0]))}" if weights else ""
+    give = f"; give a file in it, such as {quote(weights[0])}" if weights else ""
     if "config.json" in names:
         try:
             about = records.read(path / "config.json", dict)
