@@ -240,8 +240,9 @@ def test_digits_on_tpus(shape, chips_, tmp_path):
         str(out),
     ]
     words += ["--config.data.batch=256", "--config.network.dtype=bfloat16"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # the second finds what the first may have left in the compilation cache
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr
     plan = json.loads(out.read_text())
     assert plan["devices"] == chips_ and plan["fits"] and plan["hbm_bytes"]["peak"] < 2**30
     # Gradients of bfloat16 kernels are summed in bfloat16 (docs/plans.md), the others in float32.

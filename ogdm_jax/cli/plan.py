@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from ogdm_jax import parallel, places
 from ogdm_jax.cli.parsing import whole
 from ogdm_jax.config import Config, ConfigError, replace
@@ -59,6 +61,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
     """The plan of a configuration's step, compiled; also printed, and written to --plan-out."""
+    if args.plan_for != HERE:  # without devices, what the cache keeps cannot be read again
+        jax.config.update("jax_enable_compilation_cache", False)
     chip, devices = chips.here() if args.plan_for == HERE else chips.topology(args.plan_for)
     source = program.source_like(config, args.image_shape, args.classes, args.images)
     found = _plan(config, source, chip, devices, name)
