@@ -229,6 +229,11 @@ def test_members_that_lie_twice(tmp_path):
 
 def _bad_archives(root) -> dict[str, str]:
     good = (root / "good.zip", archive(root / "good.zip", ["a.png", "b.png"]))[0].read_bytes()
+    hidden, pages, twice, splits = (root / f"{k}.zip" for k in ("h", "p", "t", "s"))
+    archive(hidden, [".DS_Store"])
+    archive(pages, {"a.png": b"<html>"})
+    _twice(twice, encoded(), encoded())
+    archive(splits, ["train/a/1.png", "test/a/1.png"])
     locked = bytearray(good)
     at = locked.index(b"PK\x01\x02")
     locked[at + 8] |= 1
@@ -244,7 +249,35 @@ def _bad_archives(root) -> dict[str, str]:
     with zipfile.ZipFile(table, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a.png", encoded())
         file.writestr("dataset.json", b" " * (100 << 20))
-    return {
+    folders = io.BytesIO()
+    with zipfile.ZipFile(folders, "w") as file:
+        file.mkdir("cat")
+        link = zipfile.ZipInfo("cat/1.png")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "../../etc/passwd")
+    lies = {}
+    for key, at, value in (("count", 10, 9), ("size", 12, 2**31), ("place", 16, 2**31)):
+        lie = bytearray(good)
+        end = lie.index(b"PK\5\6")
+        lie[end + at : end + at + (2 if at == 10 else 4)] = value.to_bytes(
+            2 if at == 10 else 4, "little"
+        )
+        lies[key] = (bytes(lie), "no readable zip archive (cut short or damaged")
+    del lies["count"]  # the directory itself says how many there are
+    lies["place"] = (lies["place"][0], "a.png is no readable image (no member begins where")
+    stored = bytearray(good)
+    at = stored.index(b"PK\1\2")
+    stored[at + 20 : at + 28] = b"\xff\xff\xff\x7f" * 2
+    return lies | {
+        "folders": (folders.getvalue(), "has no images (left out 1 links in the archive)"),
+        "hidden": (hidden.read_bytes(), "has no images (left out 1 hidden or system files"),
+        "stored": (bytes(stored), "a.png is no readable image"),
+        "page in it": (pages.read_bytes(), "a.png is no readable image (an HTML page)"),
+        "tar": (b"a.png" + bytes(600), "no readable zip archive (cut short or damaged"),
+        "rar": (b"Rar!\x1a\7\0" + bytes(60), "no readable zip archive (cut short or damaged"),
+        "zeros": (bytes(1000), "no readable zip archive (nothing but zeros)"),
+        "twice": (twice.read_bytes(), "two different members a.png"),
+        "splits": (splits.read_bytes(), "its sub-folders are splits"),
         "locked": (bytes(locked), "is encrypted (a.png asks for a password)"),
         "method": (bytes(other), "a.png is no readable image (That compression method"),
         "inner": (inner.getvalue(), "has no images (left out 1 files that are no pictures (1 .zip"),

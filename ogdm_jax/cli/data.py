@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = prepare(source, args.out, args.name)
         where = f", data_dir {args.out}" if name.startswith("tfds:") else ""
         print(f"wrote {len(source)} images; open them as {name}{where}")
-    except (SourceError, places.PlaceError, records.RecordError) as error:
+    except (SourceError, places.PlaceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -7,6 +7,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -121,7 +122,8 @@ class ZipReader(FolderReader):
             return self._slowly(self.stored[i], size)
         file = self._opened()
         # 512: the name and what else stands between the header and the data.
-        block = os.pread(file, _HEADER.size + min(stored, HEAD) + 512, start)
+        length = _HEADER.size + min(stored, HEAD) + 512
+        block = os.pread(file, length, start) if start >= 0 else b""
         if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
             raise zipfile.BadZipFile("no member begins where the archive's directory says")
         begin = _HEADER.size + sum(_HEADER.unpack_from(block))
@@ -194,8 +196,9 @@ def open_folder(source: str, path: str) -> Stored:
         files = listing.Files(files_below(root), [], [])
 
     def head(name: str) -> bytes:
-        with (root / name).open("rb") as file:
+        with suppress(*_UNREADABLE), (root / name).open("rb") as file:
             return file.read(64)
+        return b""
 
     names, notes = listing.pictures(files.names, head)
     if not names:
@@ -259,8 +262,9 @@ def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
         )
 
     def head(name: str) -> bytes:
-        with archive.open(members[name]) as file:
+        with suppress(*_UNREADABLE), archive.open(members[name]) as file:
             return file.read(64)
+        return b""
 
     def table(name: str) -> bytes:
         if members[name].file_size > (1 << 20) + (len(names) << 16):

@@ -109,7 +109,7 @@ def pictures(names: Iterable[str], head: Callable[[str], bytes]) -> tuple[list[s
 
     Args:
       names: of files.
-      head: the first bytes of a file; an OSError where it cannot be read.
+      head: the first bytes of a file; b"" where it cannot be read.
     """
     known, kept, unknown = endings(), [], collections.defaultdict(list)
     hidden, left = [], collections.Counter()

@@ -209,7 +209,12 @@ def _write_shards(
     }
     parts.mkdir(parents=True, exist_ok=True)
     note = parts / _PLAN
-    begun = records.read(note, dict, "--out") if note.exists() else plan
+    begun: dict[str, Any] = plan
+    if note.exists():
+        try:
+            begun = records.read(note, dict, "--out")
+        except records.RecordError:  # torn
+            begun = {}
     if begun != plan and begun.get("source") == source.name:  # its files have changed since
         shutil.rmtree(parts)
         parts.mkdir(parents=True)

@@ -87,6 +87,19 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
         folder = str(places.local(data_dir, "data_dir")) if data_dir else None
     except places.PlaceError as error:
         raise SourceError(f"{source}: {error}, or the bucket mounted (gcsfuse)") from None
+    try:
+        return _open(tfds, source, spec, folder)
+    except SourceError:
+        raise
+    except Exception as error:  # damaged files end in many types of errors
+        reason = " ".join(str(error).split())[:120]
+        raise SourceError(
+            f"{source}: its prepared files cannot be read ({type(error).__name__}: {reason}); "
+            "prepare the set again"
+        ) from None
+
+
+def _open(tfds: Any, source: str, spec: str, folder: str | None) -> Stored:
     builder, split = _find(tfds, source, spec, folder)
     image, label = _features(tfds, source, builder)
     try:
