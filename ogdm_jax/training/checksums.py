@@ -54,8 +54,13 @@ def damage(step: epath.Path, items: Sequence[str] = ()) -> str:
     """
     if not step.is_dir():
         return "is no folder"
-    if not places.is_local(step):
-        return ""
+    try:
+        return "" if not places.is_local(step) else _difference(step, items)
+    except FileNotFoundError as error:  # removed while it is looked at
+        return f"{error.filename} is missing"
+
+
+def _difference(step: epath.Path, items: Sequence[str]) -> str:
     sizes = _sizes(step)
     for name in (f"{item}/{name}" for item in ITEMS for name in _LEAST[item]):
         if name not in sizes:

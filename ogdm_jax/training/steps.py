@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ogdm_jax import places
+from ogdm_jax import cluster, places
 from ogdm_jax.training import checksums
 
 _CUT = ".orbax-checkpoint-tmp"  # in the name of a local folder that a save has not finished
@@ -83,6 +83,7 @@ def newest_whole(workdir: str | os.PathLike, log: Callable[[str], None]) -> int 
         if places.is_local(top) and top.is_dir():
             _remove_cut(top, log)
         step = _newest(top, present(workdir), log)
+    cluster.compare({})  # reading may take minutes: the others wait where nothing times out
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     return None if step < 0 else step
