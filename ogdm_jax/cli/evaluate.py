@@ -1,6 +1,7 @@
 """ogdm evaluate: how far sets of images are from real ones."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 
@@ -68,29 +69,56 @@ def main(argv: Sequence[str] | None = None) -> int:
             shapes = [other.shape for other in sets]
             raise ValueError(f"--samples: shapes {shapes}; expected one shape")
         rows = [_rows(source, args.num, args.seed) for source in sets]
-        reference = _open_reference(args.reference, args.data_dir or None, shape)
+        reference = _open_reference(args, shape)
+        if args.paired:
+            _check_pairs(args, sets, reference)
         space = measuring.open_space(args, reference, shape)
         if isinstance(reference, Statistics):
-            if args.paired:
-                raise ValueError("--paired: the reference is mu and sigma; expected images")
+            reference.require(space, "--reference")
             real, against = None, reference
         else:
             real = reference.take(np.arange(len(reference)))["image"]
             against = space(real)
-        results = []
+        results, seen = [], {}
         for word, source, chosen in zip(args.samples, sets, rows, strict=True):
             samples = source.take(chosen)
-            result, moments = protocol.score_set(space, samples, against, args.k, args.seed)
+            result, moments = protocol.score_set(
+                space, samples, against, args.k, args.seed, source.class_names
+            )
             if args.save_statistics:
                 save_statistics(args.save_statistics, moments, space.name)
             if args.paired and real is not None:
                 result |= protocol.paired(samples["image"], real)
+            content = hashlib.sha256(samples["image"].tobytes()).digest()
+            if content in seen:
+                result["same_images_as"] = seen[content]
+            seen.setdefault(content, word)
+            result |= protocol.repeats(samples["image"], real) | weights_of(space)
             names = {"samples": word, "reference": args.reference}
-            results.append(names | result | weights_of(space))
+            results.append(names | result | measuring.resized(args))
         measuring.print_json(
             results[0] if len(results) == 1 else protocol.smallest(space, results), args.out
         )
     return 0
+
+
+def _check_pairs(
+    args: argparse.Namespace, sets: Sequence[Source], reference: Source | Statistics
+) -> None:
+    """Raises ValueError where image i of the samples has no image i of the reference."""
+    if isinstance(reference, Statistics):
+        raise ValueError("--paired: the reference is mu and sigma; expected images")
+    if args.num is not None:
+        raise ValueError(
+            f"--num: {args.num} given with --paired, which compares image i with image i; expected "
+            "one of them"
+        )
+    for word, source in zip(args.samples, sets, strict=True):
+        if len(source) != len(reference):
+            raise ValueError(
+                f"--paired: {word} has {len(source)} images, {args.reference} {len(reference)}; "
+                "expected as many"
+            )
 
 
 def _rows(source: Source, num: int | None, seed: int) -> np.ndarray:
@@ -103,18 +131,9 @@ def _rows(source: Source, num: int | None, seed: int) -> np.ndarray:
     return rows
 
 
-def _open_reference(
-    word: str, data_dir: str | None, shape: tuple[int, int, int]
-) -> Source | Statistics:
-    """Moments, or a source in the size of the samples, where it can have that."""
+def _open_reference(args: argparse.Namespace, shape: tuple[int, int, int]) -> Source | Statistics:
+    """Moments, or a source in the size of the samples."""
+    word = args.reference
     if word.endswith(".npz") and is_statistics(word):
         return load_statistics(word)
-    source = open_source(source_name(word), data_dir)
-    if source.shape != shape:  # trained at another size than stored
-        stored = source.shape
-        source = open_source(source_name(word), data_dir, shape[0], shape[2])
-        if source.shape != shape:
-            raise ValueError(
-                f"--reference: {word} has images {stored}, the samples {shape}; expected one shape"
-            )
-    return source
+    return measuring.open_images("--reference", word, args, shape)

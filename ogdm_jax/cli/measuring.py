@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ogdm_jax import parallel, places, records
 from ogdm_jax.cli.parsing import step, whole
 from ogdm_jax.config import ConfigError, Sample, replace
-from ogdm_jax.data import Source, open_source
+from ogdm_jax.data import Source, SourceError, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
 from ogdm_jax.metrics.networks import NetworkFeatures
@@ -42,6 +42,7 @@ def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
         default=96,
         help="lite0: pixels a side that images are resized to",
     )
+    add("--resize", action="store_true", help="crop and resize the reference to the samples' size")
     add("--data-dir", default="", metavar="DIR", help="folder of prepared tfds sets")
 
 
@@ -65,7 +66,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         option = word.partition("=")[0]
         if option.startswith("--") and "_" in option:
             parser.error(f"unknown option {option}; expected {option.replace('_', '-')}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.resized = {}
+    return args
 
 
 def open_space(
@@ -88,17 +91,71 @@ def open_space(
       ValueError: "auto" without images, or a space that cannot be opened.
     """
     name = args.features or default
+    for option, given, owner in (
+        ("--weights", args.weights, "inception"),
+        ("--route", args.route != "tf", "inception"),
+        ("--size", args.size != 96, "lite0"),
+    ):
+        if given and name != owner:
+            raise ConfigError(
+                f"{option}: given, but the feature space is {name}; expected --features {owner}"
+            )
     if name in ("lite0", "inception"):
         return feature_space(name, args.weights or weights or None, args.route, args.size)
     if name != "auto":
-        source = open_source(source_name(name), args.data_dir or None, shape[0], shape[2])
-        return feature_space(source)
+        return feature_space(open_images("--features", name, args, shape))
     if isinstance(reference, Statistics):
         raise ValueError(
             "--features: auto given with published statistics; expected inception, lite0 or a "
             "source"
         )
     return feature_space(reference)
+
+
+def open_images(
+    option: str,
+    word: str,
+    args: argparse.Namespace,
+    shape: tuple[int, int, int],
+    data_dir: str | None = None,
+) -> Source:
+    """A source in the shape of other images.
+
+    One of another shape is cropped and resized with --resize only; `resized` says of it.
+
+    Raises:
+      ValueError: another shape without --resize, or one that it cannot have.
+    """
+    name, data_dir = source_name(word), args.data_dir or data_dir or None
+    try:
+        source = open_source(name, data_dir)
+        found = _size(source.shape)
+    except SourceError:
+        if not args.resize:
+            raise
+        source, found = None, "several sizes"
+    if source is not None and source.shape == shape:
+        return source
+    remedy = "give --resize to crop and resize them, and to have it said in the JSON"
+    if args.resize:
+        source = open_source(name, data_dir, shape[0], shape[2])
+        if source.shape == shape:
+            args.resized[option] = f"{word}: {found} to {_size(shape)}"
+            return source
+        remedy = "--resize makes squares only"
+    raise ValueError(
+        f"{option}: {word} has images of {found}, the samples {_size(shape)} (height, width, "
+        f"channels); expected one shape; {remedy}"
+    )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def resized(args: argparse.Namespace) -> dict[str, Any]:
+    """What `open_images` resized, for the JSON; {} where it did not."""
+    return {"resized": args.resized} if args.resized else {}
 
 
 def open_model(args: argparse.Namespace) -> TrainedModel:
@@ -122,8 +179,8 @@ def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
         config = replace(config, {"data.data_dir": args.data_dir})
     if not args.reference:
         return workdir.open_source(config)
-    height, _, channels = trained.model.image_shape
-    return open_source(source_name(args.reference), config.data.data_dir or None, height, channels)
+    shape = trained.model.image_shape
+    return open_images("--reference", args.reference, args, shape, config.data.data_dir)
 
 
 def drawing(

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reference = protocol.of_source(space, source, args.num)
         tell = functools.partial(print, file=sys.stderr)
         how = describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
-        how |= weights_of(space)
+        how |= weights_of(space) | measuring.resized(args)
         sets = Sets(args, how | _origin(args, trained, settings, space.name))
         with leaving(lambda: sets.safe(len(ranges))):
             result = protocol.score_ranges(

@@ -1,6 +1,7 @@
 """ogdm report: a training folder as one HTML page."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)
+        changed = [f"{option} {how}" for option, how in args.resized.items()]
+        found = dataclasses.replace(found, notes=[*changed, *found.notes])
         page = html.page(found).encode()
         with places.written(out) as new:
             new.write_bytes(page)

@@ -1,5 +1,6 @@
 """Feature spaces by name, and the distances between generated and real images in one of them."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -88,15 +89,17 @@ def _trained_on(source: Source) -> TrainedFeatures:
     if labels is None or np.asarray(labels).ndim != 1 or np.max(labels, initial=-1) < 1:
         raise ValueError(
             f"{source.name}: no class labels; a trained feature space needs a source with two or "
-            "more classes."
+            "more classes; expected such a one as --features, or lite0, or inception with --weights"
         )
     name = f"fd_{short_name(source.name)}"
     content = hashlib.sha256(repr(images.shape).encode())
     content.update(np.ascontiguousarray(images).data)
     content.update(np.ascontiguousarray(labels).data)
+    content.update(repr(source.class_names).encode())
     key = name, content.hexdigest()
     if key not in _TRAINED:
-        _TRAINED[key] = train_features(name, images, labels)
+        trained = train_features(name, images, labels)
+        _TRAINED[key] = dataclasses.replace(trained, class_names=source.class_names)
     return _TRAINED[key]
 
 
@@ -162,12 +165,15 @@ def statistics_report(
     """
     reference.require(space, "reference")
     moments = Moments().update(_extracted(space, samples, "samples"))
+    if moments.count < 2:
+        raise ValueError(f"samples: {moments.count} images; expected at least 2 for a covariance.")
     return {
         "features": space.name,
         "n_samples": moments.count,
         "n_reference": reference.count,
         "fd_all": frechet_distance(*moments.finalize(), reference.mu, reference.cov),
         "floor": None,
+        **singular(space, moments.count),
     }
 
 
@@ -204,7 +210,8 @@ def distance_report(
 
     Returns:
       {"features": name, "n", "n_samples", "n_reference", "fd", "floor", "fd_over_floor", "fd_all",
-      "kid", "kid_floor", "n_neighbours", "precision", "precision_floor", ...}; plain numbers.
+      "kid", "kid_floor", "n_neighbours", "precision", "precision_floor", ...}; plain numbers, and
+      "singular" in words where n is no more than the number of features.
 
     Raises:
       ValueError: too few images, other shapes, or no split.
@@ -214,7 +221,7 @@ def distance_report(
     if n <= k:
         raise ValueError(
             f"samples, reference: {len(y)} and {len(x)} images; expected more than {k} and "
-            f"{2 * k + 1}."
+            f"{2 * k + 1} for {k} neighbours (--k)."
         )
     splits = default_splits(space) if splits is None else splits
     if splits < 1:
@@ -239,11 +246,20 @@ def distance_report(
         "kid": kernel_distance(x, y),
         "kid_floor": kernel_distance(a, b),
         "n_neighbours": min(n, MOST_NEIGHBOURS),
+        **singular(space, n),
     }
     a, b, generated = (part[:MOST_NEIGHBOURS] for part in (a, b, generated))
     for ending, part in (("", generated), ("_floor", b)):
         result |= {name + ending: value for name, value in manifolds(a, part, k).items()}
     return result
+
+
+def singular(space: FeatureSpace, n: int) -> dict[str, str]:
+    """What a report says where n images are too few for a covariance of full rank."""
+    if n > space.dim:
+        return {}
+    text = f"{n} images for {space.dim} features: the covariance is singular, so compare at equal n"
+    return {"singular": text}
 
 
 def default_splits(space: FeatureSpace) -> int:

@@ -125,10 +125,13 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
     """
     if weights is None or not places.local(weights, "--weights").is_file():
         found = "none given" if weights is None else f"{weights} is no file"
-        raise ValueError(f"weights: {found}; expected {INCEPTION_FILE} from {INCEPTION_URL}.")
+        raise ValueError(f"--weights: {found}; expected {INCEPTION_FILE} from {INCEPTION_URL}.")
     if route not in ("tf", "pytorch_fid"):
         raise ValueError(f"route: '{route}'; expected 'tf' or 'pytorch_fid'.")
-    network, variables = load_pretrained(weights, "inception", num_classes=1008)
+    try:
+        network, variables = load_pretrained(weights, "inception", num_classes=1008)
+    except ValueError as error:
+        raise ValueError(f"--weights: {weights}: {error} Expected {INCEPTION_FILE}.") from None
     digest = _sha256(weights)
 
     def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:

@@ -6,6 +6,8 @@ set. No more than one batch of images is in memory.
 """
 
 import dataclasses
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from ogdm_jax.metrics.features import (
     FeatureSpace,
     default_splits,
     distance_report,
+    singular,
     statistics_report,
 )
 from ogdm_jax.metrics.networks import NetworkFeatures
@@ -142,7 +145,7 @@ def score(
         floor = float(np.mean([frechet_distance(*b, *a) for a, b in reference.halves]))
         ratio = fd / floor if floor > 0 else float("inf")
         result |= {"n": first.count, "fd": fd, "floor": floor, "fd_over_floor": ratio}
-    return result
+    return result | singular(space, min(everything.count, reference.n or everything.count))
 
 
 def score_ranges(
@@ -183,7 +186,8 @@ def smallest(space: FeatureSpace, sets: Sequence[dict[str, Any]]) -> dict[str, A
 
     What published statistics cannot tell is None.
     """
-    best = min(sets, key=lambda report: report["fd_all"])
+    # a NaN is the smallest: it must show
+    best = min(sets, key=lambda report: (not math.isnan(report["fd_all"]), report["fd_all"]))
     keys = ("n_samples", "n_reference", "n", "fd", "floor", "fd_over_floor")
     figure = {"features": space.name, "fd_all_min": best["fd_all"]}
     return figure | {key: best.get(key) for key in keys} | {"sets": list(sets)}
@@ -195,11 +199,13 @@ def score_set(
     reference: Statistics | np.ndarray,
     k: int = 5,
     seed: int = 0,
+    class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], Moments]:
     """The report of a set of images in memory, and the moments of its features.
 
     Beside the distances it has the Inception score in Inception's own space, and in the space of a
-    trained classifier the share of samples whose label is the classifier's.
+    trained classifier the share of samples whose label is the classifier's: "label_agreement", None
+    with "labels" in words where the classifier does not know the samples' classes.
 
     Args:
       space: where distances are measured.
@@ -207,6 +213,7 @@ def score_set(
       reference: published moments, or features [n, dim] of real images.
       k: neighbours of precision, recall, density and coverage.
       seed: of the splits.
+      class_names: of the samples' labels, where known.
 
     Raises:
       ValueError: too few images, or moments of another feature space.
@@ -219,11 +226,40 @@ def score_set(
     labels = samples["label"]
     if isinstance(space, TrainedFeatures):
         if labels.ndim == 1 and (labels >= 0).all():
-            result["label_agreement"] = float((probabilities.argmax(1) == labels).mean())
+            result |= _agreement(space, probabilities, labels, class_names)
     elif space.name.startswith("fid"):
         mean, spread = inception_score(probabilities, min(10, len(values)))
         result |= {"inception_score": mean, "inception_score_std": spread}
     return result, Moments().update(values)
+
+
+def _agreement(
+    space: TrainedFeatures, probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
+    """The share of labels [n] that the classifier sees. Classes are matched by name where both
+    sides have names, else by number.
+    """
+    if names and space.class_names:
+        number = {name: k for k, name in enumerate(space.class_names)}
+        labels = np.array([number.get(name, -1) for name in names])[labels]
+    unknown = ~np.isin(labels, space.classes)
+    if unknown.any():
+        words = f"{unknown.sum()} of {len(labels)} samples have classes that {space.name} has not"
+        return {"label_agreement": None, "labels": words}
+    return {"label_agreement": float((space.classes[probabilities.argmax(1)] == labels).mean())}
+
+
+def repeats(samples: np.ndarray, reference: np.ndarray | None = None) -> dict[str, int]:
+    """How many samples are copies, where there are any: "copies" of reference images, bit by bit,
+    and "repeated", equal to a sample before them.
+    """
+    digest = lambda images: [hashlib.sha256(image.tobytes()).digest() for image in images]
+    own = digest(samples)
+    found = {"repeated": len(own) - len(set(own))}
+    if reference is not None and reference.shape[1:] == samples.shape[1:]:
+        real = set(digest(reference))
+        found["copies"] = sum(one in real for one in own)
+    return {name: count for name, count in found.items() if count}
 
 
 def paired(samples: np.ndarray, reference: np.ndarray) -> dict[str, float | int | None]:

@@ -85,10 +85,7 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
         with places.place(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not {"mu", "sigma"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(sorted(archive.files)[:5])}")
-            mu, cov = (
-                np.asarray(archive["mu"], np.float64),
-                np.asarray(archive["sigma"], np.float64),
-            )
+            mu, cov = archive["mu"], archive["sigma"]
             count = int(archive["count"].item()) if "count" in archive.files else None
             features = str(archive["features"].item()) if "features" in archive.files else None
     except FileNotFoundError:
@@ -99,11 +96,27 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
         raise ValueError(
             f"statistics: {path} {quote(str(error))}; expected an .npz file with mu and sigma."
         ) from None
-    if mu.ndim != 1 or cov.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not mu.size or cov.shape != (len(mu), len(mu)):
         raise ValueError(
             f"statistics: {path} has mu {mu.shape} and sigma {cov.shape}; expected [d] and [d, d]."
         )
-    return Statistics(mu, cov, count, features)
+    wrong = _wrong(mu, cov, count)
+    if wrong:
+        raise ValueError(f"statistics: {path} {wrong}; expected the moments of a set of images.")
+    return Statistics(mu.astype(np.float64), cov.astype(np.float64), count, features)
+
+
+def _wrong(mu: np.ndarray, cov: np.ndarray, count: int | None) -> str:
+    """Why these are no moments, or ""."""
+    if mu.dtype.kind not in "fiu" or cov.dtype.kind not in "fiu":
+        return f"has mu of {mu.dtype} and sigma of {cov.dtype}"
+    if not (np.isfinite(mu).all() and np.isfinite(cov).all()):
+        return "has NaN or infinity in mu or sigma"
+    if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or np.diagonal(cov).min() < 0:
+        return "has a sigma that is not symmetric, or a negative variance: no covariance"
+    if count is not None and count < 2:
+        return f"says that it is of {count} images"
+    return ""
 
 
 def save_statistics(path: str | os.PathLike, moments: Moments, features: str) -> None:

@@ -40,6 +40,8 @@ class TrainedFeatures:
       params: of the classifier.
       mean: of the raw features over the training images.
       spread: what they are divided by.
+      classes: the labels that it was trained on, in the order of its probabilities.
+      class_names: of the source, by label, where known.
     """
 
     name: str
@@ -49,6 +51,8 @@ class TrainedFeatures:
     params: PyTree
     mean: np.ndarray
     spread: np.ndarray
+    classes: np.ndarray
+    class_names: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -98,8 +102,8 @@ def train_features(
         the classes apart (its features would be little better than random ones).
     """
     rng = np.random.default_rng(seed)
-    images, targets = _labelled(images, labels, rng)
-    classes = int(targets.max(initial=-1)) + 1
+    images, targets, known = _labelled(images, labels, rng)
+    classes = len(known)
     if classes < 2 or len(images) < 10 * classes:
         found = f"{len(images)} labelled images of {classes} classes"
         raise ValueError(
@@ -121,14 +125,16 @@ def train_features(
     spread = features.std(0)
     spread = np.maximum(spread, 0.1 * max(float(np.median(spread)), 1e-6))
     return TrainedFeatures(
-        name, images.shape[1:], classes, accuracy, params, features.mean(0), spread
+        name, images.shape[1:], classes, accuracy, params, features.mean(0), spread, known
     )
 
 
 def _labelled(
     images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(images, int32 numbers of their classes from 0) of at most MOST_IMAGES that have a label."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images, int32 numbers of their classes from 0, the label of each class) of at most
+    MOST_IMAGES that have a label.
+    """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images: {images.dtype} {images.shape}; expected uint8 [n, h, w, c].")
@@ -140,8 +146,8 @@ def _labelled(
     rows = np.flatnonzero(labels >= 0)
     if len(rows) > MOST_IMAGES:
         rows = np.sort(rng.choice(rows, MOST_IMAGES, replace=False))
-    numbers = np.unique(labels[rows], return_inverse=True)[1]
-    return images[rows], numbers.astype(np.int32)
+    known, numbers = np.unique(labels[rows], return_inverse=True)
+    return images[rows], numbers.astype(np.int32), known
 
 
 def _cpu() -> Any:
