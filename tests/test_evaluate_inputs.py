@@ -95,8 +95,8 @@ def test_features_of_another_size_are_refused(tmp_path):
 
 
 def test_copies_and_repeats_are_said(command):
-    source = open_source("digits").images
-    np.savez("copies.npz", images=np.concatenate([source[:30], images(20)]))
+    source = open_source("digits").take(np.arange(30))["image"]
+    np.savez("copies.npz", images=np.concatenate([source, images(20)]))
     np.savez("repeated.npz", images=np.repeat(images(20), 3, axis=0))
     np.savez("fresh.npz", images=images(seed=1))
     report = command("--samples copies.npz --reference digits")
