@@ -66,6 +66,18 @@ class TestOtherMethods:
         np.testing.assert_allclose(got, x_vp / np.sqrt(b), atol=1e-5)
         np.testing.assert_allclose(got, mean + std[0] * self.eps - 0.3 * grad, atol=1e-5)
 
+    def test_mpgd_as_released(self):
+        """x0 -= scale / sqrt(abar') grad, then DDIM of the unguided eps, all in x_vp."""
+        x0, mean, std, _ = self.moments()
+        norm = operators.measurement_loss(operators.inpaint(MASK), Y, squared=False)
+        residual = MASK * (x0 - Y)
+        grad = residual / np.sqrt(np.square(residual).sum((1, 2, 3), keepdims=True))
+        b = 1 / (1 + 0.36)
+        want = mean + std[0] * self.eps - 0.3 / np.sqrt(b) * grad
+        np.testing.assert_allclose(
+            self.next_of(mpgd.guidance(norm, 0.3, rule="released")), want, atol=1e-5
+        )
+
     def test_mpgd_takes_no_gradient_at_clipped_pixels(self):
         far = 8 * LATENTS
         clipped, got, plain = (

@@ -4,7 +4,8 @@ travel.
 Rule "rms", its text and style guidance: |move| is scale times the weight 1 - sigma'^2 / sigma^2
 that x0_hat has in the transition, times rms(x - x0_hat); so the loss's scale cancels. Rule "time",
 its face guidance: scale sqrt(abar) on the gradient in VP coordinates (published scale: 100 face
-identity, 20 sketch, 0.2 segmentation, 500 landmarks). Time travel is `Schedule.repeats`.
+identity, 20 sketch, 0.2 segmentation, 500 landmarks, all on the unsquared norm, which the command
+line takes there). Time travel is `Schedule.repeats`.
 """
 
 import dataclasses
@@ -76,4 +77,5 @@ def rms(v: Array) -> Array:
 
 def build(settings: Settings, session: Session) -> Guidance:
     """FreeDoM for the measurements of a command. Raises ValueError where there are none."""
-    return guidance(session.need_measurement("freedom").loss(), **vars(settings))
+    loss = session.need_measurement("freedom").loss(squared=settings.rule != "time")
+    return guidance(loss, **vars(settings))

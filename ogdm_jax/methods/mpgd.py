@@ -7,10 +7,16 @@ x0_hat moves and the eps of the unguided prediction stays, as in the released co
 problems (that for faces and style keeps x instead): x_vp' = sqrt(abar') (x0_hat - scale grad) +
 sqrt(1 - abar' - s^2) eps + s noise. So the state moves by the whole of scale grad. There is no
 backward pass through the network: the cheapest guidance of all.
+
+Rule "plain" has one step size for all levels: on the squared residual 0.5 is the exact projection
+of a mask. Rule "released" is that code's: scale / sqrt(abar') on the unsquared norm (its
+configurations have 0.3 for super-resolution and 10 for Gaussian deblurring of 256 pixels).
 """
 
 import dataclasses
 from typing import Any, ClassVar
+
+import jax.numpy as jnp
 
 from ogdm_jax.config import setting
 from ogdm_jax.methods.dps import Descent
@@ -30,11 +36,13 @@ class Settings(Schedule):
 
     Attributes:
       scale: step size.
+      rule: how it changes with the level, see above.
       clip_loss: the loss sees x0_hat clipped to [-1, 1].
     """
 
     GROUP: ClassVar[str] = "mpgd"
-    scale: float = setting(0.5, "step size")
+    scale: float = setting(0.5, "step size, in the rule's unit")
+    rule: str = setting("plain", "how the step size is made", choices=("plain", "released"))
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")
 
 
@@ -54,10 +62,14 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
     def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
         return gradients.at_x0(loss, evaluate, x, chosen.clip_loss)
 
-    rule = Descent(gradient, lambda grad, x, x0_hat, info: scale)
+    def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> float | Array:
+        return scale * jnp.sqrt(1 + info.sigma_next**2) if chosen.rule == "released" else scale
+
+    rule = Descent(gradient, size)
     return Guidance("mpgd", transition=scheduled(rule, chosen))
 
 
 def build(settings: Settings, session: Session) -> Guidance:
     """MPGD for the measurements of a command. Raises ValueError where there are none."""
-    return guidance(session.need_measurement("mpgd").loss(), **vars(settings))
+    loss = session.need_measurement("mpgd").loss(squared=settings.rule == "plain")
+    return guidance(loss, **vars(settings))

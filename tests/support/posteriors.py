@@ -39,7 +39,7 @@ class Known:
     def denoise(self, x, sigma, label=None):
         """E[x0 | x] in the basis where C is diagonal."""
         values, basis = np.linalg.eigh(self.covariance)
-        values, basis = jnp.asarray(values, x.dtype), jnp.asarray(basis, x.dtype)
+        values, basis = jnp.asarray(values, x.dtype)[None], jnp.asarray(basis, x.dtype)
         flat = (x.reshape(len(x), -1) - self.mean) @ basis
         flat = flat * values / (values + column(sigma, flat) ** 2)
         return self.mean + (flat @ basis.T).reshape(x.shape)
