@@ -238,10 +238,20 @@ def fetched(*paths: epath.Path) -> Iterator[list[pathlib.Path]]:
 
 
 def files_below(root: epath.Path) -> list[str]:
-    """The names of all files below a folder, relative to it, with slashes; in no order."""
+    """The names of all files below a folder, relative to it, with slashes; in no order.
+
+    Raises:
+      OSError: a folder below is closed to this user, or cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     if is_local(root):
         here = pathlib.Path(root)
-        return [path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()]
+        walk = os.walk(here, onerror=refuse)
+        paths = (pathlib.Path(at, name) for at, _, names in walk for name in names)
+        return [path.relative_to(here).as_posix() for path in paths if path.is_file()]
     found, top = [], None
     for at, _, names in root.walk():
         at = str(at)

@@ -9,8 +9,6 @@ import math
 import os
 from typing import Any
 
-import numpy as np
-
 from ogdm_jax import places
 
 
@@ -19,7 +17,7 @@ class RecordError(ValueError):
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Valid JSON of nested dicts, lists and numbers, NumPy's among them.
+    """Valid JSON of nested dicts, lists, numbers and arrays.
 
     Args:
       value: what to write. Numbers that are not finite become the words nan, inf, -inf.
@@ -33,7 +31,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
+    if hasattr(value, "tolist"):  # an array, of NumPy or JAX
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -355,3 +355,21 @@ def test_an_error_while_writing_names_the_file_and_leaves_nothing(tmp_path):
         new.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_closed_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    """As root nothing is closed: the listing of one folder fails here."""
+    for name in ("open/a", "closed/b"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    assert sorted(places.files_below(places.place(tmp_path))) == ["closed/b", "open/a"]
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        places.files_below(places.place(tmp_path))

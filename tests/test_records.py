@@ -6,6 +6,7 @@ import errno
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,8 @@ def test_what_is_written_is_valid_and_keeps_what_went_wrong():
     found = strict(records.dumps(value))
     assert found == {"fd": "nan", "3": ["inf", 2], "of": [[0, 1], None]}
     assert math.isnan(float(found["fd"]))
+    values = jnp.asarray([1.0, jnp.nan], jnp.bfloat16)
+    assert strict(records.dumps([values, values[0]])) == [[1.0, "nan"], 1.0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ of them is that files are missing or empty. Nor have those in buckets, whose sto
 checksums itself; to read all of it once more would double the transfer.
 """
 
-import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -89,15 +88,8 @@ def _part(entry: object, index: int) -> list[object]:
 
 def _sizes(step: epath.Path) -> dict[str, int]:
     """{name: bytes} of all files below a local folder. Raises OSError where one is closed to us."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    top, found = pathlib.Path(step), {}
-    for root, _, names in os.walk(top, onerror=refuse):
-        for path in (pathlib.Path(root, name) for name in names):
-            found[path.relative_to(top).as_posix()] = path.stat().st_size
-    return found
+    top = pathlib.Path(step)
+    return {name: (top / name).stat().st_size for name in places.files_below(step)}
 
 
 def _sums(step: epath.Path, names: Sequence[str]) -> dict[str, list[int]]:
