@@ -3,10 +3,12 @@ broken JSON files, kill -9 in the middle of saves. What remains opens, or is ref
 """
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from ogdm_jax.training import arrays, checksums, evaluations, steps
+from ogdm_jax.training import arrays, checksums, evaluations, lock, steps
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights, resumable
 from tests.support import tiny
@@ -253,3 +255,49 @@ def test_the_checksums_cost_little(tmp_path, capsys):
         print(f"\n{size:.0f} MB saved in {whole:.2f} s, of which checksums {listing:.3f} s")
     assert listing < 0.5 * whole
     assert len(json.loads((Path(step) / checksums.NAME).read_text())) > 20
+
+
+TOGETHER = """
+import sys
+from ogdm_jax import cluster, startup
+from ogdm_jax.training import lock, steps
+with cluster.ending_together(), startup.one_sentence():
+    startup.prepare()
+    cluster.join(sys.argv[2], 2, int(sys.argv[3]))
+    with lock.hold(sys.argv[1], print):
+        print("found", steps.newest_whole(sys.argv[1], print), flush=True)
+"""
+
+
+def together(folder) -> list[tuple[int, str]]:
+    """(exit code, output) of the two processes of a run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, folder, address, str(process)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+
+
+def test_the_processes_of_a_run_share_one_lock_and_one_answer(folder):
+    """Process 0 holds the lock and judges the files; the other waits, and takes its answer."""
+    path = next((folder / "checkpoints" / "2" / "state").rglob("manifest.ocdbt"))
+    path.write_bytes(flipped(path.read_bytes(), 100))
+    (_, first), (_, second) = ends = together(folder)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "found 1" in first and "found 1" in second
+    assert "2 is damaged" in first and "damaged" not in second
+    assert not (folder / lock.NAME).exists()
+    with lock.hold(folder):
+        ends = together(folder)
+    assert [code for code, _ in ends] == [1, 1], ends
+    assert "is in use by process" in ends[0][1] and "process 0 of 2 ended" in ends[1][1]

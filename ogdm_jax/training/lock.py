@@ -53,9 +53,9 @@ def hold(
       LockError: another run is at work there.
     """
     lock = Lock(places.place(workdir), field)
-    if jax.process_index() == 0:
-        lock.take(log)
     try:
+        if jax.process_index() == 0:
+            lock.take(log)
         cluster.compare({})  # the others wait here, where no exchange of theirs can time out
         yield lock
     finally:
@@ -127,11 +127,10 @@ class Lock:
         self._ended.set()
         if self._thread is not None:
             self._thread.join(PERIOD)
+        with suppress(OSError):
             found = self._read()
             if found is not None and found[0] is not None and found[0].token == self._me.token:
-                with suppress(OSError):
-                    self._path.unlink(missing_ok=True)
-        self._thread = None
+                self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
         beat = 1
