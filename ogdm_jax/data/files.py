@@ -15,7 +15,7 @@ import numpy as np
 from ogdm_jax.data import identity, labels, listing
 from ogdm_jax.data.base import Stored
 from ogdm_jax.data.labels import SourceError
-from ogdm_jax.data.pictures import HEAD, PictureError, check_size, decode, what_is
+from ogdm_jax.data.pictures import HEAD, LARGE, PictureError, check_size, decode, what_is
 from ogdm_jax.places import files_below, is_local, local, place
 
 # What reading a file or a zip member raises.
@@ -132,8 +132,8 @@ class ZipReader(FolderReader):
             left = os.fstat(file).st_size - start - begin
             data = os.pread(file, min(stored, max(left, 0)), start + begin)
         if method == zipfile.ZIP_DEFLATED:
-            head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEAD)
-            check_size(head, size)
+            if size > LARGE:
+                check_size(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEAD), size)
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(size, 1))
         if len(data) != size or zlib.crc32(data) != checksum:
             raise zipfile.BadZipFile("it is cut short or its checksum is wrong")
@@ -241,12 +241,14 @@ def open_zip(source: str, path: str) -> Stored:
 
 def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
     """The pictures of an open archive."""
-    members, links, twice = {}, 0, 0
+    members, folders, links, twice = {}, [], 0, 0
     for member in archive.infolist():
-        name = labels.plain(member.filename)
+        name, folder = labels.plain(member.filename), member.filename.endswith("/")
         if member.external_attr >> 28 == 0o12:
             links += 1
-        elif not member.is_dir() and name:
+        elif folder and name:
+            folders.append(name)
+        elif name:
             other = members.setdefault(name, member)
             twice += other is not member
             if (other.CRC, other.file_size) != (member.CRC, member.file_size):
@@ -279,7 +281,6 @@ def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
     notes += [f"{twice} members lie twice in the archive: read once"] if twice else []
     if not names:
         _nothing(source, "CLASS/NAME.png or 00000/img00000000.png", notes)
-    folders = [labels.plain(m.filename) for m in archive.infolist() if m.is_dir()]
     tables = [name for name in members if name.split("/")[-1] == _TABLE]
     found = _classes(source, names, folders, tables, table)
     stored = [members[name].filename for name in names]

@@ -37,7 +37,7 @@ _OTHERS = {
 }
 _PIXELS = 6000  # in a byte, that no compression exceeds except of these formats
 _DENSE = ("WEBP", "AVIF", "JPEG2000")
-_LARGE = 64 << 20  # bytes of a file from which its picture's size is asked first
+LARGE = 64 << 20  # bytes of a file from which its picture's size is asked first
 HEAD = 64 << 10  # bytes that are enough for that
 # Pillow warns of half of what it refuses; here what a file says is compared with its bytes.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -108,11 +108,11 @@ def check_size(head: bytes, size: int) -> None:
       head: its first bytes, `HEAD` of them.
       size: in bytes.
     """
-    if size <= _LARGE:
+    if size <= LARGE:
         return
     try:
         with Image.open(io.BytesIO(head), formats=_formats()) as image:
-            fits = size <= _LARGE + 16 * image.width * image.height
+            fits = size <= LARGE + 16 * image.width * image.height
     except (*_UNREADABLE, Image.DecompressionBombError):
         fits = False
     if not fits:
@@ -204,7 +204,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def opacity(content: bytes) -> np.ndarray | None:
     """The alpha channel of a picture that `decode` reads, uint8 [h,w]; None where it has none."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
         image.load()
         if "A" not in image.getbands() and "transparency" not in image.info:
             return None

@@ -20,7 +20,7 @@ KINDS = (
     "cifar10:FILE[?test]",
 )
 MEMORY_LIMIT = 2 << 30
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("ogdm_jax")
 
 
 def open_source(
