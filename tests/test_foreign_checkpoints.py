@@ -97,6 +97,23 @@ AVERAGES = {
             }
         )
     },
+    **{
+        f"{raw} and {average}": lambda d, e, a, raw=raw, average=average: {
+            raw: d(e),
+            average: d(a),
+        }
+        for raw, average in (
+            ("params", "params_ema"),
+            ("netG", "netG_ema"),
+            ("model", "modelEma"),
+            ("model", "EMA"),
+            ("model", "ema_0.9999"),
+            ("weights", "moving_average"),
+            ("state_dict", "swa_state_dict"),
+            ("net", "polyak"),
+            ("net", "averages"),
+        )
+    },
     "Adam's moments by name": lambda d, e, a: {
         "optimizer": {"exp_avg": d(e), "exp_avg_sq": d(e)},
         "model": d(e),
@@ -473,3 +490,35 @@ def test_plain_pickles_of_arrays(tmp_path):
     for protocol in range(6):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps({"params": SMALL, "lr": 1}, protocol))
         same_small(tmp_path / "x.pkl")
+
+
+def test_an_optimiser_under_a_name_of_its_own_is_not_taken(state, tmp_path):
+    """Many small sets of tensors beside the network, which no word tells from weights."""
+    one = np.ones((), "f4")
+    moments = {str(i): {"a": one, "b": one} for i in range(2000)}
+    make = lambda d: {"mine": {k: d(v) for k, v in moments.items()}, "x": {"y": d(state)}}
+    path = saved(tmp_path / "x.pt", make)
+    assert taken(path, state) == "raw"
+    assert set(read_torch(path, entry="mine.1777")) == {"a", "b"}
+    make = lambda d: {
+        "mine": {k: d(v) for k, v in moments.items()},
+        "x": {"y": d(SMALL | {f"c.{i}": one for i in range(9)})},
+    }
+    assert "a.weight" in read_torch(saved(tmp_path / "y.pt", make))
+
+
+def test_words_that_look_like_an_optimisers(state, tmp_path):
+    for name in ("optimized_model", "schedule_free_model", "momentum_encoder"):
+        path = saved(tmp_path / "x.pt", lambda d, name=name: {name: d(state), "lr": 0.1})
+        assert taken(path, state) == "raw"
+    path = saved(tmp_path / "x.pt", lambda d: {"optimizer": d(state)})
+    with pytest.raises(UnsafeFileError, match="no dictionary of tensors .there is: optimizer"):
+        read_torch(path)
+    assert taken(path, state, entry="optimizer") == "raw"
+
+
+def test_several_indexes_of_shards(tmp_path):
+    for name in ("model", "model.fp16"):
+        (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
+    with pytest.raises(UnsafeFileError, match="several indexes of shards; give one: model.fp16"):
+        read_torch(tmp_path)

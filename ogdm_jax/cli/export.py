@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with startup.one_sentence():
         startup.prepare()
+        export.check_out(args.out)
         path = _export(workdir.open_workdir(args.workdir, args.step, args.weights), args)
     print(f"wrote {path} and {export.about_path(path)} ({args.weights})")
 

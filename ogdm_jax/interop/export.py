@@ -5,7 +5,6 @@ The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "preco
 load_state_dict takes them as they are.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from ogdm_jax import places
+from ogdm_jax import places, records
 from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
 from ogdm_jax.interop.settings import check_about
 from ogdm_jax.networks import (
@@ -36,6 +35,14 @@ def about_path(path: str | os.PathLike) -> epath.Path:
     return places.place(path).with_suffix(".json")
 
 
+def check_out(path: str | os.PathLike) -> epath.Path:
+    """The path to export to. Raises ValueError unless it can be written, by this name."""
+    path = places.place(path, "--out")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in .safetensors")
+    return places.writable(path, "--out", file=True)
+
+
 def write(
     path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> epath.Path:
@@ -44,33 +51,31 @@ def write(
     Raises:
       ValueError: path does not end in .safetensors.
     """
-    path = places.place(path, "--out")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in .safetensors")
+    path = check_out(path)
     with places.written(path) as new:
         save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
     with places.written(about_path(path)) as new:
-        new.write_text(json.dumps({"format": FORMAT, **about}, indent=1, sort_keys=True) + "\n")
+        new.write_text(records.dumps(_sorted({"format": FORMAT, **about}), indent=1) + "\n")
     return path
+
+
+def _sorted(value: Any) -> Any:
+    return {k: _sorted(v) for k, v in sorted(value.items())} if isinstance(value, dict) else value
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
     """The JSON file beside an exported .safetensors file, None where there is none.
 
     Raises:
-      ValueError: it is not JSON of this format, or one of its values is out of range.
+      ValueError: it is no JSON of this format, or one of its values is out of range.
     """
     if places.place(path).suffix != ".safetensors" or not about_path(path).is_file():
         return None
-    try:
-        about = json.loads(about_path(path).read_text())
-        known = dict.pop(about, "format") == FORMAT
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    about = records.read(about_path(path), dict, "the JSON beside the weights")
+    if about.pop("format", None) != FORMAT:
         raise ValueError(
-            f'{about_path(path)}: is not what export writes; expected JSON with "format": {FORMAT}'
-        ) from error
-    if not known:
-        raise ValueError(f'{about_path(path)}: is of another format; expected "format": {FORMAT}')
+            f'{about_path(path)}: is not what export writes; expected "format": {FORMAT}'
+        )
     check_about(about, f"{about_path(path)}: ")
     return about
 

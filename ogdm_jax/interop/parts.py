@@ -32,13 +32,16 @@ PREFERRED = (
     "net",
     "network",
 )
-_AVERAGED = re.compile(r"(^|_)(ema|emas|avg|averaged?|averaging|swa|shadow|polyak)(_|\d|$)")
+_AVERAGED = re.compile(r"emas?\d*|avg|averag\w*|swa|shadow|polyak")
 _NO_WEIGHTS = re.compile(
-    r"(^|_)(optim\w*|opts?|adamw?|exp_avgs?|exp_avg_sqs?|moments?|momentum\w*|grads?|gradients?|"
-    r"scheduler\w*|scaler|collected|backup|callbacks|loops)(_|$)"
+    r"(^|_)(optim|optimi[sz]ers?|opts?|adamw?|exp_avgs?|exp_avg_sqs?|moments?|momentum(?=$|_buffer)|"
+    r"grads?|gradients?|schedulers?|scaler|collected(_params)?|backup|callbacks|loops)(_|$)"
 )
 # wrappers that stand inside names
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_(fsdp|checkpoint)_wrapped_module|_fpw_module)\.")
+_PER_CHILD = 100  # bytes, about
+_MOST_PARTS = 500  # that are looked at closely, those with the most tensors
+_MOST_PREFIXES = 64  # of a part, with a known network under each
 _SHARDS = ("ShardedTensor", "DTensor")
 Leaf = Tensor | NumpyArray | Odd
 
@@ -71,10 +74,14 @@ class Part:
     @property
     def averaged(self) -> bool:
         """Whether a step of the way, or a count beside them, says that these are averages."""
-        words = re.split(r"[./]", self.entry.lower())
-        return "n_averaged" in self.beside or (
-            any(map(_AVERAGED.search, words)) and not words[-1].startswith("online")
-        )
+        words = re.split(r"[^a-z0-9]+", _spaced(self.entry))
+        online = _spaced(self.entry.rpartition(".")[2]).startswith("online")
+        return "n_averaged" in self.beside or (any(map(_AVERAGED.fullmatch, words)) and not online)
+
+
+def _spaced(words: str) -> str:
+    """In small letters, netEma as net_ema."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
 
 
 def choose(
@@ -96,6 +103,9 @@ def choose(
       UnsafeFileError: there is no such part, or several without an entry that chooses one.
     """
     parts = list(_parts(root, budget, everything=entry is not None))
+    if len(parts) > _MOST_PARTS:  # of an optimiser under a name of its own
+        least = sorted(len(part.names) for part in parts)[-_MOST_PARTS]
+        parts = [p for p in parts if len(p.names) > least or _leads(p.path, entry)][:_MOST_PARTS]
     found = [candidate for part in parts for candidate in _candidates(part)]
     found, unmatched = _averages(found)
     if entry is not None:
@@ -116,7 +126,7 @@ def choose(
         raise UnsafeFileError(f"it holds no dictionary of tensors (there is: {_listing(root, [])})")
     ranks = [_rank(part) for part in pool]
     chosen = pool[ranks.index(min(ranks))]
-    if ranks.count(min(ranks)) > 1 and any(part.names != chosen.names for part in pool):
+    if ranks.count(min(ranks)) > 1 and not all(_same(part, chosen) for part in pool):
         raise UnsafeFileError(
             "it holds several parts with tensors, choose one with entry=... (--entry on a command "
             f"line; there is: {_entries(pool)})"
@@ -128,6 +138,19 @@ def choose(
             "its tensors are FSDP's flattened ones; save it with StateDictType.FULL_STATE_DICT"
         )
     return chosen, [part for part in found if part is not chosen and part.kind == chosen.kind]
+
+
+def _leads(path: str, entry: str | None) -> bool:
+    """Whether one of them is on the way to the other."""
+    ways = f"{path}.", f"{entry}."
+    return entry is not None and (ways[0].startswith(ways[1]) or ways[1].startswith(ways[0]))
+
+
+def _same(part: Part, other: Part) -> bool:
+    """Whether both are the same objects."""
+    return part.names.keys() == other.names.keys() and all(
+        leaf is other.names[name] for name, leaf in part.names.items()
+    )
 
 
 def _rank(part: Part) -> int:
@@ -189,18 +212,18 @@ def _parts(root: Any, budget: Budget, everything: bool = False) -> Iterator[Part
             yield Part(path, "", None, names, node)
         if depth == _MAX_STEPS:
             continue
-        below = [
-            (f"{path}.{key}" if path else key, value, depth + 1)
-            for key, value in _children(node)
-            if everything or not _unwanted(key, value)
-        ]
+        below = []
+        for key, value in _children(node):
+            if everything or not _unwanted(key, value):
+                budget.charge(len(path) + len(key) + _PER_CHILD)
+                below.append((f"{path}.{key}" if path else key, value, depth + 1))
         pending.extend(reversed(below))
 
 
 def _unwanted(key: str, value: Any) -> bool:
     """Whether this is an optimiser, its moments, or what else keeps tensors that are no weights."""
     keys = set(value) if isinstance(value, dict) and len(value) < MAX_NAME else set()
-    return bool(_NO_WEIGHTS.search(key.lower())) or {"state", "param_groups"} <= keys
+    return bool(_NO_WEIGHTS.search(_spaced(key))) or {"state", "param_groups"} <= keys
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -307,6 +330,8 @@ def _candidates(part: Part) -> Iterator[Part]:
     places = recognise.places(names)
     if not places:
         yield dataclasses.replace(part, names=names)
+    if len(places) > _MOST_PREFIXES:
+        raise UnsafeFileError(f"known networks lie under {len(places)} prefixes of its names")
     for prefix, kind in places:
         inner = (
             f"{prefix}model." if any(n.startswith(f"{prefix}model.enc.") for n in names) else prefix
@@ -338,7 +363,8 @@ def _without_dots(
     part: Part, names: Mapping[str, Leaf], prefix: str, kind: str, own: Mapping[str, Leaf]
 ) -> Iterator[Part]:
     """Averages that keep a.b.weight as model_ema.abweight (LitEma); buffers are the network's."""
-    for first in {name.partition(".")[0] for name in names if name.count(".") == 1}:
+    firsts = {name.partition(".")[0] for name in names if name.count(".") == 1}
+    for first in sorted(f for f in firsts if Part("", f, None, {}).averaged)[:_MOST_PREFIXES]:
         for depth in range(prefix.count(".") + 1):
             whole = ".".join(prefix.split(".")[depth:])
             theirs = {name: f"{first}.{(whole + name).replace('.', '')}" for name in own}

@@ -120,7 +120,7 @@ def is_buffer(name: str) -> bool:
 def is_extra(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor that a network has no place for can be left out: counts, tables of noise."""
     leaf = name.rpartition(".")[2]
-    if len(shape) > 1 or leaf in _WEIGHTS:
+    if max(shape, default=1) < math.prod(shape) or leaf in _WEIGHTS:
         return False
     return math.prod(shape) <= 1 or bool(_EXTRA.fullmatch(leaf[:80]))
 

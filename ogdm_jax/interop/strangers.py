@@ -99,8 +99,11 @@ def shards(path: Path) -> dict[str, list[str]]:
         folder is.
     """
     found = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else [path]
-    if len(found) != 1:
+    if not found:
         raise UnsafeFileError(_folder_kind(path))
+    if len(found) > 1:
+        listed = ", ".join(quote(file.name) for file in found[:8])
+        raise UnsafeFileError(f"it is a folder with several indexes of shards; give one: {listed}")
     try:
         listed = records.read(found[0], dict).get("weight_map")
     except records.RecordError as error:

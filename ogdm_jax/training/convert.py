@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax import models
 from ogdm_jax.config import Config
@@ -93,7 +94,8 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
         raise ValueError(
             f"{source}: no configuration describes its {', '.join(differ)}; use load_pretrained"
         )
-    params, buffers = found.variables["params"], found.variables.get("buffers", {})
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), found.variables)
+    params, buffers = variables["params"], variables.get("buffers", {})
     tx, _ = optim.optimiser(config)
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))

@@ -86,7 +86,12 @@ def costly() -> dict[str, tuple[bytes, str]]:
         + tf.emit("Linear")
         + b"\x940("
     )
+    wide = b"\x80\x04}\x940" + tf.emit("k" * 500) + b"\x940" + b"}h\x01" * 9
+    wide += b"(" + b"h\x00" * 50_000 + b"l" + b"s" * 9 + b"."
+    flood = {f"{i}.enc.4x4_conv.weight": book.tensor(ones) for i in range(200)}
     return {
+        "paths_of_children.pkl": (wide, "contents unfold"),
+        "prefixes.pt": (zip_file(flood, book), "known networks lie under 200 prefixes"),
         "device_of_lists.pkl": (device, "a torch.device is something else"),
         "latin1_again.pkl": (
             _again(Name("_codecs", "encode"), ("x" * 100_000, "latin1"), 2000),
