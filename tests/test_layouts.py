@@ -108,11 +108,19 @@ def test_postscript_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "splits", [("train", "val"), ("train", "test", "valid"), ("Test", "Train")]
+    "splits",
+    [
+        ("train", "val"),
+        ("train", "test", "valid"),
+        ("Test", "Train"),
+        ("train2017", "val2017"),
+        ("training_set", "test_set"),
+        ("train", "val", "cat"),
+    ],
 )
 def test_splits_are_no_classes(tmp_path, splits):
     name = folder(tmp_path / "set", [f"{split}/{c}/1.png" for split in splits for c in ("a", "b")])
-    train = next(split for split in splits if split.lower() == "train")
+    train = next(split for split in splits if split.lower().startswith("train"))
     with pytest.raises(SourceError, match="splits.*no classes") as caught:
         open_source(name)
     shown = str(caught.value).split("open one of them: ")[1]
@@ -120,6 +128,18 @@ def test_splits_are_no_classes(tmp_path, splits):
     assert open_source(shown).class_names == ("a", "b")  # the advice works
     with pytest.raises(SourceError, match="unpack it and open one of them"):
         open_source(archive(tmp_path / "a.zip", [f"top/{s}/a/1.png" for s in splits]))
+
+
+def test_one_folder_is_one_class_and_said(tmp_path):
+    source = open_source(folder(tmp_path, ["train/1.png", "train/2.png"]))
+    assert source.notes == ("has one class only, the folder 'train'",)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    """A shell expands ~ at the beginning of a word only."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder(tmp_path / "images", ["a.png"])
+    assert len(open_source("folder:~/images")) == 1
 
 
 def test_number_folders_have_the_order_of_numbers(tmp_path):

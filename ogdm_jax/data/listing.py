@@ -18,10 +18,10 @@ _SYSTEM = frozenset(
     "#recycle #snapshot".split(" ")
 ) | {"system volume information"}
 _LEFTOVERS = (".bak", "~", ".tmp", ".part", ".crdownload", ".orig", ".old", ".swp", ".download")
-_SPLITS = frozenset(
-    "train training val valid validation dev test testing eval holdout extra unlabeled "
-    "unlabelled".split()
-)
+# Folders that are parts of a set, as train, train2017, val_images, test-set; no classes.
+_PART = r"[-_]?(images?|imgs?|sets?|data|split|[0-9]+)?"
+_TRAIN = re.compile(rf"train(ing)?{_PART}", re.IGNORECASE)
+_OTHER = re.compile(rf"(val(id(ation)?)?|dev|test(ing)?|eval|holdout){_PART}", re.IGNORECASE)
 _SNIFFED = 16  # files of an unknown ending that are looked into before the rest is left out
 
 
@@ -158,12 +158,14 @@ def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:
             f"{source}: has images both at its top ({names[tops.index('')]}) and in sub-folders; "
             "put every image in a class's sub-folder"
         )
-    if len(found) > 1 and all(top.lower() in _SPLITS for top in found):
+    trains = [top for top in found if _TRAIN.fullmatch(top)]
+    others = [top for top in found if _OTHER.fullmatch(top)]
+    if trains and others or len(found) == len(others) > 1:
         kind, _, path = source.partition(":")
-        first = next((top for top in found if top.lower().startswith("train")), found[0])
+        first = (trains or others)[0]
         folder = f"{path.rstrip('/').removesuffix('.zip')}/{names[0][:start]}{first}"
         raise SourceError(
-            f"{source}: its sub-folders are splits ({', '.join(found)}), no classes; "
+            f"{source}: its sub-folders are splits ({', '.join(trains + others)}), no classes; "
             f"{'' if kind == 'folder' else 'unpack it and '}open one of them: folder:{folder}"
         )
     if all(re.fullmatch("[0-9]{5}", top) for top in found) and all(
@@ -176,6 +178,8 @@ def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:
             notes.append(f"its folders are not numbered from 0 without gaps: folder {other[0]}")
     inside = {folder[start:].split("/")[0] for folder in folders if len(folder) > start}
     notes += _left_out(sorted(inside - {*found, ""}), "sub-folders without pictures: no classes")
+    if len(found) == 1:
+        notes.append(f"has one class only, the folder {found[0]!r}")
     deep = [name for name in names if name.count("/", start) > 1]
     if deep:
         notes.append(

@@ -248,8 +248,8 @@ def with_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
     if channels == 1 and (image == image[..., :1]).all():
         return image[..., :1]
     raise PictureError(
-        "has colour where grey images are expected; make it grey, or pass channels=3 to make every "
-        "image RGB"
+        "has colour where grey images are expected; make it grey, or make every image RGB by "
+        "--config.data.channels=3 (train.py) or --channels 3 (ogdm data)"
     )
 
 

@@ -155,7 +155,8 @@ def _path(name: str, rest: str, data_dir: str | os.PathLike | None) -> str:
             f"{name.partition(':')[0]}:PATH"
         )
     try:
-        path = places.join(data_dir, rest)
+        # A shell leaves the ~ of folder:~/images to us.
+        path = places.join(data_dir, os.path.expanduser(rest))
         places.place(path.partition("?")[0], name)
     except places.PlaceError as error:
         raise SourceError(str(error)) from None
