@@ -118,7 +118,7 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
         "data.resolution",
         config.data.resolution,
         f"square images with a side that {levels} divides ({len(net.channel_mult)} levels), and "
-        f"these are {width} x {height}: {pixels.crop_all(side)}{fewer * (levels > 1)}",
+        f"these are {width} x {height}: {pixels.crop_all(side)}{fewer * (height == width)}",
     )
     conditional = config.data.conditional
     require(

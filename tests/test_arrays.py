@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import warnings
 import zipfile
 
@@ -10,7 +11,7 @@ import pytest
 
 from ogdm_jax import pixels as ranges
 from ogdm_jax.data import SourceError, from_arrays, open_source
-from tests.support.sets import pixels
+from tests.support.sets import encoded, pixels
 
 pytestmark = pytest.mark.fast
 
@@ -70,6 +71,13 @@ def test_other_arrays_of_a_file_are_named_and_not_read(tmp_path):
     np.savez(tmp_path / "a.npz", image=GOOD, images=GOOD, extra=np.array([{}], object), seeds=[1])
     source = open_source(f"npz:{tmp_path}/a.npz")
     assert source.notes == ("reads no other arrays than 'image': images, extra",)
+
+
+@pytest.mark.parametrize("content", [encoded(), pickle.dumps([1]), b"words " * 20])
+def test_other_files_are_no_arrays(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(SourceError, match="no readable .npz of plain arrays \\(it does not begin"):
+        open_source(f"npz:{tmp_path}/a.npz")
 
 
 class _Evil:

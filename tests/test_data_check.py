@@ -209,6 +209,7 @@ def test_a_size_that_does_not_fit_is_refused_with_what_to_give(tmp_path, shape, 
     assert "data.resolution" in said and "square images" in said
     assert f"{shape[1]} x {shape[0]}" in said and f"--config.data.resolution={side} " in said
     assert f"ogdm data prepare SOURCE --resolution {side} " in said
+    assert ("fewer levels" in said) == (shape[0] == shape[1])
     assert models.build(config, open_source(name, resolution=side).shape, 0)  # the advice works
     assert main(["prepare", name, "--resolution", str(side), "--out", f"{tmp_path}/b.zip"]) == 0
     assert models.build(config, open_source(f"zip:{tmp_path}/b.zip").shape, 0)

@@ -143,10 +143,13 @@ def _load(name: str, file: str, everything: bool) -> tuple[dict[str, np.ndarray]
     roles = (_IMAGE_KEYS, _LABEL_KEYS, _NAME_KEYS)
     try:
         with path.open("rb") as handle:
-            if handle.read(len(_NPY)) == _NPY:
+            begins = handle.read(len(_NPY))
+            if begins == _NPY:
                 _check_header(handle, path.stat().length)
                 handle.seek(0)
                 return {"image": np.load(handle)}, []
+            if not begins.startswith(b"PK"):  # numpy would advise to run it as a pickle
+                raise ValueError("it does not begin as one")
             handle.seek(0)
             with np.load(handle) as archive:
                 keys = list(archive.files)
