@@ -1,6 +1,7 @@
 """What every command line does before JAX starts, and how it ends on bad input."""
 
 import errno
+import io
 import logging
 import os
 import select
@@ -39,6 +40,8 @@ def prepare() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ogdm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log in a file has all lines of a killed run
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs dozens of lines a save
 
 

@@ -38,6 +38,13 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return out
 
 
+def refusal(out: str) -> str:
+    """The one sentence of a command that ended before it did anything."""
+    *before, sentence = out.splitlines()
+    assert not before or [line[:14] for line in before] == ["without effect"], out
+    return sentence
+
+
 def wait_for_checkpoint(workdir, process, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
@@ -111,10 +118,10 @@ def trained(tmp_path_factory):
 
 def test_workdir_of_another_configuration_is_refused(trained):
     out = finish(start(trained, "network.model_channels=16", PLAIN), code=1)
-    assert out.startswith(
+    sentence = refusal(out)
+    assert sentence.startswith(
         "error: --workdir holds a run of another configuration: network.model_channels"
     )
-    assert out.count("\n") == 1
 
 
 def test_damaged_checkpoint_is_one_sentence_and_nothing_is_lost(trained, tmp_path):
@@ -167,7 +174,7 @@ def test_a_misfit_to_fine_tune_is_one_sentence_of_the_process_and_leaves_nothing
         start(tmp_path / "new", f"init.workdir={trained}", "network.model_channels=16", PLAIN),
         code=1,
     )
-    assert out.startswith("error: config.init.workdir: checkpoint ") and out.count("\n") == 1
+    assert refusal(out).startswith("error: config.init.workdir: checkpoint ")
     assert not (tmp_path / "new").exists()
 
 
@@ -199,4 +206,4 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(trained, tmp
         PLAIN,
     )
     out = finish(start(bad, *flags), code=1)
-    assert "error: loss" in out and "newest good checkpoint is step" in out
+    assert "error: the state after step 1 is not finite; no step before it is saved" in out

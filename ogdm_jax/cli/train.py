@@ -6,7 +6,8 @@
     ogdm train --config configs/NAME.py --plan-for v5e:2x4      what it will need, from the compiler
 
 `python train.py` is the same. Run the same command again to resume. Ctrl-C and SIGTERM save and
-exit 0.
+end with exit code 0 (--stopped-code); a second one ends at once, without saving, with 128 + its
+number. Errors end with 1.
 """
 
 import argparse
@@ -40,6 +41,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     )
     parser.add_argument(
         "--profile", default="", metavar="FIRST,LAST", help="trace these steps into WORKDIR/profile"
+    )
+    parser.add_argument(
+        "--override",
+        action="store_true",
+        help="resume with settings, or data, that a person may decide to change "
+        "(WORKDIR/history.jsonl keeps which)",
     )
     parser.add_argument(
         "--stopped-code",
@@ -105,7 +112,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         if vain and not args.process:
             print(vain, flush=True)
         task = discriminator if config.task == "discriminator" else loop
-        task.train(config, workdir, profile=steps)
+        task.train(
+            config,
+            workdir,
+            profile=steps,
+            override=args.override,
+            stopped_code=args.stopped_code,
+        )
 
 
 def _summary(config: configs.Config, workdir: str) -> str:

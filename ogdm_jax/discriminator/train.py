@@ -22,12 +22,14 @@ def train(
     workdir: str | os.PathLike,
     log: Callable[[str], None] = print,
     profile: profile.Steps | None = None,
+    override: bool = False,
+    stopped_code: int = 0,
 ) -> tuple[DiscriminatorRun, TrainState]:
     """Trains the discriminator of a configuration with a group dg.
 
     Arguments, what is returned and what is raised are those of `loop.train`.
     """
-    run, state = loop.train(config, workdir, log, TASK, profile)
+    run, state = loop.train(config, workdir, log, TASK, profile, override, stopped_code)
     return cast(DiscriminatorRun, run), state
 
 

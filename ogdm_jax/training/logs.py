@@ -16,10 +16,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from ogdm_jax import places
+from ogdm_jax import places, records, startup
 
+METRICS = "metrics.jsonl"
+REPLACED = "metrics.replaced.jsonl"  # lines of steps that a resumed run makes again
 UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to
 _SHOWN = ("accuracy", "grad_norm", "learning_rate")  # on the log line, after the losses
+
+
+class LogError(ValueError):
+    """The log cannot be written; one sentence names the file."""
 
 
 class Interval:
@@ -58,12 +64,14 @@ class Interval:
             "images_per_second": images / max(self.restart(), 1e-9),
         }
 
-    def bad_loss(self) -> tuple[str, float] | None:
-        """Name and value of a loss that was not finite in this interval; waits for the device."""
-        for metrics in self._steps:
+    def bad_loss(self) -> tuple[str, float, int] | None:
+        """Name and value of the first loss that was not finite in this interval, and how many steps
+        ago that was (0: the last one); waits for the device.
+        """
+        for number, metrics in enumerate(self._steps):
             for name, value in metrics.items():
                 if _is_loss(name) and not math.isfinite(float(np.asarray(value))):
-                    return name, float(np.asarray(value))
+                    return name, float(np.asarray(value)), len(self._steps) - 1 - number
         return None
 
     def means(self) -> dict[str, float]:
@@ -96,8 +104,17 @@ class Writer:
     writer is closed.
     """
 
-    def __init__(self, workdir: epath.Path, tensorboard: bool, lead: bool) -> None:
-        """A process that does not lead writes nothing."""
+    def __init__(
+        self, workdir: epath.Path, tensorboard: bool, lead: bool, step: int | None = None
+    ) -> None:
+        """A process that does not lead writes nothing.
+
+        Args:
+          workdir: the training folder.
+          tensorboard: whether events are written, too.
+          lead: whether this process leads.
+          step: where the run goes on; lines of later steps are moved to REPLACED.
+        """
         self._target, self._copied = workdir, time.monotonic()
         self._file = self._events = self._local = None
         if not lead:
@@ -107,62 +124,141 @@ class Writer:
         if not places.is_local(workdir):
             self._local = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._local.name)
-            if (workdir / "metrics.jsonl").exists():
-                (workdir / "metrics.jsonl").copy(epath.Path(folder) / "metrics.jsonl")
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # only where events are wanted
-
-            self._events = SummaryWriter(str(folder / "events"), flush_secs=10)
+            for name in (METRICS, REPLACED):
+                if (workdir / name).exists():
+                    (workdir / name).copy(epath.Path(folder) / name)
+        with self._told():
+            if (folder / METRICS).exists():
+                mend(folder / METRICS, step)
+            self._file = open(folder / METRICS, "a", buffering=1)  # noqa: SIM115 - closed by close()
+            if tensorboard:
+                self._events = _Events(folder / "events")
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(LogError):  # the first error is the one to be read
+                self.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the numbers of a step to metrics.jsonl and to TensorBoard."""
+        """Writes the numbers of a step to metrics.jsonl and to TensorBoard.
+
+        Raises:
+          LogError: it cannot be written.
+        """
         if self._file is None:
             return
-        # JSON has no nan and no inf.
-        finite = {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-        if time.monotonic() - self._copied > UPLOAD:
-            self._copy()
+        with self._told():
+            self._file.write(records.dumps({"step": step, **values}) + "\n")
+            if self._events is not None:
+                self._events.scalars(step, values)
+            if time.monotonic() - self._copied > UPLOAD:
+                self._copy()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [h,w,c] picture for TensorBoard."""
         if self._events is not None:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            with self._told():
+                self._events.image(step, name, image)
 
     def close(self) -> None:
-        """Ends the files, and copies them to a bucket."""
-        if self._events is not None:
-            self._events.close()
-        if self._file is not None:
-            self._file.close()
-        self._copy()
-        if self._local is not None:
-            self._local.cleanup()
-        self._file = self._events = self._local = None
+        """Ends the files, and copies them to a bucket. Raises LogError as `write`."""
+        file, events, local = self._file, self._events, self._local
+        self._file = self._events = None
+        with self._told():
+            try:
+                for part in filter(None, (events, file)):
+                    part.close()
+                self._copy()
+            finally:
+                if local is not None:
+                    local.cleanup()
+                self._local = None
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the disk become one sentence with the place."""
+        try:
+            yield
+        except OSError as error:
+            place = OSError(error.errno, error.strerror, str(self._target))
+            raise LogError(f"the log cannot be written: {startup.sentence_of(place)}") from error
 
     def _copy(self) -> None:
         """Copies the files to a bucket, if they are meant for one."""
         self._copied = time.monotonic()
         if self._local is None:
             return
-        if self._events is not None:
-            self._events.flush()
         places.mirror(pathlib.Path(self._local.name), self._target)
         self._copied = time.monotonic()
 
 
-def line(step: int, values: Mapping[str, float]) -> str:
-    """One log line: step, kimg, images/s, then every loss and what _SHOWN names, where present."""
+class _Events:
+    """TensorBoard's events, written in this thread: tensorboardX's own writer has another one, in
+    which an error is a traceback and, later, a queue that nobody empties.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        from tensorboardX import event_file_writer, summary  # only where events are wanted
+
+        folder.mkdir(parents=True, exist_ok=True)
+        protocol: Any = event_file_writer.event_pb2  # its names are made at run time
+        self._summary, self._event = summary, protocol.Event
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        self._file.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, self._summary.scalar(name, value))
+        self._file.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._add(step, self._summary.image(name, image, dataformats="HWC"))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, step: int, part: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=part))
+
+
+def mend(path: pathlib.Path, step: int | None = None) -> None:
+    """Makes a metrics.jsonl whole that a killed run left: a torn last line is dropped, and lines of
+    steps after `step`, which are made again, go to REPLACED beside it.
+    """
+    raw = path.read_bytes()
+    kept, replaced = [], []
+    for line in raw.splitlines():
+        number = _step_of(line)
+        if number is not None:
+            (kept if step is None or number <= step else replaced).append(line)
+    whole = b"".join(line + b"\n" for line in kept)
+    if replaced:
+        with open(path.with_name(REPLACED), "ab") as file:
+            file.writelines(line + b"\n" for line in replaced)
+    if whole != raw:
+        with places.written(epath.Path(path)) as new:
+            new.write_bytes(whole)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None where it is torn."""
+    try:
+        number = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return number if isinstance(number, int) else None
+
+
+def line(step: int, values: Mapping[str, float], left: float | None = None) -> str:
+    """One log line: step, kimg, images/s, then every loss and what _SHOWN names, where present, and
+    how many seconds are `left`.
+    """
     head = (
         f"step {step}  {values.get('kimg', 0.0):.1f} kimg  "
         f"{values.get('images_per_second', 0.0):.0f} images/s"
@@ -170,4 +266,16 @@ def line(step: int, values: Mapping[str, float]) -> str:
     names = [*filter(_is_loss, values), *(name for name in _SHOWN if name in values)]
     shown = [f"{name.replace('loss/', '')} {values[name]:.4g}" for name in names]
     bad = values.get("grad_nonfinite", 0.0)
-    return "  ".join([head, *shown] + ([f"non-finite gradients {bad:.0f}"] if bad else []))
+    shown += [f"non-finite gradients {bad:.0f}"] if bad else []
+    return "  ".join([head, *shown] + ([f"{duration(left)} left"] if left and left >= 1 else []))
+
+
+def duration(seconds: float) -> str:
+    """A time in words: "40 s", "12 min", "3 h 20 min", "2 d 5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -6,36 +6,36 @@ config.init.workdir, else fresh.
 """
 
 import dataclasses
-import functools
 import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 
-from ogdm_jax import cluster, parallel, places
+import ogdm_jax
+from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs, resume
+from ogdm_jax.training import logs, opening, resume, steps
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, complete, describe, find, load_weights
-from ogdm_jax.training.evaluate import check_evaluation, note
+from ogdm_jax.training.checkpoint import (
+    Checkpoints,
+    Snapshot,
+    find,
+    load_weights,
+    resumable,
+)
+from ogdm_jax.training.evaluate import check_evaluation
+from ogdm_jax.training.inner import Loop, NotFinite, no_log
 from ogdm_jax.training.partial import fitting_weights
-from ogdm_jax.training.signals import stop_signals
+from ogdm_jax.training.signals import StopSignals
 from ogdm_jax.training.state import TrainState, copy
 from ogdm_jax.training.task import DENOISER, Batches, Log, Task
 from ogdm_jax.typing import PyTree
 
+__all__ = ["NotFinite", "train"]
 Initial = tuple[PyTree, PyTree, str]  # (params, buffers) of a checkpoint, and what to say of them
-
-
-class NotFinite(RuntimeError):
-    """A loss became nan or infinite; the message names it, the step, and the checkpoint that is
-    still good.
-    """
 
 
 def train(
@@ -44,6 +44,8 @@ def train(
     log: Log = print,
     task: Task[Any] | None = None,
     profile: profiles.Steps | None = None,
+    override: bool = False,
+    stopped_code: int = 0,
 ) -> tuple[runs.Run, TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
 
@@ -53,42 +55,76 @@ def train(
       log: gets the lines of the log, in the lead process.
       task: what is trained; None trains a denoiser.
       profile: the (first, last) step of which a trace is written to workdir/profile.
+      override: whether settings that a person may decide may differ from the folder's.
+      stopped_code: the exit code after a signal, where the process has to be ended from a thread.
 
     Returns:
       The run and its last state.
 
     Raises:
-      ConfigError, SourceError, CheckpointError: bad settings, data or checkpoint, before anything
-        is compiled.
-      NotFinite: a loss is not finite; the last good checkpoint is kept.
+      ConfigError, SourceError, CheckpointError, LockError: bad settings, data or checkpoint, or
+        another run in the folder, before anything is compiled.
+      NotFinite: a loss or the state is not finite; the last good checkpoint is kept.
+      LogError, CheckpointError: the log or a checkpoint cannot be written.
       cluster.Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     task, workdir = task or DENOISER, places.workdir(workdir)
     cluster.compare(_shared_settings(config, workdir))
     places.writable(workdir, "--workdir", keep=jax.process_count() > 1)
-    plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
-    check_evaluation(config)
-    resumes = (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
-    if resumes:
-        resume.check(workdir, find(workdir), config, discovery.settings_types())
-    run = task.build(config, plan, workdir, log)
-    profiles.check(profile, run.steps)
-    # Read before the loop writes anything.
-    initial = _initial_weights(run) if config.init.workdir and not resumes else None
-    lead = jax.process_index() == 0
+    log = log if jax.process_index() == 0 else no_log
     cluster.keep_safe(lambda: _how_to_go_on(workdir))
     with (
+        StopSignals(log, stopped_code) as stop,
+        stop.may_leave("nothing has been trained since the last save, leaving"),
+        resume.held(workdir, log),
+    ):
+        stop.farewell = lambda: log(f"stopped; {_how_to_go_on(workdir)}")
+        plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
+        check_evaluation(config)
+        newest = resumable(workdir, log)
+        found = resume.goes_on_from(workdir, newest, config.init.step)
+        types = discovery.settings_types()
+        decided = resume.check(workdir, found, config, types, override) if found else {}
+        run = task.build(config, plan, workdir, log)
+        profiles.check(profile, run.steps)
+        shapes = jax.eval_shape(run.create, run.key)
+        _check_resumed(run, found, shapes, decided, override, log)
+        # Read before the loop writes anything.
+        initial = _initial_weights(run, shapes) if config.init.workdir and not found else None
+        if jax.process_index() == 0 and found != newest:
+            resume.set_aside(workdir, found, log)
+        cluster.compare({"where the run goes on": found.step if found else None})
+        if found and decided and jax.process_index() == 0:
+            resume.note(workdir, found.step, "override", changed=decided)
+        words = opening.lines(run, shapes, workdir, _begins(found, initial))
+        log("\n".join(words))
+        return run, _loop(run, task, workdir, profile, stop, log, found, initial)
+
+
+def _loop(
+    run: runs.Run,
+    task: Task[Any],
+    workdir: epath.Path,
+    profile: profiles.Steps | None,
+    stop: StopSignals,
+    log: Log,
+    found: Snapshot | None,
+    initial: Initial | None,
+) -> TrainState:
+    """Opens what the loop writes to, and runs it."""
+    config, lead = run.config, jax.process_index() == 0
+    step = found.step if found else 0
+    with (
         _checkpoints(config, workdir) as saved,
-        logs.Writer(workdir, config.log.tensorboard, lead) as writer,
+        logs.Writer(workdir, config.log.tensorboard, lead, step) as writer,
         profiles.Profiler(profile if lead else None, workdir, log) as profiler,
-        stop_signals() as stopped,
     ):
         batches = task.batches(run)
-        state = _first_state(run, saved, batches, initial, log)
+        state = _first_state(run, saved, batches, found, initial)
         if lead:
             with places.written(workdir / "config.json") as new:
                 new.write_text(configs.to_json(config))
-        loop = _Loop(
+        loop = Loop(
             run=run,
             batches=batches,
             watch=task.watch(run, workdir, writer),
@@ -96,11 +132,42 @@ def train(
             saved=saved,
             writer=writer,
             profiler=profiler,
-            stopped=stopped,
+            stop=stop,
             workdir=workdir,
-            log=log if lead else _log_nothing,
+            log=log,
+            state=state,
+            kept=found.step if found else None,
         )
-        return run, loop.run_from(state)
+        return loop.run_to_end()
+
+
+def _check_resumed(
+    run: runs.Run,
+    found: Snapshot | None,
+    shapes: TrainState,
+    decided: resume.Changes,
+    override: bool,
+    log: Log,
+) -> None:
+    """Refuses data and states that are not the run's; compares the data of all processes."""
+    data_set = data.fingerprint(run.source)
+    cluster.compare({f"the data set's {key}": value for key, value in data_set.items()})
+    if not found:
+        return
+    other = resume.check_data(found, data_set, override)
+    if decided:
+        resume.check_state(found, shapes, decided)
+        log(f"--override: {resume.spelled(decided)}, from step {found.step} on")
+    if other:
+        decided["data.source"] = (dict(found.data_set), data_set)
+        log(f"--override: another data set ({other}), from step {found.step} on")
+
+
+def _begins(found: Snapshot | None, initial: Initial | None) -> str:
+    """How a run begins."""
+    if found:
+        return f"resumed from step {found.step}"
+    return initial[-1] if initial else "a new run"
 
 
 def _checkpoints(config: configs.Config, workdir: epath.Path) -> Checkpoints:
@@ -113,198 +180,58 @@ def _shared_settings(config: configs.Config, workdir: epath.Path) -> dict[str, A
     """What every process of a run has to have alike; their data may lie at different places."""
     flat = configs.flatten(config).items()
     settings = {f"config.{key}": value for key, value in flat if key != "data.data_dir"}
-    return settings | {"--workdir": str(workdir), "the version of jax": jax.__version__}
+    return settings | {
+        "--workdir": str(workdir),
+        "the version of jax": jax.__version__,
+        "the version of ogdm_jax": ogdm_jax.__version__,
+    }
 
 
 def _how_to_go_on(workdir: epath.Path) -> str:
     """How a run goes on after one of its processes died, for the last sentence of the others."""
-    steps = complete(workdir)
-    if not steps:
+    several = " in all processes" if jax.process_count() > 1 else ""
+    done = steps.complete(workdir)
+    if not done:
         return (
-            f"no checkpoint in {workdir} is complete yet; the same command in all processes starts "
-            "afresh"
+            f"no checkpoint in {workdir} is complete yet; the same command{several} starts afresh"
         )
-    return (
-        f"step {steps[-1]} in {workdir} is safe; the same command in all processes goes on from "
-        "there"
-    )
+    return f"step {done[-1]} in {workdir} is safe; the same command{several} goes on from there"
 
 
-def _initial_weights(run: runs.Run) -> Initial:
+def _initial_weights(run: runs.Run, shapes: TrainState) -> Initial:
     """The weights that fine-tuning starts from, placed as the plan wants them."""
     init = run.config.init
-    snapshot = find(init.workdir, field="config.init.workdir")
-    shapes = run.plan.shapes(jax.eval_shape(run.create, run.key))
+    step = None if init.step < 0 else init.step
+    snapshot, placed = (
+        find(init.workdir, step, field="config.init.workdir"),
+        run.plan.shapes(shapes),
+    )
     if init.partial:
-        return fitting_weights(snapshot, shapes.params, shapes.buffers, init.weights)
-    weights = load_weights(snapshot, shapes.params, shapes.buffers, init.weights)
+        return fitting_weights(snapshot, placed.params, placed.buffers, init.weights)
+    weights = load_weights(snapshot, placed.params, placed.buffers, init.weights)
     return *weights, f"fine-tuning the {init.weights} weights of {snapshot.path}"
 
 
 def _first_state(
-    run: runs.Run, saved: Checkpoints, batches: Batches, initial: Initial | None, log: Log
+    run: runs.Run,
+    saved: Checkpoints,
+    batches: Batches,
+    found: Snapshot | None,
+    initial: Initial | None,
 ) -> TrainState:
-    """The newest checkpoint's state, else a fresh one, of the initial weights if there are any."""
-    latest = saved.latest()
-    if latest is not None:
-        state, position = saved.restore(latest, jax.eval_shape(run.create, run.key), run.plan)
+    """The checkpoint's state, else a fresh one, of the initial weights if there are any."""
+    if found:
+        like = jax.eval_shape(run.create, run.key)
+        state, position = saved.restore(found.step, like, run.plan)
         batches.set_state(position)
-        log(f"resumed from step {latest}")
         return state
     state = run.init()
     if initial is not None:
-        *loaded, said = initial
         # what does not fit is a shape still (init.partial)
         params, buffers = jax.tree.map(
             lambda new, fresh: fresh if isinstance(new, jax.ShapeDtypeStruct) else new,
-            tuple(loaded),
+            initial[:2],
             (state.params, state.buffers),
         )
         state = dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)
-        log(said)
     return state
-
-
-@dataclasses.dataclass
-class _Loop:
-    """One pass over the steps of a run, and what it needs for that.
-
-    Attributes:
-      run: the fixed parts.
-      batches: of this process.
-      watch: `Task.watch`'s function.
-      evaluate: `Task.evaluation`'s function.
-      saved: the checkpoints.
-      writer: of the numbers.
-      profiler: of the steps that are traced.
-      stopped: whether a signal came.
-      workdir: the training folder.
-      log: of lines.
-    """
-
-    run: runs.Run
-    batches: Batches
-    watch: Callable[[int, TrainState], None]
-    evaluate: Callable[[TrainState], dict[str, Any]]
-    saved: Checkpoints
-    writer: logs.Writer
-    profiler: profiles.Profiler
-    stopped: Callable[[], bool]
-    workdir: epath.Path
-    log: Log
-
-    def run_from(self, state: TrainState) -> TrainState:
-        """Trains from a state to the end of the run; returns the last state."""
-        run, first = self.run, int(state.step)
-        constants = run.constants()
-        run.check(state.carry, constants)
-        compiled = run.compile(state)
-        interval = logs.Interval()
-        self.profiler.skipped(first)
-        advance = _progress_bar(first, run.steps, self.log)
-        for step in range(first, run.steps + 1):
-            self._between_steps(step, first, state, interval)
-            if step == run.steps:
-                break
-            self.profiler.before(step + 1)
-            batch = run.plan.place_batch(next(self.batches))
-            state, metrics = compiled(state, constants, batch, run.key)
-            self.profiler.after(step + 1, metrics)
-            interval.add(metrics)
-            if step == first:  # it would spoil the interval's speed
-                jax.block_until_ready(metrics)
-                self.log(f"compiled in {interval.restart():.1f} s")
-            advance(step + 1)
-            if (step + 1) % max(self._every["log"], 1) == 0 or step + 1 == run.steps:
-                self._write_numbers(step + 1, interval)
-        return state
-
-    @functools.cached_property
-    def _every(self) -> dict[str, int]:
-        """Steps from one save, line, picture and evaluation to the next; 0: none in between."""
-        config = self.run.config
-        return {
-            "save": config.steps(config.train.save_every),
-            "log": config.steps(config.log.every),
-            "sample": config.steps(config.sample.every),
-            "evaluate": config.steps(config.evaluate.every),
-        }
-
-    def _due(self, what: str, step: int, first: int) -> bool:
-        """Whether something is due before the step that follows `step`."""
-        every = self._every[what]
-        if not every or step % every:
-            return False
-        # A run that was stopped between saving and measuring measures when it is resumed.
-        missed = what == "evaluate" and step > 0 and step not in self.saved.reports
-        return step > first or (step == first and missed)
-
-    def _between_steps(
-        self, step: int, first: int, state: TrainState, interval: logs.Interval
-    ) -> None:
-        """Saves, draws and measures what is due after `step` steps.
-
-        Raises:
-          NotFinite: instead of saving a state that came out of such a loss.
-          cluster.Stopped: a signal came; the state is saved.
-        """
-        done = step == self.run.steps
-        stop = self.stopped() or self.saved.preempted(step)
-        measures = done or self._due("evaluate", step, first)
-        # What is measured is saved, so that it can be kept as the best.
-        if stop or measures or self._due("save", step, first):
-            self._save(step, state, interval)
-        with interval.paused():  # the speed is that of training
-            if done or self._due("sample", step, first):
-                self.watch(step, state)
-            if stop:
-                self.log(f"stopped at step {step}; saved, the same command goes on from here")
-                self.saved.close()
-                raise cluster.Stopped
-            if measures and self.run.config.evaluate.features:
-                self._measure(state)
-
-    def _save(self, step: int, state: TrainState, interval: logs.Interval) -> None:
-        run = self.run
-        self._check_finite(step, interval)
-        about = describe(run.config, run.source.shape, run.source.num_classes)
-        self.saved.save(step, run.plan.globalise(state), about, self.batches.get_state())
-
-    def _measure(self, state: TrainState) -> None:
-        report = self.evaluate(state)
-        sentence = note(report, self.saved, self.writer)
-        self.log(f"{sentence}\nsamples: {self.workdir / 'samples.png'}")
-
-    def _write_numbers(self, step: int, interval: logs.Interval) -> None:
-        self._check_finite(step, interval)
-        values = interval.means() | interval.speed(step, self.run.config.data.batch)
-        self.writer.write(step, values)
-        self.log(logs.line(step, values))
-
-    def _check_finite(self, step: int, interval: logs.Interval) -> None:
-        """Stops before a state that came out of a non-finite loss can be saved."""
-        bad = interval.bad_loss()
-        if bad:
-            raise NotFinite(
-                f"{bad[0]} is {bad[1]} by step {step}; the newest good checkpoint is step "
-                f"{self.saved.latest()}: "
-                "lower optim.learning_rate or the method's weight and start again from there"
-            )
-
-
-def _progress_bar(first: int, total: int, log: Log) -> Callable[[int], None]:
-    """A progress bar on a terminal of the lead process; nothing elsewhere."""
-    if log is _log_nothing or not sys.stderr.isatty():
-        return lambda step: None
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, initial=first, unit="step", leave=False)
-
-    def advance(step: int) -> None:
-        bar.update(step - bar.n)
-
-    return advance
-
-
-def _log_nothing(_: str) -> None:
-    """The log of the processes that do not lead."""

@@ -5,8 +5,10 @@ decide (declared `decided`, and those of methods) differ with --override; so doe
 makes another network stays as it was. WORKDIR/history.jsonl keeps what was decided, one line each.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +18,84 @@ from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, flatten, make
 from ogdm_jax.config.whole import DURATIONS, GROUPS
 from ogdm_jax.data import identity
-from ogdm_jax.training import arrays, checkpoint, older
+from ogdm_jax.training import arrays, checkpoint, checksums, evaluations, lock, older, steps
 from ogdm_jax.training.state import TrainState
 
 HISTORY = "history.jsonl"
 SET_ASIDE = "set_aside"  # where the checkpoints go that lie behind init.step
 _OVERRIDE = "expected them as they were, or --override to go on with the new ones"
 Changes = dict[str, tuple[Any, Any]]  # {"group.key": (before, now)}
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Makes a training folder and keeps other runs out of it; a folder in which nothing was written
+    goes again.
+
+    Raises:
+      LockError: another run is at work there.
+    """
+    made, at = [], places.absolute(workdir)
+    while places.is_local(at) and not at.exists():
+        made.append(at)
+        at = at.parent
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.hold(workdir, log):
+            yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+def goes_on_from(
+    workdir: epath.Path, newest: checkpoint.Snapshot | None, step: int
+) -> checkpoint.Snapshot | None:
+    """The checkpoint that init.step asks for; the newest one where it asks for none, or where the
+    run has been there already (its newest checkpoint was made with the same init.step).
+
+    Raises:
+      CheckpointError: there is no such step.
+    """
+    if newest is None or step < 0 or step == newest.step or newest.config.init.step == step:
+        return newest
+    if step == 0 and 0 not in steps.complete(workdir):
+        return None
+    found = checkpoint.find(workdir, step, "config.init.workdir", checksums.ITEMS)
+    return dataclasses.replace(found, field="--workdir")
+
+
+def set_aside(
+    workdir: epath.Path, found: checkpoint.Snapshot | None, log: Callable[[str], None]
+) -> None:
+    """Moves what lies behind a checkpoint to WORKDIR/set_aside: later checkpoints, and the reports
+    of evaluations. None: all of them. Call it in the lead process.
+    """
+    start = -1 if found is None else found.step
+    later = [step for step in steps.present(workdir) if step > start]
+    if not later:
+        return
+    number = 1
+    while (workdir / SET_ASIDE / str(number)).exists():
+        number += 1
+    target = workdir / SET_ASIDE / str(number)
+    target.mkdir(parents=True)
+    record = workdir / evaluations.NAME
+    if record.exists():
+        reports = evaluations.read(workdir)
+        record.copy(target / evaluations.NAME)
+        evaluations.write(workdir, {s: report for s, report in reports.items() if s <= start})
+    for step in later:
+        (workdir / "checkpoints" / str(step)).rename(target / str(step))
+    note(workdir, max(start, 0), "went back", set_aside=later, where=str(target))
+    log(f"went back to step {max(start, 0)}; steps {spelled_steps(later)} are now in {target}")
+
+
+def spelled_steps(steps: list[int]) -> str:
+    """At most four steps."""
+    shown = [*map(str, steps)] if len(steps) < 5 else [str(steps[0]), "...", str(steps[-1])]
+    return ", ".join(shown)
 
 
 def check(

@@ -1,0 +1,294 @@
+"""The loop itself: what `loop.train` does when all is opened and checked."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ogdm_jax import cluster, data
+from ogdm_jax.training import logs, steps
+from ogdm_jax.training import profile as profiles
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+from ogdm_jax.training.evaluate import note
+from ogdm_jax.training.signals import StopSignals
+from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.task import Batches, Log
+from ogdm_jax.typing import Array, PyTree
+
+
+class NotFinite(RuntimeError):
+    """A loss or a state became nan or infinite; the message names it, the step, and the checkpoint
+    that is still good.
+    """
+
+
+def no_log(_: str) -> None:
+    """The log of the processes that do not lead."""
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _is_sound(state: TrainState, together: int) -> Array:
+    """Whether all numbers of a state are finite, and far from the largest: sums of squares are
+    finite, too.
+
+    Args:
+      state: of a run.
+      together: so many numbers are summed as one vector; sums of hundreds of single tensors are
+        slow to compile. 0: each tensor by itself, as where tensors are divided over devices.
+    """
+    groups: list[list[Array]] = []
+    room = 0
+    for leaf in jax.tree.leaves(state):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        if leaf.size > room:
+            groups.append([])
+            room = max(together, leaf.size)
+        groups[-1].append(leaf.astype(jnp.float32).ravel())
+        room -= leaf.size
+    sums = [jnp.sum(jnp.square(jnp.concatenate(group))) for group in groups]
+    return jnp.all(jnp.isfinite(jnp.stack(sums)))
+
+
+@dataclasses.dataclass
+class Loop:
+    """One pass over the steps of a run, and what it needs for that.
+
+    Attributes:
+      run: the fixed parts.
+      batches: of this process.
+      watch: `Task.watch`'s function.
+      evaluate: `Task.evaluation`'s function.
+      saved: the checkpoints.
+      writer: of the numbers.
+      profiler: of the steps that are traced.
+      stop: the signals.
+      workdir: the training folder.
+      log: of lines.
+      state: the newest one.
+      kept: the step that was saved last; None: none was.
+    """
+
+    run: runs.Run
+    batches: Batches
+    watch: Callable[[int, TrainState], None]
+    evaluate: Callable[[TrainState], dict[str, Any]]
+    saved: Checkpoints
+    writer: logs.Writer
+    profiler: profiles.Profiler
+    stop: StopSignals
+    workdir: epath.Path
+    log: Log
+    state: TrainState
+    kept: int | None
+
+    def __post_init__(self) -> None:
+        self.first = self.step = int(self.state.step)
+        self.position = self.batches.get_state()  # of the batch that follows the state
+        self.interval = logs.Interval()
+        self.stop.farewell = self._farewell
+
+    def run_to_end(self) -> TrainState:
+        """Trains from the first state to the end of the run; returns the last state."""
+        try:
+            self._run()
+        except cluster.Stopped:
+            self.stop.leave_once()
+            raise
+        except (NotFinite, CheckpointError):
+            raise
+        except Exception:
+            self._rescue()
+            raise
+        return self.state
+
+    def _run(self) -> None:
+        run, first = self.run, self.first
+        constants = run.constants()
+        run.check(self.state.carry, constants)
+        compiled = run.compile(self.state)
+        self.profiler.skipped(first)
+        if first < run.steps:
+            self._between_steps()
+            self._first_step(compiled, constants)
+        with self.stop.may_leave(None):
+            advance = _progress_bar(self.step, run.steps, self.log)
+            while True:
+                self._between_steps()
+                if self.step >= run.steps:
+                    break
+                self._advance(compiled, constants)
+                advance(self.step)
+            self.saved.wait()
+        if self.saved.latest() is not None:
+            self.log(f"trained to step {self.step}; saved in {self.workdir}")
+
+    def _first_step(self, compiled: Callable[..., Any], constants: PyTree) -> None:
+        """The step that is compiled; a signal need not wait for it."""
+        self.log("compiling the train step ...")
+        began = time.monotonic()
+        self._advance(compiled, constants)
+        jax.block_until_ready(self.state.step)
+        self.interval.restart()  # it would spoil the interval's speed
+        self.log(f"compiled in {time.monotonic() - began:.1f} s")
+
+    def _advance(self, compiled: Callable[..., Any], constants: PyTree) -> None:
+        """One step, and what is written about it."""
+        run, step = self.run, self.step + 1
+        self.profiler.before(step)
+        batch = run.plan.place_batch(next(self.batches))
+        self.state, metrics = compiled(self.state, constants, batch, run.key)
+        self.step, self.position = step, self.batches.get_state()
+        self.profiler.after(step, metrics)
+        self.interval.add(metrics)
+        if step % max(self._every["log"], 1) == 0 or step == run.steps:
+            self._write_numbers()
+
+    @functools.cached_property
+    def _every(self) -> dict[str, int]:
+        """Steps from one save, line, picture and evaluation to the next; 0: none in between."""
+        config = self.run.config
+        return {
+            "save": config.steps(config.train.save_every),
+            "log": config.steps(config.log.every),
+            "sample": config.steps(config.sample.every),
+            "evaluate": config.steps(config.evaluate.every),
+        }
+
+    def _due(self, what: str) -> bool:
+        """Whether something is due before the next step."""
+        step, every = self.step, self._every[what]
+        if not every or step % every:
+            return False
+        # A run that was stopped between saving and measuring measures when it is resumed.
+        missed = what == "evaluate" and step > 0 and step not in self.saved.reports
+        return step > self.first or (step == self.first and missed)
+
+    def _between_steps(self) -> None:
+        """Saves, draws and measures what is due after the steps that are done.
+
+        Raises:
+          NotFinite: instead of saving a state that came out of such a loss.
+          CheckpointError: the save before this one has failed.
+          cluster.Stopped: a signal came.
+        """
+        step, done = self.step, self.step == self.run.steps
+        self.saved.check()
+        if self.stop.received or self.saved.preempted(step):
+            raise cluster.Stopped
+        measures = done or self._due("evaluate")
+        with self.interval.paused():  # the speed is that of training
+            # What is measured is saved, so that it can be kept as the best.
+            if measures or self._due("save"):
+                self._save()
+            if done or self._due("sample"):
+                with self.stop.may_leave("leaving without the picture of this step"):
+                    self.watch(step, self.state)
+            if measures and self.run.config.evaluate.features:
+                with self.stop.may_leave(
+                    f"leaving the evaluation of step {step}, which the same command makes"
+                ):
+                    self._measure()
+
+    def _save(self) -> None:
+        run, step = self.run, self.step
+        if step == self.kept:
+            return
+        self._check_finite()
+        if not _is_sound(self.state, 0 if run.plan.kind == "sharded" else 1 << 23):
+            raise NotFinite(f"the state after step {step} is not finite; {self._advice(step)}")
+        shape, classes = run.source.shape, run.source.num_classes
+        about = describe(run.config, shape, classes, data.fingerprint(run.source))
+        with self.stop.may_leave(None):
+            self.saved.save(step, run.plan.globalise(self.state), about, self.position)
+        self.kept = step
+
+    def _farewell(self) -> None:
+        """Saves what is not on disk, waits for it, and says so."""
+        if self.step > self.first:
+            self._save()
+        self.saved.wait()
+        latest = self.saved.latest()
+        self.log(
+            "stopped before anything was saved; the same command starts afresh"
+            if latest is None
+            else f"stopped at step {latest}; saved, the same command goes on from here"
+        )
+
+    def _rescue(self) -> None:
+        """Saves what an error would lose, such as that of an image; says which step is safe.
+
+        The processes of a run save together: where there are several, the others know nothing of
+        this error.
+        """
+        if jax.process_count() > 1 or self.step == self.first:
+            return
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            return  # it went wrong inside a step, which reuses the memory of the state
+        try:
+            self._save()
+            self.saved.wait()
+        except (CheckpointError, NotFinite, OSError) as error:
+            self.log(f"step {self.step} is not saved: {error}")
+        else:
+            self.log(f"step {self.step} is saved; the same command goes on from there")
+
+    def _measure(self) -> None:
+        report = self.evaluate(self.state)
+        sentence = note(report, self.saved, self.writer)
+        self.log(f"{sentence}\nsamples: {self.workdir / 'samples.png'}")
+
+    def _write_numbers(self) -> None:
+        self._check_finite()
+        batch = self.run.config.data.batch
+        values = self.interval.means() | self.interval.speed(self.step, batch)
+        self.writer.write(self.step, values)
+        left = (self.run.steps - self.step) * batch / max(values["images_per_second"], 1e-9)
+        self.log(logs.line(self.step, values, left if self.step > self.first + 1 else None))
+
+    def _check_finite(self) -> None:
+        """Stops before a state that came out of a non-finite loss can be saved."""
+        bad = self.interval.bad_loss()
+        if bad:
+            name, value, ago = bad
+            step = self.step - ago
+            raise NotFinite(f"{name} is {value} at step {step}; {self._advice(step - 1)}")
+
+    def _advice(self, bad: int) -> str:
+        """What to do where the state after `bad` steps is no good."""
+        rate = self.run.config.optim.learning_rate
+        lower = f"--override --config.optim.learning_rate={rate / 10:g}"
+        with contextlib.suppress(CheckpointError):  # what is under way counts when it is closed
+            self.saved.wait()
+        good = [step for step in steps.complete(self.workdir) if step < bad]
+        if not good:
+            return (
+                "no step before it is saved: start afresh by the same command with "
+                f"--config.init.step=0 {lower}, or another weight of the method"
+            )
+        return (
+            f"step {good[-1]} in {self.workdir} is good: go back to it by the same command with "
+            f"--config.init.step={good[-1]} {lower}, or another weight of the method"
+        )
+
+
+def _progress_bar(first: int, total: int, log: Log) -> Callable[[int], None]:
+    """A progress bar on a terminal of the lead process; nothing elsewhere."""
+    if log is no_log or not sys.stderr.isatty():
+        return lambda step: None
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, initial=first, unit="step", leave=False)
+
+    def advance(step: int) -> None:
+        bar.update(step - bar.n)
+
+    return advance

@@ -1,0 +1,87 @@
+"""What a run says before it compiles: what was understood of its settings, data and devices."""
+
+import jax
+import numpy as np
+from etils import epath
+
+import ogdm_jax
+from ogdm_jax import models
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.state import TrainState
+
+_NAMES = 60  # characters of class names
+
+
+def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) -> list[str]:
+    """About eight lines: what is trained, on what, with what, how long, where.
+
+    Args:
+      run: the run.
+      shapes: of its state.
+      workdir: the training folder.
+      found: how the run begins, in a sentence.
+    """
+    config, plan = run.config, run.plan
+    count, kind = len(plan.devices), plan.devices[0].device_kind
+    parts = config.data.batch // (count * config.optim.accumulate)
+    rounds = f", {config.optim.accumulate} rounds" if config.optim.accumulate > 1 else ""
+    methods = f", with {', '.join(config.methods)}" if config.methods else ""
+    number, kimg = models.parameter_count(shapes.params), run.steps * config.data.batch / 1000
+    size = f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
+    said = {
+        "ogdm_jax": f"{ogdm_jax.__version__}, jax {jax.__version__}",
+        "data": _data(run),
+        "network": f"{config.task}, {config.network.kind}, {size} parameters{methods}",
+        "devices": f"{count} x {kind}, plan {plan.kind}; {config.data.batch} images a step "
+        f"({parts} a device{rounds})",
+        "memory": f"{_bytes(_state_bytes(run, shapes))} a device for the state; activations come "
+        "on top (ogdm plan says how much)",
+        "length": f"{run.steps:,} steps = {kimg:,.{0 if kimg >= 10 else 2}f} kimg; "
+        f"{_intervals(run)}",
+        "folder": f"{workdir}: {found}",
+    }
+    return [f"{name:9} {text}" for name, text in said.items()] + [
+        f"{'note':9} {text}" for text in run.source.notes
+    ]
+
+
+def _data(run: runs.Run) -> str:
+    source, config = run.source, run.config
+    text = f"{source.name}, {len(source):,} images of {'x'.join(map(str, source.shape))}"
+    if not source.num_classes:
+        return f"{text}, no classes"
+    names = ", ".join(source.class_names)
+    names = names if len(names) <= _NAMES else f"{names[:_NAMES].rpartition(',')[0]}, ..."
+    text += f", {source.num_classes} classes" + (f" ({names})" if names else "")
+    return text + ("" if config.data.conditional else ", which the network does not see")
+
+
+def _intervals(run: runs.Run) -> str:
+    """How many steps lie between two saves, lines and evaluations."""
+    config = run.config
+    every = {
+        "save": config.train.save_every,
+        "log": config.log.every,
+        "evaluate": config.evaluate.every if config.evaluate.features else "0 steps",
+    }
+    steps = {name: config.steps(text) for name, text in every.items()}
+    at_end = "at the end" if config.evaluate.features else "never"
+    words = {"save": "at the end", "log": "at every step", "evaluate": at_end}
+    return ", ".join(
+        f"{name} " + (f"every {n:,}" if n else words[name]) for name, n in steps.items()
+    )
+
+
+def _state_bytes(run: runs.Run, shapes: TrainState) -> int:
+    """Bytes of the state that each device holds."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(run.plan.state_shardings(shapes)))
+    return sum(
+        int(np.prod(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf, where in leaves
+    )
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e3:.0f} kB"
