@@ -1,14 +1,13 @@
 """The options of a plan, and from them to a plan that is printed and written."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from ogdm_jax import parallel, places
+from ogdm_jax import parallel, places, records
 from ogdm_jax.cli.parsing import whole
 from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.planning import chips, program, report
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
     print(report.text(found), flush=True)
     if args.plan_out:
         with places.written(places.place(args.plan_out)) as new:
-            new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+            new.write_text(records.dumps(found, indent=1) + "\n")
     return found
 
 
