@@ -87,6 +87,11 @@ def _off(key: str) -> str:
 
 def check_sense(config: Config) -> None:
     """Raises ConfigError for settings that contradict each other, wherever they come from."""
+    if config.task != "denoiser":
+        require(
+            not config.methods, "methods", config.methods, "none where a discriminator is trained"
+        )
+        return
     dropout, seen = config.data.label_dropout, config.data.conditional
     need = "0 without data.conditional: there are no labels to hide"
-    require(seen or not dropout or config.task != "denoiser", "data.label_dropout", dropout, need)
+    require(seen or not dropout, "data.label_dropout", dropout, need)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import check, setting
+from ogdm_jax.config import ConfigError, check, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
@@ -361,14 +361,19 @@ class Settings:
         None, "weight; default: the folder's best, else 2 with heun and 1 with the others"
     )
     corrector_weight: float | None = setting(None, "weight of Heun's second evaluation")
-    time_min: float | None = setting(None, "start of the window on the VP clock", least=0)
-    time_max: float | None = setting(None, "end of the window on the VP clock", most=1)
+    time_min: float | None = setting(None, "start of the window on the VP clock", least=0, most=1)
+    time_max: float | None = setting(None, "end of the window on the VP clock", least=0, most=1)
     boost: bool | None = setting(None, "more noise and weight for images that look generated")
     boost_churn: float | None = setting(None, "S_churn of boosted images; 0: weights only", least=0)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
         check(self, "dg", prefix="")
+        low, high = self.time_min, self.time_max
+        if low is not None and high is not None and low >= high:
+            raise ConfigError(
+                f"dg.time_min: {low} given with dg.time_max {high}; expected a window, LOW < HIGH"
+            )
 
 
 def _published(weight: float, corrector_weight: float = 0.0, **settings: Any) -> Preset:

@@ -39,7 +39,9 @@ class Settings(Schedule):
 
     GROUP: ClassVar[str] = "dps"
     scale: float | None = setting(
-        None, "step size; default: the released one, 0.5 for inpaint, 1 for phase_retrieval, 0.3"
+        None,
+        "step size; default: the released one, 0.5 for inpaint, 1 for phase_retrieval, 0.3",
+        least=0,
     )
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")
     clip_mean: bool = setting(False, "every step's transition sees x0_hat clipped to [-1, 1]")

@@ -61,7 +61,7 @@ class Settings(Schedule):
         None, "no guidance of images whose residual ratio is at most this", least=0
     )
     backward: bool = setting(True, "take the gradient through the network, else at x0_hat")
-    samples: int = setting(0, "smooth the gradient by so many draws", least=0)
+    samples: int = setting(0, "smooth the gradient by so many draws", least=0, most=1024)
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")
     clip_mean: bool = setting(False, "every step's transition sees x0_hat clipped to [-1, 1]")
 

@@ -35,7 +35,7 @@ class Settings(Schedule):
     """
 
     GROUP: ClassVar[str] = "freedom"
-    scale: float = setting(0.2, "step size, in the rule's unit")
+    scale: float = setting(0.2, "step size, in the rule's unit", least=0)
     rule: str = setting("rms", "how the step size is made", choices=("rms", "time"))
 
 

@@ -31,8 +31,8 @@ class Settings(Schedule):
     """
 
     GROUP: ClassVar[str] = "lgd"
-    scale: float = setting(1e-3, "step size")
-    samples: int = setting(8, "draws of the smoothed loss", least=1)
+    scale: float = setting(1e-3, "step size", least=0)
+    samples: int = setting(8, "draws of the smoothed loss", least=1, most=1024)
 
 
 def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Guidance:

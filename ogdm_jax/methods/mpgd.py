@@ -41,7 +41,7 @@ class Settings(Schedule):
     """
 
     GROUP: ClassVar[str] = "mpgd"
-    scale: float = setting(0.5, "step size, in the rule's unit")
+    scale: float = setting(0.5, "step size, in the rule's unit", least=0)
     rule: str = setting("plain", "how the step size is made", choices=("plain", "released"))
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")
 

@@ -35,7 +35,7 @@ class Schedule:
     GROUP: ClassVar[str] = "guidance"
     interval: int = setting(1, "guide every so many steps, counted back from the last", least=1)
     window: Window | None = setting(None, "LOW,HIGH noise levels that are guided", most=math.inf)
-    repeats: int = setting(1, "time travel: passes of each guided step", least=1)
+    repeats: int = setting(1, "time travel: passes of each guided step", least=1, most=1000)
     repeat_window: Window | None = setting(
         None, "LOW,HIGH noise levels with time travel", most=math.inf
     )

@@ -353,6 +353,25 @@ LINES = {
     "train --workdir new --config nan.py": "config.optim.learning_rate",
     "train --workdir new --config huge.py": "config.optim.eps",
     "train --workdir new --config dropout.py": "data.conditional",
+    # a discriminator of DG
+    "train --workdir new --config digits_dg": "config.dg.prior",
+    "train --workdir new --config digits_dg --config.dg.prior=nowhere": "nowhere",
+    "train --workdir new --config digits_dg --config.dg.prior=run --config.dg.churn=1,2": "dg.churn",
+    "train --workdir new --config digits_dg --config.dg.held_out=1": "config.dg.held_out",
+    "train --workdir new --config digits_dg --config.dg.num=-1": "config.dg.num",
+    "train --workdir new --config digits_dg --config.dg.clock=sin": "vp, cosine",
+    "train --workdir new --config digits_dg --config.dg.time_min=2": "from 0 to 1",
+    "train --workdir new --config digits_dg --config.dg.time_max=0": "config.dg.time_min",
+    "train --workdir new --config digits_dg --config.dg.weights=a": "config.dg.weights",
+    "train --workdir new --config digits_dg --config.dg.weights=(1e400,)": "finite",
+    "train --workdir new --config digits_dg --config.dg.prior_weights=raw": "ema, params",
+    "train --workdir new --config digits_dg --config.dg.extractor=nowhere --config.dg.prior=run": (
+        "nowhere"
+    ),
+    "train --workdir new --config digits_dg --config.methods=stf": "config.methods",
+    "train --workdir new --config digits_dg --config.noise.std=2": "unknown key 'noise'",
+    "train --workdir new --config digits_dg --config.data.batch=7 --config.dg.prior=run": "even",
+    "train --workdir new --config digits_dg --config.evaluate.features=nope": "evaluate.features",
     # the plan
     "plan --plan-for v9:2x2": "v9",
     "plan --plan-for v5e": "v5e",
@@ -370,6 +389,10 @@ LINES = {
     "plan --config.data.batch=0": "data.batch",
     "plan --config.seed=-1": "config.seed",
     "plan --devices 3": "--devices",
+    "plan --config.methods=stff": "did you mean stf",
+    "plan --config.ogdm.k=7": "at most 1",
+    "plan --config.network.model_channels=6": "divide",
+    "plan --config.network.num_heads=4": "network.kind=openai",
     # sample
     "sample": "--workdir",
     "sample --workdir nowhere": "nowhere",
@@ -460,6 +483,16 @@ LINES = {
     ),
     "sample --workdir run --guidance dps --task inpaint --input picture.png --dps.scale x": "scale",
     "sample --workdir run --task.noise 0.1": "--task.noise",
+    "sample --workdir run --guidance dg --dg.time_min 2": "time_min",
+    "sample --workdir run --guidance dg --dg.time_min 0.5 --dg.time_max 0.1": "time_min",
+    "sample --workdir run --guidance mpgd --task inpaint --input picture.png --mpgd.scale -1": "scale",
+    "sample --workdir run --guidance lgd --task inpaint --input picture.png --lgd.samples 0": "samples",
+    "sample --workdir run --guidance cfg --cfg.weight nan": "weight",
+    "sample --workdir run --guidance ddnm --task inpaint --input picture.png --ddnm.eta 2": "eta",
+    "sample --workdir run --guidance diffpir --task inpaint --input picture.png "
+    "--diffpir.share 1.5": "share",
+    "sample --workdir run --guidance freedom --task inpaint --input picture.png "
+    "--freedom.rule fast": "rule",
     # data
     "data": "command",
     "data list": "list",
