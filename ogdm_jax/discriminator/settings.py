@@ -101,5 +101,6 @@ def check_run(config: Config) -> Settings:
     settings, batch = of(config), config.data.batch
     prior = "the training folder of the model to guide"
     require(bool(settings.prior), "dg.prior", settings.prior, prior)
+    settings.sampler_churn()  # raises
     require(batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated")
     return settings
