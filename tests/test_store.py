@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax import records
+from ogdm_jax.cli import convert
 from ogdm_jax.training import checksums, evaluations, lock, steps
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import (
@@ -24,7 +25,7 @@ from ogdm_jax.training.checkpoint import (
     resumable,
 )
 from ogdm_jax.training.workdir import open_workdir
-from tests.support import tiny
+from tests.support import snapshots, tiny
 
 pytestmark = pytest.mark.fast
 
@@ -462,3 +463,17 @@ def test_a_step_that_is_not_there(folder, step):
     with pytest.raises(CheckpointError, match=r"--step: no checkpoint of step .*\[10, 20, 21\]"):
         find(folder, step)
     assert find(folder, np.int64(20)).step == 20
+
+
+def test_a_conversion_that_was_cut_is_given_again(tmp_path, capsys):
+    source, out = snapshots.published(tmp_path), tmp_path / "w"
+    cut = out / "checkpoints" / "0.orbax-checkpoint-tmp"
+    (cut / "params").mkdir(parents=True)
+    (cut / "params" / "_METADATA").write_text("{")
+    words = [str(source), "--out", str(out)]
+    convert.main(words)
+    assert open_workdir(out).step == 0 and not checksums.damage(find(out).path, checksums.ITEMS)
+    with pytest.raises(SystemExit):
+        convert.main(words)
+    assert "already holds checkpoints" in capsys.readouterr().err
+    assert steps.present(out) == [0]
