@@ -22,7 +22,7 @@ def crop_all(side: int) -> str:
     return (
         f"crop and resize them by --config.data.resolution={side} (train.py, ogdm plan), or once "
         f"for all by ogdm data prepare SOURCE --resolution {side} --out PLACE, whose result "
-        "evaluate.py takes too"
+        "ogdm evaluate takes too"
     )
 
 
