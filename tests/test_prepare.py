@@ -1,6 +1,7 @@
 """`ogdm data prepare` that meets a bad file, is interrupted, or has no place to write."""
 
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -89,3 +90,25 @@ def test_a_plan_that_is_torn_is_one_sentence(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"{parts} holds the unfinished work of another call; remove it" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["zip", "records"])
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, capsys, kind):
+    """A file system of 220 KB, then one with room."""
+    room = tmp_path / "room"
+    room.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=220k", "tmpfs", room]).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        out, result, place = _out(room, kind)
+        words = ["prepare", "digits", "--out", out, *(["--name", "set"] if kind != "zip" else [])]
+        assert command.main(words) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "no space left" in error.lower() and out in error, error
+        with pytest.raises(SourceError):
+            open_source(result, place)
+        subprocess.run(["mount", "-o", "remount,size=9m", room], check=True)
+        assert command.main(words) == 0
+        assert len(open_source(result, place)) == 1797
+    finally:
+        subprocess.run(["umount", "-l", room], check=True)

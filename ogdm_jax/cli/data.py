@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        error.filename = error.filename or getattr(args, "out", None)
         print(f"error: {startup.sentence_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -107,15 +107,22 @@ def _records(source: Source, features: Any) -> WriteShard:
     """What writes images of the source as one array_record file."""
 
     def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for i in range(start, stop):
-            item = source[i]
-            record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
-            if "label" in features:
-                record["label"] = int(item["label"])
-            writer.write(features.serialize_example(features.encode_example(record)))
-            tick()
-        writer.close()
+        try:
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for i in range(start, stop):
+                item = source[i]
+                record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
+                if "label" in features:
+                    record["label"] = int(item["label"])
+                writer.write(features.serialize_example(features.encode_example(record)))
+                tick()
+            writer.close()
+        except RuntimeError as error:  # how the library says what the operating system said
+            reason = str(error).partition(";")[0]
+            raise SourceError(
+                f"{source.name}: {path} cannot be written ({reason}); make room or choose another "
+                "--out, then give the same command again"
+            ) from None
 
     return write
 
