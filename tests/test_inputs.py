@@ -6,7 +6,7 @@ from PIL import Image
 
 from ogdm_jax.data import open_source
 from ogdm_jax.inverse import tasks
-from ogdm_jax.inverse.files import open_input
+from ogdm_jax.inverse.files import open_input, read_input
 
 pytestmark = pytest.mark.fast
 
@@ -39,6 +39,23 @@ def test_mask_and_picture_are_cropped_alike(tmp_path):
     Image.fromarray(255 - picture).save(tmp_path / "mask.png")
     assert open_input(str(tmp_path / "picture.png"), (8, 8, 1)).images.max() == 0
     assert mask_of(tmp_path / "mask.png", 8).min() == 1  # what it hides lies outside the crop
+
+
+def test_a_mask_lies_as_its_picture_does(tmp_path):
+    """One that was drawn over a picture on its side says nothing about the upright one."""
+    Image.new("L", (16, 8), 9).save(tmp_path / "wide.png")
+    for size, fits in (((16, 8), True), ((32, 16), True), ((8, 8), True), ((8, 16), False)):
+        mask = np.full(size[::-1], 255, np.uint8)
+        mask[: len(mask) // 2] = 0
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        read = lambda: read_input(
+            str(tmp_path / "wide.png"), (8, 8, 1), 4, 0, str(tmp_path / "mask.png")
+        )
+        if fits:
+            assert len(read().values) == 1
+        else:
+            with pytest.raises(ValueError, match="mask.png' is 16 x 8 where a picture is 8 x 16"):
+                read()
 
 
 def _exif(orientation: int) -> Image.Exif:

@@ -3,6 +3,8 @@ training folder.
 """
 
 import json
+import shutil
+import types
 
 import numpy as np
 import pytest
@@ -186,6 +188,39 @@ def test_report_command(workdir, capsys):
     assert [(r["solver"], r["steps"], r["nfe"], r["n"]) for r in saved] == [
         ("heun", 2, 3, 12)
     ] and saved[0]["floor"] > 0
+
+
+def test_report_of_a_folder_with_broken_files(workdir, tmp_path):
+    """It is written all the same, and says what it left out."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "loss": NaN}\n\x00\xff\n{"step": 5, "lo')
+    (folder / "evaluations.json").write_text('[{"step": 0, "fd": ')
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / "7.png").write_text("<html>")
+    out = folder / "page.html"
+    words = f"--workdir {folder} --solvers  --batch 8 --devices 1 --out {out}".split(" ")
+    assert report.main(words) == 0
+    page = out.read_text()
+    assert "Left out or changed" in page and "loss: 1 of 4 values are not finite" in page
+    assert "2 of 6 lines are cut" in page and "evaluations.json" in page
+    assert "samples/7.png is no readable image" in page and "<h2>Training" in page
+
+
+def test_a_model_that_draws_nan_is_refused_by_its_seed():
+    class Trained:
+        def batches(self, settings, seeds, **_):
+            for first in range(0, len(seeds), 4):
+                part = np.zeros((4, 8, 8, 1), np.float32)
+                part[2] = np.nan if first else 0
+                yield part
+
+    args = types.SimpleNamespace(batch=4, devices=1)
+    draw = measuring.drawing(args, Trained())(None, range(10, 18), "seeds")
+    assert next(draw).shape == (4, 8, 8, 1)
+    with pytest.raises(ValueError, match="the image of seed 16 .* holds NaN or infinity"):
+        next(draw)
 
 
 def test_lines_of_a_killed_run_are_left_out(tmp_path):

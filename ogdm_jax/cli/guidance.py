@@ -307,7 +307,9 @@ def _measure(
     if request.measured:
         found = files.read_measured(request.measured, task, shape, len(seeds), classes)
     else:
-        found = files.read_input(request.input, shape, len(seeds), classes)
+        mask = request.task_settings.mask if request.task == "inpaint" else ""
+        mask = "" if mask in tasks.DRAWN else mask
+        found = files.read_input(request.input, shape, len(seeds), classes, mask)
     count = len(found.values)
     seeds = seeds if request.several else seeds[:count]
     rows = np.arange(len(seeds)) % count

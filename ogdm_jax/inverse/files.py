@@ -49,9 +49,20 @@ def open_input(where: str, shape: tuple[int, int, int], memory_limit: int = MEMO
         raise ValueError(f"--input: {error}") from None
 
 
-def read_input(where: str, shape: tuple[int, int, int], most: int, classes: int) -> Inputs:
-    """At most so many images of `open_input`, for a model of so many classes."""
-    return _first(open_input(where, shape, 0), most, classes)
+def read_input(
+    where: str, shape: tuple[int, int, int], most: int, classes: int, mask: str = ""
+) -> Inputs:
+    """At most so many images of `open_input`, for a model of so many classes.
+
+    Raises:
+      ValueError: as `open_input`; a mask of other proportions than the pictures.
+    """
+    source = open_input(where, shape, 0)
+    reader = source.reader
+    if mask and reader is not None:
+        stored = (reader.read(i)[0].shape for i in range(min(most, len(reader))))
+        given.check_mask(mask, ((height, width) for height, width, _ in stored))
+    return _first(source, most, classes)
 
 
 def read_measured(

@@ -1,5 +1,7 @@
 """Masks, blur kernels and measurements that people bring, as pictures or as arrays of NumPy."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from etils import epath
 
@@ -81,6 +83,20 @@ def _plane(where: str, field: str) -> np.ndarray:
             "transparency: black where it is)"
         )
     return values.astype(np.float32)
+
+
+def check_mask(where: str, sizes: Iterable[tuple[int, int]], field: str = "--task.mask") -> None:
+    """Raises ConfigError where a mask lies otherwise than pictures of these heights and widths.
+
+    It has their proportions, or is square: drawn over the square that is restored.
+    """
+    height, width = _plane(where, field).shape[:2]
+    for other in sizes:
+        if height != width and height * other[1] != width * other[0]:
+            raise ConfigError(
+                f"{field}: {where!r} is {height} x {width} where a picture is {other[0]} x "
+                f"{other[1]} (height, width); expected its proportions, or a square"
+            )
 
 
 def mask(where: str, side: int, field: str = "--task.mask") -> np.ndarray:

@@ -19,6 +19,7 @@ from ogdm_jax.inverse.operators import Operator
 from ogdm_jax.typing import PyTree
 
 Shape = tuple[int, int, int]
+DRAWN = ("random", "box")  # masks that are no files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def check_known(name: str, settings: Settings) -> None:
         raise ConfigError(
             f"--measured: given for --task {name}, which follows an example; expected --input"
         )
-    if name == "inpaint" and settings.mask in ("random", "box"):
+    if name == "inpaint" and settings.mask in DRAWN:
         raise ConfigError(
             f"--task.mask: {settings.mask} given with --measured; expected the picture of which "
             "black pixels are hidden in it"
