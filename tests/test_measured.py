@@ -191,6 +191,21 @@ def test_the_command_restores_what_was_measured(command, cases, tmp_path, out):
         assert len(list(path.glob("img*.png"))) == 3
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        "motion_deblur --task.kernel kernel.npy --measured whole.png",
+        "inpaint --task.mask mask.png --measured whole.png",
+        "motion_deblur --task.kernel kernel.npy --input whole.png",
+    ],
+)
+def test_kernels_and_masks_of_files_restore(command, cases, task):
+    said = command(f"--task {task} --num 2 --out two.npz")
+    assert said["images"] == 2 and said["pictures"] == 1 and np.isfinite(said["residual"])
+    assert ("psnr" in said) == ("--input" in task)
+    assert said.get("hidden") == (0.5 if "inpaint" in task else None)
+
+
 BAD = {
     "--task denoise --measured none.png": "--measured: 'none.png' is no file",
     "--task denoise --measured whole.png --input whole.png": "--measured, --input: both given",

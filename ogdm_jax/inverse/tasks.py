@@ -156,14 +156,29 @@ def _motion(settings: Settings, shape: Shape) -> np.ndarray:
     return degradations.motion_kernel(np.random.default_rng(0), int(wide) // 2 * 2 + 1)
 
 
-def _nonlinear_deblur(settings: Settings, shape: Shape) -> Operator:
+def _blur(
+    name: str, make: Callable[[Any], Operator], settings: Settings, shape: Shape
+) -> Operator | Task:
+    """A blur by `_motion`'s kernel. That of a file comes with the measurements, so that what was
+    drawn with one kernel does not go on with another.
+    """
+    kernel = _motion(settings, shape)
+    if not settings.kernel:
+        return make(kernel)
+    draw = lambda seeds: {"kernel": np.repeat(kernel[None], len(seeds), axis=0)}
+    return Task(name, lambda drawn: make(drawn["kernel"][0]), draw)
+
+
+def _nonlinear_deblur(settings: Settings, shape: Shape) -> Operator | Task:
     network = load_function(settings.network) if settings.network else None
     if network is not None and (settings.kernel or settings.blur is not None):
         option = "kernel" if settings.kernel else "blur"
         raise ConfigError(
             f"--task.{option}: given with --task.network, which blurs; expected one of them"
         )
-    return operators.nonlinear_blur(_motion(settings, shape), network=network)
+    if network is not None:
+        return operators.nonlinear_blur(_motion(settings, shape), network=network)
+    return _blur("nonlinear_deblur", operators.nonlinear_blur, settings, shape)
 
 
 def _inpaint(settings: Settings, shape: Shape) -> Task:
@@ -221,7 +236,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "deblur": _Kind(_deblur, ("blur",)),
     "motion_deblur": _Kind(
-        lambda s, shape: operators.motion_blur(_motion(s, shape)), ("blur", "kernel")
+        lambda s, shape: _blur("motion_deblur", operators.motion_blur, s, shape), ("blur", "kernel")
     ),
     "nonlinear_deblur": _Kind(_nonlinear_deblur, ("blur", "kernel", "network")),
     "phase_retrieval": _Kind(lambda settings, shape: operators.phase_retrieval()),
