@@ -113,7 +113,6 @@ def _bad_files() -> dict[str, tuple[bytes, str]]:
         "claim.png": (_claim(good), "pixels and has"),
         "float.tif": (encoded(np.zeros((8, 8), np.float32), "TIFF"), "floating-point numbers"),
         "int.tif": (encoded(np.zeros((8, 8), np.int32), "TIFF"), "32-bit integers"),
-        "lab.tif": (encoded(Image.new("LAB", (8, 8)), "TIFF"), "LAB colours"),
         "cut.webp": (encoded(kind="WEBP")[:-30], "could not create decoder"),
         "cut.gif": (encoded(pixels(32, 32, 3), "GIF")[:300], "of no format that is read"),
         "cut.jp2": (encoded(pixels(32, 32, 3), "JPEG2000")[:150], "broken data stream"),
@@ -130,6 +129,13 @@ def _bad_files() -> dict[str, tuple[bytes, str]]:
 _END = b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
 # A TIFF whose first directory is followed by itself.
 _LOOP = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 256, 4, 1, 10, 8)
+
+
+def test_lab_colours_become_the_colours_that_they_are(tmp_path):
+    """L 53, a 80, b 67 is the red of sRGB; Pillow holds a and b with 128 added."""
+    red = Image.merge("LAB", [Image.new("L", (8, 8), level) for level in (136, 208, 195)])
+    source = open_source(folder(tmp_path, {"a.tif": encoded(red, "TIFF")}))
+    assert np.abs(source.images[0].astype(int) - (255, 0, 0)).max() < 30
 
 
 def _claim(png: bytes) -> bytes:

@@ -23,6 +23,7 @@ _MODES = {
     "CMYK": "CMYK: read as RGB without a profile",
     "YCbCr": "YCbCr: read as RGB",
     "HSV": "HSV: read as RGB",
+    "LAB": "LAB: read as RGB",
 }
 
 

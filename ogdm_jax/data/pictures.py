@@ -135,7 +135,7 @@ def decode(content: bytes, found: dict[str, Any] | None = None) -> np.ndarray:
         are several) as the file has them, for reports.
 
     Raises:
-      PictureError: no picture, a damaged one, one too large, or one of 32-bit numbers or LAB.
+      PictureError: no picture, a damaged one, one too large, or one of 32-bit numbers.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
@@ -187,8 +187,6 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "LAB":
-        raise PictureError("holds LAB colours; expected grey, RGB, CMYK or a palette")
     return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 
