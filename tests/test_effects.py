@@ -10,6 +10,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.config import effects, whole
 from ogdm_jax.methods import discovery
+from ogdm_jax.training import opening
 from ogdm_jax.training import run as runs
 from tests.support import tiny
 
@@ -100,6 +101,13 @@ def test_settings_that_contradict_are_refused_where_a_run_is_built(texts, words)
     source, plan = data.open_source("digits"), parallel.make_plan("mesh", 1)
     with pytest.raises(configs.ConfigError, match=words):
         runs.build(tiny.config(*texts), source, plan, zeros)
+
+
+@pytest.mark.parametrize("workers,noted", [(4, True), (0, False), (-1, False)])
+def test_workers_for_a_set_in_memory_are_noted_at_the_start(workers, noted, tmp_path):
+    run = tiny.build("methods=", tiny.ONE_LEVEL, f"data.workers={workers}")
+    said = opening.lines(run, jax.eval_shape(run.create, run.key), tmp_path, "begins")
+    assert ("note      data.workers: 4 has no effect, the set is held in memory" in said) == noted
 
 
 def test_a_file_with_settings_in_vain_is_harmless(tmp_path):

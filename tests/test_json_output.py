@@ -17,7 +17,6 @@ pytestmark = pytest.mark.fast
 # Modules that call json.dumps themselves: what they write is read back by their own program, or
 # cannot be infinite; everything that a person or another program reads goes through records.py.
 OWN_JSON = {
-    "cli/sample.py",
     "cluster.py",
     "config/files.py",  # {"float": "inf"}
     "data/prepare.py",

@@ -40,8 +40,12 @@ def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) ->
         f"{_intervals(run)}",
         "folder": f"{workdir}: {found}",
     }
+    notes = [*run.source.notes]
+    if run.source.images is not None and config.data.workers > 0:
+        workers = config.data.workers
+        notes.append(f"data.workers: {workers} has no effect, the set is held in memory")
     return [f"{name:9} {text}" for name, text in said.items()] + [
-        f"{'note':9} {text}" for text in run.source.notes
+        f"{'note':9} {text}" for text in notes
     ]
 
 
