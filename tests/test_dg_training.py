@@ -462,6 +462,10 @@ def test_evaluations_choose_checkpoint_and_weight_by_distance(trained, prior):
         assert opened(weight=2.0).constants["weight"] == 2.0  # what is said stays
         assert not any("acts alike" in line for line in heard)
         heard.clear()
+    with pytest.raises(configs.ConfigError, match="--dg.time_min, --dg.time_max: 0.99 and 1 given"):
+        opened(time_min=0.99)
+    with pytest.raises(configs.ConfigError, match="--dg.boost_churn: 3 given without boosting"):
+        opened(boost_churn=3.0)
     assert (
         json.loads((folder / "evaluation.json").read_text()) == reports[4]
     )  # with its weight, whichever came last

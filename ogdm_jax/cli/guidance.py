@@ -96,6 +96,7 @@ class Request:
       measured: where measurements are, if they were made already.
       several: whether the command says how many samples it wants; if not, one of each picture.
       preset: of discriminator guidance, its name, or "".
+      said: options of methods that were given, such as "dsg.rate".
     """
 
     settings: dict[str, Any]
@@ -106,6 +107,7 @@ class Request:
     measured: str = ""
     several: bool = False
     preset: str = ""
+    said: frozenset[str] = frozenset()
 
 
 def read(args: argparse.Namespace) -> Request:
@@ -147,7 +149,53 @@ def read(args: argparse.Namespace) -> Request:
         sampling = {"solver": "ddim", "eta": 1.0}
     several = bool(args.seeds) or args.num is not None
     preset = presets["dg"][0] if "dg" in presets else ""
-    return Request(settings, sampling, task, measured, args.input, args.measured, several, preset)
+    return Request(
+        settings,
+        sampling,
+        task,
+        measured,
+        args.input,
+        args.measured,
+        several,
+        preset,
+        frozenset(texts),
+    )
+
+
+def check_effect(
+    request: Request, run: TrainedModel, settings: Sample, churn: Churn | None = None
+) -> None:
+    """Refuses guidance and churn that would do nothing in this run.
+
+    Raises:
+      ConfigError: noise levels that no step has; an option that another one replaces, or that the
+        solver has no use for.
+    """
+    levels = generate.noise_levels(run.model, settings)[:-1]
+
+    def reached(field: str, low: float, high: float, every: int = 1) -> None:
+        if not any(low <= level <= high for level in levels[::-1][::every]):
+            steps = "no step" if every == 1 else f"none of every {every} steps"
+            raise ConfigError(
+                f"--{field}: {low:g} to {high:g} given, where {steps} of this grid lies; expected "
+                f"noise levels between {levels[-1]:.4g} and {levels[0]:.4g}, or more --steps"
+            )
+
+    for name, chosen in request.settings.items():
+        if getattr(chosen, "window", None) is not None:
+            low, high = chosen.window
+            reached(f"{name}.window", low, high, getattr(chosen, "interval", 1))
+        if f"{name}.repeat_window" in request.said:
+            reached(f"{name}.repeat_window", *chosen.repeat_window)
+    if churn is not None and churn.S_churn:
+        reached("churn", churn.S_min, churn.S_max)
+    if {"dsg.rate", "dsg.strength"} <= request.said:
+        raise ConfigError("--dsg.rate: given with --dsg.strength, which replaces it; expected one")
+    if "dg.corrector_weight" in request.said and settings.solver != "heun":
+        raise ConfigError(
+            f"--dg.corrector_weight: given with the solver {settings.solver!r}, which evaluates "
+            "once a step; expected --solver heun, or --dg.weight alone"
+        )
 
 
 def _check_names(

@@ -172,6 +172,7 @@ def read(args: argparse.Namespace) -> Plan:
     if churn is not None and settings.solver not in ("heun", "euler"):
         raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")
     label = parse_label(args.label, trained.model.label_dim, trained.class_names)
+    guidance.check_effect(request, trained, settings, churn)
     guided = guidance.build(request, trained, settings, seeds, label=label, churn=churn)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds

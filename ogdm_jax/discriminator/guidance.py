@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import numpy as np
 
-from ogdm_jax.config import Sample, choose
+from ogdm_jax.config import ConfigError, Sample, choose
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.network import open_network, ratio_of
 from ogdm_jax.discriminator.settings import Settings
@@ -16,6 +16,7 @@ from ogdm_jax.discriminator.settings import of as settings_of
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import churn as churning
+from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint, evaluations, steps
@@ -113,6 +114,12 @@ def open_guidance(
     boost_churn = chosen.pop("boost_churn", dg.Boost.churn)
     settings = dataclasses.replace(own, **chosen)
     settings = dataclasses.replace(settings, weight=settings.weight_with(solver))
+    if "boost_churn" in given and not settings.boost:
+        raise ConfigError(
+            f"--dg.boost_churn: {boost_churn:g} given without boosting; expected --dg.boost true"
+        )
+    if use is not None:
+        _check_reach(settings, generate.noise_levels(use.model.model, use.sampling)[:-1])
     params, extractor = jax.tree.map(np.asarray, (params, extractor))
     method = guidance_of(settings, network, params, extractor, boost_churn)
     path = settings_of(config).samples_path(workdir)
@@ -124,6 +131,16 @@ def open_guidance(
                 f"{', '.join(differences)}"
             )
     return method
+
+
+def _check_reach(settings: Settings, levels: np.ndarray) -> None:
+    """Raises ConfigError for a window of times in which no step of the grid lies."""
+    times = dg.vp_time(levels)
+    if not ((times >= settings.time_min) & (times <= settings.time_max)).any():
+        raise ConfigError(
+            f"--dg.time_min, --dg.time_max: {settings.time_min:g} and {settings.time_max:g} given, "
+            f"where no step lies; expected times between {times[-1]:.4g} and {times[0]:.4g}"
+        )
 
 
 def _followed(

@@ -148,4 +148,9 @@ def build(settings: Settings, session: Session) -> Guidance:
         raise ValueError(
             "--guidance cfg: the model never saw hidden labels; expected data.label_dropout above 0"
         )
+    if session.labels is not None and (session.labels < 0).all():
+        raise ValueError(
+            "--guidance cfg: the images have no class (--label -1), so both of its evaluations are "
+            "one; expected a class"
+        )
     return guidance(settings.weight, settings.window)

@@ -82,6 +82,11 @@ def build(settings: Settings, session: Session) -> Guidance:
         raise ConfigError(
             f"--eta: {eta:g} with diffpir, whose noise is that of --diffpir.share; expected --eta 1"
         )
+    if settings.strength is not None and not measured.noise:
+        raise ConfigError(
+            f"--diffpir.strength: {settings.strength:g} given with --task.noise 0, where x0 is an "
+            "exact projection; expected it only with noise"
+        )
     words = dict(vars(settings))
     if settings.strength is None:
         words["strength"] = STRENGTHS.get(measured.task, 8.0)

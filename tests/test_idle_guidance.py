@@ -1,0 +1,124 @@
+"""Options of guidance that would do nothing are one sentence, and not accepted and ignored."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from ogdm_jax import models
+from ogdm_jax.cli import guidance
+from ogdm_jax.cli import sample as command
+from ogdm_jax.config import Sample
+from ogdm_jax.inverse import operators
+from ogdm_jax.inverse.measured import Measured
+from ogdm_jax.methods import cfg, ddnm, diffpir
+from ogdm_jax.methods.session import Session
+from ogdm_jax.sampling import churn as churning
+from ogdm_jax.training.workdir import TrainedModel
+from tests.support import tiny
+
+pytestmark = pytest.mark.fast
+
+DSG = ("--guidance", "dsg", "--task", "inpaint", "--input", "digits")
+DG = ("--guidance", "dg", "--dg.discriminator", "x")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = tiny.config(tiny.ONE_LEVEL)
+    return TrainedModel(config, models.build(config, (8, 8, 1), 0), {}, {}, 0)
+
+
+def check(trained, words, **settings):
+    args = command.parser().parse_args(["--workdir", "w", *words])
+    settings = Sample(**{"solver": "ddim", "eta": 1.0, "steps": 10} | settings)
+    churn = churning.parse(args.churn)
+    guidance.check_effect(guidance.read(args), trained, settings, churn)
+
+
+@pytest.mark.parametrize(
+    "words,settings,sentence",
+    [
+        ((*DSG, "--dsg.window", "90,100"), {}, "--dsg.window: 90 to 100 given, where no step"),
+        ((*DSG, "--dsg.window", "0.003,0.01"), {"steps": 4}, "between 0.002 and 80, or more --st"),
+        (
+            (*DSG, "--dsg.window", "30,80", "--dsg.interval", "7"),
+            {},
+            "--dsg.window: 30 to 80 given, where none of every 7 steps",
+        ),
+        (
+            (*DSG, "--dsg.repeats", "2", "--dsg.repeat_window", "90,99"),
+            {},
+            "--dsg.repeat_window: 90 to 99 given",
+        ),
+        (("--guidance", "cfg", "--cfg.window", "100,200"), {}, "--cfg.window: 100 to 200 given"),
+        (
+            ("--churn", "4,100,200,1"),
+            {"solver": "heun", "eta": 0.0},
+            "--churn: 100 to 200 given, where no step",
+        ),
+        ((*DSG, "--dsg.rate", "0.5", "--dsg.strength", "1"), {}, "--dsg.strength, which replaces"),
+        (
+            (*DG, "--dg.corrector_weight", "0"),
+            {"solver": "euler", "eta": 0.0},
+            "--dg.corrector_weight: given with the solver 'euler', which evaluates once",
+        ),
+    ],
+)
+def test_guidance_that_no_step_would_see(trained, words, settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        check(trained, words, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words,settings",
+    [
+        ((*DSG, "--dsg.window", "0.5,20"), {}),
+        ((*DSG, "--dsg.window", "0.001,100", "--dsg.interval", "7"), {}),
+        (
+            (*DSG, "--preset", "inpaint_20", "--dsg.strength", "1"),
+            {},
+        ),  # a preset's rate is not said
+        ((*DG, "--dg.corrector_weight", "1"), {"solver": "heun", "eta": 0.0}),
+        ((*DG, "--preset", "second"), {"solver": "euler", "eta": 0.0}),
+        (("--churn", "4,0.05,50,1"), {"solver": "heun", "eta": 0.0}),
+        (("--churn", "0,100,200,1"), {"solver": "heun", "eta": 0.0}),  # no churn is asked for
+    ],
+)
+def test_what_has_an_effect_is_accepted(trained, words, settings):
+    check(trained, words, **settings)
+
+
+def session(trained, noise=0.0, eta=1.0, labels=None, config=None):
+    measured = Measured("deblur", operators.gaussian_blur(3, 0.8), np.zeros((1, 8, 8, 1)), noise)
+    sampling = Sample(solver="ddim", eta=eta)
+    model = dataclasses.replace(trained.model, label_dim=0 if labels is None else 10)
+    config = trained.config if config is None else config
+    return Session(model, config, sampling, {}, labels=labels, measured=measured)
+
+
+def test_options_of_methods_that_do_nothing(trained):
+    labels = types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1))
+    unconditional = session(trained, labels=np.full(3, -1), config=labels)
+    for build, settings, at, sentence in (
+        (ddnm.build, ddnm.Settings(eta=0.5), session(trained), "--ddnm.eta: 0.5 given with --task"),
+        (diffpir.build, diffpir.Settings(strength=3.0), session(trained), "--diffpir.strength: 3"),
+        (diffpir.build, diffpir.Settings(), session(trained, 0.1, 0.4), "--eta: 0.4 with diffpir"),
+        (cfg.build, cfg.Settings(), unconditional, "the images have no class"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as error:
+            build(settings, at)
+        assert "\n" not in str(error.value)
+    ddnm.build(ddnm.Settings(eta=0.5), session(trained, 0.1))
+    diffpir.build(diffpir.Settings(strength=3.0), session(trained, 0.1))
+    diffpir.build(diffpir.Settings(interval=2), session(trained, 0.1, 0.4))  # eta of the others
+    cfg.build(cfg.Settings(), session(trained, labels=np.array([1, -1]), config=labels))
+
+
+def test_the_released_strength_of_a_task(trained):
+    for task, strength in (("inpaint", 1.0), ("deblur", 8.0), ("super_resolution", 8.0)):
+        at = session(trained, 0.1)
+        at = dataclasses.replace(at, measured=dataclasses.replace(at.measured, task=task))
+        assert diffpir.build(diffpir.Settings(), at).transition.rule.strength == strength
