@@ -15,8 +15,7 @@ from PIL import Image
 
 from ogdm_jax import data, places
 from ogdm_jax.cli import evaluate as scoring
-from ogdm_jax.data import SourceError
-from ogdm_jax.data import output as files
+from ogdm_jax.data import SourceError, pictures
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.interop import export
@@ -113,11 +112,8 @@ def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):
     labels = np.arange(12) % 2
     np.savez(bucket / "set.npz", image=images, label=labels)
     for i, image in enumerate(images):
-        files.write(
-            places.place(f"gs://bucket/folder/{labels[i]}"), image[None], np.array([i]), None
-        )
-
-    files.write(places.place("gs://bucket/grids/grid.png"), images, np.arange(12), None)
+        pictures.save_png(places.place(f"gs://bucket/folder/{labels[i]}/{i:06d}.png"), image)
+    pictures.save_png(places.place("gs://bucket/grids/grid.png"), pictures.sheet(images))
     with Image.open(bucket / "grids" / "grid.png") as picture:
         assert picture.size[0] > 4 * 8
     prepare(data.open_source("npz:gs://bucket/set.npz"), tmp_path / "set.zip")
