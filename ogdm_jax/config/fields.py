@@ -26,7 +26,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
-_LONGEST = 2**53  # steps of a duration
 _FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest that a device can hold
 _WHOLE = 2**31 - 1
 
@@ -302,10 +301,10 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
         raise ConfigError(
             f"{key}: {shown(text)} is no duration; expected a number and one of {', '.join(_UNITS)}"
         )
-    per_unit = _UNITS[unit]
-    if amount * (per_unit or 1) > _LONGEST:
-        raise ConfigError(f"{key}: {shown(text)} given; expected at most {_LONGEST:.0e} steps")
-    return math.ceil(amount) if per_unit is None else math.ceil(amount * per_unit / batch)
+    steps = amount if (per_unit := _UNITS[unit]) is None else amount * per_unit / batch
+    if steps > _WHOLE:
+        raise ConfigError(f"{key}: {shown(text)} given; expected at most {_WHOLE} steps")
+    return math.ceil(steps)
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:

@@ -196,6 +196,11 @@ class Precondition(_Checked):
         False, "adm: the network is told t * 1000 / diffusion_steps", only="kind=adm"
     )
 
+    def _check_together(self) -> None:
+        steps, few = self.diffusion_steps, self.schedule == "linear" and self.diffusion_steps <= 20
+        more = "more than 20 with the linear schedule, whose betas are above 1 otherwise"
+        require(not few, "precondition.diffusion_steps", steps, more)
+
 
 @dataclasses.dataclass(frozen=True)
 class Noise(_Checked):

@@ -252,8 +252,8 @@ class Discrete:
         kept = np.arange(len(bar)) if keep is None else np.unique(np.asarray(keep, np.int64))
         if kept.size == 0 or kept[0] < 0 or kept[-1] >= len(bar):
             raise ValueError(f"keep: {kept.tolist()}; expected indices from 0 to {len(bar) - 1}")
-        if not bar[kept].all():
-            pure = kept[bar[kept] == 0].tolist()
+        if (bar[kept] <= 0).any():  # below 0: betas above 1, a linear schedule of few steps
+            pure = kept[bar[kept] <= 0].tolist()
             raise ValueError(
                 f"keep: alpha_bar is 0 at {pure}; expected steps of finite noise level, before "
                 "these"

@@ -417,9 +417,10 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     """The auxiliary network for a training context; see `training` for what it raises."""
     h, w, c = context.image_shape
     if h != w or h < 8 or h & (h - 1):
-        raise ConfigError(
-            f"config.ogdm: images are {h}x{w}; expected squares with a side 2^n of at least 8"
-        )
+        expected = "expected squares with a side 2^n of at least 8"
+        raise ConfigError(f"config.ogdm: images are {h}x{w}; {expected}")
+    base, least = settings.channel_base, f"at least the side of the images, {h}"
+    require(base >= h, "ogdm.channel_base", base, least)
     chunk = min(settings.statistics_batch or context.device_batch, context.device_batch)
     require(
         context.device_batch % chunk == 0 and chunk % min(4, chunk) == 0,
