@@ -131,6 +131,17 @@ _END = b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
 _LOOP = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 256, 4, 1, 10, 8)
 
 
+def test_blank_pages_are_no_lies(tmp_path):
+    """The densest files there are: 20 million white pixels in a few kilobytes."""
+    page = Image.new("1", (4000, 5000), 1)
+    files = {"a.png": encoded(page), "b.tif": encoded(page, "TIFF", compression="group4")}
+    files |= {"c.gif": encoded(page, "GIF"), "d.webp": encoded(page.convert("RGB"), "WEBP")}
+    files |= {"e.jpg": encoded(page.convert("L"), "JPEG", progressive=True)}
+    assert len(files["b.tif"]) < 20_000_000 / 9000
+    source = open_source(folder(tmp_path, files), resolution=4, channels=1)
+    assert source.images is not None and source.images.min() == 255
+
+
 def test_lab_colours_become_the_colours_that_they_are(tmp_path):
     """L 53, a 80, b 67 is the red of sRGB; Pillow holds a and b with 128 added."""
     red = Image.merge("LAB", [Image.new("L", (8, 8), level) for level in (136, 208, 195)])

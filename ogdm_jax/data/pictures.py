@@ -35,8 +35,8 @@ _OTHERS = {
     "a PostScript file": (b"%!ps",),
     "JSON": (b"{", b"["),
 }
-_PIXELS = 6000  # in a byte, that no compression exceeds except of these formats
-_DENSE = ("WEBP", "AVIF", "JPEG2000")
+# Pixels in a byte that only these formats exceed: deflate has 1,032 bytes in one, of 8 pixels each.
+_PIXELS, _DENSE = 9000, ("WEBP", "AVIF", "JPEG2000", "TIFF")
 LARGE = 64 << 20  # bytes of a file from which its picture's size is asked first
 HEAD = 64 << 10  # bytes that are enough for that
 # Pillow warns of half of what it refuses; here what a file says is compared with its bytes.
