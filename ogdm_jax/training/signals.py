@@ -35,7 +35,7 @@ class StopSignals:
     signal to one, and stop at the same step (Checkpoints.preempted). Ctrl-C is passed on to it.
 
     Attributes:
-      received: whether a signal came.
+      received: whether a signal came that this process answers by itself.
       farewell: what is said and waited for, once, before the process ends.
     """
 
@@ -45,7 +45,7 @@ class StopSignals:
         self.farewell: Callable[[], None] = lambda: None
         self._log, self._code = log, code
         self._doing: str | None = None  # what is interrupted without a loss; None: nothing
-        self._several = False
+        self._several = self._passed_on = False
         self._previous: dict[int, Any] = {}
         self._leaving, self._spoken = threading.Lock(), threading.Event()
 
@@ -86,7 +86,7 @@ class StopSignals:
         """
         before, self._doing = self._doing, doing
         try:
-            if doing is not None and self.received and not self._several:
+            if doing is not None and self.received:
                 raise cluster.Stopped
             yield
         finally:
@@ -94,7 +94,7 @@ class StopSignals:
 
     def leave_once(self) -> None:
         """Says farewell, in whichever thread comes first; the other one does not get past here."""
-        if self.received and not self._several:
+        if self.received:
             self._spoken.wait(1.0)  # the listening thread says first which signal came
         with self._leaving:
             farewell, self.farewell = self.farewell, lambda: None
@@ -103,9 +103,9 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         """In the main thread, between two instructions."""
         if self._several:
-            if self.received:
+            if self._passed_on:
                 end_at_once(128 + number)
-            self.received = True
+            self._passed_on = True
             os.kill(os.getpid(), signal.SIGTERM)
             return
         if self.received:
