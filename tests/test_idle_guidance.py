@@ -12,7 +12,7 @@ from ogdm_jax.cli import sample as command
 from ogdm_jax.config import Sample
 from ogdm_jax.inverse import operators
 from ogdm_jax.inverse.measured import Measured
-from ogdm_jax.methods import cfg, ddnm, diffpir
+from ogdm_jax.methods import cfg, ddnm, diffpir, freedom, mpgd
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.training.workdir import TrainedModel
@@ -122,3 +122,22 @@ def test_the_released_strength_of_a_task(trained):
         at = session(trained, 0.1)
         at = dataclasses.replace(at, measured=dataclasses.replace(at.measured, task=task))
         assert diffpir.build(diffpir.Settings(), at).transition.rule.strength == strength
+
+
+@pytest.mark.parametrize(
+    "module,rule,squared",
+    [
+        (freedom, "time", False),
+        (freedom, "rms", True),
+        (mpgd, "released", False),
+        (mpgd, "plain", True),
+    ],
+)
+def test_published_scales_meet_the_loss_that_they_were_published_for(
+    trained, monkeypatch, module, rule, squared
+):
+    seen, real = [], Measured.loss
+    spy = lambda self, squared=True, whitened=False: seen.append(squared) or real(self, squared)
+    monkeypatch.setattr(Measured, "loss", spy)
+    module.build(module.Settings(rule=rule), session(trained, 0.1))
+    assert seen == [squared]
