@@ -445,7 +445,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, name):
             "import resource, sys; from ogdm_jax.cli.sample import main; main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
-        words = ("--workdir", str(model), "--num", str(num), "--batch", "250", "--steps", "1")
+        words = ("--workdir", str(model), "--num", str(num), "--batch", "50", "--steps", "1")
         words += ("--devices", "1", "--out", f"{num}_{name}")
         done = subprocess.run(
             [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True
