@@ -429,6 +429,16 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
         ("data.batch=7", "data.batch.*even"),
         ("dg.held_out=1.0", "dg.held_out"),
         ("dg.clock=sine", "dg.clock"),
+        ("dg.num=1000000000", "dg.num"),
+        ("dg.prior_step=x", "dg.prior_step: 'x' given; expected a number or best"),
+        ("dg.prior_step=-1", "dg.prior_step"),
+        ("dg.prior_step=7", "dg.prior_step: no checkpoint of step 7"),
+        ("dg.cfg=3", "dg.cfg: 3.0 given; expected 1, for the prior never saw"),
+        ("dg.churn=40,nan,50,1", "config.dg.churn: '40,nan,50,1' given"),
+        ("dg.time_min=1.0", "dg.time_min: 1.0 given; expected less than dg.time_max"),
+        ("dg.samples=x.txt", "dg.samples: 'x.txt' given; expected FILE.npz"),
+        ("dg.samples=folder", "dg.samples: 'folder' given; expected FILE.npz"),
+        ("dg.samples=/proc/x.npz", "^config.dg.samples: '/proc/x.npz' "),
     ],
 )
 def test_wrong_settings_are_one_sentence(tmp_path, prior, text, words):

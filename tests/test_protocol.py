@@ -280,3 +280,51 @@ def test_an_option_of_the_older_spelling_is_answered_with_the_newer_one(capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--samples", "x.npz", "--save_statistics=y.npz"])
     assert "--save_statistics; expected --save-statistics" in capsys.readouterr().err
+
+
+def test_the_protocol_goes_on_with_the_sets_that_are_missing(
+    workdir, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "p.json"
+    words = f"protocol --workdir {workdir} --num 16 --ranges 3 --batch 8 --devices 1".split()
+    assert evaluate.main([*words, "--out", str(tmp_path / "whole.json")]) == 0
+    real, drawn = protocol.score, []
+
+    def score(space, batches, reference):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return real(space, batches, reference)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "score", score)
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*words, "--out", str(out)])
+        assert stop.value.code == 130 and not out.exists()
+    kept = json.loads((tmp_path / "p.json.sets").read_text())
+    assert [s["seeds"] for s in kept["sets"]] == ["0-15", "16-31"]
+    capsys.readouterr()
+    for change, words_ in (
+        (("--steps", "4"), " steps 2, now it is 4"),
+        (("--num", "8"), "--num 16, now it is 8"),
+        (("--first", "1"), "--first 0, now it is 1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*words, *change, "--out", str(out)])
+        assert stop.value.code == 1 and words_ in capsys.readouterr().err
+    drawn[:] = [1]  # one more is allowed
+    monkeypatch.setattr(protocol, "score", score)
+    assert evaluate.main([*words, "--out", str(out)]) == 0
+    assert "2 sets are in" in capsys.readouterr().err
+    assert out.read_text() == (tmp_path / "whole.json").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"p.json", "whole.json"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"drawn_with": {}, "sets": 3', "\xff"])
+def test_sets_that_cannot_be_read_are_one_sentence(workdir, tmp_path, capsys, content):
+    (tmp_path / "p.json.sets").write_text(content, "latin-1")
+    words = f"protocol --workdir {workdir} --num 16 --batch 8 --devices 1 --out {tmp_path}/p.json"
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(words.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.startswith("error: --out: ") and said.count("\n") == 1

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ogdm_jax import records
-from ogdm_jax.config import Config, ConfigError
+from ogdm_jax import places, records
+from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.data import Source, from_arrays, output
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
@@ -83,6 +83,10 @@ def draw_or_read(
     """
     wanted = origin(config, prior, num)
     if jax.process_index() == 0 and not path.exists():
+        places.writable(path, "config.dg.samples", file=True)
+        knows = bool(prior.model.label_dim and prior.config.data.label_dropout)
+        hidden = "1, for the prior never saw hidden labels (data.label_dropout)"
+        require(of(config).cfg == 1 or knows, "dg.cfg", of(config).cfg, hidden)
         log(
             f"drawing {num} samples of step {prior.step} ({wanted['solver']}, {wanted['nfe']} "
             "network evaluations)"

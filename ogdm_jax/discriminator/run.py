@@ -123,7 +123,7 @@ def open_prior(config: configs.Config) -> TrainedModel:
     """The model to guide. Raises CheckpointError where the folder holds none."""
     settings = settings_of(config)
     step = settings.prior_step
-    number = int(step) if step.isdigit() else step or None
+    number = int(step) if step.isdecimal() else step or None
     return open_workdir(settings.prior, number, settings.prior_weights, "config.dg.prior")
 
 

@@ -28,7 +28,7 @@ class Settings:
         "file of its samples; '' = WORKDIR/samples.npz. Drawn if missing, refused if of another "
         "origin",
     )
-    num: int = setting(0, "samples; 0 = as many as there are real images", least=0)
+    num: int = setting(0, "samples; 0 = as many as there are real images", least=0, most=10**7)
     churn: str = setting(
         "", "S_churn,S_min,S_max,S_noise of the sampler; the rest of it is config.sample"
     )
@@ -67,8 +67,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self, "dg")
-        before = f"at most dg.time_max, {self.time_max}"
-        require(self.time_min <= self.time_max, "dg.time_min", self.time_min, before)
+        before = f"less than dg.time_max, {self.time_max}"
+        require(self.time_min < self.time_max, "dg.time_min", self.time_min, before)
 
     def weight_with(self, solver: str) -> float:
         """`weight`, or its default under a solver."""
@@ -96,11 +96,15 @@ def check_run(config: Config) -> Settings:
     """The settings of a run that is about to begin.
 
     Raises:
-      ConfigError: a value out of range, no prior, or a batch that cannot be half real.
+      ConfigError: a value out of range or no such word, no prior, or a batch that cannot be half
+        real.
     """
     settings, batch = of(config), config.data.batch
     prior = "the training folder of the model to guide"
     require(bool(settings.prior), "dg.prior", settings.prior, prior)
+    step, samples = settings.prior_step, settings.samples
+    require(step in ("", "best") or step.isdecimal(), "dg.prior_step", step, "a number or best")
+    require(samples[-4:] in ("", ".npz"), "dg.samples", samples, "FILE.npz")
     settings.sampler_churn()  # raises
     require(batch % 2 == 0, "data.batch", batch, "an even number: half real, half generated")
     return settings
