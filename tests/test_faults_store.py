@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from ogdm_jax.training import arrays, checksums, evaluations, lock, steps
+from ogdm_jax.training import arrays, checksums, evaluations, lock, loop, steps
 from ogdm_jax.training import state as states
 from ogdm_jax.training.checkpoint import Checkpoints, describe, find, load_weights, resumable
 from tests.support import tiny
@@ -301,3 +301,32 @@ def test_the_processes_of_a_run_share_one_lock_and_one_answer(folder):
         ends = together(folder)
     assert [code for code, _ in ends] == [1, 1], ends
     assert "is in use by process" in ends[0][1] and "process 0 of 2 ended" in ends[1][1]
+
+
+def test_a_run_goes_on_from_what_is_whole_bit_for_bit(tmp_path, monkeypatch):
+    """Its newest step damaged, the next one cut, and another run's lock left behind."""
+    settings = lambda steps: tiny.config(
+        *("methods=", tiny.ONE_LEVEL, "train.save_every=1 steps", "train.keep=10"),
+        f"train.duration={steps} steps",
+    )
+    silent = lambda _: None
+    loop.train(settings(4), tmp_path / "straight", log=silent)
+    spoiled, lines = tmp_path / "spoiled", []
+    cut = spoiled / "checkpoints" / "1.orbax-checkpoint-tmp" / "params"
+    cut.mkdir(parents=True)
+    loop.train(settings(3), spoiled, log=lines.append)
+    assert "1.orbax-checkpoint-tmp removed" in "\n".join(lines)
+    path = next((spoiled / "checkpoints" / "3" / "ema").rglob("manifest.ocdbt"))
+    path.write_bytes(flipped(path.read_bytes(), 77))
+    (spoiled / lock.NAME).write_text("")
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    del lines[:]
+    loop.train(settings(4), spoiled, log=lines.append)
+    said = "\n".join(lines)
+    assert "3 is damaged" in said and "going on from step 2" in said and "taken over" in said
+    assert steps.complete(spoiled) == [1, 2, 3, 4]
+    run = tiny.build("methods=", tiny.ONE_LEVEL)
+    made = (None, run, jax.eval_shape(run.create, run.key))
+    for step in (3, 4):
+        found = (restored(tmp_path / name, made, step) for name in ("straight", "spoiled"))
+        tiny.assert_trees(*found)
