@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -279,6 +280,11 @@ def test_every_protocol_of_pickle(protocol):
         same_small(MADE / f"legacy_{protocol}.pth")
 
 
+def test_a_torchscript_archive_is_named():
+    assert open_torch(MADE / "script.pt").layout == "TorchScript"
+    assert open_torch(MADE / "objects.pt").layout == "zip"
+
+
 def test_a_subclass_of_a_parameter_is_its_numbers():
     same_small(MADE / "subclass.pt")
 
@@ -319,6 +325,11 @@ def test_types_are_said(state, tmp_path):
             tmp_path / "x.pt", lambda d, t=dtype: d({n: v.astype(t) for n, v in state.items()})
         )
         assert load_pretrained(path).notes == (f"stored as {word}; computed with float32",)
+    half = {n: v.astype(ml_dtypes.bfloat16) for n, v in state.items()}
+    save_file(half, tmp_path / "x.safetensors")
+    found = load_pretrained(tmp_path / "x.safetensors")
+    assert found.notes == ("stored as bfloat16; computed with float32",)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.variables)} == {np.dtype("f4")}
     path = saved(
         tmp_path / "x.pt", lambda d: d({n: (9 * v).astype("i8") for n, v in state.items()})
     )

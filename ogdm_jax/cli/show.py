@@ -65,7 +65,7 @@ def _show(args: argparse.Namespace) -> None:
     part, others = file.part(args.entry)
     state = file.arrays(part)
     numbers = sum(value.size for value in state.values())
-    print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers")
+    print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers ({file.layout})")
     for note in pretrained.notes(part, others, state):
         print(note)
     if args.tensors:

@@ -45,7 +45,7 @@ _SAFETENSORS = {
 
 
 def parse(data: memoryview, handle: BinaryIO, budget: Budget, name: str = "") -> tuple[str, Any]:
-    """(layout, object) of a file: "zip", "legacy", "pickle", "safetensors", "npz" or "npy".
+    """(layout, object) of a file; torch_state.TorchFile has the names of layouts.
 
     Args:
       data: the file, mapped; not empty.
@@ -220,7 +220,7 @@ def _read_zip(data: memoryview, handle: BinaryIO, budget: Budget) -> tuple[str, 
     root = _load_all(members[pickles[0]], budget, persistent, scripted)
     if scripted and not isinstance(root, Module):
         raise UnsafeFileError("it is a TorchScript archive, but its data.pkl holds no module")
-    return "zip", root
+    return "TorchScript" if scripted else "zip", root
 
 
 def _same(known: Storage, new: Storage, key: str) -> Storage:

@@ -22,16 +22,7 @@ _MAX_OBJECTS = 200_000  # dictionaries, lists and objects of a file
 _MAX_STEPS = 10  # keys from the root to a part
 _LISTED = 12  # parts or names that a message shows
 # Where a checkpoint of several parts keeps the weights to use, the likeliest first.
-PREFERRED = (
-    "ema",
-    "ema_model",
-    "params_ema",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-)
+PREFERRED = "ema ema_model params_ema state_dict model_state_dict model net network".split()
 _AVERAGED = re.compile(r"emas?\d*|avg|averag\w*|swa|shadow|polyak")
 _NO_WEIGHTS = re.compile(
     r"(^|_)(optim|optimi[sz]ers?|opts?|adamw?|exp_avgs?|exp_avg_sqs?|moments?|momentum(?=$|_buffer)|"
@@ -226,21 +217,23 @@ def _unwanted(key: str, value: Any) -> bool:
     return bool(_NO_WEIGHTS.search(_spaced(key))) or {"state", "param_groups"} <= keys
 
 
+def _items(node: Any) -> Iterable[tuple[Any, Any]]:
+    """What lies in an object, by key; of an nn.Module nothing but what it was made of."""
+    if isinstance(node, dict):
+        return node.items()
+    if isinstance(node, list | tuple):
+        return enumerate(node)
+    if isinstance(node, Module):
+        inside = () if _is_network(node) else node.state.items()
+        return [*inside, *enumerate(node.items)]
+    return enumerate(node.items) if isinstance(node, NumpyArray) else ()
+
+
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
     """The containers in a container, by key."""
-    pairs: list[tuple[Any, Any]] = []
-    if isinstance(node, dict):
-        pairs = list(node.items())
-    elif isinstance(node, list | tuple):
-        pairs = list(enumerate(node))
-    elif isinstance(node, NumpyArray):
-        pairs = list(enumerate(node.items))
-    elif isinstance(node, Module):
-        inside = () if _is_network(node) else node.state.items()
-        pairs = [*inside, *enumerate(node.items)]
-    for key, value in pairs:
-        holds = isinstance(value, dict | list | tuple | Module)
-        if (holds or isinstance(value, NumpyArray)) and isinstance(key, str | int):
+    for key, value in _items(node):
+        holds = isinstance(value, dict | list | tuple | Module | NumpyArray)
+        if holds and isinstance(key, str | int):
             yield str(key)[:MAX_NAME], value
 
 
@@ -249,14 +242,7 @@ def _leaves(node: Any) -> Iterator[tuple[str, Leaf]]:
     if isinstance(node, Module) and _is_network(node):
         yield from _module_leaves(node)
         return
-    pairs: Iterable[tuple[Any, Any]] = ()
-    if isinstance(node, dict):
-        pairs = node.items()
-    elif isinstance(node, list | tuple):
-        pairs = enumerate(node)
-    elif isinstance(node, Module):
-        pairs = [*node.state.items(), *enumerate(node.items)]
-    for name, value in pairs:
+    for name, value in _items(node):
         if (leaf := _leaf(value)) is None:
             continue
         if not isinstance(name, str | int) or (isinstance(name, str) and len(name) > MAX_NAME):

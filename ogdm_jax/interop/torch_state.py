@@ -34,7 +34,7 @@ class TorchFile:
 
     Attributes:
       path: where it is.
-      layout: "zip", "legacy", "pickle", "safetensors", "npz", "npy" or "shards".
+      layout: "zip", "TorchScript", "legacy", "pickle", "safetensors", "npz", "npy" or "shards".
       left: bytes that its arrays may take.
       root: the object in it, made of inert records (Tensor, Module, dict, list, numbers, texts).
     """
