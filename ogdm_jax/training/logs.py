@@ -169,15 +169,13 @@ class Writer:
         """Ends the files, and copies them to a bucket. Raises LogError as `write`."""
         file, events, local = self._file, self._events, self._local
         self._file = self._events = None
-        with self._told():
-            try:
-                for part in filter(None, (events, file)):
-                    part.close()
-                self._copy()
-            finally:
-                if local is not None:
-                    local.cleanup()
-                self._local = None
+        with self._told(), contextlib.ExitStack() as ends:  # all of them, whatever fails
+            self._local = None
+            if local is not None:
+                ends.callback(local.cleanup)
+                ends.callback(places.mirror, pathlib.Path(local.name), self._target)
+            for part in filter(None, (file, events)):
+                ends.callback(part.close)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
