@@ -21,7 +21,8 @@ FLAGS = (
     *("network.num_blocks=1", "network.attn_resolutions=()", "ogdm.channel_base=16"),
     *("ogdm.channel_max=4", "data.batch=8", "log.every=1 steps", "log.tensorboard=False"),
     *("sample.num=1", "sample.steps=2", "train.save_every=0 steps", "parallel.devices=1"),
-    "evaluate.features=",
+    # as it was then: now the rate of the digits falls until the end of the run
+    *("evaluate.features=", "optim.decay=800 steps"),
 )
 
 
