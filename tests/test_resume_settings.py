@@ -197,6 +197,8 @@ def test_a_schedule_shorter_than_the_run_is_refused():
         optim.rate_of(config)
     with pytest.raises(ConfigError, match="ema.halflife: 'train.duration' is no duration"):
         tiny.config("ema.halflife=train.duration")
+    with pytest.raises(ConfigError, match="config.ogdm.decay: 2 given; expected 0, or at least"):
+        tiny.build("methods=ogdm", "ogdm.decay=2", "train.duration=5 steps")
 
 
 def test_the_tree_of_an_item(saved):

@@ -225,6 +225,7 @@ class Context:
       xflip: whether images are mirrored at random without a label.
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels;
         None if off.
+      steps: optimiser steps of the whole run.
     """
 
     image_shape: tuple[int, int, int]
@@ -245,6 +246,7 @@ class Context:
     augment: Callable[[Array, Array], Array] | None = None
     mesh: jax.sharding.Mesh | None = None
     dtype: Any = None
+    steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

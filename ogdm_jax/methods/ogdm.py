@@ -422,13 +422,12 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     base, least = settings.channel_base, f"at least the side of the images, {h}"
     require(base >= h, "ogdm.channel_base", base, least)
     chunk = min(settings.statistics_batch or context.device_batch, context.device_batch)
-    require(
-        context.device_batch % chunk == 0 and chunk % min(4, chunk) == 0,
-        "ogdm.statistics_batch",
-        settings.statistics_batch,
-        f"a divisor of the {context.device_batch} images of a device's round that groups of 4 "
-        "divide",
-    )
+    fits = context.device_batch % chunk == 0 and chunk % min(4, chunk) == 0
+    part = f"a divisor of the {context.device_batch} images of a device that groups of 4 divide"
+    require(fits, "ogdm.statistics_batch", settings.statistics_batch, part)
+    lasts = settings.decay == 0 or settings.decay >= context.steps
+    length = f"0, or at least the run's {context.steps} steps: after as many the rate is 0"
+    require(lasts, "ogdm.decay", settings.decay, length)
     return StyleGAN2Discriminator(
         img_resolution=h,
         img_channels=c,

@@ -61,6 +61,7 @@ def context(
         denoiser=model.denoiser,
         dtype=model.network.dtype,
         learning_rate=config.optim.learning_rate,
+        steps=config.steps(config.train.duration),
         source=source,
         weights=_weights(config, model, stand_in),
         xflip=config.data.xflip,

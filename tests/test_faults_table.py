@@ -1,0 +1,25 @@
+"""docs/faults.md names tests that exist."""
+
+import ast
+import re
+
+import pytest
+
+from tests.support.tiny import ROOT
+
+pytestmark = pytest.mark.fast
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    named = set(
+        re.findall(r"(test_\w+\.py)(?:::(\w+))?", (ROOT / "docs" / "faults.md").read_text())
+    )
+    assert len(named) > 200
+    defined = {}
+    for file in {file for file, _ in named}:
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        nodes = ast.walk(ast.parse(path.read_text()))
+        defined[file] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    missing = [f"{file}::{name}" for file, name in named if name and name not in defined[file]]
+    assert not missing
