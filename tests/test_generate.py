@@ -17,7 +17,7 @@ from tests.support import tiny
 
 pytestmark = pytest.mark.fast
 
-ADM = ("network.kind=openai", "precondition.kind=adm")
+ADM = ("network.kind=openai", "network.model_channels=32", "precondition.kind=adm")
 
 
 @pytest.fixture(scope="module", params=["edm", "adm"])
@@ -92,7 +92,7 @@ def test_folders_from_before_the_settings_open_again():
         ({"solver": "spndm", "steps": 1}, "sample.steps: 1 given; expected at least 2"),
         ({"solver": "fpndm", "steps": 3}, "sample.steps: 3 given; expected at least 4"),
         ({"solver": "ddim", "eta": 2.0}, "sample.eta: 2.0 given; expected a number from 0 to 1"),
-        ({"rho": 0.0}, "sample.rho: 0.0 given; expected a positive number"),
+        ({"rho": 0.0}, "sample.rho: 0.0 given; expected a number of at least 0.1"),
         ({"sigma_min": 0.0}, "sample.sigma_min: 0.0 given"),
     ],
 )
