@@ -85,10 +85,15 @@ def test_values_of_the_json_file_are_checked(exported):
         with pytest.raises(ValueError) as caught:
             load_pretrained(path)
         assert words in str(caught.value)
-    for text in ("[]", "3", "null", '{"format": 2}', "{}", "[" * 100_000):
+    for text, words in (
+        *((text, "expected an object") for text in ("[]", "3", "null")),
+        *((text, '"format": 1') for text in ('{"format": 2}', "{}")),
+        ("[" * 100_000, "is no JSON"),
+    ):
         path.with_suffix(".json").write_text(text)
-        with pytest.raises(ValueError, match='"format": 1'):
+        with pytest.raises(ValueError, match=words) as caught:
             load_pretrained(path)
+        assert path.with_suffix(".json").name in str(caught.value)
     path.with_suffix(".json").write_text(json.dumps(about))
     assert load_pretrained(path).kind == "edm"
 
