@@ -66,13 +66,18 @@ def one_sentence() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        with suppress(ValueError):  # another thread than the main one has no signals
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it without a word
+        end_on_interrupt()
         print("stopped", file=sys.stderr)
         raise SystemExit(STOPPED) from None
     except OSError as error:  # a file, a place, space or permission: never a fault of the program
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends the process without a word: it is on its way out."""
+    with suppress(ValueError):  # another thread than the main one has no signals
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def sentence_of(error: OSError) -> str:

@@ -292,3 +292,13 @@ def test_an_npy_is_images(tmp_path):
     np.save(tmp_path / "a.npy", images)
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
     np.testing.assert_array_equal(open_source(f"npz:{tmp_path}/a.npz").images, images)
+
+
+def test_numbers_of_another_range_are_shown(tmp_path, capsys):
+    """0 and 1 in uint8 are nearly black pictures; so are 12 bits in 16."""
+    np.savez(tmp_path / "u.npz", images=np.eye(8, dtype=np.uint8)[None, :, :, None].repeat(3, 0))
+    assert main(["describe", f"npz:{tmp_path / 'u.npz'}"]) == 0
+    assert "values      0 to 1 of 0 to 255   nearly black" in capsys.readouterr().out
+    np.savez(tmp_path / "flat.npz", images=np.full((3, 8, 8, 1), 128, np.uint8))
+    assert main(["describe", f"npz:{tmp_path / 'flat.npz'}"]) == 0
+    assert "0.00   all images are of one colour" in capsys.readouterr().out

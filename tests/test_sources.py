@@ -451,7 +451,7 @@ def _bad(root: Path) -> dict[str, str]:
             root / "shape.zip", image | {"b.png": picture(4, 4, 3)}, [["a.png", [1]], ["b.png", 1]]
         )
     ] = "mixes kinds"
-    bad[write_zip(root / "odd.zip", image, {"a.png": 1})] = "malformed"
+    bad[write_zip(root / "odd.zip", image, "a.png")] = "malformed"
     (root / "text.zip").write_text("no archive")
     bad[f"zip:{root}/text.zip"] = "no readable zip"
     arrays = {

@@ -40,15 +40,19 @@ def _text(facts: dict[str, Any]) -> str:
         if facts["measured"] == facts["images"]
         else f" (measured on {facts['measured']} of them)"
     )
+    low, high = facts["range"]
+    dark = "   nearly black: are these numbers of another range?" if high < 64 else ""
+    flat = "   all images are of one colour" if low == high else "   suggested"
     return "\n".join(
         [
             f"source      {facts['name']}",
             f"images      {facts['images']}{partly}",
             f"size        {facts['width']} x {facts['height']}, {facts['channels']} channel(s)",
             f"classes     {facts['classes']}" + (f"  ({counts}{more})" if counts else ""),
+            f"values      {low} to {high} of 0 to 255{dark}",
             f"mean        {numbers(facts['mean'])}   in [-1, 1], per channel",
             f"std         {numbers(facts['std'])}",
-            f"sigma_data  {facts['sigma_data']:.2f}   suggested",
+            f"sigma_data  {facts['sigma_data']:.2f}{flat}",
         ]
     )
 

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(args, rest)
     except cluster.Stopped:
+        startup.end_on_interrupt()
         raise SystemExit(args.stopped_code) from None
 
 

@@ -15,16 +15,19 @@ def describe(source: Source) -> dict[str, Any]:
 
     Returns:
       name, images, height, width, channels, classes, class_names, class_counts (of the images
-      read), measured (how many images were read), mean and std per channel, and sigma_data: the
+      read), measured (how many images were read), the range of the values (of 0 to 255), mean and
+      std per channel, and sigma_data: the
       root of the mean of the channels' variances, the value at which EDM's preconditioning (arXiv
       2206.00364, table 1) gives the network inputs of unit variance.
     """
     height, width, channels = source.shape
     total, square, parts = np.zeros(channels), np.zeros(channels), []
     count = len(source) if source.in_memory else min(len(source), SAMPLE)
+    low, high = 255, 0
     rows = np.linspace(0, len(source) - 1, count).astype(np.int64)
     for start in range(0, count, _PART):
         part = source.take(rows[start : start + _PART])
+        low, high = min(low, part["image"].min()), max(high, part["image"].max())
         pixels = part["image"].reshape(-1, channels).astype(np.float64)
         total, square = total + pixels.sum(0), square + (pixels**2).sum(0)
         parts.append(part["label"])
@@ -44,6 +47,7 @@ def describe(source: Source) -> dict[str, Any]:
         "class_names": list(source.class_names),
         "class_counts": counts,
         "measured": count,
+        "range": [int(low), int(high)],
         "mean": (mean / 127.5 - 1).tolist(),
         "std": (np.sqrt(variance) / 127.5).tolist(),
         "sigma_data": float(np.sqrt(variance.mean()) / 127.5),

@@ -58,6 +58,11 @@ def normal(name: str, labels: np.ndarray, count: int, names: Sequence[str] = ())
             "images; expected one label per image"
         )
     expected = "expected integers [N] or vectors [N,k]"
+    if labels.dtype.kind in "US":
+        expected += (
+            "; names, numbers = np.unique(labels, return_inverse=True) makes them of texts, and "
+            "the names can be kept beside them as class_names"
+        )
     if labels.dtype.kind not in "biuf" or labels.ndim > 2 or 0 in labels.shape:
         raise SourceError(
             f"{name}: labels have type {labels.dtype} and shape {labels.shape}, the first is "
@@ -94,6 +99,8 @@ def normal(name: str, labels: np.ndarray, count: int, names: Sequence[str] = ())
         )
     classes = max(least, int(high) + 1)
     values = labels.astype(np.int32)
+    if low < 0:
+        notes.append(f"{int((values < 0).sum())} of {count} images have no class (-1)")
     return Labels(values, classes, (*notes, *_gaps(values, classes)))
 
 
@@ -142,8 +149,8 @@ def key(name: str) -> str:
 def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
     """The labels of files in EDM's dataset.json.
 
-    That is {"labels": [[name, integer or vector], ...]}, or null for the list; "class_names", which
-    EDM does not have, may lie beside it.
+    That is {"labels": [[name, integer or vector], ...]}, or null for the list; {name: label} is
+    read, too, and "class_names", which EDM does not have, may lie beside it.
 
     Raises:
       SourceError: no such table, a file without a label or with two, or labels of several kinds.
@@ -151,8 +158,9 @@ def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
     try:
         table = json.loads(content)
         pairs, classes = table["labels"], table.get("class_names") or []
+        pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
         rows = None if pairs is None else [(str(name), label) for name, label in pairs]
-        malformed = isinstance(pairs, str | dict) or not _are_texts(classes)
+        malformed = isinstance(pairs, str) or not _are_texts(classes)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         malformed, rows, classes = f" ({type(error).__name__}: {error})"[:120], None, []
     if malformed:

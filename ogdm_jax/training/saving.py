@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,10 @@ def quiet() -> None:
 
 def _stays(record: logging.LogRecord) -> bool:
     """A filter: whether a record is no traceback of a save."""
-    return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
+    if not record.exc_info:
+        return True
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(record.exc_info[2])]
+    return not any("orbax" in text for text in (record.pathname, record.getMessage(), *files))
 
 
 class _Hook:
