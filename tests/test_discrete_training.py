@@ -33,7 +33,7 @@ ADM = (
 
 @pytest.fixture(scope="module")
 def run():
-    return tiny.build(*ADM, "ogdm.decay=1")
+    return tiny.build(*ADM, "ogdm.decay=1", "train.duration=1 steps")
 
 
 def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):

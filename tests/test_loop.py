@@ -17,7 +17,7 @@ import pytest
 from ogdm_jax import cluster, data
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import SourceError
-from ogdm_jax.training import inner, logs, loop, resume
+from ogdm_jax.training import inner, lock, logs, loop, resume, signals
 from ogdm_jax.training.checkpoint import CheckpointError, find
 from ogdm_jax.training.logs import LogError
 from tests.support import tiny
@@ -65,7 +65,7 @@ def settings(steps: int, *more: str):
 def train(workdir, steps: int, *more: str, **words) -> list[str]:
     said = []
     try:
-        loop.train(settings(steps, *more), workdir, said.append, **words)
+        loop.train(settings(steps, *more), workdir, said.append, **{"stopped_code": 0} | words)
     except cluster.Stopped:
         said.append("left")
     return said
@@ -381,3 +381,39 @@ def test_another_data_set_is_refused_and_accepted(tmp_path, plan, monkeypatch):
     assert any("--override: another data set" in line for line in said)
     assert "data.source" in history(tmp_path)[0]["changed"]
     train(tmp_path, 12)  # the newest checkpoint is of that set
+
+
+def test_in_a_notebook_a_signal_stops_the_run_and_never_ends_the_process(tmp_path, monkeypatch):
+    """Without an exit code nothing may end the process; the handlers of before come back."""
+    before, said = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(signals, "end_at_once", lambda code: pytest.fail(f"ended with {code}"))
+    with pytest.raises(cluster.Stopped), signals.StopSignals(said.append) as stop:
+        with stop.may_leave("leaving the evaluation"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert said == ["SIGINT: leaving the evaluation"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_whose_folder_was_taken_over_saves_nothing(tmp_path, monkeypatch):
+    """It was away (a suspended machine): the lock says so, and nothing is written over the other's."""
+    calls = []
+
+    def lost(self):
+        calls.append(1)
+        if len(calls) > 3:
+            raise lock.LockError("--workdir: taken over")
+
+    monkeypatch.setattr(lock.Lock, "check", lost)
+    with pytest.raises(lock.LockError, match="taken over"):
+        loop.train(settings(12), tmp_path, lambda line: None)
+    assert not saved(tmp_path)
+
+
+def test_going_back_to_the_same_step_with_other_settings_goes_back_again(tmp_path):
+    train(tmp_path, 6)
+    for rate in (0.0005, 0.0001):
+        more = ("init.step=4", f"optim.learning_rate={rate}")
+        said = "\n".join(train(tmp_path, 6, *more, override=True))
+        assert "resumed from step 4" in said, said
+    assert "resumed from step 6" in "\n".join(train(tmp_path, 6, *more, override=True))

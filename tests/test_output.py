@@ -136,6 +136,9 @@ def test_overwriting_replaces_only_what_was_drawn(tmp_path):
         draw(tmp_path / "f.npz", settings={"--steps": 7}, overwrite=True, stop_after=1)
     assert (tmp_path / "f.npz").read_bytes() == before  # until the new one is there
     assert draw(tmp_path / "f.npz", settings={"--steps": 7}) == [4, 8]
+    (tmp_path / "d" / "img00009999.png").write_bytes(b"of another seed")
+    with pytest.raises(output.OutputError, match="holds 1 images of other seeds"):
+        draw(tmp_path / "d", settings={"--steps": 8}, overwrite=True)
 
 
 def test_what_was_there_before_is_not_replaced(tmp_path):

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -30,6 +30,8 @@ def leaving(say: Callable[[], str]) -> Iterator[None]:
             if number[0] in ours:
                 name = "Ctrl-C" if number[0] == signal.SIGINT else "SIGTERM"
                 print(f"stopped by {name}: {say()}", file=sys.stderr, flush=True)
+                with suppress(Exception):  # the reader may have gone
+                    sys.stdout.flush()
                 os._exit(128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)

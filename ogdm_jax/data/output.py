@@ -115,8 +115,7 @@ class Output:
             name = differing[0]
             raise OutputError(
                 f"{self._field}: '{self.path}' was drawn with {name} {short(before.get(name))}, "
-                f"now it is {short(now.get(name))}; expected the same, or "
-                f"{self._remedy}"
+                f"now it is {short(now.get(name))}; expected the same, or {self._remedy}"
             )
         return record
 
@@ -124,13 +123,15 @@ class Output:
         """Finds out what is done, and writes down what is asked for before any image is.
 
         Images of another request are removed if they may be; a file stays until the new one is
-        there.
-
-        Raises:
-          OutputError: as `look`.
+        there. Raises OutputError as `look`, or where other seeds' images would be removed.
         """
         record = self.look()
         if record and record["drawn_with"] != self._settings:
+            if others := set(self._pictures().values()) - set(map(int, self.seeds)):
+                raise OutputError(
+                    f"{self._field}: '{self.path}' holds {len(others):,} images of other seeds, "
+                    "which --overwrite would remove; expected another folder"
+                )
             for *_, file in self._part_files():
                 file.unlink()
             for name in self._pictures():
@@ -328,6 +329,8 @@ class Output:
             try:
                 with file.open("rb") as opened:
                     whole = len(np.load(opened)) == stop - start
+            except OSError:
+                raise
             except DAMAGED:
                 whole = False
             if whole:

@@ -1,10 +1,12 @@
 """Writes image sets, resumable: array_record, read without TensorFlow, or EDM's zip."""
 
 import io
+import itertools
 import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -222,9 +224,14 @@ def _write_shards(
             begun = records.read(note, dict, "--out")
         except records.RecordError:  # torn
             begun = {}
+    if begun and "contents" not in begun:  # of a version that did not note them
+        begun = begun | {"contents": plan["contents"]}
     if begun != plan and begun.get("source") == source.name:  # its files have changed since
-        shutil.rmtree(parts)
+        names = (parts.with_name(f"{parts.name}.{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        os.rename(parts, aside)
         parts.mkdir(parents=True)
+        print(f"{source.name} has changed: what was begun is in {aside}", file=sys.stderr)
     elif begun != plan:
         raise SourceError(
             f"{source.name}: {parts} holds the unfinished work of another call; remove it or "

@@ -23,7 +23,7 @@ def train(
     log: Callable[[str], None] = print,
     profile: profile.Steps | None = None,
     override: bool = False,
-    stopped_code: int = 0,
+    stopped_code: int | None = None,
 ) -> tuple[DiscriminatorRun, TrainState]:
     """Trains the discriminator of a configuration with a group dg.
 

@@ -18,6 +18,7 @@ from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
 from ogdm_jax.training.evaluate import note
+from ogdm_jax.training.lock import LockError
 from ogdm_jax.training.signals import StopSignals
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.training.task import Batches, Log
@@ -75,6 +76,7 @@ class Loop:
       log: of lines.
       state: the newest one.
       kept: the step that was saved last; None: none was.
+      still_ours: raises LockError where another run has taken the folder over.
     """
 
     run: runs.Run
@@ -89,6 +91,7 @@ class Loop:
     log: Log
     state: TrainState
     kept: int | None
+    still_ours: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.first = self.step = int(self.state.step)
@@ -103,7 +106,7 @@ class Loop:
         except cluster.Stopped:
             self.stop.leave_once()
             raise
-        except (NotFinite, CheckpointError):
+        except (NotFinite, CheckpointError, LockError):
             raise
         except Exception:
             self._rescue()
@@ -178,9 +181,11 @@ class Loop:
         Raises:
           NotFinite: instead of saving a state that came out of such a loss.
           CheckpointError: the save before this one has failed.
+          LockError: another run has taken the folder over.
           cluster.Stopped: a signal came.
         """
         step, done = self.step, self.step == self.run.steps
+        self.still_ours()
         self.saved.check()
         if self.stop.received or self.saved.preempted(step):
             raise cluster.Stopped

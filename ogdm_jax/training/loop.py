@@ -7,6 +7,7 @@ config.init.workdir, else fresh.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def train(
     task: Task[Any] | None = None,
     profile: profiles.Steps | None = None,
     override: bool = False,
-    stopped_code: int = 0,
+    stopped_code: int | None = None,
 ) -> tuple[runs.Run, TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
 
@@ -56,7 +57,8 @@ def train(
       task: what is trained; None trains a denoiser.
       profile: the (first, last) step of which a trace is written to workdir/profile.
       override: whether settings that a person may decide may differ from the folder's.
-      stopped_code: the exit code after a signal, where the process has to be ended from a thread.
+      stopped_code: the exit code after a signal, where the process may be ended from a thread;
+        None: it never is, as a notebook wants it.
 
     Returns:
       The run and its last state.
@@ -76,14 +78,15 @@ def train(
     with (
         StopSignals(log, stopped_code) as stop,
         stop.may_leave("nothing has been trained since the last save, leaving"),
-        resume.held(workdir, log),
+        resume.held(workdir, log) as still_ours,
     ):
         stop.farewell = lambda: log(f"stopped; {_how_to_go_on(workdir)}")
         plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
         check_evaluation(config)
         newest = resumable(workdir, log)
-        found = resume.goes_on_from(workdir, newest, config.init.step)
         types = discovery.settings_types()
+        same = not newest or not any(resume.differences(newest.config, config, types))
+        found = resume.goes_on_from(workdir, newest, config.init.step, same)
         decided = resume.check(workdir, found, config, types, override) if found else {}
         run = task.build(config, plan, workdir, log)
         profiles.check(profile, run.steps)
@@ -98,7 +101,7 @@ def train(
             resume.note(workdir, found.step, "override", changed=decided)
         words = opening.lines(run, shapes, workdir, _begins(found, initial))
         log("\n".join(words))
-        return run, _loop(run, task, workdir, profile, stop, log, found, initial)
+        return run, _loop(run, task, workdir, profile, stop, log, found, initial, still_ours)
 
 
 def _loop(
@@ -110,6 +113,7 @@ def _loop(
     log: Log,
     found: Snapshot | None,
     initial: Initial | None,
+    still_ours: Callable[[], None],
 ) -> TrainState:
     """Opens what the loop writes to, and runs it."""
     config, lead = run.config, jax.process_index() == 0
@@ -137,6 +141,7 @@ def _loop(
             log=log,
             state=state,
             kept=found.step if found else None,
+            still_ours=still_ours,
         )
         return loop.run_to_end()
 

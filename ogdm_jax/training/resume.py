@@ -28,9 +28,12 @@ Changes = dict[str, tuple[Any, Any]]  # {"group.key": (before, now)}
 
 
 @contextlib.contextmanager
-def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
+def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Makes a training folder and keeps other runs out of it; a folder in which nothing was written
     goes again.
+
+    Yields:
+      A function that raises LockError where another run has taken over.
 
     Raises:
       LockError: another run is at work there.
@@ -41,8 +44,8 @@ def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
         at = at.parent
     workdir.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.hold(workdir, log):
-            yield
+        with lock.hold(workdir, log) as mine:
+            yield mine.check
     finally:
         for folder in made:
             with contextlib.suppress(OSError):
@@ -50,15 +53,24 @@ def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def goes_on_from(
-    workdir: epath.Path, newest: checkpoint.Snapshot | None, step: int
+    workdir: epath.Path, newest: checkpoint.Snapshot | None, step: int, same: bool = True
 ) -> checkpoint.Snapshot | None:
     """The checkpoint that init.step asks for; the newest one where it asks for none, or where the
     run has been there already (its newest checkpoint was made with the same init.step).
 
+    Args:
+      workdir: the training folder.
+      newest: its newest checkpoint.
+      step: of init.step.
+      same: whether the newest checkpoint was made with the settings that are given now; with
+        others, going back to a step once more is meant.
+
     Raises:
       CheckpointError: there is no such step.
     """
-    if newest is None or step < 0 or step == newest.step or newest.config.init.step == step:
+    if newest is None or step < 0 or step == newest.step:
+        return newest
+    if same and newest.config.init.step == step:
         return newest
     if step == 0 and 0 not in steps.complete(workdir):
         return None

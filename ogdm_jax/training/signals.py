@@ -39,14 +39,17 @@ class StopSignals:
       farewell: what is said and waited for, once, before the process ends.
     """
 
-    def __init__(self, log: Callable[[str], None], code: int = 0) -> None:
-        """code: the exit code after a signal that was answered."""
+    def __init__(self, log: Callable[[str], None], code: int | None = None) -> None:
+        """code: the exit code after a signal that was answered. None: the process is not this run's
+        alone (a notebook); it is never ended, and a second Ctrl-C is Python's KeyboardInterrupt.
+        """
         self.received = False
         self.farewell: Callable[[], None] = lambda: None
         self._log, self._code = log, code
         self._doing: str | None = None  # what is interrupted without a loss; None: nothing
         self._several = self._passed_on = False
         self._previous: dict[int, Any] = {}
+        self._listener: threading.Thread | None = None
         self._leaving, self._spoken = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "StopSignals":
@@ -56,6 +59,8 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
         except ValueError:
             return self  # not in the main thread (a notebook's worker): nothing can be caught there
+        if self._code is None:
+            return self
         self._ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         self._woken = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
@@ -66,13 +71,12 @@ class StopSignals:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is cluster.Stopped:
             self.leave_once()
-        if not self._previous:
-            return
-        signal.set_wakeup_fd(self._woken)
-        os.write(self._mouth, b"\0")
-        self._listener.join()
-        os.close(self._ear)
-        os.close(self._mouth)
+        if self._listener is not None:
+            signal.set_wakeup_fd(self._woken)
+            os.write(self._mouth, b"\0")
+            self._listener.join()
+            os.close(self._ear)
+            os.close(self._mouth)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -94,7 +98,7 @@ class StopSignals:
 
     def leave_once(self) -> None:
         """Says farewell, in whichever thread comes first; the other one does not get past here."""
-        if self.received:
+        if self.received and self._listener is not None:
             self._spoken.wait(1.0)  # the listening thread says first which signal came
         with self._leaving:
             farewell, self.farewell = self.farewell, lambda: None
@@ -111,6 +115,10 @@ class StopSignals:
         if self.received:
             return  # the listening thread answers a second one
         self.received = True
+        if self._listener is None:
+            self._log(f"{signal.Signals(number).name}: {self._doing or 'saving, then leaving'}")
+            for heard, handler in self._previous.items():
+                signal.signal(heard, handler)
         if self._doing is not None:
             raise cluster.Stopped
 
@@ -143,7 +151,7 @@ class StopSignals:
         except Exception as error:  # a failed save: the process has to end all the same
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             self._code = 1
-        end_at_once(self._code)
+        end_at_once(self._code or 0)
 
 
 def end_at_once(code: int) -> None:
