@@ -8,6 +8,7 @@ can only write local files one, and puts it where it belongs, whole or not at al
 
 import errno
 import importlib.util
+import itertools
 import os
 import pathlib
 import tempfile
@@ -151,16 +152,14 @@ def writable(path: epath.Path, field: str, file: bool = False, keep: bool = Fals
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if file:
             _refuse_device(path)
-        made = _make(folder)
+        made = make(folder)
         probe.write_bytes(bytes(4096))
     except Exception as error:  # bucket libraries raise classes of their own
         raise PlaceError(f"{field}: {str(path)!r} {_reason(error, path, file)}") from None
     finally:
         with suppress(Exception):
             probe.unlink(missing_ok=True)
-        for parent in () if keep else made:
-            with suppress(OSError):
-                os.rmdir(parent)
+        unmake(() if keep else made)
     return path
 
 
@@ -170,7 +169,13 @@ def _refuse_device(path: epath.Path) -> None:
         raise OSError(errno.EINVAL, "a device or a pipe, no file", str(path))
 
 
-def _make(folder: epath.Path) -> list[epath.Path]:
+def unused(path: epath.Path) -> epath.Path:
+    """The path where nothing is yet, else the first of PATH.1, PATH.2, ... where nothing is."""
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(one for one in itertools.chain([path], names) if not one.exists())
+
+
+def make(folder: epath.Path) -> list[epath.Path]:
     """Makes a folder; returns those that were not there, the deepest first. Buckets have none."""
     if not is_local(folder):
         return []
@@ -180,6 +185,13 @@ def _make(folder: epath.Path) -> list[epath.Path]:
         at = at.parent
     folder.mkdir(parents=True, exist_ok=True)
     return missing
+
+
+def unmake(folders: Iterable[epath.Path]) -> None:
+    """Removes what `make` made, where nothing was written."""
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _reason(error: Exception, path: epath.Path, file: bool) -> str:

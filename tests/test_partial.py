@@ -1,5 +1,7 @@
 """Fine-tuning onto other labels or another size: what fits is copied, the rest is fresh and listed."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -95,3 +97,17 @@ def test_a_run_from_another_network_advises_partial_and_then_works(start, tmp_pa
         end.params["enc_8x8_conv"]["kernel"], state.params["enc_8x8_conv"]["kernel"], atol=1e-6
     )
     assert np.abs(end.params["map_label"]["kernel"]).max() > 0
+
+
+def test_weights_as_trained_that_are_damaged_are_refused(start, tmp_path):
+    """As `load_weights` refuses them: `find` has compared the average alone."""
+    shutil.copytree(start[0], tmp_path / "copy")
+    files = (tmp_path / "copy" / "checkpoints" / "0" / "params").rglob("*")
+    largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    run = build("data.conditional=false")
+    fitted(tmp_path / "copy", run)
+    with pytest.raises(CheckpointError, match="is damaged .*params/.*checksum"):
+        fitted(tmp_path / "copy", run, "params")

@@ -1,7 +1,6 @@
 """Writes image sets, resumable: array_record, read without TensorFlow, or EDM's zip."""
 
 import io
-import itertools
 import json
 import os
 import re
@@ -227,8 +226,7 @@ def _write_shards(
     if begun and "contents" not in begun:  # of a version that did not note them
         begun = begun | {"contents": plan["contents"]}
     if begun != plan and begun.get("source") == source.name:  # its files have changed since
-        names = (parts.with_name(f"{parts.name}.{n}") for n in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
+        aside = places.unused(epath.Path(parts))
         os.rename(parts, aside)
         parts.mkdir(parents=True)
         print(f"{source.name} has changed: what was begun is in {aside}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The arrays of a checkpoint, read through orbax; what goes wrong there is one sentence."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,32 +34,36 @@ def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
     Of a network that does not fit, orbax says less, and that in several threads.
     """
     found = item_tree(step, "ema")
-    there, here = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
-                getattr(leaf, "shape", None) or ()
-            )
-            for path, leaf in leaves
-        }
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
-    )
+    there, here = tensors(found), tensors(wanted)
     names = here | there
-    differ = [name for name in names if there.get(name) != here.get(name)]
+    differ, first = difference(there, here)
     if differ:
         partial = (
             f", or --config.init.partial=true, which copies the {len(names) - len(differ)} that fit"
             if field.endswith("init.workdir")
             else ""
         )
-        first = (
-            f"{differ[0]} is {there.get(differ[0], 'missing')} there, "
-            f"{here.get(differ[0], 'missing')} here"
-        )
         raise CheckpointError(
             f"{field}: checkpoint {step} is of another network ({first}; "
             f"{len(differ)} of {len(names)} tensors differ); expected the network "
             f"settings that it was trained with{partial}"
         )
+
+
+def tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the arrays of a tree, or of what `item_tree` knows of them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): tuple(leaf.shape or ()) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def difference(
+    there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], str]:
+    """The names whose shapes differ, and the first of them in words."""
+    differ = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    shapes = [side.get(name, "missing") for name in differ[:1] for side in (there, here)]
+    return differ, f"{differ[0]} is {shapes[0]} there, {shapes[1]} here" if differ else ""
 
 
 def item_tree(step: epath.Path, item: str) -> PyTree:

@@ -377,6 +377,17 @@ def _beside(field: str, what: str) -> str:
     return field.removesuffix("workdir") + what if field.endswith("workdir") else f"{field}_{what}"
 
 
+def check_weights(snapshot: Snapshot, which: str) -> None:
+    """Raises CheckpointError unless `which` is ema or params, and is whole: `find` compared ema."""
+    if which not in ("ema", "params"):
+        raise CheckpointError(
+            f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params"
+        )
+    wrong = checksums.damage(snapshot.path, ["params"]) if which == "params" else ""
+    if wrong:
+        raise CheckpointError(f"{snapshot.field}: checkpoint {snapshot.path} is damaged ({wrong})")
+
+
 def load_weights(
     snapshot: Snapshot, params: PyTree, buffers: PyTree, which: str = "ema"
 ) -> tuple[PyTree, PyTree]:
@@ -392,13 +403,7 @@ def load_weights(
       CheckpointError: damaged files, a network of other names or shapes, or another word than ema
         or params.
     """
-    if which not in ("ema", "params"):
-        raise CheckpointError(
-            f"{_beside(snapshot.field, 'weights')}: {which!r} given; expected ema or params"
-        )
-    wrong = checksums.damage(snapshot.path, ["params"]) if which == "params" else ""
-    if wrong:
-        raise CheckpointError(f"{snapshot.field}: checkpoint {snapshot.path} is damaged ({wrong})")
+    check_weights(snapshot, which)
     wanted = {"params": params, "buffers": buffers}
     arrays.same_network(snapshot.path, wanted, snapshot.field)
     ema = arrays.read(snapshot.path, "ema", wanted)

@@ -101,7 +101,9 @@ def train(
             resume.note(workdir, found.step, "override", changed=decided)
         words = opening.lines(run, shapes, workdir, _begins(found, initial))
         log("\n".join(words))
-        return run, _loop(run, task, workdir, profile, stop, log, found, initial, still_ours)
+        return run, _loop(
+            run, task, workdir, profile, stop, log, found, initial, shapes, still_ours
+        )
 
 
 def _loop(
@@ -113,6 +115,7 @@ def _loop(
     log: Log,
     found: Snapshot | None,
     initial: Initial | None,
+    shapes: TrainState,
     still_ours: Callable[[], None],
 ) -> TrainState:
     """Opens what the loop writes to, and runs it."""
@@ -124,7 +127,7 @@ def _loop(
         profiles.Profiler(profile if lead else None, workdir, log) as profiler,
     ):
         batches = task.batches(run)
-        state = _first_state(run, saved, batches, found, initial)
+        state = _first_state(run, saved, batches, found, initial, shapes)
         if lead:
             with places.written(workdir / "config.json") as new:
                 new.write_text(configs.to_json(config))
@@ -223,11 +226,11 @@ def _first_state(
     batches: Batches,
     found: Snapshot | None,
     initial: Initial | None,
+    shapes: TrainState,
 ) -> TrainState:
     """The checkpoint's state, else a fresh one, of the initial weights if there are any."""
     if found:
-        like = jax.eval_shape(run.create, run.key)
-        state, position = saved.restore(found.step, like, run.plan)
+        state, position = saved.restore(found.step, shapes, run.plan)
         batches.set_state(position)
         return state
     state = run.init()

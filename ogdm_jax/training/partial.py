@@ -8,7 +8,7 @@ import jax
 from flax import traverse_util
 
 from ogdm_jax.training import arrays
-from ogdm_jax.training.checkpoint import CheckpointError, Snapshot
+from ogdm_jax.training.checkpoint import CheckpointError, Snapshot, check_weights
 from ogdm_jax.typing import PyTree
 
 _LISTED = 8  # tensors of each kind that the log names
@@ -28,6 +28,7 @@ def fitting_weights(
     Raises:
       CheckpointError: damaged files, or nothing fits.
     """
+    check_weights(snapshot, which)
     here = _flat({"params": params, "buffers": buffers})
     stored = _flat(arrays.item_tree(snapshot.path, "ema"))
     sides = _sides(stored, here)

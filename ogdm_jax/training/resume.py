@@ -7,11 +7,9 @@ makes another network stays as it was. WORKDIR/history.jsonl keeps what was deci
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from ogdm_jax import places, records
@@ -38,18 +36,13 @@ def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[Callable[[
     Raises:
       LockError: another run is at work there.
     """
-    made, at = [], places.absolute(workdir)
-    while places.is_local(at) and not at.exists():
-        made.append(at)
-        at = at.parent
-    workdir.mkdir(parents=True, exist_ok=True)
+    made = places.make(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)  # in a bucket, too
     try:
         with lock.hold(workdir, log) as mine:
             yield mine.check
     finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+        places.unmake(made)
 
 
 def goes_on_from(
@@ -249,21 +242,14 @@ def check_state(saved: checkpoint.Snapshot, wanted: TrainState, changed: Changes
     state: Any = {"step": wanted.step, "opt_state": wanted.opt_state, "carry": wanted.carry}
     if older.is_older(stored["state"]):
         state = older.as_older(state, stored["state"])
-    there, here = _tensors(stored), _tensors({"params": wanted.params, "state": state})
-    differ = [name for name in here | there if there.get(name) != here.get(name)]
+    here = {"params": wanted.params, "state": state}
+    differ, first = arrays.difference(arrays.tensors(stored), arrays.tensors(here))
     if differ:
-        first = differ[0]
         raise ConfigError(
             f"--override: {spelled(changed)}: these make another state than the checkpoint's "
-            f"({first} is {there.get(first, 'missing')} there, {here.get(first, 'missing')} here; "
-            f"{len(differ)} tensors differ); expected them as they were, or a new --workdir"
+            f"({first}; {len(differ)} tensors differ); expected them as they were, or a new "
+            "--workdir"
         )
-
-
-def _tensors(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def note(workdir: epath.Path, step: int, what: str, **values: Any) -> None:

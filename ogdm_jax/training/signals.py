@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from ogdm_jax import cluster
+from ogdm_jax.cluster import end_at_once
 
 PATIENCE = 2.0  # seconds for the main thread to leave, before the listening thread ends the process
 SECOND = "a second signal ends it at once, without saving"
@@ -152,11 +153,3 @@ class StopSignals:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             self._code = 1
         end_at_once(self._code or 0)
-
-
-def end_at_once(code: int) -> None:
-    """Ends the process without a word more; what was printed is written out."""
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)

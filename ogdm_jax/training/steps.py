@@ -1,6 +1,5 @@
 """Which checkpoints a training folder holds, and which of them are whole."""
 
-import itertools
 import os
 from collections.abc import Callable
 
@@ -119,8 +118,7 @@ def _newest(top: epath.Path, steps: list[int], log: Callable[[str], None]) -> in
             path.rmdir()
             log(f"{path} is empty: removed")
             continue
-        names = (f"{step}.damaged" + (f".{n}" if n else "") for n in itertools.count())
-        aside = next(one for one in map(path.with_name, names) if not one.exists())
+        aside = places.unused(path.with_name(f"{step}.damaged"))
         path.rename(aside)
         log(f"checkpoint {path} is damaged: {wrong}; put aside as {aside.name}")
     if damaged and whole is not None:
