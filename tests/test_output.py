@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from ogdm_jax import places
-from ogdm_jax.data import output, pictures
+from ogdm_jax.data import npz, output, pictures
 from tests.support.commands import arrays
 
 pytestmark = pytest.mark.fast
@@ -24,12 +24,12 @@ KINDS = ("folder", "file.npz", "file.png")
 
 
 def opened(path, settings=SETTINGS, seeds=SEEDS, **more):
-    return output.opened(epath.Path(path), settings, seeds, **more)
+    return output.Output(epath.Path(path), settings, seeds, **more).opened()
 
 
 def write(path, out):
     if path.suffix == ".npz":
-        output.write_columns(path, out.columns())
+        npz.write(path, out.columns())
     elif path.suffix == ".png":
         pictures.save_png(path, pictures.sheet(np.concatenate(list(out.images()))))
 
@@ -299,10 +299,10 @@ def test_places_that_cannot_be(tmp_path):
 def test_columns_come_back_in_pieces(tmp_path):
     rows = np.arange(60, dtype=np.int16).reshape(20, 3)
     path = epath.Path(tmp_path / "a.npz")
-    output.write_columns(
-        path, {"rows": (rows.shape, rows.dtype, [rows[:7], rows[7:]]), "n": output.column("word")}
+    npz.write(
+        path, {"rows": (rows.shape, rows.dtype, [rows[:7], rows[7:]]), "n": npz.column("word")}
     )
-    pieces = list(output.read_column(path, "rows", 8))
+    pieces = list(npz.read(path, "rows", 8))
     assert [len(piece) for piece in pieces] == [8, 8, 4]
     np.testing.assert_array_equal(np.concatenate(pieces), rows)
     assert str(arrays(tmp_path / "a.npz")["n"]) == "word"

@@ -115,13 +115,11 @@ class Sets:
         before, self.finished = known.get("drawn_with"), known.get("sets", [])
         if not isinstance(before, dict):
             raise ConfigError(f"--out: '{self._file}' holds no measured sets; expected it removed")
-        for name in {**before, **self._origin}:
-            was, now = before.get(name), self._origin.get(name)
-            if was != now:
-                raise ConfigError(
-                    f"--out: '{self._file}' holds sets of {name} {output.short(was)}, now it is "
-                    f"{output.short(now)}; expected the same, another name, or it removed"
-                )
+        if differs := output.difference(before, self._origin):
+            raise ConfigError(
+                f"--out: '{self._file}' holds sets of {differs}; expected the same, another name, "
+                "or it removed"
+            )
         print(f"{len(self.finished)} sets are in {self._file} already", file=sys.stderr)
 
     def keep(self, sets: Sequence[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
-from ogdm_jax.data import output
+from ogdm_jax.data import npz, output
 from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files
 from ogdm_jax.inverse.measured import Restoration
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     plan = read(args)
     task = plan.guided.restoration
     how = {"floats": task is not None, "overwrite": args.overwrite}
-    with output.opened(plan.out, origin(plan, args), plan.seeds, **how) as out:
+    with output.Output(plan.out, origin(plan, args), plan.seeds, **how).opened() as out:
         with leaving(out.safe):
             start, count = time.perf_counter(), _draw(plan, out)
             seconds = (time.perf_counter() - start) / max(1, count)
@@ -235,8 +235,8 @@ def _write(path: epath.Path, out: output.Output, labels: np.ndarray | None) -> N
     if path.suffix == ".npz":
         columns = out.columns()
         if labels is not None:
-            columns["labels"] = output.column(labels[out.good])
-        output.write_columns(path, columns)
+            columns["labels"] = npz.column(labels[out.good])
+        npz.write(path, columns)
     elif path.suffix == ".png":
         save_png(path, sheet(np.concatenate(list(out.images()))))
 

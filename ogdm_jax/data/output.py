@@ -10,8 +10,7 @@ import fcntl
 import json
 import os
 import re
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,12 +18,11 @@ import numpy as np
 from etils import epath
 
 from ogdm_jax import places, records, startup
-from ogdm_jax.data import pictures
+from ogdm_jax.data import npz, pictures
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.pixels import to_uint8
 
 MOST_IN_GRID = 4096
-Column = tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]  # shape, type, pieces of rows
 
 
 class OutputError(ValueError):
@@ -75,7 +73,17 @@ class Output:
         overwrite: bool = False,
         remedy: str = "another name, or --overwrite",
     ) -> None:
-        """Reads and writes nothing yet; see `opened`."""
+        """Reads and writes nothing yet; see `opened`.
+
+        Args:
+          path: FILE.npz, FILE.png or a folder.
+          settings: of what the images are: {name for messages: value}.
+          seeds: [n] of the images.
+          floats: keep floats in parts; the caller writes the output, whatever its kind.
+          field: the setting that named the path, for messages.
+          overwrite: remove images that were drawn with other settings.
+          remedy: what else than the same settings would do.
+        """
         self.path, self.seeds, self.done = path, np.asarray(seeds), np.zeros(len(seeds), bool)
         self.bad: set[int] = set()
         self._floats, self._field, self._overwrite = floats, field, overwrite
@@ -86,6 +94,21 @@ class Output:
         self.folder = path if self._pngs else self._parts
         settings = dict(settings) | ({} if self._pngs else {"--seeds": spell(self.seeds)})
         self._settings = json.loads(records.dumps(settings))  # as a record gives them back
+
+    @contextmanager
+    def opened(self) -> Iterator["Output"]:
+        """This output, which no other process writes meanwhile.
+
+        Raises:
+          OutputError: something else is there, images of another request, or another process.
+        """
+        self.look()
+        with _alone(self.folder, self._field):
+            self.resume()
+            try:
+                yield self
+            finally:
+                self.clear()
 
     def look(self) -> dict[str, Any]:
         """The record of what is there, {} if nothing is.
@@ -109,13 +132,11 @@ class Output:
             )
         if not there:
             return {}
-        before, now = record["drawn_with"], self._settings
-        differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if differing and not self._overwrite:
-            name = differing[0]
+        differs = difference(record["drawn_with"], self._settings)
+        if differs and not self._overwrite:
             raise OutputError(
-                f"{self._field}: '{self.path}' was drawn with {name} {short(before.get(name))}, "
-                f"now it is {short(now.get(name))}; expected the same, or {self._remedy}"
+                f"{self._field}: '{self.path}' was drawn with {differs}; expected the same, or "
+                f"{self._remedy}"
             )
         return record
 
@@ -195,7 +216,7 @@ class Output:
                 yield np.stack([pictures.read(self._picture(seed)) for seed in part])
             return
         if self._whole:
-            yield from read_column(self.path, "images")
+            yield from npz.read(self.path, "images")
             return
         at = 0
         for start, stop, file in self._part_files():
@@ -242,7 +263,7 @@ class Output:
         if nothing or self._finished and record:
             self._record.unlink(missing_ok=True)
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, npz.Column]:
         """The npz of these images: "images", "seeds", and "not_finite" if there are any."""
         good = self.good
         first = next(iter(self.images()))
@@ -250,7 +271,7 @@ class Output:
         arrays = {"seeds": self.seeds[good]}
         if not good.all():
             arrays["not_finite"] = self.not_finite
-        return pieces | {name: column(array) for name, array in arrays.items()}
+        return pieces | {name: npz.column(array) for name, array in arrays.items()}
 
     @property
     def _whole(self) -> bool:
@@ -328,7 +349,9 @@ class Output:
         for start, stop, file in self._part_files():
             try:
                 with file.open("rb") as opened:
-                    whole = len(np.load(opened)) == stop - start
+                    shape, dtype = npz.header(opened)
+                    size = opened.tell() + int(np.prod(shape)) * dtype.itemsize
+                whole = shape[:1] == (stop - start,) and file.stat().length == size
             except OSError:
                 raise
             except DAMAGED:
@@ -338,40 +361,6 @@ class Output:
             else:  # a power cut, a flipped bit
                 file.unlink()
         return done
-
-
-@contextmanager
-def opened(
-    path: epath.Path,
-    settings: Mapping[str, Any],
-    seeds: np.ndarray,
-    floats: bool = False,
-    field: str = "--out",
-    overwrite: bool = False,
-    remedy: str = "another name, or --overwrite",
-) -> Iterator[Output]:
-    """An output that no other process writes meanwhile.
-
-    Args:
-      path: FILE.npz, FILE.png or a folder.
-      settings: of what the images are: {name for messages: value}.
-      seeds: [n] of the images.
-      floats: keep floats in parts; the caller writes the output, whatever its kind.
-      field: the setting that named the path, for messages.
-      overwrite: remove images that were drawn with other settings.
-      remedy: what else than the same settings would do.
-
-    Raises:
-      OutputError: something else is there, images of another request, or another process.
-    """
-    output = Output(path, settings, seeds, floats, field, overwrite, remedy)
-    output.look()
-    with _alone(output.folder, field):
-        output.resume()
-        try:
-            yield output
-        finally:
-            output.clear()
 
 
 @contextmanager
@@ -407,6 +396,15 @@ def _holds_something(path: epath.Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting of two records that differs, with both values; "" where none does."""
+    for name in {**before, **now}:
+        was, given = before.get(name), now.get(name)
+        if was != given:
+            return f"{name} {short(was)}, now it is {short(given)}"
+    return ""
+
+
 def short(value: Any) -> str:
     """A value for a message; of a digest the first digits."""
     return value[:12] if isinstance(value, str) and len(value) > 40 else repr(value)
@@ -417,34 +415,3 @@ def spell(seeds: np.ndarray) -> str:
     seeds = np.asarray(seeds, np.int64)
     runs = np.split(seeds, np.flatnonzero(np.diff(seeds) != 1) + 1)
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def column(array: Any) -> Column:
-    """A whole array as a column."""
-    array = np.asarray(array)
-    return array.shape, array.dtype, [array]
-
-
-def write_columns(path: epath.Path, columns: Mapping[str, Column]) -> None:
-    """Writes a compressed npz, piece by piece, that holds nothing of when it was written."""
-    with places.written(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, (shape, dtype, pieces) in columns.items():
-            descr = np.lib.format.dtype_to_descr(dtype)
-            header = {"descr": descr, "fortran_order": False, "shape": shape}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for piece in pieces:
-                    member.write(np.ascontiguousarray(piece).tobytes())
-
-
-def read_column(path: epath.Path, name: str, batch: int = 1024) -> Iterator[np.ndarray]:
-    """Rows of an array that `write_columns` wrote, some at a time."""
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        with archive.open(f"{name}.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            size = int(np.prod(shape[1:])) * dtype.itemsize
-            for start in range(0, shape[0], batch):
-                rows = min(batch, shape[0] - start)
-                content = member.read(rows * size)
-                yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, require
-from ogdm_jax.data import Source, from_arrays, output
+from ogdm_jax.data import Source, from_arrays, npz, output
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import cfg
@@ -108,14 +108,12 @@ def read(path: epath.Path, wanted: Mapping[str, Any] | None = None) -> Source:
       ConfigError: the file is no such file, or its samples have another origin.
     """
     images, labels, found = _load(path)
-    for name, value in (wanted or {}).items():
-        if found.get(name) != value:
-            raise ConfigError(
-                f"config.dg.samples: {path} was drawn with {name} {output.short(found.get(name))}, "
-                f"now it is {output.short(value)}; "
-                "a discriminator fits one checkpoint and one sampler: expected the same, or "
-                "another --workdir"
-            )
+    wanted = wanted or {}
+    if differs := output.difference({name: found.get(name) for name in wanted}, wanted):
+        raise ConfigError(
+            f"config.dg.samples: {path} was drawn with {differs}; a discriminator fits one "
+            "checkpoint and one sampler: expected the same, or another --workdir"
+        )
     return from_arrays(str(path), images, labels)
 
 
@@ -132,7 +130,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))
             images, labels = archive["image"], archive["label"]
-    except (*DAMAGED, AttributeError, TypeError) as error:  # the last two: an npy, no record
+    except DAMAGED as error:
         raise ConfigError(
             f"config.dg.samples: {path} holds no samples of a discriminator's run "
             f"({type(error).__name__}); "
@@ -160,7 +158,7 @@ def _draw(
     seeds = FIRST_SEED + np.arange(wanted["num"])
     labels = generate.labels_for(seeds, prior.model.label_dim, None)
     field, remedy = "config.dg.samples", f"that {path}.parts is removed"
-    with output.opened(path, wanted, seeds, field=field, remedy=remedy) as out:
+    with output.Output(path, wanted, seeds, field=field, remedy=remedy).opened() as out:
         batch = generate.batch_size(len(seeds), len(devices))
         parts = prior.batches(
             config.sample,
@@ -178,7 +176,7 @@ def _draw(
         if len(out.not_finite):
             raise output.OutputError(out.missing())
         classes = np.full(len(seeds), -1, np.int32) if labels is None else labels
-        columns = {"image": out.columns()["images"], "label": output.column(classes)}
-        columns["about"] = output.column(records.dumps(wanted))
-        out.finish(lambda path: output.write_columns(path, columns))
+        columns = {"image": out.columns()["images"], "label": npz.column(classes)}
+        columns["about"] = npz.column(records.dumps(wanted))
+        out.finish(lambda path: npz.write(path, columns))
         out.clear(record=True)

@@ -163,7 +163,6 @@ def guidance_of(
     params: PyTree,
     extractor: PyTree,
     boost_churn: float = dg.Boost.churn,
-    solver: str = "heun",
 ) -> Guidance:
     """The guidance by a discriminator.
 
@@ -173,7 +172,6 @@ def guidance_of(
       params: of its head.
       extractor: params of its extractor, or None.
       boost_churn: S_churn of boosted images, see `dg.Boost`.
-      solver: what settings without a weight follow.
 
     Raises:
       ValueError: an empty window.
@@ -189,7 +187,7 @@ def guidance_of(
         boost = dg.Boost(settings.sampler_churn() or Churn(), boost_churn)
     return dg.guidance(
         ratio_of(network, settings.clock),
-        settings.weight_with(solver),
+        settings.weight_with("heun"),
         low,
         high,
         settings.corrector_weight,
