@@ -302,3 +302,14 @@ def test_numbers_of_another_range_are_shown(tmp_path, capsys):
     np.savez(tmp_path / "flat.npz", images=np.full((3, 8, 8, 1), 128, np.uint8))
     assert main(["describe", f"npz:{tmp_path / 'flat.npz'}"]) == 0
     assert "0.00   all images are of one colour" in capsys.readouterr().out
+
+
+def test_colours_that_are_grey_on_average_are_what_opening_says(tmp_path, capsys):
+    """A check that looked at a small copy would find them grey."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[::2, :, 0] = image[1::2, :, 1:] = 200
+    name = folder(tmp_path, {"a.png": encoded(image)})
+    with pytest.raises(SourceError, match="has colour where grey images are expected"):
+        open_source(name, channels=1)
+    assert main(["check", name, "--channels", "1"]) == 1
+    assert "has colour where grey" in capsys.readouterr().out

@@ -46,6 +46,9 @@ DAMAGED = (
     MemoryError,
     zlib.error,
     lzma.LZMAError,
+    struct.error,
+    AttributeError,
+    TypeError,  # an .npy where an .npz was expected
 )
 DAMAGED += (zipfile.BadZipFile,)
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
@@ -159,7 +162,7 @@ def _load(name: str, file: str, everything: bool) -> tuple[dict[str, np.ndarray]
                     _check_member(archive.zip, key)
                 arrays = {key: archive[key] for key in kept}
             return arrays, [key for key in keys if key not in (*kept, *_OURS)]
-    except (*DAMAGED, AttributeError, TypeError, struct.error) as error:
+    except DAMAGED as error:
         with path.open("rb") as handle:
             what = what_is(handle.read(64))
         known = what not in ("", "a zip archive")

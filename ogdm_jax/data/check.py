@@ -131,7 +131,8 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
         height, width = image.shape[:2]
         wide, high = facts.get("size", (width, height))
         size = f"{width}x{height}"
-        with_channels(fit(image, min(resolution or 1, 8)), channels) if channels else None
+        if channels:
+            with_channels(fit(image, resolution), channels)
     except (PictureError, SourceError) as error:
         words = str(error).partition(f"{reader.where(i)} ")[2] or str(error)
         return _Seen(words.partition("; replace")[0])

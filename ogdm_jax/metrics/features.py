@@ -125,7 +125,7 @@ def _extracted(space: FeatureSpace, data: Images | Features, name: str) -> np.nd
     """Features [n, dim], in float64, of images or of what was extracted before."""
     data = np.asarray(data)
     if data.ndim == 4:
-        if not np.isfinite(data).all():
+        if data.dtype != np.uint8 and not np.isfinite(data).all():
             raise ValueError(
                 f"{name}: {which(~np.isfinite(data))} NaN or infinity; expected finite images."
             )
