@@ -231,7 +231,7 @@ class _Watch:
                 end = time.monotonic() + GRACE + 4 * PERIOD
                 while time.monotonic() < end and len(self._keys(_ENDED)) < self._processes:
                     time.sleep(PERIOD / 4)
-        _exit(code)
+        end_at_once(code)
 
     def wait_for_verdict(self) -> None:
         """Waits after a failed exchange until it is known which process is lost.
@@ -312,7 +312,7 @@ class _Watch:
         )
         if self._process == 0:
             time.sleep(3 * PERIOD)  # the others read the verdict here
-        _exit(1)
+        end_at_once(1)
 
     def _adds_something(self, record: logging.LogRecord) -> bool:
         """Whether an entry of the log says more than the sentence on a lost process.
@@ -347,10 +347,13 @@ class _Watch:
 _watch = _Watch()
 
 
-def _exit(code: int) -> None:
-    """Ends the process at once: the usual way out waits for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def end_at_once(code: int) -> None:
+    """Ends the process without a word more: the usual way out waits for others. What was printed is
+    written out.
+    """
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -158,8 +158,8 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
             f"{tuple(net.channel_mult)}; {error}; expected other widths"
         ) from None
     table = discrete_table(config) if kind == "adm" else None
-    settings = config.precondition
-    scale = 1000 / settings.diffusion_steps if settings.rescale_timesteps else 1.0
+    told = config.precondition
+    scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
     wrap = _wrap(config, kind, table)
     return Model(network, wrap, image_shape, network.label_dim, table, scale)
 

@@ -117,7 +117,7 @@ def watch(monkeypatch):
         raise SystemExit(code)
 
     monkeypatch.setattr(cluster, "_client", lambda: store)
-    monkeypatch.setattr(cluster, "_exit", leave)
+    monkeypatch.setattr(cluster, "end_at_once", leave)
     monkeypatch.setattr(cluster.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
     monkeypatch.setattr(cluster.threading.Thread, "start", lambda _: None)

@@ -30,7 +30,7 @@ def idle(config: Config, methods: Mapping[str, type]) -> dict[str, str]:
         for field in dataclasses.fields(kind):
             only = field.metadata.get("only", ())
             if off:
-                found[f"{group}.{field.name}"] = _off(group)
+                found[f"{group}.{field.name}"] = f"config.methods={group}"
             elif only and not any(_holds(values, _full(group, text)) for text in only):
                 words = " or ".join(_words(_full(group, text)) for text in only)
                 found[f"{group}.{field.name}"] = words
@@ -72,17 +72,14 @@ def check_typed(
     keys = dict.fromkeys(text.partition("=")[0] for text in typed)
     vain = [key for key in keys if key in without and now.get(key) != before.get(key)]
     for key in vain:
-        if key.partition(".")[0] not in methods or without[key] != _off(key):
+        group = key.partition(".")[0]
+        if group not in methods or group in config.methods:
             raise ConfigError(
                 f"--config.{key}: {shown(now.get(key))} given, which has no effect here; expected "
                 f"it only with {without[key]}"
             )
     off = ", ".join(dict.fromkeys(key.partition(".")[0] for key in vain))
     return f"without effect, as config.methods has no {off}: {', '.join(vain)}" if vain else ""
-
-
-def _off(key: str) -> str:
-    return f"config.methods={key.partition('.')[0]}"
 
 
 def check_sense(config: Config) -> None:

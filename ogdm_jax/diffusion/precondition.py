@@ -256,6 +256,11 @@ def _adm(sigma: Array, table: process.Discrete, predict: str, scale: float) -> C
     return skip, out, 1 / jnp.sqrt(jnp.square(sigma) + 1), time
 
 
+def time_scale(steps: int, rescale: bool) -> float:
+    """What a network calls one step of a discrete process: 1, or 1000 / T."""
+    return 1000 / steps if rescale else 1.0
+
+
 def adm(
     network_fn: NetworkFn,
     betas: process.Schedule | process.Discrete = "linear",
@@ -290,7 +295,7 @@ def adm(
     if predict not in ("eps", "x0"):
         raise ValueError(f"precondition.adm: predict {predict!r} given; expected 'eps' or 'x0'")
     table = betas if isinstance(betas, process.Discrete) else process.Discrete.make(betas, steps)
-    scale = 1000 / steps if rescale_timesteps else 1.0
+    scale = time_scale(steps, rescale_timesteps)
     return make(
         network_fn,
         functools.partial(_adm, table=table, predict=predict, scale=scale),

@@ -23,7 +23,7 @@ from ogdm_jax.interop.inert import Budget, Module, UnsafeFileError, quote
 from ogdm_jax.interop.parts import MAX_NAME
 from ogdm_jax.interop.restricted_pickle import Persistent, load
 from ogdm_jax.interop.torch_globals import admit_with
-from ogdm_jax.interop.torch_records import DTYPES, Storage, Tensor, is_count, shape_of
+from ogdm_jax.interop.torch_records import DTYPES, Storage, Tensor, is_count, shape_of, strides_of
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
@@ -96,11 +96,8 @@ def _read_npy(data: memoryview, budget: Budget) -> Any:
         )
     order = ">" if dtype.byteorder == ">" else "<"
     storage = Storage(dtype.newbyteorder("="), count, content, order)
-    sizes = shape[::-1] if fortran else shape
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    return Tensor(
-        storage, 0, tuple(shape), tuple(strides[::-1] if fortran else strides), storage.dtype
-    )
+    strides = strides_of(shape[::-1])[::-1] if fortran else strides_of(shape)
+    return Tensor(storage, 0, shape, strides, storage.dtype)
 
 
 # zip archives
@@ -390,11 +387,10 @@ def _stored_tensor(name: str, item: Any, body: memoryview, spans: list[tuple[int
     if not isinstance(shape, list) or not all(map(is_count, (*shape, begin, end))):
         raise UnsafeFileError(f"the header of {quote(name)} holds impossible sizes")
     shape = shape_of(shape)
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     count = math.prod(shape)
     if not begin <= end <= len(body) or end - begin != count * dtype.itemsize:
         raise UnsafeFileError(
             f"{quote(name)} of shape {shape} does not fit its data_offsets ({begin}, {end})"
         )
     spans.append((begin, end))
-    return Tensor(Storage(dtype, count, body[begin:end]), 0, shape, strides, dtype)
+    return Tensor(Storage(dtype, count, body[begin:end]), 0, shape, strides_of(shape), dtype)

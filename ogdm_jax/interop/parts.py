@@ -65,14 +65,18 @@ class Part:
     @property
     def averaged(self) -> bool:
         """Whether a step of the way, or a count beside them, says that these are averages."""
-        words = re.split(r"[^a-z0-9]+", _spaced(self.entry))
-        online = _spaced(self.entry.rpartition(".")[2]).startswith("online")
-        return "n_averaged" in self.beside or (any(map(_AVERAGED.fullmatch, words)) and not online)
+        return "n_averaged" in self.beside or _says_averaged(self.entry)
 
 
 def _spaced(words: str) -> str:
     """In small letters, netEma as net_ema."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
+
+
+def _says_averaged(entry: str) -> bool:
+    words = re.split(r"[^a-z0-9]+", _spaced(entry))
+    online = _spaced(entry.rpartition(".")[2]).startswith("online")
+    return any(map(_AVERAGED.fullmatch, words)) and not online
 
 
 def choose(
@@ -350,7 +354,7 @@ def _without_dots(
 ) -> Iterator[Part]:
     """Averages that keep a.b.weight as model_ema.abweight (LitEma); buffers are the network's."""
     firsts = {name.partition(".")[0] for name in names if name.count(".") == 1}
-    for first in sorted(f for f in firsts if Part("", f, None, {}).averaged)[:_MOST_PREFIXES]:
+    for first in sorted(filter(_says_averaged, firsts))[:_MOST_PREFIXES]:
         for depth in range(prefix.count(".") + 1):
             whole = ".".join(prefix.split(".")[depth:])
             theirs = {name: f"{first}.{(whole + name).replace('.', '')}" for name in own}

@@ -219,6 +219,11 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return shape
 
 
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of numbers that lie one after the other, the last dimension's first."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def need(value: Any, kind: type | UnionType, what: str) -> Any:
     """The value, if it is of this kind; what: its name in the message."""
     if not isinstance(value, kind):

@@ -34,6 +34,7 @@ from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
+from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.guidance import Guidance, Preset
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
@@ -134,7 +135,7 @@ def correction(
         return value.sum(), value
 
     c, value = jax.grad(total, has_aux=True)(x)
-    c = jnp.where(per_example(jnp.isnan(value), c) > 0, jnp.nan, c)  # clipping would make it 0
+    c = gradients.known(value, c)  # clipping would make it 0
     return per_example(sigma, x) ** 2 * c, value
 
 

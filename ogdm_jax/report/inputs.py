@@ -11,7 +11,7 @@ from etils import epath
 
 from ogdm_jax import places, records
 from ogdm_jax.data import pictures
-from ogdm_jax.training import evaluations
+from ogdm_jax.training import evaluations, logs
 
 CURVES = 100  # names of numbers whose curves a page shows
 _TEXTS = ("features", "solver")
@@ -34,7 +34,7 @@ def metrics(workdir: str) -> Found:
     A line that is cut, or is no object with a step, is left out, and so is a value that is no
     number. The words nan, inf and -inf are numbers.
     """
-    path = places.place(workdir) / "metrics.jsonl"
+    path = places.place(workdir) / logs.METRICS
     if not path.exists():
         return Found([])
     try:

@@ -155,11 +155,6 @@ def sampler(
     check_settings(settings)
     levels = noise_levels(model, settings)
     check_guidance(settings, guidance, churn)
-    if settings.grid == PNDM and guidance:
-        raise ConfigError(
-            f"--guidance: {guidance[0].name} given with the grid 'pndm', which is a published "
-            "sampler of its own; expected another grid, such as ddim"
-        )
 
     def images(
         params: PyTree,
@@ -207,6 +202,11 @@ def sampler(
 def check_guidance(settings: Sample, guidance: Sequence[Guidance], churn: Any = None) -> None:
     """Raises ValueError for guidance that does not fit the sampler or has two owners of a part."""
     check_parts(settings.solver, combine(guidance, churn), settings.eta)
+    if settings.grid == PNDM and guidance:
+        raise ConfigError(
+            f"--guidance: {guidance[0].name} given with the grid 'pndm', which is a published "
+            "sampler of its own; expected another grid, such as ddim"
+        )
 
 
 def arrays(guidance: Sequence[Guidance]) -> tuple[list[PyTree], list[PyTree]]:

@@ -55,7 +55,7 @@ def through_network(
         raise ValueError(
             f"loss: gives shape {values.shape}; expected one number per image, {x.shape[:1]}"
         )
-    return x0_hat, values, _known(values, pull(jnp.ones_like(values))[0])
+    return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
 
 
 def at_x0(
@@ -66,10 +66,10 @@ def at_x0(
     """
     x0_hat = evaluate(x)
     values, pull = jax.vjp(lambda x0: loss(clipped(x0, clip)), x0_hat)
-    return x0_hat, values, _known(values, pull(jnp.ones_like(values))[0])
+    return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
 
 
-def _known(values: Array, grad: Array) -> Array:
+def known(values: Array, grad: Array) -> Array:
     """The gradient, nan where the loss is."""
     return jnp.where(per_example(jnp.isnan(values), grad) > 0, jnp.nan, grad)
 

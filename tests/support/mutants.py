@@ -7,11 +7,8 @@ refused, the longest time and the most memory over the start, and what failed ot
 import contextlib
 import io
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from PIL import Image
 
 from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.prepare import prepare
+from tests.support import apart as processes
 from tests.support.sets import archive, encoded, folder, pixels
 
 PICTURES = "PNG JPEG GIF WEBP BMP TIFF PPM TGA ICO JPEG2000 PCX SGI DDS AVIF".split()
@@ -97,11 +95,6 @@ def edited(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(new)
 
 
-def _memory(what: str) -> int:
-    found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(found[1]) << 10 if found else 0
-
-
 def _open(name: str, root: Path) -> str:
     """ "" where the set is read, else the sentence that refuses it."""
     try:
@@ -129,31 +122,21 @@ def run(kind: str, count: int, seed: int) -> dict[str, Any]:
                 for other in files:
                     other.unlink(missing_ok=True)
             path.write_bytes(edited(healthy[path], rng))
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            before, start = _memory("VmRSS"), time.monotonic()
-            print(f"{kind} {seed} {k} {path.name}", file=sys.stderr, flush=True)
-            try:
-                said = _open(name, root)
-                done["refused" if said else "read"] += 1
-                if "\n" in said or name not in said and said:
-                    failed.append(f"{k} {path.name}: {said}")
-            except Exception as error:  # what nobody intended
-                failed.append(f"{k} {path.name}: {type(error).__name__}: {error}")
-            done["seconds"] = max(done["seconds"], time.monotonic() - start)
-            used = (_memory("VmHWM") - before) / 1e6
-            done["megabytes"] = max(done["megabytes"], used)
+            with processes.measured(done, f"{kind} {seed} {k} {path.name}"):
+                try:
+                    said = _open(name, root)
+                    done["refused" if said else "read"] += 1
+                    if "\n" in said or name not in said and said:
+                        failed.append(f"{k} {path.name}: {said}")
+                except Exception as error:  # what nobody intended
+                    failed.append(f"{k} {path.name}: {type(error).__name__}: {error}")
             path.write_bytes(healthy[path])
     return done | {"failed": failed}
 
 
 def apart(kind: str, count: int, seed: int) -> dict[str, Any]:
     """`run` in a process of its own; a process that ends otherwise names its last mutant."""
-    command = [sys.executable, "-m", "tests.support.mutants", kind, str(count), str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    if ended.returncode:
-        raise AssertionError(f"exit {ended.returncode}: {ended.stderr[-600:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    return processes.run("tests.support.mutants", kind, count, seed, 1800)
 
 
 if __name__ == "__main__":

@@ -44,10 +44,7 @@ class Run:
 
     def wait_for(self, words: str, seconds: float = 240) -> None:
         """Returns once a line has these words."""
-        end = time.monotonic() + seconds
-        while not any(words in line for line in list(self.lines)):
-            assert self.process.poll() is None and time.monotonic() < end, self.text
-            time.sleep(0.005)
+        self.wait_until(lambda: any(words in line for line in list(self.lines)), seconds)
 
     def wait_until(self, true, seconds: float = 240, ends: bool = False) -> None:
         """Returns once true() is. ends: the run may end meanwhile."""

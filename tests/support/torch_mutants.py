@@ -7,11 +7,8 @@ and refused, the longest time and the most memory of one, and what failed otherw
 import contextlib
 import io
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors.numpy import save_file
 
 from ogdm_jax import startup
 from ogdm_jax.interop import UnsafeFileError, export, load_pretrained, names_edm, read_torch
+from tests.support import apart as processes
 from tests.support import hostile
 from tests.support import torch_files as tf
 
@@ -141,11 +139,6 @@ def mutant(data: bytes, rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def _memory(what: str) -> int:
-    found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(found[1]) << 10 if found else 0
-
-
 def _intended(error: Exception, kind: str) -> bool:
     one_line = "\n" not in str(error) and len(str(error)) < 1000
     known = isinstance(error, UnsafeFileError) or (kind == "load" and isinstance(error, ValueError))
@@ -167,30 +160,22 @@ def run(kind: str, count: int, seed: int) -> dict[str, Any]:
         for k in range(count):
             path = files[int(rng.integers(len(files)))]
             path.write_bytes(mutant(healthy[path], rng))
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            before, start = _memory("VmRSS"), time.monotonic()
-            print(f"{kind} {seed} {k} {path.name}", file=sys.stderr, flush=True)
-            try:
-                read(path)
-                done["read"] += 1
-            except Exception as error:
-                done["refused"] += 1
-                if not _intended(error, kind):
-                    failed.append(f"{k} {path.name}: {type(error).__name__}: {str(error)[:300]}")
-            done["seconds"] = max(done["seconds"], time.monotonic() - start)
-            done["megabytes"] = max(done["megabytes"], (_memory("VmHWM") - before) / 1e6)
+            with processes.measured(done, f"{kind} {seed} {k} {path.name}"):
+                try:
+                    read(path)
+                    done["read"] += 1
+                except Exception as error:
+                    done["refused"] += 1
+                    if not _intended(error, kind):
+                        said = f"{type(error).__name__}: {str(error)[:300]}"
+                        failed.append(f"{k} {path.name}: {said}")
             path.write_bytes(healthy[path])
     return done | {"failed": failed[:10], "acted": _acted}
 
 
 def apart(kind: str, count: int, seed: int) -> dict[str, Any]:
     """`run` in a process of its own; a process that ends otherwise names its last mutant."""
-    command = [sys.executable, "-m", "tests.support.torch_mutants", kind, str(count), str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    if ended.returncode:
-        raise AssertionError(f"exit {ended.returncode}: {ended.stderr[-600:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    return processes.run("tests.support.torch_mutants", kind, count, seed, 3600)
 
 
 if __name__ == "__main__":
