@@ -1,10 +1,10 @@
 """Does DG pay? Distances before and after, for every prior and sampler, with several discriminators
 each.
 
-    python benchmarks/dg_pays.py --out runs/dg_pays                                  trains both
-        priors on digits first
-    python benchmarks/dg_pays.py --prior edm=runs/edm --prior ogdm=runs/digits --sampler heun:18
-        --out runs/dg_pays
+    ogdm study --config baseline=digits --config ogdm=digits --baseline.methods= --seeds 0
+        --out runs/priors
+    python benchmarks/dg_pays.py --prior baseline=runs/priors/baseline-seed0
+        --prior ogdm=runs/priors/ogdm-seed0 --sampler heun:18 --out runs/dg_pays
 
 A discriminator is trained on samples of that prior by that sampler; its checkpoint and its weight
 are chosen by the distance of images of seeds 0 to n - 1 (see the group dg of the configuration).
@@ -14,11 +14,37 @@ discriminators' configuration. Run again, it goes on where it stopped.
 """
 
 import argparse
+import json
+import statistics
 from pathlib import Path
 
-from ogdm_jax import startup
+from ogdm_jax import records, startup
 
 FIRST_SEED = 1_000_000  # of reported images: none of them was seen while training or choosing
+
+
+def read(path: Path) -> list[dict]:
+    """All lines, [] without the file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(entries: list[dict], value: str) -> str:
+    """Markdown: a row for each prior and sampler, unguided and guided."""
+    lines = ["| prior | sampler | unguided | guided |", "|---|---|---|---|"]
+    for prior, sampler in dict.fromkeys((e["prior"], e["sampler"]) for e in entries):
+        mine = [e for e in entries if (e["prior"], e["sampler"]) == (prior, sampler)]
+        cells = [
+            cell([e[value] for e in mine if e["variant"] == variant])
+            for variant in ("unguided", "guided")
+        ]
+        lines.append("| " + " | ".join([prior, sampler, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -28,10 +54,9 @@ def main() -> None:
     parser.add_argument(
         "--prior",
         action="append",
-        default=[],
-        help="NAME=DIR; default: baseline and ogdm, trained here",
+        required=True,
+        help="NAME=DIR",
     )
-    parser.add_argument("--updates", type=int, default=800, help="of priors that are trained here")
     parser.add_argument(
         "--sampler", action="append", default=[], help="SOLVER:STEPS; default: euler:18 and heun:18"
     )
@@ -48,7 +73,6 @@ def main() -> None:
     startup.prepare()
     import jax
     import numpy as np
-    import study
 
     from ogdm_jax import config as configs
     from ogdm_jax.discriminator import generated
@@ -64,15 +88,6 @@ def main() -> None:
 
     out = Path(args.out)
     priors = dict(text.split("=", 1) for text in args.prior)
-    if not priors:
-        length = (
-            f"train.duration={args.updates} steps",
-            f"optim.decay={args.updates} steps",
-            "evaluate.features=",
-        )
-        for name, flags in (("baseline", ("methods=",)), ("ogdm", ())):
-            study.trained(out / name, "digits", *length, *flags)
-            priors[name] = str(out / name)
     results, shared = out / "results.jsonl", startup.split_overrides(rest)
 
     def measured(model, config, guidance) -> list[dict]:
@@ -96,7 +111,7 @@ def main() -> None:
         for sampler in args.sampler or ("euler:18", "heun:18"):
             solver, steps = sampler.split(":")
             seeds: list[int | None] = [None, *map(int, args.seeds.split(","))]
-            done = [(e["prior"], e["sampler"], e["seed"]) for e in study.read(results)]
+            done = [(e["prior"], e["sampler"], e["seed"]) for e in read(results)]
             for seed in seeds:
                 if (prior, sampler, seed) in done:
                     continue
@@ -106,7 +121,7 @@ def main() -> None:
                     f"seed={seed or 0}",
                     *shared,
                 )
-                config = configs.load(study.CONFIGS / f"{args.config}.py", flags)
+                config = configs.load(args.config, flags)
                 guidance, chosen = (
                     generated.base_guidance(config),
                     {"variant": "unguided", "weight": 0.0, "step": 0},
@@ -122,16 +137,14 @@ def main() -> None:
                 for found in measured(model, config, guidance):
                     keys = ("features", "n", "fd", "floor", "fd_all", "precision", "recall")
                     entry = {k: found[k] for k in keys}
-                    study.record(
-                        results, prior=prior, sampler=sampler, seed=seed, **chosen, **entry
-                    )
-    entries = study.read(results)
+                    about = {"prior": prior, "sampler": sampler, "seed": seed}
+                    out.mkdir(parents=True, exist_ok=True)
+                    with results.open("a") as file:
+                        file.write(records.dumps(about | chosen | entry) + "\n")
+    entries = read(results)
     for value in ("fd", "fd_all", "precision", "recall"):
-        print(f"\n{value}\n\n" + study.table(entries, ("prior", "sampler"), "variant", value, 3))
-    print(
-        f"\nreal against real (fd): {study.cell([e['floor'] for e in entries], 3)}, n = "
-        f"{entries[0]['n']}"
-    )
+        print(f"\n{value}\n\n" + table(entries, value))
+    print(f"\nreal against real (fd): {cell([e['floor'] for e in entries])}, n = {entries[0]['n']}")
     weights = {
         (e["prior"], e["sampler"], e["seed"]): (e["weight"], e["step"])
         for e in entries

@@ -24,8 +24,7 @@ def get_config():
     config.optim.decay = "train.duration"
     config.ema.halflife = "5 kimg"
     # OGDM's published settings are for 3,072 numbers an image: R1 and the hinge loss both grow with
-    # them. These were chosen by distance on one seed (benchmarks/ogdm_pays.py measures them on
-    # three).
+    # them. These were chosen by distance on one seed (docs/studies measures them on five).
     config.ogdm.r1 = 0.02
     config.ogdm.gamma = 0.4
     config.ogdm.k = 0.3

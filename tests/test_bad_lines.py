@@ -60,7 +60,17 @@ def run(folder: Path, line: str, capsys) -> tuple[int, str, str]:
 def test_there_are_enough_lines_of_every_command():
     lines = [*bad_lines.all_lines(), *bad_lines.HARMLESS]
     assert len(lines) >= 250
-    for command in ("train", "sample", "data", "show", "convert", "export", "report", "plan"):
+    for command in (
+        "train",
+        "sample",
+        "data",
+        "show",
+        "convert",
+        "export",
+        "report",
+        "plan",
+        "study",
+    ):
         assert sum(line.startswith(command) for line in lines) >= 7, command
     assert sum(line.startswith("evaluate protocol") for line in lines) >= 10
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "__main__",
     "cli",
+    "study",
     "report planning",
     "discriminator",
     "training",

@@ -21,6 +21,7 @@ COMMANDS = {
         "main",
         "measure samples, also as the papers do",
     ),
+    "study": ("study", "main", "compare configurations over seeds, with a paired test"),
     "report": ("report", "main", "a training folder as one page"),
     "plan": ("train", "plan", "say what a run will need, from the compiler"),
 }

@@ -23,6 +23,8 @@ from ogdm_jax.training import workdir
 from ogdm_jax.training.evaluate import Draw
 from ogdm_jax.training.workdir import TrainedModel
 
+MOST = 5000  # samples of each distance, unless --num says otherwise
+
 
 def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
     """The options that choose a feature space.

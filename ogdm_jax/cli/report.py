@@ -22,7 +22,6 @@ Writes one HTML page that opens without a network: distance against network eval
 beside real images and their nearest training images, trajectories, the curves of training, the
 configuration.
 """
-MOST = 5000  # samples of each distance, unless --num says otherwise
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("report", ABOUT, EXAMPLES)
     measuring.add_model_options(parser)
     add = parser.add_argument
-    most = f"images of a distance (default: the data's, at most {MOST})"
+    most = f"images of a distance (default: the data's, at most {measuring.MOST})"
     add("--num", type=whole(0), default=0, help=most)
     add("--solvers", default="euler,heun", help='for distance against NFE; "" for none')
     add("--steps", default="3,5,9,18", help="sampler steps for distance against NFE")
@@ -59,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         real = references(source)
         features = space(real)
         if distances is None:
-            num = args.num or min(len(real), MOST)
-            distances = measure_samplers(trained, choices, space, features, num, draw)
+            num = args.num or min(len(real), measuring.MOST)
+            distances = measure_samplers(trained, choices, space, features, range(num), draw)
             if distances:
                 with places.written(folder / "distances.json") as new:
                     new.write_text(records.dumps(distances, indent=1) + "\n")

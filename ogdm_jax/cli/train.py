@@ -89,13 +89,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     with cluster.ending_together(), startup.one_sentence():
         startup.prepare()
         planning.check(args)
-        values, typed = configs.read(args.config), startup.split_overrides(rest)
-        before = configs.flatten(values.to_dict())
-        for text in typed:
-            configs.override(values, text)
-        config = configs.resolve(values.to_dict())
-        discovery.check_settings(config)
-        vain = configs.check_typed(config, before, typed, discovery.settings_types())
+        spelled, config, vain = read_settings(args.config, startup.split_overrides(rest))
         workdir = args.workdir or str(Path("runs") / Path(args.config).stem)
         steps = profile.parse(args.profile)
 
@@ -103,7 +97,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             planning.run(args, config, Path(args.config).stem)
             return
         if args.dry_run:
-            print("\n".join(configs.spelled(values)))
+            print("\n".join(spelled))
             print(_summary(config, workdir) + (vain and f"; {vain}"))
             return
         cluster.join(args.coordinator, args.processes, args.process)
@@ -120,6 +114,25 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             override=args.override,
             stopped_code=args.stopped_code,
         )
+
+
+def read_settings(file: str, typed: Sequence[str]) -> tuple[list[str], configs.Config, str]:
+    """A configuration file with "key=value" of a command line, checked.
+
+    Returns:
+      All settings as one types them, the settings, and a sentence about what has no effect, or "".
+
+    Raises:
+      ConfigError: any setting that cannot be, or that a person typed in vain.
+    """
+    values = configs.read(file)
+    before = configs.flatten(values.to_dict())
+    for text in typed:
+        configs.override(values, text)
+    config = configs.resolve(values.to_dict())
+    discovery.check_settings(config)
+    vain = configs.check_typed(config, before, typed, discovery.settings_types())
+    return configs.spelled(values), config, vain
 
 
 def _summary(config: configs.Config, workdir: str) -> str:

@@ -232,7 +232,7 @@ def measure_samplers(
     choices: Iterable[Sample],
     space: FeatureSpace,
     reference: np.ndarray,
-    num: int,
+    seeds: Sequence[int],
     draw: Draw,
 ) -> list[dict[str, Any]]:
     """The distance report of a model at each of several settings of the sampler.
@@ -242,13 +242,13 @@ def measure_samplers(
       choices: settings, see `TrainedModel.settings`.
       space: where distances are measured.
       reference: features [n, dim] of the real images.
-      num: images of a distance, from the seeds 0 to num - 1.
+      seeds: of the images of a distance.
       draw: (settings, seeds, title) -> batches of uint8 images.
     """
     reports = []
     for settings in choices:
         title = f"{settings.solver} {settings.steps}"
-        values = [space(part) for part in draw(settings, range(num), title)]
+        values = [space(part) for part in draw(settings, seeds, title)]
         report = distance_report(space, np.concatenate(values), reference)
         reports.append({"step": trained.step} | describe_sampler(settings) | report)
     return reports

@@ -50,6 +50,7 @@ class TrainedModel:
       buffers: tensors of the network that are not trained.
       step: of the checkpoint.
       class_names: in order; () where they are not known.
+      samplers: those that were compiled, for this model and for copies of it with other weights.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class TrainedModel:
     buffers: PyTree
     step: int
     class_names: tuple[str, ...] = ()
+    samplers: dict[Any, generate.Images] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.model.image_shape))
@@ -152,10 +154,21 @@ class TrainedModel:
         if labels is None:
             labels = generate.labels_for(seeds, self.model.label_dim, None)
         guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
-        images = generate.sampler(self.model, settings, devices, churn, guidance)
+        images = self._sampler(settings, devices, churn, guidance)
         size = generate.batch_size(len(seeds), len(devices), batch)
         weights = self.params, self.buffers
         return generate.generate(images, *weights, seeds, labels, size, guidance, done)
+
+    def _sampler(
+        self, settings: Sample, devices: Sequence[Any], churn: Any, guidance: Sequence[Guidance]
+    ) -> generate.Images:
+        """`generate.sampler`, compiled once where nothing but the weights can change."""
+        if churn or guidance:
+            return generate.sampler(self.model, settings, devices, churn, guidance)
+        key = (dataclasses.replace(settings, num=1, every="0 steps"), tuple(devices))
+        if key not in self.samplers:
+            self.samplers[key] = generate.sampler(self.model, settings, devices)
+        return self.samplers[key]
 
 
 def open_workdir(

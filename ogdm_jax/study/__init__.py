@@ -1,0 +1,1 @@
+"""Configurations compared over seeds: runs trains and measures them, figures says what follows."""

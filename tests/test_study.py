@@ -1,0 +1,62 @@
+"""`ogdm study` end to end: trains, measures and compares; goes on where it stopped."""
+
+import json
+
+import pytest
+
+from ogdm_jax import cli
+from ogdm_jax.training import evaluate, loop
+from tests.support import tiny
+
+QUICK = tiny.flags(
+    tiny.ONE_LEVEL, "train.duration=2 steps", "train.save_every=1 steps", "methods=", "data.batch=8"
+)
+
+
+def study(out, *words):
+    first = ("study", "--config", "slow=digits", "--config", "fast=digits", "--seeds", "0,3")
+    sampler = ("--solvers", "euler", "--steps", "1,2", "--num", "60", "--features", "digits")
+    more = ("--fast.optim.learning_rate=0.01", *QUICK, *words)
+    return cli.main([*first, *sampler, "--out", str(out), *more])
+
+
+def test_trains_measures_compares_and_goes_on(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert study(out, "--dry-run") == 0 and not out.exists()
+    said = capsys.readouterr().out
+    assert said.count("to train, 2 steps") == 4 and "euler 2 (plain, newest)" in said
+
+    assert study(out) == 0
+    found = json.loads((out / "study.json").read_text())
+    assert len(found["reports"]) == 2 * 2 * 2 and found["seeds"] == [0, 3]
+    assert {report["arm"] for report in found["reports"]} == {"slow", "fast"}
+    two, one = found["summary"][1], found["summary"][0]
+    assert (one["steps"], two["steps"]) == (1, 2) and one["nfe"] == 1
+    values = {r["arm"]: r["fd"] for r in found["reports"] if (r["seed"], r["steps"]) == (3, 2)}
+    assert two["differences"]["fast"]["values"][1] == values["fast"] - values["slow"] != 0
+    assert "fast - slow" in (out / "study.md").read_text()
+
+    def refuse(*_, **__):
+        pytest.fail("done once more")
+
+    monkeypatch.setattr(loop, "train", refuse)
+    before = (out / "study.json").read_text()
+    monkeypatch.setattr(evaluate, "distance_report", refuse)
+    assert study(out) == 0  # nothing is left to do
+    assert json.loads((out / "study.json").read_text()) == json.loads(before)
+    assert study(out, "--dry-run") == 0 and capsys.readouterr().out.count("seed0: trained") == 2
+
+    monkeypatch.undo()
+    assert study(out, "--config.train.duration=3 steps") == 0  # all go on by a step
+    longer = json.loads((out / "study.json").read_text())["reports"]
+    assert len(longer) == 8 and {report["step"] for report in longer} == {3}
+    assert "resumed from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["network.num_blocks=2", "optim.learning_rate=0.5"])
+def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, change):
+    tiny_run = tiny.config("methods=", tiny.ONE_LEVEL, "train.duration=1 steps", "data.batch=8")
+    loop.train(tiny_run, tmp_path / "slow-seed0", log=lambda _: None)
+    with pytest.raises(SystemExit):
+        study(tmp_path, f"--config.{change}")
+    assert "slow-seed0" in capsys.readouterr().err
