@@ -19,7 +19,7 @@ from ogdm_jax.sampling import discrete, generate
 from ogdm_jax.sampling.sampler import sample, step_noise
 from ogdm_jax.training.workdir import TrainedModel
 from tests.reference.gaussian import Chain
-from tests.support import tiny
+from tests.support import golden_support, tiny
 from tests.support.oracles import Gaussian, column
 
 pytestmark = pytest.mark.fast
@@ -95,6 +95,82 @@ def test_the_released_pndm_is_a_grid(trained, solver):
     assert any(float(t[0]) % 1 for t in asked) == (order == 4)
     levels = generate.noise_levels(trained.model, settings)
     assert levels[-1] == trained.model.table.sigma[0] and levels[0] == trained.model.table.sigma[36]
+
+
+PUBLISHED = {  # of OGDM-ADM's figures: the words that configs/cifar10_adm.py gives, by golden name
+    "ddim10_uniform": "--solver ddim --grid ddim --steps 10 --clip",
+    "ddim20_quad": "--solver ddim --grid quad --steps 20 --clip",
+    "ddim20_uniform": "--solver ddim --grid ddim --steps 20 --clip",
+    "S-PNDM9": "--solver spndm --grid pndm --steps 9 --no-clip",
+    "F-PNDM11": "--solver fpndm --grid pndm --steps 11 --no-clip",
+}
+
+
+class Golden(nn.Module):
+    """The network of the golden file."""
+
+    @nn.compact
+    def __call__(self, x, c_noise, label=None):
+        m = GOLDEN.config["eps_model"]
+        return m["a"] * x + m["b"] * jnp.sin(x + m["c"] * column(c_noise, x))
+
+
+GOLDEN = golden_support.load(str(golden_support.FOLDER / "ogdm_adm_samplers.npz"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_commands_draw_what_the_released_code_draws(name, monkeypatch):
+    """The numbers of the released code, by the words of a command. Only the first state differs: of
+    variance 1 - alpha_bar there and 1 here.
+    """
+    latents = golden_support.nhwc(GOLDEN["xT"])
+    shape = latents.shape[1:]
+    config = tiny.config("precondition.kind=adm", "data.augment=0", "sample.clip=true")
+    model = dataclasses.replace(models.build(config, (*shape[:2], 3), 0), network=Golden())
+    trained = TrainedModel(config, dataclasses.replace(model, image_shape=shape), {}, {}, 0)
+    monkeypatch.setattr(command, "open_workdir", lambda *_: trained)
+    words = [
+        "--workdir",
+        "w",
+        "--devices",
+        "1",
+        "--num",
+        str(len(latents)),
+        *PUBLISHED[name].split(),
+    ]
+    plan = command.read(command.parser().parse_args(words))
+
+    with jax.enable_x64(True):
+        top = generate.noise_levels(model, plan.settings)[0]
+        factor = 1.0 if "PNDM" in name else np.sqrt(1 + top**2) / top
+        start = factor * latents.astype(np.float64)
+        monkeypatch.setattr(generate, "seed_noise", lambda seeds, _: (jnp.asarray(start), None))
+        images = trained.batches(plan.settings, plan.seeds, devices=jax.devices()[:1])
+        drawn = np.concatenate(list(images))
+    truth = GOLDEN[f"x_{name}"]
+    np.testing.assert_allclose(golden_support.nchw(drawn), truth, atol=2e-5 * np.abs(truth).max())
+    assert abs(factor - 1) < 1e-3
+
+
+def test_the_fixed_variances_are_words_of_a_command(trained):
+    """DDPM with the variance that OGDM-ADM's models had, `fixed_large`, against the chain."""
+    settings = trained.settings(solver="ancestral", steps=40, grid="respaced", variance="large")
+    seeds = np.arange(3)
+    got = np.concatenate(list(trained.batches(settings, seeds)))
+    z, keys = generate.seed_noise(jnp.asarray(seeds, jnp.uint32), (4, 4, 1))
+    chain = Chain.make("linear", 40, rescale=True, variance="large")
+    top = chain.table.sigma[-1]
+    x, model = z * top / np.sqrt(1 + top**2), eps_of(trained)
+    for i, t in enumerate(range(39, -1, -1)):
+        x = chain.p_sample(model, x, jnp.full(3, t), step_noise(keys, z)(jnp.int32(i)), False)
+    np.testing.assert_allclose(got, x, atol=2e-3 * np.abs(x).max())
+    for words, sentence in (
+        ({"solver": "ancestral", "variance": "learned"}, "expected small, large or diffusion"),
+        ({"solver": "ddim", "variance": "large"}, "'large' given; expected auto but with ancest"),
+        ({"solver": "ancestral", "variance": "lagre"}, "did you mean large"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            trained.settings(**words, grid="respaced", steps=8)
 
 
 def test_grids_of_the_released_samplers_refuse_what_they_do_not_use(trained):

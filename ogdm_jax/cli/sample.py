@@ -37,7 +37,11 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import distance
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
-SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in ("num", "every")]
+SAMPLER = [
+    field.name
+    for field in dataclasses.fields(Sample)
+    if field.name not in ("num", "every", "variance")
+]
 MOST = 10_000_000  # images of one command: their seeds and classes are in memory
 
 
@@ -65,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="clamp x0_hat to [-1, 1] at every step, as ADM's published samples were made",
     )
+    add("--variance", default="", help="of --solver ancestral: small, large, diffusion or learned")
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
     add("--label", default="", help="class of all images, number or name (default: by each seed)")
     add("--batch", type=whole(1), default=64, help="images per device at a time")
@@ -188,6 +193,8 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
     found |= {"--churn": args.churn, "--label": plan.label}
+    if settings.variance != "auto":  # folders of before do not say
+        found["--variance"] = settings.variance
     found["--guidance"] = ",".join(plan.request.settings)
     for name, chosen in plan.request.settings.items():
         found |= {f"--{name}.{field}": value for field, value in vars(chosen).items()}
@@ -272,7 +279,8 @@ def _sampler(
         steps=published.get("steps") if args.steps is None else args.steps,
         eta=published.get("eta") if args.eta is None else args.eta,
         grid=args.grid or grid,
-        clip=args.clip,
+        clip=published.get("clip") if args.clip is None else args.clip,
+        variance=args.variance,
     )
 
 

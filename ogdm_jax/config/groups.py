@@ -340,10 +340,19 @@ class Sample(_Checked):
     clip: bool = _free(
         False, "clamp x0_hat to [-1, 1] at every evaluation, as ADM's published samples were made"
     )
+    variance: str = _free(
+        "auto",
+        "ancestral: small, large (ADM where it learns none), diffusion, or learned; auto = learned "
+        "where the network has it, else small",
+        choices=("auto", "small", "large", "diffusion", "learned"),
+        only="solver=ancestral",
+    )
 
     def _check_together(self) -> None:
         stochastic = self.solver in ("ddim", "heun")
         require(self.eta == 0 or stochastic, "sample.eta", self.eta, "0 but with ddim or heun")
+        chosen = self.variance == "auto" or self.solver == "ancestral"
+        require(chosen, "sample.variance", self.variance, "auto but with ancestral")
         below = f"less than sample.sigma_max, {self.sigma_max}"
         require(self.sigma_min < self.sigma_max, "sample.sigma_min", self.sigma_min, below)
         if self.grid == "pndm":

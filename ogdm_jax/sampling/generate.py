@@ -122,11 +122,14 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
 
 
 def check_settings(settings: Sample, model: Model | None = None) -> None:
-    """Raises ConfigError for too few steps, or a grid that the model does not have."""
+    """Raises ConfigError for too few steps, or a grid or variance that the model does not have."""
     least = FEWEST_STEPS.get(settings.solver, 1)
     require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
     if model is not None:
         noise_levels(model, settings)
+        known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
+        fixed = "small, large or diffusion: the model has learned no variance"
+        require(known, "sample.variance", settings.variance, fixed)
 
 
 def sampler(
@@ -143,7 +146,8 @@ def sampler(
 
     Args:
       model: what is sampled.
-      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta, clip of config.sample.
+      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta, clip, variance of
+        config.sample.
       devices: b must be a multiple of their number; each samples its share.
       churn: of `sample`, where no method brings it.
       guidance: sampling methods; their constants and rows come with each call.
@@ -152,7 +156,7 @@ def sampler(
       ConfigError: settings that do not fit the model.
       ValueError: two owners of one part of guidance.
     """
-    check_settings(settings)
+    check_settings(settings, model)
     levels = noise_levels(model, settings)
     check_guidance(settings, guidance, churn)
 
@@ -188,6 +192,7 @@ def sampler(
             ],
             eta=settings.eta,
             clip=settings.clip,
+            variance=None if settings.variance == "auto" else settings.variance,
         )
         return cast(Array, drawn)  # without a trajectory
 

@@ -37,6 +37,7 @@ class SamplerWords(TypedDict, total=False):
     eta: float | None
     grid: str
     clip: bool | None
+    variance: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -110,7 +111,7 @@ class TrainedModel:
           guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
-          words: entries of config.sample to replace: solver, steps, eta, grid, clip.
+          words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance.
 
         Returns:
           float32 [n,h,w,c], about [-1, 1].
