@@ -16,6 +16,7 @@ COMMANDS = {
     "show": ("show", "main", "say what a checkpoint of another program holds"),
     "convert": ("convert", "main", "make a training folder of it"),
     "export": ("export", "main", "write weights that other programs can read"),
+    "ema": ("ema", "main", "make a model of an average of any length, after the training"),
     "evaluate": (
         "evaluate",
         "main",

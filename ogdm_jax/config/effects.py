@@ -88,6 +88,7 @@ def check_sense(config: Config) -> None:
         require(
             not config.methods, "methods", config.methods, "none where a discriminator is trained"
         )
+        require(not config.ema.stds, "ema.stds", config.ema.stds, "none where one is trained")
         return
     dropout, seen = config.data.label_dropout, config.data.conditional
     need = "0 without data.conditional: there are no labels to hide"

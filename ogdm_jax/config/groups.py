@@ -235,9 +235,21 @@ class Optim(_Checked):
 
     learning_rate: float = _decided(1e-3, "peak learning rate", above=0)
     ramp: str = _decided("10 Mimg", "linear warm-up from 0")
+    schedule: str = _decided(
+        "linear",
+        "after the warm-up: constant, linear or cosine (to 0 over optim.decay), or inverse_sqrt "
+        "(EDM2's: constant up to optim.decay, then falling as 1 / sqrt(step))",
+        choices=("constant", "linear", "cosine", "inverse_sqrt"),
+    )
     decay: str = _decided(
         "0 steps",
-        "linear decay to 0 over this length; 0 = constant, train.duration = as long as the run",
+        "length of the schedule; 0 = constant (linear), train.duration = as long as the run",
+        only="schedule=linear|cosine|inverse_sqrt",
+    )
+    clip: float = _decided(
+        0.0,
+        "largest norm of the whole gradient, which is scaled down to it; 0 = off",
+        least=0,
     )
     betas: tuple[float, float] = _decided(
         (0.9, 0.999), "of Adam", least=0, below=1, expected="two numbers in [0, 1)"
@@ -262,6 +274,23 @@ class Ema(_Checked):
         "half-life <= this share of the images seen; 0 = no ramp-up, as where init.workdir is set",
         least=0,
     )
+    stds: tuple[float, ...] = setting(
+        (),
+        "relative widths of further averages, such as 0.05,0.1 (EDM2's, of which `ogdm ema` makes "
+        "an average of any width afterwards); each takes the memory of the parameters",
+        above=0,
+        below=0.2886,
+        expected="different numbers above 0 and below 0.2886, such as 0.05,0.1",
+    )
+    snapshots: str = _free(
+        "0 steps",
+        "from one snapshot of these averages to the next; 0 = 32 in a run",
+        only="stds",
+    )
+
+    def _check_together(self) -> None:
+        different = "each width once"
+        require(len(set(self.stds)) == len(self.stds), "ema.stds", self.stds, different)
 
 
 @dataclasses.dataclass(frozen=True)

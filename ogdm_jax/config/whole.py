@@ -87,8 +87,8 @@ GROUPS: dict[str, Any] = {
 }
 WHOLE_RUN = "train.duration"  # as a value of optim.decay
 DURATIONS = (
-    *("optim.ramp", "optim.decay", "ema.halflife", "log.every", "sample.every", "evaluate.every"),
-    *("train.duration", "train.save_every", "train.keep_every"),
+    *("optim.ramp", "optim.decay", "ema.halflife", "ema.snapshots", "log.every", "sample.every"),
+    *("evaluate.every", "train.duration", "train.save_every", "train.keep_every"),
 )
 
 

@@ -4,7 +4,7 @@
 
 params  the denoiser as trained.
 ema     {"params": moving average, "buffers": frozen tensors}: all that sampling needs.
-state   step, optimiser, what methods carry.
+state   step, optimiser, what methods carry, averages of config.ema.stds where there are any.
 config  the configuration, the image shape, the number of classes, and what the data set was.
 data    where the loader stands.
 
@@ -145,7 +145,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         plain = lambda value: ocp.args.JsonSave(json.loads(records.dumps(value)))
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in items_of(state).items()}
         args = ocp.args.Composite(**trees, config=plain(about), data=plain(data))
         if places.is_local(self.folder) and not self.folder.is_dir():
             raise CheckpointError(
@@ -191,7 +191,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the files are damaged or belong to another network.
         """
-        path, trees = self.folder / str(step), _split(plan.shapes(like))
+        path, trees = self.folder / str(step), items_of(plan.shapes(like))
         position = records.read(path / "data" / "metadata", dict, "--workdir")
         if type(position.get("step")) is not int or position["step"] != step:
             raise CheckpointError(
@@ -212,10 +212,13 @@ class Checkpoints:
             buffers=found["ema"]["buffers"],
             opt_state=rest["opt_state"],
             carry=rest["carry"],
+            averages=rest.get("averages", ()),
         ), position
 
 
-def _split(state: TrainState) -> dict[str, PyTree]:
+def items_of(state: TrainState) -> dict[str, PyTree]:
+    """The trees of a state by the items of a checkpoint that hold them."""
+    averages = {"averages": state.averages} if state.averages else {}
     return {
         "params": state.params,
         "ema": {"params": state.ema, "buffers": state.buffers},
@@ -223,7 +226,8 @@ def _split(state: TrainState) -> dict[str, PyTree]:
             "step": state.step,
             "opt_state": state.opt_state,
             "carry": state.carry,
-        },
+        }
+        | averages,
     }
 
 

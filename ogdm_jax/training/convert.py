@@ -1,6 +1,9 @@
-"""A network that was read from another program's file as a training folder of ours."""
+"""Weights that no training of this folder made as a training folder: those of another program's
+file, those that `snapshots` puts together.
+"""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ from ogdm_jax import models
 from ogdm_jax.config import Config
 from ogdm_jax.interop import Pretrained, export
 from ogdm_jax.training import checkpoint, lock, optim, state
+from ogdm_jax.typing import PyTree
 
 _KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}
 # (side, channels) -> a set of images that comes with the package or with tfds; all have 10 classes
@@ -94,12 +98,33 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
         raise ValueError(
             f"{source}: no configuration describes its {', '.join(differ)}; use load_pretrained"
         )
-    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), found.variables)
+    about = checkpoint.describe(config, shape, network.label_dim)
+    return write_folder(out, config, found.variables, about)
+
+
+def write_folder(
+    out: str | os.PathLike,
+    config: Config,
+    variables: Mapping[str, PyTree],
+    about: dict[str, Any],
+    step: int = 0,
+) -> int:
+    """Writes a training folder with one checkpoint, whose optimiser is fresh; returns the number of
+    parameters.
+
+    Args:
+      out: the folder.
+      config: of the run.
+      variables: {"params": ..., "buffers": ...}, the latter where there are any.
+      about: what `checkpoint.describe` says.
+      step: of the checkpoint.
+    """
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables)
     params, buffers = variables["params"], variables.get("buffers", {})
     tx, _ = optim.optimiser(config)
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
-    start = state.TrainState(jnp.zeros((), "int32"), params, params, buffers, moments, {})
+    start = state.TrainState(jnp.int32(step), params, params, buffers, moments, {})
     with lock.hold(out, field="--out"), checkpoint.Checkpoints(out) as folder:
-        folder.save(0, start, checkpoint.describe(config, shape, network.label_dim), {"step": 0})
+        folder.save(step, start, about, {"step": step})
     return models.parameter_count(params)

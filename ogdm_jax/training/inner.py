@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from ogdm_jax import cluster, data
-from ogdm_jax.training import logs, steps
+from ogdm_jax.training import logs, snapshots, steps
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
@@ -164,6 +164,7 @@ class Loop:
             "log": config.steps(config.log.every),
             "sample": config.steps(config.sample.every),
             "evaluate": config.steps(config.evaluate.every),
+            "snapshot": snapshots.interval(config),
         }
 
     def _due(self, what: str) -> bool:
@@ -194,6 +195,9 @@ class Loop:
             # What is measured is saved, so that it can be kept as the best.
             if measures or self._due("save"):
                 self._save()
+            # What was due at the first step is written again: the run may have ended before.
+            if step > 0 and (done or step % self._every["snapshot"] == 0):
+                self._snapshot()
             if done or self._due("sample"):
                 with self.stop.may_leave("leaving without the picture of this step"):
                     self.watch(step, self.state)
@@ -207,14 +211,31 @@ class Loop:
         run, step = self.run, self.step
         if step == self.kept:
             return
-        self._check_finite()
-        if not _is_sound(self.state, 0 if run.plan.kind == "sharded" else 1 << 23):
-            raise NotFinite(f"the state after step {step} is not finite; {self._advice(step)}")
+        self._check_state()
         shape, classes = run.source.shape, run.source.num_classes
         about = describe(run.config, shape, classes, data.fingerprint(run.source))
         with self.stop.may_leave(None):
             self.saved.save(step, run.plan.globalise(self.state), about, self.position)
         self.kept = step
+
+    def _snapshot(self) -> None:
+        """Writes the averages of config.ema.stds, where there are any."""
+        stds = self.run.config.ema.stds
+        if not stds:
+            return
+        if self.step != self.kept:
+            self._check_state()
+        with self.stop.may_leave(None):
+            averages = [self.run.plan.local_copy(average) for average in self.state.averages]
+            if jax.process_index() == 0:
+                snapshots.write(self.workdir, self.step, stds, averages)
+
+    def _check_state(self) -> None:
+        """Raises NotFinite before a state that is no good is written."""
+        self._check_finite()
+        if not _is_sound(self.state, 0 if self.run.plan.kind == "sharded" else 1 << 23):
+            at = f"the state after step {self.step} is not finite"
+            raise NotFinite(f"{at}; {self._advice(self.step)}")
 
     def _farewell(self) -> None:
         """Saves what is not on disk, waits for it, and says so."""

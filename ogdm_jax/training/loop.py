@@ -17,7 +17,7 @@ import ogdm_jax
 from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs, opening, resume, steps
+from ogdm_jax.training import logs, opening, resume, snapshots, steps
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import (
@@ -129,6 +129,7 @@ def _loop(
         batches = task.batches(run)
         state = _first_state(run, saved, batches, found, initial, shapes)
         if lead:
+            snapshots.remove_after(workdir, step, log)
             with places.written(workdir / "config.json") as new:
                 new.write_text(configs.to_json(config))
         loop = Loop(

@@ -12,19 +12,33 @@ from ogdm_jax.config import Config, require
 from ogdm_jax.typing import Array, PyTree
 
 
-def learning_rate(peak: float, ramp_steps: int, decay_steps: int) -> optax.Schedule:
-    """The learning rate at each step: peak * min(step / ramp, 1) * max(1 - step / decay, 0).
+def learning_rate(
+    peak: float, ramp_steps: int, decay_steps: int, shape: str = "linear"
+) -> optax.Schedule:
+    """The learning rate at each step: peak * min(step / ramp, 1) * shape(step / decay).
 
     A length of 0 switches ramp or decay off. With a ramp the very first step has learning rate 0,
     as in EDM: its ramp counts the images seen before the step.
+
+    Args:
+      peak: the largest rate.
+      ramp_steps: length of the warm-up.
+      decay_steps: length of the shape.
+      shape: of x = step / decay: "constant" 1, "linear" max(1 - x, 0), "cosine"
+        (1 + cos(pi min(x, 1))) / 2, "inverse_sqrt" 1 / sqrt(max(x, 1)) (2312.02696).
     """
+    cosine = optax.cosine_decay_schedule(1.0, max(decay_steps, 1))
 
     def schedule(step: ArrayLike) -> Array:
         step, rate = jnp.asarray(step), jnp.asarray(peak, jnp.float32)
         if ramp_steps:
             rate = rate * jnp.minimum(step / ramp_steps, 1.0)
-        if decay_steps:
+        if decay_steps and shape == "linear":
             rate = rate * jnp.maximum(1.0 - step / decay_steps, 0.0)
+        elif decay_steps and shape == "cosine":
+            rate = rate * cosine(step)
+        elif decay_steps and shape == "inverse_sqrt":
+            rate = rate / jnp.sqrt(jnp.maximum(step / decay_steps, 1.0))
         return rate
 
     return schedule
@@ -34,18 +48,25 @@ def rate_of(config: Config) -> optax.Schedule:
     """`learning_rate` of config.optim.
 
     Raises:
-      ConfigError: the rate would be 0 before the run ends.
+      ConfigError: the rate would be 0 before the run ends, or a schedule has no length.
     """
     settings, length = config.optim, config.train.duration
-    ramp, decay = config.steps(settings.ramp), config.steps(settings.decay)
+    ramp, decay, shape = (
+        config.steps(settings.ramp),
+        config.steps(settings.decay),
+        settings.schedule,
+    )
+    need = f"a length with optim.schedule={shape}, such as train.duration"
+    require(decay > 0 or shape in ("constant", "linear"), "optim.decay", settings.decay, need)
+    falls_to_zero = decay > 0 and shape in ("linear", "cosine")
     require(
-        decay == 0 or decay >= config.steps(length),
+        not falls_to_zero or decay >= config.steps(length),
         "optim.decay",
         settings.decay,
         f"a length of at least train.duration ({length}), after which the learning rate is 0; "
         "train.duration to follow it, or 0 steps for a constant rate",
     )
-    return learning_rate(settings.learning_rate, ramp, decay)
+    return learning_rate(settings.learning_rate, ramp, decay, shape)
 
 
 def optimiser(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -75,6 +96,16 @@ def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
     bad = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(grads))
     clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
     return clean, jnp.asarray(bad, jnp.int32)
+
+
+def clip(grads: PyTree, largest: float) -> PyTree:
+    """Scales gradients whose norm over all numbers is above `largest` down to it; 0: never.
+
+    It keeps no state, so that a run may be resumed with another limit.
+    """
+    if not largest:
+        return grads
+    return optax.clip_by_global_norm(largest).update(grads, optax.EmptyState())[0]
 
 
 def ema_beta(step: Array, batch: int, halflife_images: float, rampup: float) -> Array:

@@ -16,7 +16,16 @@ from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, flatten, make
 from ogdm_jax.config.whole import DURATIONS, GROUPS
 from ogdm_jax.data import identity
-from ogdm_jax.training import arrays, checkpoint, checksums, evaluations, lock, older, steps
+from ogdm_jax.training import (
+    arrays,
+    checkpoint,
+    checksums,
+    evaluations,
+    lock,
+    older,
+    snapshots,
+    steps,
+)
 from ogdm_jax.training.state import TrainState
 
 HISTORY = "history.jsonl"
@@ -74,8 +83,8 @@ def goes_on_from(
 def set_aside(
     workdir: epath.Path, found: checkpoint.Snapshot | None, log: Callable[[str], None]
 ) -> None:
-    """Moves what lies behind a checkpoint to WORKDIR/set_aside: later checkpoints, and the reports
-    of evaluations. None: all of them. Call it in the lead process.
+    """Moves what lies behind a checkpoint to WORKDIR/set_aside: later checkpoints, snapshots of
+    averages, and the reports of evaluations. None: all of them. Call it in the lead process.
     """
     start = -1 if found is None else found.step
     later = [step for step in steps.present(workdir) if step > start]
@@ -93,6 +102,10 @@ def set_aside(
         evaluations.write(workdir, {s: report for s, report in reports.items() if s <= start})
     for step in later:
         (workdir / "checkpoints" / str(step)).rename(target / str(step))
+    for path in (snapshots.path_of(workdir, step) for step in snapshots.present(workdir)):
+        if int(path.stem) > start:
+            (target / snapshots.FOLDER).mkdir(exist_ok=True)
+            path.rename(target / snapshots.FOLDER / path.name)
     note(workdir, max(start, 0), "went back", set_aside=later, where=str(target))
     log(f"went back to step {max(start, 0)}; steps {spelled_steps(later)} are now in {target}")
 
@@ -239,10 +252,10 @@ def check_state(saved: checkpoint.Snapshot, wanted: TrainState, changed: Changes
       ConfigError: naming the first tensor that differs.
     """
     stored = {item: arrays.item_tree(saved.path, item) for item in ("params", "state")}
-    state: Any = {"step": wanted.step, "opt_state": wanted.opt_state, "carry": wanted.carry}
+    here = checkpoint.items_of(wanted)
+    del here["ema"]
     if older.is_older(stored["state"]):
-        state = older.as_older(state, stored["state"])
-    here = {"params": wanted.params, "state": state}
+        here["state"] = older.as_older(here["state"], stored["state"])
     differ, first = arrays.difference(arrays.tensors(stored), arrays.tensors(here))
     if differ:
         raise ConfigError(

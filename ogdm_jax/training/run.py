@@ -54,7 +54,7 @@ class Run:
 
     def create(self, key: jax.Array) -> state.TrainState:
         """A fresh state; jit it or eval_shape it."""
-        return state.create(self.model, self.methods, self.tx, key)
+        return state.create(self.model, self.methods, self.tx, key, len(self.config.ema.stds))
 
     def init(self) -> state.TrainState:
         """A fresh state, placed as the plan wants it."""

@@ -22,6 +22,7 @@ class TrainState:
       buffers: the network's frozen tensors.
       opt_state: of its optimiser.
       carry: {method: what it keeps from step to step}.
+      averages: of the parameters with the profiles of config.ema.stds, see `power`.
     """
 
     step: Array
@@ -30,10 +31,11 @@ class TrainState:
     buffers: PyTree
     opt_state: PyTree
     carry: dict[str, PyTree]
+    averages: tuple[PyTree, ...] = ()
 
 
 def create(
-    model: Model, methods: Methods, tx: optax.GradientTransformation, key: Array
+    model: Model, methods: Methods, tx: optax.GradientTransformation, key: Array, averages: int = 0
 ) -> TrainState:
     """A fresh state; jit it or eval_shape it. The same key gives the same network whatever methods
     are on.
@@ -46,6 +48,7 @@ def create(
         buffers=buffers,
         opt_state=tx.init(params),
         carry=methods.init(key),
+        averages=tuple(copy(params) for _ in range(averages)),
     )
 
 

@@ -17,7 +17,7 @@ import optax
 from ogdm_jax.config import Config, duration
 from ogdm_jax.methods.contract import Gradient, Methods, OwnLoss, Update
 from ogdm_jax.parallel import Plan
-from ogdm_jax.training import optim
+from ogdm_jax.training import optim, power
 from ogdm_jax.training.example import Batch
 from ogdm_jax.training.gradients import BatchLoss, Sums, accumulate, average, means, sums
 from ogdm_jax.training.objective import Objective
@@ -39,7 +39,7 @@ def make_step(
     """Builds the step of a configuration.
 
     Args:
-      config: for batch size, accumulation rounds and moving average.
+      config: for batch size, accumulation rounds, clipping and moving averages.
       objective: what is minimised; its see() is needed where a carry trains a network.
       methods: whose carries are updated.
       tx: the optimiser.
@@ -50,6 +50,7 @@ def make_step(
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
     # The average starts at good weights where they come from a folder (EDM --transfer).
     rampup = 0.0 if config.init.workdir else config.ema.rampup
+    exponents = [power.exponent(std) for std in config.ema.stds]
     gradients = _gradients(plan, config.optim.accumulate)
 
     def step(
@@ -60,7 +61,8 @@ def make_step(
         before = state
         loss = lambda params, part: objective.loss(params, before, own, part, key)
         grads, metrics = gradients(loss, state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        clipped = optim.clip(grads, config.optim.clip)
+        updates, opt_state = tx.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = replace(state, params=params, opt_state=opt_state)
 
@@ -76,7 +78,11 @@ def make_step(
 
         beta = optim.ema_beta(seen, batch_size, halflife, rampup)
         ema = optim.ema_update(state.ema, state.params, beta)
-        state = replace(state, step=seen + 1, ema=ema, carry=carry)
+        averages = tuple(
+            power.update(average, state.params, exponent, seen + 1)
+            for average, exponent in zip(state.averages, exponents, strict=True)
+        )
+        state = replace(state, step=seen + 1, ema=ema, carry=carry, averages=averages)
         norm = optax.tree.norm(grads)
         return state, metrics | {
             "grad_norm": norm,

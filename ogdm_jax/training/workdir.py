@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import data, models
@@ -14,7 +15,7 @@ from ogdm_jax.config import Config, ConfigError, Sample
 from ogdm_jax.data import Source
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.training import checkpoint
+from ogdm_jax.training import checkpoint, snapshots
 from ogdm_jax.typing import Denoise, PyTree
 
 
@@ -177,6 +178,7 @@ def open_workdir(
     step: int | str | None = None,
     weights: str = "ema",
     field: str = "--workdir",
+    ema_std: float | None = None,
 ) -> TrainedModel:
     """Reads a training folder: configuration and weights, never the optimiser.
 
@@ -185,11 +187,16 @@ def open_workdir(
       step: of the checkpoint; None takes the newest, "best" that of the smallest distance.
       weights: "ema" or "params".
       field: the setting that named the folder, for messages.
+      ema_std: takes in place of `weights` the average of this relative width, put together from the
+        run's snapshots up to `step` (None: the last one); see `snapshots.reconstruct`.
 
     Raises:
-      CheckpointError: no such checkpoint, or a damaged one.
+      CheckpointError: no such checkpoint or snapshot, or a damaged one.
+      ConfigError: an ema_std that the snapshots do not determine.
     """
-    snapshot = checkpoint.find(workdir, step, field)
+    # Snapshots stay longer than checkpoints, whose other tensors are the same at every step.
+    number = None if ema_std is not None and isinstance(step, int) else step
+    snapshot = checkpoint.find(workdir, number, field)
     if snapshot.config.task != "denoiser":
         raise checkpoint.CheckpointError(
             f"{field}: {str(workdir)!r} holds a discriminator; expected the folder of a denoiser"
@@ -197,6 +204,10 @@ def open_workdir(
     model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))
     params, buffers = checkpoint.load_weights(snapshot, params, buffers, weights)
-    return TrainedModel(
-        snapshot.config, model, params, buffers, snapshot.step, snapshot.class_names
-    )
+    at = snapshot.step
+    if ema_std is not None:
+        last = at if isinstance(step, str) else step
+        tracked = snapshot.config.ema.stds
+        found, at, _ = snapshots.reconstruct(workdir, tracked, [ema_std], params, last, field)
+        params = jax.tree.map(jnp.asarray, found[0])
+    return TrainedModel(snapshot.config, model, params, buffers, at, snapshot.class_names)
