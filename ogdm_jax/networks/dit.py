@@ -1,0 +1,295 @@
+"""DiT, the diffusion transformer (Peebles and Xie, arXiv 2212.09748), NHWC.
+
+A plain transformer on patches. The noise level and the class enter through adaptive layer norms
+alone: of each block's condition one linear layer makes shift, scale and gate of its two branches.
+Parameters have the names of the authors' files; those of the blocks are stacked along a first axis,
+and one loop body is compiled for all of them.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ogdm_jax.networks import layers
+from ogdm_jax.typing import Array, PyTree
+
+# width, depth, heads of the published sizes (table 1)
+SIZES: Mapping[str, tuple[int, int, int]] = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+_TIME_FEATURES = 256
+_XAVIER = layers.scaled_init("xavier_uniform")
+_SMALL = nn.initializers.normal(0.02)
+_ZERO = nn.initializers.zeros
+_EPS = 1e-6
+
+
+def position_table(rows: int, columns: int, width: int) -> np.ndarray:
+    """[rows * columns, width] float32: [sin(q w) | cos(q w) | sin(r w) | cos(r w)] for the patch in
+    row r and column q, w_k = 10000^(-k / (width / 4)). The column comes first, as in the authors'
+    code.
+
+    Raises:
+      ValueError: a width that 4 does not divide.
+    """
+    if width % 4:
+        raise ValueError(f"position_table: width {width} given; expected a multiple of 4")
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    angles = [np.outer(axis.reshape(-1), frequencies) for axis in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+def _normalised(h: Array, shift: Array, scale: Array) -> Array:
+    """LN(h) (1 + scale) + shift for tokens [B,N,D]; the norm has no parameters of its own."""
+    wide = h.astype(layers.wide(h.dtype))
+    centred = wide - wide.mean(-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _EPS)
+    return (unit * (1 + scale[:, None]) + shift[:, None]).astype(h.dtype)
+
+
+class Block(nn.Module):
+    """x += gate1 Attention(LN(x) (1 + scale1) + shift1), then x += gate2 MLP(the like of it).
+
+    Attributes:
+      heads: of the attention.
+      hidden: width inside the MLP.
+      dtype: compute type; norms and softmax are at least float32.
+    """
+
+    heads: int
+    hidden: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, h: Array, condition: Array) -> Array:
+        """Tokens h [B,N,D] under SiLU(embedding) [B,D]."""
+        batch, tokens, width = h.shape
+        dense = functools.partial(layers.Dense, kernel_init=_XAVIER, dtype=self.dtype)
+        adaptive = dense(6 * width, kernel_init=_ZERO, name="adaLN_modulation.1")(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaptive, 6, axis=-1)
+        qkv = dense(3 * width, name="attn.qkv")(_normalised(h, shift1, scale1))
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, -1), 2, 0)
+        attended = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
+        h = h + gate1[:, None] * dense(width, name="attn.proj")(attended)
+        inside = dense(self.hidden, name="mlp.fc1")(_normalised(h, shift2, scale2))
+        return h + gate2[:, None] * dense(width, name="mlp.fc2")(nn.gelu(inside, approximate=True))
+
+
+class DiT(nn.Module):
+    """F(x; c_noise, label) of the published models: eps, and a variance in further channels.
+
+    c_noise [B] are time steps (0 to 999, fractions allowed). There is no dropout in it, and no
+    place for augmentation labels. Fresh parameters give exactly 0.
+
+    Attributes:
+      img_resolution: side of the input that it is made for; other sizes that the patches divide
+        work, with the table of positions computed for them.
+      img_channels: channels of the input: 4 for latents.
+      out_channels: channels of the output; None = img_channels. Twice as many with a variance.
+      label_dim: classes, 0 = unconditional.
+      no_class: whether the table of classes has a row more, for "none" (label -1). The published
+        models have it, because labels were dropped in training.
+      patch: side of a patch.
+      width: of a token.
+      depth: blocks.
+      heads: of each attention.
+      mlp_ratio: width inside the MLP over the token's.
+      dtype: compute type of the blocks.
+      remat: recompute the blocks' activations in the backward pass.
+    """
+
+    img_resolution: int
+    img_channels: int = 4
+    out_channels: int | None = None
+    label_dim: int = 0
+    no_class: bool = True
+    patch: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    augment_dim = 0
+
+    def __call__(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Array:
+        """F(x; c_noise, label).
+
+        Args:
+          x: [B,H,W,img_channels], already times c_in.
+          c_noise: [B] or a scalar.
+          label: [B] int32 (-1 = no class) or None (no class). Ignored where label_dim is 0.
+          augment: must be None.
+          dropout_keys: ignored: these networks have no dropout.
+
+        Returns:
+          [B,H,W,out_channels], at least float32.
+
+        Raises:
+          ValueError: the shape of x or of a label does not fit; "no class" without a row for it.
+        """
+        return self._run(x, c_noise, label, augment, ["out"])[0]
+
+    def features(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+        *,
+        at: str = "mid",
+    ) -> Array | list[Array]:
+        """What the network computes on its way; call it as `network.apply(..., method="features")`.
+
+        Nothing behind the last block asked for is computed. Arguments as those of `__call__`, and
+
+        Args:
+          at: "emb" (the embedding [B,D]), "block0" to the last (tokens [B,N,D] behind it), "mid"
+            (the block depth // 2); or several of these with commas between them.
+
+        Returns:
+          One array, or a list of them where `at` has several names.
+
+        Raises:
+          ValueError: as `__call__`, and an unknown name.
+        """
+        found = self._run(x, c_noise, label, augment, at.split(","))
+        return found if len(found) > 1 else found[0]
+
+    def check_widths(self) -> None:
+        """Raises ValueError where width, heads and patches do not fit together."""
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"DiT: width {self.width}; expected a multiple of 4 and of the {self.heads} heads"
+            )
+        if self.img_resolution % self.patch:
+            raise ValueError(
+                f"DiT: {self.img_resolution} pixels; expected a multiple of the patch {self.patch}"
+            )
+
+    @nn.compact
+    def _run(
+        self, x: Array, c_noise: Array, label: Array | None, augment: Array | None, names: list[str]
+    ) -> list[Array]:
+        """The outputs of the layers named; "out" is the network's own."""
+        ends = self._ends(x, augment, names)
+        batch, rows, columns = x.shape[0], x.shape[1] // self.patch, x.shape[2] // self.patch
+        embedding = self._embed(batch, c_noise, label)
+        found = {"emb": embedding}
+        h = self._patches(x, rows, columns)
+        condition = nn.silu(embedding)
+        run, start = self._blocks(h, condition), 0
+        for name, stop in sorted(ends.items(), key=lambda item: item[1]):
+            h = run(h, start, stop)
+            found[name], start = h, stop
+        if "out" in found:
+            found["out"] = self._head(found["out"], condition, rows, columns)
+            found["out"] = found["out"].astype(layers.wide(x.dtype))
+        return [found[name] for name in names]
+
+    def _ends(self, x: Array, augment: Array | None, names: list[str]) -> dict[str, int]:
+        """How many blocks stand in front of each layer named, the embedding left out."""
+        self.check_widths()
+        if augment is not None:
+            raise ValueError("DiT: augmentation labels given; expected None")
+        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(
+            side % self.patch for side in x.shape[1:3]
+        ):
+            raise ValueError(
+                f"DiT: x has shape {x.shape}; expected [B, H, W, {self.img_channels}] with sides "
+                f"divisible by {self.patch}"
+            )
+        known = {"out": self.depth, "mid": self.depth // 2 + 1}
+        known |= {f"block{i}": i + 1 for i in range(self.depth)}
+        for name in names:
+            if name != "emb" and name not in known:
+                raise ValueError(
+                    f"DiT: no layer {name!r}; expected 'mid', 'emb' or block0 to "
+                    f"block{self.depth - 1}"
+                )
+        return {name: known[name] for name in names if name != "emb"}
+
+    def _patches(self, x: Array, rows: int, columns: int) -> Array:
+        """Tokens [B, rows * columns, D] of the patches, with their positions."""
+        p, shape = self.patch, (self.patch, self.patch, self.img_channels, self.width)
+        fans = (p * p * self.img_channels, self.width)
+        kernel = self.param(
+            "x_embedder.proj.kernel", lambda key: _XAVIER(key, shape, fans=fans)
+        )
+        bias = self.param("x_embedder.proj.bias", _ZERO, (self.width,))
+        cut = x.astype(self.dtype).reshape(-1, rows, p, columns, p, self.img_channels)
+        cut = jnp.moveaxis(cut, 2, 3).reshape(-1, rows * columns, fans[0])
+        tokens = jnp.dot(cut, kernel.reshape(fans).astype(self.dtype))
+        positions = position_table(rows, columns, self.width) + bias[None]
+        return tokens + positions[None].astype(self.dtype)
+
+    def _embed(self, batch: int, c_noise: Array, label: Array | None) -> Array:
+        """MLP(time features) + the class's row, [B,D]."""
+        dense = functools.partial(layers.Dense, kernel_init=_SMALL)
+        time = layers.positional_embedding(jnp.broadcast_to(c_noise, (batch,)), _TIME_FEATURES)
+        # the type of the features: float64 in, float64 out
+        time = dense(self.width, name="t_embedder.mlp.0", dtype=time.dtype)(time)
+        time = dense(self.width, name="t_embedder.mlp.2", dtype=time.dtype)(nn.silu(time))
+        if not self.label_dim:
+            return time
+        rows = self.label_dim + self.no_class
+        table = self.param("y_embedder.embedding_table.embedding", _SMALL, (rows, self.width))
+        if label is None:
+            label = jnp.full((batch,), -1, jnp.int32)
+            if not self.no_class:
+                raise ValueError("DiT: label=None; this network has no row for images of no class")
+        if label.shape != (batch,) or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise ValueError(
+                f"DiT: label {label.dtype}{label.shape} given; expected integers [{batch}]"
+            )
+        return time + table[jnp.where(label < 0, self.label_dim, label)].astype(time.dtype)
+
+    def _blocks(self, h: Array, condition: Array) -> Callable[[Array, int, int], Array]:
+        """(h, start, stop) -> h behind the blocks start..stop-1."""
+        block = Block(self.heads, int(self.width * self.mlp_ratio), self.dtype, parent=None)
+
+        def init(key: Array) -> PyTree:
+            one = lambda key: block.init(key, h[:1], condition[:1])["params"]
+            return jax.vmap(one)(jax.random.split(key, self.depth))
+
+        stacked = self.param("blocks", init)
+
+        def step(h: Array, params: PyTree) -> tuple[Array, None]:
+            after: Any = block.apply({"params": params}, h, condition)
+            return after, None
+
+        body = jax.checkpoint(step) if self.remat else step
+
+        def run(h: Array, start: int, stop: int) -> Array:
+            return jax.lax.scan(body, h, jax.tree.map(lambda p: p[start:stop], stacked))[0]
+
+        return run
+
+    def _head(self, h: Array, condition: Array, rows: int, columns: int) -> Array:
+        """The image [B,H,W,out_channels] of the last block's tokens."""
+        p, channels = self.patch, self.out_channels or self.img_channels
+        dense = functools.partial(layers.Dense, kernel_init=_ZERO, dtype=self.dtype)
+        adaptive = dense(2 * self.width, name="final_layer.adaLN_modulation.1")(condition)
+        shift, scale = jnp.split(adaptive, 2, axis=-1)
+        out = dense(p * p * channels, name="final_layer.linear")(_normalised(h, shift, scale))
+        out = jnp.moveaxis(out.reshape(-1, rows, columns, p, p, channels), 3, 2)
+        return out.reshape(-1, rows * p, columns * p, channels)
