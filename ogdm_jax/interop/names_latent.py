@@ -4,15 +4,25 @@ Our modules have the names of the files (`blocks.0.attn.qkv`, `down_blocks.0.res
 that a name map is a rule. DiT's blocks are stacked in ours and numbered in the files.
 """
 
+import re
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.interop.names_shared import LEAVES, Entry, image_input, to_flax, to_torch
-from ogdm_jax.interop.names_shared import variable_shapes
+from ogdm_jax.interop.names_shared import (
+    LEAVES,
+    Entry,
+    image_input,
+    to_flax,
+    to_torch,
+    variable_shapes,
+)
+from ogdm_jax.networks.clip_text import CLIPText
 from ogdm_jax.networks.dit import DiT, position_table
+from ogdm_jax.networks.sd_unet import UNet2DCondition
+from ogdm_jax.networks.vae import AutoencoderKL
 from ogdm_jax.typing import PyTree
 
 _POSITIONS = "pos_embed"
@@ -67,8 +77,223 @@ def dit_to_flax(state: Mapping[str, np.ndarray], network: DiT) -> PyTree:
 def flax_to_dit(variables: PyTree, network: DiT) -> dict[str, np.ndarray]:
     """The inverse of dit_to_flax, with the table of positions where whole parameters are given."""
     params = dict(jax.device_get(variables["params"]))
-    each = [jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(network.depth)]
-    params["blocks"] = {str(i): block for i, block in enumerate(each)}
+    take = lambda i: jax.tree.map(lambda leaf: leaf[i], params["blocks"])
+    params["blocks"] = {str(i): take(i) for i in range(network.depth)}
     state = to_torch({"params": params}, dit_entries(network))
     side = network.img_resolution // network.patch
     return {_POSITIONS: position_table(side, side, network.width)[None], **state}
+
+
+def vae_entries(network: AutoencoderKL) -> list[Entry]:
+    """Every tensor under diffusers' name."""
+    side = network.factor * 2
+    image = jax.ShapeDtypeStruct((1, side, side, network.img_channels), jnp.float32)
+    shapes = variable_shapes(network, image)
+    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+
+
+# diffusers' older files -> today's
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# LDM's modules -> diffusers', after the numbers of levels and blocks
+_LDM_VAE = {
+    "norm_out": "conv_norm_out",
+    "nin_shortcut": "conv_shortcut",
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    **{f"mid.attn_1.{part}": f"mid_block.attentions.0.to_{part}" for part in "qkv"},
+}
+_LDM_LEVEL = re.compile(r"\.(down|up)\.(\d+)\.(?:block\.(\d+)|(?:down|up)sample)\.")
+
+
+def vae_name(name: str, levels: int) -> str:
+    """Diffusers' name of an autoencoder's tensor in LDM's or an older diffusers layout."""
+
+    def level(match: re.Match[str]) -> str:
+        way, number, block = match[1], int(match[2]), match[3]
+        number = levels - 1 - number if way == "up" else number
+        at = f".{way}_blocks.{number}."
+        return at + (f"resnets.{block}." if block is not None else f"{way}samplers.0.")
+
+    name = _LDM_LEVEL.sub(level, name)
+    for theirs, ours in (
+        _LDM_VAE | {f"attentions.0.{k}": f"attentions.0.{v}" for k, v in _OLD_ATTENTION.items()}
+    ).items():
+        name = re.sub(rf"\.{re.escape(theirs)}\.", f".{ours}.", name)
+    return name
+
+
+def vae_to_flax(state: Mapping[str, np.ndarray], network: AutoencoderKL) -> PyTree:
+    """{"params": ...} of an autoencoder from a state dict of diffusers (today's or older) or LDM.
+
+    What LDM's training keeps beside it (`loss.*`) is ignored. A 1x1 convolution and the matrix of a
+    linear layer are the same numbers.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no place in the network.
+    """
+    levels = len(network.widths)
+    named = {vae_name(name, levels): value for name, value in state.items()}
+    for name, value in named.items():
+        if ".attentions." in name and value.ndim == 4:
+            named[name] = value[..., 0, 0]
+    ignore = [name for name in named if name.startswith(("loss.", "model_ema."))]
+    return to_flax(named, vae_entries(network), "Stable Diffusion's autoencoder", ignore)
+
+
+def flax_to_vae(variables: PyTree, network: AutoencoderKL) -> dict[str, np.ndarray]:
+    """The inverse of vae_to_flax, under diffusers' names."""
+    return to_torch(variables, vae_entries(network))
+
+
+_FLAT = re.compile(r"\.attentions\.\d+\.proj_(in|out)\.weight$")
+
+
+def sd_unet_entries(network: UNet2DCondition) -> list[Entry]:
+    """Every tensor under diffusers' name, proj_in and proj_out as matrices."""
+    text = jax.ShapeDtypeStruct((1, 1, network.context_dim), jnp.float32)
+    shapes = variable_shapes(network, *image_input(network), text)
+    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+
+
+_LDM_RES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_LDM_OUTSIDE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_MIDDLE = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+
+
+def ldm_unet_names(network: UNet2DCondition) -> dict[str, str]:
+    """{LDM's name: diffusers' name} of the U-Net's tensors."""
+    places = dict(_LDM_OUTSIDE) | {f"middle_block.{i}": ours for i, ours in enumerate(_MIDDLE)}
+    levels, depth = len(network.widths), network.num_blocks
+    for level in range(levels):
+        down, first = f"down_blocks.{level}", 1 + level * (depth + 1)
+        for i in range(depth):
+            places[f"input_blocks.{first + i}.0"] = f"{down}.resnets.{i}"
+            places[f"input_blocks.{first + i}.1"] = f"{down}.attentions.{i}"
+        places[f"input_blocks.{first + depth}.0.op"] = f"{down}.downsamplers.0.conv"
+        up = f"up_blocks.{level}"
+        for i in range(depth + 1):
+            place = f"output_blocks.{level * (depth + 1) + i}"
+            places[f"{place}.0"] = f"{up}.resnets.{i}"
+            places[f"{place}.1"] = f"{up}.attentions.{i}"
+        child = 2 if network.attends[levels - 1 - level] else 1
+        end = f"output_blocks.{level * (depth + 1) + depth}"
+        places[f"{end}.{child}.conv"] = f"{up}.upsamplers.0.conv"
+    inside = {ours: theirs for theirs, ours in _LDM_RES.items()}
+    back = {ours: theirs for theirs, ours in places.items()}
+    found = {}
+    for entry in sd_unet_entries(network):
+        place, rest = _longest(entry.name, back)
+        part, _, leaf = rest.rpartition(".")
+        part = inside.get(part, part) if ".resnets." in place else part
+        found[".".join(filter(None, (back[place], part, leaf)))] = entry.name
+    return found
+
+
+def _longest(name: str, places: Mapping[str, str]) -> tuple[str, str]:
+    """(place, rest) of a name: the longest place that stands in front of it."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        if ".".join(parts[:n]) in places:
+            return ".".join(parts[:n]), ".".join(parts[n:])
+    raise KeyError(name)
+
+
+def sd_unet_to_flax(state: Mapping[str, np.ndarray], network: UNet2DCondition) -> PyTree:
+    """{"params": ...} of a U-Net from a state dict of diffusers or of LDM (its prefix removed).
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no place in the network.
+    """
+    if "time_embed.0.weight" in state:
+        names = ldm_unet_names(network)
+        state = {names.get(name, name): value for name, value in state.items()}
+    flat = lambda name, v: v[..., 0, 0] if _FLAT.search(name) and v.ndim == 4 else v
+    named = {name: flat(name, value) for name, value in state.items()}
+    return to_flax(named, sd_unet_entries(network), "Stable Diffusion's U-Net")
+
+
+def flax_to_sd_unet(variables: PyTree, network: UNet2DCondition) -> dict[str, np.ndarray]:
+    """The inverse of sd_unet_to_flax, under diffusers' names."""
+    state = to_torch(variables, sd_unet_entries(network))
+    flat = network.linear_projection
+    square = lambda name, v: v[..., None, None] if _FLAT.search(name) and not flat else v
+    return {name: square(name, value) for name, value in state.items()}
+
+
+def clip_entries(network: CLIPText) -> list[Entry]:
+    """Every tensor under the name that transformers before version 5 gives it."""
+    ids = jax.ShapeDtypeStruct((1, network.positions), jnp.int32)
+    shapes = variable_shapes(network, ids)
+    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+
+
+_OPEN_CLIP = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_OPEN_OUTSIDE = {
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_OPEN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)$")
+
+
+def _from_open_clip(state: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """Transformers' names of open_clip's tensors; layers behind `depth` and the head are left
+    out.
+    """
+    found = {ours: state[theirs] for theirs, ours in _OPEN_OUTSIDE.items() if theirs in state}
+    for name, value in state.items():
+        match = _OPEN_LAYER.fullmatch(name)
+        if match is None or int(match[1]) >= depth:
+            continue
+        at, part, leaf = f"encoder.layers.{match[1]}.", match[2], match[3]
+        if part == "attn.in_proj":
+            for letter, third in zip("qkv", np.split(value, 3), strict=True):
+                found[f"{at}self_attn.{letter}_proj.{leaf}"] = third
+        else:
+            found[f"{at}{_OPEN_CLIP.get(part, part)}.{leaf}"] = value
+    return found
+
+
+def clip_to_flax(state: Mapping[str, np.ndarray], network: CLIPText) -> PyTree:
+    """{"params": ...} of a text encoder from a state dict of transformers (with the prefix
+    `text_model.` or, from version 5 on, without it) or of open_clip, prefixes of LDM removed.
+
+    Layers behind the network's depth are left out, as Stable Diffusion 2 leaves out the last one.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no place in the network.
+    """
+    if "ln_final.weight" in state:
+        state = _from_open_clip(state, network.depth)
+    named = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in state.items()}
+    layer = re.compile(r"text_model\.encoder\.layers\.(\d+)\..*")
+    behind = lambda name: (match := layer.fullmatch(name)) and int(match[1]) >= network.depth
+    ignore = [name for name in named if name.endswith("position_ids") or behind(name)]
+    return to_flax(named, clip_entries(network), "CLIP's text encoder", ignore)
+
+
+def flax_to_clip(variables: PyTree, network: CLIPText) -> dict[str, np.ndarray]:
+    """The inverse of clip_to_flax, under the names of transformers before version 5."""
+    return to_torch(variables, clip_entries(network))

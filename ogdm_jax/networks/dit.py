@@ -211,8 +211,10 @@ class DiT(nn.Module):
         self.check_widths()
         if augment is not None:
             raise ValueError("DiT: augmentation labels given; expected None")
-        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(
-            side % self.patch for side in x.shape[1:3]
+        if (
+            x.ndim != 4
+            or x.shape[-1] != self.img_channels
+            or any(side % self.patch for side in x.shape[1:3])
         ):
             raise ValueError(
                 f"DiT: x has shape {x.shape}; expected [B, H, W, {self.img_channels}] with sides "
@@ -232,9 +234,7 @@ class DiT(nn.Module):
         """Tokens [B, rows * columns, D] of the patches, with their positions."""
         p, shape = self.patch, (self.patch, self.patch, self.img_channels, self.width)
         fans = (p * p * self.img_channels, self.width)
-        kernel = self.param(
-            "x_embedder.proj.kernel", lambda key: _XAVIER(key, shape, fans=fans)
-        )
+        kernel = self.param("x_embedder.proj.kernel", lambda key: _XAVIER(key, shape, fans=fans))
         bias = self.param("x_embedder.proj.bias", _ZERO, (self.width,))
         cut = x.astype(self.dtype).reshape(-1, rows, p, columns, p, self.img_channels)
         cut = jnp.moveaxis(cut, 2, 3).reshape(-1, rows * columns, fans[0])

@@ -106,6 +106,7 @@ class Conv(nn.Module):
       fused: with down, as in NCSN++'s residual input: the kernel comes first, then the low-pass and
         every second pixel of it, then the bias.
       stride: 2 is OpenAI's learned halving.
+      pads: zeros ((top, bottom), (left, right)) in place of kernel // 2 on each side.
       dtype: compute type.
     """
 
@@ -118,6 +119,7 @@ class Conv(nn.Module):
     taps: Sequence[float] = (1, 1)
     fused: bool = False
     stride: int = 1
+    pads: cpu.Pads | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -136,7 +138,9 @@ class Conv(nn.Module):
             "kernel", self.kernel_init, (self.kernel, self.kernel, inputs, self.features)
         )
         margin = (len(self.taps) - 1) // 2 if fused else 0
-        x = conv2d(x, kernel.astype(self.dtype), self.kernel // 2 + margin, self.stride)
+        x = conv2d(
+            x, kernel.astype(self.dtype), self.pads or self.kernel // 2 + margin, self.stride
+        )
         if fused:
             taps = np.asarray(self.taps, np.float64)
             x = fir(x, taps / taps.sum(), down=2)

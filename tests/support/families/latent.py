@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.interop import names_latent
+from ogdm_jax.networks import clip_text, vae
 from ogdm_jax.networks.dit import DiT, position_table
+from ogdm_jax.networks.sd_unet import UNet2DCondition
 from tests.support.golden_support import Golden, family, nchw, nhwc
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -72,3 +74,175 @@ def check_dit(golden: Golden):
         if name != "pos_embed":
             np.testing.assert_array_equal(back[name], value, err_msg=name)
     assert k["num_classes"] == network.label_dim
+
+
+def autoencoder(golden: Golden, remat: bool = False):
+    k = golden.config["kwargs"]
+    network = vae.AutoencoderKL(
+        widths=tuple(k["block_out_channels"]),
+        latent_channels=k["latent_channels"],
+        num_blocks=k["layers_per_block"],
+        groups=k["norm_num_groups"],
+        scale=k["scaling_factor"],
+        remat=remat,
+    )
+    return network, names_latent.vae_to_flax(golden.state_dict(), network)
+
+
+@family("vae_")
+def check_vae(golden: Golden):
+    network, variables = autoencoder(golden)
+    assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
+    params, x, z = variables["params"], *(jnp.asarray(nhwc(golden[n])) for n in ("x", "z"))
+    run = lambda params, value, method: network.apply({"params": params}, value, method=method)
+
+    def gradients(method, value):
+        def objective(params, value):
+            out = run(params, value, method)
+            return jnp.sum(jnp.square(out)), out
+
+        grad = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+        (_, out), (g_params, g_value) = grad(params, value)
+        found = norms(names_latent.flax_to_vae({"params": g_params}, network))
+        truth = golden.json(f"grad_norms_{method}")
+        golden.assert_norms(f"grad_norms_{method}", {name: found[name] for name in truth})
+        return out, nchw(g_value)
+
+    moments, grad_x = gradients("encode", x)
+    golden.assert_close("moments", nchw(moments))
+    golden.assert_close("grad_x", grad_x, atol=2e-5 * np.abs(golden["grad_x"]).max())
+    decoded, grad_z = gradients("decode", z)
+    golden.assert_close("decoded", nchw(decoded))
+    golden.assert_close("grad_z", grad_z, atol=2e-5 * np.abs(golden["grad_z"]).max())
+
+    mean, std = vae.posterior(moments)
+    golden.assert_close("mean", nchw(mean))
+    golden.assert_close("std", nchw(std))
+    golden.assert_close("kl", vae.kl_divergence(moments))
+    drawn = mean + std * nhwc(golden["noise"])
+    golden.assert_close("sample", nchw(drawn))
+    golden.assert_close("scaled_latent", nchw(network.to_scaled(drawn)))
+    again = network.from_scaled(network.to_scaled(drawn))
+    golden.assert_close("roundtrip", nchw(run(params, again, "decode")))
+    odd = jnp.asarray(nhwc(golden["dist_moments"]))
+    golden.assert_close("dist_std", nchw(vae.posterior(odd)[1]))
+    golden.assert_close("dist_kl", vae.kl_divergence(odd))
+
+    # the other two layouts of the same file
+    state = golden.state_dict()
+    ldm = {theirs[0]: state[name] for name, theirs in golden.json("ldm_map").items()}
+    ldm = {n: v[..., None, None] if ".attn_1." in n and v.ndim == 2 else v for n, v in ldm.items()}
+    old = {golden.json("deprecated_attention_map").get(n, n): v for n, v in state.items()}
+    for layout in (ldm | {"loss.logvar": np.zeros(1)}, old):
+        jax.tree.map(
+            np.testing.assert_array_equal, names_latent.vae_to_flax(layout, network), variables
+        )
+    back = names_latent.flax_to_vae(variables, network)
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+def sd_unet(golden: Golden):
+    k = golden.config["kwargs"]
+    levels, heads = len(k["block_out_channels"]), k["attention_head_dim"]
+    network = UNet2DCondition(
+        img_resolution=k["sample_size"],
+        img_channels=k["in_channels"],
+        out_channels=k["out_channels"],
+        widths=tuple(k["block_out_channels"]),
+        attends=tuple(name.startswith("CrossAttn") for name in k["down_block_types"]),
+        heads=tuple(heads) if isinstance(heads, list) else (heads,) * levels,
+        context_dim=k["cross_attention_dim"],
+        num_blocks=k["layers_per_block"],
+        groups=k["norm_num_groups"],
+        linear_projection=k["use_linear_projection"],
+    )
+    return network, names_latent.sd_unet_to_flax(golden.state_dict(), network)
+
+
+@family("sd_unet_")
+def check_sd_unet(golden: Golden):
+    network, variables = sd_unet(golden)
+    assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
+    x = jnp.asarray(nhwc(golden["sample"]))
+    context, t = (jnp.asarray(golden[n]) for n in ("encoder_hidden_states", "timesteps"))
+
+    def objective(params, x, context):
+        out = network.apply({"params": params}, x, t.astype(jnp.float32), context)
+        return jnp.sum(jnp.square(out)), out
+
+    grad = jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))
+    (_, out), (g_params, g_x, g_context) = grad(variables["params"], x, context)
+    golden.assert_close("out", nchw(out))
+    golden.assert_close("grad_sample", nchw(g_x), atol=2e-5 * np.abs(golden["grad_sample"]).max())
+    largest = np.abs(golden["grad_context"]).max()
+    golden.assert_close("grad_context", g_context, atol=2e-5 * largest)
+    state = names_latent.flax_to_sd_unet({"params": g_params}, network)
+    golden.assert_norms("grad_norms", norms(state))
+
+    names = ("emb", "feature", "down0", "up0")
+    tapped = network.apply(
+        variables, x, t.astype(jnp.float32), context, at="emb,mid,down0,up0", method="features"
+    )
+    for name, value in zip(names, tapped, strict=True):
+        value = value if name == "emb" else nchw(value)
+        golden.assert_close(name, value[: len(golden[name])])
+    times = jnp.asarray(golden["timesteps_float"])
+    golden.assert_close("out_float_t", nchw(network.apply(variables, x, times, context)))
+
+    state = golden.state_dict()
+    ldm = {theirs: state[name] for name, theirs in golden.json("ldm_map").items()}
+    jax.tree.map(
+        np.testing.assert_array_equal, names_latent.sd_unet_to_flax(ldm, network), variables
+    )
+    back = names_latent.flax_to_sd_unet(variables, network)
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+@family("clip_text_")
+def check_clip_text(golden: Golden):
+    k = golden.config["kwargs"]
+    network = clip_text.CLIPText(
+        vocabulary=k["vocab_size"],
+        positions=k["max_position_embeddings"],
+        width=k["hidden_size"],
+        depth=k["num_hidden_layers"],
+        heads=k["num_attention_heads"],
+        hidden=k["intermediate_size"],
+        quick=k["hidden_act"] == "quick_gelu",
+    )
+    state = golden.state_dict()
+    variables = names_latent.clip_to_flax(state, network)
+    assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
+    ids = jnp.asarray(golden["input_ids"].astype(np.int32))
+
+    def objective(params):
+        out = network.apply({"params": params}, ids)
+        return jnp.sum(jnp.square(out)), out
+
+    (_, out), gradients = jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
+    golden.assert_close("last_hidden_state", out)
+    golden.assert_close("pooler_output", clip_text.pooled(out, ids, k["eos_token_id"]))
+    golden.assert_close("first5_last_hidden_state", network.apply(variables, ids[:1, :5]))
+    golden.assert_norms(
+        "grad_norms", norms(names_latent.flax_to_clip({"params": gradients}, network))
+    )
+
+    # SD 2.x: the same file with its last layer left out
+    shorter = network.clone(depth=network.depth - 1)
+    cut = names_latent.clip_to_flax(state, shorter)
+    golden.assert_close("penultimate_final_ln", shorter.apply(cut, ids))
+
+    # the layouts of transformers 5 and of open_clip
+    newer = {name.removeprefix("text_model."): value for name, value in state.items()}
+    newer["embeddings.position_ids"] = np.arange(77)[None]
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for name, (theirs, *rows) in golden.json("openclip_map").items():
+        parts.setdefault(theirs, {})[int(rows[0][0]) if rows else 0] = state[name]
+    theirs = {name: np.concatenate([v[i] for i in sorted(v)]) for name, v in parts.items()}
+    theirs |= {"text_projection": np.zeros((2, 2)), "logit_scale": np.zeros(())}
+    for layout in (newer, theirs):
+        jax.tree.map(
+            np.testing.assert_array_equal, names_latent.clip_to_flax(layout, network), variables
+        )

@@ -1,0 +1,268 @@
+"""Stable Diffusion's U-Net, conditioned on a text (arXiv 2112.10752; UNet2DConditionModel of
+diffusers), NHWC.
+
+Residual blocks with attention to the image and to the text's tokens behind them. Parameters have
+the names of diffusers' files.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ogdm_jax.networks import layers
+from ogdm_jax.networks.sd_blocks import Conv, Dense, ResBlock, as_tokens, attend, upsampled
+from ogdm_jax.typing import Array
+
+_EPS = 1e-5  # of the residual blocks' norms and of the layer norms
+_TRANSFORMER_EPS = 1e-6
+_LayerNorm = functools.partial(nn.LayerNorm, epsilon=_EPS, use_fast_variance=False)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to a context.
+
+    Attributes:
+      heads: number of heads.
+      dtype: compute type.
+    """
+
+    heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, h: Array, context: Array) -> Array:
+        """Of h [B,N,C] and context [B,M,D] -> [B,N,C]."""
+        dense = functools.partial(Dense, h.shape[-1], dtype=self.dtype)
+        linear = functools.partial(dense, use_bias=False)
+        q, k, v = linear(name="to_q")(h), linear(name="to_k")(context), linear(name="to_v")(context)
+        return dense(name="to_out.0")(attend(q, k, v, self.heads))
+
+
+class Transformer(nn.Module):
+    """x + proj_out(block(proj_in(norm(x)))): attention to the image, to the text, a gated MLP.
+
+    Attributes:
+      heads: of both attentions.
+      groups: of the norm.
+      dtype: compute type.
+    """
+
+    heads: int
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        """Of x [B,h,w,C] and context [B,M,D] -> [B,h,w,C]."""
+        width, at = x.shape[-1], "transformer_blocks.0"
+        dense = functools.partial(Dense, dtype=self.dtype)
+        attention = functools.partial(CrossAttention, self.heads, self.dtype)
+        norm = lambda i: _LayerNorm(name=f"{at}.norm{i}", dtype=layers.wide(x.dtype))
+        h = as_tokens(layers.GroupNorm(_TRANSFORMER_EPS, self.groups, name="norm")(x))
+        h = dense(width, name="proj_in")(h)
+        own = norm(1)(h).astype(h.dtype)
+        h = h + attention(name=f"{at}.attn1")(own, own)
+        h = h + attention(name=f"{at}.attn2")(norm(2)(h).astype(h.dtype), context)
+        both = dense(8 * width, name=f"{at}.ff.net.0.proj")(norm(3)(h).astype(h.dtype))
+        value, gate = jnp.split(both, 2, axis=-1)
+        h = h + dense(width, name=f"{at}.ff.net.2")(value * nn.gelu(gate, approximate=False))
+        return x + dense(width, name="proj_out")(h).reshape(x.shape)
+
+
+class UNet2DCondition(nn.Module):
+    """F(x; c_noise, context): eps or v of the published models.
+
+    c_noise [B] are time steps (0 to 999, fractions allowed). The label is the context: the text
+    encoder's tokens [B,M,context_dim]. There is no dropout in it.
+
+    Attributes:
+      img_resolution: side of the latents that it is made for.
+      img_channels: channels of a latent.
+      out_channels: of the output; None = img_channels.
+      widths: channels of each level; all but the last level halve the sides.
+      attends: whether a level has transformers; the middle always has one.
+      heads: of each level's attentions (diffusers calls this number attention_head_dim).
+      context_dim: width of the context's tokens.
+      num_blocks: residual blocks of a level on the way down; one more on the way up.
+      groups: of the norms.
+      linear_projection: the files hold proj_in and proj_out as matrices (2.x), not as 1x1
+        convolutions (1.x); the numbers are the same.
+      dtype: compute type; norms' statistics and softmax are at least float32.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    img_resolution: int = 64
+    img_channels: int = 4
+    out_channels: int | None = None
+    widths: Sequence[int] = (320, 640, 1280, 1280)
+    attends: Sequence[bool] = (True, True, True, False)
+    heads: Sequence[int] = (8, 8, 8, 8)
+    context_dim: int = 768
+    num_blocks: int = 2
+    groups: int = 32
+    linear_projection: bool = False
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    augment_dim = 0
+    label_dim = 0
+
+    def __call__(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Array:
+        """F(x; c_noise, label).
+
+        Args:
+          x: [B,H,W,img_channels], already times c_in.
+          c_noise: [B] or a scalar.
+          label: the context [B,M,context_dim].
+          augment: must be None.
+          dropout_keys: ignored: this network has no dropout.
+
+        Returns:
+          [B,H,W,out_channels], at least float32.
+
+        Raises:
+          ValueError: the shape of x or of the context does not fit.
+        """
+        return self._run(x, c_noise, label, augment, ["out"])[0]
+
+    def features(
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        dropout_keys: Array | None = None,
+        *,
+        at: str = "mid",
+    ) -> Array | list[Array]:
+        """What the network computes on its way; call it as `network.apply(..., method="features")`.
+
+        Nothing behind the last layer asked for is computed. Arguments as those of `__call__`, and
+
+        Args:
+          at: "emb", "mid" (the middle's output [B,h,w,C]), "down0" to the last, "up0" to the last
+            (a level's output, resampling included; up0 is the coarsest); or several of these with
+            commas between them.
+
+        Returns:
+          One array, or a list of them where `at` has several names.
+
+        Raises:
+          ValueError: as `__call__`, and an unknown name.
+        """
+        found = self._run(x, c_noise, label, augment, at.split(","))
+        return found if len(found) > 1 else found[0]
+
+    def check_widths(self) -> None:
+        """Raises ValueError where widths, heads and groups do not fit together."""
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if width % self.groups or width % heads:
+                raise ValueError(
+                    f"UNet2DCondition: {width} channels; expected a multiple of the {self.groups} "
+                    f"groups and of the {heads} heads"
+                )
+
+    @nn.compact
+    def _run(
+        self,
+        x: Array,
+        c_noise: Array,
+        context: Array | None,
+        augment: Array | None,
+        names: Sequence[str],
+    ) -> list[Array]:
+        """The outputs of the layers named; "out" is the network's own."""
+        context = self._checked(x, context, augment, names)
+        time = layers.positional_embedding(jnp.broadcast_to(c_noise, (x.shape[0],)), self.widths[0])
+        dense = functools.partial(Dense, 4 * self.widths[0], dtype=time.dtype)
+        emb = dense(name="time_embedding.linear_2")(
+            nn.silu(dense(name="time_embedding.linear_1")(time))
+        )
+        found, outputs = {"emb": emb}, self._layers(x, emb, context)
+        while not found.keys() >= set(names):
+            name, h = next(outputs)
+            found |= {name: h} if name in names else {}
+        return [found[name] for name in names]
+
+    def _checked(
+        self, x: Array, context: Array | None, augment: Array | None, names: Sequence[str]
+    ) -> Array:
+        self.check_widths()
+        levels, factor = len(self.widths), 2 ** (len(self.widths) - 1)
+        known = ["out", "mid", "emb", *(f"{w}{i}" for w in ("down", "up") for i in range(levels))]
+        if augment is not None:
+            raise ValueError("UNet2DCondition: augmentation labels given; expected None")
+        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % factor for s in x.shape[1:3]):
+            raise ValueError(
+                f"UNet2DCondition: x has shape {x.shape}; expected [B, H, W, {self.img_channels}] "
+                f"with sides divisible by {factor}"
+            )
+        if context is None or context.ndim != 3 or context.shape[-1] != self.context_dim:
+            shape = None if context is None else context.shape
+            raise ValueError(
+                f"UNet2DCondition: label {shape} given; expected a text's tokens "
+                f"[B, M, {self.context_dim}]"
+            )
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"UNet2DCondition: no layer {name!r}; expected some of {', '.join(known[1:])}"
+                )
+        return context
+
+    def _layers(self, x: Array, emb: Array, context: Array) -> Iterator[tuple[str, Array]]:
+        """Applies one layer after another; gives the name and the output of each level."""
+        levels, dtype = len(self.widths), self.dtype
+        h = Conv(self.widths[0], 3, dtype=dtype, name="conv_in")(x)
+        skips = [h]
+        for level, width in enumerate(self.widths):
+            at = f"down_blocks.{level}"
+            for i in range(self.num_blocks):
+                h = self._pair(h, emb, context, level, at, i)
+                skips.append(h)
+            if level < levels - 1:
+                h = Conv(width, 3, stride=2, dtype=dtype, name=f"{at}.downsamplers.0.conv")(h)
+                skips.append(h)
+            yield f"down{level}", h
+        last = levels - 1
+        h = self._residual(h, emb, self.widths[last], "mid_block.resnets.0")
+        h = self._transformer(h, context, self.heads[last], "mid_block.attentions.0")
+        h = self._residual(h, emb, self.widths[last], "mid_block.resnets.1")
+        yield "mid", h
+        for i, level in enumerate(reversed(range(levels))):
+            at = f"up_blocks.{i}"
+            for j in range(self.num_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self._pair(h, emb, context, level, at, j)
+            if level:
+                h = upsampled(h, f"{at}.upsamplers.0.conv", dtype)
+            yield f"up{i}", h
+        h = nn.silu(layers.GroupNorm(_EPS, self.groups, name="conv_norm_out")(h))
+        h = Conv(self.out_channels or self.img_channels, 3, dtype=dtype, name="conv_out")(h)
+        yield "out", h.astype(layers.wide(x.dtype))
+
+    def _pair(self, h: Array, emb: Array, context: Array, level: int, at: str, i: int) -> Array:
+        """A residual block, and a transformer behind it where the level has them."""
+        h = self._residual(h, emb, self.widths[level], f"{at}.resnets.{i}")
+        if not self.attends[level]:
+            return h
+        return self._transformer(h, context, self.heads[level], f"{at}.attentions.{i}")
+
+    def _residual(self, h: Array, emb: Array, width: int, name: str) -> Array:
+        make: Any = nn.remat(ResBlock) if self.remat else ResBlock
+        return make(width, self.groups, _EPS, self.dtype, name=name)(h, emb)
+
+    def _transformer(self, h: Array, context: Array, heads: int, name: str) -> Array:
+        make: Any = nn.remat(Transformer) if self.remat else Transformer
+        return make(heads, self.groups, self.dtype, name=name)(h, context)
