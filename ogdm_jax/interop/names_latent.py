@@ -64,8 +64,8 @@ def dit_to_flax(state: Mapping[str, np.ndarray], network: DiT) -> PyTree:
         ours = position_table(side, side, network.width)[None]
         if stored.shape != ours.shape or np.abs(stored - ours).max() > 1e-3:
             raise ValueError(
-                f"state: {_POSITIONS} {stored.shape} is not DiT's table of sines for {side} x {side} "
-                "patches; expected a DiT whose positions were not trained"
+                f"state: {_POSITIONS} {stored.shape} is not DiT's table of sines for {side} x "
+                f"{side} patches; expected a DiT whose positions were not trained"
             )
     variables = to_flax(state, dit_entries(network), "a DiT", [_POSITIONS])
     blocks = variables["params"]["blocks"]

@@ -28,7 +28,11 @@ PRESETS: dict[str, Preset] = {}
 
 
 def guide(
-    denoise: Denoise, weight: Any = 1.5, sigma_min: float = 0.0, sigma_max: float = float("inf")
+    denoise: Denoise,
+    weight: Any = 1.5,
+    sigma_min: float = 0.0,
+    sigma_max: float = float("inf"),
+    channels: int | None = None,
 ) -> Denoiser:
     """The denoiser under classifier-free guidance where sigma_min <= sigma <= sigma_max.
 
@@ -42,6 +46,8 @@ def guide(
       weight: w above; a number or an array.
       sigma_min, sigma_max: the interval, per example; 2404.07724 finds 0.28 to 2.9 best on
         ImageNet-512.
+      channels: only the first so many are guided, the others are the conditional model's; None: all.
+        The published DiT samples guide three of a latent's four channels.
 
     Raises:
       ValueError: an empty interval; at the call, no labels.
@@ -70,7 +76,10 @@ def guide(
             out = evaluate(twice(x), twice(sigma), labels)
             (conditional, plain), *rest = (jnp.split(v, 2) for v in out)
             w = jnp.where(active, jnp.asarray(weight, sigma.dtype), 1)
-            return [plain + per_example(w, plain) * (conditional - plain), *(v[0] for v in rest)]
+            mixed = plain + per_example(w, plain) * (conditional - plain)
+            if channels is not None:
+                mixed = jnp.concatenate([mixed[..., :channels], conditional[..., channels:]], -1)
+            return [mixed, *(v[0] for v in rest)]
 
         if sigma_min <= 0 and sigma_max == float("inf"):
             return both()
@@ -90,7 +99,8 @@ def guide(
         evaluate=evaluate,
         variance=denoise.variance and variance,
         noise=None,
-        corrector=denoise.corrector and guide(denoise.corrector, weight, sigma_min, sigma_max),
+        corrector=denoise.corrector
+        and guide(denoise.corrector, weight, sigma_min, sigma_max, channels),
     )
 
 
@@ -101,11 +111,19 @@ class Settings:
     Attributes:
       weight: w above.
       window: noise levels (low, high) of the interval; None: all.
+      channels: how many of the channels are guided; 0: all.
     """
 
     weight: float = setting(1.5, "1 is the conditional model alone")
     window: Window | None = setting(
         None, "LOW,HIGH noise levels that are guided; default: all", most=float("inf")
+    )
+
+    channels: int = setting(
+        0,
+        "guide the first N channels only; 3 as DiT's samples were published; 0: all",
+        least=0,
+        expected="a number of channels, or 0 for all",
     )
 
     def __post_init__(self) -> None:
@@ -114,22 +132,23 @@ class Settings:
         check_window("cfg.window", self.window)
 
 
-def guidance(weight: float = 1.5, window: Window | None = None) -> Guidance:
+def guidance(weight: float = 1.5, window: Window | None = None, channels: int = 0) -> Guidance:
     """Classifier-free guidance as guidance of `sample`; the weight is an array, so that another one
     compiles nothing.
 
     Args:
       weight: w above.
       window: noise levels (low, high) of the interval; None: all.
+      channels: how many of the channels are guided; 0: all.
 
     Raises:
       ConfigError: an interval that is not 0 <= low < high.
     """
-    chosen = Settings(weight, window)
+    chosen = Settings(weight, window, channels)
     low, high = chosen.window or (0.0, float("inf"))
 
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
-        return guide(denoise, constants["weight"], low, high)
+        return guide(denoise, constants["weight"], low, high, chosen.channels or None)
 
     return Guidance("cfg", denoiser=transform, constants={"weight": np.float32(chosen.weight)})
 
@@ -153,4 +172,4 @@ def build(settings: Settings, session: Session) -> Guidance:
             "--guidance cfg: the images have no class (--label -1), so both of its evaluations are "
             "one; expected a class"
         )
-    return guidance(settings.weight, settings.window)
+    return guidance(settings.weight, settings.window, settings.channels)
