@@ -15,14 +15,16 @@ from ogdm_jax import pixels
 from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.networks import ADMUNet, DhariwalUNet, SongUNet
+from ogdm_jax.networks import ADMUNet, DhariwalUNet, DiT, SongUNet
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
-_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet}
+_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet, "dit": DiT}
 ONLY = {  # settings that other kinds of network do not have
     "song": ("embedding_type", "encoder_type", "resample_filter"),
     "openai": ("num_heads", "head_channels", "scale_shift", "resblock_updown"),
 }
+# a U-Net has its settings under their own names, a DiT these: setting -> attribute
+DIT = {"model_channels": "width", "num_blocks": "depth", "num_heads": "heads", "patch": "patch"}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -39,6 +41,11 @@ class Model:
     label_dim: int
     table: process.Discrete | None = None
     time_scale: float = 1.0
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """What the denoiser's `features(at=)` knows beside "mid" and "emb"."""
+        return tuple(cast(Any, self.network).layer_names)
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, buffers): trained tensors, and others such as Fourier frequencies."""
@@ -108,18 +115,9 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
       ConfigError: unknown kind, labels wanted from a source without any, or a size the network
         cannot halve.
     """
-    height, width, channels = image_shape
+    height, _, channels = image_shape
     net: Any = config.network
-    levels = 2 ** (len(net.channel_mult) - 1)
-    side = max(min(height, width) // levels, 1) * levels
-    fewer = f", or give fewer levels than network.channel_mult={tuple(net.channel_mult)}"
-    require(
-        height == width and height % levels == 0,
-        "data.resolution",
-        config.data.resolution,
-        f"square images with a side that {levels} divides ({len(net.channel_mult)} levels), and "
-        f"these are {width} x {height}: {pixels.crop_all(side)}{fewer * (height == width)}",
-    )
+    _check_size(config, image_shape)
     conditional = config.data.conditional
     require(
         not conditional or num_classes > 0,
@@ -130,17 +128,11 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
     kind = config.precondition.kind
     augmented = config.data.augment > 0
     require(
-        not (augmented and net.kind == "openai"),
+        not (augmented and net.kind in ("openai", "dit")),
         "data.augment",
         config.data.augment,
-        "0 with network.kind 'openai', which has no place for augmentation labels",
+        f"0 with network.kind {net.kind!r}, which has no place for augmentation labels",
     )
-    foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
-    settings = {k: v for k, v in vars(net).items() if k not in ("kind", "dtype", *foreign)}
-    if net.kind == "song":
-        settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
-    if net.kind != "openai":
-        settings["augment_dim"] = 9 if augmented else 0
     further = kind == "iddpm" or (kind == "adm" and config.precondition.learned_variance)
     network = _NETWORKS[net.kind](
         img_resolution=height,
@@ -148,20 +140,59 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
         out_channels=channels * (2 if further else 1),
         label_dim=num_classes if conditional else 0,
         dtype=_DTYPES[net.dtype],
-        **settings,
+        remat=net.remat,
+        **_settings(net, augmented),
     )
     try:
         network.check_widths()
     except ValueError as error:
         raise ConfigError(
-            f"config.network.model_channels: {net.model_channels} given with channel_mult "
-            f"{tuple(net.channel_mult)}; {error}; expected other widths"
+            f"config.network.model_channels: {net.model_channels} given{_levels(net)}; {error}; "
+            "expected other widths"
         ) from None
     table = discrete_table(config) if kind == "adm" else None
     told = config.precondition
     scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
     wrap = _wrap(config, kind, table)
     return Model(network, wrap, image_shape, network.label_dim, table, scale)
+
+
+def _levels(net: Any) -> str:
+    return "" if net.kind == "dit" else f" with channel_mult {tuple(net.channel_mult)}"
+
+
+def _check_size(config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError for images that the network cannot cut or halve."""
+    height, width, _ = image_shape
+    net: Any = config.network
+    levels = len(net.channel_mult)
+    unit, why = 2 ** (levels - 1), f"({levels} levels)"
+    fewer = f", or give fewer levels than network.channel_mult={tuple(net.channel_mult)}"
+    if net.kind == "dit":
+        unit, why = net.patch, "(network.patch)"
+        fewer = f", or give a patch smaller than network.patch={net.patch}"
+    side = max(min(height, width) // unit, 1) * unit
+    require(
+        height == width and height % unit == 0,
+        "data.resolution",
+        config.data.resolution,
+        f"square images with a side that {unit} divides {why}, and these are {width} x {height}: "
+        f"{pixels.crop_all(side)}{fewer * (height == width)}",
+    )
+
+
+def _settings(net: Any, augmented: bool) -> dict[str, Any]:
+    """The constructor's arguments that config.network gives one by one."""
+    if net.kind == "dit":
+        return {attribute: getattr(net, name) for name, attribute in DIT.items()}
+    foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
+    others = ("kind", "dtype", "remat", "patch", *foreign)
+    settings = {name: value for name, value in vars(net).items() if name not in others}
+    if net.kind == "song":
+        settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
+    if net.kind != "openai":
+        settings["augment_dim"] = 9 if augmented else 0
+    return settings
 
 
 def _wrap(config: Config, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:

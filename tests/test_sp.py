@@ -317,6 +317,7 @@ def context(**more):
         learning_rate=1e-3,
         noise=law,
         weights=lambda *_: (network(), {}, 7),
+        layers=tuple(sorted(network())),
     )
     return types.SimpleNamespace(**fields | more)
 

@@ -13,6 +13,7 @@ from ogdm_jax.config.fields import check, require, setting
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
 GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad", "trailing", "pndm")
+_UNETS = "kind=song|dhariwal|openai"
 _DISCRETE = ("precondition.kind=adm", "noise.distribution=ddpm")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
@@ -94,12 +95,12 @@ class Network(_Checked):
 
     kind: str = setting(
         "song",
-        "song (DDPM++, NCSN++), dhariwal (EDM's ADM) or openai (ADM as OpenAI has it)",
-        choices=("song", "dhariwal", "openai"),
+        "song (DDPM++, NCSN++), dhariwal (EDM's ADM), openai (ADM as OpenAI has it) or dit",
+        choices=("song", "dhariwal", "openai", "dit"),
     )
     model_channels: int = setting(
         128,
-        "width of the first level",
+        "width of the first level; dit: of a token",
         least=4,
         most=2**16,
         expected="an even number of channels, at least 4",
@@ -110,12 +111,23 @@ class Network(_Checked):
         above=0,
         most=64,
         expected="1 to 14 positive numbers",
+        only=_UNETS,
     )
-    num_blocks: int = setting(4, "residual blocks per level", least=1, most=1000)
-    attn_resolutions: tuple[int, ...] = setting((16,), "sides at which blocks attend", least=1)
+    num_blocks: int = setting(
+        4, "residual blocks per level; dit: blocks of the whole network", least=1, most=1000
+    )
+    attn_resolutions: tuple[int, ...] = setting(
+        (16,), "sides at which blocks attend", least=1, only=_UNETS
+    )
     dropout: float = _decided(
-        0.13, "share of dropped units", least=0, below=1, expected="a probability below 1"
+        0.13,
+        "share of dropped units",
+        least=0,
+        below=1,
+        expected="a probability below 1",
+        only=_UNETS,
     )
+    patch: int = setting(2, "dit: side of a patch", least=1, most=64, only="kind=dit")
     embedding_type: str = setting(
         "positional",
         "song: positional, or fourier (NCSN++)",
@@ -131,7 +143,7 @@ class Network(_Checked):
     resample_filter: tuple[int, ...] = setting(
         (1, 1), "song: (1, 1), or (1, 3, 3, 1) (NCSN++)", only="kind=song"
     )
-    num_heads: int = setting(1, "openai: attention heads", least=1, only="kind=openai")
+    num_heads: int = setting(1, "attention heads", least=1, only="kind=openai|dit")
     head_channels: int = setting(
         0,
         "openai: width of a head, in place of their number where above 0",

@@ -46,7 +46,7 @@ def guide(
       weight: w above; a number or an array.
       sigma_min, sigma_max: the interval, per example; 2404.07724 finds 0.28 to 2.9 best on
         ImageNet-512.
-      channels: only the first so many are guided, the others are the conditional model's; None: all.
+      channels: only the first so many are guided, the others stay conditional; None: all.
         The published DiT samples guide three of a latent's four channels.
 
     Raises:

@@ -226,6 +226,7 @@ class Context:
       augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels;
         None if off.
       steps: optimiser steps of the whole run.
+      layers: the layers of the network whose features can be asked for, beside "mid" and "emb".
     """
 
     image_shape: tuple[int, int, int]
@@ -247,6 +248,7 @@ class Context:
     mesh: jax.sharding.Mesh | None = None
     dtype: Any = None
     steps: int = 0
+    layers: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ hash of its weights, and no run goes on with other weights than it began with.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -301,7 +301,7 @@ def training(settings: Settings, context: Context) -> Slots:
       CheckpointError: the teacher's folder does not fit.
     """
     teacher = functools.cache(functools.partial(_teacher, settings, context))
-    _check_tap(settings.tap, teacher()["params"])
+    _check_tap(settings.tap, context.layers)
 
     def init(key: Array) -> dict[str, Array]:
         del key  # nothing is drawn
@@ -332,11 +332,10 @@ def _teacher(settings: Settings, context: Context) -> dict[str, Any]:
     return variables | {"fingerprint": fingerprint(variables), "step": np.int32(step)}
 
 
-def _check_tap(tap: str, params: Mapping[str, Any]) -> None:
-    """Refuses what is no block, and the embedding ("emb", map_*): it does not see the image, so the
-    loss would be 0.
+def _check_tap(tap: str, blocks: Sequence[str]) -> None:
+    """Refuses what is no block, and the embedding ("emb"): it does not see the image, so the loss
+    would be 0.
     """
-    blocks = sorted(name for name in params if not name.startswith("map_"))
     known = tap == "mid" or all(name in blocks for name in tap.split(","))
     require(
         known, "sp.tap", tap, f"mid, or blocks among {', '.join(blocks)} with commas between them"

@@ -175,6 +175,11 @@ class DiT(nn.Module):
         found = self._run(x, c_noise, label, augment, at.split(","))
         return found if len(found) > 1 else found[0]
 
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers whose output `features` gives."""
+        return [f"block{i}" for i in range(self.depth)]
+
     def check_widths(self) -> None:
         """Raises ValueError where width, heads and patches do not fit together."""
         if self.width % self.heads or self.width % 4:
@@ -221,7 +226,7 @@ class DiT(nn.Module):
                 f"divisible by {self.patch}"
             )
         known = {"out": self.depth, "mid": self.depth // 2 + 1}
-        known |= {f"block{i}": i + 1 for i in range(self.depth)}
+        known |= {name: i + 1 for i, name in enumerate(self.layer_names)}
         for name in names:
             if name != "emb" and name not in known:
                 raise ValueError(

@@ -164,6 +164,11 @@ class UNet2DCondition(nn.Module):
         found = self._run(x, c_noise, label, augment, at.split(","))
         return found if len(found) > 1 else found[0]
 
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers whose output `features` gives."""
+        return [f"{way}{i}" for way in ("down", "up") for i in range(len(self.widths))]
+
     def check_widths(self) -> None:
         """Raises ValueError where widths, heads and groups do not fit together."""
         for width, heads in zip(self.widths, self.heads, strict=True):
@@ -199,8 +204,7 @@ class UNet2DCondition(nn.Module):
         self, x: Array, context: Array | None, augment: Array | None, names: Sequence[str]
     ) -> Array:
         self.check_widths()
-        levels, factor = len(self.widths), 2 ** (len(self.widths) - 1)
-        known = ["out", "mid", "emb", *(f"{w}{i}" for w in ("down", "up") for i in range(levels))]
+        factor, known = 2 ** (len(self.widths) - 1), ["out", "mid", "emb", *self.layer_names]
         if augment is not None:
             raise ValueError("UNet2DCondition: augmentation labels given; expected None")
         if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % factor for s in x.shape[1:3]):

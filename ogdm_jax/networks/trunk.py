@@ -247,13 +247,17 @@ class UNet(nn.Module):
                 f"{network}: x has shape {x.shape} (img_resolution {self.img_resolution}); "
                 f"expected [B, H, W, {self.img_channels}] with sides divisible by {factor}"
             )
-        blocks = [self._first_name, *(step.name for step in self._plan())]
         for name in names:
-            if name not in ("mid", "emb", "out", *blocks):
+            if name not in ("mid", "emb", "out", *self.layer_names):
                 raise ValueError(
                     f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "
-                    f"{', '.join(blocks)}"
+                    f"{', '.join(self.layer_names)}"
                 )
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers whose output `features` gives."""
+        return [self._first_name, *(step.name for step in self._plan())]
 
     def check_widths(self) -> None:
         """Raises ValueError where the channels of a block do not divide into its norms' groups or

@@ -59,6 +59,7 @@ def context(
         # the same strata twice would tie a second level to the first
         noise=dataclasses.replace(levels, stratified=False),
         denoiser=model.denoiser,
+        layers=model.layer_names,
         dtype=model.network.dtype,
         learning_rate=config.optim.learning_rate,
         steps=config.steps(config.train.duration),
