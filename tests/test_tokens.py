@@ -15,7 +15,7 @@ WORDS = {tokens.START: 0, tokens.END: 1, "a</w>": 2}
     "files,said",
     [
         ({}, "has no tokenizer; expected vocab.json and merges.txt"),
-        ({"vocab.json": "{}", "merges.txt": ""}, "has no token '<|startoftext|>'"),
+        ({"vocab.json": '{"a": 1}', "merges.txt": ""}, "has no token '<|startoftext|>'"),
         ({"vocab.json": "[1]", "merges.txt": ""}, "expected an object"),
         ({"vocab.json": json.dumps(WORDS), "merges.txt": "a b c"}, "none of CLIP's"),
         ({"tokenizer.json": "{}"}, "none of CLIP's"),

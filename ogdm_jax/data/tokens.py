@@ -98,7 +98,8 @@ def _table(folder: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
         pairs = [cut(pair) for pair in pairs] if isinstance(pairs, list) else None
     else:
         raise TokenizerError(f"{folder}: has no tokenizer; expected {FILES} in it")
-    good = isinstance(found, dict) and all(isinstance(n, int) for n in found.values())
+    found = found if isinstance(found, dict) else {}
+    good = found and all(isinstance(n, int) for n in found.values())
     two = lambda pair: len(pair) == 2 and all(isinstance(half, str) for half in pair)
     if not good or pairs is None or not all(map(two, pairs)):
         raise TokenizerError(f"{folder}: its tokenizer is none of CLIP's; expected {FILES}")
