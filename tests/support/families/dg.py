@@ -153,3 +153,38 @@ def sampler(golden: Golden):
                 np.testing.assert_allclose(
                     np.stack(seen), ratios, rtol=1e-4, atol=1e-4, err_msg=name
                 )
+
+
+@family("dit_sampling_latent_disc")
+def latent_discriminator(golden: Golden):
+    """DG's discriminator of DiT latents: t / 999 of the discrete chain, gradient at x_t itself."""
+    extractor, head = (
+        adm.published("create_classifier", golden.config[f"{name}_kwargs"])[0].clone(
+            time_scale=999.0
+        )
+        for name in ("extractor", "head")
+    )
+    frozen, params = (
+        names_adm.adm_to_flax(golden.state_dict(f"{name}_"), network)["params"]
+        for name, network in (("extractor", extractor), ("head", head))
+    )
+    network = FeatureDiscriminator(head, extractor)
+    x, t, label = jnp.asarray(nhwc(golden["x"])), golden["t"] / 999, jnp.asarray(golden["y"])
+    t = jnp.asarray(t, jnp.float32)
+
+    @adm.jit
+    def values(params, frozen, x):
+        def total(x):
+            logit = network.logit(params, frozen, x, t, label)
+            return logit.sum(), logit
+
+        grad, logit = jax.grad(total, has_aux=True)(x)
+        feature = extractor.apply({"params": frozen}, x, t, method="features")[:1]
+        return logit, grad, feature
+
+    logit, grad, feature = values(params, frozen, x)
+    golden.assert_close("log_ratio", logit)
+    golden.assert_close("probability", jax.nn.sigmoid(logit))
+    golden.assert_close("grad", nchw(grad))
+    shown = nchw(feature)[0]
+    golden.assert_close("feature", shown[:: len(shown) // len(golden["feature"])])
