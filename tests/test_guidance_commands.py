@@ -163,7 +163,7 @@ def one_step(*argv: str):
     model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0)
     run = types.SimpleNamespace(model=model, config=None)
     extra = guidance.build(
-        request, run, types.SimpleNamespace(**request.sampling), np.arange(4), label=None
+        request, run, configs.Sample(**request.sampling), np.arange(4), label=None
     )
     (method,) = extra.guidance
     info = Info(
@@ -568,7 +568,7 @@ def test_cfg_is_inside_dg_whatever_comes_first(monkeypatch, names):
         config=types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1)),
     )
     request = _request("--guidance", names, "--dg.discriminator", "x", "--cfg.weight", "3")
-    settings = types.SimpleNamespace(solver="heun", eta=0.0)
+    settings = configs.Sample(solver="heun", eta=0.0)
     extra = guidance.build(request, run, settings, np.arange(2))
     denoise = as_denoiser(
         lambda x, sigma, label: x * (1 + label[:, None, None, None].astype(x.dtype))
