@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.interop import load_pretrained, names_adm, recognise
+from ogdm_jax.interop.pretrained import Pretrained
 from ogdm_jax.networks import ADMUNet
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import checkpoint
+from ogdm_jax.training import checkpoint, convert
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import golden_support, tiny
@@ -138,6 +139,17 @@ def test_a_converted_openai_network_fine_tunes_and_samples(openai):
         images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2
     )
     assert np.isfinite(next(pictures)).all()
+
+
+def test_upsamplers_are_refused_by_what_they_need():
+    """64_256_upsampler.pt and 128_512_upsampler.pt (test_pretrained.py recognises them)."""
+    for side in (256, 512):
+        found = Pretrained("adm", ADMUNet(side, 6, 6, 1000, num_heads=4), {}, "adm")
+        with pytest.raises(
+            ValueError, match=r"an upsampler, whose input is .* \(low_res\)"
+        ) as error:
+            convert.check_denoiser(found, "upsampler.pt")
+        assert "\n" not in str(error.value)
 
 
 def test_networks_that_no_configuration_describes_are_refused(tmp_path):

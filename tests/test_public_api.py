@@ -58,6 +58,7 @@ PUBLIC = {
     "methods.ddnm": {"guidance": "operator, y, std"},
     "methods.diffpir": {"guidance": "operator, y, std, strength=8.0"},
     "methods.cfg": {"guidance": "weight, window=None"},
+    "methods.classifier": {"guidance": "log_prob, scale=1.0, window=None"},
     "methods.stf": {
         "stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"
     },

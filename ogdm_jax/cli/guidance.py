@@ -300,11 +300,11 @@ def build(
       ValueError: guidance that does not fit the model, the sampler or each other; nothing to
         measure.
     """
-    restoration, labels = None, None
+    restoration, labels, classes = None, None, _classes(request, run)
     if request.task:
-        restoration, labels = _measure(request, run, seeds, label)
-    elif run.model.label_dim or label is not None:
-        labels = generate.labels_for(seeds, run.model.label_dim, label)
+        restoration, labels = _measure(request, run, seeds, label, classes)
+    elif classes or label is not None:
+        labels = generate.labels_for(seeds, classes, label)
     session = Session(
         model=run.model,
         config=run.config,
@@ -342,8 +342,16 @@ def _build(
     )
 
 
+def _classes(request: Request, run: TrainedModel) -> int:
+    """Classes that images may have: the model's, else those of a method (a classifier)."""
+    methods = discovery.sampling()
+    asked = [(methods[name], chosen) for name, chosen in request.settings.items()]
+    others = [module.classes(chosen) for module, chosen in asked if hasattr(module, "classes")]
+    return run.model.label_dim or max(others, default=0)
+
+
 def _measure(
-    request: Request, run: TrainedModel, seeds: np.ndarray, label: int | None
+    request: Request, run: TrainedModel, seeds: np.ndarray, label: int | None, others: int
 ) -> tuple[Restoration, np.ndarray | None]:
     """Measurements, and the classes of the images.
 
@@ -362,7 +370,7 @@ def _measure(
     seeds = seeds if request.several else seeds[:count]
     rows = np.arange(len(seeds)) % count
     if not classes or label is not None:
-        labels = generate.labels_for(seeds, classes, label)
+        labels = generate.labels_for(seeds, classes if label is None else others, label)
     elif found.labels is not None:
         labels = found.labels[rows]
     elif run.config.data.label_dropout:

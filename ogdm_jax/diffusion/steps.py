@@ -248,6 +248,24 @@ def ancestral_moments(
     return mean, posterior_std(sigma, sigma_next, variance)
 
 
+def shifted_mean(
+    mean: Array, std: Array, gradient: Array, sigma: Array, sigma_next: Array
+) -> Array:
+    """DDPM's mean under a classifier (arXiv 2105.05233 algorithm 1): mean + Sigma g at x_t.
+
+    As released both are of x_vp = x / sqrt(1 + sigma^2); with g = grad_x here and std that of
+    sigma_next the shift is std^2 sqrt((1 + sigma^2) / (1 + sigma'^2)) g. The last step, to 0, has
+    no variance here and no shift; the released code moves it by at most beta_0 = 1e-4 times g_vp.
+
+    Args:
+      mean, gradient: [B,H,W,C].
+      std: [B] or like mean.
+      sigma, sigma_next: [B].
+    """
+    scale = jnp.sqrt((1 + sigma**2) / (1 + sigma_next**2))
+    return mean + spread(std, mean) ** 2 * per_example(scale, mean) * gradient
+
+
 def ancestral(
     denoise: Denoise,
     x: Array,

@@ -429,7 +429,7 @@ def guidance(
         second = constants["corrector_weight"] if corrector_weight else corrector_weight
         return guide(denoise, ratio, constants["weight"], sigma_min, sigma_max, second)
 
-    return Guidance("dg", denoiser=transform, churn=boost, constants=constants, outermost=True)
+    return Guidance("dg", denoiser=transform, churn=boost, constants=constants, outermost=2)
 
 
 def build(settings: Settings, session: Session) -> Guidance:

@@ -1,8 +1,9 @@
-"""What guidance is: one object with up to three parts, and how several of them meet in one sampler.
+"""What guidance is: one object with up to four parts, and how several of them meet in one sampler.
 
     denoiser     another denoiser instead of the model's (classifier-free guidance, DG)
     transition   how a random step (mean, std, noise) becomes the next state (DPS, DSG, DDNM, ...)
     churn        how much noise each image is raised by before a step (DG's boosting)
+    shift        what moves the mean of DDPM's steps (a classifier's gradient)
 
 The way of a guided step: `sample` transforms the denoiser (`Parts.transform`); a solver's loop body
 asks the transition's owner for the next state (`solvers.random_step`); `schedule.Scheduled` decides
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser, clipped
 from ogdm_jax.diffusion.steps import spread
@@ -52,23 +54,26 @@ class Guidance:
       denoiser: (denoise, constants) -> the guided denoiser.
       transition: a rule, see `TransitionRule`.
       churn: a rule, see `churn.ChurnRule`.
+      shift: (x, sigma [B], label, constants) -> a gradient like x, which moves the mean of
+        ancestral steps, see `steps.shifted_mean`; several are added.
       constants: arrays that the compiled sampler receives as an argument, the same for all images
         (a discriminator's weights); other values compile nothing. Rules find them in info.
       rows: arrays with one row per image, in the order of the seeds (measurements, masks); divided
         over devices with the seeds. Rules find those of their batch in info.
       replaces_x0: its transition steps from another x0_hat than the denoiser's: Heun's second
         evaluation would not see that, and churn's noise has no x0_hat; both are refused.
-      outermost: its transform comes after those of the others, in whatever order they are given (a
-        correction that is to see each image once).
+      outermost: its transform comes after those with a smaller number, in whatever order they are
+        given; above 0: a correction that is to see each image once, and is not clamped.
     """
 
     name: str
     denoiser: Callable[[Denoiser, PyTree], Denoise] | None = None
     transition: TransitionRule | None = None
     churn: ChurnRule | None = None
+    shift: Callable[[Array, Array, PyTree, PyTree], Array] | None = None
     constants: PyTree = None
     rows: PyTree = None
-    outermost: bool = False
+    outermost: int = 0
     replaces_x0: bool = False
 
     def about(self, info: Info) -> Info:
@@ -95,6 +100,12 @@ class Parts(NamedTuple):
     transforms: tuple[Guidance, ...]
     transition: Guidance | None
     churn: Guidance | None
+    shifts: tuple[Guidance, ...] = ()
+
+    def shift(self, x: Array, sigma: Array, label: PyTree) -> Array:
+        """The sum of all shifts, like x."""
+        found = (g.shift and g.shift(x, sigma, label, g.constants) for g in self.shifts)
+        return sum((s for s in found if s is not None), start=jnp.zeros_like(x))
 
     def transform(self, denoise: Denoiser, clip: bool = False) -> Denoiser:
         """The denoiser under every transform.
@@ -134,7 +145,8 @@ def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts
             )
         single[part] = owners[0] if owners else None
     transforms = sorted((g for g in several if g.denoiser is not None), key=lambda g: g.outermost)
-    return Parts(tuple(transforms), single["transition"], single["churn"])
+    shifts = tuple(g for g in several if g.shift is not None)
+    return Parts(tuple(transforms), single["transition"], single["churn"], shifts)
 
 
 def per_image(make: Callable[[PyTree], Guidance], rows: PyTree) -> Guidance:

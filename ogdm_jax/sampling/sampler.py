@@ -136,7 +136,15 @@ def sample(
     noise = step_noise(key, latents, noise_fn)
     variance = _variance(denoise, variance) if solver == "ancestral" else "small"
     problem = solvers.Problem(
-        denoise, label, noise, parts.transition, parts.churn, round_sigma, eta, variance
+        denoise,
+        label,
+        noise,
+        parts.transition,
+        parts.churn,
+        round_sigma,
+        eta,
+        variance,
+        parts.shift if parts.shifts else None,
     )
     x = latents * sigmas[0]
     phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
@@ -273,6 +281,11 @@ def check_parts(
         raise ValueError(
             f"{_named(parts.churn)} with solver {solver!r} and eta={eta}; expected solver 'heun' "
             "or 'euler' with eta=0"
+        )
+    if parts.shifts and solver != "ancestral":
+        raise ValueError(
+            f"{parts.shifts[0].name}: rule 'mean' shifts the mean of DDPM's steps, solver "
+            f"{solver!r} given; expected solver 'ancestral', or rule 'score'"
         )
     if parts.transition is not None:
         _check_transition(solver, eta, parts.transition, parts.churn, random_steps)

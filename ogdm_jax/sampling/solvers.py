@@ -50,6 +50,7 @@ class Problem:
       round_sigma: to the levels that the network knows.
       eta: of `sample`.
       variance: of `sample`.
+      shift: (x, sigma, label) -> what moves the mean of ancestral steps, or None.
     """
 
     denoise: Denoiser
@@ -60,6 +61,7 @@ class Problem:
     round_sigma: Callable[[Array], Array]
     eta: float | Array
     variance: Any
+    shift: Callable[[Array, Array, PyTree], Array] | None = None
 
     @property
     def noisy(self) -> bool:
@@ -173,6 +175,15 @@ def ddim(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     return [Phase(_ddim(p), 0, n)], ()
 
 
+def _ddpm(p: Problem, x0: Array, x: Array, info: Info, variance: Any) -> tuple[Array, Array]:
+    """(mean, std) of a DDPM step, its mean shifted where guidance asks for it."""
+    mean, std = steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, variance)
+    if p.shift is None:
+        return mean, std
+    gradient = p.shift(x, info.sigma, p.label)
+    return steps.shifted_mean(mean, std, gradient, info.sigma, info.sigma_next), std
+
+
 def _learned(p: Problem) -> Body:
     """DDPM steps whose variance the network says, from the same evaluation as x0_hat.
 
@@ -184,12 +195,12 @@ def _learned(p: Problem) -> Body:
 
     def at_once(x: Array, carry: PyTree, info: Info) -> Step:
         x0_hat, fraction = (v.astype(x.dtype) for v in both(x, info.sigma, p.label))
-        mean, std = steps.ancestral_moments(x, x0_hat, info.sigma, info.sigma_next, fraction)
+        mean, std = _ddpm(p, x0_hat, x, info, fraction)
         return mean + std * p.noise(info.step), carry, x0_hat
 
     def moments(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
         fraction = jax.lax.stop_gradient(both(x, info.sigma, p.label)[1].astype(x.dtype))
-        return steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, fraction)
+        return _ddpm(p, x0, x, info, fraction)
 
     return at_once if p.guidance is None else partial(_random, p, moments)
 
@@ -200,7 +211,7 @@ def ancestral(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
         return [Phase(_learned(p), 0, n)], ()
 
     def moments(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
-        return steps.ancestral_moments(x, x0, info.sigma, info.sigma_next, p.variance)
+        return _ddpm(p, x0, x, info, p.variance)
 
     return [Phase(partial(_random, p, moments), 0, n)], ()
 
