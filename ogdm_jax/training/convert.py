@@ -33,8 +33,8 @@ def check_denoiser(found: Pretrained, source: str) -> None:
         )
     if found.kind == "adm" and network.img_channels == 6:
         raise ValueError(
-            f"{source}: an upsampler, whose input is the noisy image and a small one (low_res) that "
-            "it enlarges; no configuration has one, use load_pretrained"
+            f"{source}: an upsampler, whose input is the noisy image and a small one (low_res), "
+            "which it enlarges; no configuration has one, use load_pretrained"
         )
 
 
