@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import pixels
-from ogdm_jax.config import Config, ConfigError, require
+from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, DiT, SongUNet
@@ -33,6 +33,7 @@ class Model:
     """A network and how it becomes a denoiser; no parameters inside.
 
     table: the steps of a discrete process. time_scale: what its network calls one of them.
+    predicts: "v" where its network does not give eps, which `eps` needs.
     """
 
     network: nn.Module
@@ -41,6 +42,7 @@ class Model:
     label_dim: int
     table: process.Discrete | None = None
     time_scale: float = 1.0
+    predicts: str = "eps"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -150,11 +152,11 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
             f"config.network.model_channels: {net.model_channels} given{_levels(net)}; {error}; "
             "expected other widths"
         ) from None
-    table = discrete_table(config) if kind == "adm" else None
     told = config.precondition
+    table = discrete_table(told) if kind in ("adm", "v") else None
     scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
-    wrap = _wrap(config, kind, table)
-    return Model(network, wrap, image_shape, network.label_dim, table, scale)
+    predicts = "v" if kind == "v" else "eps"
+    return Model(network, wrap(told), image_shape, network.label_dim, table, scale, predicts)
 
 
 def _levels(net: Any) -> str:
@@ -195,27 +197,29 @@ def _settings(net: Any, augmented: bool) -> dict[str, Any]:
     return settings
 
 
-def _wrap(config: Config, kind: str, table: process.Discrete | None) -> Callable[..., Denoiser]:
+def wrap(settings: Precondition) -> Callable[..., Denoiser]:
     """config.precondition as (network_fn, taps=) -> Denoiser."""
-    settings = config.precondition
+    kind = settings.kind
     if kind == "edm":
         return functools.partial(precondition.edm, sigma_data=settings.sigma_data)
-    if kind != "adm":
+    if kind == "flow":
+        return functools.partial(precondition.flow, time_scale=settings.time_scale)
+    if kind not in ("adm", "v"):
         return {"vp": precondition.vp, "ve": precondition.ve, "iddpm": precondition.iddpm}[kind]
-    assert table is not None  # build makes it for this kind
     return functools.partial(
         precondition.adm,
-        betas=table,
+        betas=discrete_table(settings),
         steps=settings.diffusion_steps,
-        learned_variance=settings.learned_variance,
+        predict="v" if kind == "v" else "eps",
+        learned_variance=settings.learned_variance and kind == "adm",
         rescale_timesteps=settings.rescale_timesteps,
     )
 
 
-def discrete_table(config: Config) -> process.Discrete:
+def discrete_table(settings: Precondition) -> process.Discrete:
     """The discrete process of config.precondition."""
-    settings = config.precondition
-    return process.Discrete.make(settings.schedule, settings.diffusion_steps)
+    pure = settings.zero_terminal and settings.kind == "v"
+    return process.Discrete.make(settings.schedule, settings.diffusion_steps, zero_terminal=pure)
 
 
 def parameter_count(params: PyTree) -> int:

@@ -90,6 +90,10 @@ def check_sense(config: Config) -> None:
         )
         require(not config.ema.stds, "ema.stds", config.ema.stds, "none where one is trained")
         return
+    given = config.precondition
+    pure, drawn = given.kind == "v" and given.zero_terminal, config.noise.distribution
+    need = "v with precondition.zero_terminal: others never train the step of pure noise"
+    require(not pure or drawn == "v", "noise.distribution", drawn, need)
     dropout, seen = config.data.label_dropout, config.data.conditional
     need = "0 without data.conditional: there are no labels to hide"
     require(seen or not dropout, "data.label_dropout", dropout, need)

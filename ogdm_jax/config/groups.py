@@ -12,9 +12,10 @@ from ogdm_jax.config.fields import check, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
-GRIDS = ("edm", "vp", "ve", "iddpm", "respaced", "ddim", "quad", "trailing", "pndm")
+GRIDS = ("edm", "vp", "ve", "iddpm", "flow", "respaced", "ddim", "quad", "trailing", "pndm")
 _UNETS = "kind=song|dhariwal|openai"
-_DISCRETE = ("precondition.kind=adm", "noise.distribution=ddpm")
+_DISCRETE = ("precondition.kind=adm|v", "noise.distribution=ddpm|v")
+_NORMAL = "distribution=edm|logit_normal"
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
 
@@ -180,8 +181,9 @@ class Precondition(_Checked):
 
     kind: str = setting(
         "edm",
-        "edm, vp, ve, iddpm, or adm (eps of a discrete process)",
-        choices=("edm", "vp", "ve", "iddpm", "adm"),
+        "edm, vp, ve, iddpm, adm (eps of a discrete process), v (its velocity), or flow (the "
+        "velocity of the straight path)",
+        choices=("edm", "vp", "ve", "iddpm", "adm", "v", "flow"),
     )
     sigma_data: float = setting(
         0.5,
@@ -192,8 +194,8 @@ class Precondition(_Checked):
     )
     schedule: str = setting(
         "linear",
-        "adm and noise.distribution ddpm: betas",
-        choices=("linear", "cosine"),
+        "adm, v and noise.distribution ddpm, v: betas; scaled_linear is Stable Diffusion's",
+        choices=("linear", "cosine", "scaled_linear"),
         only=_DISCRETE,
     )
     diffusion_steps: int = setting(
@@ -205,12 +207,20 @@ class Precondition(_Checked):
         only="kind=adm",
     )
     rescale_timesteps: bool = setting(
-        False, "adm: the network is told t * 1000 / diffusion_steps", only="kind=adm"
+        False, "adm, v: the network is told t * 1000 / diffusion_steps", only="kind=adm|v"
+    )
+    zero_terminal: bool = setting(
+        False, "v: betas moved so that the last step is pure noise", only="kind=v"
+    )
+    time_scale: float = setting(
+        1000.0, "flow: what the network is told at t = 1", above=0, most=1e6, only="kind=flow"
     )
 
     def _check_together(self) -> None:
-        steps, few = self.diffusion_steps, self.schedule == "linear" and self.diffusion_steps <= 20
-        more = "more than 20 with the linear schedule, whose betas are above 1 otherwise"
+        least = {"linear": 20, "scaled_linear": 12}.get(self.schedule, 1)
+        steps, few = self.diffusion_steps, self.diffusion_steps <= least
+        name = self.schedule
+        more = f"more than {least} with the {name} schedule, whose betas are above 1 otherwise"
         require(not few, "precondition.diffusion_steps", steps, more)
 
 
@@ -220,23 +230,36 @@ class Noise(_Checked):
 
     distribution: str = _decided(
         "edm",
-        "edm (log-normal), vp, ve, or ddpm (uniform over the discrete process)",
-        choices=("edm", "vp", "ve", "ddpm"),
+        "edm (log-normal), vp, ve, ddpm (uniform over the discrete process), v (the same with v's "
+        "weight), logit_normal or flow (uniform times) with the velocity's weight",
+        choices=("edm", "vp", "ve", "ddpm", "v", "logit_normal", "flow"),
         was="law",
     )
-    mean: float = _decided(-1.2, "edm: of ln sigma", least=-30, most=30, only="distribution=edm")
+    mean: float = _decided(
+        -1.2,
+        "edm, logit_normal: of ln sigma = logit t (there 0 as published)",
+        least=-30,
+        most=30,
+        only=_NORMAL,
+    )
     std: float = _decided(
         1.2,
-        "edm: of ln sigma",
+        "edm, logit_normal: of ln sigma = logit t (there 1 as published)",
         above=0,
         most=30,
         expected="a positive number of at most 30",
-        only="distribution=edm",
+        only=_NORMAL,
+    )
+    min_snr: float = _decided(
+        0.0,
+        "ddpm: weight min(1 / sigma^2, this) of x0_hat's error (5 as published); 0 = 1 / sigma^2",
+        least=0,
+        only="distribution=ddpm",
     )
     clip: bool = _decided(
         False,
         "clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)",
-        only="distribution=edm",
+        only=_NORMAL,
     )
     stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
 
@@ -368,13 +391,21 @@ class Sample(_Checked):
     steps: int = _free(18, "steps of the solver", least=1, most=10**5)
     grid: str = _free(
         "edm",
-        "edm, vp, ve, iddpm; of discrete models also respaced (guided-diffusion's), ddim, quad, "
-        "trailing, and pndm (as the released S- and F-PNDM step)",
+        "edm, vp, ve, iddpm; of flow models also flow (equal steps of t, from pure noise); of "
+        "discrete models also respaced (guided-diffusion's), ddim, quad, trailing, and pndm (as "
+        "the released S- and F-PNDM step)",
         choices=GRIDS,
     )
     sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it", above=0)
     sigma_max: float = _decided(80.0, "highest noise level; noise.clip clips to it", above=0)
     rho: float = _free(7.0, "exponent of the grid", least=0.1, most=1000, only="grid=edm")
+    shift: float = _free(
+        1.0,
+        "grid flow: more steps in the noise, t' = shift t / (1 + (shift - 1) t)",
+        above=0,
+        most=1000,
+        only="grid=flow",
+    )
     eta: float = _free(
         0.0, "ddim and heun: 0 = deterministic, 1 = as random as DDPM", least=0, most=1
     )

@@ -98,6 +98,24 @@ def iddpm(
     return np.append(levels[np.round((len(levels) - 1) * k).astype(np.int64)], 0.0)
 
 
+def flow(n: int, shift: float = 1.0) -> np.ndarray:
+    """Equal steps of t from 1 to 0 on the straight path (1 - t) x0 + t eps, sigma = t / (1 - t).
+
+    The first level is process.PURE_NOISE: there the path is the latents.
+
+    shift: t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206 section 5.3.2, more steps in the
+      noise of large pictures), which multiplies sigma by `shift`.
+
+    Raises:
+      ValueError: n < 1 or shift <= 0.
+    """
+    _fractions(n)
+    if not shift > 0:
+        raise ValueError(f"shift={shift}; expected a positive number")
+    t = np.arange(n - 1, -1, -1) / n
+    return np.append(process.PURE_NOISE, shift * process.Flow().sigma(t))
+
+
 def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.ndarray:
     """Kept indices of a discrete process, ascending [n].
 
@@ -136,7 +154,7 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
 
 def ddim(
     n: int,
-    betas: process.Schedule = "linear",
+    betas: process.Schedule | process.Discrete = "linear",
     spacing: str = "uniform",
     steps: int = 1000,
 ) -> np.ndarray:
@@ -145,13 +163,16 @@ def ddim(
 
     Args:
       n: steps.
-      betas: "linear", "cosine" or the betas themselves.
+      betas: "linear", "cosine", "scaled_linear", the betas themselves, or a table of all steps.
       spacing: as in `ddim_timesteps`.
       steps: T, where betas is a name.
     """
-    table = process.betas(betas, steps)
-    kept = ddim_timesteps(n, len(table), spacing)
-    return np.append(process.Discrete.make(table, keep=kept).sigma[::-1], 0.0)
+    if not isinstance(betas, process.Discrete):
+        table = process.betas(betas, steps)
+        kept = ddim_timesteps(n, len(table), spacing)
+        return np.append(process.Discrete.make(table, keep=kept).sigma[::-1], 0.0)
+    kept = ddim_timesteps(n, len(betas.timesteps), spacing)
+    return np.append(betas.sigma[kept][::-1], 0.0)
 
 
 def respaced(

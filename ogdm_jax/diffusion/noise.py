@@ -94,6 +94,10 @@ def _log_normal(draw: Array, mean: float, std: float, clip: tuple[float, float] 
     return sigma if clip is None else jnp.clip(sigma, *clip)
 
 
+def _velocity_weight(sigma: Array) -> Array:
+    return jnp.square(1 + 1 / sigma)
+
+
 def edm(
     mean: float = -1.2,
     std: float = 1.2,
@@ -109,12 +113,47 @@ def edm(
       is not positive.
     """
     for name, value in (("std", std), ("sigma_data", sigma_data)):
-        if not value > 0:
-            raise ValueError(f"noise.edm: {name} {value} given; expected a positive number")
+        _check_positive(f"noise.edm: {name}", value)
     sigma = functools.partial(_log_normal, mean=mean, std=std, clip=clip)
     return NoiseDistribution(
         "normal", sigma, functools.partial(_edm_weight, sigma_data=sigma_data), stratified
     )
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} {value} given; expected a positive number")
+
+
+def logit_normal(
+    mean: float = 0.0,
+    std: float = 1.0,
+    clip: tuple[float, float] | None = None,
+    stratified: bool = False,
+) -> NoiseDistribution:
+    """Logit-normal times of a straight path (2403.03206 section 3.1): logit t ~ N(mean, std^2).
+
+    As sigma = t / (1 - t), logit t is ln sigma: these are log-normal levels as in `edm`. Weight
+    (1 + 1 / sigma)^2 = 1 / t^2: then the weighted error of x0_hat is |v_hat - v|^2, the loss of
+    flow matching, summed over pixels.
+
+    clip: (least, greatest) level. Raises ValueError for a std that is not positive.
+    """
+    _check_positive("noise.logit_normal: std", std)
+    sigma = functools.partial(_log_normal, mean=mean, std=std, clip=clip)
+    return NoiseDistribution("normal", sigma, _velocity_weight, stratified)
+
+
+def _flow(draw: Array) -> Array:
+    t = jnp.maximum(1 - draw, 1 / process.PURE_NOISE)
+    return t / jnp.maximum(draw, t / process.PURE_NOISE)
+
+
+def flow(stratified: bool = False) -> NoiseDistribution:
+    """Uniform times t = 1 - u of a straight path (2209.03003, 2210.02747), with `logit_normal`'s
+    weight. Levels in (0, process.PURE_NOISE].
+    """
+    return NoiseDistribution("uniform", _flow, _velocity_weight, stratified)
 
 
 def _vp(draw: Array, beta_d: float, beta_min: float, epsilon_t: float) -> Array:
@@ -139,21 +178,49 @@ def _of_table(draw: Array, levels: np.ndarray) -> Array:
     ]
 
 
+def _v_weight(sigma: Array) -> Array:
+    return 1 + _inverse_square(sigma)
+
+
+def _min_snr_weight(sigma: Array, most: float) -> Array:
+    return jnp.minimum(_inverse_square(sigma), most)
+
+
 def ddpm(
-    betas: process.Schedule = "linear",
+    betas: process.Schedule | process.Discrete = "linear",
     steps: int = 1000,
     stratified: bool = False,
+    *,
+    min_snr: float = 0.0,
 ) -> NoiseDistribution:
     """Levels sqrt(1 / alpha_bar_t - 1) of a discrete process, t uniform over its steps (2006.11239
     alg. 1).
 
     Weight 1 / sigma^2: of an eps-predicting network sum_pixels (x0_hat - x0)^2 / sigma^2 = sum
-    (eps_hat - eps)^2. That is h w c times L_simple, which is a mean over pixels. Raises ValueError
-    for unknown betas.
+    (eps_hat - eps)^2. That is h w c times L_simple, which is a mean over pixels.
+
+    min_snr: where above 0, the weight is min(1 / sigma^2, min_snr) (2303.09556 takes 5), with any
+      prediction, since all are the error of x0_hat here.
+
+    Raises ValueError for unknown betas.
     """
-    levels = process.Discrete.make(betas, steps).sigma
+    levels = process.as_table(betas, steps).sigma
     sigma = functools.partial(_of_table, levels=levels)
-    return NoiseDistribution("uniform", sigma, _inverse_square, stratified, levels)
+    weight = functools.partial(_min_snr_weight, most=min_snr) if min_snr > 0 else _inverse_square
+    return NoiseDistribution("uniform", sigma, weight, stratified, levels)
+
+
+def v(
+    betas: process.Schedule | process.Discrete = "linear",
+    steps: int = 1000,
+    stratified: bool = False,
+) -> NoiseDistribution:
+    """`ddpm`'s levels with the weight 1 + 1 / sigma^2 of a v-predicting network: the loss is
+    |v_hat - v|^2, summed over pixels (2202.00512 section 4, "SNR + 1").
+
+    It does not vanish at the step of pure noise that zero terminal SNR brings.
+    """
+    return dataclasses.replace(ddpm(betas, steps, stratified), weight=_v_weight)
 
 
 def _log_uniform(draw: Array, sigma_min: float, sigma_max: float) -> Array:

@@ -10,6 +10,13 @@ which one they are given.
 | c_out | s sd / sqrt(s^2 + sd^2) | -s | s | -s | -s |
 | c_in | 1 / sqrt(s^2 + sd^2) | 1 / sqrt(s^2 + 1) | 1 | 1 / sqrt(s^2 + 1) | 1 / sqrt(s^2 + 1) |
 | c_noise | ln(s) / 4 | 999 t(s) | ln(s / 2) | 999 - argmin_j abs(u_j - s) | t of a beta table |
+
+| | flow | v |
+|---|---|---|
+| c_skip | 1 / (1 + s) | 1 / (s^2 + 1) |
+| c_out | -s / (1 + s) | -s / sqrt(s^2 + 1) |
+| c_in | 1 / (1 + s) | 1 / sqrt(s^2 + 1) |
+| c_noise | s / (1 + s) | t of a beta table |
 """
 
 import dataclasses
@@ -252,8 +259,13 @@ def _adm_round(table: process.Discrete, sigma: Array) -> Array:
 
 def _adm(sigma: Array, table: process.Discrete, predict: str, scale: float) -> Coefficients:
     one, time = jnp.ones_like(sigma), _adm_time(table, sigma, scale)
-    skip, out = (one, -sigma) if predict == "eps" else (jnp.zeros_like(sigma), one)
-    return skip, out, 1 / jnp.sqrt(jnp.square(sigma) + 1), time
+    signal = 1 / jnp.sqrt(jnp.square(sigma) + 1)
+    skip, out = {
+        "eps": (one, -sigma),
+        "x0": (jnp.zeros_like(sigma), one),
+        "v": (jnp.square(signal), -sigma * signal),
+    }[predict]
+    return skip, out, signal, time
 
 
 def time_scale(steps: int, rescale: bool) -> float:
@@ -280,9 +292,10 @@ def adm(
     guided-diffusion's p_sample and ddim_sample.
 
     Args:
-      betas: "linear" or "cosine", the numbers, or a table, whose kept steps are the known levels.
-        steps: T.
-      predict: "eps", or "x0" for networks that predict the image.
+      betas: "linear", "cosine" or "scaled_linear", the numbers, or a table, whose kept steps are
+        the known levels.
+      steps: T.
+      predict: "eps", "x0" for networks that predict the image, or "v" (see `v_prediction`).
       learned_variance: the network has 2 C output channels; the ancestral solver then takes its
         variance from them.
       clip: clamp x0_hat to [-1, 1], as guided-diffusion does when it samples (and not when it
@@ -292,9 +305,9 @@ def adm(
     Raises:
       ValueError: unknown betas or another predict.
     """
-    if predict not in ("eps", "x0"):
-        raise ValueError(f"precondition.adm: predict {predict!r} given; expected 'eps' or 'x0'")
-    table = betas if isinstance(betas, process.Discrete) else process.Discrete.make(betas, steps)
+    if predict not in ("eps", "x0", "v"):
+        raise ValueError(f"precondition.adm: predict {predict!r} given; expected 'eps', 'x0', 'v'")
+    table = process.as_table(betas, steps)
     scale = time_scale(steps, rescale_timesteps)
     return make(
         network_fn,
@@ -302,7 +315,93 @@ def adm(
         float(table.sigma[0]),
         float(table.sigma[-1]),
         round_sigma=functools.partial(_adm_round, table),
+        rest=functools.partial(_edm_rest, sigma_data=1.0) if predict == "v" else None,
         clip=clip,
         learned_variance=learned_variance,
+        taps=taps,
+    )
+
+
+def v_prediction(
+    network_fn: NetworkFn,
+    betas: process.Schedule | process.Discrete = "linear",
+    steps: int = 1000,
+    *,
+    zero_terminal: bool = False,
+    clip: bool = False,
+    rescale_timesteps: bool = False,
+    taps: Taps | None = None,
+) -> Denoiser:
+    """Discrete networks of the velocity F(z, t) = v = a eps - b x0 at z = a x0 + b eps, with
+    a^2 + b^2 = 1 (2202.00512): x0_hat = a z - b F, eps_hat = b z + a F.
+
+    It is -F of `edm` with sigma_data 1, told the step of a table in place of ln(sigma) / 4.
+
+    Args:
+      network_fn, betas, steps, clip, rescale_timesteps, taps: as in `adm`.
+      zero_terminal: the betas are moved so that the last step is pure noise
+        (`process.Discrete.make`; 2305.08891). Its level is process.PURE_NOISE: there z is the
+        latents and x0_hat is -F, both to float32's rounding, so that a grid of `grids.ddim` with
+        "trailing" spacing starts where such models were trained. A table brings its own end.
+
+    Raises:
+      ValueError: unknown betas, or zero_terminal with a table.
+    """
+    if zero_terminal:
+        if isinstance(betas, process.Discrete):
+            raise ValueError(
+                "precondition.v_prediction: zero_terminal given with a table; expected betas, or "
+                "the table of process.Discrete.make(..., zero_terminal=True) alone"
+            )
+        betas = process.Discrete.make(betas, steps, zero_terminal=True)
+    settings = {"clip": clip, "rescale_timesteps": rescale_timesteps, "taps": taps}
+    return adm(network_fn, betas, steps, predict="v", **settings)
+
+
+FLOW = process.Flow()
+
+
+def _flow(sigma: Array, time_scale: float) -> Coefficients:
+    signal, t = 1 / (1 + sigma), FLOW.time(sigma)
+    return signal, -t, signal, time_scale * t
+
+
+def flow(
+    network_fn: NetworkFn,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+    *,
+    time_scale: float = 1.0,
+    taps: Taps | None = None,
+) -> Denoiser:
+    """Rectified flow's and flow matching's networks of the velocity F(z, t) = v = eps - x0 on the
+    straight path z = (1 - t) x0 + t eps (2209.03003, 2210.02747, 2403.03206): x0_hat = z - t F,
+    eps_hat = z + (1 - t) F.
+
+    x = z / (1 - t) and sigma = t / (1 - t). One Euler step of dz/dt = F from t to t' gives
+    (1 - t') x0_hat + t' eps_hat, which is in x the Euler step from sigma to sigma' of this package:
+    solver "euler" on `grids.flow` is the sampler that such models are published with, as the path
+    is straight in both. Papers that let t run from noise to data call 1 - t what is t here, and
+    their velocity is -F.
+
+    Args:
+      t_min, t_max: range of times that the network knows; 1 is the level process.PURE_NOISE, where
+        z is the latents.
+      time_scale: what the network is told at t = 1: 1, or 1000 (Stable Diffusion 3).
+
+    Raises:
+      ValueError: not 0 <= t_min < t_max <= 1.
+    """
+    if not 0 <= t_min < t_max <= 1:
+        raise ValueError(
+            f"precondition.flow: times {t_min} to {t_max} given; expected 0 <= t_min < t_max <= 1"
+        )
+    high = FLOW.sigma(t_max) if t_max < 1 else process.PURE_NOISE
+    return make(
+        network_fn,
+        functools.partial(_flow, time_scale=time_scale),
+        FLOW.sigma(t_min),
+        min(high, process.PURE_NOISE),
+        rest=FLOW.time,
         taps=taps,
     )

@@ -19,6 +19,12 @@ from ogdm_jax.typing import Array
 
 Numbers = TypeVar("Numbers", Array, np.ndarray, float)
 Schedule = str | Sequence[float] | np.ndarray  # a name of `betas`, or the betas themselves
+SCHEDULES = ("linear", "cosine", "scaled_linear")
+# The level that stands for an infinite one, where a path ends in pure noise (t = 1 of a flow, zero
+# terminal signal-to-noise ratio). There x0 + sigma eps is sigma eps to float32's rounding, and
+# sigma^2 is finite: rules that take ratios of levels (Euler, DDIM, ancestral) start there exactly
+# from latents ~ N(0, I).
+PURE_NOISE = 2.0**24
 
 
 def _namespace(v: Any) -> Any:
@@ -83,6 +89,29 @@ class VE:
     def scale(self, t: Numbers) -> Numbers:
         """s(t)."""
         return _namespace(t).ones_like(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The straight path (1 - t) x0 + t eps: sigma(t) = t / (1 - t), s(t) = 1 - t, t in [0, 1)
+    (arXiv 2209.03003, 2210.02747).
+    """
+
+    def sigma(self, t: Numbers) -> Numbers:
+        """The noise level at time t."""
+        return t / (1 - t)
+
+    def time(self, sigma: Numbers) -> Numbers:
+        """The time at which the noise level is sigma; 1 in float32 from PURE_NOISE on."""
+        return sigma / (1 + sigma)
+
+    def sigma_derivative(self, t: Numbers) -> Numbers:
+        """The derivative d sigma / d t."""
+        return (1 - t) ** -2
+
+    def scale(self, t: Numbers) -> Numbers:
+        """s(t)."""
+        return 1 - t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +187,9 @@ def betas(schedule: Schedule = "linear", steps: int = 1000) -> np.ndarray:
 
     Args:
       schedule: "linear", 1e-4 to 0.02 scaled by 1000 / T (arXiv 2006.11239); "cosine", at most
-        0.999 (arXiv 2102.09672 eq. 17); or the numbers themselves.
+        0.999 (arXiv 2102.09672 eq. 17); "scaled_linear", squares of equal steps from sqrt 0.00085
+        to sqrt 0.012, scaled likewise (Stable Diffusion, whose code calls it "linear"); or the
+        numbers themselves.
       steps: T, not used when the numbers are given.
 
     Raises:
@@ -179,7 +210,9 @@ def betas(schedule: Schedule = "linear", steps: int = 1000) -> np.ndarray:
         t = np.arange(steps + 1) / steps
         bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    raise ValueError(f"schedule={schedule!r}; expected 'linear', 'cosine' or a row of betas")
+    if schedule == "scaled_linear":
+        return np.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2 * 1000 / steps
+    raise ValueError(f"schedule={schedule!r}; expected {', '.join(SCHEDULES)} or a row of betas")
 
 
 def space_timesteps(steps: int, spacing: str | Sequence[int]) -> np.ndarray:
@@ -241,14 +274,22 @@ class Discrete:
         schedule: Schedule = "linear",
         steps: int = 1000,
         keep: Sequence[int] | np.ndarray | None = None,
+        zero_terminal: bool = False,
     ) -> Self:
         """The process of `betas(schedule, steps)` on the kept original indices (None: all).
+
+        zero_terminal: move q = sqrt(alpha_bar) so that the last step is pure noise: q' =
+          (q - q_T) q_1 / (q_1 - q_T) (arXiv 2305.08891 algorithm 1). Its level is PURE_NOISE here.
 
         Raises:
           ValueError: an index outside 0..T-1, or a kept step of pure noise (alpha_bar 0, zero
             terminal SNR), whose level sigma is infinite; the steps before it can be kept.
         """
         bar = np.cumprod(1 - betas(schedule, steps))
+        if zero_terminal:
+            root = np.sqrt(bar)
+            bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+            bar[-1] = 1 / (1 + PURE_NOISE**2)
         kept = np.arange(len(bar)) if keep is None else np.unique(np.asarray(keep, np.int64))
         if kept.size == 0 or kept[0] < 0 or kept[-1] >= len(bar):
             raise ValueError(f"keep: {kept.tolist()}; expected indices from 0 to {len(bar) - 1}")
@@ -289,6 +330,11 @@ class Discrete:
         levels = np.log(self.sigma)
         between = jnp.asarray((levels[1:] + levels[:-1]) / 2, sigma.dtype)
         return jnp.searchsorted(between, jnp.log(sigma)).astype(jnp.int32)
+
+
+def as_table(betas: Schedule | Discrete, steps: int = 1000) -> Discrete:
+    """A table as it is; else the process of these betas."""
+    return betas if isinstance(betas, Discrete) else Discrete.make(betas, steps)
 
 
 def iddpm_levels(steps: int = 1000, c1: float = 1e-3, c2: float = 8e-3) -> np.ndarray:

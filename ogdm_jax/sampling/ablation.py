@@ -28,11 +28,18 @@ RANGES = {
     "iddpm": (0.002, 81.0),
     "edm": (0.002, 80.0),
 }
+# name -> s and ds / dsigma of a level
+SCALINGS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "vp": lambda sigma: (1 / np.sqrt(1 + sigma**2), -sigma / np.sqrt(1 + sigma**2) ** 3),
+    "flow": lambda sigma: (1 / (1 + sigma), -((1 + sigma) ** -2)),
+    "none": lambda sigma: (np.ones_like(sigma), np.zeros_like(sigma)),
+}
+Clock = process.VP | process.VE | process.EDM | process.Flow
 _CHOICES = {
     "solver": ("euler", "heun"),
     "grid": tuple(RANGES),
-    "schedule": ("vp", "ve", "linear"),
-    "scaling": ("vp", "none"),
+    "schedule": ("vp", "ve", "linear", "flow"),
+    "scaling": tuple(SCALINGS),
 }
 
 
@@ -44,8 +51,9 @@ class Design:
       solver: "euler", or "heun", whose second point lies at the fraction alpha of the step.
       grid: "vp", "ve", "iddpm" or "edm", where the levels lie; or the decreasing levels themselves,
         without a final 0.
-      schedule: sigma(t): "vp", "ve" (sqrt t) or "linear" (t).
-      scaling: s(t): "vp" (1 / sqrt(1 + sigma^2)) or "none" (1).
+      schedule: sigma(t): "vp", "ve" (sqrt t), "linear" (t) or "flow" (t / (1 - t)).
+      scaling: s(t): "vp" (1 / sqrt(1 + sigma^2)), "flow" (1 / (1 + sigma)) or "none" (1). With both
+        "flow" and the levels of grids.flow, Heun's rule is that of dz/dt = v(z, t), from t = 1.
       alpha: in (0, 1]; 1 is Heun, 1/2 the midpoint rule.
       sigma_min: lowest level of the grid; None: the published one.
       sigma_max: highest level of the grid; None: the published one.
@@ -101,11 +109,11 @@ class Design:
         high = float(high) if self.sigma_max is None else self.sigma_max
         return grids.clip_range(denoise, low, high)
 
-    def clock(self, low: float, high: float) -> process.VP | process.VE | process.EDM:
+    def clock(self, low: float, high: float) -> Clock:
         """sigma(t) with its inverse and derivative."""
         if self.schedule == "vp":
             return process.VP.between(low, high, self.t_min)
-        return process.VE() if self.schedule == "ve" else process.EDM()
+        return {"ve": process.VE, "linear": process.EDM, "flow": process.Flow}[self.schedule]()
 
 
 def ablation(
@@ -202,14 +210,14 @@ def _table(
         with jax.ensure_compile_time_eval():
             return np.asarray(denoise.round_sigma(cast(Array, levels)), np.float64)
 
-    clock, scaled = design.clock(low, high), design.scaling == "vp"
-    table = coefficients(clock, scaled, rounded(levels), rounded, churn, design.alpha)
+    clock, scaling = design.clock(low, high), design.scaling
+    table = coefficients(clock, scaling, rounded(levels), rounded, churn, design.alpha)
     return jax.tree.map(lambda v: jnp.asarray(v, dtype), table)
 
 
 def coefficients(
-    clock: process.VP | process.VE | process.EDM,
-    scaled: bool,
+    clock: Clock,
+    scaling: str,
     levels: np.ndarray,
     rounded: Callable[[np.ndarray], np.ndarray],
     churn: churning.Churn | None,
@@ -222,7 +230,7 @@ def coefficients(
 
     Args:
       clock: sigma(t), its inverse and derivative.
-      scaled: whether s(t) = 1 / sqrt(1 + sigma^2) (else 1).
+      scaling: a name of SCALINGS.
       levels: [n] rounded levels, the final 0 left out.
       rounded: rounds levels to those the network knows.
       churn: constants or None.
@@ -231,12 +239,11 @@ def coefficients(
 
     def point(t: Any) -> dict[str, Any]:
         sigma, d_sigma = clock.sigma(t), clock.sigma_derivative(t)
-        scale = 1 / np.sqrt(1 + sigma**2) if scaled else np.ones_like(t)
-        d_scale = -sigma * d_sigma * scale**3 if scaled else np.zeros_like(t)
+        scale, d_scale = SCALINGS[scaling](sigma)
         return {
             "sigma": sigma,
             "scale": scale,
-            "linear": d_sigma / sigma + d_scale / scale,
+            "linear": d_sigma / sigma + d_sigma * d_scale / scale,
             "pull": d_sigma * scale / sigma,
         }
 

@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, Sample, require
-from ogdm_jax.diffusion import grids
+from ogdm_jax.diffusion import grids, process
 from ogdm_jax.models import Model
 from ogdm_jax.sampling import discrete
 from ogdm_jax.sampling.guidance import Guidance, combine
 from ogdm_jax.sampling.sampler import check_parts, sample
-from ogdm_jax.sampling.solvers import FEWEST_STEPS
+from ogdm_jax.sampling.solvers import FEWEST_STEPS, FROM_PURE_NOISE
 from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
@@ -105,6 +105,13 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
       ConfigError: the grid needs a discrete model, or has fewer steps than wanted.
     """
     name, steps, table = settings.grid, settings.steps, model.table
+    denoise = model.denoiser({}, {})
+    if name == "flow":
+        knows = f"one of {', '.join(CONTINUOUS)}: the model does not know pure noise, as flow does"
+        require(denoise.sigma_max >= process.PURE_NOISE, "sample.grid", name, knows)
+        return grids.flow(steps, settings.shift)
+    of_eps = "another grid, such as ddim: the released PNDM is of models that predict eps"
+    require(name != PNDM or model.predicts == "eps", "sample.grid", name, of_eps)
     fitting = f"one of {', '.join(CONTINUOUS)}: the model is not a discrete one"
     require(name in CONTINUOUS or table is not None, "sample.grid", name, fitting)
     try:
@@ -113,7 +120,7 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
             return np.append(table.sigma[kept][::-1], 0.0)
         if name == PNDM and table is not None:
             return discrete.pndm_levels(steps, table, ORDERS[settings.solver])
-        low, high = grids.clip_range(model.denoiser({}, {}), settings.sigma_min, settings.sigma_max)
+        low, high = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
         return CONTINUOUS[name](steps, low, high, settings.rho)
     except ValueError as error:
         raise ConfigError(
@@ -125,11 +132,15 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     """Raises ConfigError for too few steps, or a grid or variance that the model does not have."""
     least = FEWEST_STEPS.get(settings.solver, 1)
     require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
-    if model is not None:
-        noise_levels(model, settings)
-        known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
-        fixed = "small, large or diffusion: the model has learned no variance"
-        require(known, "sample.variance", settings.variance, fixed)
+    if model is None:
+        return
+    levels, solvers = noise_levels(model, settings), ", ".join(FROM_PURE_NOISE)
+    starts = levels[0] < process.PURE_NOISE or settings.solver in FROM_PURE_NOISE
+    expected = f"one of {solvers} with the grid {settings.grid!r}, which starts from pure noise"
+    require(starts, "sample.solver", settings.solver, expected)
+    known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
+    fixed = "small, large or diffusion: the model has learned no variance"
+    require(known, "sample.variance", settings.variance, fixed)
 
 
 def sampler(

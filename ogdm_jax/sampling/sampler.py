@@ -24,7 +24,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ogdm_jax import randomness
-from ogdm_jax.diffusion import grids
+from ogdm_jax.diffusion import grids, process
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.sampling import solvers
 from ogdm_jax.sampling.churn import Churn, ChurnRule, Info
@@ -116,6 +116,7 @@ def sample(
         does not use.
     """
     _check_solver(solver)
+    check_start(solver, sigmas)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
@@ -235,6 +236,18 @@ def _variance(denoise: Denoiser, variance: str | float | Array | None) -> str | 
 def _check_solver(solver: str) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
+
+
+def check_start(solver: str, sigmas: Array | np.ndarray) -> None:
+    """Raises ValueError for a solver whose steps mean nothing from pure noise, on such a grid."""
+    if solver in solvers.FROM_PURE_NOISE or isinstance(sigmas, Tracer):
+        return
+    if np.max(np.asarray(sigmas), initial=0.0) >= process.PURE_NOISE:
+        raise ValueError(
+            f"solver={solver!r} on a grid that starts from pure noise, whose level is infinite; "
+            f"expected one of {', '.join(solvers.FROM_PURE_NOISE)}, or a grid with a finite first "
+            "level, such as edm"
+        )
 
 
 def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:

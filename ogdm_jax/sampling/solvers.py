@@ -24,6 +24,8 @@ FEWEST_STEPS = {
     "spndm": 2,
     "fpndm": 4,
 }  # of a grid: their first steps are one-step rules; 1 for the others
+# Rules of ratios of levels: those that may start at process.PURE_NOISE, which stands for infinity.
+FROM_PURE_NOISE = ("euler", "ddim", "ancestral", "dpmpp_2m")
 Step = tuple[Array, PyTree, Array]
 Body = Callable[[Array, PyTree, Info], Step]
 Transition = Callable[[Array, Array, Info], tuple[Array, Array]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,15 +94,15 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
 
 def noise_distribution(config: Config) -> NoiseDistribution:
     """The distribution of a configuration's training noise levels."""
-    settings, process = config.noise, config.precondition
-    if settings.distribution == "ddpm":
-        return noise.ddpm(process.schedule, process.diffusion_steps, settings.stratified)
-    if settings.distribution != "edm":
-        return getattr(noise, settings.distribution)(stratified=settings.stratified)
-    return noise.edm(
-        settings.mean,
-        settings.std,
-        sigma_data=process.sigma_data,
-        clip=(config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None,
-        stratified=settings.stratified,
-    )
+    settings, kind = config.noise, config.noise.distribution
+    how: dict[str, Any] = {"stratified": settings.stratified}
+    if kind in ("ddpm", "v"):
+        how["betas"] = models.discrete_table(config.precondition)
+    if kind == "ddpm":
+        how["min_snr"] = settings.min_snr
+    if kind in ("edm", "logit_normal"):
+        limits = (config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None
+        how |= {"mean": settings.mean, "std": settings.std, "clip": limits}
+    if kind == "edm":
+        how["sigma_data"] = config.precondition.sigma_data
+    return getattr(noise, kind)(**how)
