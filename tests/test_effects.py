@@ -57,7 +57,10 @@ def typed(*texts: str, base: str = "digits") -> str:
         (("network.num_heads=4",), "network.num_heads: 4 .* only with config.network.kind=openai"),
         (("sample.grid=vp", "sample.rho=3"), "sample.rho: 3.0 .* config.sample.grid=edm"),
         (("noise.distribution=ve", "noise.mean=0"), "config.noise.distribution=edm"),
-        (("precondition.diffusion_steps=100",), "kind=adm or config.noise.distribution=ddpm"),
+        (
+            ("precondition.diffusion_steps=100",),
+            "kind=adm or v or config.noise.distribution=ddpm or v",
+        ),
         (("ogdm.r1=0", "ogdm.r1_interval=16"), "config.ogdm.r1 set"),
         (("methods=stf", "stf.source=full", "stf.n=64"), "stf.source=stream or cache"),
         (("evaluate.features=", "evaluate.num=5"), "config.evaluate.features set"),

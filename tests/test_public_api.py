@@ -19,6 +19,8 @@ PUBLIC = {
         "vp": "network_fn",
         "ve": "network_fn",
         "iddpm": "network_fn",
+        "v_prediction": "network_fn",
+        "flow": "network_fn",
     },
     "diffusion.grids": {
         "edm": "n, sigma_min=0.002, sigma_max=80.0, rho=7.0",
@@ -26,6 +28,7 @@ PUBLIC = {
         "ve": "n",
         "iddpm": "n",
         "ddim": "n",
+        "flow": "n",
     },
     "sampling": {
         "sample": "denoise, latents, sigmas, solver='heun', key=None, churn=None, "

@@ -24,11 +24,9 @@ from ogdm_jax.cli import show
 from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.training import convert, steps
 
-_KEPT = (
-    "network.dropout",
-    "precondition.schedule",
-    "noise.distribution",
-)  # the tensors do not say these
+# the tensors do not say these
+_KEPT = ("network.dropout", "precondition.schedule", "sample.grid", "sample.solver")
+_KEPT += ("noise.distribution", "noise.mean", "noise.std")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

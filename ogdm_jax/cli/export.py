@@ -13,6 +13,7 @@ from ogdm_jax import config as configs
 from ogdm_jax import startup
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.interop import export
+from ogdm_jax.interop.settings import PROCESS
 from ogdm_jax.training import workdir
 
 
@@ -43,12 +44,14 @@ def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:
         settings["model_type"] = type(network).__name__
     else:  # as to_torch writes it; published networks of these sizes may be "new"
         settings["qkv_order"] = "legacy"
-    discrete = config.precondition.kind == "adm"
+    chain = ("schedule", *PROCESS[:3])
+    kinds = {"adm": chain[:-1], "v": chain, "flow": PROCESS[3:]}
+    told = kinds.get(config.precondition.kind, ())
     about = {
         "kind": kind,
         "settings": settings,
         "precondition": config.precondition.kind,
-        **({"schedule": config.precondition.schedule} if discrete else {}),
+        **{name: getattr(config.precondition, name) for name in told},
         "sigma_data": config.precondition.sigma_data,
         "dropout": config.network.dropout,
         "step": run.step,

@@ -15,6 +15,7 @@ from ogdm_jax import startup
 from ogdm_jax.cli.parsing import parser_of
 from ogdm_jax.interop import Pretrained, export, load_pretrained, pretrained, recognise
 from ogdm_jax.interop.inert import quote
+from ogdm_jax.interop.settings import PRECONDITIONS
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="FILE")
     add("--entry", default=None, help="way to the part to take, such as net, 4 or state.model")
-    kinds = "edm, vp, ve, iddpm or adm, where the file does not say"
+    kinds = f"{', '.join(PRECONDITIONS)}, where the file does not say"
     add("--precondition", default=None, help=kinds)
     hidden = "a setting that the tensors do not tell, such as num_heads=1"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=hidden)
@@ -82,7 +83,8 @@ def _show(args: argparse.Namespace) -> None:
         "sigma_data": found.sigma_data,
         "dropout in training": found.dropout,
     }
-    known |= {"schedule": found.schedule} if found.precondition == "adm" else {}
+    known |= {"schedule": found.schedule} if found.precondition in ("adm", "v") else {}
+    known |= found.process
     for name, value in (export.network_settings(found.network) | known).items():
         print(f"  {name}: {'not said by the file' if value is None and name in known else value}")
     told = export.read_about(file.path) or pretrained.describe(part)

@@ -44,6 +44,14 @@ class NoiseDistribution:
                 "'normal' or 'uniform'"
             )
 
+    @property
+    def reaches_pure_noise(self) -> bool:
+        """Whether draws come up to process.PURE_NOISE."""
+        if self.kind_of_draw == "normal":
+            return False
+        with jax.ensure_compile_time_eval():
+            return bool(self.sigma(jnp.asarray([0.0, 1.0])).max() >= process.PURE_NOISE)
+
     def sample(
         self,
         keys: Array,

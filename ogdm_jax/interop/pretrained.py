@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax import models
+from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.interop import (
@@ -24,7 +26,7 @@ from ogdm_jax.interop import (
 from ogdm_jax.interop.inert import Module, quote
 from ogdm_jax.interop.names_shared import Entry
 from ogdm_jax.interop.parts import Part
-from ogdm_jax.interop.settings import check_about, check_settings
+from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
 from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
 from ogdm_jax.startup import raised_here
@@ -57,12 +59,14 @@ class Pretrained:
       kind: one of recognise.KINDS.
       network: a flax module.
       variables: {"params": ...}, and "buffers" where the network has any.
-      precondition: edm, vp, ve, iddpm or adm where the file says so or its kind implies it; else
-        None.
+      precondition: edm, vp, ve, iddpm, adm, v or flow where the file says so or its kind implies
+        it; else None.
       sigma_data: of edm.
       dropout: of the original training where the file says so; the network itself always has 0
         unless a setting asks.
-      schedule: of adm, the betas: linear or cosine.
+      schedule: of adm and v, the betas: linear, cosine or scaled_linear.
+      process: settings of config.precondition beside it, where the file says them
+        (`settings.PROCESS`).
       notes: what was taken of the file, what else it holds, what was ignored and converted; one
         sentence each.
     """
@@ -74,6 +78,7 @@ class Pretrained:
     sigma_data: float = 0.5
     dropout: float | None = None
     schedule: str = "linear"
+    process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
@@ -97,11 +102,10 @@ class Pretrained:
 
         if self.precondition in (None, "edm"):
             return precondition.edm(network_fn, self.sigma_data, taps=taps)
-        if self.precondition == "adm":
-            network = cast(ADMUNet, self.network)
-            learned = network.out_channels == 2 * network.img_channels
-            return precondition.adm(network_fn, self.schedule, learned_variance=learned, taps=taps)
-        return getattr(precondition, self.precondition)(network_fn, taps=taps)
+        network: Any = self.network
+        learned = self.precondition == "adm" and network.out_channels == 2 * network.img_channels
+        told = {"schedule": self.schedule, "learned_variance": learned, **self.process}
+        return models.wrap(Precondition(self.precondition, **told))(network_fn, taps=taps)
 
 
 def from_torch(
@@ -203,15 +207,16 @@ def load_pretrained(
 
     Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside
     a .safetensors file, or from iDDPM's table `u`; a plain state dict does not say
-    (precondition="vp" and the like may be given). OpenAI's U-Nets are "adm" with the published
-    schedule, linear for unknown ones.
+    (precondition="vp" and the like may be given; of "v" also schedule, zero_terminal; of "flow"
+    time_scale). OpenAI's U-Nets are "adm" with the published schedule, linear for unknown ones.
 
     Args:
       path: see read_torch; also what open_torch gives.
       entry: see read_torch.
       kind: see from_torch.
       allow_nan: see from_torch.
-      **settings: see from_torch; also precondition, sigma_data and schedule.
+      **settings: see from_torch; also precondition, sigma_data, schedule and the names of
+        `settings.PROCESS`.
 
     Raises:
       UnsafeFileError: the file is refused.
@@ -221,7 +226,7 @@ def load_pretrained(
     about = export.read_about(file.path) or {}
     part, others = file.part(entry, kind or about.get("kind"))
     about, state = about or describe(part), file.arrays(part)
-    for name in ("precondition", "sigma_data", "schedule"):
+    for name in ("precondition", "sigma_data", "schedule", *PROCESS):
         about[name] = settings.pop(name, about.get(name))
     check_about(about)
     if about["precondition"] is None and ("u" in state or "model.u" in state):
@@ -248,6 +253,7 @@ def load_pretrained(
         sigma_data,
         about.get("dropout"),
         about["schedule"] or "linear",
+        {name: about[name] for name in PROCESS if about[name] is not None},
         notes(part, others, state),
     )
 

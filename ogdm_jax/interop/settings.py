@@ -9,10 +9,13 @@ from typing import Any, cast
 import flax.linen as nn
 import numpy as np
 
+from ogdm_jax.diffusion.process import SCHEDULES
 from ogdm_jax.interop.inert import quote
 from ogdm_jax.interop.recognise import KINDS
 
-PRECONDITIONS, SCHEDULES = ("edm", "vp", "ve", "iddpm", "adm"), ("linear", "cosine")
+PRECONDITIONS = ("edm", "vp", "ve", "iddpm", "adm", "v", "flow")
+# What a file may say of a process beside its betas: names and defaults of config.precondition's.
+PROCESS = ("diffusion_steps", "rescale_timesteps", "zero_terminal", "time_scale")
 _LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger
 _LONGEST = 16  # entries of a list
 _MOST_BLOCKS = 64  # of a level: every block is traced
@@ -39,6 +42,13 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a positive number",
     ),
     "dropout": (_number(0, 1), "a number from 0 to below 1"),
+    "diffusion_steps": (
+        lambda value: isinstance(value, int) and _number(2, 10**5 + 1)(value),
+        "a whole number from 2 to 100000",
+    ),
+    "rescale_timesteps": (lambda value: isinstance(value, bool), "true or false"),
+    "zero_terminal": (lambda value: isinstance(value, bool), "true or false"),
+    "time_scale": (_number(float(_POSITIVE.tiny), 1e6), "a positive number below 1e6"),
 }
 
 

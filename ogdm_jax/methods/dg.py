@@ -115,6 +115,8 @@ def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp"
         time = vp_time(sigma)
         x_vp = x * per_example(jax.lax.rsqrt(1 + sigma**2), x)
         value = logit(x_vp, cosine_time(time) if clock == "cosine" else time, label)
+        # Nobody trains beyond the clock's end, where a flow starts; there the ratio is constant.
+        value = jnp.where(time < 1 + 1e-5, value, 0.0)
         if not clip:
             return value
         limit = float(np.log1p(-clip) - np.log(clip))

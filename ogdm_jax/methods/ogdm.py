@@ -33,7 +33,7 @@ from ogdm_jax.diffusion.observation import LOSSES, SOLVERS, logits_and_r1, proje
 from ogdm_jax.diffusion.observation import discriminator_loss as discriminator_loss
 from ogdm_jax.diffusion.observation import generator_loss as generator_loss
 from ogdm_jax.diffusion.observation import r1_penalty as r1_penalty
-from ogdm_jax.diffusion.process import Discrete
+from ogdm_jax.diffusion.process import SCHEDULES, Discrete
 from ogdm_jax.methods.contract import (
     Carry,
     Context,
@@ -130,9 +130,7 @@ class Settings:
     sigma_min: float = setting(0.002, "lowest level of the warp (distribution edm)", above=0)
     sigma_max: float = setting(80.0, "highest level of the warp", above=0, only=_EDM)
     rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only="distribution=edm")
-    schedule: str = setting(
-        "linear", "betas of distribution adm", choices=("linear", "cosine"), only=_ADM
-    )
+    schedule: str = setting("linear", "betas of distribution adm", choices=SCHEDULES, only=_ADM)
     diffusion_steps: int = setting(1000, "and their number", least=2, most=10**5, only=_ADM)
 
     def __post_init__(self) -> None:
@@ -308,11 +306,7 @@ def training(settings: Settings, context: Context) -> Slots:
     """
     _check_levels(settings, context)
     players = Players(settings, context, discriminator(settings, context))
-    return Slots(
-        "ogdm",
-        penalty=players.penalty,
-        carry=Carry(players.init, players.update),
-    )
+    return Slots("ogdm", penalty=players.penalty, carry=Carry(players.init, players.update))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,9 +392,12 @@ class Players:
 
 def _check_levels(settings: Settings, context: Context) -> None:
     """Refuses pairs of one discrete chain or grid for levels that are not drawn from it."""
-    levels = context.noise.levels
+    levels, finite = context.noise.levels, not context.noise.reaches_pure_noise
     grid = "at most 1: above, training must draw its levels from a grid, which no distribution does"
     require(settings.k <= 1, "ogdm.k", settings.k, grid)
+    for key, bad, good in (("solver", "heun", "euler"), ("condition", "sigma", "log_sigma")):
+        infinite = f"{good}: config.noise comes up to pure noise, whose level is infinite"
+        require(finite or getattr(settings, key) != bad, f"ogdm.{key}", bad, infinite)
     if settings.distribution != "adm" or levels is None:
         return
     chain = Discrete.make(settings.schedule, settings.diffusion_steps).sigma
@@ -409,7 +406,7 @@ def _check_levels(settings: Settings, context: Context) -> None:
         "ogdm.schedule",
         f"{settings.schedule}, {settings.diffusion_steps} steps",
         "the schedule and diffusion_steps of config.precondition, from which noise.distribution "
-        "'ddpm' draws",
+        "'ddpm' draws; with precondition.zero_terminal, ogdm.distribution=edm",
     )
 
 

@@ -59,9 +59,17 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
     if kind in ("vp", "ve"):
         settings["noise.distribution"] = kind
+    settings |= {f"precondition.{name}": value for name, value in found.process.items()}
+    if kind in ("adm", "v"):
+        drawn = "ddpm" if kind == "adm" else "v"
+        settings |= {"noise.distribution": drawn, "precondition.schedule": found.schedule}
     if kind == "adm":
-        settings |= {"noise.distribution": "ddpm", "precondition.schedule": found.schedule}
         settings["precondition.learned_variance"] = network.out_channels == 2 * network.img_channels
+    if kind == "flow":
+        settings |= {"noise.distribution": "logit_normal", "noise.mean": 0.0, "noise.std": 1.0}
+    if kind == "flow" or found.process.get("zero_terminal"):
+        grid = "flow" if kind == "flow" else "trailing"
+        settings |= {"sample.grid": grid, "sample.solver": "euler"}  # they start from pure noise
     if found.dropout is not None:
         settings["network.dropout"] = float(found.dropout)
     elif owner == "openai":  # the file does not say; most of them were trained without
