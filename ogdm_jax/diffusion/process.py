@@ -212,7 +212,9 @@ def betas(schedule: Schedule = "linear", steps: int = 1000) -> np.ndarray:
         return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     if schedule == "scaled_linear":
         return np.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2 * 1000 / steps
-    raise ValueError(f"schedule={schedule!r}; expected {', '.join(SCHEDULES)} or a row of betas")
+    raise ValueError(
+        f"schedule={schedule!r}; expected {', '.join(map(repr, SCHEDULES))} or a row of betas"
+    )
 
 
 def space_timesteps(steps: int, spacing: str | Sequence[int]) -> np.ndarray:
