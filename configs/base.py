@@ -10,7 +10,7 @@ Other files of this folder are short overlays; so is yours, anywhere:
         return config
 
 `python train.py --config configs/base.py --dry-run` prints all settings as one types them
-(--config.GROUP.KEY=VALUE); ogdm_jax/config/groups.py and each method's `Settings` say what they
+(--config.GROUP.KEY=VALUE); the files of ogdm_jax/config and each method's `Settings` say what they
 mean.
 """
 

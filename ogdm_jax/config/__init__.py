@@ -1,8 +1,9 @@
-"""Settings: how one is declared (fields.py), those of every run (groups.py, together in whole.py),
+"""Settings: how one is declared (fields.py), those of every run (groups.py, diffusion.py, together in whole.py),
 which have an effect (effects.py), and how they are read from a Python file and the command line
 (files.py).
 """
 
+from ogdm_jax.config.diffusion import Noise, Precondition
 from ogdm_jax.config.effects import check_sense, check_typed
 from ogdm_jax.config.fields import (
     ConfigError,
@@ -29,10 +30,8 @@ from ogdm_jax.config.groups import (
     Data,
     Evaluate,
     Network,
-    Noise,
     Optim,
     Parallel,
-    Precondition,
     Sample,
 )
 from ogdm_jax.config.whole import Config, flatten, make, replace, resolve

@@ -14,8 +14,6 @@ from ogdm_jax.config.fields import check, require, setting
 SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
 GRIDS = ("edm", "vp", "ve", "iddpm", "flow", "respaced", "ddim", "quad", "trailing", "pndm")
 _UNETS = "kind=song|dhariwal|openai"
-_DISCRETE = ("precondition.kind=adm|v", "noise.distribution=ddpm|v")
-_NORMAL = "distribution=edm|logit_normal"
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
 
@@ -173,95 +171,6 @@ class Network(_Checked):
         filters = "an even number of taps with a positive sum, such as (1, 1) or (1, 3, 3, 1)"
         good = len(taps) % 2 == 0 and sum(taps) > 0
         require(good, "network.resample_filter", taps, filters)
-
-
-@dataclasses.dataclass(frozen=True)
-class Precondition(_Checked):
-    """How the network becomes a denoiser."""
-
-    kind: str = setting(
-        "edm",
-        "edm, vp, ve, iddpm, adm (eps of a discrete process), v (its velocity), or flow (the "
-        "velocity of the straight path)",
-        choices=("edm", "vp", "ve", "iddpm", "adm", "v", "flow"),
-    )
-    sigma_data: float = setting(
-        0.5,
-        "standard deviation of the data in [-1, 1]; `data describe` measures it",
-        least=1e-4,
-        most=1e4,
-        expected="a positive number from 1e-4 to 1e4",
-    )
-    schedule: str = setting(
-        "linear",
-        "adm, v and noise.distribution ddpm, v: betas; scaled_linear is Stable Diffusion's",
-        choices=("linear", "cosine", "scaled_linear"),
-        only=_DISCRETE,
-    )
-    diffusion_steps: int = setting(
-        1000, "and their number", least=2, most=10**5, expected="2 to 100,000", only=_DISCRETE
-    )
-    learned_variance: bool = setting(
-        False,
-        "adm: the network has channels for it, trained by the bound of L_hybrid",
-        only="kind=adm",
-    )
-    rescale_timesteps: bool = setting(
-        False, "adm, v: the network is told t * 1000 / diffusion_steps", only="kind=adm|v"
-    )
-    zero_terminal: bool = setting(
-        False, "v: betas moved so that the last step is pure noise", only="kind=v"
-    )
-    time_scale: float = setting(
-        1000.0, "flow: what the network is told at t = 1", above=0, most=1e6, only="kind=flow"
-    )
-
-    def _check_together(self) -> None:
-        least = {"linear": 20, "scaled_linear": 12}.get(self.schedule, 1)
-        steps, few = self.diffusion_steps, self.diffusion_steps <= least
-        name = self.schedule
-        more = f"more than {least} with the {name} schedule, whose betas are above 1 otherwise"
-        require(not few, "precondition.diffusion_steps", steps, more)
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise(_Checked):
-    """The distribution of the noise levels of training."""
-
-    distribution: str = _decided(
-        "edm",
-        "edm (log-normal), vp, ve, ddpm (uniform over the discrete process), v (the same with v's "
-        "weight), logit_normal or flow (uniform times) with the velocity's weight",
-        choices=("edm", "vp", "ve", "ddpm", "v", "logit_normal", "flow"),
-        was="law",
-    )
-    mean: float = _decided(
-        -1.2,
-        "edm, logit_normal: of ln sigma = logit t (there 0 as published)",
-        least=-30,
-        most=30,
-        only=_NORMAL,
-    )
-    std: float = _decided(
-        1.2,
-        "edm, logit_normal: of ln sigma = logit t (there 1 as published)",
-        above=0,
-        most=30,
-        expected="a positive number of at most 30",
-        only=_NORMAL,
-    )
-    min_snr: float = _decided(
-        0.0,
-        "ddpm: weight min(1 / sigma^2, this) of x0_hat's error (5 as published); 0 = 1 / sigma^2",
-        least=0,
-        only="distribution=ddpm",
-    )
-    clip: bool = _decided(
-        False,
-        "clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)",
-        only=_NORMAL,
-    )
-    stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
 
 
 @dataclasses.dataclass(frozen=True)

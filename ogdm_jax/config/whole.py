@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ogdm_jax.config.diffusion import Noise, Precondition
 from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, shown, suggestion
 from ogdm_jax.config.groups import (
     Data,
@@ -12,10 +13,8 @@ from ogdm_jax.config.groups import (
     Init,
     Log,
     Network,
-    Noise,
     Optim,
     Parallel,
-    Precondition,
     Sample,
     Train,
 )
