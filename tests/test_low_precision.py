@@ -22,7 +22,9 @@ HALVES = [jnp.bfloat16, jnp.float16]
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_thousand_steps_keep_the_spread(solver, dtype):
     """In bfloat16 Heun's spread was .72 and Euler's .38; the data's is .5."""
-    more = {"key": jax.random.key(1)} if solver == "ancestral" else {}
+    more = {"key": jax.random.key(1)} if solver in ("ancestral", "pc", "dpmpp_2m_sde") else {}
+    if solver == "pc":
+        more["snr"] = 0.02  # Langevin steps of a finite size widen what they keep
     run = jax.jit(lambda z: sample(DATA.denoise, z, grids.edm(1000), solver, **more))
     x, exact = run(LATENTS.astype(dtype)), run(LATENTS.astype(dtype).astype(jnp.float32))
     assert x.dtype == dtype

@@ -27,6 +27,7 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
+from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
 from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files
@@ -37,11 +38,9 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import distance
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
-SAMPLER = [
-    field.name
-    for field in dataclasses.fields(Sample)
-    if field.name not in ("num", "every", "variance")
-]
+OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in sum(SOLVER_OPTIONS.values(), ())]
+_ELSEWHERE = ("num", "every", "variance", *(field.name for field in OPTIONS))
+SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in _ELSEWHERE]
 MOST = 10_000_000  # images of one command: their seeds and classes are in memory
 
 
@@ -62,7 +61,17 @@ def parser() -> argparse.ArgumentParser:
         help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad, trailing, pndm (the "
         "released code of --solver spndm and fpndm)",
     )
-    add("--eta", type=float, default=None, help="randomness of ddim and heun: 0 none, 1 as DDPM")
+    add(
+        "--eta",
+        type=float,
+        default=None,
+        help="randomness of ddim, heun and dpmpp_2m_sde: 0 none, 1 as DDPM (default of the last)",
+    )
+    for field in OPTIONS:
+        kind, limits = type(field.default), field.metadata["choices"]
+        text = field.metadata["help"] + (f": {' or '.join(limits)}" if limits else "")
+        text += f" (default: {field.default}, as the configuration says)"
+        add("--" + field.name.replace("_", "-"), type=kind, default=None, help=text)
     add(
         "--clip",
         action=argparse.BooleanOptionalAction,
@@ -192,6 +201,7 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"--step": trained.step, "--weights": args.weights}
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
+    found |= {f"--{name}": value for name, value in settings.options.items()}
     found |= {"--churn": args.churn, "--label": plan.label}
     if settings.variance != "auto":  # folders of before do not say
         found["--variance"] = settings.variance
@@ -281,6 +291,7 @@ def _sampler(
         grid=args.grid or grid,
         clip=published.get("clip") if args.clip is None else args.clip,
         variance=args.variance,
+        **{field.name: getattr(args, field.name) for field in OPTIONS},
     )
 
 

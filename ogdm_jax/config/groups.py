@@ -7,11 +7,17 @@ Durations are "N steps", "N images", "N kimg" or "N Mimg"; images are counted ov
 
 import dataclasses
 import functools
+from typing import Any
 
 from ogdm_jax.config.fields import check, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
-SOLVERS = ("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m")
+SOLVERS = (
+    *("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"),
+    *("dpmpp_2m_sde", "unipc", "pc"),
+)
+# Settings of config.sample that one solver alone has, and `sampling.sample` takes by name.
+SOLVER_OPTIONS = {"pc": ("snr", "corrector_steps", "sde"), "unipc": ("order", "bh")}
 GRIDS = ("edm", "vp", "ve", "iddpm", "flow", "respaced", "ddim", "quad", "trailing", "pndm")
 _UNETS = "kind=song|dhariwal|openai"
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
@@ -316,7 +322,10 @@ class Sample(_Checked):
         only="grid=flow",
     )
     eta: float = _free(
-        0.0, "ddim and heun: 0 = deterministic, 1 = as random as DDPM", least=0, most=1
+        0.0,
+        "ddim, heun, dpmpp_2m_sde: 0 = deterministic, 1 = as random as DDPM and as published",
+        least=0,
+        most=1,
     )
     clip: bool = _free(
         False, "clamp x0_hat to [-1, 1] at every evaluation, as ADM's published samples were made"
@@ -328,10 +337,30 @@ class Sample(_Checked):
         choices=("auto", "small", "large", "diffusion", "learned"),
         only="solver=ancestral",
     )
+    snr: float = _free(
+        0.16,
+        "signal-to-noise ratio of pc's corrector; 0.16 is score_sde's for CIFAR-10, larger images "
+        "have 0.075 to 0.17",
+        above=0,
+        most=1,
+        only="solver=pc",
+    )
+    corrector_steps: int = _free(
+        1, "pc's Langevin steps at each level; 0 = none", least=0, most=1000, only="solver=pc"
+    )
+    sde: str = _free("ve", "pc's process", choices=("ve", "vp"), only="solver=pc")
+    order: int = _free(2, "unipc's: 1 to 3", least=1, most=3, only="solver=unipc")
+    bh: str = _free("bh2", "unipc's variant", choices=("bh1", "bh2"), only="solver=unipc")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings that this solver alone has, see SOLVER_OPTIONS."""
+        return {name: getattr(self, name) for name in SOLVER_OPTIONS.get(self.solver, ())}
 
     def _check_together(self) -> None:
-        stochastic = self.solver in ("ddim", "heun")
-        require(self.eta == 0 or stochastic, "sample.eta", self.eta, "0 but with ddim or heun")
+        stochastic = self.solver in ("ddim", "heun", "dpmpp_2m_sde")
+        expected = "0 but with dpmpp_2m_sde, ddim or heun"
+        require(self.eta == 0 or stochastic, "sample.eta", self.eta, expected)
         chosen = self.variance == "auto" or self.solver == "ancestral"
         require(chosen, "sample.variance", self.variance, "auto but with ancestral")
         below = f"less than sample.sigma_max, {self.sigma_max}"

@@ -344,11 +344,41 @@ def dpmpp_2m(
       x, x0_hat: state and denoised image at sigma; x0_before: the denoised image at sigma_before.
       sigma, sigma_next, sigma_before: [B], sigma_before >= sigma > sigma_next >= 0.
     """
+    moments = dpmpp_2m_moments(x, x0_hat, x0_before, sigma, sigma_next, sigma_before, 0.0)
+    return moments[0]
+
+
+def dpmpp_2m_moments(
+    x: Array,
+    x0_hat: Array,
+    x0_before: Array,
+    sigma: Array,
+    sigma_next: Array,
+    sigma_before: Array,
+    eta: float | Array = 1.0,
+) -> tuple[Array, Array]:
+    """(mean, std [B]) of DPM-Solver++(2M)'s step of the reverse SDE (arXiv 2211.01095 algorithm 4
+    for eta 1; any eta as in k-diffusion's midpoint form).
+
+    mean = q x + (1 - q) (x0_hat + (x0_hat - x0_before) h / (2 h_before)),
+    q = (sigma' / sigma)^(1 + eta),    std = sigma' sqrt(1 - (sigma' / sigma)^(2 eta)).
+
+    To first order (see `dpmpp_2m`) it is `ddim_moments` with eta 0 at eta 0, and with 1 at 1; eta
+    = 0 is `dpmpp_2m`.
+
+    Args:
+      x, x0_hat, x0_before, sigma, sigma_next, sigma_before: as in `dpmpp_2m`.
+      eta: in [0, 1].
+    """
     second_order = (sigma_next > 0) & (sigma_before > sigma)
     h = jnp.log(sigma / jnp.where(second_order, sigma_next, sigma))
     h_before = jnp.log(jnp.where(second_order, sigma_before, 2 * sigma) / sigma)
     weight = per_example(jnp.where(second_order, h / (2 * h_before), 0.0), x)
-    return euler_update(x, x0_hat + weight * (x0_hat - x0_before), sigma, sigma_next)
+    positive = sigma_next > 0
+    log_ratio = jnp.log(jnp.where(positive, sigma_next, sigma) / sigma)
+    down = sigma_next * jnp.exp(eta * log_ratio)
+    std = jnp.where(positive, sigma_next * _sqrt(-jnp.expm1(2 * eta * log_ratio)), 0.0)
+    return euler_update(x, x0_hat + weight * (x0_hat - x0_before), sigma, down), std
 
 
 def pseudo_runge_kutta(

@@ -30,7 +30,10 @@ from ogdm_jax.training.workdir import TrainedModel
 # Far from the seeds of sample.py and of evaluations: no sample that is judged was trained on.
 FIRST_SEED = 2**31
 # of config.sample
-SAMPLER = ("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "clip", "variance")
+SAMPLER = (
+    *("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "clip", "variance"),
+    "options",
+)
 
 
 def digest(prior: TrainedModel) -> str:
@@ -44,7 +47,7 @@ def origin(config: Config, prior: TrainedModel, num: int) -> dict[str, Any]:
         "weights": digest(prior),
         "step": prior.step,
         **{name: getattr(config.sample, name) for name in SAMPLER},
-        "nfe": nfe(config.sample.solver, config.sample.steps),
+        "nfe": nfe(config.sample.solver, config.sample.steps, **config.sample.options),
         "churn": of(config).churn,
         "cfg": of(config).cfg,
         "num": num,
@@ -125,7 +128,7 @@ def read_origin(path: epath.Path) -> dict[str, Any]:
 def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(images, labels, origin) of a file."""
     # what older files, which do not say, were drawn with
-    older = {"eta": 0.0, "grid": "edm", "clip": False, "variance": "auto"}
+    older = {"eta": 0.0, "grid": "edm", "clip": False, "variance": "auto", "options": {}}
     try:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))

@@ -99,7 +99,7 @@ def collect(
     settings, config = trained.settings(), trained.config
     logged, best = inputs.metrics(workdir), inputs.best(workdir, complete(workdir))
     progress = inputs.progress(workdir)
-    cost = nfe(settings.solver, settings.steps)
+    cost = nfe(settings.solver, settings.steps, **settings.options)
     methods = " + ".join(config.methods) or "plain"
     return Findings(
         title=inputs.printable(f"{_name(workdir)}: {methods} on {config.data.source}"),
@@ -130,7 +130,7 @@ def facts(trained: TrainedModel, settings: configs.Sample) -> list[tuple[str, st
     height, width, channels = trained.model.image_shape
     classes = f"{trained.model.label_dim} classes" if trained.model.label_dim else "no labels"
     count = models.parameter_count(trained.params)
-    cost = f"{nfe(settings.solver, settings.steps)} evaluations an image"
+    cost = f"{nfe(settings.solver, settings.steps, **settings.options)} evaluations an image"
     return [
         ("checkpoint", f"step {trained.step:,}", f"{seen:,} images seen"),
         ("network", f"{count:,}", f"parameters; {height} x {width} x {channels}, {classes}"),
@@ -165,6 +165,7 @@ def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) ->
         latents, key = generate.seed_noise(seeds, trained.model.image_shape)
         denoise = trained.model.denoiser(params, buffers)
         more = {"label": labels, "eta": settings.eta, "clip": settings.clip, "trajectory": True}
+        more |= settings.options
         return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
 
     seeds = np.asarray(seeds, np.uint32)

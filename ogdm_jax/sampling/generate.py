@@ -132,6 +132,8 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     """Raises ConfigError for too few steps, or a grid or variance that the model does not have."""
     least = FEWEST_STEPS.get(settings.solver, 1)
     require(settings.steps >= least, "sample.steps", settings.steps, f"at least {least}")
+    random = settings.solver != "dpmpp_2m_sde" or settings.eta > 0
+    require(random, "sample.eta", settings.eta, "above 0, such as 1, or sample.solver=dpmpp_2m")
     if model is None:
         return
     levels, solvers = noise_levels(model, settings), ", ".join(FROM_PURE_NOISE)
@@ -204,6 +206,7 @@ def sampler(
             eta=settings.eta,
             clip=settings.clip,
             variance=None if settings.variance == "auto" else settings.variance,
+            **settings.options,
         )
         return cast(Array, drawn)  # without a trajectory
 

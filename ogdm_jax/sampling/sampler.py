@@ -9,6 +9,9 @@ own key alone.
 | ancestral | DDPM (arXiv 2006.11239), with a choice of variance | N | always |
 | spndm, fpndm | linear multistep (arXiv 2202.09778) | N + 1, N + 9 | no |
 | dpmpp_2m | DPM-Solver++(2M) (arXiv 2211.01095) | N | no |
+| dpmpp_2m_sde | the same of the reverse SDE; eta = 0 is dpmpp_2m | N | eta > 0 (default 1) |
+| unipc | UniPC of order 1 to 3 (arXiv 2302.04867), see `multistep.unipc` | N | no |
+| pc | score_sde's predictor-corrector, `langevin.pc` | N (1 + corrector_steps) | always |
 
 Beside it, as functions of their own: `ablation.ablation`, EDM's sampler on any grid, schedule and
 scaling; `discrete.ddim` and `discrete.pndm`, the samplers of published discrete models on their
@@ -24,9 +27,11 @@ import numpy as np
 from jax.core import Tracer
 
 from ogdm_jax import randomness
+from ogdm_jax.config import Sample
+from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.diffusion import grids, process
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
-from ogdm_jax.sampling import solvers
+from ogdm_jax.sampling import langevin, multistep, solvers
 from ogdm_jax.sampling.churn import Churn, ChurnRule, Info
 from ogdm_jax.sampling.guidance import Guidance, Parts, combine
 from ogdm_jax.typing import Array, Denoise, PyTree
@@ -41,6 +46,9 @@ SOLVERS = {
     "spndm": solvers.spndm,
     "fpndm": solvers.fpndm,
     "dpmpp_2m": solvers.dpmpp_2m,
+    "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
+    "unipc": multistep.unipc,
+    "pc": langevin.pc,
 }
 
 
@@ -53,13 +61,14 @@ class Trajectory(NamedTuple):
     x0_hats: Array
 
 
-def nfe(solver: str, steps: int) -> int:
-    """Network evaluations of `sample` with this many steps.
+def nfe(solver: str, steps: int, **options: Any) -> int:
+    """Network evaluations of `sample` with this many steps and these options of the solver.
 
     Raises:
-      ValueError: unknown solver.
+      ValueError: unknown solver, or an option that it does not have.
     """
-    _check_solver(solver)
+    options = _options(solver, options)
+    steps *= 1 + options.get("corrector_steps", 0)
     return {"heun": 2 * steps - 1, "spndm": steps + 1, "fpndm": steps + 9}.get(solver, steps)
 
 
@@ -74,11 +83,12 @@ def sample(
     guidance: Guidance | Sequence[Guidance] = (),
     trajectory: bool = False,
     *,
-    eta: float | Array = 0.0,
+    eta: float | Array | None = None,
     variance: str | float | Array | None = None,
     clip: bool = False,
     round_sigma: Callable[[Array], Array] | None = None,
     noise_fn: Callable[[Array], Array] | None = None,
+    **options: Any,
 ) -> Array | tuple[Array, Trajectory]:
     """Carries latents * sigmas[0] down the grid. Pure; wrap it in jax.jit to compile it once.
 
@@ -99,14 +109,16 @@ def sample(
       label: the images' condition: [B] int32, float vectors [B,K], a pytree of rows, or None.
       guidance: one or several sampling methods, see `guidance.Guidance`.
       trajectory: also return a `Trajectory`.
-      eta: noise of ddim (0 to 1), or of heun, which then steps down to sqrt(sigma'^2 - std^2) and
-        adds std * noise.
+      eta: noise of ddim and dpmpp_2m_sde (0 to 1), or of heun, which then steps down to
+        sqrt(sigma'^2 - std^2) and adds std * noise; None: 1 for dpmpp_2m_sde, 0 for the others.
       variance: of ancestral, see `steps.posterior_std`; or "learned", what the denoiser's
         `variance` says. None: "learned" where the denoiser has one, else "small".
       clip: x0_hat is clamped to [-1, 1] at every evaluation and slopes follow it (the clip_denoised
         of guided-diffusion); see `Parts.transform` for its place among transforms.
       round_sigma: replaces the denoiser's own; [..] -> [..].
       noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
+      **options: what one solver alone has: snr, corrector_steps and sde of pc, order and bh of
+        unipc; meaning, range and default are those of config.sample.
 
     Returns:
       [B,H,W,C], or that and the Trajectory.
@@ -115,7 +127,7 @@ def sample(
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
         does not use.
     """
-    _check_solver(solver)
+    options, eta = _options(solver, options), _eta(solver, eta)
     check_start(solver, sigmas)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
@@ -136,17 +148,9 @@ def sample(
 
     noise = step_noise(key, latents, noise_fn)
     variance = _variance(denoise, variance) if solver == "ancestral" else "small"
-    problem = solvers.Problem(
-        denoise,
-        label,
-        noise,
-        parts.transition,
-        parts.churn,
-        round_sigma,
-        eta,
-        variance,
-        parts.shift if parts.shifts else None,
-    )
+    owners = parts.transition, parts.churn
+    more = round_sigma, eta, variance, sigmas, options, parts.shift if parts.shifts else None
+    problem = solvers.Problem(denoise, label, noise, *owners, *more)
     x = latents * sigmas[0]
     phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
     result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory)
@@ -250,6 +254,29 @@ def check_start(solver: str, sigmas: Array | np.ndarray) -> None:
         )
 
 
+def _options(solver: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All options of a solver, those that are not given by config.sample's defaults.
+
+    Raises:
+      ValueError: unknown solver; an option that it does not have, or that is out of range.
+    """
+    _check_solver(solver)
+    known = SOLVER_OPTIONS.get(solver, ())
+    for name in given:
+        if name not in known:
+            owners = [owner for owner, names in SOLVER_OPTIONS.items() if name in names]
+            raise ValueError(
+                f"{name}={given[name]!r} with solver {solver!r}; expected "
+                + (f"solver {owners[0]!r} with it" if owners else f"one of {', '.join(known)}")
+            )
+    return Sample(solver=solver, **given).options
+
+
+def _eta(solver: str, eta: float | Array | None) -> float | Array:
+    """`eta` of sample, with None replaced by the solver's own."""
+    return float(solver == "dpmpp_2m_sde") if eta is None else eta
+
+
 def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
     if np.ndim(sigmas) != 1 or np.shape(sigmas)[0] < 2:
         raise ValueError(
@@ -273,16 +300,13 @@ def check_parts(
       ValueError: settings of `sample` that do not belong together.
     """
     known = isinstance(eta, int | float)
-    random_steps = solver == "ancestral" or not (known and eta == 0)
+    random_steps = solver in ("ancestral", "pc") or not (known and eta == 0)
     if known and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}; expected a number from 0 to 1")
-    if random_steps and solver not in ("ddim", "heun", "ancestral"):
+    if not (known and eta == 0) and solver not in ("ddim", "heun", "dpmpp_2m_sde"):
         raise ValueError(
-            f"eta={eta} with solver {solver!r}; expected solver 'ddim' or 'heun', or eta=0"
-        )
-    if solver == "ancestral" and not (known and eta == 0):
-        raise ValueError(
-            f"eta={eta} with solver 'ancestral'; expected solver 'ddim' or 'heun', or eta=0"
+            f"eta={eta} with solver {solver!r}; expected solver 'ddim' or 'heun' or "
+            "'dpmpp_2m_sde', or eta=0"
         )
     if solver != "ancestral" and not (
         variance is None or isinstance(variance, str) and variance == "small"
@@ -310,7 +334,13 @@ def _check_transition(
 ) -> None:
     """Raises ValueError for a solver that the owner of the transition has nothing to do in."""
     expected = "solver='ancestral', or solver='ddim' or 'heun' with eta > 0, or churn with 'heun' "
-    expected += "or 'euler'"
+    expected += "or 'euler', or solver='pc' or 'dpmpp_2m_sde'"
+    if owner.replaces_x0 and solver == "dpmpp_2m_sde":
+        raise ValueError(
+            f"{owner.name} with solver 'dpmpp_2m_sde': it replaces the x0_hat of a step, which the "
+            "next step would extrapolate; expected solver='ancestral' or 'pc', or solver='ddim' "
+            "with eta > 0"
+        )
     if owner.replaces_x0:
         expected = "solver='ancestral', or solver='ddim' with eta > 0"
         if churn is not None:

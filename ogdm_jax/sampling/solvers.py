@@ -7,7 +7,7 @@ or the churn rule's carry.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Problem:
       round_sigma: to the levels that the network knows.
       eta: of `sample`.
       variance: of `sample`.
+      sigmas: [N+1] the grid.
+      options: of this solver alone, see `config.groups.SOLVER_OPTIONS`.
       shift: (x, sigma, label) -> what moves the mean of ancestral steps, or None.
     """
 
@@ -63,6 +65,8 @@ class Problem:
     round_sigma: Callable[[Array], Array]
     eta: float | Array
     variance: Any
+    sigmas: Array
+    options: Mapping[str, Any]
     shift: Callable[[Array, Array, PyTree], Array] | None = None
 
     @property
@@ -89,7 +93,7 @@ def random_step(
     return p.guidance.transition(evaluate, transition, x, noise, p.guidance.about(info))
 
 
-def _random(p: Problem, moments: Transition, x: Array, carry: PyTree, info: Info) -> Step:
+def random_body(p: Problem, moments: Transition, x: Array, carry: PyTree, info: Info) -> Step:
     """The body of a solver whose step is (mean, std) = moments(x0_hat, x, info)."""
     evaluate, transition = partial(p.x0, sigma=info.sigma), lambda x0, x: moments(x0, x, info)
     x_next, x0_hat = random_step(p, evaluate, transition, x, info)
@@ -159,14 +163,14 @@ def heun(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     def down_and_up(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
         return steps.heun_moments(p.denoise, x, x0, info.sigma, info.sigma_next, p.label, p.eta)
 
-    return [Phase(partial(_random, p, down_and_up), 0, n - 1), Phase(_ddim(p), n - 1, n)], ()
+    return [Phase(partial(random_body, p, down_and_up), 0, n - 1), Phase(_ddim(p), n - 1, n)], ()
 
 
 def _ddim(p: Problem) -> Body:
     if not p.noisy:
         return partial(_euler, p)
     return partial(
-        _random,
+        random_body,
         p,
         lambda x0, x, info: steps.ddim_moments(x, x0, info.sigma, info.sigma_next, p.eta),
     )
@@ -204,7 +208,7 @@ def _learned(p: Problem) -> Body:
         fraction = jax.lax.stop_gradient(both(x, info.sigma, p.label)[1].astype(x.dtype))
         return _ddpm(p, x0, x, info, fraction)
 
-    return at_once if p.guidance is None else partial(_random, p, moments)
+    return at_once if p.guidance is None else partial(random_body, p, moments)
 
 
 def ancestral(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
@@ -215,7 +219,7 @@ def ancestral(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     def moments(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
         return _ddpm(p, x0, x, info, p.variance)
 
-    return [Phase(partial(_random, p, moments), 0, n)], ()
+    return [Phase(partial(random_body, p, moments), 0, n)], ()
 
 
 def _multistep(p: Problem, x: Array, carry: PyTree, info: Info) -> Step:

@@ -201,7 +201,7 @@ def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndar
 
 def describe_sampler(settings: Sample) -> dict[str, Any]:
     """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance."""
-    evaluations = nfe(settings.solver, settings.steps)
+    evaluations = nfe(settings.solver, settings.steps, **settings.options)
     return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import data, models
-from ogdm_jax.config import Config, ConfigError, Sample
+from ogdm_jax.config import Config, ConfigError, Sample, require
+from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import Source
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
@@ -39,6 +40,11 @@ class SamplerWords(TypedDict, total=False):
     grid: str
     clip: bool | None
     variance: str
+    snr: float | None
+    corrector_steps: int | None
+    sde: str | None
+    order: int | None
+    bh: str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +94,13 @@ class TrainedModel:
                 raise ConfigError(f"sample: no setting {name!r}; expected some of {known}")
             if value not in ("", None):
                 changes[name] = value
+        if changes.get("solver") == "dpmpp_2m_sde" and not self.config.sample.eta:
+            changes = {"eta": 1.0} | changes  # 0 would be dpmpp_2m
         settings = dataclasses.replace(self.config.sample, **changes)
+        for solver, names in SOLVER_OPTIONS.items():
+            for name in changes.keys() & set(names):
+                only = f"it only with sample.solver={solver}"
+                require(settings.solver == solver, f"sample.{name}", changes[name], only)
         generate.check_settings(settings, self.model)
         return settings
 
@@ -112,7 +124,8 @@ class TrainedModel:
           guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
-          words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance.
+          words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance, and what
+            one solver alone has (`config.groups.SOLVER_OPTIONS`).
 
         Returns:
           float32 [n,h,w,c], about [-1, 1].
