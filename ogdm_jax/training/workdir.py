@@ -124,8 +124,8 @@ class TrainedModel:
           guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
-          words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance, and what
-            one solver alone has (`config.groups.SOLVER_OPTIONS`).
+          words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance, and
+            what one solver alone has (`config.groups.SOLVER_OPTIONS`).
 
         Returns:
           float32 [n,h,w,c], about [-1, 1].
