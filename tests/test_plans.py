@@ -16,6 +16,8 @@ SMALL = (
     "data.xflip=true",
     "data.conditional=true",
     "data.label_dropout=0.2",
+    "optim.clip=1",
+    "ema.stds=0.05,0.2",
 )
 
 
@@ -42,7 +44,7 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
     # Adam divides by sqrt(v): where a gradient is float noise, its sign is too, so single weights
     # may move by a part of learning_rate * steps; typical agreement is 1e-6, and a wrong mean over
     # devices would move all weights.
-    for name in ("params", "ema", "carry"):
+    for name in ("params", "ema", "averages", "carry"):
         for a, b in zip(
             jax.tree.leaves(getattr(state, name)),
             jax.tree.leaves(getattr(expected, name)),

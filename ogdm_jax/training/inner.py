@@ -226,7 +226,8 @@ class Loop:
         if self.step != self.kept:
             self._check_state()
         with self.stop.may_leave(None):
-            averages = [self.run.plan.local_copy(average) for average in self.state.averages]
+            whole = self.run.plan.local_copy
+            averages = [jax.device_get(whole(average)) for average in self.state.averages]
             if jax.process_index() == 0:
                 snapshots.write(self.workdir, self.step, stds, averages)
 

@@ -7,6 +7,7 @@ from etils import epath
 import ogdm_jax
 from ogdm_jax import models
 from ogdm_jax.training import run as runs
+from ogdm_jax.training import snapshots
 from ogdm_jax.training.state import TrainState
 
 _NAMES = 60  # characters of class names
@@ -40,6 +41,12 @@ def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) ->
         f"{_intervals(run)}",
         "folder": f"{workdir}: {found}",
     }
+    if stds := config.ema.stds:
+        every, bytes_each = snapshots.interval(config), 2 * number * len(stds)
+        said["averages"] = (
+            f"of stds {', '.join(map(str, stds))}; every {every:,} steps a snapshot of "
+            f"{_bytes(bytes_each)}, {run.steps // every} in the run (ogdm ema)"
+        )
     notes = [*run.source.notes]
     if run.source.images is not None and config.data.workers > 0:
         workers = config.data.workers

@@ -408,6 +408,7 @@ LINES = {
     "train --workdir new --config digits_dg --config.dg.weights=a": "config.dg.weights",
     "train --workdir new --config digits_dg --config.dg.weights=(1e400,)": "finite",
     "train --workdir new --config digits_dg --config.dg.prior_weights=raw": "ema, params",
+    "train --workdir new --config digits_dg --config.ema.stds=0.1": "none where one is trained",
     "train --workdir new --config digits_dg --config.dg.extractor=nowhere --config.dg.prior=run": (
         "nowhere"
     ),
@@ -470,6 +471,13 @@ LINES = {
     "sample --workdir picture.png": "picture.png",
     "sample --workdir .": "",
     "sample --workdir ''": "",
+    "ema --workdir run --std 0.1": "holds no snapshots of averages",
+    "ema --workdir run --std 0.1,wide": "numbers such as 0.05,0.1",
+    "ema --workdir run --std 0.3": "below 0.2886",
+    "ema --workdir run --std nan": "below 0.2886",
+    "ema --workdir nowhere --std 0.1": "nowhere",
+    "ema --workdir run --std 0.1 --step x": "--step",
+    "ema --workdir run --std 0.1 --out picture.png": "--out",
     "sample --workdir run --step 7": "7",
     "sample --workdir run --step newest": "--step",
     "sample --workdir run --step -1": "--step",
