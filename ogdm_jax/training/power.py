@@ -84,7 +84,8 @@ def coefficients(
     goal = np.array([[exponent(s) for s in wanted]])
     gram = products(at, gammas, at.T, gammas.T)
     right = products(at, gammas, float(t), goal)
-    found = np.linalg.solve(gram, right)
+    # One by one, so that no average depends on which others are wanted beside it.
+    found = np.stack([np.linalg.solve(gram, one) for one in right.T], axis=1)
     found = found / found.sum(axis=0)
     norms = products(float(t), goal, float(t), goal)[0]
     rest = norms - 2 * np.sum(right * found, axis=0) + np.sum(found * (gram @ found), axis=0)
