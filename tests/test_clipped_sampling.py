@@ -12,6 +12,7 @@ import pytest
 
 from ogdm_jax import models
 from ogdm_jax.cli import sample as command
+from ogdm_jax.cli.guidance import refuse_former
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.diffusion import grids, precondition, process
 from ogdm_jax.methods import cfg, dg
@@ -129,7 +130,7 @@ def test_the_published_commands_draw_what_the_released_code_draws(name, monkeypa
     model = dataclasses.replace(models.build(config, (*shape[:2], 3), 0), network=Golden())
     trained = TrainedModel(config, dataclasses.replace(model, image_shape=shape), {}, {}, 0)
     monkeypatch.setattr(command, "open_workdir", lambda *_: trained)
-    words = [
+    argv = [
         "--workdir",
         "w",
         "--devices",
@@ -138,7 +139,7 @@ def test_the_published_commands_draw_what_the_released_code_draws(name, monkeypa
         str(len(latents)),
         *PUBLISHED[name].split(),
     ]
-    plan = command.read(command.parser().parse_args(words))
+    plan = command.read(command.parser().parse_args(argv))
 
     with jax.enable_x64(True):
         top = generate.noise_levels(model, plan.settings)[0]
@@ -195,6 +196,8 @@ def test_the_words_of_the_command_reach_the_sampler():
     parse = command.parser().parse_args
     at = lambda *words: parse(["--workdir", "w", *words]).clip
     assert (at(), at("--clip"), at("--no-clip")) == (None, True, False)
+    for word in command.parser()._option_string_actions:
+        refuse_former([word])  # no option is refused as one of before
 
 
 def test_slopes_follow_the_clamped_image():

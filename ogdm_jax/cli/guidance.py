@@ -27,8 +27,6 @@ _FORMER = {
     "--strength": "--dsg.strength",
     "--stop": "--dsg.stop_ratio",
     "--scale": "--METHOD.scale such as --dps.scale (of diffpir: --diffpir.strength)",
-    "--clip": "--METHOD.clip_loss and --METHOD.clip_mean, such as --dsg.clip_loss",
-    "--no-clip": "--METHOD.clip_loss false and --METHOD.clip_mean false",
     "--interval": "--METHOD.interval such as --dsg.interval",
     "--window": "--METHOD.window such as --dsg.window",
     "--repeats": "--METHOD.repeats such as --dsg.repeats",
