@@ -33,6 +33,7 @@ class Words(TypedDict, total=False):
     time_max: float | None
     boost: bool | None
     boost_churn: float | None
+    rule: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def open_guidance(
         was = "heun" if preset else config.sample.solver
         chosen["weight"] = _followed(chosen, own.corrector_weight, was, solver, log)
     chosen |= given
-    boost_churn = chosen.pop("boost_churn", dg.Boost.churn)
+    boost_churn, rule = chosen.pop("boost_churn", dg.Boost.churn), chosen.pop("rule", "score")
     settings = dataclasses.replace(own, **chosen)
     settings = dataclasses.replace(settings, weight=settings.weight_with(solver))
     if "boost_churn" in given and not settings.boost:
@@ -121,7 +122,7 @@ def open_guidance(
     if use is not None:
         _check_reach(settings, generate.noise_levels(use.model.model, use.sampling)[:-1])
     params, extractor = jax.tree.map(np.asarray, (params, extractor))
-    method = guidance_of(settings, network, params, extractor, boost_churn)
+    method = guidance_of(settings, network, params, extractor, boost_churn, rule)
     path = settings_of(config).samples_path(workdir)
     if use is not None and path.is_file():
         differences = _differences(generated.read_origin(path), use, method)
@@ -163,6 +164,7 @@ def guidance_of(
     params: PyTree,
     extractor: PyTree,
     boost_churn: float = dg.Boost.churn,
+    rule: str = "score",
 ) -> Guidance:
     """The guidance by a discriminator.
 
@@ -172,6 +174,7 @@ def guidance_of(
       params: of its head.
       extractor: params of its extractor, or None.
       boost_churn: S_churn of boosted images, see `dg.Boost`.
+      rule: of `dg.guidance`.
 
     Raises:
       ValueError: an empty window.
@@ -193,6 +196,7 @@ def guidance_of(
         settings.corrector_weight,
         params={"params": params, "extractor": extractor},
         boost=boost,
+        rule=rule,
     )
 
 

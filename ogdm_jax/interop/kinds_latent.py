@@ -146,7 +146,9 @@ def clip_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     at = "" if opened else "embeddings."
     position = "positional_embedding" if opened else "embeddings.position_embedding.weight"
     layer = r"transformer\.resblocks\.(\d{1,3})\." if opened else r"encoder\.layers\.(\d{1,3})\."
-    inside = "transformer.resblocks.0.mlp.c_fc.weight" if opened else "encoder.layers.0.mlp.fc1.weight"
+    inside = (
+        "transformer.resblocks.0.mlp.c_fc.weight" if opened else "encoder.layers.0.mlp.fc1.weight"
+    )
     vocabulary, width = bare[f"{at}token_embedding.weight"]
     return {
         "vocabulary": vocabulary,

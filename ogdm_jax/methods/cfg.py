@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import check, setting
+from ogdm_jax.config import ConfigError, check, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
@@ -43,7 +43,7 @@ def guide(
       denoise: trained with label dropout. Its `corrector` is guided too; its range of levels,
         rounding and learned variance (that of the given labels) are handed on. Under `dg.guide` is
         the published order; over it, the log ratio is asked for the label -1 as well.
-      weight: w above; a number or an array.
+      weight: w above; a number, an array, or a function of sigma [B].
       sigma_min, sigma_max: the interval, per example; 2404.07724 finds 0.28 to 2.9 best on
         ImageNet-512.
       channels: only the first so many are guided, the others stay conditional; None: all.
@@ -75,7 +75,8 @@ def guide(
             )
             out = evaluate(twice(x), twice(sigma), labels)
             (conditional, plain), *rest = (jnp.split(v, 2) for v in out)
-            w = jnp.where(active, jnp.asarray(weight, sigma.dtype), 1)
+            chosen = weight(sigma) if callable(weight) else weight
+            w = jnp.where(active, jnp.asarray(chosen, sigma.dtype), 1)
             mixed = plain + per_example(w, plain) * (conditional - plain)
             if channels is not None:
                 mixed = jnp.concatenate([mixed[..., :channels], conditional[..., channels:]], -1)
@@ -112,6 +113,7 @@ class Settings:
       weight: w above.
       window: noise levels (low, high) of the interval; None: all.
       channels: how many of the channels are guided; 0: all.
+      below: another weight below a noise level, (level, weight); None: the same.
     """
 
     weight: float = setting(1.5, "1 is the conditional model alone")
@@ -125,14 +127,27 @@ class Settings:
         least=0,
         expected="a number of channels, or 0 for all",
     )
+    below: tuple[float, float] | None = setting(
+        None, "LEVEL,WEIGHT: another weight at noise levels up to LEVEL; default: the same"
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
         check(self, "cfg", prefix="")
         check_window("cfg.window", self.window)
+        if self.below is not None:
+            if not self.below[0] > 0:
+                raise ConfigError(
+                    f"cfg.below: {self.below} given; expected LEVEL,WEIGHT with a level above 0"
+                )
 
 
-def guidance(weight: float = 1.5, window: Window | None = None, channels: int = 0) -> Guidance:
+def guidance(
+    weight: float = 1.5,
+    window: Window | None = None,
+    channels: int = 0,
+    below: tuple[float, float] | None = None,
+) -> Guidance:
     """Classifier-free guidance as guidance of `sample`; the weight is an array, so that another one
     compiles nothing.
 
@@ -140,17 +155,27 @@ def guidance(weight: float = 1.5, window: Window | None = None, channels: int = 
       weight: w above.
       window: noise levels (low, high) of the interval; None: all.
       channels: how many of the channels are guided; 0: all.
+      below: (level, weight): another weight at noise levels up to this one; None: the same. DG's
+        best figures on DiT have 1.25, and 3 at the last 200 of 1,000 steps.
 
     Raises:
       ConfigError: an interval that is not 0 <= low < high.
     """
-    chosen = Settings(weight, window, channels)
+    chosen = Settings(weight, window, channels, below)
     low, high = chosen.window or (0.0, float("inf"))
 
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
-        return guide(denoise, constants["weight"], low, high, chosen.channels or None)
+        def weight(sigma: Array) -> Array:
+            return jnp.where(sigma <= constants["level"], constants["below"], constants["weight"])
 
-    return Guidance("cfg", denoiser=transform, constants={"weight": np.float32(chosen.weight)})
+        guided = weight if chosen.below else constants["weight"]
+        return guide(denoise, guided, low, high, chosen.channels or None)
+
+    numbers = {"weight": chosen.weight}
+    if chosen.below:
+        numbers |= {"level": chosen.below[0], "below": chosen.below[1]}
+    constants = {name: np.float32(value) for name, value in numbers.items()}
+    return Guidance("cfg", denoiser=transform, constants=constants)
 
 
 def build(settings: Settings, session: Session) -> Guidance:
@@ -172,4 +197,4 @@ def build(settings: Settings, session: Session) -> Guidance:
             "--guidance cfg: the images have no class (--label -1), so both of its evaluations are "
             "one; expected a class"
         )
-    return guidance(settings.weight, settings.window, settings.channels)
+    return guidance(settings.weight, settings.window, settings.channels, settings.below)

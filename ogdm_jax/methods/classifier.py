@@ -141,17 +141,8 @@ def guidance(
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
         return dg.guide(denoise, known(constants), constants["scale"], low, high)
 
-    def shift(x: Array, sigma: Array, label: PyTree, constants: PyTree) -> Array:
-        active = (sigma >= low) & (sigma <= high)
-
-        def inside() -> Array:
-            added, _ = dg.correction(known(constants), x, sigma, label)
-            factor = jnp.where(active, constants["scale"] / sigma**2, 0)
-            return per_example(factor, x) * added.astype(x.dtype)
-
-        return jax.lax.cond(jnp.any(active), inside, lambda: jnp.zeros_like(x))
-
     if chosen.rule == "mean":
+        shift = dg.mean_shift(known, low, high, "scale")
         return Guidance("classifier", shift=shift, constants=constants)
     return Guidance("classifier", denoiser=transform, constants=constants, outermost=1)
 

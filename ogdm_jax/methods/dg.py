@@ -30,8 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.diffusion.clock import cosine_time as cosine_time
+from ogdm_jax.diffusion.clock import training_sigma as training_sigma
+from ogdm_jax.diffusion.clock import vp_scale as vp_scale
+from ogdm_jax.diffusion.clock import vp_sigma as vp_sigma
+from ogdm_jax.diffusion.clock import vp_time as vp_time
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
-from ogdm_jax.diffusion.process import VP
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
@@ -39,58 +43,7 @@ from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.guidance import Guidance, Preset
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
-Levels = Any  # a number, a NumPy array or a JAX array of any shape; the result is alike
-# Linear beta from 0.1 to 20: the clock on which the authors' discriminators are trained and used.
-CLOCK = VP()
-COSINE_S = 0.008
 CLOCKS = ("vp", "cosine")
-
-
-def vp_time(sigma: Levels) -> Levels:
-    """Time t in [0, 1] of the linear VP process at which noise over signal is sigma: the inverse of
-    sqrt(exp(B(t)) - 1).
-
-    B(t) = 0.1 t + 19.9 t^2 / 2. sigma 0.044688 -> 0.01, 1 -> 0.25896, 80 -> 0.933511. Any shape;
-    NumPy or JAX.
-    """
-    return CLOCK.time(sigma)
-
-
-def vp_scale(t: Levels) -> Levels:
-    """Signal scale m(t) = exp(-B(t) / 2), which is 1 / sqrt(1 + sigma^2) at t = vp_time(sigma)."""
-    return CLOCK.scale(t)
-
-
-def vp_sigma(t: Levels) -> Levels:
-    """Noise level of a time on that clock: sqrt(exp(B(t)) - 1)."""
-    return CLOCK.sigma(t)
-
-
-def cosine_time(t: Levels) -> Levels:
-    """The time of the cosine schedule (s = 0.008) with the signal-to-noise ratio of time t on the
-    linear one.
-
-    OpenAI's 64-pixel classifier was trained on the cosine clock: discriminators over it are asked
-    at this time, in training too (the authors' sampling code converts, their training code does
-    not).
-    """
-    xp = jnp if isinstance(t, jax.Array) else np
-    start = np.cos(COSINE_S / (1 + COSINE_S) * np.pi / 2)
-    return (1 + COSINE_S) * 2 / np.pi * xp.arccos(start * vp_scale(t)) - COSINE_S
-
-
-def training_sigma(u: Levels, t_min: float = 1e-5, importance: bool = True) -> Levels:
-    """Noise level of a uniform number u in [0, 1): log-uniform between sigma(t_min) = 0.001 and
-    sigma(1) = 152.
-
-    The density g^2 / s^2 of time in the authors' importance sampling is uniform in log sigma, so no
-    antiderivative is needed (theirs loses the smallest times in float32). importance=False: uniform
-    time on [t_min, 1].
-    """
-    if not importance:
-        return vp_sigma(t_min + (1 - t_min) * u)
-    low, high = (float(np.log(vp_sigma(np.float64(t)))) for t in (t_min, 1.0))
-    return (jnp if isinstance(u, jax.Array) else np).exp(low + (high - low) * u)
 
 
 def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp") -> LogRatio:
@@ -357,6 +310,7 @@ class Settings:
       time_max: end of the window.
       boost: boosting, see `Boost`.
       boost_churn: S_churn of boosted images; 0: boosting doubles weights only.
+      rule: see `guidance`.
     """
 
     discriminator: str = setting("", "training folder of the discriminator")
@@ -368,6 +322,11 @@ class Settings:
     time_max: float | None = setting(None, "end of the window on the VP clock", least=0, most=1)
     boost: bool | None = setting(None, "more noise and weight for images that look generated")
     boost_churn: float | None = setting(None, "S_churn of boosted images; 0: weights only", least=0)
+    rule: str = setting(
+        "score",
+        "shift the score, or the mean of ancestral steps, as published for DiT's latents",
+        choices=("score", "mean"),
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
@@ -396,6 +355,31 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def mean_shift(
+    known: Callable[[PyTree], LogRatio], low: float, high: float, factor: str
+) -> Callable[[Array, Array, PyTree, PyTree], Array]:
+    """The shift of a `Guidance`: (x, sigma, label, constants) -> factor grad_x log_ratio where
+    low <= sigma <= high, else 0.
+
+    Args:
+      known: constants -> log_ratio.
+      low, high: the guided levels; elsewhere the network is not evaluated.
+      factor: name of the factor among the constants.
+    """
+
+    def shift(x: Array, sigma: Array, label: PyTree, constants: PyTree) -> Array:
+        active = (sigma >= low) & (sigma <= high)
+
+        def inside() -> Array:
+            added, _ = correction(known(constants), x, sigma, label)
+            scale = jnp.where(active, constants[factor] / sigma**2, 0)
+            return per_example(scale, x) * added.astype(x.dtype)
+
+        return jax.lax.cond(jnp.any(active), inside, lambda: jnp.zeros_like(x))
+
+    return shift
+
+
 def guidance(
     log_ratio: Callable[..., Any],
     weight: float = 1.0,
@@ -405,6 +389,7 @@ def guidance(
     *,
     params: PyTree = None,
     boost: Boost | None = None,
+    rule: str = "score",
 ) -> Guidance:
     """DG as guidance of `sample`: `guide`, and boosting where it is asked for.
 
@@ -417,20 +402,32 @@ def guidance(
       corrector_weight: of Heun's second evaluation; None: weight. The authors publish 2 and 0.
       params: the discriminator's weights, an argument of the compiled sampler.
       boost: the churn of the run, see `Boost`; None leaves churn to others.
+      rule: "score", or "mean" for the solver "ancestral": mean + w Sigma c (the table above), as
+        the authors' sampler of DiT's latents has it, where Sigma is learned.
 
     Raises:
-      ValueError: an empty window.
+      ValueError: an empty window, an unknown rule, or boosting beside the rule "mean".
     """
     _check_levels(sigma_min, sigma_max)
+    if rule not in ("score", "mean") or (rule == "mean" and boost is not None):
+        raise ValueError(
+            f"rule={rule!r}{' with boost' if boost else ''}; expected 'score', or 'mean' without "
+            "boosting"
+        )
     constants: dict[str, Any] = {"params": params, "weight": np.float32(weight)}
     if corrector_weight is not None:
         constants["corrector_weight"] = np.float32(corrector_weight)
 
-    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
-        ratio = log_ratio if params is None else log_ratio(constants["params"])
-        second = constants["corrector_weight"] if corrector_weight else corrector_weight
-        return guide(denoise, ratio, constants["weight"], sigma_min, sigma_max, second)
+    def known(constants: PyTree) -> LogRatio:
+        return log_ratio if params is None else log_ratio(constants["params"])
 
+    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
+        second = constants["corrector_weight"] if corrector_weight else corrector_weight
+        return guide(denoise, known(constants), constants["weight"], sigma_min, sigma_max, second)
+
+    if rule == "mean":
+        shift = mean_shift(known, sigma_min, sigma_max, "weight")
+        return Guidance("dg", shift=shift, constants=constants)
     return Guidance("dg", denoiser=transform, churn=boost, constants=constants, outermost=2)
 
 

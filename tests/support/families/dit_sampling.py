@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import grids, precondition
-from ogdm_jax.methods import cfg
+from ogdm_jax.methods import cfg, dg
 from ogdm_jax.sampling.sampler import sample
 from tests.reference.gaussian import Chain
 from tests.support.golden_support import Golden, family, nchw, nhwc
@@ -85,3 +85,32 @@ def check_respaced(golden: Golden):
             if settings["mode"] == "cfg":  # the published rule: on three of four channels
                 guidance = cfg.guidance(settings["cfg_scale"], channels=3)
             check_sampling(golden, model, name, settings, guidance)
+
+
+def log_ratio(x, sigma, label):
+    """The file's discriminator: of the state itself and t / 999, asked at the chain's own times."""
+    table = Chain.make("linear", 1000, "").table
+    t = jnp.asarray(table.timesteps)[table.index(sigma)].astype(x.dtype)
+    state = x / column(jnp.sqrt(1 + sigma**2), x)
+    sums = 0.3 * jnp.sin(state + 0.1 * column(label, x)) - 0.02 * state**2
+    value = (1.2 - t / 999) * sums.sum((1, 2, 3))
+    limit = np.log1p(-1e-5) - np.log(1e-5)
+    return jnp.clip(value, -limit, limit)
+
+
+@family("dit_sampling_dg")
+def check_dg(golden: Golden):
+    """Two scales of classifier-free guidance on three channels, and DG by the mean above a time."""
+    model, levels = network(golden), Chain.make("linear", 1000, "").table.sigma
+    between = lambda t: float(np.sqrt(levels[t] * levels[t + 1]))  # between steps t and t + 1
+    with jax.enable_x64(True):
+        for spacing in ("250", "50"):
+            check_tables(golden, spacing)
+            check_steps(golden, model, spacing)
+        for name, s in golden.json("settings").items():
+            below = (between(s["branch_time"]), s["ST_cfg"])
+            guidance = [cfg.guidance(s["LT_cfg"], channels=3, below=below)]
+            if s["time_min"] < 999:
+                low = between(s["time_min"])
+                guidance.append(dg.guidance(log_ratio, s["dg_scale"], low, rule="mean"))
+            check_sampling(golden, model, name, s, guidance)
