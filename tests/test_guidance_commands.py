@@ -277,7 +277,7 @@ def test_presets_are_the_published_settings():
     _, settings, request = read("--preset", "face_id", "--task.network", "f.py:f")
     low, high = settings.window
     assert abs(low - 0.343) < 0.03 and high == float("inf") and settings.rate == 0.05  # t > 100
-    assert (request.task, request.sampling["grid"]) == ("embedding", "ddim")
+    assert (request.task, request.sampling["grid"]) == ("face_id", "ddim")
     _, settings, _ = read("--preset", "style")
     for low, high in (settings.window, settings.repeat_window):
         assert 0.3 < low < high < 6
@@ -353,7 +353,7 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
             "factor=3",
         ),
         (
-            ("--guidance", "dsg", "--task", "style", "--input", "digits"),
+            ("--guidance", "dsg", "--task", "embedding", "--input", "digits"),
             "--task.network: '' given",
         ),
         (

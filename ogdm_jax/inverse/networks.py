@@ -2,26 +2,40 @@
 follow, and the result need not equal it.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.inverse.operators import HIGHEST, Function, Loss, Operator
 from ogdm_jax.typing import Array
 
 
-def style(features: Function, normalise: bool = False) -> Operator:
+def style(
+    features: Callable[[Array], Array | Sequence[Array]], normalise: bool = False
+) -> Operator:
     """Gram matrices G = F^T F of features F [B,n,d] or [B,h,w,d] -> [B,d,d]; DSG's style loss
     compares them.
+
+    Of several features at once (a list: the layers of a VGG) the matrices lie side by side, each
+    divided by n d, [B, sum of d^2]: their squared distance is then the style loss of Gatys et al.
+    (arXiv 1508.06576) with equal weights of the layers, but for a factor.
 
     normalise divides by the number of positions n; the published loss does not (the direction is
     the same).
     """
 
-    def forward(x: Array) -> Array:
-        f = features(x)
+    def gram(f: Array) -> Array:
         f = f.reshape(f.shape[0], -1, f.shape[-1])
-        gram = jnp.einsum("bnd,bne->bde", f, f, precision=HIGHEST)
-        return gram / f.shape[1] if normalise else gram
+        return jnp.einsum("bnd,bne->bde", f, f, precision=HIGHEST)
+
+    def forward(x: Array) -> Array:
+        found = features(x)
+        if isinstance(found, Sequence):
+            each = [(gram(f) / np.prod(f.shape[1:])).reshape(len(f), -1) for f in found]
+            return jnp.concatenate(each, axis=1)
+        return gram(found) / np.prod(found.shape[1:-1]) if normalise else gram(found)
 
     return Operator("style", forward)
 

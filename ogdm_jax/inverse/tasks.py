@@ -4,8 +4,9 @@ Settings that depend on the size follow the published ones for 256 pixels.
 """
 
 import dataclasses
+import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.interop import perceptual
 from ogdm_jax.inverse import degradations, given, networks, operators
 from ogdm_jax.inverse.operators import Operator
+from ogdm_jax.networks import vgg
 from ogdm_jax.typing import PyTree
 
 Shape = tuple[int, int, int]
@@ -34,8 +37,12 @@ class Settings:
       blur: standard deviation of the Gaussian, or side of the other blurs' kernel; None: by the
         size of the images.
       kernel: a picture or .npy of the other blurs' kernel; "": one drawn at random.
-      network: "FILE.py:FUNCTION", images [B,H,W,C] in [-1, 1] -> features, for style, embedding and
-        segmentation.
+      network: "FILE.py:FUNCTION", images [B,H,W,C] in [-1, 1] -> features, for the tasks that
+        follow an example; "" for the network of `weights`.
+      weights: of style, face_id and segmentation: where a package or a file of weights is; "" for
+        the package of docs/tasks.md where it is installed.
+      layers: of style: comma-separated layers of the VGG.
+      size: of style: pixels a side to which the VGG's images are resized.
     """
 
     noise: float = setting(
@@ -57,6 +64,11 @@ class Settings:
     )
     kernel: str = setting("", "motion blur: picture or .npy of the kernel; default: a random one")
     network: str = setting("", "FILE.py:FUNCTION, images [n,h,w,c] in [-1, 1] to features")
+    weights: str = setting(
+        "", "style, face_id, segmentation: package or file (default: the installed package)"
+    )
+    layers: str = setting(",".join(vgg.STYLE), "style: layers of the VGG, separated by commas")
+    size: int = setting(224, "style: pixels a side of what the VGG sees", least=16, most=4096)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
@@ -69,15 +81,26 @@ class Task:
 
     Attributes:
       name: of TASKS.
-      operator: drawn -> Operator, for what `draw` gave for a batch.
+      operator: drawn -> Operator, for what `draw` gave for a batch; of a task with weights:
+        weights -> Operator.
       draw: seeds -> pytree of arrays, one row per image, that the operator needs ({}: none).
       restores: whether the result should equal the input; else the input is an example to follow.
+      weights: of a frozen network, which reach a compiled sampler as an argument; None: none.
+      about: what was loaded, for a report.
     """
 
     name: str
     operator: Callable[[PyTree], Operator]
     draw: Callable[[np.ndarray], PyTree] = lambda seeds: {}
     restores: bool = True
+    weights: PyTree = None
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def made(self, drawn: PyTree, weights: PyTree = None) -> Operator:
+        """The operator of a batch; weights: as a compiled function received them."""
+        if self.weights is None:
+            return self.operator(drawn)
+        return self.operator(self.weights if weights is None else weights)
 
 
 class _Kind(NamedTuple):
@@ -104,7 +127,7 @@ def make_task(name: str, settings: Settings, shape: Shape) -> Task:
 
 def measured_shape(task: Task, shape: Shape) -> tuple[int, ...]:
     """The shape of one measurement of images of this shape."""
-    operator = task.operator(task.draw(np.zeros(1, np.int64)))
+    operator = task.made(task.draw(np.zeros(1, np.int64)))
     images = jax.ShapeDtypeStruct((1, *shape), np.float32)
     return jax.eval_shape(operator.forward, images).shape[1:]
 
@@ -229,6 +252,39 @@ def _steering(make: Callable[[Callable[..., Any]], Operator]) -> _Kind:
     return _Kind(lambda settings, _: make(load_function(settings.network)), ("network",), False)
 
 
+def _measured_by(
+    name: str,
+    make: Callable[[Callable[..., Any]], Operator],
+    load: Callable[[Settings], perceptual.Frozen],
+    uses: tuple[str, ...] = ("weights",),
+) -> _Kind:
+    """A task whose network comes with weights, unless people bring their own function."""
+
+    def task(settings: Settings, shape: Shape) -> Operator | Task:
+        if settings.network:
+            for field in uses:
+                if getattr(settings, field) != getattr(Settings, field):
+                    raise ConfigError(
+                        f"--task.{field}: {getattr(settings, field)!r} given with --task.network, "
+                        "which has its own; expected one of them"
+                    )
+            return make(load_function(settings.network))
+        if shape[-1] not in (1, 3):
+            raise ConfigError(
+                f"--task: {name!r} given for images of {shape[-1]} channels; expected 1 (grey is "
+                "repeated) or 3, or --task.network"
+            )
+        forward, weights, about = load(settings)
+        operator = lambda weights: make(functools.partial(forward, weights))
+        return Task(name, operator, restores=False, weights=weights, about={"network": about})
+
+    return _Kind(task, ("network", *uses), False)
+
+
+def _layers(settings: Settings) -> list[str]:
+    return [name.strip() for name in settings.layers.split(",") if name.strip()]
+
+
 _KINDS: dict[str, _Kind] = {
     "inpaint": _Kind(_inpaint, ("mask",)),
     "super_resolution": _Kind(
@@ -242,9 +298,21 @@ _KINDS: dict[str, _Kind] = {
     "phase_retrieval": _Kind(lambda settings, shape: operators.phase_retrieval()),
     "high_dynamic_range": _Kind(lambda settings, shape: operators.high_dynamic_range()),
     "denoise": _Kind(lambda settings, shape: operators.identity()),
-    "style": _steering(networks.style),
+    "style": _measured_by(
+        "style",
+        networks.style,
+        lambda s: perceptual.style_network(s.weights, _layers(s), s.size),
+        ("weights", "layers", "size"),
+    ),
+    "face_id": _measured_by(
+        "face_id", networks.embedding, lambda s: perceptual.face_network(s.weights)
+    ),
     "embedding": _steering(networks.embedding),
-    "segmentation": _steering(networks.segmentation),
+    "segmentation": _measured_by(
+        "segmentation",
+        networks.segmentation,
+        lambda s: perceptual.segmentation_network(s.weights),
+    ),
 }
 TASKS = tuple(_KINDS)
 RESTORING = tuple(name for name, kind in _KINDS.items() if kind.restores)

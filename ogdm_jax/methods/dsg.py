@@ -112,9 +112,7 @@ PRESETS: dict[str, Preset] = {
     "inpaint_20": _linear("inpaint", 20, 0.2),
     "super_resolution_20": _linear("super_resolution", 20, 0.2),
     "deblur_20": _linear("deblur", 20, 0.1),
-    "face_id": _steering(
-        "embedding", 0.05, window=(float(Discrete.make().sigma[101]), float("inf"))
-    ),
+    "face_id": _steering("face_id", 0.05, window=(float(Discrete.make().sigma[101]), float("inf"))),
     "style": _steering(
         "style", 0.1, window=_levels(30, 69), repeats=3, repeat_window=_levels(40, 69)
     ),

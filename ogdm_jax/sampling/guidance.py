@@ -149,29 +149,33 @@ def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts
     return Parts(tuple(transforms), single["transition"], single["churn"], shifts)
 
 
-def per_image(make: Callable[[PyTree], Guidance], rows: PyTree) -> Guidance:
+def per_image(make: Callable[..., Guidance], rows: PyTree, constants: PyTree = None) -> Guidance:
     """Guidance that is made anew from the rows of each batch: measurements, masks.
 
         per_image(lambda rows: dsg.guidance(measurement_loss(inpaint(rows["mask"]), rows["y"])),
                   {"mask": masks, "y": y})
 
     Args:
-      make: rows of a batch -> guidance whose transition is made of them. Called once here, with the
-        first row, so that bad settings are refused before anything is compiled.
+      make: rows of a batch -> guidance whose transition is made of them; with constants: (rows,
+        constants) -> guidance. Called once here, with the first row, so that bad settings are
+        refused before anything is compiled.
       rows: arrays with one row per image in the order of the seeds.
+      constants: arrays that are the same for all images, such as a frozen network's weights; see
+        `Guidance.constants`. None: there are none.
     """
-    first = make(jax.tree.map(lambda leaf: leaf[:1], rows))
+    made = (lambda rows, held: make(rows)) if constants is None else make
+    first = made(jax.tree.map(lambda leaf: leaf[:1], rows), constants)
     if first.transition is None:
         return first
 
     def transition(
         evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
     ) -> tuple[Array, Array]:
-        rule = make(info.rows).transition
+        rule = made(info.rows, info.constants).transition
         assert rule is not None  # as of the first row
         return rule(evaluate, transition, x, noise, info)
 
-    return dataclasses.replace(first, transition=transition, rows=rows)
+    return dataclasses.replace(first, transition=transition, rows=rows, constants=constants)
 
 
 def plain_step(

@@ -23,6 +23,13 @@ def hash_values(n: int, p: int) -> np.ndarray:
     return (2.0 * h.astype(np.float64) / 2**32 - 1.0) * np.sqrt(3.0)
 
 
+def formula_images(n: int, height: int, width: int) -> np.ndarray:
+    """[n,height,width,3] float32 whole numbers from 0 to 255: inputs that need no file."""
+    b, y, x, c = np.meshgrid(*map(np.arange, (n, height, width, 3)), indexing="ij")
+    values = 7 * y + (5 + b) * x + 40 * c + (x * y) % (31 + b)
+    return (values % 256).astype(np.float32)
+
+
 class Golden:
     """One .npz file: arrays by item, texts by .json(name), settings by .config."""
 
