@@ -567,6 +567,13 @@ LINES = {
         "nowhere"
     ),
     "sample --workdir run --guidance dsg --task deblur --input picture.png --task.blur nan": "blur",
+    "sample --workdir run --guidance dsg --task style --input picture.png --task.weights no.h5": "--task.weights",
+    "sample --workdir run --guidance dsg --task face_id --input picture.png --task.weights no.tgz": "--task.weights",
+    "sample --workdir run --guidance dsg --task face_id --input picture.png --task.weights no.pth": "--task.weights",
+    "sample --workdir run --guidance dsg --task segmentation --input picture.png --task.weights no.tflite": "--task.weights",
+    "sample --workdir run --guidance dsg --task style --input picture.png --task.size 8": "--task.size",
+    "sample --workdir run --guidance dsg --task embedding --input picture.png --task.weights no.h5": "--task.weights",
+    "sample --workdir run --guidance dsg --task face_id --input picture.png --task.layers relu1_1": "--task.layers",
     "sample --workdir run --guidance dsg --task super_resolution --input picture.png "
     "--task.factor 0": "factor",
     "sample --workdir run --guidance dps --task inpaint --input picture.png --dps.scale inf": (

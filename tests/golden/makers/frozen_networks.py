@@ -70,7 +70,8 @@ def of_torch(folder: str, out: str) -> None:
     import torch
 
     library = torch.library.Library("torchvision", "DEF")  # its compiled operations are not needed
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 
     sys.path.insert(0, folder)

@@ -80,6 +80,10 @@ def check_own_selfie(golden: Golden):
     network, stride = perceptual.segmentation_network(""), golden.config["stride"]
     found = jax.jit(network.forward)(network.weights, _images(2, 256, 256))
     np.testing.assert_allclose(found[:, ::stride, ::stride], golden["out"], atol=5e-5)
+    folder = perceptual.installed(perceptual.SELFIE)
+    network = perceptual.segmentation_network(str(folder / "selfie_segmentation_landscape.tflite"))
+    found = jax.jit(network.forward)(network.weights, _images(2, 144, 256))
+    np.testing.assert_allclose(found[:, ::stride, ::stride], golden["out_landscape"], atol=5e-5)
 
 
 @golden_support.family("frozen_own_hed")
