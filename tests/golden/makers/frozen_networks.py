@@ -103,7 +103,7 @@ def of_torch(folder: str, out: str) -> None:
 
     network = model.Backbone(50, 0.6, "ir_se").eval()
     lists = fill(network, 1.0)
-    x = formula_images(2, 112, 112).transpose(0, 3, 1, 2) / 127.5 - 1
+    x = np.moveaxis(formula_images(2, 112, 112), -1, 1).copy() / 127.5 - 1
     large = formula_images(2, 256, 256).transpose(0, 3, 1, 2) / 127.5 - 1
     found = {}
     for dtype, end in ((torch.float32, ""), (torch.float64, "_f64")):
