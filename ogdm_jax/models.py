@@ -13,7 +13,7 @@ import numpy as np
 
 from ogdm_jax import pixels
 from ogdm_jax.config import Config, ConfigError, Precondition, require
-from ogdm_jax.diffusion import precondition, process
+from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, DiT, SongUNet
 from ogdm_jax.typing import Array, NetworkFn, PyTree
@@ -197,6 +197,15 @@ def _settings(net: Any, augmented: bool) -> dict[str, Any]:
     return settings
 
 
+_CONTINUOUS = {
+    "vp": precondition.vp,
+    "ve": precondition.ve,
+    "iddpm": precondition.iddpm,
+    "subvp": score_sde.subvp,
+    "smld": score_sde.smld,
+}
+
+
 def wrap(settings: Precondition) -> Callable[..., Denoiser]:
     """config.precondition as (network_fn, taps=) -> Denoiser."""
     kind = settings.kind
@@ -205,7 +214,8 @@ def wrap(settings: Precondition) -> Callable[..., Denoiser]:
     if kind == "flow":
         return functools.partial(precondition.flow, time_scale=settings.time_scale)
     if kind not in ("adm", "v"):
-        return {"vp": precondition.vp, "ve": precondition.ve, "iddpm": precondition.iddpm}[kind]
+        more = {"sigma_max": settings.sigma_max} if kind in ("ve", "smld") else {}
+        return functools.partial(_CONTINUOUS[kind], **more)
     return functools.partial(
         precondition.adm,
         betas=discrete_table(settings),

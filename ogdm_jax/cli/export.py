@@ -45,7 +45,8 @@ def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:
     else:  # as to_torch writes it; published networks of these sizes may be "new"
         settings["qkv_order"] = "legacy"
     chain = ("schedule", *PROCESS[:3])
-    kinds = {"adm": chain[:-1], "v": chain, "flow": PROCESS[3:]}
+    kinds = {"adm": chain[:-1], "v": chain, "flow": PROCESS[3:4]}
+    kinds |= dict.fromkeys(("ve", "smld"), PROCESS[4:])
     told = kinds.get(config.precondition.kind, ())
     about = {
         "kind": kind,

@@ -16,9 +16,9 @@ class Precondition:
 
     kind: str = setting(
         "edm",
-        "edm, vp, ve, iddpm, adm (eps of a discrete process), v (its velocity), or flow (the "
-        "velocity of the straight path)",
-        choices=("edm", "vp", "ve", "iddpm", "adm", "v", "flow"),
+        "edm, vp, ve, iddpm, adm (eps of a discrete process), v (its velocity), flow (the "
+        "velocity of the straight path), subvp, or smld (ve of 1,000 steps)",
+        choices=("edm", "vp", "ve", "iddpm", "adm", "v", "flow", "subvp", "smld"),
     )
     sigma_data: float = setting(
         0.5,
@@ -26,6 +26,13 @@ class Precondition:
         least=1e-4,
         most=1e4,
         expected="a positive number from 1e-4 to 1e4",
+    )
+    sigma_max: float = setting(
+        100.0,
+        "ve, smld and noise.distribution ve: the highest level; the lowest is 0.02",
+        above=0.02,
+        most=1e6,
+        only=("kind=ve|smld", "noise.distribution=ve"),
     )
     schedule: str = setting(
         "linear",
@@ -67,8 +74,8 @@ class Noise:
     distribution: str = _decided(
         "edm",
         "edm (log-normal), vp, ve, ddpm (uniform over the discrete process), v (the same with v's "
-        "weight), logit_normal or flow (uniform times) with the velocity's weight",
-        choices=("edm", "vp", "ve", "ddpm", "v", "logit_normal", "flow"),
+        "weight), logit_normal or flow (uniform times) with the velocity's weight, or subvp",
+        choices=("edm", "vp", "ve", "ddpm", "v", "logit_normal", "flow", "subvp"),
         was="law",
     )
     mean: float = _decided(

@@ -164,8 +164,8 @@ def flow(stratified: bool = False) -> NoiseDistribution:
     return NoiseDistribution("uniform", _flow, _velocity_weight, stratified)
 
 
-def _vp(draw: Array, beta_d: float, beta_min: float, epsilon_t: float) -> Array:
-    return process.VP(beta_d, beta_min).sigma(1 + draw * (epsilon_t - 1))
+def _vp(draw: Array, clock: process.VP, epsilon_t: float) -> Array:
+    return clock.sigma(1 + draw * (epsilon_t - 1))
 
 
 def vp(
@@ -175,7 +175,13 @@ def vp(
 
     t = 1 + u (epsilon_t - 1); weight 1 / sigma^2.
     """
-    sigma = functools.partial(_vp, beta_d=beta_d, beta_min=beta_min, epsilon_t=epsilon_t)
+    sigma = functools.partial(_vp, clock=process.VP(beta_d, beta_min), epsilon_t=epsilon_t)
+    return NoiseDistribution("uniform", sigma, _inverse_square, stratified)
+
+
+def subvp(epsilon_t: float = 1e-5, stratified: bool = False) -> NoiseDistribution:
+    """As `vp`, with the levels of score SDE's sub-VP process."""
+    sigma = functools.partial(_vp, clock=process.SubVP(), epsilon_t=epsilon_t)
     return NoiseDistribution("uniform", sigma, _inverse_square, stratified)
 
 

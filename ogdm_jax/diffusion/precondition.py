@@ -17,6 +17,8 @@ which one they are given.
 | c_out | -s / (1 + s) | -s / sqrt(s^2 + 1) |
 | c_in | 1 / (1 + s) | 1 / sqrt(s^2 + 1) |
 | c_noise | s / (1 + s) | t of a beta table |
+
+score_sde.py has two more.
 """
 
 import dataclasses

@@ -56,9 +56,13 @@ class VP:
 
     def time(self, sigma: Numbers) -> Numbers:
         """Inverse of sigma(t), written without the cancellation of its usual form."""
-        xp = _namespace(sigma)
-        log = xp.log1p(sigma**2)
-        return 2 * log / (self.beta_min + xp.sqrt(self.beta_min**2 + 2 * self.beta_d * log))
+        log = self._log_scale(sigma)
+        root = _namespace(sigma).sqrt(self.beta_min**2 + 2 * self.beta_d * log)
+        return 2 * log / (self.beta_min + root)
+
+    def _log_scale(self, sigma: Numbers) -> Numbers:
+        """-2 ln s at a noise level."""
+        return _namespace(sigma).log1p(sigma**2)
 
     def sigma_derivative(self, t: Numbers) -> Numbers:
         """The derivative d sigma / d t."""
@@ -68,6 +72,24 @@ class VP:
     def scale(self, t: Numbers) -> Numbers:
         """s(t)."""
         return _namespace(t).exp(-0.25 * self.beta_d * t**2 - 0.5 * self.beta_min * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVP(VP):
+    """Sub-VP: VP's s(t) with the smaller noise 1 - s^2 in x_t (arXiv 2011.13456 eq. 29), so
+    sigma = 1 / s - s.
+    """
+
+    def sigma(self, t: Numbers) -> Numbers:
+        """The noise level at time t."""
+        return 2 * _namespace(t).sinh(0.25 * self.beta_d * t**2 + 0.5 * self.beta_min * t)
+
+    def sigma_derivative(self, t: Numbers) -> Numbers:
+        """The derivative d sigma / d t."""
+        return 0.5 * (self.beta_min + self.beta_d * t) * (self.scale(t) + 1 / self.scale(t))
+
+    def _log_scale(self, sigma: Numbers) -> Numbers:
+        return 2 * _namespace(sigma).arcsinh(sigma / 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """Networks with the weights of checkpoints that other programs wrote."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import flax.errors
 import flax.linen as nn
@@ -15,26 +14,16 @@ from ogdm_jax import models
 from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.interop import (
-    export,
-    names_adm,
-    names_discriminator,
-    names_edm,
-    names_inception,
-    recognise,
-)
+from ogdm_jax.interop import export, kinds, names_score_sde, recognise
 from ogdm_jax.interop.inert import Module, quote
-from ogdm_jax.interop.names_shared import Entry
 from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
-from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.networks import SongUNet
 from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Array, PyTree
 
 _State = Mapping[str, np.ndarray]
-_Settings = dict[str, Any]
-_Network = TypeVar("_Network", bound=nn.Module)
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _LISTED = 6  # names of each kind of mismatch that a message shows
 # tensors of a network; the published ones have fewer than 1,000, and each layer is traced
@@ -59,8 +48,8 @@ class Pretrained:
       kind: one of recognise.KINDS.
       network: a flax module.
       variables: {"params": ...}, and "buffers" where the network has any.
-      precondition: edm, vp, ve, iddpm, adm, v or flow where the file says so or its kind implies
-        it; else None.
+      precondition: one of settings.PRECONDITIONS where the file says so or its kind implies it;
+        else None.
       sigma_data: of edm.
       dropout: of the original training where the file says so; the network itself always has 0
         unless a setting asks.
@@ -85,7 +74,7 @@ class Pretrained:
         return iter((self.network, self.variables))
 
     def denoiser(self, augment: Array | None = None) -> Denoiser:
-        """The denoiser under the file's preconditioning (EDM's where it does not say).
+        """The denoiser under the file's `preconditioning`.
 
         augment: [B,9] augmentation labels of the batch that it will be asked about, for networks
           that were trained with them.
@@ -100,12 +89,28 @@ class Pretrained:
                 self.variables, x, c_noise, label, at=at, method="features", **bound
             )
 
-        if self.precondition in (None, "edm"):
+        kind = self.preconditioning()
+        if kind == "edm":
             return precondition.edm(network_fn, self.sigma_data, taps=taps)
         network: Any = self.network
-        learned = self.precondition == "adm" and network.out_channels == 2 * network.img_channels
+        learned = kind == "adm" and network.out_channels == 2 * network.img_channels
         told = {"schedule": self.schedule, "learned_variance": learned, **self.process}
-        return models.wrap(Precondition(self.precondition, **told))(network_fn, taps=taps)
+        return models.wrap(Precondition(kind, **told))(network_fn, taps=taps)
+
+    def preconditioning(self) -> str:
+        """The file's preconditioning, EDM's where it does not say.
+
+        Raises:
+          ValueError: a score_sde network with time steps: VP, sub-VP and both discrete processes
+            have the same tensors.
+        """
+        if self.kind == "score_sde" and self.precondition is None:
+            raise ValueError(
+                "precondition: the tensors of this score_sde network do not show it; give vp "
+                "(continuous), subvp, adm (the discrete VP) or smld (the discrete VE), such as "
+                "--precondition vp"
+            )
+        return self.precondition or "edm"
 
 
 def from_torch(
@@ -121,8 +126,8 @@ def from_torch(
       state: {name: array}, as read_torch gives it. Names may have a prefix, such as "module.";
         counts and tables of noise beside the network's tensors are left out.
       kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also
-        OGDM_adm's), adm_encoder (OpenAI's classifiers, DG's heads), ogdm_discriminator, inception;
-        None recognises it from the names.
+        OGDM_adm's), score_sde (NCSN++ and DDPM++ of that code), adm_encoder (OpenAI's classifiers,
+        DG's heads), ogdm_discriminator, inception; None recognises it from the names.
       allow_nan: take weights that are not finite.
       **settings: attributes of the network that replace what names and shapes show, such as
         dropout=0.1, or add what they cannot show: img_resolution, head_channels or num_heads, and
@@ -172,13 +177,13 @@ def match(
     state = _plain(state, kind)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     kind = kind or recognise.kind_of(shapes)
-    if kind not in _RECOGNISED:
+    if kind not in kinds.RECOGNISED:
         raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
     if len(shapes) > _MOST_TENSORS:
         raise recognise.UnrecognisedError(
             f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}"
         )
-    cls, recognised = _RECOGNISED[kind]
+    cls, recognised = kinds.RECOGNISED[kind]
     check_settings(cls, settings)
     try:
         found = recognised(state, shapes, settings)
@@ -209,6 +214,8 @@ def load_pretrained(
     a .safetensors file, or from iDDPM's table `u`; a plain state dict does not say
     (precondition="vp" and the like may be given; of "v" also schedule, zero_terminal; of "flow"
     time_scale). OpenAI's U-Nets are "adm" with the published schedule, linear for unknown ones.
+    score_sde's networks with Fourier features are "ve" up to twice the largest of the file's
+    `sigmas`: its images lie in [0, 1], ours in [-1, 1].
 
     Args:
       path: see read_torch; also what open_torch gives.
@@ -242,6 +249,14 @@ def load_pretrained(
         raise type(error)(said) from error.__cause__
     kind = kind or recognise.kind_of({name: value.shape for name, value in state.items()})
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
+    said = notes(part, others, state)
+    if kind == "score_sde":
+        if cast(SongUNet, network).embedding_type == "fourier":
+            about["precondition"] = about["precondition"] or "ve"
+        if about["precondition"] in ("ve", "smld"):
+            about["sigma_max"] = about["sigma_max"] or names_score_sde.sigma_max(state)
+        said += names_score_sde.supposed(cast(SongUNet, network), more)
+    check_about(about)
     if kind == "adm":
         about["precondition"] = about["precondition"] or "adm"
         about["schedule"] = about["schedule"] or recognise.schedule_of(network)
@@ -254,7 +269,7 @@ def load_pretrained(
         about.get("dropout"),
         about["schedule"] or "linear",
         {name: about[name] for name in PROCESS if about[name] is not None},
-        notes(part, others, state),
+        said,
     )
 
 
@@ -283,7 +298,8 @@ def notes(part: Part, others: list[Part], state: _State) -> tuple[str, ...]:
             + (f"; also there: {also}" if also else "")
         )
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    extra = [name for name in shapes if recognise.is_extra(name, shapes[name])]
+    used = {"sigmas"} if part.kind == "score_sde" else set()
+    extra = [n for n in shapes if n not in used and recognise.is_extra(n, shapes[n])]
     ignored = [*extra, *part.beside]
     if ignored:
         some = ", ".join(map(quote, ignored[:_LISTED]))
@@ -336,102 +352,3 @@ def _compare(
             f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}"
         )
     return extra
-
-
-class _Match(NamedTuple):
-    """The network of a state dict, the tensors it needs, and how they become its variables."""
-
-    network: nn.Module
-    needed: Mapping[str, tuple[int, ...]]
-    optional: set[str]  # names that the state may have beside them
-    convert: Callable[[Mapping[str, np.ndarray]], PyTree]
-
-
-# One function a kind: (state, shapes, the caller's settings) -> _Match.
-
-
-def _traced(entries: Callable[..., list[Entry]], *network: Any) -> dict[str, tuple[int, ...]]:
-    """{PyTorch name: shape} of entries(*network)."""
-    return {entry.name: entry.torch_shape for entry in entries(*network)}
-
-
-# a second or two for the published sizes; flax's modules can be hashed, but their type denies it
-_shapes_of: Callable[..., dict[str, tuple[int, ...]]] = functools.lru_cache(maxsize=16)(_traced)
-
-
-def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
-    network = names_edm.edm_network({"dropout": 0.0} | recognise.edm_settings(state) | settings)
-    prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
-    needed = _shapes_of(names_edm.edm_entries, network).items()
-    return _Match(
-        network,
-        {name.removeprefix(prefix): shape for name, shape in needed},
-        set(filter(names_edm.is_constant, shapes)),
-        lambda s: names_edm.edm_to_flax(s, network),
-    )
-
-
-def _adm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
-    return _openai(ADMUNet, recognise.adm_settings(shapes, settings))
-
-
-def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
-    return _openai(ADMEncoder, recognise.encoder_settings(shapes, settings))
-
-
-def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> _Match:
-    order = settings.pop("qkv_order")
-    network = _make(cls, settings)
-    needed = _shapes_of(names_adm.adm_entries, network, order)
-    return _Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
-
-
-def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
-    found = names_discriminator.discriminator_settings(state, settings.get("t_dim", 2))
-    network = _make(StyleGAN2Discriminator, found | settings)
-    return _Match(
-        network,
-        _shapes_of(names_discriminator.discriminator_entries, network),
-        set(filter(names_discriminator.is_constant, shapes)),
-        lambda s: names_discriminator.discriminator_to_flax(s, network),
-    )
-
-
-def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> _Match:
-    """The raw module, NVIDIA's detector, or pytorch-fid's wrapper, which has no classes."""
-    raw_names = {name: names_inception.raw_name(name) for name in shapes}
-    theirs = {raw: name for name, raw in raw_names.items()}
-    classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
-    network = _make(InceptionV3, {"num_classes": classes} | settings)
-    implied = set(names_inception.scales_left_out(theirs))
-    implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
-    needed = _shapes_of(names_inception.inception_entries, network).items()
-    unused = ("AuxLogits.", "Conv2d_AuxLogits.")
-    return _Match(
-        network,
-        {theirs.get(raw, raw): shape for raw, shape in needed if raw not in implied},
-        {
-            name
-            for name, raw in raw_names.items()
-            if raw.endswith("num_batches_tracked") or raw.startswith(unused)
-        },
-        lambda s: names_inception.inception_to_flax(s, network),
-    )
-
-
-def _make(cls: type[_Network], settings: _Settings) -> _Network:
-    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
-    # export's JSON has lists where a hashable module needs tuples.
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-
-
-# With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.
-_RECOGNISED: dict[str, tuple[type[nn.Module], Callable[..., _Match]]] = {
-    "edm": (SongUNet, _edm),
-    "adm": (ADMUNet, _adm),
-    "adm_encoder": (ADMEncoder, _adm_encoder),
-    "ogdm_discriminator": (StyleGAN2Discriminator, _discriminator),
-    "inception": (InceptionV3, _inception),
-}

@@ -17,12 +17,13 @@ from ogdm_jax.interop.inert import quote
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_TAPS = 64  # of a resampling filter
-KINDS = ("edm", "adm", "adm_encoder", "ogdm_discriminator", "inception")
-DENOISERS = ("edm", "adm")
+KINDS = ("edm", "adm", "score_sde", "adm_encoder", "ogdm_discriminator", "inception")
+DENOISERS = ("edm", "adm", "score_sde")
 # kind -> names that tell it, without what may stand in front of them
 _SIGNS = {
     "edm": (r"(model\.)?enc\.\d{1,6}x\d{1,6}_conv\.weight",),
     "adm": (r"time_embed\.0\.weight", r"input_blocks\.0\.0\.weight"),
+    "score_sde": (r"all_modules\.\d{1,6}\.NIN_3\.W", r"all_modules\.\d{1,6}\.Dense_0\.weight"),
     "ogdm_discriminator": (r"mapping\.embed\.weight", r"b4\.out\.weight"),
     "inception": (
         r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed(\.tower)?\.conv)\.weight",
@@ -31,6 +32,8 @@ _SIGNS = {
 _FOUND = {
     kind: [re.compile(rf"(?:^|\.)({sign})$") for sign in signs] for kind, signs in _SIGNS.items()
 }
+# the frequencies of score_sde's Fourier features, a parameter without gradient
+_FREQUENCIES = re.compile(r"(.*\.)?all_modules\.0\.W")
 _BUFFERS = ("resample_filter", "freqs", "running_mean", "running_var", "num_batches_tracked")
 # What training programs keep among the tensors of a network and no network computes with.
 _EXTRA = re.compile(
@@ -114,7 +117,9 @@ def kind_of(shapes: Shapes) -> str:
 def is_buffer(name: str) -> bool:
     """Whether a tensor is none of the parameters that are trained and averaged."""
     leaf = name.rpartition(".")[2]
-    return leaf in _BUFFERS or name in ("u", "model.u") or bool(_EXTRA.fullmatch(leaf[:80]))
+    if leaf in _BUFFERS or name in ("u", "model.u") or _FREQUENCIES.fullmatch(name):
+        return True
+    return bool(_EXTRA.fullmatch(leaf[:80]))
 
 
 def is_extra(name: str, shape: tuple[int, ...]) -> bool:

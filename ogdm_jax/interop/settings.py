@@ -13,9 +13,9 @@ from ogdm_jax.diffusion.process import SCHEDULES
 from ogdm_jax.interop.inert import quote
 from ogdm_jax.interop.recognise import KINDS
 
-PRECONDITIONS = ("edm", "vp", "ve", "iddpm", "adm", "v", "flow")
+PRECONDITIONS = ("edm", "vp", "ve", "iddpm", "adm", "v", "flow", "subvp", "smld")
 # What a file may say of a process beside its betas: names and defaults of config.precondition's.
-PROCESS = ("diffusion_steps", "rescale_timesteps", "zero_terminal", "time_scale")
+PROCESS = ("diffusion_steps", "rescale_timesteps", "zero_terminal", "time_scale", "sigma_max")
 _LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger
 _LONGEST = 16  # entries of a list
 _MOST_BLOCKS = 64  # of a level: every block is traced
@@ -41,6 +41,7 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
         _number(float(_POSITIVE.tiny), float(_POSITIVE.max)),
         "a positive number",
     ),
+    "sigma_max": (_number(0.021, float(_POSITIVE.max)), "a number above 0.02"),
     "dropout": (_number(0, 1), "a number from 0 to below 1"),
     "diffusion_steps": (
         lambda value: isinstance(value, int) and _number(2, 10**5 + 1)(value),

@@ -98,6 +98,8 @@ def noise_distribution(config: Config) -> NoiseDistribution:
     how: dict[str, Any] = {"stratified": settings.stratified}
     if kind in ("ddpm", "v"):
         how["betas"] = models.discrete_table(config.precondition)
+    if kind == "ve":
+        how["sigma_max"] = config.precondition.sigma_max
     if kind == "ddpm":
         how["min_snr"] = settings.min_snr
     if kind in ("edm", "logit_normal"):

@@ -26,11 +26,12 @@ _SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
 def check_denoiser(found: Pretrained, source: str) -> None:
     """Raises ValueError unless the file holds a denoiser that a configuration can describe."""
     network = found.network
-    if found.kind not in ("edm", "adm"):
+    if found.kind not in ("edm", "adm", "score_sde"):
         raise ValueError(
             f"{source}: holds a network of kind {found.kind}; expected a denoiser (others: "
             "load_pretrained)"
         )
+    found.preconditioning()
     if found.kind == "adm" and network.img_channels == 6:
         raise ValueError(
             f"{source}: an upsampler, whose input is the noisy image and a small one (low_res), "
@@ -45,7 +46,7 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
       found: a denoiser, see `check_denoiser`.
       config: the configuration that is to be changed; it says how often to augment.
     """
-    network, kind = found.network, found.precondition or "edm"
+    network, kind = found.network, found.preconditioning()
     owner = _KINDS[type(network).__name__]
     settings = {
         "network.kind": owner,
@@ -57,8 +58,8 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     for field in _SHARED + models.ONLY.get(owner, ()):
         value = getattr(network, field)
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
-    if kind in ("vp", "ve"):
-        settings["noise.distribution"] = kind
+    if kind in ("vp", "subvp", "ve", "smld"):
+        settings["noise.distribution"] = "ve" if kind == "smld" else kind
     settings |= {f"precondition.{name}": value for name, value in found.process.items()}
     if kind in ("adm", "v"):
         drawn = "ddpm" if kind == "adm" else "v"

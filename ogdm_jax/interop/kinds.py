@@ -1,0 +1,132 @@
+"""What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+import flax.linen as nn
+import numpy as np
+
+from ogdm_jax.interop import (
+    names_adm,
+    names_discriminator,
+    names_edm,
+    names_inception,
+    names_score_sde,
+    recognise,
+)
+from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.typing import PyTree
+
+_State = Mapping[str, np.ndarray]
+_Settings = dict[str, Any]
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+class Match(NamedTuple):
+    """The network of a state dict, the tensors it needs, and how they become its variables."""
+
+    network: nn.Module
+    needed: Mapping[str, tuple[int, ...]]
+    optional: set[str]  # names that the state may have beside them
+    convert: Callable[[Mapping[str, np.ndarray]], PyTree]
+
+
+def _traced(entries: Callable[..., Any], *network: Any) -> dict[str, tuple[int, ...]]:
+    """{PyTorch name: shape} of entries(*network), entries or such a dictionary."""
+    found = entries(*network)
+    if isinstance(found, dict):
+        return found
+    return {entry.name: entry.torch_shape for entry in found}
+
+
+# a second or two for the published sizes; flax's modules can be hashed, but their type denies it
+_shapes_of: Callable[..., dict[str, tuple[int, ...]]] = functools.lru_cache(maxsize=16)(_traced)
+
+
+def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    network = names_edm.edm_network({"dropout": 0.0} | recognise.edm_settings(state) | settings)
+    prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
+    needed = _shapes_of(names_edm.edm_entries, network).items()
+    return Match(
+        network,
+        {name.removeprefix(prefix): shape for name, shape in needed},
+        set(filter(names_edm.is_constant, shapes)),
+        lambda s: names_edm.edm_to_flax(s, network),
+    )
+
+
+def _adm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    return _openai(ADMUNet, recognise.adm_settings(shapes, settings))
+
+
+def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    return _openai(ADMEncoder, recognise.encoder_settings(shapes, settings))
+
+
+def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> Match:
+    order = settings.pop("qkv_order")
+    network = _make(cls, settings)
+    needed = _shapes_of(names_adm.adm_entries, network, order)
+    return Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
+
+
+def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    found = names_score_sde.score_sde_settings(shapes, settings)
+    network = names_edm.edm_network({"dropout": 0.0, "model_type": "SongUNet"} | found | settings)
+    network = cast(SongUNet, network)
+    needed = _shapes_of(names_score_sde.score_sde_shapes, network)
+    convert = lambda s: names_score_sde.score_sde_to_flax(s, network)
+    return Match(network, needed, {"sigmas"}, convert)
+
+
+def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    found = names_discriminator.discriminator_settings(state, settings.get("t_dim", 2))
+    network = _make(StyleGAN2Discriminator, found | settings)
+    return Match(
+        network,
+        _shapes_of(names_discriminator.discriminator_entries, network),
+        set(filter(names_discriminator.is_constant, shapes)),
+        lambda s: names_discriminator.discriminator_to_flax(s, network),
+    )
+
+
+def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    """The raw module, NVIDIA's detector, or pytorch-fid's wrapper, which has no classes."""
+    raw_names = {name: names_inception.raw_name(name) for name in shapes}
+    theirs = {raw: name for name, raw in raw_names.items()}
+    classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
+    network = _make(InceptionV3, {"num_classes": classes} | settings)
+    implied = set(names_inception.scales_left_out(theirs))
+    implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
+    needed = _shapes_of(names_inception.inception_entries, network).items()
+    unused = ("AuxLogits.", "Conv2d_AuxLogits.")
+    return Match(
+        network,
+        {theirs.get(raw, raw): shape for raw, shape in needed if raw not in implied},
+        {
+            name
+            for name, raw in raw_names.items()
+            if raw.endswith("num_batches_tracked") or raw.startswith(unused)
+        },
+        lambda s: names_inception.inception_to_flax(s, network),
+    )
+
+
+def _make(cls: type[_Network], settings: _Settings) -> _Network:
+    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
+    # export's JSON has lists where a hashable module needs tuples.
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+
+
+# With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.
+RECOGNISED: dict[str, tuple[type[nn.Module], Callable[..., Match]]] = {
+    "edm": (SongUNet, _edm),
+    "adm": (ADMUNet, _adm),
+    "score_sde": (SongUNet, _score_sde),
+    "adm_encoder": (ADMEncoder, _adm_encoder),
+    "ogdm_discriminator": (StyleGAN2Discriminator, _discriminator),
+    "inception": (InceptionV3, _inception),
+}
