@@ -23,6 +23,7 @@ _STEPS = 2**40  # the length that the endless stream of steps has for grain
 _LEAST = {  # of the settings of batches
     "batch_size": 1,
     "extra_references": 0,
+    "mates": 0,
     "threads": 1,
     "seed": 0,
     "start_step": 0,
@@ -103,6 +104,26 @@ def reference_indices(n: int, size: int, seed: int, step: int, batch: np.ndarray
     return np.resize(rows, size)
 
 
+def mate_indices(
+    labels: np.ndarray, order: np.ndarray, rows: np.ndarray, size: int, seed: int, step: int
+) -> np.ndarray:
+    """Rows [len(rows), size] int64: for each image independent draws from those of its label.
+
+    Args:
+      labels: int [N] of the set.
+      order: argsort of them, stable.
+      rows: of the step's global batch.
+      size: draws for each.
+      seed: of the run.
+      step: together with seed, it determines the draws.
+    """
+    rng = np.random.default_rng((seed, step, zlib.crc32(b"mates")))
+    first, stop = (
+        np.searchsorted(labels, labels[rows], s, sorter=order) for s in ("left", "right")
+    )
+    return order[rng.integers(first[:, None], stop[:, None], (len(rows), size))]
+
+
 @dataclasses.dataclass(eq=False)
 class Batches:
     """An endless iterator of one process's share of the global batches; `batches` makes it.
@@ -111,7 +132,8 @@ class Batches:
     int32 [b] (the example's place in the step's global batch), b = batch_size / process_count. With
     extra_references = n also "reference" uint8 [n / process_count,H,W,C] and "reference_label":
     this process's share of n more images, none of them in the step's global batch and none twice
-    (`reference_indices` says what small sets allow).
+    (`reference_indices` says what small sets allow). With mates = m also "mates" uint8 [b,m,H,W,C]:
+    for each image so many of its class (`mate_indices`).
 
     Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is
     {"step": the next step} in every case, the same in every process and for every process count;
@@ -127,6 +149,7 @@ class Batches:
     extra_references: int = 0
     threads: int = 8
     workers: int = 0
+    mates: int = 0
 
     def __post_init__(self) -> None:
         for what, least in _LEAST.items():
@@ -164,7 +187,17 @@ class Batches:
             rows = reference_indices(len(self.source), self.extra_references, self.seed, step, rows)
             reference = self.source.take(self._share(rows))
             batch |= {"reference": reference["image"], "reference_label": reference["label"]}
+        if self.mates:
+            rows = indices(len(self.source), self.batch_size, self.seed, step)
+            labels = np.asarray(self.source.labels)
+            rows = mate_indices(labels, self._order, rows, self.mates, self.seed, step)
+            mates = self.source.take(self._share(rows).reshape(-1))["image"]
+            batch["mates"] = mates.reshape(-1, self.mates, *self.source.shape)
         return batch
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(np.asarray(self.source.labels), kind="stable")
 
     def __iter__(self) -> "Batches":
         return self
@@ -219,6 +252,7 @@ def batches(
     extra_references: int = 0,
     threads: int = 8,
     workers: int = 0,
+    mates: int = 0,
 ) -> Batches:
     """This process's share of the endless stream of global batches.
 
@@ -234,6 +268,7 @@ def batches(
       threads: batches that are read at once where the source is not in memory.
       workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1
         to 8).
+      mates: images of its own class with each image, where the set's labels are known; 0 for none.
 
     Returns:
       An iterator over dictionaries; `Batches` says what they hold.
@@ -251,6 +286,7 @@ def batches(
         extra_references,
         threads,
         workers,
+        mates,
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.pixels import to_float
-from ogdm_jax.typing import Array
+from ogdm_jax.typing import Array, PyTree
 
 # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -126,6 +126,51 @@ def stable_target(
     target = part.total / part.mass[:, None]
     if same is not None:
         target = jnp.where(same, target, jnp.nan)
+    return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
+
+
+def drawn_target(
+    xt: Array,
+    sigma: Array,
+    source: Array,
+    made_of: PyTree,
+    images: Callable[[PyTree, Array], Array],
+    counts: Callable[[PyTree], Array] | None = None,
+    chunk: int | None = None,
+    axis_name: str | None = None,
+) -> tuple[Array, Array]:
+    """`stable_target` where every query has references of its own: its source and m others.
+
+    Args:
+      xt, source: [B, ...].   sigma: [B].
+      made_of: leaves [B, m, ...], what the others are made of.
+      images: (a query's made_of, indices k [i]) -> images [i, ...], uint8 or float.
+      counts: a query's made_of -> bool [m], which of them count here; None: all.
+      chunk: references per pass of each query; None: as many as `stable_target` takes for one.
+      axis_name: a mapped axis whose devices each know some of the images (counts): queries and
+        made_of travel.
+
+    Returns:
+      As `stable_target`. Temporaries are O(B chunk D).
+    """
+    batch, dtype = xt.shape[0], jnp.promote_types(xt.dtype, jnp.float32)
+    flat = lambda a: jax.lax.stop_gradient(a).astype(dtype).reshape(batch, -1)
+    x, source, levels = flat(xt), flat(source), jnp.asarray(sigma, dtype)
+    m = jax.tree.leaves(made_of)[0].shape[1]
+
+    def sums(x: Array, sigma: Array, own: PyTree) -> Sums:
+        drawn = OnDemand((m, *xt.shape[1:]), functools.partial(images, own))
+        mask = None if counts is None else counts(own)
+        return weighted_sums(x[None], sigma[None], drawn, mask, chunk, None, None)
+
+    queries = x, levels, made_of
+    if axis_name is not None:
+        queries = jax.lax.all_gather(queries, axis_name, tiled=True)
+    part = jax.tree.map(lambda a: a[:, 0], jax.vmap(sums)(*queries))
+    if axis_name is not None:
+        part = across(part, queries[1], axis_name)
+    part = merge(part, alone(x, source), levels)
+    target = part.total / part.mass[:, None]
     return target.astype(xt.dtype).reshape(xt.shape), jnp.square(part.mass) / part.squares
 
 

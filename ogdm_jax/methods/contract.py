@@ -56,6 +56,8 @@ class Example:
       noise_key: the key of this example's noise.
       references: {"reference": uint8 [n,h,w,c], "reference_label": [n]}, this device's share of the
         reference batch of a method that asked for one; else None.
+      mates: uint8 [b,m,h,w,c], images of each example's own class, of a method that asked for them;
+        else None.
       eps_hat: [b,h,w,c] the noise that the denoiser predicts, (xt - x0_hat) / sigma without that
         form's cancellation at small sigma. A constant: no gradient goes through it. None while a
         carry is updated.
@@ -72,6 +74,7 @@ class Example:
     key: Array
     noise_key: Array
     references: PyTree | None = None
+    mates: Array | None = None
     eps_hat: Array | None = None
 
     def keys(self, purpose: str) -> Array:
@@ -264,6 +267,7 @@ class Slots:
       carry: what it keeps from step to step.
       references: images per step, over all devices, that the loader has to bring besides the batch
         (0 = none).
+      mates: images of each example's own class that the loader has to bring with it (0 = none).
       sees_target: whether its distance looks at the target, and not only at x0.
     """
 
@@ -274,6 +278,7 @@ class Slots:
     constants: Constants | None = None
     carry: Carry | None = None
     references: int = 0
+    mates: int = 0
     sees_target: bool = True
 
 
@@ -289,6 +294,11 @@ class Methods:
     def references(self) -> int:
         """Images per step that the loader brings besides the batch, for whoever wants most."""
         return max((m.references for m in self.all), default=0)
+
+    @property
+    def mates(self) -> int:
+        """Images of its own class that the loader brings with each image."""
+        return max((m.mates for m in self.all), default=0)
 
     def constants(self) -> dict[str, dict[str, PyTree]]:
         """The step's argument on the host: {"whole": {method: arrays}, "divided": the same}."""

@@ -17,17 +17,18 @@ distribution and preconditioning.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.config import check, require, setting
+from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, stable_target
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
+from ogdm_jax.methods import stf_classes
 from ogdm_jax.methods.contract import (
     Constants,
     Context,
@@ -41,7 +42,12 @@ from ogdm_jax.methods.contract import (
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
-SOURCES, AUGMENT_MODES = ("stream", "cache", "gather", "full"), ("official", "matched", "dsm")
+SOURCES = ("stream", "cache", "gather", "full", "class")
+AUGMENT_MODES = ("official", "matched", "dsm")
+# the authors' code: 1,024 references for the 128 images of a device, whatever their labels
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {"source": "stream", "per_image": 8, "augment": "official", "class_mask": False}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +56,29 @@ class Settings:
 
     source: str = setting(
         "cache",
-        "where references come from: stream (loader), cache (resident set), gather (batch), full",
+        "where references come from: stream (loader), cache (resident set), gather (batch), full, "
+        "class (draws from each image's own class)",
         choices=SOURCES,
     )
     n: int = setting(
         1024,
-        "stream, cache: references per device, the source included",
+        "stream, cache: references per device, the source included; class: per image",
         least=1,
         expected="at least 1 reference per device",
+        only="source=stream|cache|class",
+    )
+    per_image: int = setting(
+        0,
+        "stream, cache: n is so many times the images of a device (the authors': 8); 0 = n",
+        least=0,
         only="source=stream|cache",
+    )
+    bank: str = setting(
+        "resident",
+        "class: the set lies on every device (resident), divided among them (divided), or is read "
+        "by the loader (read)",
+        choices=stf_classes.BANKS,
+        only="source=class",
     )
     chunk: int = setting(
         0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB", least=0
@@ -81,6 +101,17 @@ class Settings:
     def __post_init__(self) -> None:
         check(self, "stf")
         require(rising(self.bins), "stf.bins", self.bins, "rising numbers")
+        both = self.per_image and self.n != type(self).n
+        require(not both, "stf.n", self.n, f"none with stf.per_image={self.per_image}")
+
+
+def preset(name: str) -> dict[str, Any]:
+    """All settings of the authors' code, "official" (for config.stf.update).
+
+    Raises:
+      ValueError: another name.
+    """
+    return dataclasses.asdict(Settings(**choose("stf.preset", name, PRESETS)))
 
 
 ACTIVE = 1.05  # a target counts as active where its effective sample size is above this
@@ -99,6 +130,8 @@ def training(settings: Settings, context: Context) -> Slots:
       gather: the global batch; the images of other devices stay there, the queries travel.
       full: the whole set: the exact posterior mean of the data, without variance. The batch is not
         appended.
+      class: each image and n - 1 draws from its own class, for itself alone
+        (methods/stf_classes.py): as many references with a thousand classes as with one.
 
     With labelled augmentation (EDM's pipe) the exact target is E[x0 | x, augmentation]. Modes:
     "matched" flips a query back, weighs plain references and flips the target again; images with
@@ -112,26 +145,35 @@ def training(settings: Settings, context: Context) -> Slots:
 
     Raises:
       ConfigError: for stream an n too small for the batch or too large for the set; a set that is
-        not in memory; "official" with a full set; class masks for label vectors.
+        not in memory; "official" with a full set or classes; classes that nobody knows; class masks
+        for label vectors.
     """
+    if settings.per_image:
+        n = settings.per_image * context.device_batch
+        settings = dataclasses.replace(settings, n=n, per_image=0)
     _check(settings, context)
     source, n = settings.source, settings.n
+    divided, read = settings.bank == "divided", source == "class" and settings.bank == "read"
     constants = {
         "cache": Constants(functools.partial(_resident, context)),
         "full": Constants(functools.partial(_whole_set, context), divided=True),
+        "class": Constants(functools.partial(stf_classes.bank, context, divided), divided=divided),
     }
     more = (n - context.device_batch) * context.devices if source == "stream" else 0
     return Slots(
         name="stf",
         target=functools.partial(_target, settings, context),
-        constants=constants.get(source),
+        constants=None if read else constants.get(source),
         references=more,
+        mates=n - 1 if read else 0,
     )
 
 
 def _check(settings: Settings, context: Context) -> None:
     """What the data, the batch and the devices allow."""
     source, n = settings.source, settings.n
+    if source == "class":
+        _check_classes(settings, context)
     if source in ("cache", "full"):
         elsewhere = "stream or gather, or a larger data.memory_limit: the data set is not in memory"
         require(context.source.images is not None, "stf.source", source, elsewhere)
@@ -149,11 +191,23 @@ def _check(settings: Settings, context: Context) -> None:
         )
         require(n <= context.device_batch + size - batch, "stf.n", n, expected)
     leaks = context.augment is not None and settings.augment == "official"
-    exact = "matched or dsm with stf.source full"
-    require(not (leaks and source == "full"), "stf.augment", settings.augment, exact)
+    exact = f"matched or dsm with stf.source {source}"
+    require(not (leaks and source in ("full", "class")), "stf.augment", settings.augment, exact)
     vectors = context.label_dim > 0 and context.source.label_size > 0
     plain = "false for a source of label vectors"
     require(not (vectors and settings.class_mask), "stf.class_mask", True, plain)
+
+
+def _check_classes(settings: Settings, context: Context) -> None:
+    """What draws by class need: classes known ahead, and a set that is where it should be."""
+    set_, known = context.source, "a source whose labels are known before its images are read"
+    classes = "another one for an unconditional model (data.conditional=true makes it conditional)"
+    require(context.label_dim > 0, "stf.source", "class", classes)
+    require(settings.class_mask, "stf.class_mask", False, "true with stf.source class")
+    require(set_.labels is not None and not set_.label_size, "stf.source", "class", known)
+    there = set_.images is not None or settings.bank == "read"
+    memory = "read, or a larger data.memory_limit: the data set is not in memory"
+    require(there, "stf.bank", settings.bank, memory)
 
 
 def _resident(context: Context) -> dict[str, np.ndarray]:
@@ -225,7 +279,13 @@ def _posterior(
             xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label
         )
     if kind == "full":
-        return _over_devices(context, chunk, xt, example.sigma, label, constants)
+        against = functools.partial(_against_rows, chunk)
+        return stf_classes.over_devices(context, against, constants, xt, example.sigma, label)
+    if kind == "class":
+        where, n = settings.bank, settings.n
+        return stf_classes.targets(
+            where, n, chunk, context, example, constants, xt, clean, take=_images
+        )
 
     # Where arrays are global (a mesh), each device's images still meet references of their own, as
     # under pmap.
@@ -290,36 +350,21 @@ def _target_of_group(settings: Settings, constants: PyTree, group: _Group) -> tu
     return weigh(references, reference_label=labels)
 
 
-def _over_devices(
-    context: Context,
+def _against_rows(
     chunk: int | None,
+    rows: dict[str, Array],
     xt: Array,
     sigma: Array,
     label: Array | None,
-    rows: dict[str, Array],
+    *,
+    axis: str | None,
 ) -> tuple[Array, Array]:
     """The target against a set of which every device holds its rows: queries travel, references
     never.
     """
-
-    def target(
-        xt: Array, sigma: Array, label: Array | None, rows: dict[str, Array], axis: str | None
-    ) -> tuple[Array, Array]:
-        reference_label = None if label is None else rows["label"]
-        arrays = rows["image"], rows["counts"]
-        return stable_target(
-            xt, sigma, *arrays, chunk, axis, label=label, reference_label=reference_label
-        )
-
-    if context.mesh is None:
-        return target(xt, sigma, label, rows, context.axis)
-    (axis,) = context.mesh.axis_names
-    spec = jax.sharding.PartitionSpec(axis)
-    mapped = functools.partial(target, axis=axis)
-    mapped = jax.shard_map(
-        mapped, mesh=context.mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
-    return mapped(xt, sigma, label, rows)
+    labels = None if label is None else rows["label"]
+    arrays = rows["image"], rows["counts"]
+    return stable_target(xt, sigma, *arrays, chunk, axis, label=label, reference_label=labels)
 
 
 def _references(

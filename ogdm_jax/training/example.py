@@ -70,6 +70,7 @@ def draw_example(
         key=key,
         noise_key=noise_key,
         references=references(batch) or None,
+        mates=batch.get("mates"),
     )
 
 

@@ -91,6 +91,8 @@ class Run:
         batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
         if more := self.methods.references:
             batch |= {"reference": images(more), "reference_label": labels(more)}
+        if more := self.methods.mates:
+            batch["mates"] = jnp.zeros((n, more, *source.shape), jnp.uint8)
         return batch
 
     def compile(self, like: state.TrainState) -> Callable[..., Any]:

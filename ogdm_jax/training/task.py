@@ -71,6 +71,7 @@ def _batches(run: runs.Run) -> data.Batches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         extra_references=run.methods.references,
+        mates=run.methods.mates,
         workers=run.config.data.workers,
     )
 

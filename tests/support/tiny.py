@@ -57,7 +57,11 @@ def train(run: runs.Run, steps: int):
     state = run.init()
     step, constants = run.compile(state), run.constants()
     batches = data.batches(
-        run.source, run.config.data.batch, run.config.seed, extra_references=run.methods.references
+        run.source,
+        run.config.data.batch,
+        run.config.seed,
+        extra_references=run.methods.references,
+        mates=run.methods.mates,
     )
     metrics = {}
     for _ in range(steps):
