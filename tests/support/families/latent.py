@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.diffusion import precondition, process
 from ogdm_jax.interop import names_latent
+from ogdm_jax.methods import sp
 from ogdm_jax.networks import clip_text, vae
 from ogdm_jax.networks.dit import DiT, position_table
 from ogdm_jax.networks.sd_unet import UNet2DCondition
@@ -142,10 +144,9 @@ def check_vae(golden: Golden):
         np.testing.assert_array_equal(back[name], value, err_msg=name)
 
 
-def sd_unet(golden: Golden):
-    k = golden.config["kwargs"]
+def unet_of(k: dict) -> UNet2DCondition:
     levels, heads = len(k["block_out_channels"]), k["attention_head_dim"]
-    network = UNet2DCondition(
+    return UNet2DCondition(
         img_resolution=k["sample_size"],
         img_channels=k["in_channels"],
         out_channels=k["out_channels"],
@@ -157,12 +158,12 @@ def sd_unet(golden: Golden):
         groups=k["norm_num_groups"],
         linear_projection=k["use_linear_projection"],
     )
-    return network, names_latent.sd_unet_to_flax(golden.state_dict(), network)
 
 
 @family("sd_unet_")
 def check_sd_unet(golden: Golden):
-    network, variables = sd_unet(golden)
+    network = unet_of(golden.config["kwargs"])
+    variables = names_latent.sd_unet_to_flax(golden.state_dict(), network)
     assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
     x = jnp.asarray(nhwc(golden["sample"]))
     context, t = (jnp.asarray(golden[n]) for n in ("encoder_hidden_states", "timesteps"))
@@ -246,3 +247,48 @@ def check_clip_text(golden: Golden):
         jax.tree.map(
             np.testing.assert_array_equal, names_latent.clip_to_flax(layout, network), variables
         )
+
+
+@family("latent_sp_")
+def check_latent_sp(golden: Golden):
+    """The self-perceptual loss of a text U-Net, by eps or by v with a step of pure noise."""
+    config = golden.config
+    v = config["prediction_type"] == "v_prediction"
+    table = process.Discrete.make(
+        "scaled_linear", 1000, zero_terminal=config["zero_terminal_snr"]
+    )
+
+    def variables(which: str):
+        state = golden.state_dict(f"{which}_")
+        network = unet_of(config["unet_kwargs"])
+        return network, names_latent.sd_unet_to_flax(state, network)["params"]
+
+    network, online = variables("online")
+    frozen = variables("frozen")[1]
+
+    def denoiser(params):
+        apply = functools.partial(network.apply, {"params": params})
+        taps = lambda x, t, label, at: apply(x, t, label, at=at, method="features")
+        predict = "v" if v else "eps"
+        return precondition.adm(apply, table, predict=predict, taps=taps)
+
+    x0, eps = (jnp.asarray(nhwc(golden[n])) for n in ("x0", "eps"))
+    context = jnp.asarray(golden["context"])
+    sigma, sigma_next = (
+        jnp.asarray(table.sigma[golden[n]], jnp.float32) for n in ("t", "t_prime")
+    )
+    features = lambda x, s: denoiser(frozen).features(x, s, context, at="mid")
+
+    def loss(params):
+        x = x0 + sigma[:, None, None, None] * eps
+        x0_hat, eps_hat = denoiser(params).with_noise(x, sigma, context)
+        each = sp.self_perceptual_loss(features, x0, eps, x0_hat, eps_hat, sigma_next)
+        return each.mean(), (each, x0_hat, eps_hat)
+
+    (_, (each, x0_hat, eps_hat)), gradients = jit(jax.value_and_grad(loss, has_aux=True))(online)
+    golden.assert_close("x0_hat", nchw(x0_hat), atol=2e-5 * np.abs(golden["x0_hat"]).max())
+    golden.assert_close("eps_hat", nchw(eps_hat), atol=2e-5 * np.abs(golden["eps_hat"]).max())
+    np.testing.assert_allclose(each, golden.truth("loss_per_sample"), rtol=2e-5)
+    golden.assert_norms(
+        "grad_norms", norms(names_latent.flax_to_sd_unet({"params": gradients}, network))
+    )
