@@ -1,17 +1,20 @@
 """Latent models' networks against the authors' numbers."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.diffusion import precondition, process
+from ogdm_jax.diffusion import precondition, process, steps
 from ogdm_jax.interop import names_latent
-from ogdm_jax.methods import sp
+from ogdm_jax.methods import cfg, dsg, sp
 from ogdm_jax.networks import clip_text, vae
 from ogdm_jax.networks.dit import DiT, position_table
 from ogdm_jax.networks.sd_unet import UNet2DCondition
+from ogdm_jax.sampling.churn import Info
+from ogdm_jax.sampling.guidance import plain_step
 from tests.support.golden_support import Golden, family, nchw, nhwc
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -78,9 +81,8 @@ def check_dit(golden: Golden):
     assert k["num_classes"] == network.label_dim
 
 
-def autoencoder(golden: Golden, remat: bool = False):
-    k = golden.config["kwargs"]
-    network = vae.AutoencoderKL(
+def vae_of(k: dict, remat: bool = False) -> vae.AutoencoderKL:
+    return vae.AutoencoderKL(
         widths=tuple(k["block_out_channels"]),
         latent_channels=k["latent_channels"],
         num_blocks=k["layers_per_block"],
@@ -88,12 +90,12 @@ def autoencoder(golden: Golden, remat: bool = False):
         scale=k["scaling_factor"],
         remat=remat,
     )
-    return network, names_latent.vae_to_flax(golden.state_dict(), network)
 
 
 @family("vae_")
 def check_vae(golden: Golden):
-    network, variables = autoencoder(golden)
+    network = vae_of(golden.config["kwargs"])
+    variables = names_latent.vae_to_flax(golden.state_dict(), network)
     assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
     params, x, z = variables["params"], *(jnp.asarray(nhwc(golden[n])) for n in ("x", "z"))
     run = lambda params, value, method: network.apply({"params": params}, value, method=method)
@@ -254,9 +256,7 @@ def check_latent_sp(golden: Golden):
     """The self-perceptual loss of a text U-Net, by eps or by v with a step of pure noise."""
     config = golden.config
     v = config["prediction_type"] == "v_prediction"
-    table = process.Discrete.make(
-        "scaled_linear", 1000, zero_terminal=config["zero_terminal_snr"]
-    )
+    table = process.Discrete.make("scaled_linear", 1000, zero_terminal=config["zero_terminal_snr"])
 
     def variables(which: str):
         state = golden.state_dict(f"{which}_")
@@ -274,9 +274,7 @@ def check_latent_sp(golden: Golden):
 
     x0, eps = (jnp.asarray(nhwc(golden[n])) for n in ("x0", "eps"))
     context = jnp.asarray(golden["context"])
-    sigma, sigma_next = (
-        jnp.asarray(table.sigma[golden[n]], jnp.float32) for n in ("t", "t_prime")
-    )
+    sigma, sigma_next = (jnp.asarray(table.sigma[golden[n]], jnp.float32) for n in ("t", "t_prime"))
     features = lambda x, s: denoiser(frozen).features(x, s, context, at="mid")
 
     def loss(params):
@@ -292,3 +290,59 @@ def check_latent_sp(golden: Golden):
     golden.assert_norms(
         "grad_norms", norms(names_latent.flax_to_sd_unet({"params": gradients}, network))
     )
+
+
+@family("latent_dsg_style")
+def check_latent_dsg(golden: Golden):
+    """DSG's steps through the decoder: guidance of the text, guided and plain steps, time travel."""
+    k = golden.config
+    network = unet_of(k["unet_kwargs"])
+    params = names_latent.sd_unet_to_flax(golden.state_dict("unet_"), network)
+    coder = vae_of(k["vae_kwargs"], remat=True)
+    decoder = names_latent.vae_to_flax(golden.state_dict("vae_"), coder)
+    table = process.Discrete.make("scaled_linear", 1000)
+    none, context = (jnp.asarray(golden[n]) for n in ("uncond_context", "context"))
+    ref = jnp.asarray(nhwc(golden["ref"]))
+    denoise = precondition.adm(functools.partial(network.apply, params), table)
+    denoise = dataclasses.replace(denoise, unconditional=lambda label: none)
+
+    def decoded(x0_hat):
+        return coder.apply(decoder, coder.from_scaled(x0_hat), method="decode")
+
+    def gram(x0_hat):
+        of = lambda image: jnp.einsum("bhwc,bhwd->bcd", image, image)
+        return jnp.linalg.norm((of(decoded(x0_hat)) - of(ref)).reshape(1, -1), axis=1)
+
+    def pool(x0_hat):
+        gap = decoded(x0_hat) - ref
+        b, h, w, c = gap.shape
+        return jnp.linalg.norm(
+            gap.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1), axis=1
+        )
+
+    levels = np.sqrt(1 / golden["ddim_alpha_f64"] - 1)
+    before = np.sqrt(1 / golden["ddim_alpha_prev_f64"] - 1)
+    for name, s in golden.json("settings").items():
+        i, repeats = s["index"], s["repeats"]
+        sigma, sigma_next = (jnp.asarray(v[i : i + 1], jnp.float32) for v in (levels, before))
+        guided = cfg.guide(denoise, s["cfg"])
+        loss = gram if s["loss"] == "gram" else pool
+        owner = dsg.guidance(loss, s["guidance_rate"])
+
+        @jit
+        def step(x, noise, guided=guided, owner=owner, sigma=sigma, sigma_next=sigma_next, i=i):
+            evaluate = lambda x: guided(x, sigma, context)
+            moments = lambda x0, x: steps.ddim_moments(x, x0, sigma, sigma_next, 1.0)
+            info = Info(jnp.int32(0), 2, sigma, sigma_next, None)
+            rule = owner.transition if 30 <= i < 70 else plain_step
+            return rule(evaluate, moments, x, noise, info)
+
+        vp = lambda level: jax.lax.rsqrt(1 + level**2)[:, None, None, None]
+        x = jnp.asarray(nhwc(golden["x"])) / vp(sigma)
+        for j in range(repeats):
+            noise = jnp.asarray(nhwc(golden[f"noise_{name}"][j]))
+            x_next, x0_hat = step(x, noise)
+            again = jnp.asarray(nhwc(golden[f"renoise_{name}"][j]))
+            x = x_next + jnp.sqrt(sigma**2 - sigma_next**2)[:, None, None, None] * again
+        golden.assert_close(f"x_{name}", nchw(x_next * vp(sigma_next)), atol=1e-4)
+        golden.assert_close(f"x0_{name}", nchw(x0_hat), atol=1e-4)
