@@ -61,6 +61,8 @@ PUBLIC = {
     "methods.ddnm": {"guidance": "operator, y, std"},
     "methods.diffpir": {"guidance": "operator, y, std, strength=8.0"},
     "methods.cfg": {"guidance": "weight, window=None"},
+    "methods.autoguidance": {"guidance": "weak, weight, window=None"},
+    "methods.pigdm": {"guidance": "operator, y, std"},
     "methods.classifier": {"guidance": "log_prob, scale=1.0, window=None"},
     "methods.stf": {
         "stable_target": "xt, sigma, references, mask=None, chunk=None, axis_name=None"

@@ -41,6 +41,10 @@ def denoise(x, sigma, label=None):
     return mean + (x - mean) * 0.25 / (0.25 + sigma[:, None, None, None] ** 2)
 
 
+def weak(x, sigma, label=None):
+    return 0.9 * denoise(x, sigma, label)
+
+
 SESSION = Session(
     model=types.SimpleNamespace(label_dim=3, image_shape=SHAPE[1:]),
     config=types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1)),
@@ -48,8 +52,15 @@ SESSION = Session(
     settings={},
     measured=Measured("inpaint", operators.inpaint(MASK), jnp.ones(SHAPE) * MASK, 0.05),
     open_discriminator=lambda settings: dg.guidance(ratio),
+    open_model=lambda *words: types.SimpleNamespace(
+        model=types.SimpleNamespace(
+            label_dim=3, image_shape=SHAPE[1:], denoiser=lambda params, buffers: weak
+        ),
+        params={},
+        buffers={},
+    ),
 )
-NEEDS = {"dg": {"discriminator": "folder"}}
+NEEDS = {"autoguidance": {"workdir": "folder"}, "dg": {"discriminator": "folder"}}
 
 
 def build(name: str) -> Guidance:
@@ -116,6 +127,10 @@ def test_two_methods_meet_or_are_refused_by_name(names):
     pair = [build(name) for name in names]
     if all(guidance.transition for guidance in pair):
         with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} both bring a transition"):
+            combine(pair)
+        return
+    if all(guidance.outermost < 0 for guidance in pair):
+        with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} both bring a comparison"):
             combine(pair)
         return
     orders = [images(*order) for order in (pair, pair[::-1])]

@@ -19,7 +19,7 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
 from ogdm_jax.sampling.schedule import Schedule
-from ogdm_jax.training.workdir import TrainedModel
+from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from ogdm_jax.typing import PyTree
 
 # Options of before the methods had their own, and what they are now.
@@ -190,6 +190,10 @@ def check_effect(
         reached("churn", churn.S_min, churn.S_max)
     if {"dsg.rate", "dsg.strength"} <= request.said:
         raise ConfigError("--dsg.rate: given with --dsg.strength, which replaces it; expected one")
+    if "dg.window" in request.said and {"dg.time_min", "dg.time_max"} & request.said:
+        raise ConfigError(
+            "--dg.window: given with --dg.time_min or --dg.time_max; expected one of the two ways"
+        )
     if "dg.corrector_weight" in request.said and settings.solver != "heun":
         raise ConfigError(
             f"--dg.corrector_weight: given with the solver {settings.solver!r}, which evaluates "
@@ -312,6 +316,7 @@ def build(
         churn=churn,
         labels=labels,
         open_discriminator=lambda chosen: _open_discriminator(chosen, run, session, request.preset),
+        open_model=lambda workdir, step, field: open_workdir(workdir, step, field=field),
     )
     methods = discovery.sampling()
     guidance = tuple(
@@ -407,5 +412,8 @@ def _open_discriminator(
     published = dg.PRESETS[preset].settings if preset else {}
     said = vars(chosen).items()
     words = {name: value for name, value in said if published.get(name, ...) != value}
-    folder = words.pop("discriminator")
+    folder, window = words.pop("discriminator"), words.pop("window", None)
+    if window is not None:
+        times = dg.vp_time(np.minimum(np.asarray(window, np.float64), dg.vp_sigma(np.float64(1))))
+        words |= {"time_min": float(times[0]), "time_max": float(times[1])}
     return open_guidance(folder, use=use, labels=session.labels, preset=preset, **words)

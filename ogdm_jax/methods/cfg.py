@@ -21,7 +21,7 @@ from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window
+from ogdm_jax.sampling.schedule import Window, check_window, inside, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 PRESETS: dict[str, Preset] = {}
@@ -62,19 +62,10 @@ def guide(
 
     def guided(evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree) -> PyTree:
         """The [x0_hat, ...] of evaluate for the given labels, with x0_hat guided."""
-        if label is None:
-            raise ValueError(
-                "label=None; classifier-free guidance expects labels of a conditional denoiser"
-            )
-        active = (sigma >= sigma_min) & (sigma <= sigma_max)
+        active = inside((sigma_min, sigma_max), sigma)
 
         def both() -> PyTree:
-            twice = lambda v: jnp.concatenate([v, v]) if jnp.ndim(v) else v
-            labels = jax.tree.map(
-                lambda *pair: jnp.concatenate(pair), label, denoise.unconditional(label)
-            )
-            out = evaluate(twice(x), twice(sigma), labels)
-            (conditional, plain), *rest = (jnp.split(v, 2) for v in out)
+            (conditional, plain), *rest = with_and_without(denoise, evaluate, x, sigma, label)
             chosen = weight(sigma) if callable(weight) else weight
             w = jnp.where(active, jnp.asarray(chosen, sigma.dtype), 1)
             mixed = plain + per_example(w, plain) * (conditional - plain)
@@ -105,6 +96,24 @@ def guide(
     )
 
 
+def with_and_without(
+    denoise: Denoiser, evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree
+) -> list[list[Array]]:
+    """What `evaluate` says of the images under their condition and under none, in one batch of
+    twice the size: [[x0_hat, x0_hat without], ...].
+
+    Raises:
+      ValueError: no labels.
+    """
+    if label is None:
+        raise ValueError(
+            "label=None; classifier-free guidance expects labels of a conditional denoiser"
+        )
+    twice = lambda v: jnp.concatenate([v, v]) if jnp.ndim(v) else v
+    labels = jax.tree.map(lambda *pair: jnp.concatenate(pair), label, denoise.unconditional(label))
+    return [jnp.split(v, 2) for v in evaluate(twice(x), twice(sigma), labels)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of classifier-free guidance.
@@ -117,9 +126,7 @@ class Settings:
     """
 
     weight: float = setting(1.5, "1 is the conditional model alone")
-    window: Window | None = setting(
-        None, "LOW,HIGH noise levels that are guided; default: all", most=float("inf")
-    )
+    window: Window | None = window_setting()
 
     channels: int = setting(
         0,
@@ -175,7 +182,7 @@ def guidance(
     if chosen.below:
         numbers |= {"level": chosen.below[0], "below": chosen.below[1]}
     constants = {name: np.float32(value) for name, value in numbers.items()}
-    return Guidance("cfg", denoiser=transform, constants=constants)
+    return Guidance("cfg", denoiser=transform, constants=constants, outermost=-1)
 
 
 def build(settings: Settings, session: Session) -> Guidance:
@@ -184,17 +191,19 @@ def build(settings: Settings, session: Session) -> Guidance:
     Raises:
       ValueError: a model without classes, or one that never saw hidden labels.
     """
-    if not session.model.label_dim:
-        raise ValueError(
-            "--guidance cfg: the model is unconditional; expected one trained with data.conditional"
-        )
-    if not session.config.data.label_dropout:
-        raise ValueError(
-            "--guidance cfg: the model never saw hidden labels; expected data.label_dropout above 0"
-        )
-    if session.labels is not None and (session.labels < 0).all():
-        raise ValueError(
-            "--guidance cfg: the images have no class (--label -1), so both of its evaluations are "
-            "one; expected a class"
-        )
+    check_hidden_labels("cfg", session)
     return guidance(settings.weight, settings.window, settings.channels, settings.below)
+
+
+def check_hidden_labels(method: str, session: Session) -> None:
+    """Raises ValueError for a model without classes, or one that never saw hidden labels."""
+    trouble = ""
+    if not session.model.label_dim:
+        trouble = "the model is unconditional; expected one trained with data.conditional"
+    elif not session.config.data.label_dropout:
+        trouble = "the model never saw hidden labels; expected data.label_dropout above 0"
+    elif session.labels is not None and (session.labels < 0).all():
+        trouble = "the images have no class (--label -1), so both of its evaluations are one; "
+        trouble += "expected a class"
+    if trouble:
+        raise ValueError(f"--guidance {method}: {trouble}")

@@ -35,7 +35,7 @@ from ogdm_jax.methods import dg
 from ogdm_jax.methods.session import Session
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window
+from ogdm_jax.sampling.schedule import Window, check_window, window_setting
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
 _RELEASED = {"solver": "ancestral", "steps": 250, "grid": "respaced", "clip": True}
@@ -67,9 +67,7 @@ class Settings:
 
     checkpoint: str = setting("", "classifier of noisy images, such as 256x256_classifier.pt")
     scale: float = setting(1.0, "factor of the gradient; 1: Bayes' rule", above=0)
-    window: Window | None = setting(
-        None, "LOW,HIGH noise levels that are guided; default: all", most=float("inf")
-    )
+    window: Window | None = window_setting()
     schedule: str = setting(
         "model",
         "betas it was trained with: the model's, linear, or cosine (64x64_classifier.pt)",

@@ -41,6 +41,7 @@ from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.guidance import Guidance, Preset
+from ogdm_jax.sampling.schedule import Window, check_window, window_setting
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
 CLOCKS = ("vp", "cosine")
@@ -306,8 +307,8 @@ class Settings:
       weight: of Heun's first evaluation, and of solvers with one; default: the one that the
         folder's evaluation found best, or `default_weight`; both follow the solver.
       corrector_weight: of Heun's second evaluation.
-      time_min: start of the window on the VP clock, as the authors give it.
-      time_max: end of the window.
+      time_min, time_max: window on the VP clock, as the authors give it.
+      window: noise levels (low, high) that are guided, in place of those times.
       boost: boosting, see `Boost`.
       boost_churn: S_churn of boosted images; 0: boosting doubles weights only.
       rule: see `guidance`.
@@ -320,6 +321,7 @@ class Settings:
     corrector_weight: float | None = setting(None, "weight of Heun's second evaluation")
     time_min: float | None = setting(None, "start of the window on the VP clock", least=0, most=1)
     time_max: float | None = setting(None, "end of the window on the VP clock", least=0, most=1)
+    window: Window | None = window_setting()
     boost: bool | None = setting(None, "more noise and weight for images that look generated")
     boost_churn: float | None = setting(None, "S_churn of boosted images; 0: weights only", least=0)
     rule: str = setting(
@@ -331,6 +333,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
         check(self, "dg", prefix="")
+        check_window("dg.window", self.window)
         low, high = self.time_min, self.time_max
         if low is not None and high is not None and low >= high:
             raise ConfigError(
@@ -397,8 +400,7 @@ def guidance(
       log_ratio: as for `guide`; where params are given, a function of them that returns it.
       weight: of Heun's first evaluation and of other solvers; it travels as an array, so that
         another one needs no new compilation.
-      sigma_min: lowest guided level.
-      sigma_max: highest guided level.
+      sigma_min, sigma_max: lowest and highest guided level.
       corrector_weight: of Heun's second evaluation; None: weight. The authors publish 2 and 0.
       params: the discriminator's weights, an argument of the compiled sampler.
       boost: the churn of the run, see `Boost`; None leaves churn to others.

@@ -27,6 +27,8 @@ class Session:
       labels: [n] classes of the images, or None.
       measured: the measurements, where the run has a task.
       open_discriminator: DG's settings -> its guidance, read from a training folder.
+      open_model: (folder, step or None, the option that named it) -> a trained model, with model,
+        params and buffers.
     """
 
     model: Model
@@ -37,6 +39,7 @@ class Session:
     labels: np.ndarray | None = None
     measured: Measured | None = None
     open_discriminator: Callable[[Any], Guidance] | None = None
+    open_model: Callable[[str, int | None, str], Any] | None = None
 
     def need_measurement(self, method: str) -> Measured:
         """The measurements. Raises ValueError where the run has no task."""

@@ -45,6 +45,20 @@ class TransitionRule(Protocol):
         ...
 
 
+class Memory(NamedTuple):
+    """What a transform of the denoiser remembers from step to step (APG's momentum).
+
+    Attributes:
+      init: x -> the memory before the first step; leaves lead with [B].
+      step: (denoise, constants, memory, x, sigma, label) -> (the guided denoiser of the step that
+        starts at x, the memory after it). Once a step; the evaluation that it makes at (x, sigma)
+        is that of the step where the solver evaluates those very arrays.
+    """
+
+    init: Callable[[Array], PyTree]
+    step: Callable[..., tuple[Denoise, PyTree]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guidance:
     """One sampling method; a part that is None is left to others.
@@ -60,10 +74,12 @@ class Guidance:
         (a discriminator's weights); other values compile nothing. Rules find them in info.
       rows: arrays with one row per image, in the order of the seeds (measurements, masks); divided
         over devices with the seeds. Rules find those of their batch in info.
+      memory: what its transform remembers from step to step, see `Memory`.
       replaces_x0: its transition steps from another x0_hat than the denoiser's: Heun's second
         evaluation would not see that, and churn's noise has no x0_hat; both are refused.
       outermost: its transform comes after those with a smaller number, in whatever order they are
-        given; above 0: a correction that is to see each image once, and is not clamped.
+        given; above 0: a correction that is to see each image once, and is not clamped; below 0:
+        a comparison with the condition that means none, of which there is one at most.
     """
 
     name: str
@@ -74,6 +90,7 @@ class Guidance:
     constants: PyTree = None
     rows: PyTree = None
     outermost: int = 0
+    memory: Memory | None = None
     replaces_x0: bool = False
 
     def about(self, info: Info) -> Info:
@@ -107,7 +124,33 @@ class Parts(NamedTuple):
         found = (g.shift and g.shift(x, sigma, label, g.constants) for g in self.shifts)
         return sum((s for s in found if s is not None), start=jnp.zeros_like(x))
 
-    def transform(self, denoise: Denoiser, clip: bool = False) -> Denoiser:
+    @property
+    def remembering(self) -> tuple[Guidance, ...]:
+        """Those whose transform has a memory."""
+        return tuple(g for g in self.transforms if g.memory is not None)
+
+    def step(
+        self, denoise: Denoiser, clip: bool, memories: PyTree, x: Array, sigma: Array, label: PyTree
+    ) -> tuple[Denoiser, PyTree]:
+        """(the denoiser of the step that starts at x, the memories after it: {name: memory})."""
+        after = dict(memories)
+
+        def apply(guidance: Guidance, denoise: Denoiser) -> Denoise:
+            assert guidance.memory is not None
+            now = memories[guidance.name]
+            guided, after[guidance.name] = guidance.memory.step(
+                denoise, guidance.constants, now, x, sigma, label
+            )
+            return guided
+
+        return self.transform(denoise, clip, apply), after
+
+    def transform(
+        self,
+        denoise: Denoiser,
+        clip: bool = False,
+        remembered: Callable[[Guidance, Denoiser], Denoise] | None = None,
+    ) -> Denoiser:
         """The denoiser under every transform.
 
         With clip x0_hat is clamped to [-1, 1] below the outermost transforms, as guided-diffusion
@@ -116,7 +159,9 @@ class Parts(NamedTuple):
         for guidance in self.transforms:
             if clip and guidance.outermost:
                 denoise, clip = clipped(denoise), False
-            if guidance.denoiser is not None:
+            if remembered is not None and guidance.memory is not None:
+                denoise = as_denoiser(remembered(guidance, denoise))
+            elif guidance.denoiser is not None:
                 denoise = as_denoiser(guidance.denoiser(denoise, guidance.constants))
         return clipped(denoise) if clip else denoise
 
@@ -144,6 +189,12 @@ def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts
                 "them"
             )
         single[part] = owners[0] if owners else None
+    inner = [g.name for g in several if g.denoiser is not None and g.outermost < 0]
+    if len(inner) > 1:
+        raise ValueError(
+            f"guidance: {inner[0]} and {inner[1]} both bring a comparison with no condition; "
+            "choose one of them"
+        )
     transforms = sorted((g for g in several if g.denoiser is not None), key=lambda g: g.outermost)
     shifts = tuple(g for g in several if g.shift is not None)
     return Parts(tuple(transforms), single["transition"], single["churn"], shifts)

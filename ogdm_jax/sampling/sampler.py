@@ -18,6 +18,7 @@ scaling; `discrete.ddim` and `discrete.pndm`, the samplers of published discrete
 index grids.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -132,7 +133,8 @@ def sample(
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
-    denoise = parts.transform(as_denoiser(denoise), clip)
+    model = as_denoiser(denoise)
+    denoise = parts.transform(model, clip)
     if (random_steps or parts.churn is not None) and key is None and noise_fn is None:
         raise ValueError(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
@@ -153,7 +155,15 @@ def sample(
     problem = solvers.Problem(denoise, label, noise, *owners, *more)
     x = latents * sigmas[0]
     phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
-    result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory)
+
+    def remember(memory: PyTree, x: Array, sigma: Array) -> tuple[list[solvers.Phase], PyTree]:
+        guided, memory = parts.step(model, clip, memory, x, sigma, label)
+        now = dataclasses.replace(problem, denoise=guided)
+        return SOLVERS[solver](now, x, sigmas.shape[0] - 1)[0], memory
+
+    memory = {g.name: g.memory.init(x) for g in parts.remembering if g.memory is not None}
+    more = (memory, remember) if memory else ()
+    result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory, *more)
     if kept is None:
         return result.astype(given)
     whole = Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])

@@ -19,6 +19,11 @@ from ogdm_jax.typing import Array
 Window = tuple[float, float]
 
 
+def window_setting() -> Any:
+    """The field `window` of a method's Settings; check it with `check_window`."""
+    return setting(None, "LOW,HIGH noise levels that are guided; default: all", most=math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Settings of methods with a transition: their Settings extend this class.
@@ -34,7 +39,7 @@ class Schedule:
 
     GROUP: ClassVar[str] = "guidance"
     interval: int = setting(1, "guide every so many steps, counted back from the last", least=1)
-    window: Window | None = setting(None, "LOW,HIGH noise levels that are guided", most=math.inf)
+    window: Window | None = window_setting()
     repeats: int = setting(1, "time travel: passes of each guided step", least=1, most=1000)
     repeat_window: Window | None = setting(
         None, "LOW,HIGH noise levels with time travel", most=math.inf
@@ -149,4 +154,10 @@ def _inside(window: Window, info: Info) -> Array:
     """Scalar: low <= sigma <= high. A sampler's step is at one level, so the first image speaks for
     all.
     """
-    return (info.sigma[0] >= window[0]) & (info.sigma[0] <= window[1])
+    return inside(window, info.sigma[0])
+
+
+def inside(window: Window | None, sigma: Array) -> Array:
+    """Where guidance acts, like sigma: low <= sigma <= high; everywhere without a window."""
+    low, high = window or (0.0, math.inf)
+    return (sigma >= low) & (sigma <= high)

@@ -286,27 +286,36 @@ def run(
     sigmas: Array,
     key_of: Callable[[Array], Array | None],
     trajectory: bool,
+    memory: PyTree = (),
+    remember: Callable[[PyTree, Array, Array], tuple[Sequence[Phase], PyTree]] | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """Scans the phases over the grid; returns x and, if asked, the states after and the x0_hats of
     every step.
+
+    Where guidance has a memory, remember(memory, x, sigma) gives the phases of the step that starts
+    at x and the memory after it.
     """
     n, batch = sigmas.shape[0] - 1, x.shape[0]
     kept = []
-    for phase in phases:
+    for i, phase in enumerate(phases):
 
-        def scanned(state: tuple[Array, PyTree], xs: PyTree, body: Body = phase.body) -> PyTree:
-            step, sigma, sigma_next = xs
+        def scanned(state: tuple[Array, PyTree, PyTree], xs: PyTree, i: int = i) -> PyTree:
+            (x, carry, memory), (step, sigma, sigma_next) = state, xs
             sigma, sigma_next = (jnp.full((batch,), level) for level in (sigma, sigma_next))
-            x, carry, x0_hat = body(*state, Info(step, n, sigma, sigma_next, key_of(step)))
-            return (x, carry), (x, x0_hat) if trajectory else None
+            now = phases
+            if remember is not None:
+                now, memory = remember(memory, x, sigma)
+            info = Info(step, n, sigma, sigma_next, key_of(step))
+            x, carry, x0_hat = now[i].body(x, carry, info)
+            return (x, carry, memory), (x, x0_hat) if trajectory else None
 
         part = slice(phase.start, phase.stop)
         xs = (jnp.arange(n, dtype=jnp.int32)[part], sigmas[:-1][part], sigmas[1:][part])
         if phase.stop - phase.start == 1:  # no loop around a single step
-            (x, carry), out = scanned((x, carry), jax.tree.map(lambda a: a[0], xs))
+            (x, carry, memory), out = scanned((x, carry, memory), jax.tree.map(lambda a: a[0], xs))
             out = jax.tree.map(lambda a: a[None], out)
         elif phase.stop > phase.start:
-            (x, carry), out = jax.lax.scan(scanned, (x, carry), xs)
+            (x, carry, memory), out = jax.lax.scan(scanned, (x, carry, memory), xs)
         else:
             continue
         kept.append(out)

@@ -542,6 +542,17 @@ LINES = {
     "sample --workdir run --guidance dsg,dsg": "twice",
     "sample --workdir run --guidance dsg": "--task",
     "sample --workdir run --guidance cfg": "label",
+    "sample --workdir run --guidance apg": "label",
+    "sample --workdir run --guidance apg --apg.momentum -1": "apg.momentum",
+    "sample --workdir run --guidance apg --apg.norm -1": "apg.norm",
+    "sample --workdir run --guidance autoguidance": "--autoguidance.workdir",
+    "sample --workdir run --guidance autoguidance --autoguidance.workdir nowhere": "nowhere",
+    "sample --workdir run --guidance autoguidance --autoguidance.window 5,1": "window",
+    "sample --workdir run --guidance pigdm --task inpaint --input picture.png --pigdm.data_std 0": (
+        "positive"
+    ),
+    "sample --workdir run --guidance pigdm": "--task",
+    "sample --workdir run --guidance dg --dg.window 5,1": "dg.window",
     "sample --workdir run --guidance dg": "discriminator",
     "sample --workdir run --guidance dg --dg.discriminator nowhere": "nowhere",
     "sample --workdir run --preset best": "--preset",
