@@ -33,7 +33,7 @@ from tests.support import compiling, foreign, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
 SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
-RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd")
+RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd", "pigdm")
 
 
 def save(folder, *more: str):

@@ -162,8 +162,8 @@ def sample(
         return SOLVERS[solver](now, x, sigmas.shape[0] - 1)[0], memory
 
     memory = {g.name: g.memory.init(x) for g in parts.remembering if g.memory is not None}
-    more = (memory, remember) if memory else ()
-    result, kept = solvers.run(phases, carry, x, sigmas, key_of, trajectory, *more)
+    how = key_of, trajectory, memory, remember if memory else None
+    result, kept = solvers.run(phases, carry, x, sigmas, *how)
     if kept is None:
         return result.astype(given)
     whole = Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
