@@ -55,7 +55,7 @@ def teachers(tmp_path_factory):
 @pytest.mark.parametrize("method", ["", "ogdm", "stf", "sp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls_under_each_method(kind, method, teachers):
-    """The loss of one batch at the same draws, before and after steps on it, up to pure noise."""
+    """The loss of one batch over steps on it, levels up to pure noise; gradients stay finite."""
     start = (f"init.workdir={teachers[kind]}",) if method == "sp" else ()
     on = f"methods={(method,) if method else ()!r}"
     run = run_of(kind, on, "optim.learning_rate=0.002", *start)
@@ -65,7 +65,9 @@ def test_the_loss_falls_under_each_method(kind, method, teachers):
     losses = []
     for _ in range(12):
         state, metrics = step(state, constants, run.plan.place_batch(batch), run.key)
-        assert all(np.isfinite(np.asarray(value)).all() for value in metrics.values())
+        for name, value in metrics.items():  # bins of noise levels without an image are nan
+            assert "loss" not in name or np.isfinite(np.asarray(value)).all(), name
+        assert not np.asarray(metrics["grad_nonfinite"]).any()
         losses.append(float(np.asarray(metrics["loss/denoise"]).mean()))
     assert np.mean(losses[-3:]) < np.mean(losses[:3]), losses
 
