@@ -52,8 +52,16 @@ def teachers(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("method", ["", "ogdm", "stf", "sp"])
-@pytest.mark.parametrize("kind", KINDS)
+def _cases():
+    """Half of them are slow: a program takes seconds to compile."""
+    for kind in KINDS:
+        for method in ("", "ogdm", "stf", "sp"):
+            often = (kind == "flow") == (method in ("", "sp"))
+            marks = [] if often else [pytest.mark.slow]
+            yield pytest.param(kind, method, marks=marks, id=f"{kind}-{method or 'none'}")
+
+
+@pytest.mark.parametrize("kind,method", list(_cases()))
 def test_the_loss_falls_under_each_method(kind, method, teachers):
     """The loss of one batch over steps on it, levels up to pure noise; gradients stay finite."""
     start = (f"init.workdir={teachers[kind]}",) if method == "sp" else ()
