@@ -108,7 +108,8 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
     denoise = model.denoiser({}, {})
     if name == "flow":
         knows = f"one of {', '.join(CONTINUOUS)}: the model does not know pure noise, as flow does"
-        require(denoise.sigma_max >= process.PURE_NOISE, "sample.grid", name, knows)
+        # a range without an end (edm) is not one that was trained up to its end
+        require(denoise.sigma_max == process.PURE_NOISE, "sample.grid", name, knows)
         return grids.flow(steps, settings.shift)
     of_eps = "another grid, such as ddim: the released PNDM is of models that predict eps"
     require(name != PNDM or model.predicts == "eps", "sample.grid", name, of_eps)
