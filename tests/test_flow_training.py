@@ -67,7 +67,7 @@ def test_the_loss_falls_under_each_method(kind, method, teachers):
     start = (f"init.workdir={teachers[kind]}",) if method == "sp" else ()
     on = f"methods={(method,) if method else ()!r}"
     run = run_of(kind, on, "optim.learning_rate=0.002", *start)
-    state, constants = run.init(), run.constants()
+    constants, state = run.constants(), run.init()
     step = run.compile(state)
     batch = next(data.batches(run.source, 16, 0, extra_references=run.methods.references))
     losses = []
