@@ -6,7 +6,7 @@ publish them, on hash weights (README.md section 2) or on their own.
     python tests/golden/makers/frozen_networks.py tfjs FACE_API_PACKAGE OUT
     python tests/golden/makers/frozen_networks.py keras HED_PACKAGE OUT
 
-Each needs an environment of its own (torch 2.13 and torchvision 0.28; ai-edge-litert 2.3; node 20;
+Each needs an environment of its own (torch 2.13 and torchvision 0.29; ai-edge-litert 2.3; node 20;
 tensorflow-cpu 2.21) and a checkout of TreB1eN/InsightFace_Pytorch or the package's folder. No test
 runs it.
 """
