@@ -38,11 +38,11 @@ def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:
     config, network = run.config, run.model.network
     variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
     settings = export.network_settings(network)
-    settings.pop("dropout")  # it matters in training alone, and stands below
-    kind = "adm" if config.network.kind == "openai" else "edm"
+    settings.pop("dropout", None)  # it matters in training alone, and stands below
+    kind = {"openai": "adm", "dit": "dit"}.get(config.network.kind, "edm")
     if kind == "edm":
         settings["model_type"] = type(network).__name__
-    else:  # as to_torch writes it; published networks of these sizes may be "new"
+    elif kind == "adm":  # as to_torch writes it; published networks of these sizes may be "new"
         settings["qkv_order"] = "legacy"
     chain = ("schedule", *PROCESS[:3])
     kinds = {"adm": chain[:-1], "v": chain, "flow": PROCESS[3:4]}

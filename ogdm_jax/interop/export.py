@@ -15,15 +15,25 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from ogdm_jax import places, records
-from ogdm_jax.interop import names_adm, names_discriminator, names_edm, names_inception
+from ogdm_jax.interop import (
+    names_adm,
+    names_discriminator,
+    names_edm,
+    names_inception,
+    names_latent,
+)
 from ogdm_jax.interop.settings import check_about
 from ogdm_jax.networks import (
     ADMEncoder,
     ADMUNet,
+    AutoencoderKL,
+    CLIPText,
     DhariwalUNet,
+    DiT,
     InceptionV3,
     SongUNet,
     StyleGAN2Discriminator,
+    UNet2DCondition,
 )
 from ogdm_jax.typing import PyTree
 
@@ -108,4 +118,12 @@ def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
         return names_discriminator.flax_to_discriminator(variables, network)
     if isinstance(network, InceptionV3):
         return names_inception.flax_to_inception(variables, network)
+    if isinstance(network, DiT):
+        return names_latent.flax_to_dit(variables, network)
+    if isinstance(network, AutoencoderKL):
+        return names_latent.flax_to_vae(variables, network)
+    if isinstance(network, UNet2DCondition):
+        return names_latent.flax_to_sd_unet(variables, network)
+    if isinstance(network, CLIPText):
+        return names_latent.flax_to_clip(variables, network)
     raise ValueError(f"network: {type(network).__name__} given; expected one of ogdm_jax.networks")

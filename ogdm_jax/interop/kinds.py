@@ -1,6 +1,7 @@
 """What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -12,10 +13,22 @@ from ogdm_jax.interop import (
     names_discriminator,
     names_edm,
     names_inception,
+    names_latent,
     names_score_sde,
     recognise,
+    recognise_latent,
 )
-from ogdm_jax.networks import ADMEncoder, ADMUNet, InceptionV3, SongUNet, StyleGAN2Discriminator
+from ogdm_jax.networks import (
+    ADMEncoder,
+    ADMUNet,
+    AutoencoderKL,
+    CLIPText,
+    DiT,
+    InceptionV3,
+    SongUNet,
+    StyleGAN2Discriminator,
+    UNet2DCondition,
+)
 from ogdm_jax.typing import PyTree
 
 _State = Mapping[str, np.ndarray]
@@ -113,6 +126,62 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     )
 
 
+def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    network = _make(DiT, recognise_latent.dit_settings(shapes, settings))
+    needed = _shapes_of(names_latent.dit_entries, network)
+    return Match(network, needed, {"pos_embed"}, lambda s: names_latent.dit_to_flax(s, network))
+
+
+def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    """In diffusers' names, today's or older ones, or LDM's."""
+    levels = recognise_latent.vae_levels(shapes)
+    named = {names_latent.vae_name(name, levels): name for name in shapes}
+    known = {name: shapes[theirs] for name, theirs in named.items()}
+    network = _make(AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
+    needed = _stored(_shapes_of(names_latent.vae_entries, network), named, shapes)
+    beside = {name for name in shapes if name.startswith(("loss.", "model_ema."))}
+    return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
+
+
+def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    """In diffusers' names or LDM's."""
+    network = _make(UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
+    named = {name: name for name in shapes}
+    if "time_embed.0.weight" in shapes:
+        named = {ours: theirs for theirs, ours in names_latent.ldm_unet_names(network).items()}
+    needed = _stored(_shapes_of(names_latent.sd_unet_entries, network), named, shapes)
+    return Match(network, needed, set(), lambda s: names_latent.sd_unet_to_flax(s, network))
+
+
+def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
+    """In transformers' names, of before and from version 5 on, or open_clip's, whose tensors are
+    stacked: those the conversion checks.
+    """
+    network = _make(CLIPText, recognise_latent.clip_settings(shapes, settings))
+    convert = lambda s: names_latent.clip_to_flax(s, network)
+    if "ln_final.weight" in shapes:
+        return Match(network, {}, set(shapes), convert)
+    named = {f"text_model.{name.removeprefix('text_model.')}": name for name in shapes}
+    needed = _stored(_shapes_of(names_latent.clip_entries, network), named, shapes)
+    beside = {name for name in shapes if name.endswith("position_ids")}
+    deeper = r"(text_model\.)?encoder\.layers\.(\d{1,3})\..*"
+    layers = {name: re.fullmatch(deeper, name) for name in shapes}
+    beside |= {name for name, match in layers.items() if match and int(match[2]) >= network.depth}
+    return Match(network, needed, beside, convert)
+
+
+def _stored(
+    needed: Mapping[str, tuple[int, ...]], named: Mapping[str, str], shapes: recognise.Shapes
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a file must have under its own names: a matrix may be a 1x1 convolution."""
+    found = {}
+    for name, shape in needed.items():
+        theirs = named.get(name, name)
+        squared = (*shape, 1, 1)
+        found[theirs] = squared if shapes.get(theirs) == squared else shape
+    return found
+
+
 def _make(cls: type[_Network], settings: _Settings) -> _Network:
     unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
     if unknown:
@@ -129,4 +198,8 @@ RECOGNISED: dict[str, tuple[type[nn.Module], Callable[..., Match]]] = {
     "adm_encoder": (ADMEncoder, _adm_encoder),
     "ogdm_discriminator": (StyleGAN2Discriminator, _discriminator),
     "inception": (InceptionV3, _inception),
+    "dit": (DiT, _dit),
+    "sd_unet": (UNet2DCondition, _sd_unet),
+    "autoencoder": (AutoencoderKL, _autoencoder),
+    "clip_text": (CLIPText, _clip_text),
 }

@@ -14,12 +14,12 @@ from ogdm_jax import models
 from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.interop import export, kinds, names_score_sde, recognise
+from ogdm_jax.interop import export, kinds, names_score_sde, recognise, recognise_latent
 from ogdm_jax.interop.inert import Module, quote
 from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
-from ogdm_jax.networks import SongUNet
+from ogdm_jax.networks import SongUNet, UNet2DCondition
 from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Array, PyTree
 
@@ -102,13 +102,18 @@ class Pretrained:
 
         Raises:
           ValueError: a score_sde network with time steps: VP, sub-VP and both discrete processes
-            have the same tensors.
+            have the same tensors; a U-Net of Stable Diffusion 2.
         """
         if self.kind == "score_sde" and self.precondition is None:
             raise ValueError(
                 "precondition: the tensors of this score_sde network do not show it; give vp "
                 "(continuous), subvp, adm (the discrete VP) or smld (the discrete VE), such as "
                 "--precondition vp"
+            )
+        if self.kind == "sd_unet" and self.precondition is None:
+            raise ValueError(
+                "precondition: the tensors of Stable Diffusion 2's U-Nets do not show it; give adm "
+                "(the noise: 2.0-base, 2.1-base) or v (2.0 and 2.1 for 768 pixels)"
             )
         return self.precondition or "edm"
 
@@ -127,7 +132,8 @@ def from_torch(
         counts and tables of noise beside the network's tensors are left out.
       kind: edm (SongUNet, DhariwalUNet; also OGDM_edm's and STF's), adm (OpenAI's U-Net, also
         OGDM_adm's), score_sde (NCSN++ and DDPM++ of that code), adm_encoder (OpenAI's classifiers,
-        DG's heads), ogdm_discriminator, inception; None recognises it from the names.
+        DG's heads), ogdm_discriminator, inception; dit, sd_unet, autoencoder, clip_text (latent
+        models); None recognises it from the names.
       allow_nan: take weights that are not finite.
       **settings: attributes of the network that replace what names and shapes show, such as
         dropout=0.1, or add what they cannot show: img_resolution, head_channels or num_heads, and
@@ -257,7 +263,12 @@ def load_pretrained(
             about["sigma_max"] = about["sigma_max"] or names_score_sde.sigma_max(state)
         said += names_score_sde.supposed(cast(SongUNet, network), more)
     check_about(about)
-    if kind == "adm":
+    if kind == "sd_unet":  # 1.x predicts the noise; of 2.x both are published
+        context = cast(UNet2DCondition, network).context_dim
+        first = "adm" if context == recognise_latent.CONTEXT_1 else None
+        about["precondition"] = about["precondition"] or first
+        about["schedule"] = about["schedule"] or "scaled_linear"
+    if kind in ("adm", "dit"):
         about["precondition"] = about["precondition"] or "adm"
         about["schedule"] = about["schedule"] or recognise.schedule_of(network)
     return Pretrained(

@@ -18,7 +18,8 @@ from ogdm_jax.interop.inert import quote
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_TAPS = 64  # of a resampling filter
 KINDS = ("edm", "adm", "score_sde", "adm_encoder", "ogdm_discriminator", "inception")
-DENOISERS = ("edm", "adm", "score_sde")
+KINDS += ("dit", "sd_unet", "autoencoder", "clip_text")
+DENOISERS = ("edm", "adm", "score_sde", "dit", "sd_unet")
 # kind -> names that tell it, without what may stand in front of them
 _SIGNS = {
     "edm": (r"(model\.)?enc\.\d{1,6}x\d{1,6}_conv\.weight",),
@@ -27,6 +28,14 @@ _SIGNS = {
     "ogdm_discriminator": (r"mapping\.embed\.weight", r"b4\.out\.weight"),
     "inception": (
         r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed(\.tower)?\.conv)\.weight",
+    ),
+    "dit": (r"x_embedder\.proj\.weight", r"blocks\.0\.adaLN_modulation\.1\.weight"),
+    "sd_unet": (r"time_embedding\.linear_1\.weight", r"down_blocks\.0\.resnets\.0\.norm1\.weight"),
+    "autoencoder": (r"post_quant_conv\.weight", r"decoder\.conv_in\.weight"),
+    "clip_text": (
+        r"((text_model\.)?encoder\.layers|transformer\.resblocks)\.0\."
+        r"(layer_norm1|ln_1)\.weight",
+        r"((text_model\.)?embeddings\.)?token_embedding\.weight",
     ),
 }
 _FOUND = {
@@ -75,7 +84,7 @@ def schedule_of(network: Any) -> str:
 
     "cosine" of the 64-pixel model, "linear" of all others: the default of that code.
     """
-    cosine = all(getattr(network, field) == value for field, value in _COSINE.items())
+    cosine = all(getattr(network, name, None) == value for name, value in _COSINE.items())
     return "cosine" if cosine else "linear"
 
 
@@ -95,11 +104,17 @@ def places(names: Iterable[str]) -> list[tuple[str, str]]:
             for sign in signs
         ]
         for prefix in sorted(set.intersection(*prefixes)):
-            encoder = kind == "adm" and not any(
-                name.startswith(f"{prefix}output_blocks.") for name in names
-            )
-            found.append((prefix, "adm_encoder" if encoder else kind))
+            found.append((prefix, _of_ldm(names, prefix) if kind == "adm" else kind))
     return found
+
+
+def _of_ldm(names: list[str], prefix: str) -> str:
+    """Of networks with OpenAI's names: a U-Net, one with attention to a text, or half of one."""
+    here = [name for name in names if name.startswith(prefix)]
+    if any(name.endswith("transformer_blocks.0.attn2.to_k.weight") for name in here):
+        return "sd_unet"
+    whole = any(name.startswith(f"{prefix}output_blocks.") for name in here)
+    return "adm" if whole else "adm_encoder"
 
 
 def kind_of(shapes: Shapes) -> str:

@@ -16,7 +16,7 @@ from ogdm_jax.interop import Pretrained, export
 from ogdm_jax.training import checkpoint, lock, optim, state
 from ogdm_jax.typing import PyTree
 
-_KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai"}
+_KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai", "DiT": "dit"}
 # (side, channels) -> a set of images that comes with the package or with tfds; all have 10 classes
 _SETS = {(8, 1): "digits", (32, 1): "mnist5k", (32, 3): "tfds:cifar10/train"}
 _CLASSES = 10
@@ -26,10 +26,15 @@ _SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
 def check_denoiser(found: Pretrained, source: str) -> None:
     """Raises ValueError unless the file holds a denoiser that a configuration can describe."""
     network = found.network
-    if found.kind not in ("edm", "adm", "score_sde"):
+    if found.kind not in ("edm", "adm", "score_sde", "dit"):
         raise ValueError(
             f"{source}: holds a network of kind {found.kind}; expected a denoiser (others: "
             "load_pretrained)"
+        )
+    if network.img_channels not in (1, 3, 6):
+        raise ValueError(
+            f"{source}: its images have {network.img_channels} channels: they are latents, which "
+            "ogdm sample does not decode; use load_pretrained"
         )
     found.preconditioning()
     if found.kind == "adm" and network.img_channels == 6:
@@ -55,8 +60,9 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
         "data.conditional": network.label_dim > 0,
         "data.augment": (config.data.augment or 0.12) if network.augment_dim else 0.0,
     }
-    for field in _SHARED + models.ONLY.get(owner, ()):
-        value = getattr(network, field)
+    named = dict.fromkeys(_SHARED + models.ONLY.get(owner, ()))
+    for field, attribute in (models.DIT if owner == "dit" else named).items():
+        value = getattr(network, attribute or field)
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
     if kind in ("vp", "subvp", "ve", "smld"):
         settings["noise.distribution"] = "ve" if kind == "smld" else kind

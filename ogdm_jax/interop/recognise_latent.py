@@ -14,7 +14,7 @@ from ogdm_jax.networks.dit import SIZES
 
 _HEADS = {width: heads for width, _, heads in SIZES.values()}
 _HEAD_WIDTH = 64  # of Stable Diffusion 2's U-Net and of both text encoders
-_EIGHT_HEADS = 768  # width of the context of Stable Diffusion 1, whose attentions have 8 heads
+CONTEXT_1 = 768  # width of the context of Stable Diffusion 1, whose attentions have 8 heads
 # U-Nets of the same family with another input, by the channels of their first convolution
 _OTHER_INPUTS = {
     5: "a depth-to-image U-Net",
@@ -102,7 +102,7 @@ def sd_unet_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]
     cross = next(n for n in shapes if n.endswith("transformer_blocks.0.attn2.to_k.weight"))
     projection = cross.replace("transformer_blocks.0.attn2.to_k", "proj_in")
     context, widths = shapes[cross][1], found["widths"]
-    heads = [8 if context == _EIGHT_HEADS else max(width // _HEAD_WIDTH, 1) for width in widths]
+    heads = [8 if context == CONTEXT_1 else max(width // _HEAD_WIDTH, 1) for width in widths]
     out = shapes["out.2.weight" if ldm else "conv_out.weight"][0]
     return {
         **found,
@@ -157,5 +157,5 @@ def clip_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "depth": len(_numbers(bare, layer)),
         "heads": max(width // _HEAD_WIDTH, 1),
         "hidden": bare[inside][0],
-        "quick": not opened and width == _EIGHT_HEADS,
+        "quick": not opened and width == CONTEXT_1,
     } | dict(given)

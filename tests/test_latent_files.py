@@ -1,0 +1,166 @@
+"""Files of latent models as people have them: recognised, read, equal; others refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ogdm_jax.interop import export, load_pretrained
+from ogdm_jax.interop.pretrained import from_torch
+from tests.support import golden_support, torch_files
+from tests.support.golden_support import nchw, nhwc
+
+FOLDER = golden_support.FOLDER
+TEXT = {"heads": 3}  # of the golden files' encoder, which is none of the published widths
+
+
+def golden(name):
+    return golden_support.load(str(FOLDER / f"{name}.npz"))
+
+
+def written(path, state):
+    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path)
+    return path
+
+
+def equal(found, state):
+    """The file's network has the numbers of a state dict."""
+    back = export.to_torch(found.network, found.variables)
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name].reshape(-1), value.reshape(-1), err_msg=name)
+
+
+@pytest.fixture
+def dit():
+    file = golden("dit_a")
+    state = file.state_dict()
+    state["pos_embed"] = file["buffer/pos_embed"]
+    return file, state
+
+
+def test_dit_and_its_denoiser(dit, tmp_path):
+    file, state = dit
+    found = load_pretrained(written(tmp_path / "dit.safetensors", state), heads=4)
+    assert (found.kind, found.precondition, found.schedule) == ("dit", "adm", "linear")
+    equal(found, {name: value for name, value in state.items() if name != "pos_embed"})
+    x, y = (
+        jnp.asarray(nhwc(file["x"])),
+        jnp.asarray(file["y"] % file.config["kwargs"]["num_classes"]),
+    )
+    denoise = found.denoiser()
+    sigma = jnp.full(len(x), 1.0)
+    assert denoise(x, sigma, y).shape == x.shape  # eps alone: the variance is left out
+    assert denoise.variance is not None
+
+
+def test_a_training_checkpoint_of_dit_is_read_without_running_its_arguments(dit, tmp_path):
+    file, state = dit
+    book = torch_files.Book()
+    tensors = lambda scale: {
+        n: book.tensor(scale * v) for n, v in state.items() if n != "pos_embed"
+    }
+    arguments = torch_files.Call(torch_files.Name("argparse", "Namespace"))
+    root = {"model": tensors(2), "ema": tensors(1), "opt": {"state": {}}, "args": arguments}
+    (tmp_path / "0400000.pt").write_bytes(torch_files.zip_file(root, book))
+    found = load_pretrained(tmp_path / "0400000.pt", heads=4, img_resolution=8)
+    equal(found, {name: value for name, value in state.items() if name != "pos_embed"})
+    assert "taken: the averaged weights at ema" in found.notes[0]
+
+
+def test_dit_of_no_published_width_needs_its_heads(dit, tmp_path):
+    with pytest.raises(ValueError, match=r"heads: .* none of the published sizes; give it as a"):
+        load_pretrained(written(tmp_path / "dit.safetensors", dit[1]))
+
+
+def test_autoencoder_in_all_layouts(tmp_path):
+    file = golden("vae_a")
+    state = file.state_dict()
+    ldm = {theirs[0]: state[name] for name, theirs in file.json("ldm_map").items()}
+    ldm = {n: v[..., None, None] if ".attn_1." in n and v.ndim == 2 else v for n, v in ldm.items()}
+    old = {file.json("deprecated_attention_map").get(n, n): v for n, v in state.items()}
+    for i, layout in enumerate((state, ldm | {"loss.logvar": np.zeros(3, np.float32)}, old)):
+        found = load_pretrained(written(tmp_path / f"{i}.safetensors", layout), groups=8)
+        assert found.kind == "autoencoder"
+        equal(found, state)
+        decoded = found.network.apply(
+            found.variables, jnp.asarray(nhwc(file["z"])), method="decode"
+        )
+        file.assert_close("decoded", nchw(decoded))
+
+
+def single_file():
+    """A whole LDM checkpoint: U-Net, autoencoder, text encoder, tables of the schedule."""
+    unet, vae, text = (golden(n) for n in ("sd_unet_v1_a", "vae_a", "clip_text_sd1"))
+    state = {
+        f"model.diffusion_model.{theirs}": unet.state_dict()[name]
+        for name, theirs in unet.json("ldm_map").items()
+    }
+    for name, theirs in vae.json("ldm_map").items():
+        value = vae.state_dict()[name]
+        squared = ".attn_1." in theirs[0] and value.ndim == 2
+        state[f"first_stage_model.{theirs[0]}"] = value[..., None, None] if squared else value
+    state |= {f"cond_stage_model.transformer.{n}": v for n, v in text.state_dict().items()}
+    return state | {"betas": np.linspace(0, 1, 8).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "kind,name,settings",
+    [
+        ("sd_unet", "sd_unet_v1_a", {"groups": 8, "heads": (4, 4, 4), "precondition": "adm"}),
+        ("autoencoder", "vae_a", {"groups": 8}),
+        ("clip_text", "clip_text_sd1", TEXT),
+    ],
+)
+def test_the_networks_of_a_single_file(kind, name, settings, tmp_path):
+    path = written(tmp_path / "model.safetensors", single_file())
+    found = load_pretrained(path, kind=kind, **settings)
+    assert found.kind == kind
+    equal(found, golden(name).state_dict())
+
+
+def test_stable_diffusion_2_must_say_what_it_predicts(tmp_path):
+    file = golden("sd_unet_v2_a")
+    path = written(tmp_path / "unet.safetensors", file.state_dict())
+    settings = {"groups": 8, "heads": tuple(file.config["kwargs"]["attention_head_dim"])}
+    found = load_pretrained(path, **settings)
+    with pytest.raises(ValueError, match="precondition: .* give adm .* or v "):
+        found.denoiser()
+    told = load_pretrained(path, precondition="v", **settings)
+    assert told.schedule == "scaled_linear"
+    x = jnp.asarray(nhwc(file["sample"]))
+    context = jnp.asarray(file["encoder_hidden_states"])
+    assert told.denoiser()(x, jnp.full(len(x), 2.0), context).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"conv_in.weight": np.zeros((16, 9, 3, 3), np.float32)}, "an inpainting U-Net"),
+        ({"conv_in.weight": np.zeros((16, 5, 3, 3), np.float32)}, "a depth-to-image U-Net"),
+        ({"add_embedding.linear_1.weight": np.zeros((4, 4), np.float32)}, "Stable Diffusion XL"),
+    ],
+)
+def test_others_of_the_family_are_refused_by_name(change, said):
+    state = golden("sd_unet_v1_a").state_dict() | change
+    with pytest.raises(ValueError, match=said):
+        from_torch(state)
+
+
+def test_a_missing_tensor_is_named():
+    state = golden("vae_a").state_dict()
+    del state["decoder.conv_out.bias"]
+    with pytest.raises(ValueError, match="1 missing \\(decoder.conv_out.bias\\)"):
+        from_torch(state, groups=8)
+
+
+def test_open_clip_keeps_the_layers_asked_for():
+    file = golden("clip_text_sd2")
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for name, (theirs, *rows) in file.json("openclip_map").items():
+        parts.setdefault(theirs, {})[int(rows[0][0]) if rows else 0] = file.state_dict()[name]
+    state = {name: np.concatenate([v[i] for i in sorted(v)]) for name, v in parts.items()}
+    network, variables = from_torch(state, depth=3, heads=4)
+    out = network.apply(variables, jnp.asarray(file["input_ids"].astype(np.int32)))
+    file.assert_close("penultimate_final_ln", out)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
