@@ -3,8 +3,8 @@ Stable Diffusion 3 (2403.03206), Euler steps of equal t from pure noise.
 
 python train.py --config configs/digits_flow.py
 
-Measured, one seed: fd_digits 16.5 at 10 Euler steps, where the default (OGDM on EDM's
-preconditioning, same network, length and evaluations) has 6.4 and real against real 2.9.
+Measured, one seed, 10 evaluations: fd_digits 16.5 with Euler, 8.0 with sample.solver=dpmpp_2m;
+the default (OGDM on EDM's preconditioning, same network and length) has 6.4, real against real 2.9.
 """
 
 from ogdm_jax.configs import digits
