@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     for field in OPTIONS:
         kind, limits = type(field.default), field.metadata["choices"]
         text = field.metadata["help"] + (f": {' or '.join(limits)}" if limits else "")
-        text += f" (default: {field.default}, as the configuration says)"
+        text += " (default: the configuration's)"
         add("--" + field.name.replace("_", "-"), type=kind, default=None, help=text)
     add(
         "--clip",
