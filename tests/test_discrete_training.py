@@ -138,13 +138,16 @@ def test_images_are_resized_and_coloured_by_configuration():
     assert open_source(configs.from_json(json.dumps(older))).shape == (8, 8, 1)
 
 
-def test_a_learned_variance_is_trained():
-    """Its channels get a gradient from their own loss, which the metrics name."""
-    run = tiny.build(*ADM, "methods=()", "precondition.learned_variance=True")
+@pytest.mark.parametrize("on", ["", "ogdm"])
+def test_a_learned_variance_is_trained(on):
+    """Its channels get a gradient from their own loss, which the metrics name; beside OGDM, too."""
+    more = ("precondition.learned_variance=True", tiny.ONE_LEVEL, "ogdm.channel_max=8")
+    run = tiny.build(*ADM, f"methods={on}", *more)
     born = jax.tree.map(np.asarray, run.init().params)
     state, metrics = tiny.train(run, 1)
     moved = np.abs(state.params["out_conv"]["kernel"] - born["out_conv"]["kernel"])
     channels = moved.reshape(-1, moved.shape[-1]).max(axis=0)
     assert channels.shape == (2,) and (channels > 0).all()
     assert np.isfinite(metrics["loss"]) and metrics["loss/variance"] > 0
-    assert metrics["loss"] == pytest.approx(metrics["loss/denoise"] + metrics["loss/variance"])
+    parts = ("denoise", "variance", *([on] if on else []))
+    assert metrics["loss"] == pytest.approx(sum(metrics[f"loss/{part}"] for part in parts))
