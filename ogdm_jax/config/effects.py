@@ -89,6 +89,8 @@ def check_sense(config: Config) -> None:
             not config.methods, "methods", config.methods, "none where a discriminator is trained"
         )
         require(not config.ema.stds, "ema.stds", config.ema.stds, "none where one is trained")
+        need = "'' where a discriminator is trained, which holds out images by dg.held_out"
+        require(not config.data.heldout, "data.heldout", config.data.heldout, need)
         return
     given = config.precondition
     pure, drawn = given.kind == "v" and given.zero_terminal, config.noise.distribution

@@ -43,6 +43,9 @@ class Data(_Checked):
         "tfds:cifar10/train",
         "digits, mnist5k, tfds:NAME/SPLIT, folder:DIR, zip:FILE, npz:FILE, cifar10:FILE",
     )
+    heldout: str = _free(
+        "", "images that are never trained on, such as digits/test, tfds:NAME/test: their loss"
+    )
     data_dir: str = _free("", "where prepared tfds sets lie; '' = tfds's own default")
     batch: int = _decided(
         512, "images per step over all devices", least=1, most=2**20, expected="1 to 2^20 images"
@@ -294,6 +297,10 @@ class Log(_Checked):
 
     every: str = _free("50 kimg", "from line to line")
     tensorboard: bool = _free(True, "also write TensorBoard events")
+    tracker: str = _free(
+        "", "also send numbers and pictures to wandb or trackio", choices=("", "wandb", "trackio")
+    )
+    project: str = _free("ogdm_jax", "of the tracker", only="tracker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +400,12 @@ class Evaluate(_Checked):
         least=0,
         expected="at least 0",
         only="features",
+    )
+    heldout: int = _free(
+        1000,
+        "images of data.heldout whose loss is measured, spread evenly over it; 0 = all",
+        least=0,
+        only="data.heldout",
     )
     every: str = _free("0 steps", "evaluate during training, too; 0 = only at the end")
     keep_best: int = _free(

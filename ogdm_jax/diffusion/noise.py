@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from ogdm_jax import randomness
 from ogdm_jax.diffusion import process
@@ -87,6 +88,18 @@ class NoiseDistribution:
             return self.sigma(u)
         tiny = jnp.finfo(u.dtype).eps / 2
         return self.sigma(jax.scipy.special.ndtri(jnp.clip(u, tiny, 1 - tiny)))
+
+
+def bins(noise: NoiseDistribution, count: int = 6) -> tuple[float, ...]:
+    """The count - 1 levels that part a distribution into bins of equal probability, to two digits.
+
+    They depend on the distribution alone, so that runs of one can be compared. Levels that fall
+    together, as of a clipped or a discrete distribution, count once.
+    """
+    shares = np.arange(1, count) / count
+    draws = special.ndtri(shares) if noise.kind_of_draw == "normal" else shares
+    levels = np.asarray(noise.sigma(jnp.asarray(draws, jnp.float32)), np.float64)
+    return tuple(sorted({float(f"{level:.2g}") for level in levels}))
 
 
 def _inverse_square(sigma: Array) -> Array:

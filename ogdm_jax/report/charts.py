@@ -18,6 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from ogdm_jax.training.logs import LEVELS
+
 LARGEST = 1e30  # a number that is drawn
 LARGE, SMALL = (6.6, 4.0), (4.2, 2.7)  # inches of 72 units; a letter has 9 to 10 of them
 COLOURS = {
@@ -204,12 +206,32 @@ def distance_chart(reports: Sequence[Mapping[str, Any]]) -> Chart:
     return Chart(reports[0]["features"], label, lines, True, True, markers=True, size=LARGE)
 
 
+def level_chart(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The loss against the noise level, early to late in training; [] where it was not logged."""
+    found = [m for m in metrics if any(name.startswith(LEVELS) for name in m)]
+    if not found:
+        return []
+    lines = []
+    for at in dict.fromkeys(round(share * (len(found) - 1)) for share in (0, 1 / 9, 1 / 3, 1)):
+        points = {_middle(n): v for n, v in found[at].items() if n.startswith(LEVELS)}
+        x = sorted(points)
+        lines.append(Line(f"step {found[at]['step']:,}", x, [points[level] for level in x]))
+    return [Chart("loss by noise level", "sigma", lines, log_x=True, log_y=True, markers=True)]
+
+
+def _middle(name: str) -> float:
+    """Where a bin "level/LOW-HIGH" is drawn: in its middle, the open ones beside their edge."""
+    low, high = map(float, name.removeprefix(LEVELS).split("-"))
+    return high / 1.5 if low == 0 else low * 1.5 if high == math.inf else math.sqrt(low * high)
+
+
 _NAMES = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "images_per_second": "images per second",
 }
-_NOT_SHOWN, _OTHERS = ("step", "kimg", "grad_nonfinite"), ("loss/", "evaluate/")
+_NOT_SHOWN, _OTHERS = ("step", "kimg", "grad_nonfinite"), ("loss/", "evaluate/", "heldout/")
+_OTHERS += (LEVELS,)
 
 
 def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -219,7 +241,8 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
       metrics: the lines of metrics.jsonl.
 
     Returns:
-      Evaluations with their floor, then losses, then the rest.
+      Evaluations with their floor, then losses, those of held-out images beside them, that by noise
+      level, then the rest.
     """
     images = {line["step"]: line["kimg"] for line in metrics if "kimg" in line}
     label = "thousand images seen" if images else "steps"
@@ -239,6 +262,11 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     for name in distances:
         lines = [curve(name, "samples"), curve("evaluate/floor", "real against real", dashed=True)]
         charts.append(Chart(name.partition("/")[2], label, lines, log_y=True, markers=True))
+    if "heldout/loss" in names:
+        lines = [curve("heldout/loss", "held-out"), curve("heldout/train", "trained on")]
+        lines += [curve("loss/denoise", "in training", dashed=True)]
+        charts.append(Chart("loss of the moving average", label, lines, markers=True))
+    charts += level_chart(metrics)
     for name in [*losses, *sorted(rest, key=lambda name: "/" in name)]:
         charts.append(Chart(_NAMES.get(name, name), label, [curve(name, name)]))
     return charts

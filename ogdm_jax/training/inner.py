@@ -68,6 +68,7 @@ class Loop:
       batches: of this process.
       watch: `Task.watch`'s function.
       evaluate: `Task.evaluation`'s function.
+      held_out: `Task.held_out`'s function.
       saved: the checkpoints.
       writer: of the numbers.
       profiler: of the steps that are traced.
@@ -83,6 +84,7 @@ class Loop:
     batches: Batches
     watch: Callable[[int, TrainState], None]
     evaluate: Callable[[TrainState], dict[str, Any]]
+    held_out: Callable[[TrainState], dict[str, float]] | None
     saved: Checkpoints
     writer: logs.Writer
     profiler: profiles.Profiler
@@ -201,6 +203,10 @@ class Loop:
             if done or self._due("sample"):
                 with self.stop.may_leave("leaving without the picture of this step"):
                     self.watch(step, self.state)
+            if measures and self.held_out:
+                numbers = self.held_out(self.state)
+                self.writer.write(step, numbers)
+                self.log(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
             if measures and self.run.config.evaluate.features:
                 with self.stop.may_leave(
                     f"leaving the evaluation of step {step}, which the same command makes"

@@ -1,4 +1,4 @@
-"""Where numbers go: a line on the log, a JSON line in metrics.jsonl, TensorBoard events.
+"""Where numbers go: a line on the log, a JSON line in metrics.jsonl, TensorBoard events, a tracker.
 
 Only the lead process writes.
 """
@@ -17,10 +17,12 @@ import numpy as np
 from etils import epath
 
 from ogdm_jax import places, records, startup
+from ogdm_jax.training.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"  # lines of steps that a resumed run makes again
 UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to
+LEVELS = "level/"  # the loss by noise level: "level/LOW-HIGH"
 _SHOWN = ("accuracy", "grad_norm", "learning_rate")  # on the log line, after the losses
 
 
@@ -105,7 +107,12 @@ class Writer:
     """
 
     def __init__(
-        self, workdir: epath.Path, tensorboard: bool, lead: bool, step: int | None = None
+        self,
+        workdir: epath.Path,
+        tensorboard: bool,
+        lead: bool,
+        step: int | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         """A process that does not lead writes nothing.
 
@@ -114,7 +121,9 @@ class Writer:
           tensorboard: whether events are written, too.
           lead: whether this process leads.
           step: where the run goes on; lines of later steps are moved to REPLACED.
+          tracker: gets the numbers, too.
         """
+        self._tracker = tracker
         self._target, self._copied = workdir, time.monotonic()
         self._file = self._events = self._local = None
         if not lead:
@@ -156,11 +165,15 @@ class Writer:
             self._file.write(records.dumps({"step": step, **values}) + "\n")
             if self._events is not None:
                 self._events.scalars(step, values)
+            if self._tracker is not None:
+                self._tracker.write(step, values)
             if time.monotonic() - self._copied > UPLOAD:
                 self._copy()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """A uint8 [h,w,c] picture for TensorBoard."""
+        """A uint8 [h,w,c] picture for TensorBoard and the tracker."""
+        if self._tracker is not None:
+            self._tracker.image(step, name, image)
         if self._events is not None:
             with self._told():
                 self._events.image(step, name, image)
@@ -174,7 +187,7 @@ class Writer:
             if local is not None:
                 ends.callback(local.cleanup)
                 ends.callback(places.mirror, pathlib.Path(local.name), self._target)
-            for part in filter(None, (file, events)):
+            for part in filter(None, (file, events, self._tracker)):
                 ends.callback(part.close)
 
     @contextlib.contextmanager
@@ -254,8 +267,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def line(step: int, values: Mapping[str, float], left: float | None = None) -> str:
-    """One log line: step, kimg, images/s, then every loss and what _SHOWN names, where present, and
-    how many seconds are `left`.
+    """One log line: step, kimg, images/s, then every loss and what _SHOWN names, where present, the
+    loss by noise level from the lowest up, and how many seconds are `left`.
     """
     head = (
         f"step {step}  {values.get('kimg', 0.0):.1f} kimg  "
@@ -263,6 +276,8 @@ def line(step: int, values: Mapping[str, float], left: float | None = None) -> s
     )
     names = [*filter(_is_loss, values), *(name for name in _SHOWN if name in values)]
     shown = [f"{name.replace('loss/', '')} {values[name]:.4g}" for name in names]
+    levels = [f"{values[name]:.3g}" for name in values if name.startswith(LEVELS)]
+    shown += ["by level " + "/".join(levels)] if levels else []
     bad = values.get("grad_nonfinite", 0.0)
     shown += [f"non-finite gradients {bad:.0f}"] if bad else []
     return "  ".join([head, *shown] + ([f"{duration(left)} left"] if left and left >= 1 else []))

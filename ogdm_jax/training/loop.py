@@ -17,7 +17,7 @@ import ogdm_jax
 from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs, opening, resume, snapshots, steps
+from ogdm_jax.training import logs, opening, resume, snapshots, steps, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import (
@@ -83,12 +83,14 @@ def train(
         stop.farewell = lambda: log(f"stopped; {_how_to_go_on(workdir)}")
         plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
         check_evaluation(config)
+        trackers.check(config)
         newest = resumable(workdir, log)
         types = discovery.settings_types()
         same = not newest or not any(resume.differences(newest.config, config, types))
         found = resume.goes_on_from(workdir, newest, config.init.step, same)
         decided = resume.check(workdir, found, config, types, override) if found else {}
         run = task.build(config, plan, workdir, log)
+        held_out = task.held_out(run)
         profiles.check(profile, run.steps)
         shapes = jax.eval_shape(run.create, run.key)
         _check_resumed(run, found, shapes, decided, override, log)
@@ -102,13 +104,14 @@ def train(
         words = opening.lines(run, shapes, workdir, _begins(found, initial))
         log("\n".join(words))
         return run, _loop(
-            run, task, workdir, profile, stop, log, found, initial, shapes, still_ours
+            run, task, held_out, workdir, profile, stop, log, found, initial, shapes, still_ours
         )
 
 
 def _loop(
     run: runs.Run,
     task: Task[Any],
+    held_out: Callable[[TrainState], dict[str, float]] | None,
     workdir: epath.Path,
     profile: profiles.Steps | None,
     stop: StopSignals,
@@ -121,9 +124,10 @@ def _loop(
     """Opens what the loop writes to, and runs it."""
     config, lead = run.config, jax.process_index() == 0
     step = found.step if found else 0
+    tracker = trackers.Tracker(config, workdir) if lead and config.log.tracker else None
     with (
         _checkpoints(config, workdir) as saved,
-        logs.Writer(workdir, config.log.tensorboard, lead, step) as writer,
+        logs.Writer(workdir, config.log.tensorboard, lead, step, tracker) as writer,
         profiles.Profiler(profile if lead else None, workdir, log) as profiler,
     ):
         batches = task.batches(run)
@@ -137,6 +141,7 @@ def _loop(
             batches=batches,
             watch=task.watch(run, workdir, writer),
             evaluate=task.evaluation(run, workdir),
+            held_out=held_out,
             saved=saved,
             writer=writer,
             profiler=profiler,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ogdm_jax.config import Config
 from ogdm_jax.diffusion.bound import variance_bound
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.diffusion.noise import NoiseDistribution, bins
 from ogdm_jax.diffusion.process import Discrete, eps_from_x0
 from ogdm_jax.methods.contract import (
     DenoiserOf,
@@ -18,6 +18,7 @@ from ogdm_jax.methods.contract import (
     Methods,
     Metrics,
     Own,
+    noise_bins,
     squared_error,
 )
 from ogdm_jax.models import Model
@@ -75,7 +76,11 @@ def denoising(
     """The objective of a denoiser.
 
     gather: of a plan that divides the state: a carry is gathered where a penalty uses it.
+
+    Its metrics have, as "level/LOW-HIGH", the weighted squared error to the clean image in bins of
+    sigma: the same figure whatever the target and the distance of a method are.
     """
+    edges = bins(noise)
 
     def see(
         params: PyTree, buffers: PyTree, batch: Batch, key: Array, noise_key: Array
@@ -97,6 +102,8 @@ def denoising(
         example = dataclasses.replace(example, eps_hat=jax.lax.stop_gradient(eps_hat))
         total, metrics = denoising_loss(methods, noise, example, x0_hat, denoiser, own)
         metrics |= {"loss/denoise": total}
+        error = squared_error(example, x0_hat, example.x0, noise.weight)
+        metrics |= noise_bins({"level": error}, example.sigma, edges)
         if bound is not None:
             total, metrics = total + bound, metrics | {"loss/variance": bound}
         for method in methods.all:

@@ -15,6 +15,7 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.training import logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.evaluate import Evaluator, write_report
+from ogdm_jax.training.heldout import HeldOut
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.training.workdir import open_source
 
@@ -49,12 +50,15 @@ class Task(Generic[RunT]):
         processes.
       evaluation: (run, workdir) -> evaluate(state) -> a report with "fd", called every
         config.evaluate.every in all processes.
+      held_out: run -> measure(state) -> {name: number}, called as often in all processes; None
+        where nothing is held out.
     """
 
     build: Callable[[configs.Config, parallel.Plan, epath.Path, Log], RunT]
     batches: Callable[[RunT], Batches]
     watch: Callable[[RunT, epath.Path, logs.Writer], Callable[[int, TrainState], None]]
     evaluation: Callable[[RunT, epath.Path], Callable[[TrainState], dict[str, Any]]]
+    held_out: Callable[[RunT], Callable[[TrainState], dict[str, float]] | None] = lambda run: None
 
 
 def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
@@ -113,4 +117,17 @@ def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], di
     return evaluate
 
 
-DENOISER = Task(build=_build, batches=_batches, watch=_watch, evaluation=_evaluation)
+def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
+    """The loss of config.data.heldout with the moving average."""
+    if not run.config.data.heldout:
+        return None
+    held_out = HeldOut(run)
+
+    def measure(state: TrainState) -> dict[str, float]:
+        weights = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
+        return held_out(*weights) if jax.process_index() == 0 else {}
+
+    return measure
+
+
+DENOISER = Task(_build, _batches, _watch, _evaluation, _held_out)

@@ -1,0 +1,115 @@
+"""The loss of images that are never trained on, and of as many that are, under the same draws."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ogdm_jax import data, platforms, randomness
+from ogdm_jax.config import ConfigError, replace
+from ogdm_jax.data import identity
+from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.models import Model
+from ogdm_jax.pixels import to_float
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.workdir import open_source
+from ogdm_jax.typing import Array, PyTree
+
+_BATCH = 256
+
+
+class HeldOut:
+    """Measures the weighted squared error of a model, without dropout and augmentation.
+
+    Every image has one noise level and one noise, drawn from a fixed key and its row alone: from
+    evaluation to evaluation, and from run to run of one noise distribution, only the model differs.
+    """
+
+    def __init__(self, run: runs.Run) -> None:
+        """Opens the images of config.data.heldout.
+
+        Raises:
+          ConfigError: they cannot be opened, are those that are trained on, or of another size or
+            other classes.
+        """
+        config, trained = run.config, run.source
+        name = config.data.heldout
+        try:
+            found = open_source(replace(config, {"data.source": name}))
+        except data.SourceError as error:
+            raise ConfigError(f"config.data.heldout: {error}") from None
+        _check(name, trained, found, bool(run.model.label_dim))
+        num = min(config.evaluate.heldout or len(found), len(found))
+        self._sets = {"loss": _take(found, num), "train": _take(trained, num)}
+        assert run.noise is not None, "a denoiser's run has a noise distribution"
+        loss, platform = _loss_of(run.model, run.noise), run.plan.local_devices[0].platform
+        self._loss = jax.jit(platforms.traced_for(platform, loss))
+
+    def __call__(self, params: PyTree, buffers: PyTree) -> dict[str, float]:
+        """{"heldout/loss", "heldout/train"}: means over the held-out images, and over as many that
+        are trained on; the difference is what the model knows by heart.
+        """
+        found = {}
+        for name, batch in self._sets.items():
+            parts = []
+            for start in range(0, len(batch["row"]), _BATCH):
+                at = np.arange(start, start + _BATCH) % len(batch["row"])  # one size is compiled
+                part = {key: value[at] for key, value in batch.items()}
+                parts.append(np.asarray(self._loss(params, buffers, part)))
+            values = np.concatenate(parts)[: len(batch["row"])]
+            found[f"heldout/{name}"] = float(values.mean(dtype=np.float64))
+        return found
+
+
+def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
+    def loss(params: PyTree, buffers: PyTree, batch: dict[str, Array]) -> Array:
+        """lambda(sigma) |x0_hat - x0|^2 summed over pixels [b], of {"image", "label", "row"}."""
+        keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["row"])
+        draw = randomness.normal if noise.kind_of_draw == "normal" else randomness.uniform
+        x0, sigma = to_float(batch["image"]), noise.sigma(draw(keys("heldout sigma")))
+        xt = x0 + sigma[:, None, None, None] * randomness.normal(keys("heldout"), x0.shape[1:])
+        label = batch["label"] if model.label_dim else None
+        x0_hat = model.denoiser(params, buffers)(xt, sigma, label)
+        return noise.weight(sigma) * jnp.sum(jnp.square(x0_hat - x0), axis=(1, 2, 3))
+
+    return loss
+
+
+def _take(source: data.Source, num: int) -> dict[str, np.ndarray]:
+    """So many images, spread evenly over a set, with their rows."""
+    rows = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int32)
+    return source.take(rows) | {"row": rows}
+
+
+def _check(name: str, trained: data.Source, found: data.Source, classes: bool) -> None:
+    """Raises ConfigError for images that cannot be held out of a run."""
+    field = f"config.data.heldout: {name!r}"
+    if found.shape != trained.shape:
+        raise ConfigError(
+            f"{field} has images of {found.shape}, those trained on are {trained.shape} (height, "
+            "width, channels); expected one shape (data.resolution and data.channels make it)"
+        )
+    labels = [(s.num_classes, s.label_size, s.class_names) for s in (found, trained)]
+    if classes and labels[0] != labels[1]:
+        raise ConfigError(f"{field} has other classes than data.source; expected the same")
+    same = not identity.difference(data.fingerprint(trained), data.fingerprint(found))
+    repeated = 0 if same else _repeated(trained, found)
+    if same or repeated > len(found) // 2:
+        what = (
+            "are the training set itself"
+            if same
+            else (f"has {repeated} of {len(found)} images in the training set")
+        )
+        raise ConfigError(
+            f"{field}: these {what}; expected images that are never trained on, such as another "
+            "split: digits/train and digits/test, tfds:NAME/train and tfds:NAME/test"
+        )
+
+
+def _repeated(trained: data.Source, found: data.Source) -> int:
+    """How many images of `found` are also trained on, where both are in memory; else 0."""
+    if trained.images is None or found.images is None:
+        return 0
+    known = {image.tobytes() for image in trained.images}
+    return sum(image.tobytes() in known for image in found.images)
