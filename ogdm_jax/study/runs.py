@@ -158,7 +158,8 @@ def opened(arm: Arm, folder: epath.Path, checkpoint: str, ema: str) -> TrainedMo
     """The model of a run with the weights that a measurement asks for."""
     step = {"newest": None, "best": "best"}.get(checkpoint, checkpoint)
     at = int(step) if step is not None and step.isdecimal() else step
-    trained = open_workdir(folder, at, field="--out")
+    std = None if ema == PLAIN else float(ema)
+    trained = open_workdir(folder, at, field="--out", ema_std=std)
     return dataclasses.replace(trained, samplers=arm.samplers)
 
 
