@@ -93,6 +93,8 @@ def test_released_files_are_converted_and_sampled(name, tmp_path):
     assert run.config.precondition.kind == kind and run.config.noise.distribution == law
     assert run.config.precondition.sigma_max == pytest.approx(highest, rel=1e-6)
     assert run.config.data.augment == 0
+    if law == "ve":
+        assert run.config.sample.grid == "ve" and run.config.sample.sigma_max > 99
     found = load_pretrained(
         tmp_path / "checkpoint_26.pth",
         img_resolution=16,

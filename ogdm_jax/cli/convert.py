@@ -27,6 +27,7 @@ from ogdm_jax.training import convert, steps
 # the tensors do not say these
 _KEPT = ("network.dropout", "precondition.schedule", "sample.grid", "sample.solver")
 _KEPT += ("noise.distribution", "noise.mean", "noise.std")
+_KEPT += ("sample.sigma_min", "sample.sigma_max")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

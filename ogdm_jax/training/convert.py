@@ -66,6 +66,10 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
     if kind in ("vp", "subvp", "ve", "smld"):
         settings["noise.distribution"] = "ve" if kind == "smld" else kind
+    if found.kind == "score_sde" and kind in ("ve", "smld"):  # from where they end, as published
+        levels = found.denoiser()
+        settings |= {"sample.grid": "ve", "sample.sigma_min": levels.sigma_min}
+        settings["sample.sigma_max"] = levels.sigma_max
     settings |= {f"precondition.{name}": value for name, value in found.process.items()}
     if kind in ("adm", "v"):
         drawn = "ddpm" if kind == "adm" else "v"
