@@ -3,9 +3,9 @@
 A lower bound is the oldest version that the suite has passed with. It was run on
 - Python 3.11.7: jax 0.10.2, flax 0.12.8, numpy 2.4.6, scipy 1.17.1
 - Python 3.13.0: jax 0.12.0.1, flax 0.12.12, numpy 2.5.5, scipy 1.18.1
-and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, grain 0.2.18, tensorflow-datasets
-4.9.10, pillow 13.0.0. There is no upper bound: .ci/run takes the newest of each, and warnings of
-what will change are errors in the tests.
+and on both: optax 0.2.8, orbax-checkpoint 0.12.8, chex 0.1.92, diffrax 0.7.2, grain 0.2.18,
+tensorflow-datasets 4.9.10, pillow 13.0.0. There is no upper bound: .ci/run takes the newest of
+each, and warnings of what will change are errors in the tests.
 """
 
 import re
@@ -44,6 +44,7 @@ setup(
     entry_points={"console_scripts": ["ogdm = ogdm_jax.cli:main"]},
     install_requires=[
         "jax>=0.10.2",  # arrays, autodiff, compilation
+        "diffrax>=0.7.2",  # adaptive Runge-Kutta inside jit (brings equinox, 5 MB in all)
         "flax>=0.12.8",  # linen modules, struct dataclasses
         "optax>=0.2.8",  # optimisers
         "orbax-checkpoint>=0.12.8",  # asynchronous, multi-process checkpoints

@@ -17,6 +17,7 @@ from tests.support.oracles import Gaussian, column, two_bumps
 
 DATA = Gaussian(0.0, 0.5)  # the denoiser .25 x / (.25 + sigma^2) of the published numbers
 PLAIN = Guidance("plain", transition=plain_step)
+FIXED = [name for name in SOLVERS if name != "dopri5"]  # which chooses its steps
 DETERMINISTIC = [name for name in SOLVERS if name not in ("ancestral", "pc", "dpmpp_2m_sde")]
 
 
@@ -149,7 +150,7 @@ def counted(data=DATA):
 @pytest.mark.parametrize(
     "solver, settings",
     [
-        *((s, {}) for s in SOLVERS),
+        *((s, {}) for s in FIXED),
         ("heun", {"churn": 2.0}),
         ("heun", {"eta": 0.5}),
         ("ddim", {"eta": 1.0}),
@@ -433,7 +434,7 @@ def test_finite_value_and_gradient(solver):
     assert jnp.isfinite(value) and jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if "pndm" not in s])
+@pytest.mark.parametrize("solver", [s for s in FIXED if "pndm" not in s])
 def test_a_single_step_is_the_denoised_image(solver):
     z = jax.random.normal(jax.random.key(1), (2, 2, 2, 1))
     more = {"corrector_steps": 0} if solver == "pc" else {}

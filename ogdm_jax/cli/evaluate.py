@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ogdm_jax import places, startup
-from ogdm_jax.cli import measuring
+from ogdm_jax.cli import likelihood, measuring
 from ogdm_jax.cli import protocol as protocol_command
 from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.data import Source, open_source
@@ -25,7 +25,8 @@ from ogdm_jax.metrics.statistics import (
 EXAMPLES = """\
 --samples samples.npz --reference digits
 --samples a.npz b.npz c.npz --reference STATISTICS.npz --features inception --weights FILE
-protocol --workdir DIR          (see protocol --help)"""
+protocol --workdir DIR          (see protocol --help)
+--likelihood --workdir DIR      (see --likelihood --help)"""
 ABOUT = """\
 Scores samples and prints one JSON object. Samples are an npz, a folder or a zip of images; several
 are scored one by one, with the minimum (EDM's protocol: three sets of 50,000 images from seeds
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if list(words[:1]) == ["protocol"]:
         return protocol_command.main(words[1:])
+    if "--likelihood" in words:
+        return likelihood.main(words)
     args = parse(argv)
     with startup.one_sentence():
         startup.prepare()

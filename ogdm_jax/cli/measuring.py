@@ -188,7 +188,8 @@ def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
 def drawing(
     args: argparse.Namespace, trained: TrainedModel, churn: ChurnRule | None = None
 ) -> Draw:
-    """A function (settings, seeds, title) -> batches of uint8 images, with a progress bar.
+    """A function (settings, seeds, title, counts=None) -> batches of uint8 images, with a progress
+    bar; counts as in `TrainedModel.batches`.
 
     Args:
       args: with the options of `add_model_options`.
@@ -200,10 +201,15 @@ def drawing(
     """
     how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
 
-    def draw(settings: Sample, seeds: Sequence[int], title: str) -> Iterator[np.ndarray]:
+    def draw(
+        settings: Sample,
+        seeds: Sequence[int],
+        title: str,
+        counts: list[np.ndarray] | None = None,
+    ) -> Iterator[np.ndarray]:
         quiet, drawn = not sys.stderr.isatty(), 0
         with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:
-            for part in trained.batches(settings, seeds, churn=churn, **how):
+            for part in trained.batches(settings, seeds, churn=churn, counts=counts, **how):
                 bad = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3)))
                 if len(bad):
                     raise ConfigError(
@@ -216,6 +222,13 @@ def drawing(
                 bar.update(len(part))
 
     return draw
+
+
+def add_tolerance_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the solver that chooses its steps."""
+    for name, what in (("rtol", "relative"), ("atol", "absolute")):
+        about = f"dopri5: {what} tolerance of an image (default: the configuration's, 1e-5)"
+        parser.add_argument(f"--{name}", type=float, default=None, help=about)
 
 
 def print_json(result: dict[str, Any], out: str | None) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ogdm_jax import models, places, records, startup
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import new_parser, whole
@@ -43,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--solver", default="", help="default: the configuration's")
     add("--steps", type=int, default=None, help="default: the configuration's")
     add("--eta", type=float, default=None, help="randomness of ddim and heun, 0 to 1")
+    measuring.add_tolerance_options(parser)
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic Heun sampler")
     add("--reference", default="", help="another source, or mu and sigma (npz)")
     add("--out", default="", metavar="FILE.json", help="also write the JSON here")
@@ -60,11 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             places.writable(places.place(args.out, "--out"), "--out", file=True)
         trained = measuring.open_model(args)
         settings = trained.settings(
-            solver=args.solver, steps=args.steps, num=args.num, eta=args.eta
+            solver=args.solver,
+            steps=args.steps,
+            num=args.num,
+            eta=args.eta,
+            rtol=args.rtol,
+            atol=args.atol,
         )
         churn = churning.parse(args.churn)
         generate.check_guidance(settings, (), churn)
-        draw = functools.partial(measuring.drawing(args, trained, churn), settings)
+        counts: list[np.ndarray] = []
+        draw = functools.partial(measuring.drawing(args, trained, churn), settings, counts=counts)
         if args.reference.endswith(".npz") and is_statistics(args.reference):
             published = load_statistics(args.reference)
             space = measuring.open_model_space(args, trained, published)
@@ -81,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = protocol.score_ranges(
                 space, reference, ranges, draw, tell, sets.finished, sets.keep
             )
-        measuring.print_json(result | how, args.out)
+        measuring.print_json(result | how | describe_sampler(settings, counts), args.out)
         sets.clear()
     return 0
 

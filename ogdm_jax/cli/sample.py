@@ -35,7 +35,7 @@ from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
-from ogdm_jax.training.evaluate import distance
+from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
 OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in sum(SOLVER_OPTIONS.values(), ())]
@@ -141,7 +141,8 @@ def run(args: argparse.Namespace) -> None:
     how = {"floats": task is not None, "overwrite": args.overwrite}
     with output.Output(plan.out, origin(plan, args), plan.seeds, **how).opened() as out:
         with leaving(out.safe):
-            start, count = time.perf_counter(), _draw(plan, out)
+            counts: list[np.ndarray] = []
+            start, count = time.perf_counter(), _draw(plan, out, counts)
             seconds = (time.perf_counter() - start) / max(1, count)
             figures = None
             if task is None:
@@ -150,14 +151,15 @@ def run(args: argparse.Namespace) -> None:
                 figures = _restored(plan, task, out, seconds)
             print(
                 f"wrote {out.good.sum():,} images of step {plan.trained.step} "
-                f"({plan.settings.solver}, {plan.settings.steps} steps{_class_of(plan)}) to "
+                f"({words_of(plan.settings, counts)}{_class_of(plan)}) to "
                 f"{plan.out}"
             )
             if figures is not None:
                 print(records.dumps(figures))
             if args.evaluate:
                 report = distance(plan.trained.config, out.uint8())
-                print(records.dumps(report | _lost(out)))
+                how = describe_sampler(plan.settings, counts) if counts else {}
+                print(records.dumps(report | how | _lost(out)))
     if len(out.not_finite):
         raise output.OutputError(out.missing())
 
@@ -219,8 +221,10 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _draw(plan: Plan, out: output.Output) -> int:
-    """Draws and writes what is not on disk yet; returns how many images that were."""
+def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
+    """Draws and writes what is not on disk yet; returns how many images that were, and appends
+    dopri5's evaluations to counts.
+    """
     before, done, count = int(out.done.sum()), out.done.copy(), 0
     starts = generate.pending(done, plan.batch)
     if before:
@@ -237,6 +241,7 @@ def _draw(plan: Plan, out: output.Output) -> int:
         batch=plan.batch // len(plan.devices),
         devices=plan.devices,
         done=done,
+        counts=counts,
     )
     quiet = not sys.stderr.isatty()
     with tqdm(total=len(done), initial=before, unit="image", disable=quiet) as bar:

@@ -14,12 +14,14 @@ from ogdm_jax.config.fields import check, require, setting
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = (
     *("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"),
-    *("dpmpp_2m_sde", "unipc", "pc"),
+    *("dpmpp_2m_sde", "unipc", "pc", "dopri5"),
 )
 # Settings of config.sample that one solver alone has, and `sampling.sample` takes by name.
 SOLVER_OPTIONS = {"pc": ("snr", "corrector_steps", "sde"), "unipc": ("order", "bh")}
+SOLVER_OPTIONS["dopri5"] = ("rtol", "atol")
 GRIDS = ("edm", "vp", "ve", "iddpm", "flow", "respaced", "ddim", "quad", "trailing", "pndm")
 _UNETS = "kind=song|dhariwal|openai"
+_FIXED = "solver=" + "|".join(name for name in SOLVERS if name != "dopri5")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
 
@@ -310,7 +312,15 @@ class Sample(_Checked):
     every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
     num: int = _free(64, "images of a grid", least=1, expected="at least 1")
     solver: str = _free("heun", "rule of one step", choices=SOLVERS)
-    steps: int = _free(18, "steps of the solver", least=1, most=10**5)
+    steps: int = _free(18, "steps of the solver", least=1, most=10**5, only=_FIXED)
+    rtol: float = _free(
+        1e-5,
+        "dopri5: relative tolerance of an image, which has as many steps as it needs",
+        above=0,
+        most=0.1,
+        only="solver=dopri5",
+    )
+    atol: float = _free(1e-5, "dopri5: absolute tolerance", above=0, most=0.1, only="solver=dopri5")
     grid: str = _free(
         "edm",
         "edm, vp, ve, iddpm; of flow models also flow (equal steps of t, from pure noise); of "

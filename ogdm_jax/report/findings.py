@@ -12,8 +12,9 @@ from ogdm_jax import config as configs
 from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
 from ogdm_jax.report import inputs
-from ogdm_jax.sampling import generate
+from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.sampler import nfe, sample
+from ogdm_jax.training.evaluate import words_of
 from ogdm_jax.training.steps import complete
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
@@ -99,7 +100,6 @@ def collect(
     settings, config = trained.settings(), trained.config
     logged, best = inputs.metrics(workdir), inputs.best(workdir, complete(workdir))
     progress = inputs.progress(workdir)
-    cost = nfe(settings.solver, settings.steps, **settings.options)
     methods = " + ".join(config.methods) or "plain"
     return Findings(
         title=inputs.printable(f"{_name(workdir)}: {methods} on {config.data.source}"),
@@ -109,7 +109,7 @@ def collect(
         best=best.values,
         samples=samples,
         real=real[np.random.default_rng(0).permutation(len(real))[:SHOWN]],
-        sampler=f"{settings.solver}, {settings.steps} steps, {cost} network evaluations",
+        sampler=f"{words_of(settings)}, {_cost(settings)} network evaluations",
         nearest=nearest(space, samples[:COMPARED], real, features),
         progress=progress.values,
         path=trace(trained, settings, np.arange(TRACED)),
@@ -130,12 +130,17 @@ def facts(trained: TrainedModel, settings: configs.Sample) -> list[tuple[str, st
     height, width, channels = trained.model.image_shape
     classes = f"{trained.model.label_dim} classes" if trained.model.label_dim else "no labels"
     count = models.parameter_count(trained.params)
-    cost = f"{nfe(settings.solver, settings.steps, **settings.options)} evaluations an image"
     return [
         ("checkpoint", f"step {trained.step:,}", f"{seen:,} images seen"),
         ("network", f"{count:,}", f"parameters; {height} x {width} x {channels}, {classes}"),
-        ("sampler", f"{settings.solver}, {settings.steps}", cost),
+        ("sampler", words_of(settings), f"{_cost(settings)} evaluations an image"),
     ]
+
+
+def _cost(settings: configs.Sample) -> str:
+    if settings.solver == adaptive.NAME:
+        return "as many as needed"
+    return str(nfe(settings.solver, settings.steps, **settings.options))
 
 
 def nearest(

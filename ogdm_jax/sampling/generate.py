@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import grids, process
 from ogdm_jax.models import Model
-from ogdm_jax.sampling import discrete
+from ogdm_jax.sampling import adaptive, discrete
 from ogdm_jax.sampling.guidance import Guidance, combine
 from ogdm_jax.sampling.sampler import check_parts, sample
 from ogdm_jax.sampling.solvers import FEWEST_STEPS, FROM_PURE_NOISE
 from ogdm_jax.typing import Array, PyTree
 
 AXIS = "images"
-Images = Callable[[PyTree, PyTree, Any, Any, PyTree, PyTree], Array]  # see `sampler`
+Images = Callable[[PyTree, PyTree, Any, Any, PyTree, PyTree], Any]  # see `sampler`
 # Names of config.sample.grid (config.groups.GRIDS lists them, too). Continuous grids lie within the
 # sampler's and the model's range of levels. The others are steps of a discrete model's own process:
 # guided-diffusion's respacing, DDIM's two (arXiv 2010.02502 D.2), and one that ends at the top.
@@ -144,6 +144,11 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
     fixed = "small, large or diffusion: the model has learned no variance"
     require(known, "sample.variance", settings.variance, fixed)
+    if settings.solver == adaptive.NAME:
+        try:
+            adaptive.check_control(adaptive.Control(), model.denoiser({}, {}))
+        except ValueError as error:
+            raise ConfigError(f"config.sample.solver: {error}") from None
 
 
 def sampler(
@@ -156,12 +161,12 @@ def sampler(
     """A compiled function (params, buffers, seeds, labels, constants, rows) -> images.
 
     seeds are [b], labels [b] or None, constants and rows those of `arrays`, images [b,h,w,c] in
-    about [-1, 1].
+    about [-1, 1]. With dopri5 the function returns (images, network evaluations of each [b]).
 
     Args:
       model: what is sampled.
-      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta, clip, variance of
-        config.sample.
+      settings: solver, steps, grid, sigma_min, sigma_max, rho, eta, clip, variance, rtol,
+        atol of config.sample; of dopri5 the grids vp and ve name the variable, too.
       devices: b must be a multiple of their number; each samples its share.
       churn: of `sample`, where no method brings it.
       guidance: sampling methods; their constants and rows come with each call.
@@ -173,6 +178,7 @@ def sampler(
     check_settings(settings, model)
     levels = noise_levels(model, settings)
     check_guidance(settings, guidance, churn)
+    chooses = settings.solver == adaptive.NAME
 
     def images(
         params: PyTree,
@@ -181,7 +187,7 @@ def sampler(
         labels: Array | None,
         constants: PyTree,
         rows: PyTree,
-    ) -> Array:
+    ) -> Any:
         latents, key = seed_noise(seeds, model.image_shape)
         if settings.grid == PNDM:
             eps = model.eps(params, buffers)
@@ -192,7 +198,7 @@ def sampler(
                 model.table,
                 ORDERS[settings.solver],
             )
-        drawn = sample(
+        return sample(
             model.denoiser(params, buffers),
             latents,
             levels,
@@ -208,8 +214,9 @@ def sampler(
             clip=settings.clip,
             variance=None if settings.variance == "auto" else settings.variance,
             **settings.options,
+            variable=adaptive.variable_of(settings.grid) if chooses else None,
+            with_nfe=chooses,
         )
-        return cast(Array, drawn)  # without a trajectory
 
     mesh = Mesh(np.asarray(devices), (AXIS,))
     whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
@@ -243,6 +250,7 @@ def generate(
     batch: int,
     guidance: Sequence[Guidance] = (),
     done: np.ndarray | None = None,
+    counts: list[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields images of all seeds, batch by batch; one compiled size serves all.
 
@@ -255,6 +263,7 @@ def generate(
       batch: images at a time, a multiple of the devices.
       guidance: as given to `sampler`; their rows follow the seeds.
       done: of `pending`; None draws all.
+      counts: receives the evaluations of each batch's images, where the solver is dopri5.
     """
     seeds = np.asarray(seeds, np.uint32)
     constants, rows = arrays(guidance)
@@ -264,4 +273,8 @@ def generate(
         classes = None if labels is None else np.asarray(labels, np.int32)[at]
         part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
         drawn = images(params, buffers, seeds[at], classes, constants, part)
+        if isinstance(drawn, tuple):
+            drawn, count = drawn
+            if counts is not None:
+                counts.append(np.asarray(count)[: len(seeds) - start])
         yield np.asarray(drawn)[: len(seeds) - start]

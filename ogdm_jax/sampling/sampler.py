@@ -12,6 +12,7 @@ own key alone.
 | dpmpp_2m_sde | the same of the reverse SDE; eta = 0 is dpmpp_2m | N | eta > 0 (default 1) |
 | unipc | UniPC of order 1 to 3 (arXiv 2302.04867), see `multistep.unipc` | N | no |
 | pc | score_sde's predictor-corrector, `langevin.pc` | N (1 + corrector_steps) | always |
+| dopri5 | adaptive Runge-Kutta 5(4), between the grid's ends (adaptive.py) | counted | no |
 
 Beside it, as functions of their own: `ablation.ablation`, EDM's sampler on any grid, schedule and
 scaling; `discrete.ddim` and `discrete.pndm`, the samplers of published discrete models on their
@@ -32,7 +33,7 @@ from ogdm_jax.config import Sample
 from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.diffusion import grids, process
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
-from ogdm_jax.sampling import langevin, multistep, solvers
+from ogdm_jax.sampling import adaptive, langevin, multistep, solvers
 from ogdm_jax.sampling.churn import Churn, ChurnRule, Info
 from ogdm_jax.sampling.guidance import Guidance, Parts, combine
 from ogdm_jax.typing import Array, Denoise, PyTree
@@ -50,6 +51,7 @@ SOLVERS = {
     "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
     "unipc": multistep.unipc,
     "pc": langevin.pc,
+    adaptive.NAME: adaptive.dopri5,
 }
 
 
@@ -66,9 +68,14 @@ def nfe(solver: str, steps: int, **options: Any) -> int:
     """Network evaluations of `sample` with this many steps and these options of the solver.
 
     Raises:
-      ValueError: unknown solver, or an option that it does not have.
+      ValueError: unknown solver, one that chooses its steps, or an option that it does not have.
     """
     options = _options(solver, options)
+    if solver == adaptive.NAME:
+        raise ValueError(
+            f"solver={solver!r} chooses its steps; expected a solver with fixed steps, or "
+            "sample(..., with_nfe=True), which counts them"
+        )
     steps *= 1 + options.get("corrector_steps", 0)
     return {"heun": 2 * steps - 1, "spndm": steps + 1, "fpndm": steps + 9}.get(solver, steps)
 
@@ -89,8 +96,10 @@ def sample(
     clip: bool = False,
     round_sigma: Callable[[Array], Array] | None = None,
     noise_fn: Callable[[Array], Array] | None = None,
+    variable: str | None = None,
+    with_nfe: bool = False,
     **options: Any,
-) -> Array | tuple[Array, Trajectory]:
+) -> Array | tuple[Any, ...]:
     """Carries latents * sigmas[0] down the grid. Pure; wrap it in jax.jit to compile it once.
 
     Args:
@@ -118,11 +127,16 @@ def sample(
         of guided-diffusion); see `Parts.transform` for its place among transforms.
       round_sigma: replaces the denoiser's own; [..] -> [..].
       noise_fn: step (int32 scalar) -> [B,H,W,C], replaces the noise drawn from key.
+      variable: of dopri5, what its tolerance is of: a name of `adaptive.VARIABLES`; None: "angle".
+        It takes only the ends of the grid: it integrates from sigmas[0] to sigmas[-2], and an Euler
+        step goes to sigmas[-1]. An image that cannot reach the tolerance is NaN.
+      with_nfe: also return the network evaluations of each image, int32 [B]: dopri5's differ.
       **options: what one solver alone has: snr, corrector_steps and sde of pc, order and bh of
-        unipc; meaning, range and default are those of config.sample.
+        unipc, rtol and atol of dopri5; meaning, range and default are those of config.sample.
 
     Returns:
-      [B,H,W,C], or that and the Trajectory.
+      [B,H,W,C]; or a tuple of that, the Trajectory where asked for, and the evaluations where asked
+      for.
 
     Raises:
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
@@ -139,10 +153,9 @@ def sample(
         raise ValueError(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
         )
-    dtype, batch = latents.dtype, latents.shape[0]
     round_sigma = round_sigma or denoise.round_sigma
-    sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, dtype)
-    keys = _image_keys(key, batch)
+    sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, latents.dtype)
+    keys = _image_keys(key, latents.shape[0])
 
     def key_of(step: Array) -> Array | None:
         # The purpose's name is a part of the noise: another word would give other images.
@@ -150,24 +163,45 @@ def sample(
 
     noise = step_noise(key, latents, noise_fn)
     variance = _variance(denoise, variance) if solver == "ancestral" else "small"
-    owners = parts.transition, parts.churn
     more = round_sigma, eta, variance, sigmas, options, parts.shift if parts.shifts else None
-    problem = solvers.Problem(denoise, label, noise, *owners, *more)
-    x = latents * sigmas[0]
-    phases, carry = SOLVERS[solver](problem, x, sigmas.shape[0] - 1)
+    problem = solvers.Problem(denoise, label, noise, parts.transition, parts.churn, *more)
+    x, n = latents * sigmas[0], sigmas.shape[0] - 1
 
     def remember(memory: PyTree, x: Array, sigma: Array) -> tuple[list[solvers.Phase], PyTree]:
         guided, memory = parts.step(model, clip, memory, x, sigma, label)
         now = dataclasses.replace(problem, denoise=guided)
-        return SOLVERS[solver](now, x, sigmas.shape[0] - 1)[0], memory
+        return SOLVERS[solver](now, x, n)[0], memory
 
     memory = {g.name: g.memory.init(x) for g in parts.remembering if g.memory is not None}
     how = key_of, trajectory, memory, remember if memory else None
-    result, kept = solvers.run(phases, carry, x, sigmas, *how)
-    if kept is None:
-        return result.astype(given)
-    whole = Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
-    return jax.tree.map(lambda v: v.astype(given), (result, whole))
+    if solver == adaptive.NAME:
+        control = _control(options, variable, memory)
+        result, kept, count = adaptive.dopri5(denoise, x, sigmas, label, control, trajectory)
+    else:
+        phases, carry = SOLVERS[solver](problem, x, n)
+        result, kept = solvers.run(phases, carry, x, sigmas, *how)
+        count = jnp.full(len(x), nfe(solver, n, **options) if with_nfe else 0, jnp.int32)
+    return _found(given, x, result, kept, count if with_nfe else None)
+
+
+def _found(
+    given: Any, x: Array, result: Array, kept: tuple[Array, Array] | None, count: Array | None
+) -> Array | tuple[Any, ...]:
+    """What `sample` returns, images in the type of the latents."""
+    path = None if kept is None else Trajectory(jnp.concatenate([x[None], kept[0]]), kept[1])
+    images = [tree for tree in (result, path) if tree is not None]
+    found = jax.tree.map(lambda v: v.astype(given), images) + ([] if count is None else [count])
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def _control(options: dict[str, Any], variable: str | None, memory: PyTree) -> adaptive.Control:
+    """How dopri5 solves; ValueError for guidance that a solver which tries steps has no use for."""
+    if memory:
+        raise ValueError(
+            f"{next(iter(memory))} with solver {adaptive.NAME!r}: it remembers the step before, "
+            "and some steps are refused; expected a solver of fixed steps"
+        )
+    return adaptive.Control(**options, variable=variable or "angle")
 
 
 def widened(latents: Array) -> Array:

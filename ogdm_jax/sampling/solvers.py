@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.sampling import adaptive
 from ogdm_jax.sampling.churn import Info, added_std, raise_noise
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, plain_step
 from ogdm_jax.typing import Array, PyTree
@@ -23,7 +24,8 @@ from ogdm_jax.typing import Array, PyTree
 FEWEST_STEPS = {
     "spndm": 2,
     "fpndm": 4,
-}  # of a grid: their first steps are one-step rules; 1 for the others
+    adaptive.NAME: 2,
+}  # of a grid: PNDM's first steps are one-step rules, dopri5 stops a level early; 1 for the others
 # Rules of ratios of levels: those that may start at process.PURE_NOISE, which stands for infinity.
 FROM_PURE_NOISE = ("euler", "ddim", "ancestral", "dpmpp_2m")
 Step = tuple[Array, PyTree, Array]

@@ -18,7 +18,7 @@ from ogdm_jax.data import Source, pictures
 from ogdm_jax.metrics.distances import Moments, frechet_distance
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
-from ogdm_jax.sampling import generate
+from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.churn import ChurnRule
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
@@ -27,7 +27,7 @@ from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import TrainedModel, open_source
 from ogdm_jax.typing import Array, PyTree
 
-Draw = Callable[[Sample, Sequence[int], str], Iterable[np.ndarray]]
+Draw = Callable[..., Iterable[np.ndarray]]  # (settings, seeds, title, counts=None) -> batches
 MOST_KEPT = 50_000  # samples whose features are in memory at a time
 SHOWN = 64  # images of an evaluation's samples.png
 
@@ -103,6 +103,7 @@ class Evaluator:
         """
         self._run, self._model, self._churn = run, model, churn
         self._sampler: generate.Images | None = None
+        self._counts: list[np.ndarray] = []
 
     def measure(
         self, step: int, params: PyTree, buffers: PyTree, guidance: Sequence[Guidance] = ()
@@ -124,7 +125,7 @@ class Evaluator:
         report = {}
         if jax.process_index() == 0:
             report = {"step": step} | distance_report(self._space, images, self._reference)
-            report |= describe_sampler(self._run.config.sample)
+            report |= describe_sampler(self._run.config.sample, self._counts)
         if jax.process_count() == 1:
             return report, shown
         text = np.zeros(1 << 14, np.uint8)
@@ -188,7 +189,9 @@ class Evaluator:
 
         labels = generate.labels_for(seeds, self._model.label_dim, None)
         batch = generate.batch_size(len(seeds), len(devices))
-        return generate.generate(sampler, params, buffers, seeds, labels, batch, guidance)
+        weights, self._counts = (params, buffers), []
+        counts = self._counts
+        return generate.generate(sampler, *weights, seeds, labels, batch, guidance, counts=counts)
 
 
 def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndarray) -> None:
@@ -199,10 +202,34 @@ def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndar
             new.write_text(records.dumps(report, indent=1) + "\n")
 
 
-def describe_sampler(settings: Sample) -> dict[str, Any]:
-    """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance."""
-    evaluations = nfe(settings.solver, settings.steps, **settings.options)
-    return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
+def describe_sampler(settings: Sample, counts: Sequence[np.ndarray] = ()) -> dict[str, Any]:
+    """{"solver", "steps", "nfe"} of config.sample, as they stand beside a distance.
+
+    Args:
+      settings: of the sampler.
+      counts: of dopri5, the network evaluations of each image that this process drew, see
+        `generate.generate`. Then "nfe" is their mean, to the nearest whole number, "nfe_range" the
+        fewest and most of an image, and "rtol" and "atol" are in the place of "steps".
+    """
+    if settings.solver != adaptive.NAME:
+        evaluations = nfe(settings.solver, settings.steps, **settings.options)
+        return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
+    how: dict[str, Any] = {"solver": settings.solver, "rtol": settings.rtol, "atol": settings.atol}
+    if counts:
+        each = np.concatenate(counts)
+        how |= {"nfe": round(float(each.mean())), "nfe_range": [int(each.min()), int(each.max())]}
+    return how
+
+
+def words_of(settings: Sample, counts: Sequence[np.ndarray] = ()) -> str:
+    """The sampler for people, such as "heun, 18 steps"."""
+    how = describe_sampler(settings, counts)
+    if "steps" in how:
+        return f"{settings.solver}, {settings.steps} steps"
+    if "nfe" not in how:
+        return f"{settings.solver}, tolerance {settings.rtol:g}"
+    low, high = how["nfe_range"]
+    return f"{settings.solver}, {how['nfe']} network evaluations an image ({low} to {high})"
 
 
 def note(report: Mapping[str, Any], saved: checkpoint.Checkpoints, writer: logs.Writer) -> str:
@@ -243,12 +270,13 @@ def measure_samplers(
       space: where distances are measured.
       reference: features [n, dim] of the real images.
       seeds: of the images of a distance.
-      draw: (settings, seeds, title) -> batches of uint8 images.
+      draw: (settings, seeds, title, counts) -> batches of uint8 images; see `generate.generate`.
     """
     reports = []
     for settings in choices:
-        title = f"{settings.solver} {settings.steps}"
-        values = [space(part) for part in draw(settings, seeds, title)]
+        counts: list[np.ndarray] = []
+        title = words_of(settings)
+        values = [space(part) for part in draw(settings, seeds, title, counts)]
         report = distance_report(space, np.concatenate(values), reference)
-        reports.append({"step": trained.step} | describe_sampler(settings) | report)
+        reports.append({"step": trained.step} | describe_sampler(settings, counts) | report)
     return reports

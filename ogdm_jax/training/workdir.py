@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -14,7 +14,7 @@ from ogdm_jax import data, models
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import Source
-from ogdm_jax.sampling import generate
+from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint, snapshots
 from ogdm_jax.typing import Denoise, PyTree
@@ -39,6 +39,8 @@ class SamplerWords(TypedDict, total=False):
     eta: float | None
     grid: str
     clip: bool | None
+    rtol: float | None
+    atol: float | None
     variance: str
     snr: float | None
     corrector_steps: int | None
@@ -101,6 +103,7 @@ class TrainedModel:
             for name in changes.keys() & set(names):
                 only = f"it only with sample.solver={solver}"
                 require(settings.solver == solver, f"sample.{name}", changes[name], only)
+        _check_steps(settings, changes)
         generate.check_settings(settings, self.model)
         return settings
 
@@ -113,6 +116,7 @@ class TrainedModel:
         guidance: Guidance | Sequence[Guidance] = (),
         batch: int = 64,
         devices: Sequence[Any] | None = None,
+        counts: list[np.ndarray] | None = None,
         **words: Unpack[SamplerWords],
     ) -> np.ndarray:
         """Draws images; each depends on its seed alone.
@@ -124,6 +128,8 @@ class TrainedModel:
           guidance: one sampling method or several.
           batch: images per device at a time.
           devices: None takes all of this process.
+          counts: a list that receives the network evaluations of each image, batch by batch, where
+            the solver is dopri5, which chooses them.
           words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance, and
             what one solver alone has (`config.groups.SOLVER_OPTIONS`).
 
@@ -139,7 +145,7 @@ class TrainedModel:
         settings = self.settings(**words)
         labels = generate.labels_for(seeds, self.model.label_dim, label)
         how = {"labels": labels, "guidance": guidance, "batch": batch, "devices": devices}
-        return np.concatenate(list(self.batches(settings, seeds, **how)))
+        return np.concatenate(list(self.batches(settings, seeds, counts=counts, **how)))
 
     def batches(
         self,
@@ -152,6 +158,7 @@ class TrainedModel:
         batch: int = 256,
         devices: Sequence[Any] | None = None,
         done: np.ndarray | None = None,
+        counts: list[np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields the images of `sample` batch by batch.
 
@@ -164,6 +171,7 @@ class TrainedModel:
           batch: images per device at a time.
           devices: None takes all of this process.
           done: [len(seeds)] images that need not be drawn, see `generate.pending`.
+          counts: receives the network evaluations of dopri5's images, see `generate.generate`.
         """
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
         if labels is None:
@@ -172,7 +180,7 @@ class TrainedModel:
         images = self._sampler(settings, devices, churn, guidance)
         size = generate.batch_size(len(seeds), len(devices), batch)
         weights = self.params, self.buffers
-        return generate.generate(images, *weights, seeds, labels, size, guidance, done)
+        return generate.generate(images, *weights, seeds, labels, size, guidance, done, counts)
 
     def _sampler(
         self, settings: Sample, devices: Sequence[Any], churn: Any, guidance: Sequence[Guidance]
@@ -184,6 +192,13 @@ class TrainedModel:
         if key not in self.samplers:
             self.samplers[key] = generate.sampler(self.model, settings, devices)
         return self.samplers[key]
+
+
+def _check_steps(settings: Sample, changes: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a number of steps where the solver chooses them."""
+    chooses = settings.solver == adaptive.NAME
+    need = f"sample.rtol and sample.atol: the solver {adaptive.NAME} chooses its steps"
+    require(not (chooses and "steps" in changes), "sample.steps", changes.get("steps"), need)
 
 
 def open_workdir(

@@ -1,0 +1,127 @@
+"""Likelihoods by the flow against closed densities; probes, dequantisation, guidance."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from ogdm_jax.diffusion import precondition
+from ogdm_jax.methods import dg
+from ogdm_jax.sampling import adaptive
+from ogdm_jax.sampling.churn import Churn
+from ogdm_jax.sampling.guidance import Guidance, plain_step
+from ogdm_jax.sampling.likelihood import dequantised, log_likelihood
+from tests.support.oracles import Gaussian, two_bumps
+
+pytestmark = pytest.mark.fast
+
+DATA = Gaussian(0.2, 0.4)
+BIT = 1e-3
+TOP = 800.0  # at 80 the prior, which knows no mean, is off by 3e-3 bits
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def bits(nats, x):
+    return np.asarray(-nats / np.log(2) / x[0].size + 7)
+
+
+@pytest.mark.parametrize("variable", adaptive.VARIABLES)
+def test_a_gaussian_has_its_density(variable):
+    """One Rademacher probe is exact where the Jacobian is diagonal."""
+    x = DATA.draw(jax.random.key(1), (5, 3, 3, 1))
+    run = jax.jit(
+        lambda x, k: log_likelihood(
+            DATA.denoise, x, k, sigma_max=TOP, control=adaptive.Control(1e-5, 1e-5, variable)
+        )
+    )
+    found = run(x, keys(5))
+    exact = DATA.log_density(x, jnp.zeros(5))
+    np.testing.assert_allclose(found.bits, bits(exact, x), atol=BIT)
+    np.testing.assert_allclose(found.nats, exact, atol=9 * BIT * np.log(2))
+    std = np.sqrt(1 + TOP**2) if variable == "vp" else TOP
+    np.testing.assert_allclose(found.prior, DATA.ode(x, 0.002, TOP) / std, atol=1e-3)
+    assert (found.nfe > 9).all() and found.nats.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_mixture_has_its_density_by_the_exact_trace(dtype):
+    data = two_bumps()
+    with jax.enable_x64(dtype == "float64"):
+        x = data.draw(jax.random.key(2), 6).astype(dtype)
+        run = jax.jit(lambda x, k: log_likelihood(data.denoise, x, k, sigma_max=TOP, probe="exact"))
+        found = run(x, keys(6))
+        np.testing.assert_allclose(found.bits, bits(data.log_density(x, jnp.zeros(6)), x), atol=BIT)
+        assert found.nats.dtype == dtype
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_probes_are_unbiased(probe):
+    """The mean over many keys is the exact trace's, within four standard errors; more probes
+    scatter less."""
+    data, n = two_bumps(), 256
+    x = jnp.tile(data.draw(jax.random.key(2), 1), (n, 1, 1, 1))
+    loose = adaptive.Control(1e-4, 1e-4)
+    run = jax.jit(
+        functools.partial(log_likelihood, data.denoise, control=loose, probe=probe),
+        static_argnames="probes",
+    )
+    exact = log_likelihood(data.denoise, x[:1], keys(1), probe="exact", control=loose).bits[0]
+    one, four = (np.asarray(run(x, keys(n), probes=k).bits) for k in (1, 4))
+    for found in (one, four):
+        assert abs(found.mean() - exact) < 4 * found.std() / np.sqrt(n) + 1e-4
+    assert one.std() > 1.5 * four.std() > 0
+    np.testing.assert_allclose(run(x[:2], keys(n)[5:7], probes=1).bits, one[5:7], atol=1e-4)
+
+
+def test_dequantisation_bounds_the_bits_of_levels():
+    """Of a discrete law of one number, k ~ round N: the bound -E log2 p(x) + 7 against its entropy.
+
+    The density is constant over a cell to first order, so that the bound is tight to 1e-4 bits.
+    """
+    wide, levels = Gaussian(0.0, 0.3), np.arange(256)
+    edges = norm.cdf(np.linspace(-1, 1, 257), 0.0, 0.3)
+    cells = np.diff(edges) / (edges[-1] - edges[0])
+    images = jnp.asarray(levels, jnp.uint8).reshape(-1, 1, 1, 1)
+    found = [
+        np.asarray(wide.log_density(dequantised(images, keys(256, seed)), jnp.zeros(256)))
+        for seed in range(64)
+    ]
+    bound = -(cells * np.mean(found, 0)).sum() / np.log(2) + 7
+    entropy = -(cells * np.log2(np.diff(edges))).sum()
+    assert abs(bound - entropy) < 5e-3
+    x = np.asarray(dequantised(images, keys(256)))
+    assert (np.floor((x.ravel() + 1) * 128) == levels).all() and x.min() >= -1 and x.max() < 1
+    np.testing.assert_array_equal(dequantised(images[7:9], keys(256)[7:9]), x[7:9])
+    with pytest.raises(ValueError, match="float32 given; expected uint8"):
+        dequantised(jnp.zeros((1, 2, 2, 1)), keys(1))
+
+
+def test_a_discriminator_is_refused():
+    """Its correction stops the gradient: the divergence would be the uncorrected model's."""
+    ratio = lambda x, s, label=None: DATA.log_density(x, s)
+    with pytest.raises(ValueError, match="dg: no gradient passes through"):
+        log_likelihood(DATA.denoise, jnp.zeros((1, 2, 2, 1)), keys(1), guidance=dg.guidance(ratio))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"guidance": Guidance("plain", transition=plain_step)}, "plain: it draws noise"),
+        ({"guidance": Guidance("rise", churn=Churn(1.0))}, "rise: it draws noise"),
+        ({"probe": "unit"}, "probe='unit'; expected one of rademacher"),
+        ({"probes": 0}, "probes=0; expected at least 1"),
+        ({"sigma_min": 90.0}, "expected 0 < sigma_min"),
+        ({"control": adaptive.Control(0.0)}, "rtol=0.0"),
+        ({"denoise": precondition.iddpm(lambda x, c, label=None: x)}, "discrete noise levels"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(settings, words):
+    given = {"denoise": DATA.denoise, "x0": jnp.zeros((1, 2, 2, 1)), "keys": keys(1)} | settings
+    with pytest.raises(ValueError, match=words):
+        log_likelihood(**given)
