@@ -136,13 +136,14 @@ def guidance(
     def known(constants: PyTree) -> LogRatio:
         return log_prob if params is None else log_prob(constants["params"])
 
-    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
-        return dg.guide(denoise, known(constants), constants["scale"], low, high)
+    def transform(denoise: Denoiser, constants: PyTree, through: bool = False) -> Denoiser:
+        return dg.guide(denoise, known(constants), constants["scale"], low, high, through=through)
 
     if chosen.rule == "mean":
         shift = dg.mean_shift(known, low, high, "scale")
         return Guidance("classifier", shift=shift, constants=constants)
-    return Guidance("classifier", denoiser=transform, constants=constants, outermost=1)
+    exact = functools.partial(transform, through=True)
+    return Guidance("classifier", transform, exact, constants=constants, outermost=1)
 
 
 def classes(settings: Settings) -> int:

@@ -22,6 +22,7 @@ only while sampling.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import ConfigError, check, setting
-from ogdm_jax.diffusion.clock import cosine_time as cosine_time
-from ogdm_jax.diffusion.clock import training_sigma as training_sigma
-from ogdm_jax.diffusion.clock import vp_scale as vp_scale
-from ogdm_jax.diffusion.clock import vp_sigma as vp_sigma
-from ogdm_jax.diffusion.clock import vp_time as vp_time
+from ogdm_jax.diffusion import clock
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
@@ -45,6 +42,8 @@ from ogdm_jax.sampling.schedule import Window, check_window, window_setting
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
 CLOCKS = ("vp", "cosine")
+vp_time, vp_scale, vp_sigma = clock.vp_time, clock.vp_scale, clock.vp_sigma
+cosine_time, training_sigma = clock.cosine_time, clock.training_sigma
 
 
 def log_ratio(logit: Callable[..., Array], clip: float = 1e-5, clock: str = "vp") -> LogRatio:
@@ -103,6 +102,7 @@ def guide(
     sigma_max: float = float("inf"),
     corrector_weight: Any = None,
     gating: str = "example",
+    through: bool = False,
 ) -> Denoiser:
     """D'(x, sigma) = D(x, sigma) + w sigma^2 grad_x log_ratio(x, sigma) where sigma_min <= sigma <=
     sigma_max.
@@ -125,9 +125,8 @@ def guide(
       gating: "example"; "batch" is the authors' rule, by the smallest level of the batch (differs
         only under churn).
 
-    Returns:
-      The guided denoiser. Derivatives of it are those of `denoise`: the correction is a constant to
-      them.
+      through: whether derivatives see the correction, as a likelihood needs; else it is a constant
+        to them: a second derivative of the discriminator costs more than it steers.
 
     Raises:
       ValueError: an empty window or an unknown gating.
@@ -136,7 +135,7 @@ def guide(
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
     denoise = as_denoiser(denoise)
-    window = (sigma_min, sigma_max, gating)
+    window = (sigma_min, sigma_max, gating, through)
     second = weight if corrector_weight is None else corrector_weight
     if _is_zero(weight) and _is_zero(second):
         return denoise
@@ -171,6 +170,7 @@ class _Guided:
     low: float
     high: float
     gating: str
+    through: bool
 
     def __call__(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
         if _is_zero(self.weight):
@@ -196,9 +196,8 @@ class _Guided:
         active = (level >= self.low) & (level <= self.high) & (w != 0)
 
         def inside() -> tuple[Array, Array]:
-            # A constant to whoever differentiates the denoiser (DSG and its kin go through the base
-            # alone): a second derivative of the discriminator costs more than it steers.
-            added, ratio = correction(self.log_ratio, jax.lax.stop_gradient(x), sigma, label)
+            at = x if self.through else jax.lax.stop_gradient(x)
+            added, ratio = correction(self.log_ratio, at, sigma, label)
             added = jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), added.astype(x.dtype), 0)
             return per_example(w, x) * added, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
 
@@ -423,14 +422,16 @@ def guidance(
     def known(constants: PyTree) -> LogRatio:
         return log_ratio if params is None else log_ratio(constants["params"])
 
-    def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
+    def transform(denoise: Denoiser, constants: PyTree, through: bool = False) -> Denoiser:
         second = constants["corrector_weight"] if corrector_weight else corrector_weight
-        return guide(denoise, known(constants), constants["weight"], sigma_min, sigma_max, second)
+        window = known(constants), constants["weight"], sigma_min, sigma_max
+        return guide(denoise, *window, second, through=through)
 
     if rule == "mean":
         shift = mean_shift(known, sigma_min, sigma_max, "weight")
         return Guidance("dg", shift=shift, constants=constants)
-    return Guidance("dg", denoiser=transform, churn=boost, constants=constants, outermost=2)
+    exact = functools.partial(transform, through=True)
+    return Guidance("dg", transform, exact, churn=boost, constants=constants, outermost=2)
 
 
 def build(settings: Settings, session: Session) -> Guidance:

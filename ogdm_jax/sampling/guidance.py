@@ -66,6 +66,8 @@ class Guidance:
     Attributes:
       name: for messages.
       denoiser: (denoise, constants) -> the guided denoiser.
+      exact: where derivatives of that guided denoiser leave something out (a discriminator's), the
+        same with all of them, which a likelihood differentiates.
       transition: a rule, see `TransitionRule`.
       churn: a rule, see `churn.ChurnRule`.
       shift: (x, sigma [B], label, constants) -> a gradient like x, which moves the mean of
@@ -84,6 +86,7 @@ class Guidance:
 
     name: str
     denoiser: Callable[[Denoiser, PyTree], Denoise] | None = None
+    exact: Callable[[Denoiser, PyTree], Denoise] | None = None
     transition: TransitionRule | None = None
     churn: ChurnRule | None = None
     shift: Callable[[Array, Array, PyTree, PyTree], Array] | None = None

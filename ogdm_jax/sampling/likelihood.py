@@ -18,6 +18,7 @@ The prior knows nothing of the data's mean and spread. At sigma_max 80 that move
 3e-3 bits (mean 0.2), up for one and down for another; a larger sigma_max moves it less.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,17 +92,12 @@ def _parts(guidance: Guidance | Sequence[Guidance], probes: int, probe: str) -> 
                 f"{owner.name}: it draws noise; expected guidance that only changes the denoiser, "
                 "for the likelihood is of a deterministic flow"
             )
-    for owner in parts.transforms:
-        if owner.outermost:  # dg.guide stops the gradient of its correction
-            raise ValueError(
-                f"{owner.name}: no gradient passes through its correction, whose divergence "
-                "would be missing; expected guidance such as cfg, or none"
-            )
     if probe not in PROBES:
         raise ValueError(f"probe={probe!r}; expected one of {', '.join(PROBES)}")
     if probes < 1:
         raise ValueError(f"probes={probes}; expected at least 1")
-    return parts
+    whole = [dataclasses.replace(g, denoiser=g.exact or g.denoiser) for g in parts.transforms]
+    return parts._replace(transforms=tuple(whole))
 
 
 def log_likelihood(
@@ -124,8 +120,8 @@ def log_likelihood(
       x0: [B,H,W,C], dequantised (see `dequantised`); taken as lying at sigma_min, as in score_sde.
       keys: typed keys [B], of the probes.
       label: the images' condition.
-      guidance: methods that change the denoiser and that gradients pass through (cfg); others are
-        refused, discriminator guidance among them, whose correction stops the gradient.
+      guidance: methods that change the denoiser (cfg, dg); others are refused. The divergence is
+        that of the whole correction: a discriminator is differentiated twice.
       sigma_min, sigma_max: ends of the flow, clipped to the denoiser's levels.
       probes: K, how many v_k for an image.
       probe: "rademacher", "gaussian", or "exact": the trace itself, d gradients an evaluation.
