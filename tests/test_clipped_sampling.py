@@ -15,7 +15,7 @@ from ogdm_jax.cli import sample as command
 from ogdm_jax.cli.guidance import refuse_former
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.diffusion import grids, precondition, process
-from ogdm_jax.methods import cfg, dg
+from ogdm_jax.methods import apg, autoguidance, cfg, dg
 from ogdm_jax.sampling import discrete, generate
 from ogdm_jax.sampling.sampler import sample, step_noise
 from ogdm_jax.training.workdir import TrainedModel
@@ -229,6 +229,9 @@ def test_the_place_of_the_clamp_among_transforms():
     z = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
     settings = {"label": jnp.asarray([0, 0]), "clip": True, "solver": "euler"}
     run = lambda *guidance: sample(base, z, np.array([1.0, 0.0]), guidance=guidance, **settings)
-    np.testing.assert_allclose(run(cfg.guidance(3.0)), 1.0)  # 2.4 before
+    for inner in (cfg.guidance(3.0), apg.guidance(3.0, eta=1.0, momentum=-0.5)):
+        np.testing.assert_allclose(run(inner), 1.0)  # 2.4 before
+    weak = autoguidance.guidance(lambda x, sigma, label: jnp.zeros_like(x), 3.0)
+    np.testing.assert_allclose(run(weak), 1.0)
     pull = dg.guidance(lambda x, sigma, label: 0.5 * jnp.sum(x, (1, 2, 3)))
     np.testing.assert_allclose(run(cfg.guidance(3.0), pull), 1.5, rtol=1e-6)

@@ -211,6 +211,17 @@ def test_other_solvers_are_refused_from_pure_noise(solver):
         sample(DENOISERS["flow"], LATENTS, grids.flow(8), solver)
 
 
+def test_the_diffusions_variance_is_refused_from_pure_noise():
+    """Its first step would leave noise of the level 2^24; those of DDPM stay near the level."""
+    how = {"solver": "ancestral", "key": jax.random.key(1)}
+    with pytest.raises(ValueError, match="variance='diffusion' on a grid.*pure noise"):
+        sample(DENOISERS["flow"], LATENTS, grids.flow(8), variance="diffusion", **how)
+    states = sample(
+        DENOISERS["flow"], LATENTS, grids.flow(8), variance="large", trajectory=True, **how
+    )
+    assert jnp.abs(states[1].states[1]).max() < 10 * grids.flow(8)[1]
+
+
 def test_errors_fall_from_pure_noise():
     """Towards the exact m + s z of Gaussian data; the second order in log sigma is worth it."""
     exact = MEAN + STD * LATENTS

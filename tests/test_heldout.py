@@ -10,7 +10,9 @@ from ogdm_jax import data, randomness
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import from_arrays
 from ogdm_jax.diffusion import noise
-from ogdm_jax.training import heldout, loop
+from ogdm_jax.methods import contract
+from ogdm_jax.report import charts
+from ogdm_jax.training import heldout, logs, loop
 from tests.support import tiny
 
 SPLIT = (tiny.ONE_LEVEL, "methods=", "data.source=digits/train", "data.heldout=digits/test")
@@ -91,6 +93,18 @@ def test_bins_hold_equal_shares(law):
     shares = np.histogram(np.asarray(sigma), (0, *edges, np.inf))[0] / 20_000
     np.testing.assert_allclose(shares, 0.2, atol=0.03)  # edges have two digits
     assert len(noise.bins(noise.edm(clip=(0.5, 0.6)))) == 3  # levels that fall together
+
+
+@pytest.mark.parametrize("law", [noise.ddpm(), noise.edm(-10.0, 1.0)])
+def test_levels_are_told_from_the_lowest_up(law):
+    """Names are sorted as words where a compiled step returns them: 34-inf before 9.5-34."""
+    edges = noise.bins(law)
+    bins = contract.noise_bins({"level": np.zeros(1)}, np.ones(1), edges)
+    values = {name: float(number) for number, name in enumerate(bins)}
+    words = {"step": 1, "kimg": 1.0} | dict(sorted(values.items()))
+    assert "by level 0/1/2/3/4/5" in logs.line(1, words)
+    (line,) = charts.level_chart([words])[0].lines
+    assert list(line.y) == list(range(6)) and list(line.x) == sorted(line.x)
 
 
 def test_a_run_writes_both(tmp_path):

@@ -102,11 +102,13 @@ def session(trained, noise=0.0, eta=1.0, labels=None, config=None):
 def test_options_of_methods_that_do_nothing(trained):
     labels = types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1))
     unconditional = session(trained, labels=np.full(3, -1), config=labels)
+    conditional = session(trained, labels=np.zeros(3), config=labels)
     for build, settings, at, sentence in (
         (ddnm.build, ddnm.Settings(eta=0.5), session(trained), "--ddnm.eta: 0.5 given with --task"),
         (diffpir.build, diffpir.Settings(strength=3.0), session(trained), "--diffpir.strength: 3"),
         (diffpir.build, diffpir.Settings(), session(trained, 0.1, 0.4), "--eta: 0.4 with diffpir"),
         (cfg.build, cfg.Settings(), unconditional, "the images have no class"),
+        (cfg.build, cfg.Settings(channels=3), conditional, "--cfg.channels: 3 given, the images"),
     ):
         with pytest.raises(ValueError, match=sentence) as error:
             build(settings, at)

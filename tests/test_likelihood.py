@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from ogdm_jax.diffusion import precondition
-from ogdm_jax.methods import dg
+from ogdm_jax.methods import apg, cfg, dg
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, plain_step
@@ -117,11 +117,28 @@ def test_a_perfect_discriminator_gives_the_likelihood_of_the_data():
     )
 
 
+def test_classifier_free_guidance_has_the_guided_density():
+    """Equal spreads: the guided denoiser is that of the mean without + w (with - without)."""
+    means = [Gaussian(mean, 0.5) for mean in (-0.1, 0.2)]
+
+    def denoise(x, sigma, label):
+        both = [data.denoise(x, sigma) for data in means]
+        return jnp.where(label[:, None, None, None] >= 0, both[1], both[0])
+
+    x0, label = 0.3 * jnp.ones((2, 2, 2, 1)), jnp.zeros(2, jnp.int32)
+    how = {"probe": "exact"}
+    found = log_likelihood(denoise, x0, keys(2), label, cfg.guidance(2.0), **how)
+    want = log_likelihood(Gaussian(0.5, 0.5).denoise, x0, keys(2), **how)
+    np.testing.assert_allclose(found.nats, want.nats, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
         ({"guidance": Guidance("plain", transition=plain_step)}, "plain: it draws noise"),
         ({"guidance": Guidance("rise", churn=Churn(1.0))}, "rise: it draws noise"),
+        ({"guidance": Guidance("mean", shift=lambda *_: 0)}, "mean: it shifts the mean of random"),
+        ({"guidance": apg.guidance(2.0, momentum=-0.5)}, "apg: it remembers the step before"),
         ({"probe": "unit"}, "probe='unit'; expected one of rademacher"),
         ({"probes": 0}, "probes=0; expected at least 1"),
         ({"sigma_min": 90.0}, "expected 0 < sigma_min"),

@@ -13,8 +13,10 @@ import pytest
 
 from ogdm_jax import parallel, places
 from ogdm_jax.cli import sample as command_line
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import from_arrays, open_source, output
+from ogdm_jax.inverse import tasks
+from ogdm_jax.methods import cfg, dg
 from ogdm_jax.training import evaluate
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
@@ -117,6 +119,21 @@ def test_the_same_command_goes_on(model, tmp_path, monkeypatch, reached, name):
         done = sample(tmp_path / "parted", model, *words, *change)
         assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1
         assert contents(tmp_path / "parted" / name) == before
+
+
+def test_records_of_before_go_on(model, tmp_path, monkeypatch, reached):
+    """Settings that came later are told only where they are not what everybody had."""
+    words = ("--num", "16", "--out", "file.npz")
+    stopped_after(monkeypatch, 1)
+    sample(tmp_path, model, *words)
+    monkeypatch.undo()
+    record = json.loads((tmp_path / "file.npz.json").read_text())
+    told = set(record["drawn_with"])
+    assert "--steps" in told and not told & set(command_line.LATER)
+    for name, value in command_line.LATER.items():
+        group, _, field = name.removeprefix("--").rpartition(".")
+        owner = {"": Sample, "cfg": cfg.Settings, "dg": dg.Settings, "task": tasks.Settings}[group]
+        assert getattr(owner, field) == value
 
 
 def test_another_model_is_another_request(model, tmp_path):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from ogdm_jax import cli
+from ogdm_jax.config import Sample
+from ogdm_jax.sampling import generate
 from ogdm_jax.training import evaluate, loop
 from tests.support import tiny
 
@@ -51,6 +53,16 @@ def test_trains_measures_compares_and_goes_on(tmp_path, capsys, monkeypatch):
     longer = json.loads((out / "study.json").read_text())["reports"]
     assert len(longer) == 8 and {report["step"] for report in longer} == {3}
     assert "resumed from step 2" in capsys.readouterr().out
+
+
+def test_a_solver_that_needs_noise_has_it(tmp_path, capsys):
+    """The default eta 0 of the configuration would make dpmpp_2m of it."""
+    study(tmp_path, "--solvers", "euler,dpmpp_2m_sde", "--dry-run")
+    assert "dpmpp_2m_sde 2 (plain, newest)" in capsys.readouterr().out
+    words = {"solver": "dpmpp_2m_sde"}
+    assert generate.replaced(Sample(), words).eta == 1
+    assert generate.replaced(Sample(), words | {"eta": 0.5}).eta == 0.5
+    assert generate.replaced(Sample(solver="ddim", eta=0.5), words).eta == 0.5
 
 
 @pytest.mark.parametrize("change", ["network.num_blocks=2", "optim.learning_rate=0.5"])

@@ -184,6 +184,8 @@ def check_effect(
         if getattr(chosen, "window", None) is not None:
             low, high = chosen.window
             reached(f"{name}.window", low, high, getattr(chosen, "interval", 1))
+        if getattr(chosen, "below", None) is not None:
+            reached(f"{name}.below", 0.0, chosen.below[0])
         if f"{name}.repeat_window" in request.said:
             reached(f"{name}.repeat_window", *chosen.repeat_window)
     if churn is not None and churn.S_churn:

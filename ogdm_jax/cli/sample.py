@@ -30,7 +30,7 @@ from ogdm_jax.config import ConfigError, Sample, suggestion
 from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
 from ogdm_jax.data.pictures import save_png, sheet
-from ogdm_jax.inverse import files
+from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
@@ -41,6 +41,14 @@ from ogdm_jax.training.workdir import TrainedModel, open_workdir
 OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in sum(SOLVER_OPTIONS.values(), ())]
 _ELSEWHERE = ("num", "every", "variance", *(field.name for field in OPTIONS))
 SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in _ELSEWHERE]
+# Settings that records of before do not name, and their values there.
+LATER: dict[str, Any] = {
+    "--variance": "auto",
+    "--shift": 1.0,
+    "--cfg.channels": 0,
+    "--dg.rule": "score",
+    **{f"--task.{name}": getattr(tasks.Settings, name) for name in ("weights", "layers", "size")},
+}
 MOST = 10_000_000  # images of one command: their seeds and classes are in memory
 
 
@@ -204,9 +212,7 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
     found |= {f"--{name}": value for name, value in settings.options.items()}
-    found |= {"--churn": args.churn, "--label": plan.label}
-    if settings.variance != "auto":  # folders of before do not say
-        found["--variance"] = settings.variance
+    found |= {"--churn": args.churn, "--label": plan.label, "--variance": settings.variance}
     found["--guidance"] = ",".join(plan.request.settings)
     for name, chosen in plan.request.settings.items():
         found |= {f"--{name}.{field}": value for field, value in vars(chosen).items()}
@@ -218,7 +224,7 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
         found |= {"--task": plan.request.task}
         found |= {f"--task.{field}": v for field, v in vars(plan.request.task_settings).items()}
         found["--input"] = models.fingerprint(inputs).tobytes().hex()
-    return found
+    return {name: value for name, value in found.items() if LATER.get(name, ...) != value}
 
 
 def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:

@@ -15,6 +15,7 @@ from ogdm_jax.cli.sample import parse_seeds
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.cli.train import read_settings
 from ogdm_jax.config import ConfigError
+from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import resume
 from ogdm_jax.training.evaluate import references
@@ -206,9 +207,11 @@ def read_ways(args: argparse.Namespace, arms: Sequence[runs.Arm], seed: int) -> 
             raise ConfigError(f"--step: {word!r} given; expected numbers, newest or best")
     averages = [word for word in args.ema.split(",") if word]
     for word in averages:
-        if word != runs.PLAIN and not re.fullmatch(r"0?\.\d{1,6}", word):
+        width = float(word) if re.fullmatch(r"0?\.\d{1,6}", word) else 0.0
+        if word != runs.PLAIN and not 0 < width < 0.2886:
             raise ConfigError(
-                f"--ema: {word!r} given; expected {runs.PLAIN}, or relative widths such as 0.1"
+                f"--ema: {word!r} given; expected {runs.PLAIN}, or relative widths above 0 and "
+                "below 0.2886, such as 0.1"
             )
         for arm in arms if word != runs.PLAIN else ():
             if not arm.configs[seed].ema.stds:
@@ -217,8 +220,14 @@ def read_ways(args: argparse.Namespace, arms: Sequence[runs.Arm], seed: int) -> 
                     f"--{arm.name}.ema.stds=0.05,0.1"
                 )
     samplers: list[dict[str, Any]] = [{"solver": s, "steps": n} for s in solvers for n in steps]
-    for words in samplers:
-        runs.check_sampler(default, words)
+    if adaptive.NAME in solvers:
+        raise ConfigError(
+            f"--solvers: {adaptive.NAME} given or configured, which chooses the steps of each "
+            "image; expected solvers of fixed steps, such as heun"
+        )
+    for arm in arms:
+        for words in samplers:
+            runs.check_sampler(arm.configs[seed].sample, words)
     return [runs.Way(at, ema, w) for at in checkpoints for ema in averages for w in samplers]
 
 

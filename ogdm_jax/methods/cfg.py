@@ -192,6 +192,12 @@ def build(settings: Settings, session: Session) -> Guidance:
       ValueError: a model without classes, or one that never saw hidden labels.
     """
     check_hidden_labels("cfg", session)
+    have = session.model.image_shape[-1]
+    if settings.channels > have:
+        raise ConfigError(
+            f"--cfg.channels: {settings.channels} given, the images have {have}; expected "
+            "fewer, or 0 for all"
+        )
     return guidance(settings.weight, settings.window, settings.channels, settings.below)
 
 

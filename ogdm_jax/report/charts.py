@@ -18,7 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from ogdm_jax.training.logs import LEVELS
+from ogdm_jax.training.logs import LEVELS, level_of
 
 LARGEST = 1e30  # a number that is drawn
 LARGE, SMALL = (6.6, 4.0), (4.2, 2.7)  # inches of 72 units; a letter has 9 to 10 of them
@@ -221,7 +221,7 @@ def level_chart(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 def _middle(name: str) -> float:
     """Where a bin "level/LOW-HIGH" is drawn: in its middle, the open ones beside their edge."""
-    low, high = map(float, name.removeprefix(LEVELS).split("-"))
+    low, high = level_of(name)
     return high / 1.5 if low == 0 else low * 1.5 if high == math.inf else math.sqrt(low * high)
 
 

@@ -171,6 +171,7 @@ def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) ->
         denoise = trained.model.denoiser(params, buffers)
         more = {"label": labels, "eta": settings.eta, "clip": settings.clip, "trajectory": True}
         more |= settings.options
+        more["variance"] = None if settings.variance == "auto" else settings.variance
         return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
 
     seeds = np.asarray(seeds, np.uint32)

@@ -1,7 +1,7 @@
 """Images from seeds, over any number of devices. An image depends only on its seed."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,15 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
         ) from None
 
 
+def replaced(settings: Sample, changes: Mapping[str, Any]) -> Sample:
+    """The settings with some replaced; a change to dpmpp_2m_sde, which eta 0 makes dpmpp_2m, brings
+    eta 1 where neither says another.
+    """
+    if changes.get("solver") == "dpmpp_2m_sde" and not settings.eta:
+        changes = {"eta": 1.0} | dict(changes)
+    return dataclasses.replace(settings, **changes)
+
+
 def check_settings(settings: Sample, model: Model | None = None) -> None:
     """Raises ConfigError for too few steps, or a grid or variance that the model does not have."""
     least = FEWEST_STEPS.get(settings.solver, 1)
@@ -141,6 +150,11 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     starts = levels[0] < process.PURE_NOISE or settings.solver in FROM_PURE_NOISE
     expected = f"one of {solvers} with the grid {settings.grid!r}, which starts from pure noise"
     require(starts, "sample.solver", settings.solver, expected)
+    bounded = levels[0] < process.PURE_NOISE or settings.variance != "diffusion"
+    finite = (
+        f"small, large or learned with the grid {settings.grid!r}: from pure noise it is infinite"
+    )
+    require(bounded, "sample.variance", settings.variance, finite)
     known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
     fixed = "small, large or diffusion: the model has learned no variance"
     require(known, "sample.variance", settings.variance, fixed)

@@ -156,11 +156,11 @@ class Parts(NamedTuple):
     ) -> Denoiser:
         """The denoiser under every transform.
 
-        With clip x0_hat is clamped to [-1, 1] below the outermost transforms, as guided-diffusion
+        With clip x0_hat is clamped to [-1, 1] below those with outermost > 0, as guided-diffusion
         does: what classifier-free guidance gives is clamped, what a discriminator adds is not.
         """
         for guidance in self.transforms:
-            if clip and guidance.outermost:
+            if clip and guidance.outermost > 0:
                 denoise, clip = clipped(denoise), False
             if remembered is not None and guidance.memory is not None:
                 denoise = as_denoiser(remembered(guidance, denoise))

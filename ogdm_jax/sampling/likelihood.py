@@ -86,12 +86,18 @@ def _probes(keys: Array, shape: tuple[int, ...], probes: int, kind: str) -> Arra
 def _parts(guidance: Guidance | Sequence[Guidance], probes: int, probe: str) -> Parts:
     """The parts of guidance, and ValueError for what `log_likelihood` refuses."""
     parts = combine(guidance)
-    for owner in (parts.transition, parts.churn):
-        if owner is not None:
-            raise ValueError(
-                f"{owner.name}: it draws noise; expected guidance that only changes the denoiser, "
-                "for the likelihood is of a deterministic flow"
-            )
+    noisy = [owner for owner in (parts.transition, parts.churn) if owner is not None]
+    refused = [
+        *((owner, "draws noise") for owner in noisy),
+        *((owner, "shifts the mean of random steps") for owner in parts.shifts),
+        *((owner, "remembers the step before") for owner in parts.remembering),
+    ]
+    if refused:
+        owner, why = refused[0]
+        raise ValueError(
+            f"{owner.name}: it {why}; expected guidance that only changes the denoiser, for the "
+            "likelihood is of a deterministic flow"
+        )
     if probe not in PROBES:
         raise ValueError(f"probe={probe!r}; expected one of {', '.join(PROBES)}")
     if probes < 1:

@@ -143,7 +143,7 @@ def sample(
         does not use.
     """
     options, eta = _options(solver, options), _eta(solver, eta)
-    check_start(solver, sigmas)
+    check_start(solver, sigmas, variance)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
@@ -286,11 +286,19 @@ def _check_solver(solver: str) -> None:
         raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
 
 
-def check_start(solver: str, sigmas: Array | np.ndarray) -> None:
-    """Raises ValueError for a solver whose steps mean nothing from pure noise, on such a grid."""
-    if solver in solvers.FROM_PURE_NOISE or isinstance(sigmas, Tracer):
+def check_start(solver: str, sigmas: Array | np.ndarray, variance: Any = None) -> None:
+    """Raises ValueError for a solver, or a variance of ancestral steps, that means nothing from
+    pure noise, on such a grid.
+    """
+    unbounded = isinstance(variance, str) and variance == "diffusion"  # the first step's is sigma^2
+    if (solver in solvers.FROM_PURE_NOISE and not unbounded) or isinstance(sigmas, Tracer):
         return
     if np.max(np.asarray(sigmas), initial=0.0) >= process.PURE_NOISE:
+        if solver in solvers.FROM_PURE_NOISE:
+            raise ValueError(
+                f"variance={variance!r} on a grid that starts from pure noise, where it is "
+                "infinite; expected 'small', 'large' or 'learned'"
+            )
         raise ValueError(
             f"solver={solver!r} on a grid that starts from pure noise, whose level is infinite; "
             f"expected one of {', '.join(solvers.FROM_PURE_NOISE)}, or a grid with a finite first "

@@ -86,7 +86,7 @@ def state(arm: Arm, out: epath.Path, seed: int) -> int:
 
 def check_sampler(settings: Sample, words: Mapping[str, Any]) -> None:
     """Raises ConfigError for settings of a sampler that cannot be, with some replaced."""
-    generate.check_settings(dataclasses.replace(settings, **words))
+    generate.check_settings(generate.replaced(settings, words))
 
 
 def train(arm: Arm, out: epath.Path, seed: int, log: Log) -> bool:
@@ -194,8 +194,11 @@ class Results:
         self.write()
 
     def forget(self, arm: str, seed: int) -> None:
-        """Drops the measurements of a run that was trained anew or further."""
-        self.reports = [r for r in self.reports if (r["arm"], r["seed"]) != (arm, seed)]
+        """Drops the measurements of a run that was trained anew or further, on disk, too."""
+        kept = [r for r in self.reports if (r["arm"], r["seed"]) != (arm, seed)]
+        if len(kept) < len(self.reports):
+            self.reports = kept
+            self.write()
 
     def write(self, **more: Any) -> None:
         """Writes the file, whole or not at all."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,12 @@ class Interval:
             elif np.isfinite(values).any():
                 found[name] = float(values[np.isfinite(values)].mean())
         return found
+
+
+def level_of(name: str) -> tuple[float, float]:
+    """(LOW, HIGH) of a metric's name "level/LOW-HIGH"; they may be such as 1e-05."""
+    low, high = re.split(r"(?<!e)-", name.removeprefix(LEVELS))
+    return float(low), float(high)
 
 
 def _is_loss(name: str) -> bool:
@@ -276,7 +283,8 @@ def line(step: int, values: Mapping[str, float], left: float | None = None) -> s
     )
     names = [*filter(_is_loss, values), *(name for name in _SHOWN if name in values)]
     shown = [f"{name.replace('loss/', '')} {values[name]:.4g}" for name in names]
-    levels = [f"{values[name]:.3g}" for name in values if name.startswith(LEVELS)]
+    bins = sorted((name for name in values if name.startswith(LEVELS)), key=level_of)
+    levels = [f"{values[name]:.3g}" for name in bins]
     shown += ["by level " + "/".join(levels)] if levels else []
     bad = values.get("grad_nonfinite", 0.0)
     shown += [f"non-finite gradients {bad:.0f}"] if bad else []

@@ -96,9 +96,7 @@ class TrainedModel:
                 raise ConfigError(f"sample: no setting {name!r}; expected some of {known}")
             if value not in ("", None):
                 changes[name] = value
-        if changes.get("solver") == "dpmpp_2m_sde" and not self.config.sample.eta:
-            changes = {"eta": 1.0} | changes  # 0 would be dpmpp_2m
-        settings = dataclasses.replace(self.config.sample, **changes)
+        settings = generate.replaced(self.config.sample, changes)
         for solver, names in SOLVER_OPTIONS.items():
             for name in changes.keys() & set(names):
                 only = f"it only with sample.solver={solver}"
