@@ -217,3 +217,8 @@ def test_images_of_seeds_and_their_counts():
     assert len(set(cost.values())) == 3, cost  # each in its own variable
     with pytest.raises(ConfigError, match="steps: 1 given; expected at least 2"):
         own(dataclasses.replace(settings, steps=1))
+
+
+def test_a_variable_of_another_solver_is_refused():
+    with pytest.raises(ValueError, match="variable='vp' with solver 'euler'; expected 'dopri5'"):
+        sample(DATA.denoise, jnp.zeros((1, 2, 2, 1)), grids.edm(4), solver="euler", variable="vp")

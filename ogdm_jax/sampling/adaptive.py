@@ -19,8 +19,8 @@ Evaluations an image at rtol = atol = 1e-5 from sigma 80 to 0.002: exact denoise
 
 Every image has its own steps (`jax.vmap`), where scipy's control takes the whole batch as one
 state: so an image depends on nothing but itself, and one that is NaN spoils no other. A batch takes
-as long as its slowest image: no more than under a common control with the network above, up to a
-fifth more with the exact denoiser.
+as long as its slowest image: no more than under a common control with the network above, 23 % more
+with the exact denoiser.
 """
 
 from collections.abc import Callable

@@ -142,7 +142,7 @@ def sample(
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
         does not use.
     """
-    options, eta = _options(solver, options), _eta(solver, eta)
+    options, eta = _options(solver, options, variable), _eta(solver, eta)
     check_start(solver, sigmas, variance)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
@@ -306,13 +306,17 @@ def check_start(solver: str, sigmas: Array | np.ndarray, variance: Any = None) -
         )
 
 
-def _options(solver: str, given: dict[str, Any]) -> dict[str, Any]:
+def _options(solver: str, given: dict[str, Any], variable: str | None = None) -> dict[str, Any]:
     """All options of a solver, those that are not given by config.sample's defaults.
 
     Raises:
       ValueError: unknown solver; an option that it does not have, or that is out of range.
     """
     _check_solver(solver)
+    if variable is not None and solver != adaptive.NAME:
+        raise ValueError(
+            f"variable={variable!r} with solver {solver!r}; expected {adaptive.NAME!r}"
+        )
     known = SOLVER_OPTIONS.get(solver, ())
     for name in given:
         if name not in known:
