@@ -11,6 +11,7 @@ import numpy as np
 
 from ogdm_jax.cli import options
 from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.diffusion import process
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure, taken
 from ogdm_jax.methods import dg, discovery
@@ -188,6 +189,7 @@ def check_effect(
             reached(f"{name}.below", 0.0, chosen.below[0])
         if f"{name}.repeat_window" in request.said:
             reached(f"{name}.repeat_window", *chosen.repeat_window)
+    _check_bounded(request, settings, levels)
     if churn is not None and churn.S_churn:
         reached("churn", churn.S_min, churn.S_max)
     if {"dsg.rate", "dsg.strength"} <= request.said:
@@ -201,6 +203,25 @@ def check_effect(
             f"--dg.corrector_weight: given with the solver {settings.solver!r}, which evaluates "
             "once a step; expected --solver heun, or --dg.weight alone"
         )
+
+
+def _check_bounded(request: Request, settings: Sample, levels: np.ndarray) -> None:
+    """Refuses guidance from pure noise whose step multiplies a network's error by that level."""
+    if levels[0] < process.PURE_NOISE:
+        return
+    shifts = lambda rule: rule == "mean" or (rule == "auto" and settings.solver == "ancestral")
+    for name in ("pigdm", "classifier"):
+        chosen = request.settings.get(name)
+        if chosen is None or shifts(getattr(chosen, "rule", "")):
+            continue
+        if chosen.window is None or chosen.window[1] >= process.PURE_NOISE:
+            below = 2 * levels[1] if len(levels) > 1 else 80.0
+            raise ConfigError(
+                f"--{name}.window: {'not given' if chosen.window is None else chosen.window}, and "
+                f"the grid {settings.grid!r} starts from pure noise, where the network's error "
+                f"would be multiplied by an infinite level; expected lower levels, such as "
+                f"0,{below:.3g}"
+            )
 
 
 def _check_names(

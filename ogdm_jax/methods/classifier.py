@@ -13,7 +13,8 @@ x_vp = x / sqrt(1 + sigma^2) and the time step t; in x = x0 + sigma eps, with s 
 
 The two agree to first order in the step; a fixed or learned Sigma weighs the second. With --clip
 both are added after the clamp, as released. Beside DG (ADM-G++ of arXiv 2211.17091: score + c + g)
-what the discriminator adds comes last.
+what the discriminator adds comes last. From pure noise the score's rule has no bound, as released:
+leave that level out by the window, or shift the mean.
 """
 
 import dataclasses

@@ -10,6 +10,9 @@ r^2 = sigma^2 s^2 / (sigma^2 + s^2), the variance of x0 given x where images hav
 (published: s = 1), that is the posterior's mean exactly for Gaussian images. Without noise the
 inverse is A's pseudo-inverse over r^2, and the size of r cancels in what J = r^2 / sigma^2 gives
 back. The authors' code adds a multiple of g to a DDIM step in place of Tweedie's.
+
+At a very high level r^2 / sigma^2 vanishes and a network's J does not: its error is multiplied by
+the level, without a bound where a grid starts from pure noise. Leave those out by the window.
 """
 
 import dataclasses
