@@ -65,6 +65,17 @@ def test_a_solver_that_needs_noise_has_it(tmp_path, capsys):
     assert generate.replaced(Sample(solver="ddim", eta=0.5), words).eta == 0.5
 
 
+def test_a_sampler_that_one_model_cannot_have_is_said_before_training(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained"))
+    flow = ("precondition.kind=flow", "noise.distribution=flow", "sample.grid=flow")
+    with pytest.raises(SystemExit):
+        study(tmp_path / "out", "--solvers", "heun", *(f"--fast.{words}" for words in flow))
+    assert "config.sample.solver: 'heun' given" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("change", ["network.num_blocks=2", "optim.learning_rate=0.5"])
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, change):
     tiny_run = tiny.config("methods=", tiny.ONE_LEVEL, "train.duration=1 steps", "data.batch=8")

@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--grid",
         default="",
-        help="edm, vp, ve, iddpm; of discrete models: respaced, ddim, quad, trailing, pndm (the "
-        "released code of --solver spndm and fpndm)",
+        help="edm, vp, ve, iddpm; of flow models: flow; of discrete models: respaced, ddim, quad, "
+        "trailing, pndm (the released code of --solver spndm and fpndm)",
     )
     add(
         "--eta",

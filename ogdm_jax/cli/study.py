@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from ogdm_jax import cluster, places, startup
+from ogdm_jax import cluster, models, places, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import new_parser, whole
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     if args.dry_run:
         print(describe(arms, seeds, ways, out, done))
         return
-    ruler = open_ruler(args, arms, seeds)
+    ruler = open_ruler(args, arms, seeds, ways)
     with resume.held(out, print):
         results.head = {
             "configurations": dict(word.split("=", 1) for word in args.config),
@@ -251,12 +251,15 @@ def describe(
 
 
 def open_ruler(
-    args: argparse.Namespace, arms: Sequence[runs.Arm], seeds: Sequence[int]
+    args: argparse.Namespace,
+    arms: Sequence[runs.Arm],
+    seeds: Sequence[int],
+    ways: Sequence[runs.Way],
 ) -> runs.Ruler:
     """The reference and the feature space of the study.
 
     Raises:
-      ConfigError: configurations of different data, without --reference.
+      ConfigError: configurations of different data; a sampler that one of their models cannot have.
     """
     seed, last = seeds[0], max(seeds)
     config = arms[0].configs[seed]
@@ -270,6 +273,10 @@ def open_ruler(
                     f"{arm.name}; expected the same data, which samples are compared with"
                 )
     source = open_source(config)
+    for arm in arms:
+        model = models.build(arm.configs[seed], source.shape, source.num_classes)
+        for way in ways:
+            runs.check_sampler(arm.configs[seed].sample, way.sampler, model)
     name = config.data.source
     if args.reference:
         name = args.reference

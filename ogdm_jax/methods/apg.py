@@ -11,7 +11,8 @@ that is found for each model (2.5 to 15 for latents).
 
 The momentum goes from step to step: m_before is the m of the step before, at its first evaluation;
 all evaluations of a step (Heun's second) add to the same one. Under a method that owns transitions,
-and under churn, the difference at the step's start costs one evaluation more.
+under churn, with a learned variance and with the solver pc, the difference at the step's start
+costs one evaluation more, which `nfe` does not count.
 """
 
 import dataclasses

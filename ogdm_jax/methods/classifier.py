@@ -144,7 +144,7 @@ def guidance(
         shift = dg.mean_shift(known, low, high, "scale")
         return Guidance("classifier", shift=shift, constants=constants)
     exact = functools.partial(transform, through=True)
-    return Guidance("classifier", transform, exact, constants=constants, outermost=1)
+    return Guidance("classifier", transform, exact=exact, constants=constants, outermost=1)
 
 
 def classes(settings: Settings) -> int:

@@ -431,7 +431,8 @@ def guidance(
         shift = mean_shift(known, sigma_min, sigma_max, "weight")
         return Guidance("dg", shift=shift, constants=constants)
     exact = functools.partial(transform, through=True)
-    return Guidance("dg", transform, exact, churn=boost, constants=constants, outermost=2)
+    own = {"exact": exact, "churn": boost, "constants": constants}
+    return Guidance("dg", transform, outermost=2, **own)
 
 
 def build(settings: Settings, session: Session) -> Guidance:

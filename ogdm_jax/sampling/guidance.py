@@ -86,15 +86,16 @@ class Guidance:
 
     name: str
     denoiser: Callable[[Denoiser, PyTree], Denoise] | None = None
-    exact: Callable[[Denoiser, PyTree], Denoise] | None = None
     transition: TransitionRule | None = None
     churn: ChurnRule | None = None
-    shift: Callable[[Array, Array, PyTree, PyTree], Array] | None = None
     constants: PyTree = None
     rows: PyTree = None
     outermost: int = 0
-    memory: Memory | None = None
     replaces_x0: bool = False
+    # Behind the others, whose places people may have used.
+    exact: Callable[[Denoiser, PyTree], Denoise] | None = None
+    shift: Callable[[Array, Array, PyTree, PyTree], Array] | None = None
+    memory: Memory | None = None
 
     def about(self, info: Info) -> Info:
         """The info that this guidance's rules see: with its own arrays."""

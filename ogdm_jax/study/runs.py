@@ -16,6 +16,7 @@ from ogdm_jax import places, records
 from ogdm_jax.config import Config, ConfigError, Sample
 from ogdm_jax.methods import discovery
 from ogdm_jax.metrics.features import FeatureSpace
+from ogdm_jax.models import Model
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import checkpoint, loop, resume, steps
 from ogdm_jax.training.evaluate import Draw, measure_samplers
@@ -84,9 +85,9 @@ def state(arm: Arm, out: epath.Path, seed: int) -> int:
     return done[-1]
 
 
-def check_sampler(settings: Sample, words: Mapping[str, Any]) -> None:
+def check_sampler(settings: Sample, words: Mapping[str, Any], model: Model | None = None) -> None:
     """Raises ConfigError for settings of a sampler that cannot be, with some replaced."""
-    generate.check_settings(generate.replaced(settings, words))
+    generate.check_settings(generate.replaced(settings, words), model)
 
 
 def train(arm: Arm, out: epath.Path, seed: int, log: Log) -> bool:
