@@ -63,6 +63,13 @@ def test_what_cannot_be_held_out_is_refused(run, name, words):
         heldout._check(name, run.source, found, classes=False)
 
 
+def test_a_few_that_are_trained_on_are_said(run, caplog):
+    test = data.open_source("digits/test")
+    images = np.concatenate([test.images[:9], run.source.images[:3]])
+    heldout._check("mixed", run.source, from_arrays("m", images, np.arange(12)), classes=False)
+    assert "3 of 12 images of 'mixed' are in the training set, too" in caplog.text
+
+
 def sized(side):
     return from_arrays("other", np.zeros((9, side, side, 1), np.uint8), np.arange(9))
 

@@ -63,6 +63,7 @@ def test_a_solver_that_needs_noise_has_it(tmp_path, capsys):
     assert generate.replaced(Sample(), words).eta == 1
     assert generate.replaced(Sample(), words | {"eta": 0.5}).eta == 0.5
     assert generate.replaced(Sample(solver="ddim", eta=0.5), words).eta == 0.5
+    assert generate.replaced(Sample(steps=1), {"solver": "dopri5"}).steps == 2
 
 
 def test_a_sampler_that_one_model_cannot_have_is_said_before_training(

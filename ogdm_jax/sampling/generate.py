@@ -131,10 +131,12 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
 
 def replaced(settings: Sample, changes: Mapping[str, Any]) -> Sample:
     """The settings with some replaced; a change to dpmpp_2m_sde, which eta 0 makes dpmpp_2m, brings
-    eta 1 where neither says another.
+    eta 1 where neither says another, and one to dopri5, which chooses its steps, a grid of two.
     """
     if changes.get("solver") == "dpmpp_2m_sde" and not settings.eta:
         changes = {"eta": 1.0} | dict(changes)
+    if changes.get("solver") == adaptive.NAME:
+        changes = {"steps": max(settings.steps, 2)} | dict(changes)
     return dataclasses.replace(settings, **changes)
 
 

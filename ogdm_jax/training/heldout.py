@@ -1,5 +1,6 @@
 """The loss of images that are never trained on, and of as many that are, under the same draws."""
 
+import logging
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from ogdm_jax.training.workdir import open_source
 from ogdm_jax.typing import Array, PyTree
 
 _BATCH = 256
+_LOG = logging.getLogger("ogdm_jax")
 
 
 class HeldOut:
@@ -104,6 +106,11 @@ def _check(name: str, trained: data.Source, found: data.Source, classes: bool) -
         raise ConfigError(
             f"{field}: these {what}; expected images that are never trained on, such as another "
             "split: digits/train and digits/test, tfds:NAME/train and tfds:NAME/test"
+        )
+    if repeated:
+        _LOG.warning(
+            "data.heldout: %d of %d images of %r are in the training set, too",
+            *(repeated, len(found), name),
         )
 
 
