@@ -58,6 +58,7 @@ def test_a_dit_without_the_row_refuses_no_class():
     variables = without.init(KEY, X, T, Y)
     with pytest.raises(ValueError, match="label=None; this network has no row"):
         without.apply(variables, X, T, None)
+    assert np.isnan(without.apply(spread(variables), X, T, jnp.asarray([-1, 0]))[0]).all()
 
 
 @pytest.mark.parametrize("network,label", [(DIT, Y), (UNET, CONTEXT)], ids=["dit", "unet"])

@@ -266,7 +266,10 @@ class DiT(nn.Module):
             raise ValueError(
                 f"DiT: label {label.dtype}{label.shape} given; expected integers [{batch}]"
             )
-        return time + table[jnp.where(label < 0, self.label_dim, label)].astype(time.dtype)
+        # a class that has no row gives nan: an index beyond the table would be the last row's
+        row = jnp.where(label < 0, self.label_dim, label)
+        known = table.at[row].get(mode="fill", fill_value=jnp.nan)
+        return time + known.astype(time.dtype)
 
     def _blocks(self, h: Array, condition: Array) -> Callable[[Array, int, int], Array]:
         """(h, start, stop) -> h behind the blocks start..stop-1."""
