@@ -268,7 +268,7 @@ class DiT(nn.Module):
             )
         # a class that has no row gives nan: an index beyond the table would be the last row's
         row = jnp.where(label < 0, self.label_dim, label)
-        known = table.at[row].get(mode="fill", fill_value=jnp.nan)
+        known = jnp.asarray(table).at[row].get(mode="fill", fill_value=jnp.nan)
         return time + known.astype(time.dtype)
 
     def _blocks(self, h: Array, condition: Array) -> Callable[[Array, int, int], Array]:
