@@ -64,14 +64,14 @@ def test_grids_that_cannot_be_are_one_sentence(model):
     assert "\n" not in str(error.value)
     with pytest.raises(
         ConfigError,
-        match="sample.grid: unknown 'log'; expected one of edm, vp, ve, iddpm, respaced",
+        match="sample.grid: unknown 'log'; expected one of edm, vp, ve, iddpm, flow, respaced",
     ):
         _settings("log")
 
 
 def test_the_names_that_settings_allow_are_those_that_there_are():
     assert set(groups.SOLVERS) == set(SOLVERS)
-    assert set(groups.GRIDS) == {*generate.CONTINUOUS, *generate.DISCRETE, generate.PNDM}
+    assert set(groups.GRIDS) == {*generate.CONTINUOUS, *generate.DISCRETE, generate.PNDM, "flow"}
 
 
 def test_folders_from_before_the_settings_open_again():

@@ -282,7 +282,7 @@ def test_presets_are_the_published_settings():
     for low, high in (settings.window, settings.repeat_window):
         assert 0.3 < low < high < 6
     assert settings.repeats == 3 and not settings.clip_loss
-    with pytest.raises(ValueError, match="--preset: 'best' given; expected one of cifar10"):
+    with pytest.raises(ValueError, match="--preset: 'best' given; expected one of adm64"):
         read("--preset", "best")
 
 
@@ -323,7 +323,10 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
 @pytest.mark.parametrize(
     "args,words",
     [
-        (("--guidance", "magic"), "--guidance: 'magic' given; expected some of cfg, ddnm, dg"),
+        (
+            ("--guidance", "magic"),
+            "--guidance: 'magic' given; expected some of apg, autoguidance, cfg, classifier",
+        ),
         (
             ("--guidance", "dsg,dps", "--task", "inpaint", "--input", "digits"),
             "dsg and dps both bring a transition; choose one of them",

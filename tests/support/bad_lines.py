@@ -339,7 +339,7 @@ SETTINGS = {
     "sp.auto=false --config.sp.weight=0 --config.sp.mse_weight=0": "positive",
     "sp.mse_weight=0": "squared error",
     "sp.distance=max": "mse, mae",
-    "methods=sp --config.sp.tap=nope": "init.workdir",
+    "methods=sp --config.sp.tap=nope": "sp.tap",
     "methods=sp --config.init.workdir=run --config.sp.auto=false --config.sp.share=0.5": "sp.auto",
     "methods=stf,sp --config.init.workdir=run --config.sp.auto=false --config.sp.mse_weight=0": "",
     "methods=sp,sp": "once",
