@@ -12,6 +12,7 @@ import pytest
 from ogdm_jax import config as configs
 from ogdm_jax import data, models, parallel
 from ogdm_jax.methods import ogdm
+from ogdm_jax.training import logs
 from ogdm_jax.training import run as runs
 from tests.support import tiny
 
@@ -67,6 +68,7 @@ def test_it_takes_a_step_at_a_reduced_width(name):
     run = runs.build(load(name, *REDUCED), source, parallel.make_plan("pmap", 1))
     before = jax.tree.map(np.asarray, run.init().params)
     state, metrics = tiny.train(run, 1)
-    assert all(np.isfinite(value) for value in metrics.values())
+    # a bin of noise levels that no image of the batch lies in has no loss
+    assert all(np.isfinite(v) for n, v in metrics.items() if not n.startswith(logs.LEVELS))
     assert ("loss/variance" in metrics) == run.config.precondition.learned_variance
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.params))))

@@ -127,6 +127,8 @@ def test_every_solver_draws_what_edms_preconditioning_of_the_oracle_draws(solver
     # the corrector's steps of unit signal-to-noise carry rounding of the score on
     atol = 5e-3 if solver == "pc" else 5e-5
     np.testing.assert_allclose(flow, draw(EDM, sigmas=grids.edm(8)), atol=atol)
+    if solver == "dopri5":  # a network of discrete levels is refused, see test_adaptive
+        return
     sigmas = grids.ddim(8, TABLES["linear"], "trailing")
     np.testing.assert_allclose(
         draw(DENOISERS["linear"], sigmas=sigmas), draw(EDM, sigmas=sigmas), atol=max(atol, 2e-4)

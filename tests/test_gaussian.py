@@ -139,8 +139,8 @@ def test_adm_denoiser(schedule):
     scaled = precondition.adm(network, "linear", 4000, rescale_timesteps=True)
     scaled(jnp.ones((1, 2, 2, 1)), jnp.asarray([1e3]))
     assert told[-1] == 3999 / 4
-    with pytest.raises(ValueError, match="predict 'v'"):
-        precondition.adm(network, predict="v")
+    with pytest.raises(ValueError, match="predict 'score'"):
+        precondition.adm(network, predict="score")
 
 
 def chain_by_hand(chain: Chain, model, x, noises, step):

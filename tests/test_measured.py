@@ -97,7 +97,7 @@ def restoration(words: str):
         model = Model
 
     seeds = command_line.parse_seeds(args.seeds, 64 if args.num is None else args.num)
-    return guidance._measure(request, Run, seeds, None)[0]
+    return guidance._measure(request, Run, seeds, None, 0)[0]
 
 
 def test_what_was_measured_is_taken_as_it_is(cases, tmp_path):

@@ -35,7 +35,10 @@ from tests.support.golden_support import nchw, nhwc
 from tests.support.snapshots import published
 
 GOLDEN = Path(__file__).parent / "golden"
-LISTS = sorted(GOLDEN.glob("fullsize/*.json.gz"))
+# diffusers' DiT has other names and another arithmetic (tests/golden/README.md): not read
+LISTS = sorted(
+    set(GOLDEN.glob("fullsize/*.json.gz")) - set(GOLDEN.glob("fullsize/dit*-diffusers*"))
+)
 
 
 def load_list(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -65,7 +68,7 @@ def same_adm(seen, told) -> bool:
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_published_lists_are_recognised_with_nothing_left_over(path):
     listed, state = load_list(path)
-    kind = recognise.kind_of({name: value.shape for name, value in state.items()})
+    ((_, kind),) = recognise.places(state)
     network, _ = pretrained.match(state)
     if kind.startswith("adm"):  # against the network that the authors' flags name
         told, _ = adm.published(listed["constructor"]["cls"], listed["constructor"]["kwargs"])

@@ -105,7 +105,7 @@ def test_every_setting_is_one_of_the_three():
         key for key, (_, decided) in resume._values(tiny.config(), {}, set()).items() if not decided
     }
     groups = {key.partition(".")[0] for key in fixed}
-    assert groups == {"network", "precondition", "data", "task"}
+    assert groups == {"network", "precondition", "data", "task", "ema"}
     assert {key for key in fixed if key.startswith("data.")} == {"data.conditional"}
 
 

@@ -64,6 +64,8 @@ NEEDS = {"autoguidance": {"workdir": "folder"}, "dg": {"discriminator": "folder"
 
 
 def build(name: str) -> Guidance:
+    if name == "classifier":  # what it opens is a file: tests/test_classifier.py
+        return METHODS[name].guidance(ratio)
     settings = METHODS[name].Settings(**NEEDS.get(name, {}))
     return METHODS[name].build(settings, SESSION)
 
@@ -105,7 +107,7 @@ def test_options_are_the_settings(name):
 def test_presets_are_settings_and_words_of_the_command(name):
     for preset in METHODS[name].PRESETS.values():
         METHODS[name].Settings(**preset.settings)
-        assert set(preset.sampling) <= {"task", "steps", "solver", "eta", "grid"}
+        assert set(preset.sampling) <= {"task", "steps", "solver", "eta", "grid", "clip"}
         assert preset.sampling.get("task", "inpaint") in tasks.TASKS
 
 

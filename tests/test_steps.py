@@ -45,9 +45,9 @@ RULES = {
         d, x, s, t, noise=jnp.ones_like(x), variance=0.4
     ),
     "heun_moments": lambda d, x, s, t: steps.heun_moments(d, x, d(x, s), s, t)[0],
-    "dpmpp_2m_sde": lambda d, x, s, t: sum(
-        steps.dpmpp_2m_moments(x, d(x, s), 0.9 * d(x, s), s, t, 2 * s, 1.0)
-    ),
+    "dpmpp_2m_sde": lambda d, x, s, t: steps.dpmpp_2m_moments(
+        x, d(x, s), 0.9 * d(x, s), s, t, 2 * s, 1.0
+    )[0],
     "dpmpp_2m": lambda d, x, s, t: steps.dpmpp_2m(x, d(x, s), 0.9 * d(x, s), s, t, 2 * s),
 }
 

@@ -290,6 +290,6 @@ def test_the_setting_is_checked_and_reaches_the_batches(sets):
     for given, count in ((-1, default_count()), (0, 0), (3, 3)):
         config = tiny.config(f"data.workers={given}", "data.batch=8")
         run = SimpleNamespace(
-            config=config, source=sets["zip"], methods=SimpleNamespace(references=0)
+            config=config, source=sets["zip"], methods=SimpleNamespace(references=0, mates=0)
         )
         assert DENOISER.batches(run).workers == count

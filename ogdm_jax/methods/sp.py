@@ -302,6 +302,7 @@ def training(settings: Settings, context: Context) -> Slots:
     """
     teacher = functools.cache(functools.partial(_teacher, settings, context))
     _check_tap(settings.tap, context.layers)
+    teacher()  # read now: what is asked for later may be inside a trace, where nothing can be read
 
     def init(key: Array) -> dict[str, Array]:
         del key  # nothing is drawn

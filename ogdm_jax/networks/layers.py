@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from ogdm_jax import randomness
 from ogdm_jax.networks import cpu
-from ogdm_jax.networks.convolution import conv2d, downsample, fir, upsample
+from ogdm_jax.networks.convolution import Pads, conv2d, downsample, fir, upsample
 from ogdm_jax.networks.groupnorm import group_norm, wide
 from ogdm_jax.typing import Array
 
@@ -119,7 +119,7 @@ class Conv(nn.Module):
     taps: Sequence[float] = (1, 1)
     fused: bool = False
     stride: int = 1
-    pads: cpu.Pads | None = None
+    pads: Pads | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
