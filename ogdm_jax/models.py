@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.networks import ADMUNet, DhariwalUNet, DiT, SongUNet
+from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet, "dit": DiT}
@@ -36,7 +36,7 @@ class Model:
     predicts: "v" where its network does not give eps, which `eps` needs.
     """
 
-    network: nn.Module
+    network: Tapped
     wrap: Callable[..., Denoiser]
     image_shape: tuple[int, int, int]
     label_dim: int
@@ -47,7 +47,7 @@ class Model:
     @property
     def layer_names(self) -> tuple[str, ...]:
         """What the denoiser's `features(at=)` knows beside "mid" and "emb"."""
-        return tuple(cast(Any, self.network).layer_names)
+        return tuple(self.network.layer_names)
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, buffers): trained tensors, and others such as Fourier frequencies."""

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
-from ogdm_jax.networks.sd_blocks import Dense, attend
+from ogdm_jax.networks.sd_blocks import Dense, LayerNorm, attend
 from ogdm_jax.typing import Array
 
-_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 _TABLE = nn.initializers.normal(0.02)
 
 
@@ -41,7 +40,7 @@ class Layer(nn.Module):
         """[B,M,D] -> the same shape."""
         dense = functools.partial(Dense, dtype=self.dtype)
         own = functools.partial(dense, h.shape[-1])
-        norm = lambda i: _LayerNorm(name=f"layer_norm{i}", dtype=layers.wide(h.dtype))
+        norm = lambda i: LayerNorm(name=f"layer_norm{i}", dtype=layers.wide(h.dtype))
         x = norm(1)(h).astype(h.dtype)
         q, k, v = (own(name=f"self_attn.{part}_proj")(x) for part in "qkv")
         h = h + own(name="self_attn.out_proj")(attend(q, k, v, self.heads, causal=True))
@@ -89,7 +88,7 @@ class CLIPText(nn.Module):
         for i in range(self.depth):
             name = f"text_model.encoder.layers.{i}"
             h = Layer(self.heads, self.hidden, self.quick, self.dtype, name=name)(h)
-        norm = _LayerNorm(name="text_model.final_layer_norm", dtype=layers.wide(h.dtype))
+        norm = LayerNorm(name="text_model.final_layer_norm", dtype=layers.wide(h.dtype))
         return norm(h)
 
 

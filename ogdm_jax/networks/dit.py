@@ -7,7 +7,7 @@ and one loop body is compiled for all of them.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
+from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array, PyTree
 
 # width, depth, heads of the published sizes (table 1)
@@ -85,11 +86,13 @@ class Block(nn.Module):
         return h + gate2[:, None] * dense(width, name="mlp.fc2")(nn.gelu(inside, approximate=True))
 
 
-class DiT(nn.Module):
+class DiT(Tapped):
     """F(x; c_noise, label) of the published models: eps, and a variance in further channels.
 
-    c_noise [B] are time steps (0 to 999, fractions allowed). There is no dropout in it, and no
-    place for augmentation labels. Fresh parameters give exactly 0.
+    c_noise [B] are time steps (0 to 999, fractions allowed). Labels are [B] int32 (-1 = no class)
+    or None, which only a table with a row for it takes. There is no dropout in it, and no place for
+    augmentation labels. Fresh parameters give exactly 0. The layers are "block0" to the last
+    (tokens [B,N,D] behind it); "mid" is the block depth // 2.
 
     Attributes:
       img_resolution: side of the input that it is made for; other sizes that the patches divide
@@ -121,63 +124,9 @@ class DiT(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    augment_dim = 0
-
-    def __call__(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-    ) -> Array:
-        """F(x; c_noise, label).
-
-        Args:
-          x: [B,H,W,img_channels], already times c_in.
-          c_noise: [B] or a scalar.
-          label: [B] int32 (-1 = no class) or None (no class). Ignored where label_dim is 0.
-          augment: must be None.
-          dropout_keys: ignored: these networks have no dropout.
-
-        Returns:
-          [B,H,W,out_channels], at least float32.
-
-        Raises:
-          ValueError: the shape of x or of a label does not fit; "no class" without a row for it.
-        """
-        return self._run(x, c_noise, label, augment, ["out"])[0]
-
-    def features(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-        *,
-        at: str = "mid",
-    ) -> Array | list[Array]:
-        """What the network computes on its way; call it as `network.apply(..., method="features")`.
-
-        Nothing behind the last block asked for is computed. Arguments as those of `__call__`, and
-
-        Args:
-          at: "emb" (the embedding [B,D]), "block0" to the last (tokens [B,N,D] behind it), "mid"
-            (the block depth // 2); or several of these with commas between them.
-
-        Returns:
-          One array, or a list of them where `at` has several names.
-
-        Raises:
-          ValueError: as `__call__`, and an unknown name.
-        """
-        found = self._run(x, c_noise, label, augment, at.split(","))
-        return found if len(found) > 1 else found[0]
-
     @property
     def layer_names(self) -> list[str]:
-        """The layers whose output `features` gives."""
+        """The blocks."""
         return [f"block{i}" for i in range(self.depth)]
 
     def check_widths(self) -> None:
@@ -193,9 +142,14 @@ class DiT(nn.Module):
 
     @nn.compact
     def _run(
-        self, x: Array, c_noise: Array, label: Array | None, augment: Array | None, names: list[str]
+        self,
+        x: Array,
+        c_noise: Array,
+        label: Array | None,
+        augment: Array | None,
+        dropout_keys: Array | None,
+        names: Sequence[str],
     ) -> list[Array]:
-        """The outputs of the layers named; "out" is the network's own."""
         ends = self._ends(x, augment, names)
         batch, rows, columns = x.shape[0], x.shape[1] // self.patch, x.shape[2] // self.patch
         embedding = self._embed(batch, c_noise, label)
@@ -211,7 +165,7 @@ class DiT(nn.Module):
             found["out"] = found["out"].astype(layers.wide(x.dtype))
         return [found[name] for name in names]
 
-    def _ends(self, x: Array, augment: Array | None, names: list[str]) -> dict[str, int]:
+    def _ends(self, x: Array, augment: Array | None, names: Sequence[str]) -> dict[str, int]:
         """How many blocks stand in front of each layer named, the embedding left out."""
         self.check_widths()
         if augment is not None:

@@ -18,6 +18,7 @@ from ogdm_jax.typing import Array
 INIT = layers.scaled_init("kaiming_uniform", 1 / math.sqrt(3))
 Conv = functools.partial(layers.Conv, kernel_init=INIT, bias_init=INIT)
 Dense = functools.partial(layers.Dense, kernel_init=INIT, bias_init=INIT)
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 class ResBlock(nn.Module):

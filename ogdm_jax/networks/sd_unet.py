@@ -14,12 +14,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
-from ogdm_jax.networks.sd_blocks import Conv, Dense, ResBlock, as_tokens, attend, upsampled
+from ogdm_jax.networks.sd_blocks import (
+    Conv,
+    Dense,
+    LayerNorm,
+    ResBlock,
+    as_tokens,
+    attend,
+    upsampled,
+)
+from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array
 
-_EPS = 1e-5  # of the residual blocks' norms and of the layer norms
+_EPS = 1e-5  # of the residual blocks' norms
 _TRANSFORMER_EPS = 1e-6
-_LayerNorm = functools.partial(nn.LayerNorm, epsilon=_EPS, use_fast_variance=False)
 
 
 class CrossAttention(nn.Module):
@@ -61,7 +69,7 @@ class Transformer(nn.Module):
         width, at = x.shape[-1], "transformer_blocks.0"
         dense = functools.partial(Dense, dtype=self.dtype)
         attention = functools.partial(CrossAttention, self.heads, self.dtype)
-        norm = lambda i: _LayerNorm(name=f"{at}.norm{i}", dtype=layers.wide(x.dtype))
+        norm = lambda i: LayerNorm(name=f"{at}.norm{i}", dtype=layers.wide(x.dtype))
         h = as_tokens(layers.GroupNorm(_TRANSFORMER_EPS, self.groups, name="norm")(x))
         h = dense(width, name="proj_in")(h)
         own = norm(1)(h).astype(h.dtype)
@@ -73,11 +81,12 @@ class Transformer(nn.Module):
         return x + dense(width, name="proj_out")(h).reshape(x.shape)
 
 
-class UNet2DCondition(nn.Module):
+class UNet2DCondition(Tapped):
     """F(x; c_noise, context): eps or v of the published models.
 
     c_noise [B] are time steps (0 to 999, fractions allowed). The label is the context: the text
-    encoder's tokens [B,M,context_dim]. There is no dropout in it.
+    encoder's tokens [B,M,context_dim]. There is no dropout in it. The layers are "down0" to the
+    last and "up0" to the last (a level's output, resampling included; up0 is the coarsest).
 
     Attributes:
       img_resolution: side of the latents that it is made for.
@@ -108,65 +117,11 @@ class UNet2DCondition(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    augment_dim = 0
     label_dim = 0
-
-    def __call__(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-    ) -> Array:
-        """F(x; c_noise, label).
-
-        Args:
-          x: [B,H,W,img_channels], already times c_in.
-          c_noise: [B] or a scalar.
-          label: the context [B,M,context_dim].
-          augment: must be None.
-          dropout_keys: ignored: this network has no dropout.
-
-        Returns:
-          [B,H,W,out_channels], at least float32.
-
-        Raises:
-          ValueError: the shape of x or of the context does not fit.
-        """
-        return self._run(x, c_noise, label, augment, ["out"])[0]
-
-    def features(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-        *,
-        at: str = "mid",
-    ) -> Array | list[Array]:
-        """What the network computes on its way; call it as `network.apply(..., method="features")`.
-
-        Nothing behind the last layer asked for is computed. Arguments as those of `__call__`, and
-
-        Args:
-          at: "emb", "mid" (the middle's output [B,h,w,C]), "down0" to the last, "up0" to the last
-            (a level's output, resampling included; up0 is the coarsest); or several of these with
-            commas between them.
-
-        Returns:
-          One array, or a list of them where `at` has several names.
-
-        Raises:
-          ValueError: as `__call__`, and an unknown name.
-        """
-        found = self._run(x, c_noise, label, augment, at.split(","))
-        return found if len(found) > 1 else found[0]
 
     @property
     def layer_names(self) -> list[str]:
-        """The layers whose output `features` gives."""
+        """The levels on the way down and up."""
         return [f"{way}{i}" for way in ("down", "up") for i in range(len(self.widths))]
 
     def check_widths(self) -> None:
@@ -183,12 +138,12 @@ class UNet2DCondition(nn.Module):
         self,
         x: Array,
         c_noise: Array,
-        context: Array | None,
+        label: Array | None,
         augment: Array | None,
+        dropout_keys: Array | None,
         names: Sequence[str],
     ) -> list[Array]:
-        """The outputs of the layers named; "out" is the network's own."""
-        context = self._checked(x, context, augment, names)
+        context = self._checked(x, label, augment, names)
         time = layers.positional_embedding(jnp.broadcast_to(c_noise, (x.shape[0],)), self.widths[0])
         dense = functools.partial(Dense, 4 * self.widths[0], dtype=time.dtype)
         emb = dense(name="time_embedding.linear_2")(

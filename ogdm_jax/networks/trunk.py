@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.blocks import Style, UNetBlock
+from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array
 
 
@@ -86,8 +87,11 @@ def plan_decoder(
     return steps
 
 
-class UNet(nn.Module):
+class UNet(Tapped):
     """What SongUNet, DhariwalUNet, ADMUNet and ADMEncoder have in common.
+
+    Labels are [B] int32 (-1 = no class), [B, label_dim] float, or None. The layers are blocks such
+    as "enc_8x8_block0" (an output [B,h,w,c]); "mid" is the second middle block.
 
     Attributes:
       img_resolution: side of the square images that the names of the blocks are made from; other
@@ -118,62 +122,6 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    augment_dim = 0  # a field of the networks that have a place for augmentation labels
-
-    def __call__(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-    ) -> Array:
-        """F(x; c_noise, label, augment).
-
-        Args:
-          x: [B,H,W,img_channels], already times c_in.
-          c_noise: [B] or a scalar.
-          label: [B] int32 (-1 = no class), [B, label_dim] float, or None (no class). Ignored where
-            label_dim is 0.
-          augment: [B, augment_dim] or None (not augmented, the same as zeros).
-          dropout_keys: [B] typed keys; None switches dropout off.
-
-        Returns:
-          [B,H,W,out_channels], at least float32.
-
-        Raises:
-          ValueError: the shape of x or of a label does not fit.
-        """
-        return self._run(x, c_noise, label, augment, dropout_keys, ["out"])[0]
-
-    def features(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
-        dropout_keys: Array | None = None,
-        *,
-        at: str = "mid",
-    ) -> Array | list[Array]:
-        """What the network computes on its way; call it as `network.apply(..., method="features")`.
-
-        Nothing behind the last layer asked for is computed. Arguments as those of `__call__`, and
-
-        Args:
-          at: "emb" (the embedding [B,E]), "mid" (the output of the second middle block), or the
-            name of a block such as "enc_8x8_block0" (its output [B,h,w,c]); or several of these
-            with commas between them.
-
-        Returns:
-          One array, or a list of them where `at` has several names.
-
-        Raises:
-          ValueError: as `__call__`, and an unknown name.
-        """
-        found = self._run(x, c_noise, label, augment, dropout_keys, at.split(","))
-        return found if len(found) > 1 else found[0]
-
     @nn.compact
     def _run(
         self,
@@ -184,7 +132,6 @@ class UNet(nn.Module):
         dropout_keys: Array | None,
         names: Sequence[str],
     ) -> list[Array]:
-        """The outputs of the layers named; "out" is the network's own."""
         self._check(x, names)
         names = [self._middle_name if name == "mid" else name for name in names]
         found = {"emb": self._embed(x.shape[0], c_noise, label, augment)}
@@ -256,7 +203,7 @@ class UNet(nn.Module):
 
     @property
     def layer_names(self) -> list[str]:
-        """The layers whose output `features` gives."""
+        """The first convolution and the blocks."""
         return [self._first_name, *(step.name for step in self._plan())]
 
     def check_widths(self) -> None:
