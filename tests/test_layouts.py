@@ -325,7 +325,10 @@ def test_a_large_archive_of_64_bit_places_is_read(tmp_path):
         for name in "ab":
             with file.open(f"{name}.png", "w", force_zip64=True) as member:
                 member.write(encoded())
-    assert struct.pack("<H", 45) in (tmp_path / "a.zip").read_bytes()[:8]
+    # the first member's extra field: 16 bytes of 64-bit sizes (what version the header says it
+    # needs, Python 3.11 before .4 leaves at 20)
+    at = 30 + len("a.png")
+    assert (tmp_path / "a.zip").read_bytes()[at : at + 4] == struct.pack("<HH", 1, 16)
     assert len(open_source(f"zip:{tmp_path}/a.zip")) == 2
 
 
