@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from ogdm_jax.typing import Array, Denoise, PyTree
 
+Evaluation = Callable[..., list[Array]]  # (x, sigma, label) -> [x0_hat], or [x0_hat, fraction]
+
 
 def same_level(sigma: Array) -> Array:
     """The level sigma as it is: the rounding of a network that answers at every level."""
@@ -104,24 +106,42 @@ def as_denoiser(fn: Denoise) -> Denoiser:
     return fn if isinstance(fn, Denoiser) else Denoiser(fn)
 
 
-def clipped(denoise: Denoiser) -> Denoiser:
-    """The denoiser with x0_hat clamped to [-1, 1], as guided-diffusion samples.
+def decorated(denoise: Denoiser, around: Callable[..., list[Array]]) -> Denoiser:
+    """The denoiser with another x0_hat: in calls, beside the learned variance, in the corrector.
 
-    Slopes and eps_hat follow the clamped x0_hat: (x - x0_hat) / sigma.
+    Args:
+      denoise: the denoiser.
+      around: (base, evaluate, x, sigma, label) -> what the list evaluate(x, sigma, label) holds,
+        with another x0_hat. evaluate gives [x0_hat], or [x0_hat, fraction] of `variance`; base is
+        the denoiser that it belongs to: this one, or its corrector.
     """
 
     def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
-        return jnp.clip(denoise(x, sigma, label), -1, 1)
+        return around(denoise, lambda *at: [denoise(*at)], x, sigma, label)[0]
 
     def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        assert denoise.variance is not None  # replaced below only where it is there
-        x0_hat, fraction = denoise.variance(x, sigma, label)
-        return jnp.clip(x0_hat, -1, 1), fraction
+        learned = denoise.variance
+        assert learned is not None  # replaced below only where it is there
+        x0_hat, fraction = around(denoise, lambda *at: list(learned(*at)), x, sigma, label)
+        return x0_hat, fraction
 
     return dataclasses.replace(
         denoise,
         evaluate=evaluate,
         variance=denoise.variance and variance,
         noise=None,
-        corrector=denoise.corrector and clipped(denoise.corrector),
+        corrector=denoise.corrector and decorated(denoise.corrector, around),
     )
+
+
+def clipped(denoise: Denoiser) -> Denoiser:
+    """The denoiser with x0_hat clamped to [-1, 1], as guided-diffusion samples.
+
+    Slopes and eps_hat follow the clamped x0_hat: (x - x0_hat) / sigma.
+    """
+
+    def clamped(_: Denoiser, evaluate: Evaluation, *at: PyTree) -> list[Array]:
+        x0_hat, *rest = evaluate(*at)
+        return [jnp.clip(x0_hat, -1, 1), *rest]
+
+    return decorated(denoise, clamped)

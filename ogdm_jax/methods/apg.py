@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import check, setting
-from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.session import Session
@@ -103,44 +103,37 @@ def guide(
       seen: what `difference` gave at the step's start, so that it is not evaluated twice.
     """
 
-    def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
-        if seen is not None and x is seen.x and sigma is seen.sigma:
-            return mixed(seen.found, sigma)[0]
-        return mixed(difference(denoise, settings, x, sigma, label), sigma)[0]
-
-    def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        x0_hat, fraction = mixed(difference(denoise, settings, x, sigma, label, True), sigma)
-        return x0_hat, fraction
-
     def mixed(found: list[Array], sigma: Array) -> list[Array]:
         x0_hat, m, *rest = found
         m = m if before is None else m + settings.momentum * before.astype(m.dtype)
         active = per_example(inside(settings.window, sigma), x0_hat) > 0
         return [jnp.where(active, projected(x0_hat, m, settings, weight), x0_hat), *rest]
 
-    return dataclasses.replace(
-        denoise,
-        evaluate=evaluate,
-        variance=denoise.variance and variance,
-        noise=None,
-        corrector=denoise.corrector and guide(denoise.corrector, settings, weight, before),
-    )
+    def around(
+        base: Denoiser, evaluate: Evaluation, x: Array, sigma: Array, label: PyTree
+    ) -> list[Array]:
+        return mixed(difference(base, evaluate, settings, x, sigma, label), sigma)
+
+    def again(x: Array, sigma: Array, label: PyTree = None) -> Array:
+        if seen is not None and x is seen.x and sigma is seen.sigma:
+            return mixed(seen.found, sigma)[0]
+        return guided(x, sigma, label)
+
+    guided = decorated(denoise, around)
+    return guided if seen is None else dataclasses.replace(guided, evaluate=again)
 
 
 def difference(
     denoise: Denoiser,
+    evaluate: Evaluation,
     settings: Settings,
     x: Array,
     sigma: Array,
     label: PyTree,
-    learned: bool = False,
 ) -> list[Array]:
-    """[x0_hat, its difference to the one without condition, where learned the variance's fraction];
-    outside the window the difference is 0 and not evaluated.
+    """[x0_hat, its difference to the one without condition, what else evaluate gives]; outside the
+    window the difference is 0 and not evaluated.
     """
-
-    def evaluate(*at: Any) -> list[Array]:
-        return list(denoise.variance(*at)) if learned and denoise.variance else [denoise(*at)]
 
     def both() -> list[Array]:
         (x0_hat, without), *rest = cfg.with_and_without(denoise, evaluate, x, sigma, label)
@@ -179,7 +172,7 @@ def guidance(
     def step(
         denoise: Denoiser, constants: PyTree, memory: Array, x: Array, sigma: Array, label: PyTree
     ) -> tuple[Denoiser, Array]:
-        found = difference(denoise, chosen, x, sigma, label)
+        found = difference(denoise, lambda *at: [denoise(*at)], chosen, x, sigma, label)
         seen = _Seen(x, sigma, found)
         after = found[1].astype(x.dtype) + chosen.momentum * memory
         return guide(denoise, chosen, constants["weight"], memory, seen), after

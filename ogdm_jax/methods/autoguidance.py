@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import ConfigError, check, setting
-from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
+from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Preset
@@ -58,33 +58,22 @@ def guide(denoise: Denoise, weak: Denoise, weight: Any, window: Window | None = 
       weight: w above; a number or an array.
       window: noise levels (low, high) that are guided, per example; None: all.
     """
-    denoise = as_denoiser(denoise)
 
-    def guided(x0_hat: Array, x: Array, sigma: Array, label: PyTree) -> Array:
-        active = inside(window, sigma)
+    def guided(
+        _: Denoiser, evaluate: Evaluation, x: Array, sigma: Array, label: PyTree
+    ) -> list[Array]:
+        (x0_hat, *rest), active = evaluate(x, sigma, label), inside(window, sigma)
 
         def inner() -> Array:
             other = weak(x, sigma, label).astype(x0_hat.dtype)
             w = per_example(jnp.where(active, jnp.asarray(weight, sigma.dtype), 1), x0_hat)
             return other + w * (x0_hat - other)
 
-        return inner() if window is None else jax.lax.cond(jnp.any(active), inner, lambda: x0_hat)
+        if window is None:
+            return [inner(), *rest]
+        return [jax.lax.cond(jnp.any(active), inner, lambda: x0_hat), *rest]
 
-    def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
-        return guided(denoise(x, sigma, label), x, sigma, label)
-
-    def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        assert denoise.variance is not None  # replaced below only where it is there
-        x0_hat, fraction = denoise.variance(x, sigma, label)
-        return guided(x0_hat, x, sigma, label), fraction
-
-    return dataclasses.replace(
-        denoise,
-        evaluate=evaluate,
-        variance=denoise.variance and variance,
-        noise=None,
-        corrector=denoise.corrector and guide(denoise.corrector, weak, weight, window),
-    )
+    return decorated(as_denoiser(denoise), guided)
 
 
 def guidance(

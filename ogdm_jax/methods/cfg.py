@@ -9,7 +9,6 @@ the conditional model answers alone.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.config import ConfigError, check, setting
-from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
+from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Preset
@@ -60,12 +59,14 @@ def guide(
     if isinstance(weight, int | float) and weight == 1:
         return denoise
 
-    def guided(evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree) -> PyTree:
+    def guided(
+        base: Denoiser, evaluate: Evaluation, x: Array, sigma: Array, label: PyTree
+    ) -> list[Array]:
         """The [x0_hat, ...] of evaluate for the given labels, with x0_hat guided."""
         active = inside((sigma_min, sigma_max), sigma)
 
-        def both() -> PyTree:
-            (conditional, plain), *rest = with_and_without(denoise, evaluate, x, sigma, label)
+        def both() -> list[Array]:
+            (conditional, plain), *rest = with_and_without(base, evaluate, x, sigma, label)
             chosen = weight(sigma) if callable(weight) else weight
             w = jnp.where(active, jnp.asarray(chosen, sigma.dtype), 1)
             mixed = plain + per_example(w, plain) * (conditional - plain)
@@ -77,27 +78,11 @@ def guide(
             return both()
         return jax.lax.cond(jnp.any(active), both, lambda: evaluate(x, sigma, label))
 
-    def evaluate(x: Array, sigma: Array, label: PyTree = None) -> Array:
-        return guided(lambda *at: [denoise(*at)], x, sigma, label)[0]
-
-    def variance(x: Array, sigma: Array, label: PyTree = None) -> tuple[Array, Array]:
-        learned = denoise.variance
-        assert learned is not None  # replaced below only where it is there
-        x0_hat, fraction = guided(lambda *at: list(learned(*at)), x, sigma, label)
-        return x0_hat, fraction
-
-    return dataclasses.replace(
-        denoise,
-        evaluate=evaluate,
-        variance=denoise.variance and variance,
-        noise=None,
-        corrector=denoise.corrector
-        and guide(denoise.corrector, weight, sigma_min, sigma_max, channels),
-    )
+    return decorated(denoise, guided)
 
 
 def with_and_without(
-    denoise: Denoiser, evaluate: Callable[..., PyTree], x: Array, sigma: Array, label: PyTree
+    denoise: Denoiser, evaluate: Evaluation, x: Array, sigma: Array, label: PyTree
 ) -> list[list[Array]]:
     """What `evaluate` says of the images under their condition and under none, in one batch of
     twice the size: [[x0_hat, x0_hat without], ...].
