@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from ogdm_jax import parallel, places, platforms, startup
@@ -19,6 +18,7 @@ from ogdm_jax.data import Source
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling import adaptive, generate, likelihood
 from ogdm_jax.sampling.guidance import Guidance
+from ogdm_jax.training.evaluate import evaluations_of
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
 
@@ -101,8 +101,7 @@ def _measure(
     """The likelihood of the first images of a source: means, and what they are worth."""
     devices = parallel.make_plan("mesh", args.devices).local_devices
     size = generate.batch_size(args.num, len(devices), args.batch)
-    mesh = Mesh(np.asarray(devices), (generate.AXIS,))
-    whole, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (generate.AXIS,)))
+    whole, divided = generate.shardings(devices)
 
     def bits(
         weights: PyTree, images: Array, labels: Array | None, numbers: Array, constants: PyTree
@@ -124,16 +123,15 @@ def _measure(
     each = []
     with tqdm(total=args.num, unit="image", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, args.num, size):
-            at = np.resize(np.arange(start, min(start + size, args.num)), size)
+            at = generate.batch_rows(start, size, args.num)
             rows = source.take(at)
             labels = rows["label"] if trained.model.label_dim else None
             part = compiled(weights, rows["image"], labels, at.astype(np.uint32), constants)
             each.append(np.asarray(part)[:, : args.num - start])
             bar.update(each[-1].shape[1])
-    values, evaluations = np.concatenate(each, axis=1).astype(np.float64)
+    values, counts = np.concatenate(each, axis=1).astype(np.float64)
     lost = int((~np.isfinite(values)).sum())
     error = values.std(ddof=1) / np.sqrt(args.num) if args.num > 1 else float("nan")
     found = {"bits_per_dim": float(values.mean()), "standard_error": float(error)}
-    found |= {"images": args.num, "nfe": round(float(evaluations.mean()))}
-    found |= {"nfe_range": [int(evaluations.min()), int(evaluations.max())]}
+    found |= {"images": args.num} | evaluations_of(counts)
     return found | ({"not_finite": lost} if lost else {})

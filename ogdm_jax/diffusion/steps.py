@@ -42,7 +42,7 @@ def spread(std: float | Array, x: Array) -> Array:
     return per_example(std, x) if std.ndim <= 1 else std.astype(x.dtype)
 
 
-def _sqrt(v: Array) -> Array:
+def safe_sqrt(v: Array) -> Array:
     """sqrt(max(v, 0)) whose gradient at v <= 0 is 0 and not infinite; nan stays."""
     nothing = v <= 0
     return jnp.where(nothing, 0.0, jnp.sqrt(jnp.where(nothing, 1.0, v)))
@@ -152,8 +152,8 @@ def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tu
     """
     # products of sums below: differences of squares would cancel in float32
     ratio = sigma_next / sigma
-    std = eta * sigma_next * _sqrt((1 - ratio) * (1 + ratio))
-    return sigma_next * _sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2), std
+    std = eta * sigma_next * safe_sqrt((1 - ratio) * (1 + ratio))
+    return sigma_next * safe_sqrt((1 - eta) * (1 + eta) + (eta * ratio) ** 2), std
 
 
 def ddim_moments(
@@ -224,7 +224,7 @@ def posterior_std(
             raise ValueError(
                 f"variance={variance!r}; expected {', '.join(named)} or a fraction in [0, 1]"
             )
-        return jnp.where(sigma_next > 0, _sqrt(named[variance]), 0.0)
+        return jnp.where(sigma_next > 0, safe_sqrt(named[variance]), 0.0)
     fraction = jnp.asarray(variance, small.dtype)
     small, large = (v.reshape(v.shape + (1,) * max(fraction.ndim - 1, 0)) for v in (small, large))
     positive = small > 0  # then large is positive too
@@ -377,7 +377,7 @@ def dpmpp_2m_moments(
     positive = sigma_next > 0
     log_ratio = jnp.log(jnp.where(positive, sigma_next, sigma) / sigma)
     down = sigma_next * jnp.exp(eta * log_ratio)
-    std = jnp.where(positive, sigma_next * _sqrt(-jnp.expm1(2 * eta * log_ratio)), 0.0)
+    std = jnp.where(positive, sigma_next * safe_sqrt(-jnp.expm1(2 * eta * log_ratio)), 0.0)
     return euler_update(x, x0_hat + weight * (x0_hat - x0_before), sigma, down), std
 
 

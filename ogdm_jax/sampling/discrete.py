@@ -48,8 +48,7 @@ def ddim(
       **settings: eta, key, guidance, trajectory, ... of `sample`.
     """
     table = Discrete.make() if table is None else table
-    kept = grids.ddim_timesteps(n, len(table.timesteps), spacing)
-    sigmas = np.append(table.sigma[kept][::-1], 0.0)
+    sigmas = grids.ddim(n, table, spacing)
     denoise = precondition.adm(lambda x, t, label=None: eps_model(x, t), table, clip=clip)
     # sample() multiplies by sigmas[0].
     start = widened(latents) * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])

@@ -67,6 +67,11 @@ def pending(done: np.ndarray, batch: int) -> list[int]:
     return [at for at in range(0, len(done), batch) if not done[at : at + batch].all()]
 
 
+def batch_rows(start: int, batch: int, count: int) -> np.ndarray:
+    """[batch] rows from start on, of count; the last batch repeats its first up to that size."""
+    return np.resize(np.arange(start, min(start + batch, count)), batch)
+
+
 def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     """The class of each seed: uniform, drawn from the seed alone."""
     keys = randomness.fold_in_each(seed_keys(jnp.asarray(seeds, jnp.uint32)), "label")
@@ -117,8 +122,7 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
     require(name in CONTINUOUS or table is not None, "sample.grid", name, fitting)
     try:
         if name in DISCRETE and table is not None:
-            kept = grids.ddim_timesteps(steps, len(table.timesteps), DISCRETE[name])
-            return np.append(table.sigma[kept][::-1], 0.0)
+            return grids.ddim(steps, table, DISCRETE[name])
         if name == PNDM and table is not None:
             return discrete.pndm_levels(steps, table, ORDERS[settings.solver])
         low, high = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
@@ -148,21 +152,22 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     require(random, "sample.eta", settings.eta, "above 0, such as 1, or sample.solver=dpmpp_2m")
     if model is None:
         return
-    levels, solvers = noise_levels(model, settings), ", ".join(FROM_PURE_NOISE)
-    starts = levels[0] < process.PURE_NOISE or settings.solver in FROM_PURE_NOISE
+    denoise, solvers = model.denoiser({}, {}), ", ".join(FROM_PURE_NOISE)
+    finite_start = noise_levels(model, settings)[0] < process.PURE_NOISE
+    starts = finite_start or settings.solver in FROM_PURE_NOISE
     expected = f"one of {solvers} with the grid {settings.grid!r}, which starts from pure noise"
     require(starts, "sample.solver", settings.solver, expected)
-    bounded = levels[0] < process.PURE_NOISE or settings.variance != "diffusion"
+    bounded = finite_start or settings.variance != "diffusion"
     finite = (
         f"small, large or learned with the grid {settings.grid!r}: from pure noise it is infinite"
     )
     require(bounded, "sample.variance", settings.variance, finite)
-    known = settings.variance != "learned" or model.denoiser({}, {}).variance is not None
+    known = settings.variance != "learned" or denoise.variance is not None
     fixed = "small, large or diffusion: the model has learned no variance"
     require(known, "sample.variance", settings.variance, fixed)
     if settings.solver == adaptive.NAME:
         try:
-            adaptive.check_control(adaptive.Control(), model.denoiser({}, {}))
+            adaptive.check_control(adaptive.Control(), denoise)
         except ValueError as error:
             raise ConfigError(f"config.sample.solver: {error}") from None
 
@@ -234,12 +239,17 @@ def sampler(
             with_nfe=chooses,
         )
 
-    mesh = Mesh(np.asarray(devices), (AXIS,))
-    whole, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    whole, divided = shardings(devices)
     images = platforms.traced_for(devices[0].platform, images)
     return jax.jit(
         images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided
     )
+
+
+def shardings(devices: Sequence[Any]) -> tuple[NamedSharding, NamedSharding]:
+    """Where arrays lie: (whole on each device, their rows divided over the devices)."""
+    mesh = Mesh(np.asarray(devices), (AXIS,))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def check_guidance(settings: Sample, guidance: Sequence[Guidance], churn: Any = None) -> None:
@@ -284,8 +294,7 @@ def generate(
     seeds = np.asarray(seeds, np.uint32)
     constants, rows = arrays(guidance)
     for start in pending(np.zeros(len(seeds), bool) if done is None else done, batch):
-        # The last part repeats its first rows up to that size.
-        at = np.resize(np.arange(start, min(start + batch, len(seeds))), batch)
+        at = batch_rows(start, batch, len(seeds))
         classes = None if labels is None else np.asarray(labels, np.int32)[at]
         part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
         drawn = images(params, buffers, seeds[at], classes, constants, part)

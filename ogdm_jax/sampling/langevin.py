@@ -112,6 +112,4 @@ def langevin_step(
 def _norm(v: Array) -> Array:
     """[B] Euclidean norm of each image."""
     wide = v.astype(jnp.promote_types(v.dtype, jnp.float32)).reshape(v.shape[0], -1)
-    total = jnp.sum(wide**2, axis=1)
-    positive = total != 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0)
+    return steps.safe_sqrt(jnp.sum(wide**2, axis=1))

@@ -290,19 +290,20 @@ def check_start(solver: str, sigmas: Array | np.ndarray, variance: Any = None) -
     """Raises ValueError for a solver, or a variance of ancestral steps, that means nothing from
     pure noise, on such a grid.
     """
-    unbounded = isinstance(variance, str) and variance == "diffusion"  # the first step's is sigma^2
-    if (solver in solvers.FROM_PURE_NOISE and not unbounded) or isinstance(sigmas, Tracer):
+    if isinstance(sigmas, Tracer):
         return
-    if np.max(np.asarray(sigmas), initial=0.0) >= process.PURE_NOISE:
-        if solver in solvers.FROM_PURE_NOISE:
-            raise ValueError(
-                f"variance={variance!r} on a grid that starts from pure noise, where it is "
-                "infinite; expected 'small', 'large' or 'learned'"
-            )
+    if not np.max(np.asarray(sigmas), initial=0.0) >= process.PURE_NOISE:
+        return
+    if solver not in solvers.FROM_PURE_NOISE:
         raise ValueError(
             f"solver={solver!r} on a grid that starts from pure noise, whose level is infinite; "
             f"expected one of {', '.join(solvers.FROM_PURE_NOISE)}, or a grid with a finite first "
             "level, such as edm"
+        )
+    if isinstance(variance, str) and variance == "diffusion":  # the first step's is sigma^2
+        raise ValueError(
+            f"variance={variance!r} on a grid that starts from pure noise, where it is "
+            "infinite; expected 'small', 'large' or 'learned'"
         )
 
 

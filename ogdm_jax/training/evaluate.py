@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ogdm_jax import data, models, places, records
 from ogdm_jax.config import Config, ConfigError, Sample, require
@@ -162,9 +161,7 @@ class Evaluator:
     ) -> Iterator[np.ndarray]:
         """Yields this process's images of the seeds, from its own devices."""
         devices = self._run.plan.local_devices
-        mesh = Mesh(np.asarray(devices), ("images",))
-        whole = NamedSharding(mesh, PartitionSpec())
-        divided = NamedSharding(mesh, PartitionSpec("images"))
+        whole, divided = generate.shardings(devices)
         params, buffers = jax.device_put(jax.tree.map(np.asarray, (params, buffers)), whole)
         guidance = [
             dataclasses.replace(method, constants=jax.device_put(method.constants, whole))
@@ -215,10 +212,15 @@ def describe_sampler(settings: Sample, counts: Sequence[np.ndarray] = ()) -> dic
         evaluations = nfe(settings.solver, settings.steps, **settings.options)
         return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
     how: dict[str, Any] = {"solver": settings.solver, "rtol": settings.rtol, "atol": settings.atol}
-    if counts:
-        each = np.concatenate(counts)
-        how |= {"nfe": round(float(each.mean())), "nfe_range": [int(each.min()), int(each.max())]}
-    return how
+    return how | (evaluations_of(np.concatenate(counts)) if counts else {})
+
+
+def evaluations_of(counts: np.ndarray) -> dict[str, Any]:
+    """{"nfe", "nfe_range"} of the network evaluations of each image, see `describe_sampler`."""
+    return {
+        "nfe": round(float(counts.mean())),
+        "nfe_range": [int(counts.min()), int(counts.max())],
+    }
 
 
 def words_of(settings: Sample, counts: Sequence[np.ndarray] = ()) -> str:
