@@ -1,7 +1,6 @@
 """What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -139,7 +138,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
     known = {name: shapes[theirs] for name, theirs in named.items()}
     network = _make(AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
     needed = _stored(_shapes_of(names_latent.vae_entries, network), named, shapes)
-    beside = {name for name in shapes if name.startswith(("loss.", "model_ema."))}
+    beside = names_latent.vae_beside(shapes)
     return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
 
 
@@ -161,13 +160,9 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     convert = lambda s: names_latent.clip_to_flax(s, network)
     if "ln_final.weight" in shapes:
         return Match(network, {}, set(shapes), convert)
-    named = {f"text_model.{name.removeprefix('text_model.')}": name for name in shapes}
+    named = names_latent.clip_names(shapes)
     needed = _stored(_shapes_of(names_latent.clip_entries, network), named, shapes)
-    beside = {name for name in shapes if name.endswith("position_ids")}
-    deeper = r"(text_model\.)?encoder\.layers\.(\d{1,3})\..*"
-    layers = {name: re.fullmatch(deeper, name) for name in shapes}
-    beside |= {name for name, match in layers.items() if match and int(match[2]) >= network.depth}
-    return Match(network, needed, beside, convert)
+    return Match(network, needed, names_latent.clip_beside(shapes, network.depth), convert)
 
 
 def _stored(

@@ -5,8 +5,9 @@ that a name map is a rule. DiT's blocks are stacked in ours and numbered in the 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,12 @@ def _entry(path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:
     if last == "embedding":  # a table: [rows, width] in both
         return Entry(".".join([*modules, "weight"]), path, shape, layout="same")
     return Entry(".".join([*modules, LEAVES[last]]), path, shape)
+
+
+def _entries(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> list[Entry]:
+    """Every tensor of a network whose names are its paths."""
+    shapes = variable_shapes(network, *inputs)
+    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
 
 
 def _numbered(path: tuple[str, ...], i: int) -> tuple[str, ...]:
@@ -88,8 +95,7 @@ def vae_entries(network: AutoencoderKL) -> list[Entry]:
     """Every tensor under diffusers' name."""
     side = network.factor * 2
     image = jax.ShapeDtypeStruct((1, side, side, network.img_channels), jnp.float32)
-    shapes = variable_shapes(network, image)
-    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+    return _entries(network, image)
 
 
 # diffusers' older files -> today's
@@ -124,11 +130,16 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
+def vae_beside(names: Iterable[str]) -> set[str]:
+    """What LDM's training keeps beside an autoencoder."""
+    return {name for name in names if name.startswith(("loss.", "model_ema."))}
+
+
 def vae_to_flax(state: Mapping[str, np.ndarray], network: AutoencoderKL) -> PyTree:
     """{"params": ...} of an autoencoder from a state dict of diffusers (today's or older) or LDM.
 
-    What LDM's training keeps beside it (`loss.*`) is ignored. A 1x1 convolution and the matrix of a
-    linear layer are the same numbers.
+    What LDM's training keeps beside it (`vae_beside`) is ignored. A 1x1 convolution and the matrix
+    of a linear layer are the same numbers.
 
     Raises:
       ValueError: a tensor is missing, has another shape, or has no place in the network.
@@ -138,8 +149,8 @@ def vae_to_flax(state: Mapping[str, np.ndarray], network: AutoencoderKL) -> PyTr
     for name, value in named.items():
         if ".attentions." in name and value.ndim == 4:
             named[name] = value[..., 0, 0]
-    ignore = [name for name in named if name.startswith(("loss.", "model_ema."))]
-    return to_flax(named, vae_entries(network), "Stable Diffusion's autoencoder", ignore)
+    entries = vae_entries(network)
+    return to_flax(named, entries, "Stable Diffusion's autoencoder", vae_beside(named))
 
 
 def flax_to_vae(variables: PyTree, network: AutoencoderKL) -> dict[str, np.ndarray]:
@@ -153,8 +164,7 @@ _FLAT = re.compile(r"\.attentions\.\d+\.proj_(in|out)\.weight$")
 def sd_unet_entries(network: UNet2DCondition) -> list[Entry]:
     """Every tensor under diffusers' name, proj_in and proj_out as matrices."""
     text = jax.ShapeDtypeStruct((1, 1, network.context_dim), jnp.float32)
-    shapes = variable_shapes(network, *image_input(network), text)
-    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+    return _entries(network, *image_input(network), text)
 
 
 _LDM_RES = {
@@ -237,9 +247,7 @@ def flax_to_sd_unet(variables: PyTree, network: UNet2DCondition) -> dict[str, np
 
 def clip_entries(network: CLIPText) -> list[Entry]:
     """Every tensor under the name that transformers before version 5 gives it."""
-    ids = jax.ShapeDtypeStruct((1, network.positions), jnp.int32)
-    shapes = variable_shapes(network, ids)
-    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
+    return _entries(network, jax.ShapeDtypeStruct((1, network.positions), jnp.int32))
 
 
 _OPEN_CLIP = {
@@ -276,6 +284,20 @@ def _from_open_clip(state: Mapping[str, np.ndarray], depth: int) -> dict[str, np
     return found
 
 
+_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d{1,3})\..*")
+
+
+def clip_names(names: Iterable[str]) -> dict[str, str]:
+    """{name of `clip_entries`: name in the file} in the layouts of transformers."""
+    return {f"text_model.{name.removeprefix('text_model.')}": name for name in names}
+
+
+def clip_beside(names: Iterable[str], depth: int) -> set[str]:
+    """What files of transformers have beside a network's tensors: ids, and layers behind depth."""
+    behind = lambda name: (match := _LAYER.fullmatch(name)) and int(match[1]) >= depth
+    return {name for name in names if name.endswith("position_ids") or behind(name)}
+
+
 def clip_to_flax(state: Mapping[str, np.ndarray], network: CLIPText) -> PyTree:
     """{"params": ...} of a text encoder from a state dict of transformers (with the prefix
     `text_model.` or, from version 5 on, without it) or of open_clip, prefixes of LDM removed.
@@ -287,11 +309,9 @@ def clip_to_flax(state: Mapping[str, np.ndarray], network: CLIPText) -> PyTree:
     """
     if "ln_final.weight" in state:
         state = _from_open_clip(state, network.depth)
-    named = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in state.items()}
-    layer = re.compile(r"text_model\.encoder\.layers\.(\d+)\..*")
-    behind = lambda name: (match := layer.fullmatch(name)) and int(match[1]) >= network.depth
-    ignore = [name for name in named if name.endswith("position_ids") or behind(name)]
-    return to_flax(named, clip_entries(network), "CLIP's text encoder", ignore)
+    named = {ours: state[theirs] for ours, theirs in clip_names(state).items()}
+    beside = clip_beside(named, network.depth)
+    return to_flax(named, clip_entries(network), "CLIP's text encoder", beside)
 
 
 def flax_to_clip(variables: PyTree, network: CLIPText) -> dict[str, np.ndarray]:
