@@ -1,7 +1,6 @@
 """What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ from ogdm_jax.interop import (
     recognise,
     recognise_latent,
 )
+from ogdm_jax.interop.names_shared import Entry
 from ogdm_jax.networks import (
     ADMEncoder,
     ADMUNet,
@@ -44,22 +44,15 @@ class Match(NamedTuple):
     convert: Callable[[Mapping[str, np.ndarray]], PyTree]
 
 
-def _traced(entries: Callable[..., Any], *network: Any) -> dict[str, tuple[int, ...]]:
-    """{PyTorch name: shape} of entries(*network), entries or such a dictionary."""
-    found = entries(*network)
-    if isinstance(found, dict):
-        return found
-    return {entry.name: entry.torch_shape for entry in found}
-
-
-# a second or two for the published sizes; flax's modules can be hashed, but their type denies it
-_shapes_of: Callable[..., dict[str, tuple[int, ...]]] = functools.lru_cache(maxsize=16)(_traced)
+def _shapes_of(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """{PyTorch name: shape}."""
+    return {entry.name: entry.torch_shape for entry in entries}
 
 
 def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     network = names_edm.edm_network({"dropout": 0.0} | recognise.edm_settings(state) | settings)
     prefix = "" if any(name.startswith("model.") for name in shapes) else "model."
-    needed = _shapes_of(names_edm.edm_entries, network).items()
+    needed = _shapes_of(names_edm.edm_entries(network)).items()
     return Match(
         network,
         {name.removeprefix(prefix): shape for name, shape in needed},
@@ -79,7 +72,7 @@ def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
 def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> Match:
     order = settings.pop("qkv_order")
     network = _make(cls, settings)
-    needed = _shapes_of(names_adm.adm_entries, network, order)
+    needed = _shapes_of(names_adm.adm_entries(network, order))
     return Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
 
 
@@ -87,7 +80,7 @@ def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     found = names_score_sde.score_sde_settings(shapes, settings)
     network = names_edm.edm_network({"dropout": 0.0, "model_type": "SongUNet"} | found | settings)
     network = cast(SongUNet, network)
-    needed = _shapes_of(names_score_sde.score_sde_shapes, network)
+    needed = names_score_sde.score_sde_shapes(network)
     convert = lambda s: names_score_sde.score_sde_to_flax(s, network)
     return Match(network, needed, {"sigmas"}, convert)
 
@@ -97,7 +90,7 @@ def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings)
     network = _make(StyleGAN2Discriminator, found | settings)
     return Match(
         network,
-        _shapes_of(names_discriminator.discriminator_entries, network),
+        _shapes_of(names_discriminator.discriminator_entries(network)),
         set(filter(names_discriminator.is_constant, shapes)),
         lambda s: names_discriminator.discriminator_to_flax(s, network),
     )
@@ -111,7 +104,7 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     network = _make(InceptionV3, {"num_classes": classes} | settings)
     implied = set(names_inception.scales_left_out(theirs))
     implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
-    needed = _shapes_of(names_inception.inception_entries, network).items()
+    needed = _shapes_of(names_inception.inception_entries(network)).items()
     unused = ("AuxLogits.", "Conv2d_AuxLogits.")
     return Match(
         network,
@@ -127,7 +120,7 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
 
 def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     network = _make(DiT, recognise_latent.dit_settings(shapes, settings))
-    needed = _shapes_of(names_latent.dit_entries, network)
+    needed = _shapes_of(names_latent.dit_entries(network))
     return Match(network, needed, {"pos_embed"}, lambda s: names_latent.dit_to_flax(s, network))
 
 
@@ -137,7 +130,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
     named = {names_latent.vae_name(name, levels): name for name in shapes}
     known = {name: shapes[theirs] for name, theirs in named.items()}
     network = _make(AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
-    needed = _stored(_shapes_of(names_latent.vae_entries, network), named, shapes)
+    needed = _stored(_shapes_of(names_latent.vae_entries(network)), named, shapes)
     beside = names_latent.vae_beside(shapes)
     return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
 
@@ -148,7 +141,7 @@ def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Ma
     named = {name: name for name in shapes}
     if "time_embed.0.weight" in shapes:
         named = {ours: theirs for theirs, ours in names_latent.ldm_unet_names(network).items()}
-    needed = _stored(_shapes_of(names_latent.sd_unet_entries, network), named, shapes)
+    needed = _stored(_shapes_of(names_latent.sd_unet_entries(network)), named, shapes)
     return Match(network, needed, set(), lambda s: names_latent.sd_unet_to_flax(s, network))
 
 
@@ -161,7 +154,7 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     if "ln_final.weight" in shapes:
         return Match(network, {}, set(shapes), convert)
     named = names_latent.clip_names(shapes)
-    needed = _stored(_shapes_of(names_latent.clip_entries, network), named, shapes)
+    needed = _stored(_shapes_of(names_latent.clip_entries(network)), named, shapes)
     return Match(network, needed, names_latent.clip_beside(shapes, network.depth), convert)
 
 
