@@ -12,18 +12,16 @@ import argparse
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ogdm_jax.pixels import to_uint8
+from ogdm_jax.data import pictures
 from ogdm_jax.training.workdir import open_source, open_workdir
 
 COLUMNS, ROWS, SCALE, GAP, HEAD = 8, 4, 4, 28, 26
 
 
 def sheet(images: np.ndarray) -> np.ndarray:
-    """uint8 [32,h,w] as one picture, each enlarged, with white lines between."""
-    big = images.repeat(SCALE, 1).repeat(SCALE, 2)
-    framed = np.pad(big, ((0, 0), (1, 1), (1, 1)), constant_values=255)
-    _, h, w = framed.shape
-    return framed.reshape(ROWS, COLUMNS, h, w).swapaxes(1, 2).reshape(ROWS * h, COLUMNS * w)
+    """Grey images [32,h,w,1] as one picture, each enlarged, with white lines around."""
+    page = pictures.grid(images, COLUMNS, padding=2, scale=SCALE)[..., 0]
+    return np.pad(page, 1, constant_values=255)
 
 
 def main():
@@ -39,8 +37,8 @@ def main():
     panels = {"real digits": np.stack([np.asarray(source[i]["image"]) for i in range(n)])}
     for name, run in zip(("plain training", "with OGDM"), runs, strict=True):
         images = run.sample(n, batch=n, solver="euler", steps=args.steps)
-        panels[f"{name}, {args.steps} evaluations an image"] = np.asarray(to_uint8(images))
-    sheets = [sheet(images[..., 0]) for images in panels.values()]
+        panels[f"{name}, {args.steps} evaluations an image"] = images
+    sheets = [sheet(images) for images in panels.values()]
     height, width = sheets[0].shape
     page = Image.new("L", (3 * width + 2 * GAP, height + HEAD), 255)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
