@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from ogdm_jax.interop import export, load_pretrained
 from ogdm_jax.interop.pretrained import from_torch
 from tests.support import golden_support, torch_files
+from tests.support.families import latent
 from tests.support.golden_support import nchw, nhwc
 
 FOLDER = golden_support.FOLDER
@@ -76,10 +77,8 @@ def test_dit_of_no_published_width_needs_its_heads(dit, tmp_path):
 def test_autoencoder_in_all_layouts(tmp_path):
     file = golden("vae_a")
     state = file.state_dict()
-    ldm = {theirs[0]: state[name] for name, theirs in file.json("ldm_map").items()}
-    ldm = {n: v[..., None, None] if ".attn_1." in n and v.ndim == 2 else v for n, v in ldm.items()}
-    old = {file.json("deprecated_attention_map").get(n, n): v for n, v in state.items()}
-    for i, layout in enumerate((state, ldm | {"loss.logvar": np.zeros(3, np.float32)}, old)):
+    ldm = latent.ldm_vae(file) | {"loss.logvar": np.zeros(3, np.float32)}
+    for i, layout in enumerate((state, ldm, latent.old_vae(file))):
         found = load_pretrained(written(tmp_path / f"{i}.safetensors", layout), groups=8)
         assert found.kind == "autoencoder"
         equal(found, state)
@@ -92,14 +91,9 @@ def test_autoencoder_in_all_layouts(tmp_path):
 def single_file():
     """A whole LDM checkpoint: U-Net, autoencoder, text encoder, tables of the schedule."""
     unet, vae, text = (golden(n) for n in ("sd_unet_v1_a", "vae_a", "clip_text_sd1"))
-    state = {
-        f"model.diffusion_model.{theirs}": unet.state_dict()[name]
-        for name, theirs in unet.json("ldm_map").items()
-    }
-    for name, theirs in vae.json("ldm_map").items():
-        value = vae.state_dict()[name]
-        squared = ".attn_1." in theirs[0] and value.ndim == 2
-        state[f"first_stage_model.{theirs[0]}"] = value[..., None, None] if squared else value
+    numbers, names = unet.state_dict(), unet.json("ldm_map")
+    state = {f"model.diffusion_model.{names[name]}": numbers[name] for name in names}
+    state |= {f"first_stage_model.{name}": value for name, value in latent.ldm_vae(vae).items()}
     state |= {f"cond_stage_model.transformer.{n}": v for n, v in text.state_dict().items()}
     return state | {"betas": np.linspace(0, 1, 8).astype(np.float32)}
 
@@ -156,11 +150,7 @@ def test_a_missing_tensor_is_named():
 
 def test_open_clip_keeps_the_layers_asked_for():
     file = golden("clip_text_sd2")
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for name, (theirs, *rows) in file.json("openclip_map").items():
-        parts.setdefault(theirs, {})[int(rows[0][0]) if rows else 0] = file.state_dict()[name]
-    state = {name: np.concatenate([v[i] for i in sorted(v)]) for name, v in parts.items()}
-    network, variables = from_torch(state, depth=3, heads=4)
+    network, variables = from_torch(latent.open_clip(file), depth=3, heads=4)
     out = network.apply(variables, jnp.asarray(file["input_ids"].astype(np.int32)))
     file.assert_close("penultimate_final_ln", out)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))

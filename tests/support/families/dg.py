@@ -48,9 +48,8 @@ def clock(golden: Golden):
     )
 
 
-@family("dg_disc_")
-def discriminator(golden: Golden):
-    clock = "cosine" if golden.config["img_resolution_arg"] == 64 else "vp"
+def pair(golden: Golden):
+    """The file's discriminator, the parameters of its head, and those of its extractor."""
     extractor, head = (
         adm.published("create_classifier", golden.config[f"{name}_kwargs"])[0].clone(
             time_scale=999.0
@@ -61,7 +60,13 @@ def discriminator(golden: Golden):
         names_adm.adm_to_flax(golden.state_dict(f"{name}_"), network)["params"]
         for name, network in (("extractor", extractor), ("head", head))
     )
-    network = FeatureDiscriminator(head, extractor)
+    return FeatureDiscriminator(head, extractor), params, frozen
+
+
+@family("dg_disc_")
+def discriminator(golden: Golden):
+    clock = "cosine" if golden.config["img_resolution_arg"] == 64 else "vp"
+    network, params, frozen = pair(golden)
     x, sigma = jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["sigma"])
     label = (
         jnp.asarray(golden["class_labels"].argmax(-1), jnp.int32)
@@ -79,7 +84,7 @@ def discriminator(golden: Golden):
         logit = lambda x, t, y: network.logit(params, frozen, x, t, y)
         shift, ratio = dg.correction(dg.log_ratio(logit, 1e-5, clock), x, sigma, label)
         x_vp = x * column(jax.lax.rsqrt(1 + sigma**2), x)
-        apply = functools.partial(extractor.apply, {"params": frozen}, x_vp, t_net)
+        apply = functools.partial(network.extractor.apply, {"params": frozen}, x_vp, t_net)
         feature = apply(method="features")[:1]
         return logit(x_vp, t_net, label), ratio, shift, feature, apply()
 
@@ -158,17 +163,7 @@ def sampler(golden: Golden):
 @family("dit_sampling_latent_disc")
 def latent_discriminator(golden: Golden):
     """DG's discriminator of DiT latents: t / 999 of the discrete chain, gradient at x_t itself."""
-    extractor, head = (
-        adm.published("create_classifier", golden.config[f"{name}_kwargs"])[0].clone(
-            time_scale=999.0
-        )
-        for name in ("extractor", "head")
-    )
-    frozen, params = (
-        names_adm.adm_to_flax(golden.state_dict(f"{name}_"), network)["params"]
-        for name, network in (("extractor", extractor), ("head", head))
-    )
-    network = FeatureDiscriminator(head, extractor)
+    network, params, frozen = pair(golden)
     x, t, label = jnp.asarray(nhwc(golden["x"])), golden["t"] / 999, jnp.asarray(golden["y"])
     t = jnp.asarray(t, jnp.float32)
 
@@ -179,7 +174,7 @@ def latent_discriminator(golden: Golden):
             return logit.sum(), logit
 
         grad, logit = jax.grad(total, has_aux=True)(x)
-        feature = extractor.apply({"params": frozen}, x, t, method="features")[:1]
+        feature = network.extractor.apply({"params": frozen}, x, t, method="features")[:1]
         return logit, grad, feature
 
     logit, grad, feature = values(params, frozen, x)

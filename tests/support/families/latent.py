@@ -133,17 +133,36 @@ def check_vae(golden: Golden):
     golden.assert_close("dist_kl", vae.kl_divergence(odd))
 
     # the other two layouts of the same file
-    state = golden.state_dict()
-    ldm = {theirs[0]: state[name] for name, theirs in golden.json("ldm_map").items()}
-    ldm = {n: v[..., None, None] if ".attn_1." in n and v.ndim == 2 else v for n, v in ldm.items()}
-    old = {golden.json("deprecated_attention_map").get(n, n): v for n, v in state.items()}
-    for layout in (ldm | {"loss.logvar": np.zeros(1)}, old):
+    for layout in (ldm_vae(golden) | {"loss.logvar": np.zeros(1)}, old_vae(golden)):
         jax.tree.map(
             np.testing.assert_array_equal, names_latent.vae_to_flax(layout, network), variables
         )
     back = names_latent.flax_to_vae(variables, network)
-    for name, value in state.items():
+    for name, value in golden.state_dict().items():
         np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+def ldm_vae(golden: Golden) -> dict[str, np.ndarray]:
+    """An autoencoder's tensors as LDM's files have them: attention is 1x1 convolutions."""
+    state, found = golden.state_dict(), {}
+    for name, (theirs, *_) in golden.json("ldm_map").items():
+        squared = ".attn_1." in theirs and state[name].ndim == 2
+        found[theirs] = state[name][..., None, None] if squared else state[name]
+    return found
+
+
+def old_vae(golden: Golden) -> dict[str, np.ndarray]:
+    """The same as older files of diffusers have them."""
+    names = golden.json("deprecated_attention_map")
+    return {names.get(name, name): value for name, value in golden.state_dict().items()}
+
+
+def open_clip(golden: Golden) -> dict[str, np.ndarray]:
+    """A text encoder's tensors as open_clip's files have them: q, k and v are one."""
+    state, parts = golden.state_dict(), {}
+    for name, (theirs, *rows) in golden.json("openclip_map").items():
+        parts.setdefault(theirs, {})[int(rows[0][0]) if rows else 0] = state[name]
+    return {name: np.concatenate([v[i] for i in sorted(v)]) for name, v in parts.items()}
 
 
 def unet_of(k: dict) -> UNet2DCondition:
@@ -240,11 +259,7 @@ def check_clip_text(golden: Golden):
     # the layouts of transformers 5 and of open_clip
     newer = {name.removeprefix("text_model."): value for name, value in state.items()}
     newer["embeddings.position_ids"] = np.arange(77)[None]
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for name, (theirs, *rows) in golden.json("openclip_map").items():
-        parts.setdefault(theirs, {})[int(rows[0][0]) if rows else 0] = state[name]
-    theirs = {name: np.concatenate([v[i] for i in sorted(v)]) for name, v in parts.items()}
-    theirs |= {"text_projection": np.zeros((2, 2)), "logit_scale": np.zeros(())}
+    theirs = open_clip(golden) | {"text_projection": np.zeros((2, 2)), "logit_scale": np.zeros(())}
     for layout in (newer, theirs):
         jax.tree.map(
             np.testing.assert_array_equal, names_latent.clip_to_flax(layout, network), variables
