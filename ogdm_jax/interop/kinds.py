@@ -138,9 +138,8 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
 def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     """In diffusers' names or LDM's."""
     network = _make(UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
-    named = {name: name for name in shapes}
-    if "time_embed.0.weight" in shapes:
-        named = {ours: theirs for theirs, ours in names_latent.ldm_unet_names(network).items()}
+    ldm = names_latent.ldm_unet_names(network) if "time_embed.0.weight" in shapes else {}
+    named = {ours: theirs for theirs, ours in ldm.items()}
     needed = _stored(_shapes_of(names_latent.sd_unet_entries(network)), named, shapes)
     return Match(network, needed, set(), lambda s: names_latent.sd_unet_to_flax(s, network))
 

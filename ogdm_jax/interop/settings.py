@@ -9,11 +9,12 @@ from typing import Any, cast
 import flax.linen as nn
 import numpy as np
 
+from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion.process import SCHEDULES
 from ogdm_jax.interop.inert import quote
 from ogdm_jax.interop.recognise import KINDS
 
-PRECONDITIONS = ("edm", "vp", "ve", "iddpm", "adm", "v", "flow", "subvp", "smld")
+PRECONDITIONS = Precondition.__dataclass_fields__["kind"].metadata["choices"]
 # What a file may say of a process beside its betas: names and defaults of config.precondition's.
 PROCESS = ("diffusion_steps", "rescale_timesteps", "zero_terminal", "time_scale", "sigma_max")
 _LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger

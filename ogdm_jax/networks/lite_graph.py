@@ -133,10 +133,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 def refusal(op: Op, weights: Mapping[str, np.ndarray]) -> str:
     """Why `run` cannot do an operation as its file means it; "" where it can."""
-    options, kernel = (
-        op.options,
-        next((weights[str(i)] for i in op.inputs if str(i) in weights), None),
-    )
+    options = op.options
+    kernel = next((weights[str(i)] for i in op.inputs if str(i) in weights), None)
     if op.kind not in OPERATIONS:
         return "is not known here"
     if options.get("activation", 0) not in ACTIVATIONS:
