@@ -35,6 +35,7 @@ FLOOR = -len(ORDER) + 1
 
 # What may be imported inside a function, and why.
 LATER = {
+    "diffrax": "slow to start; only the solver dopri5 and likelihoods need it",
     "grain": "slow to start; only sets larger than memory need it",
     "h5py": "optional (extra style)",
     "jax._src": "private: where it moves, joining processes still works",

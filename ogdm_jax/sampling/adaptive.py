@@ -26,7 +26,6 @@ with the exact denoiser.
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +38,6 @@ NAME = "dopri5"
 MOST_STEPS = 1000  # of an image; who needs more has a tolerance below what its numbers can show
 _SPREAD = 0.5  # of the angle: EDM's sigma_data
 _VP = VP()
-_RMS = diffrax.PIDController(rtol=1e-5, atol=1e-5).norm  # diffrax's root mean square
 
 
 class Variable(NamedTuple):
@@ -129,7 +127,7 @@ def solve(
     state: PyTree,
     times: Array,
     control: Control,
-    norm: Callable[[PyTree], Any] = _RMS,
+    norm: Callable[[PyTree], Any] | None = None,
     every: bool = False,
 ) -> Solved:
     """Integrates d state / dt = slope(t, state) of one image from times[0] to times[-1].
@@ -139,13 +137,16 @@ def solve(
       state: arrays.
       times: [n], rising or falling.
       control: the tolerances.
-      norm: of the scaled error.
+      norm: of the scaled error; None: its root mean square.
       every: the states at all times, by the method's interpolation, and not at the last only.
     """
+    import diffrax  # takes half a second, and no other solver needs it
+
     # Where steps must be this small the slope is NaN or jumps: stop, for other images wait.
     least = 1e-6 * jnp.abs(times[-1] - times[0])
+    own: dict[str, Any] = {"norm": norm} if norm else {}
     step_sizes = diffrax.PIDController(
-        control.rtol, control.atol, norm=norm, dtmin=cast(Any, least), force_dtmin=False
+        control.rtol, control.atol, dtmin=cast(Any, least), force_dtmin=False, **own
     )
     found = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, _: slope(t, y)),
