@@ -12,7 +12,7 @@ from ogdm_jax.data import from_arrays
 from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import contract
 from ogdm_jax.report import charts
-from ogdm_jax.training import heldout, logs, loop
+from ogdm_jax.training import heldout, logs, loop, task
 from tests.support import tiny
 
 SPLIT = (tiny.ONE_LEVEL, "methods=", "data.source=digits/train", "data.heldout=digits/test")
@@ -47,6 +47,15 @@ def test_it_is_the_mean_of_each_image_by_itself(run, monkeypatch):
     monkeypatch.setattr(heldout, "_BATCH", 4)
     small = heldout.HeldOut(run)(state.ema, state.buffers)
     assert small == pytest.approx(measured, rel=1e-5)
+
+
+def test_every_process_gathers_the_weights(run, monkeypatch):
+    """Of a plan that divides them this is a collective: one that stays away lets others wait."""
+    measure, gathered = task.DENOISER.held_out(run), []
+    monkeypatch.setattr(type(run.plan), "local_copy", lambda plan, tree: gathered.append(tree))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    state = run.init()
+    assert measure(state) == {} and gathered == [state.ema, state.buffers]
 
 
 @pytest.mark.parametrize(

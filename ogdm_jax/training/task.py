@@ -124,8 +124,8 @@ def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
     held_out = HeldOut(run)
 
     def measure(state: TrainState) -> dict[str, float]:
-        weights = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
-        return held_out(*weights) if jax.process_index() == 0 else {}
+        params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
+        return held_out(params, buffers) if jax.process_index() == 0 else {}
 
     return measure
 
