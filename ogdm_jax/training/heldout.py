@@ -1,5 +1,6 @@
 """The loss of images that are never trained on, and of as many that are, under the same draws."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -45,7 +46,9 @@ class HeldOut:
         num = min(config.evaluate.heldout or len(found), len(found))
         self._sets = {"loss": _take(found, num), "train": _take(trained, num)}
         assert run.noise is not None, "a denoiser's run has a noise distribution"
-        loss, platform = _loss_of(run.model, run.noise), run.plan.local_devices[0].platform
+        # an image's level is its own: strata would tie it to the others of its batch
+        levels = dataclasses.replace(run.noise, stratified=False)
+        loss, platform = _loss_of(run.model, levels), run.plan.local_devices[0].platform
         self._loss = jax.jit(platforms.traced_for(platform, loss))
 
     def __call__(self, params: PyTree, buffers: PyTree) -> dict[str, float]:
@@ -68,8 +71,7 @@ def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
     def loss(params: PyTree, buffers: PyTree, batch: dict[str, Array]) -> Array:
         """lambda(sigma) |x0_hat - x0|^2 summed over pixels [b], of {"image", "label", "row"}."""
         keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["row"])
-        draw = randomness.normal if noise.kind_of_draw == "normal" else randomness.uniform
-        x0, sigma = to_float(batch["image"]), noise.sigma(draw(keys("heldout sigma")))
+        x0, sigma = to_float(batch["image"]), noise.sample(keys("heldout sigma"))
         xt = x0 + sigma[:, None, None, None] * randomness.normal(keys("heldout"), x0.shape[1:])
         label = batch["label"] if model.label_dim else None
         x0_hat = model.denoiser(params, buffers)(xt, sigma, label)
