@@ -184,14 +184,14 @@ class Batches:
         batch = self.source.take(self._share(rows))
         batch["index"] = self._share(np.arange(self.batch_size, dtype=np.int32))
         if self.extra_references:
-            rows = reference_indices(len(self.source), self.extra_references, self.seed, step, rows)
-            reference = self.source.take(self._share(rows))
+            size = self.extra_references
+            others = reference_indices(len(self.source), size, self.seed, step, rows)
+            reference = self.source.take(self._share(others))
             batch |= {"reference": reference["image"], "reference_label": reference["label"]}
         if self.mates:
-            rows = indices(len(self.source), self.batch_size, self.seed, step)
             labels = np.asarray(self.source.labels)
-            rows = mate_indices(labels, self._order, rows, self.mates, self.seed, step)
-            mates = self.source.take(self._share(rows).reshape(-1))["image"]
+            others = mate_indices(labels, self._order, rows, self.mates, self.seed, step)
+            mates = self.source.take(self._share(others).reshape(-1))["image"]
             batch["mates"] = mates.reshape(-1, self.mates, *self.source.shape)
         return batch
 
