@@ -16,16 +16,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ogdm_jax import places, records
-from ogdm_jax.config import Config, ConfigError, Sample, require
+from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.data import Source, from_arrays, npz, output
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.methods import cfg
 from ogdm_jax.models import fingerprint
-from ogdm_jax.sampling import adaptive, generate
+from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.sampling.sampler import nfe
-from ogdm_jax.training.evaluate import words_of
+from ogdm_jax.training.evaluate import describe_sampler, words_of
 from ogdm_jax.training.workdir import TrainedModel
 
 # Far from the seeds of sample.py and of evaluations: no sample that is judged was trained on.
@@ -48,18 +47,12 @@ def origin(config: Config, prior: TrainedModel, num: int) -> dict[str, Any]:
         "weights": digest(prior),
         "step": prior.step,
         **{name: getattr(config.sample, name) for name in SAMPLER},
-        **_cost(config.sample),
+        **describe_sampler(config.sample),
         "churn": of(config).churn,
         "cfg": of(config).cfg,
         "num": num,
         "first_seed": FIRST_SEED,
     }
-
-
-def _cost(settings: Sample) -> dict[str, Any]:
-    if settings.solver == adaptive.NAME:
-        return {"rtol": settings.rtol, "atol": settings.atol}
-    return {"nfe": nfe(settings.solver, settings.steps, **settings.options)}
 
 
 def base_guidance(config: Config) -> tuple[Guidance, ...]:

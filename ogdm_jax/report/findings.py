@@ -12,9 +12,9 @@ from ogdm_jax import config as configs
 from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
 from ogdm_jax.report import inputs
-from ogdm_jax.sampling import adaptive, generate
-from ogdm_jax.sampling.sampler import nfe, sample
-from ogdm_jax.training.evaluate import words_of
+from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.sampler import sample
+from ogdm_jax.training.evaluate import describe_sampler, words_of
 from ogdm_jax.training.steps import complete
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
@@ -138,9 +138,7 @@ def facts(trained: TrainedModel, settings: configs.Sample) -> list[tuple[str, st
 
 
 def _cost(settings: configs.Sample) -> str:
-    if settings.solver == adaptive.NAME:
-        return "as many as needed"
-    return str(nfe(settings.solver, settings.steps, **settings.options))
+    return str(describe_sampler(settings).get("nfe", "as many as needed"))
 
 
 def nearest(
