@@ -50,11 +50,16 @@ def same_network(step: epath.Path, wanted: PyTree, field: str) -> None:
         )
 
 
+def named(tree: PyTree) -> dict[str, Any]:
+    """{name: leaf} of a tree, in the order of its leaves; names such as "params/conv/kernel"."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the arrays of a tree, or of what `item_tree` knows of them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): tuple(leaf.shape or ()) for path, leaf in leaves if hasattr(leaf, "shape")}
+    leaves = named(tree).items()
+    return {name: tuple(leaf.shape or ()) for name, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def difference(

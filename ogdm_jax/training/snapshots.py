@@ -18,7 +18,7 @@ from etils import epath
 from ogdm_jax import places
 from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.data.arrays import DAMAGED
-from ogdm_jax.training import power
+from ogdm_jax.training import arrays, power
 from ogdm_jax.training.steps import CheckpointError
 from ogdm_jax.typing import PyTree
 
@@ -57,7 +57,7 @@ def write(
     columns = {
         f"{std}/{name}": _half(leaf)
         for std, average in zip(stds, averages, strict=True)
-        for name, leaf in _named(average).items()
+        for name, leaf in arrays.named(average).items()
     }
     with places.written(path_of(workdir, step)) as new, open(new, "wb") as file:
         save: Any = np.savez  # its types know no names of arrays
@@ -123,7 +123,7 @@ def reconstruct(
                 f"{len(used)} snapshots of {', '.join(map(str, tracked))}; expected a width nearer "
                 "to those, or a run with more snapshots (ema.snapshots)"
             )
-    leaves, structure = _named(like), jax.tree.structure(like)
+    leaves, structure = arrays.named(like), jax.tree.structure(like)
     totals = [[np.zeros(leaf.shape, np.float32) for leaf in leaves.values()] for _ in wanted]
     for row, (number, std) in enumerate(zip(times, stds)):
         for index, value in enumerate(_read(path_of(workdir, int(number)), std, leaves, field)):
@@ -152,11 +152,6 @@ def _read(
                 f"{leaf.shape} here"
             )
     return values
-
-
-def _named(tree: PyTree) -> dict[str, jax.Array]:
-    named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {named(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _half(leaf: jax.Array) -> np.ndarray:
