@@ -17,6 +17,9 @@ from ogdm_jax.training import checkpoint, lock, optim, state
 from ogdm_jax.typing import PyTree
 
 _KINDS = {"SongUNet": "song", "DhariwalUNet": "dhariwal", "ADMUNet": "openai", "DiT": "dit"}
+# preconditioning -> the noise levels that its networks were trained with; of others they vary
+_DRAWN = {"vp": "vp", "subvp": "subvp", "ve": "ve", "smld": "ve"}
+_DRAWN |= {"adm": "ddpm", "v": "v", "flow": "logit_normal"}
 # (side, channels) -> a set of images that comes with the package or with tfds; all have 10 classes
 _SETS = {(8, 1): "digits", (32, 1): "mnist5k", (32, 3): "tfds:cifar10/train"}
 _CLASSES = 10
@@ -64,20 +67,19 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     for field, attribute in (models.DIT if owner == "dit" else named).items():
         value = getattr(network, attribute or field)
         settings[f"network.{field}"] = tuple(value) if isinstance(value, tuple | list) else value
-    if kind in ("vp", "subvp", "ve", "smld"):
-        settings["noise.distribution"] = "ve" if kind == "smld" else kind
+    if kind in _DRAWN:
+        settings["noise.distribution"] = _DRAWN[kind]
     if found.kind == "score_sde" and kind in ("ve", "smld"):  # from where they end, as published
         levels = found.denoiser()
         settings |= {"sample.grid": "ve", "sample.sigma_min": levels.sigma_min}
         settings["sample.sigma_max"] = levels.sigma_max
     settings |= {f"precondition.{name}": value for name, value in found.process.items()}
     if kind in ("adm", "v"):
-        drawn = "ddpm" if kind == "adm" else "v"
-        settings |= {"noise.distribution": drawn, "precondition.schedule": found.schedule}
+        settings["precondition.schedule"] = found.schedule
     if kind == "adm":
         settings["precondition.learned_variance"] = network.out_channels == 2 * network.img_channels
     if kind == "flow":
-        settings |= {"noise.distribution": "logit_normal", "noise.mean": 0.0, "noise.std": 1.0}
+        settings |= {"noise.mean": 0.0, "noise.std": 1.0}
     if kind == "flow" or found.process.get("zero_terminal"):
         grid = "flow" if kind == "flow" else "trailing"
         settings |= {"sample.grid": grid, "sample.solver": "euler"}  # they start from pure noise
