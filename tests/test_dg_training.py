@@ -386,6 +386,7 @@ def test_what_was_trained_guides_the_prior(trained, prior):
         (("sample.steps=4",), "drawn with steps 3, now it is 4"),
         (("dg.num=50",), "drawn with num 60, now it is 50"),
         (("dg.cfg=2.0",), "drawn with cfg 1.0, now it is 2.0"),
+        (("sample.shift=3.0",), "drawn with shift 1.0, now it is 3.0"),
     ],
 )
 def test_samples_of_another_sampler_are_refused(trained, prior, more, words):

@@ -31,8 +31,8 @@ from ogdm_jax.training.workdir import TrainedModel
 FIRST_SEED = 2**31
 # of config.sample
 SAMPLER = (
-    *("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "clip", "variance"),
-    "options",
+    *("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "shift", "clip"),
+    *("variance", "options"),
 )
 
 
@@ -126,6 +126,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(images, labels, origin) of a file."""
     # what older files, which do not say, were drawn with
     older = {"eta": 0.0, "grid": "edm", "clip": False, "variance": "auto", "options": {}}
+    older["shift"] = 1.0
     try:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))
