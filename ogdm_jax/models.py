@@ -14,11 +14,12 @@ from ogdm_jax import pixels
 from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.networks import ADMUNet, DhariwalUNet, DiT, SongUNet
+from ogdm_jax.networks import ADMUNet, AutoencoderKL, DhariwalUNet, DiT, SongUNet
 from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 _NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet, "dit": DiT}
+VAE = "vae"  # the buffers' entry with the variables of a model's autoencoder
 ONLY = {  # settings that other kinds of network do not have
     "song": ("embedding_type", "encoder_type", "resample_filter"),
     "openai": ("num_heads", "head_channels", "scale_shift", "resblock_updown"),
@@ -34,6 +35,8 @@ class Model:
 
     table: the steps of a discrete process. time_scale: what its network calls one of them.
     predicts: "v" where its network does not give eps, which `eps` needs.
+    autoencoder: of a latent model, whose pictures are decoded where its weights are: in the buffers
+      under VAE. image_shape is that of the latents.
     """
 
     network: Tapped
@@ -43,6 +46,15 @@ class Model:
     table: process.Discrete | None = None
     time_scale: float = 1.0
     predicts: str = "eps"
+    autoencoder: AutoencoderKL | None = None
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Of what sampling gives: image_shape, or that of decoded latents."""
+        if self.autoencoder is None:
+            return self.image_shape
+        height, width, _ = (side * self.autoencoder.factor for side in self.image_shape)
+        return height, width, self.autoencoder.img_channels
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogdm_jax import platforms, randomness
 from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import grids, process
-from ogdm_jax.models import Model
-from ogdm_jax.sampling import adaptive, discrete
+from ogdm_jax.models import VAE, Model
+from ogdm_jax.sampling import adaptive, decode, discrete
 from ogdm_jax.sampling.guidance import Guidance, combine
 from ogdm_jax.sampling.sampler import check_parts, sample
 from ogdm_jax.sampling.solvers import FEWEST_STEPS, FROM_PURE_NOISE
@@ -182,7 +182,8 @@ def sampler(
     """A compiled function (params, buffers, seeds, labels, constants, rows) -> images.
 
     seeds are [b], labels [b] or None, constants and rows those of `arrays`, images [b,h,w,c] in
-    about [-1, 1]. With dopri5 the function returns (images, network evaluations of each [b]).
+    about [-1, 1]; those of a model with an autoencoder are decoded. With dopri5 the function returns
+    (images, network evaluations of each [b]).
 
     Args:
       model: what is sampled.
@@ -219,7 +220,7 @@ def sampler(
                 model.table,
                 ORDERS[settings.solver],
             )
-        return sample(
+        drawn: Any = sample(
             model.denoiser(params, buffers),
             latents,
             levels,
@@ -238,6 +239,11 @@ def sampler(
             variable=adaptive.variable_of(settings.grid) if chooses else None,
             with_nfe=chooses,
         )
+        drawn, *count = drawn if chooses else (drawn,)
+        if model.autoencoder is not None:
+            at_a_time = decode.BATCH * len(devices)
+            drawn = decode.decode(model.autoencoder, buffers[VAE], drawn, at_a_time)
+        return (drawn, *count) if chooses else drawn
 
     whole, divided = shardings(devices)
     images = platforms.traced_for(devices[0].platform, images)
