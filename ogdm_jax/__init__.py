@@ -3,4 +3,4 @@
 Importing this package starts no backend and reads no device.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -25,6 +25,7 @@ COMMANDS = {
     "study": ("study", "main", "compare configurations over seeds, with a paired test"),
     "report": ("report", "main", "a training folder as one page"),
     "plan": ("train", "plan", "say what a run will need, from the compiler"),
+    "doctor": ("doctor", "main", "say what a bug report needs: versions, devices, settings, log"),
 }
 
 

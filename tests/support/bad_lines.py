@@ -433,6 +433,11 @@ LINES = {
     "train --workdir new --config digits_dg --config.noise.std=2": "unknown key 'noise'",
     "train --workdir new --config digits_dg --config.data.batch=7 --config.dg.prior=run": "even",
     "train --workdir new --config digits_dg --config.evaluate.features=nope": "evaluate.features",
+    # what a bug report needs
+    "doctor --workdir nowhere": "no folder",
+    "doctor --workdir picture.png": "--workdir",
+    "doctor --workdir s3://b/run": "--workdir",
+    "doctor --step 3": "--step",
     # studies
     "study": "--config",
     "study --config a=digits --seeds 0": "--out",
