@@ -1,13 +1,18 @@
 """Files of latent models as people have them: recognised, read, equal; others refused by name."""
 
+import json
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import save_file
 
-from ogdm_jax.interop import export, load_pretrained
+from ogdm_jax.interop import diffusers, export, load_pretrained
 from ogdm_jax.interop.pretrained import from_torch
+from ogdm_jax.networks import AutoencoderKL
 from tests.support import golden_support, torch_files
 from tests.support.families import latent
 from tests.support.golden_support import nchw, nhwc
@@ -154,3 +159,22 @@ def test_open_clip_keeps_the_layers_asked_for():
     out = network.apply(variables, jnp.asarray(file["input_ids"].astype(np.int32)))
     file.assert_close("penultimate_final_ln", out)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_diffusers_folder_of_an_autoencoder(tmp_path):
+    file = golden("vae_a")
+    found = load_pretrained(written(tmp_path / "vae.safetensors", file.state_dict()), groups=8)
+    network = cast(AutoencoderKL, found.network).clone(scale=0.7, shift=0.1)
+    state = export.to_torch(network, found.variables)
+    diffusers.write_autoencoder(epath.Path(tmp_path / "vae"), network, state, 32)
+    for place in ("vae", f"vae/{diffusers.WEIGHTS}"):
+        back = load_pretrained(tmp_path / place)
+        assert back.network == network  # nothing had to be told
+        equal(back, state)
+    config = tmp_path / "vae" / diffusers.CONFIG
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"scaling_factor": None}))
+    assert load_pretrained(tmp_path / "vae").network.scale == 0.18215  # as of Stable Diffusion 1
+    config.write_text(json.dumps(said | {"latents_mean": [0.0], "latents_std": [1.0]}))
+    with pytest.raises(ValueError, match=r"latents_mean .*; expected one scaling_factor"):
+        load_pretrained(tmp_path / "vae")

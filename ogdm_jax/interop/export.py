@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from ogdm_jax import places, records
 from ogdm_jax.interop import (
+    diffusers,
     names_adm,
     names_discriminator,
     names_edm,
@@ -74,13 +75,14 @@ def _sorted(value: Any) -> Any:
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The JSON file beside an exported .safetensors file, None where there is none.
+    """The JSON file beside an exported .safetensors file, or what diffusers' config.json says of
+    weights beside it; None where there is neither.
 
     Raises:
       ValueError: it is no JSON of this format, or one of its values is out of range.
     """
     if places.place(path).suffix != ".safetensors" or not about_path(path).is_file():
-        return None
+        return diffusers.read_about(places.place(path))
     about = records.read(about_path(path), dict, "the JSON beside the weights")
     if about.pop("format", None) != FORMAT:
         raise ValueError(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ogdm_jax import places
-from ogdm_jax.interop import containers, parts, strangers
+from ogdm_jax.interop import containers, diffusers, parts, strangers
 from ogdm_jax.interop.inert import Budget, Odd, UnsafeFileError, quote
 from ogdm_jax.interop.parts import MAX_ENTRIES, Leaf, Part
 from ogdm_jax.interop.torch_records import Tensor
@@ -64,8 +64,9 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
 
     Args:
       path: `.pt` or `.pth` of any torch version since 0.4, `.safetensors` (also the folder or the
-        index of its shards), `.npz`, EDM's `network-snapshot-*.pkl` (its `ema`) or
-        `training-state-*.pt` (its `net`, without the optimiser).
+        index of its shards, and diffusers' folder of an autoencoder), `.npz`, EDM's
+        `network-snapshot-*.pkl` (its `ema`) or `training-state-*.pt` (its `net`, without the
+        optimiser).
       entry: the way to the part to read of a file that has several, such as "state.model"; without
         it parts.choose finds it, averaged weights first. Names are those below it, and of a known
         network those below the prefix under which it lies.
@@ -82,6 +83,7 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
 def open_torch(path: str | os.PathLike) -> TorchFile:
     """Parses a checkpoint into inert records without making any array. Errors as in read_torch."""
     path = places.local(path, "checkpoint")
+    path = (path.is_dir() and diffusers.weights(path)) or path
     if path.is_dir() or path.name.endswith(strangers.INDEX):
         return _open_shards(path)
     if not path.is_file():
