@@ -29,6 +29,7 @@ from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
 from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
+from ogdm_jax.data.labels import class_words
 from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
             seconds = (time.perf_counter() - start) / max(1, count)
             figures = None
             if task is None:
-                out.finish(lambda path: _write(path, out, plan.guided.labels))
+                out.finish(lambda path: _write(path, out, plan))
             else:
                 figures = _restored(plan, task, out, seconds)
             print(
@@ -174,10 +175,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _class_of(plan: Plan) -> str:
     """Which class all images have, if they have one, for people."""
-    label, names = plan.label, plan.trained.class_names
-    if label is None or label < 0:
-        return "" if label is None else ", no class"
-    return f", class {label}" + (f" ({names[label]})" if label < len(names) else "")
+    if plan.label is None:
+        return ""
+    (word,) = class_words(np.array([plan.label]), plan.trained.class_names)
+    if plan.label < 0 or word == str(plan.label):
+        return f", {word if plan.label < 0 else f'class {word}'}"
+    return f", class {plan.label} ({word})"
 
 
 def read(args: argparse.Namespace) -> Plan:
@@ -258,15 +261,19 @@ def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
     return count
 
 
-def _write(path: epath.Path, out: output.Output, labels: np.ndarray | None) -> None:
-    """The output of samples: an npz or a grid of what was drawn; a folder is complete already."""
+def _write(path: epath.Path, out: output.Output, plan: Plan) -> None:
+    """The output of samples: an npz or a sheet of what was drawn; a folder is complete already."""
+    labels = plan.guided.labels
     if path.suffix == ".npz":
         columns = out.columns()
         if labels is not None:
             columns["labels"] = npz.column(labels[out.good])
         npz.write(path, columns)
     elif path.suffix == ".png":
-        save_png(path, sheet(np.concatenate(list(out.images()))))
+        classes = class_words(
+            None if labels is None else labels[out.good], plan.trained.class_names
+        )
+        save_png(path, sheet(np.concatenate(list(out.images())), captions=classes))
 
 
 def _restored(plan: Plan, task: Restoration, out: output.Output, seconds: float) -> dict[str, Any]:
