@@ -27,7 +27,7 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
-from ogdm_jax.config.groups import SOLVER_OPTIONS
+from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
 from ogdm_jax.data.labels import class_words
 from ogdm_jax.data.pictures import save_png, sheet
@@ -39,14 +39,17 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
-OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in sum(SOLVER_OPTIONS.values(), ())]
-_ELSEWHERE = ("num", "every", "variance", *(field.name for field in OPTIONS))
+_OF_SOLVERS = sum(SOLVER_OPTIONS.values(), ())
+OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in {*_OF_SOLVERS, *GRID_OPTIONS}]
+_ELSEWHERE = ("num", "every", "variance", *_OF_SOLVERS)
 SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in _ELSEWHERE]
 # Settings that records of before do not name, and their values there.
 LATER: dict[str, Any] = {
     "--variance": "auto",
     "--shift": 1.0,
+    **{f"--{name}": getattr(Sample, name) for name in GRID_OPTIONS},
     "--cfg.channels": 0,
+    "--cfg.rescale": 0.0,
     "--dg.rule": "score",
     **{f"--task.{name}": getattr(tasks.Settings, name) for name in ("weights", "layers", "size")},
 }
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--grid",
         default="",
         help="edm, vp, ve, iddpm; of flow models: flow; of discrete models: respaced, ddim, quad, "
-        "trailing, pndm (the released code of --solver spndm and fpndm)",
+        "trailing, leading, linspace, pndm (the released code of --solver spndm and fpndm)",
     )
     add(
         "--eta",
