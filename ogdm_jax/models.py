@@ -14,6 +14,7 @@ from ogdm_jax import pixels
 from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.latents import Latents
 from ogdm_jax.networks import ADMUNet, AutoencoderKL, DhariwalUNet, DiT, SongUNet
 from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array, NetworkFn, PyTree
@@ -37,6 +38,7 @@ class Model:
     predicts: "v" where its network does not give eps, which `eps` needs.
     autoencoder: of a latent model, whose pictures are decoded where its weights are: in the buffers
       under VAE. image_shape is that of the latents.
+    latents: what it is trained on, where that is no pixels.
     """
 
     network: Tapped
@@ -47,6 +49,7 @@ class Model:
     time_scale: float = 1.0
     predicts: str = "eps"
     autoencoder: AutoencoderKL | None = None
+    latents: Latents | None = None
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -117,13 +120,19 @@ class Model:
         return cast(Callable[..., Any], functools.partial(self.network.apply, variables))
 
 
-def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+def build(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    latents: Latents | None = None,
+) -> Model:
     """The model of a configuration for images of this shape.
 
     Args:
       config: base.py's groups network, precondition and data.
       image_shape: (h, w, c), square with a side that the levels of the network divide.
       num_classes: classes of the data source, 0 if it has none.
+      latents: what the data source's numbers are, where they are no pixels.
 
     Raises:
       ConfigError: unknown kind, labels wanted from a source without any, or a size the network
@@ -168,7 +177,8 @@ def build(config: Config, image_shape: tuple[int, int, int], num_classes: int) -
     table = discrete_table(told) if kind in ("adm", "v") else None
     scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
     predicts = "v" if kind == "v" else "eps"
-    return Model(network, wrap(told), image_shape, network.label_dim, table, scale, predicts)
+    shape = network.label_dim, table, scale, predicts
+    return Model(network, wrap(told), image_shape, *shape, latents=latents)
 
 
 def _levels(net: Any) -> str:

@@ -28,7 +28,8 @@ ORDER = (
     "sampling",
     "data models",
     "diffusion networks",
-    "config parallel randomness typing places platforms cluster pixels records startup __init__",
+    "config parallel randomness typing places platforms cluster pixels records startup latents "
+    "__init__",
 )
 LEVEL = {folder: -level for level, line in enumerate(ORDER) for folder in line.split()}
 FLOOR = -len(ORDER) + 1
@@ -49,6 +50,7 @@ LATER = {
 }
 # Modules of ours that a command imports once it is known to need them.
 LATER_HERE = {
+    ("cli.data", "interop.autoencoder"): "JAX, which no other command on data needs",
     ("cli.guidance", "discriminator.guidance"): "--help and guidance without DG start quickly",
     ("cli.train", "discriminator.train"): "--help starts quickly",
     ("cli.train", "training.loop"): "--help starts quickly",

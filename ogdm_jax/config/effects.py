@@ -5,6 +5,7 @@ overlays of files; so is one of a method that is off, which a command line may k
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ def _full(group: str, condition: str) -> str:
 
 def _holds(values: Mapping[str, Any], condition: str) -> bool:
     key, equals, wanted = condition.partition("=")
-    return str(values[key]) in wanted.split("|") if equals else bool(values[key])
+    if not equals:
+        return bool(values[key])
+    return any(fnmatch.fnmatchcase(str(values[key]), one) for one in wanted.split("|"))
 
 
 def _words(condition: str) -> str:

@@ -56,8 +56,12 @@ class Part(NamedTuple):
 
 def xflip(keys: Keys, images: Pixels) -> Pixels:
     """Mirrors each image left to right with probability 1/2. Images are of any dtype."""
-    flip = randomness.uniform(randomness.fold_in_each(keys, "xflip")) < 0.5
-    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+    return jnp.where(flipped(keys)[:, None, None, None], images[:, :, ::-1], images)
+
+
+def flipped(keys: Keys) -> Flags:
+    """Which images `xflip` mirrors [B]."""
+    return randomness.uniform(randomness.fold_in_each(keys, "xflip")) < 0.5
 
 
 def flip(images: Pixels, augment: Labels) -> Pixels:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ogdm_jax.data import identity
 from ogdm_jax.data.labels import SourceError, normal
 from ogdm_jax.data.pictures import PictureError, fit, with_channels
+from ogdm_jax.latents import Latents
 from ogdm_jax.pixels import crop_all
 
 Label: TypeAlias = int | np.ndarray | None  # a class, a float vector [k], or no label
@@ -78,12 +79,14 @@ class Stored(NamedTuple):
       labels: integers [N] or vectors [N,k] where they are known before any image is read.
       class_names: one per class, or none.
       notes: what was left out or chosen, a sentence each.
+      latents: what its numbers are, where they are no pixels.
     """
 
     reader: Reader
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    latents: Latents | None = None
 
 
 def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
@@ -94,11 +97,12 @@ def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A set of equally sized images.
+    """A set of equally sized images, or of the latents of such (`latents`): those are read as they
+    are stored, [views,h,w,2C], and become what a network sees in the step (moments.py).
 
     Attributes:
       name: as given to open_source.
-      shape: (H, W, C) of every image.
+      shape: (H, W, C) of every image; of latents that of what the network sees.
       num_classes: number of classes, 0 without labels; for float label vectors their length.
       class_names: one name per class where known, else empty.
       images: uint8 [N,H,W,C] in memory, or None where images are read one by one.
@@ -108,6 +112,7 @@ class Source:
       resolution: what images that are read are cropped and resized to; None: as stored.
       hashes: of the contents and of the labels that are known ahead, for `fingerprint`.
       notes: what was left out or chosen when it was opened, a sentence each, for people to read.
+      latents: what the numbers are, where they are no pixels.
     """
 
     name: str
@@ -121,9 +126,20 @@ class Source:
     resolution: int | None = None
     hashes: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    latents: Latents | None = None
 
     def __len__(self) -> int:
         return len(self._stored if self.images is None else self.images)
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Of one item as it is stored: that of an image, or of latents."""
+        return self.shape if self.latents is None else self.latents.item_shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the items as they are stored."""
+        return np.dtype(np.uint8 if self.latents is None else self.latents.dtype)
 
     @property
     def in_memory(self) -> bool:
@@ -149,12 +165,12 @@ class Source:
         """The images and labels of rows [n].
 
         Returns:
-          {"image": uint8 [n,H,W,C], "label": int32 [n] or float32 [n,k]}.
+          {"image": uint8 [n,H,W,C] or latents as stored, "label": int32 [n] or float32 [n,k]}.
         """
         label = np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[rows]
         if self.images is not None:
             return {"image": self.images[rows], "label": label}
-        images, wanted = np.empty((len(rows), *self.shape), np.uint8), [int(i) for i in rows]
+        images, wanted = np.empty((len(rows), *self.item_shape), self.dtype), list(map(int, rows))
         read = read_many(self._stored, wanted)
         for place, (row, (image, own)) in enumerate(zip(wanted, read)):
             images[place] = self._checked(image, row)
@@ -169,7 +185,11 @@ class Source:
 
     def _checked(self, image: np.ndarray, i: int) -> np.ndarray:
         """Image i in the size and the channels of this set, or SourceError."""
-        if image.shape == self.shape and self.resolution in (None, image.shape[0]):
+        if (
+            self.latents is not None
+            or image.shape == self.shape
+            and self.resolution in (None, image.shape[0])
+        ):
             return image
         where = f"{self.name} ({self._stored.where(i)})"
         image = _with_channels(fit(image, self.resolution), self.shape[-1], where)
@@ -236,11 +256,13 @@ def from_reader(
 
     Sets of at most memory_limit bytes are read into memory now, with every image checked.
     """
-    reader, labels, class_names, notes = stored
+    reader, labels, class_names, notes, latents = stored
     if len(reader) == 0:
         raise SourceError(f"{name}: holds no images; expected at least one")
-    first = _with_channels(fit(reader.read(0)[0], resolution), channels, name)
-    height, width, depth = first.shape
+    first = reader.read(0)[0]
+    if latents is None:
+        first = _with_channels(fit(first, resolution), channels, name)
+    height, width, depth = first.shape if latents is None else latents.shape
     source = Source(
         name,
         (height, width, depth),
@@ -249,9 +271,10 @@ def from_reader(
         resolution=resolution,
         hashes={"contents": reader.contents()} if isinstance(reader, _Known) else {},
         notes=notes,
+        latents=latents,
     )
     source = _with_labels(source, labels)
-    if len(reader) * first.size <= memory_limit:
+    if len(reader) * first.nbytes <= memory_limit:
         source = _in_memory(source)
     remarks = reader.remarks() if isinstance(reader, _Known) else ()
     return dataclasses.replace(source, notes=source.notes + remarks)
@@ -263,9 +286,11 @@ def fingerprint(source: Source) -> dict[str, Any]:
     Returns:
       images: their number; class_names; contents: a hash of the names and sizes of files, or of the
       images of an array, "" where neither is known; labels: a hash of the labels where they are
-      known before images are read, else "".
+      known before images are read, else ""; of latents also what they are.
     """
-    known = {"images": len(source), "class_names": list(source.class_names)}
+    known: dict[str, Any] = {"images": len(source), "class_names": list(source.class_names)}
+    if source.latents is not None:
+        known["latents"] = dataclasses.asdict(source.latents)
     return known | {"contents": "", "labels": ""} | source.hashes
 
 
@@ -286,7 +311,7 @@ def _with_labels(source: Source, labels: np.ndarray | None) -> Source:
 
 def _in_memory(source: Source) -> Source:
     """The same source with all its images read, by eight threads."""
-    images = np.empty((len(source), *source.shape), np.uint8)
+    images = np.empty((len(source), *source.item_shape), source.dtype)
     read_labels = np.full(len(source), -1, np.int32)
 
     def load(start: int) -> None:

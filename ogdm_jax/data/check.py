@@ -55,7 +55,7 @@ def check(
       SourceError: the set cannot be opened at all.
     """
     check_size(name, resolution, channels)
-    found = stored(name, data_dir, resolution)
+    found = stored(name, data_dir, resolution, channels)
     if not isinstance(found, Stored):
         source = from_arrays(name, *found[:3], None, None, found.notes)
         assert source.images is not None, "made of arrays"

@@ -133,7 +133,8 @@ class Batches:
     extra_references = n also "reference" uint8 [n / process_count,H,W,C] and "reference_label":
     this process's share of n more images, none of them in the step's global batch and none twice
     (`reference_indices` says what small sets allow). With mates = m also "mates" uint8 [b,m,H,W,C]:
-    for each image so many of its class (`mate_indices`).
+    for each image so many of its class (`mate_indices`). Sets of latents have items as they are
+    stored in the place of images, and "row" int32 [b], their rows in the set.
 
     Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is
     {"step": the next step} in every case, the same in every process and for every process count;
@@ -183,6 +184,8 @@ class Batches:
         rows = indices(len(self.source), self.batch_size, self.seed, step)
         batch = self.source.take(self._share(rows))
         batch["index"] = self._share(np.arange(self.batch_size, dtype=np.int32))
+        if self.source.latents is not None:
+            batch["row"] = self._share(rows.astype(np.int32))
         if self.extra_references:
             size = self.extra_references
             others = reference_indices(len(self.source), size, self.seed, step, rows)
@@ -192,7 +195,7 @@ class Batches:
             labels = np.asarray(self.source.labels)
             others = mate_indices(labels, self._order, rows, self.mates, self.seed, step)
             mates = self.source.take(self._share(others).reshape(-1))["image"]
-            batch["mates"] = mates.reshape(-1, self.mates, *self.source.shape)
+            batch["mates"] = mates.reshape(-1, self.mates, *self.source.item_shape)
         return batch
 
     @functools.cached_property

@@ -82,7 +82,7 @@ def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> st
         data_dir=epath.Path(parts), dataset_name=name, split="train", filetype_suffix="array_record"
     )
     shards = [p.name for p in template.sharded_filepaths(len(bounds))]
-    _write_shards(source, final, parts, shards, bounds, _records(source, features))
+    write_shards(source, final, parts, shards, bounds, _records(source, features))
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[stop - start for start, stop in bounds],
@@ -163,7 +163,7 @@ def _prepare_zip(source: Source, out: Path, bounds: Bounds) -> str:
 
     parts = out.with_name(out.name + ".parts")
     shards = [f"{k:05d}.zip" for k in range(len(bounds))]
-    _write_shards(source, out, parts, shards, bounds, write)
+    write_shards(source, out, parts, shards, bounds, write)
     read: list = []
     with zipfile.ZipFile(parts / "whole.zip", "w", zipfile.ZIP_STORED) as archive:
         for shard in shards:
@@ -195,15 +195,26 @@ def _zip_labels(source: Source, labels: np.ndarray) -> list | None:
     return labels.tolist()
 
 
-def _write_shards(
+def write_shards(
     source: Source,
     final: Path,
     parts: Path,
     shards: list[str],
     bounds: Bounds,
     write: WriteShard,
+    made: dict[str, str] | None = None,
 ) -> None:
-    """Writes the shards that are not there yet; a shard takes its name only when it is whole."""
+    """Writes the shards that are not there yet; a shard takes its name only when it is whole.
+
+    Args:
+      source: of the images.
+      final: the result, which must not be there.
+      parts: the folder of unfinished work.
+      shards: names of files.
+      bounds: of each.
+      write: what writes one.
+      made: {words: how} that unfinished work has to share, beside the source.
+    """
     if final.exists():
         raise SourceError(
             f"{source.name}: {final} exists already; remove it or choose another --out"
@@ -214,6 +225,7 @@ def _write_shards(
         "shape": list(source.shape),
         "shards": len(shards),
         "contents": fingerprint(source),
+        **(made or {}),
     }
     parts.mkdir(parents=True, exist_ok=True)
     note = parts / _PLAN
@@ -225,6 +237,12 @@ def _write_shards(
             begun = {}
     if begun and "contents" not in begun:  # of a version that did not note them
         begun = begun | {"contents": plan["contents"]}
+    for words, how in (made or {}).items():
+        if begun and begun.get(words) != how:
+            raise SourceError(
+                f"{source.name}: {parts} holds unfinished work {words} {begun.get(words)}, not "
+                f"{how}; remove it or finish that one"
+            )
     if begun != plan and begun.get("source") == source.name:  # its files have changed since
         aside = places.unused(epath.Path(parts))
         os.rename(parts, aside)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from ogdm_jax import places
-from ogdm_jax.data import arrays, files, prepared
+from ogdm_jax.data import arrays, files, latents, prepared
 from ogdm_jax.data.base import Source, Stored, from_arrays, from_reader
 from ogdm_jax.data.labels import SourceError
 
@@ -18,6 +18,7 @@ KINDS = (
     "zip:FILE",
     "npz:FILE",
     "cifar10:FILE[?test]",
+    "latents:DIR",
 )
 SHIPPED = [f"{name}{part}" for name in KINDS[:2] for part in ("", "/train", "/test")]
 MEMORY_LIMIT = 2 << 30
@@ -39,8 +40,9 @@ def open_source(
         `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be a slice such as train[:10%],
         default train), `folder:DIR` (sub-folder names are the classes), `zip:FILE` (EDM's format),
         `npz:FILE` (uint8 `image` [N,H,W,C], optional `label`, `label_names`; the file's own arrays
-        select rows: npz:FILE?skin_tone=0&base<1700), or `cifar10:FILE[?test]` (the authors'
-        cifar-10-binary.tar.gz, or the folder unpacked from it).
+        select rows: npz:FILE?skin_tone=0&base<1700), `cifar10:FILE[?test]` (the authors'
+        cifar-10-binary.tar.gz, or the folder unpacked from it), or `latents:DIR` (what `ogdm data
+        encode` wrote, or others with a latents.json; see latents.py).
       data_dir: where tfds sets are prepared (default: TFDS_DATA_DIR or ~/tensorflow_datasets), and
         the folder that relative paths start from.
       resolution: centre-crop every image to a square and resize it (Lanczos) to this side; None
@@ -56,14 +58,17 @@ def open_source(
         unknown kind.
     """
     check_size(name, resolution, channels)
-    found = stored(name, data_dir, resolution)
+    found = stored(name, data_dir, resolution, channels)
     if isinstance(found, Stored):
         return _told(from_reader(name, found, resolution, channels, memory_limit))
     return _told(from_arrays(name, *found[:3], resolution, channels, found.notes))
 
 
 def stored(
-    name: str, data_dir: str | os.PathLike | None = None, resolution: int | None = None
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    resolution: int | None = None,
+    channels: int | None = None,
 ) -> Stored | arrays.Arrays:
     """A set as it is stored, before its images are read and checked; as `open_source` names it."""
     kind, _, rest = name.partition(":")
@@ -72,6 +77,9 @@ def stored(
         return arrays.part(name, whole)
     if kind == "tfds":
         return prepared.open_tfds(name, rest, data_dir)
+    if kind == "latents" and (resolution or channels):
+        word = f"resolution {resolution}" if resolution else f"channels {channels}"
+        raise SourceError(f"{name}: {word} given for latents; give it to ogdm data encode instead")
     if kind in _OPENED:
         return _OPENED[kind](name, _path(name, rest, data_dir))
     near = difflib.get_close_matches(kind, [k.partition(":")[0] for k in KINDS], 1)
@@ -79,11 +87,21 @@ def stored(
     raise SourceError(f"data source {name!r} is unknown{hint}; expected one of {', '.join(KINDS)}")
 
 
+def _open_latents(name: str, path: str) -> Stored:
+    try:
+        folder = places.local(path, name)  # array_record maps its files
+    except places.PlaceError as error:
+        raise SourceError(str(error)) from None
+    reader, labels, about = latents.read_folder(name, folder)
+    return Stored(reader, labels, tuple(about.get("class_names", ())), (), reader.latents)
+
+
 _OPENED: dict[str, Callable[[str, str], Stored | arrays.Arrays]] = {
     "npz": arrays.npz,
     "cifar10": arrays.cifar10,
     "folder": files.open_folder,
     "zip": files.open_zip,
+    "latents": _open_latents,
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from ogdm_jax import data, parallel
 from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.discriminator.run import planned
+from ogdm_jax.latents import Latents
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
 from ogdm_jax.training import run as runs
@@ -94,8 +95,10 @@ def source_like(
     side, channels = config.data.resolution, config.data.channels
     shape = (side or shape[0], side or shape[1], channels or shape[2])
     labels, count = labels if classes < 0 else classes, images or count
-    resident = count * int(np.prod(shape)) <= config.data.memory_limit * 2**30
-    zeros = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
+    latents = Latents(shape) if name.startswith("latents:") else None
+    kept = data.Source(name, shape, latents=latents)
+    zeros = np.broadcast_to(np.zeros((), kept.dtype), (count, *kept.item_shape))
+    resident = zeros[:1].nbytes * count <= config.data.memory_limit * 2**30
     return data.Source(
         name=name,
         shape=shape,
@@ -103,6 +106,7 @@ def source_like(
         images=zeros if resident else None,
         labels=np.broadcast_to(np.zeros((), np.int32), (count,)) if labels else None,
         reader=None if resident else cast(Any, range(count)),  # asked for its length alone
+        latents=latents,
     )
 
 

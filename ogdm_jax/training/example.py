@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ogdm_jax import randomness
 from ogdm_jax.config import Config
 from ogdm_jax.data import augment as augmentation
+from ogdm_jax.data import moments
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.methods.contract import DenoiserOf, Example
@@ -38,15 +39,14 @@ def draw_example(
       config: for data.xflip, data.augment, data.label_dropout and the size of the whole batch.
       model: says whether labels are used.
       noise: the distribution of the noise levels.
-      batch: {"image": uint8 [b,h,w,c], "label": [b] or [b,k], "index": int32 [b], ...}.
+      batch: {"image": uint8 [b,h,w,c] or stored latents, "label": [b] or [b,k], "index": int32 [b],
+        ...}.
       key: the step's key.
       noise_key: that of eps alone; the same key, but where only the noise is drawn anew.
     """
     index = batch["index"]
     keys = lambda purpose: randomness.example_keys(key, purpose, index)
-    image = to_float(batch["image"])
-    if config.data.xflip:
-        image = augmentation.xflip(keys("xflip"), image)
+    image = clean_images(config, model, batch, key)
     x0, augment = image, None
     if config.data.augment > 0:
         pipe = augmentation.AugmentPipe(p=config.data.augment)
@@ -72,6 +72,22 @@ def draw_example(
         references=references(batch) or None,
         mates=batch.get("mates"),
     )
+
+
+def clean_images(config: Config, model: Model, batch: Batch, key: Array) -> Array:
+    """x0 [b,h,w,c] before augmentation: images mirrored at random where data.xflip says so, or
+    fresh samples of latents' posteriors, of the stored mirrored view in the place of a flip.
+
+    A latent's noise is that of its row in the set: all that look at a row in one step see one
+    sample.
+    """
+    keys = randomness.example_keys(key, "xflip", batch["index"])
+    if model.latents is None:
+        image = to_float(batch["image"])
+        return augmentation.xflip(keys, image) if config.data.xflip else image
+    flip = augmentation.flipped(keys) if config.data.xflip else None
+    eps = randomness.example_keys(key, "latent", batch["row"])
+    return moments.draw(model.latents, batch["image"], eps, flip)
 
 
 def _without_class(label: Array, hidden: Array) -> Array:

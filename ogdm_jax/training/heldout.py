@@ -10,7 +10,7 @@ import numpy as np
 
 from ogdm_jax import data, platforms, randomness
 from ogdm_jax.config import ConfigError, replace
-from ogdm_jax.data import identity
+from ogdm_jax.data import identity, moments
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.models import Model
 from ogdm_jax.pixels import to_float
@@ -71,7 +71,11 @@ def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
     def loss(params: PyTree, buffers: PyTree, batch: dict[str, Array]) -> Array:
         """lambda(sigma) |x0_hat - x0|^2 summed over pixels [b], of {"image", "label", "row"}."""
         keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["row"])
-        x0, sigma = to_float(batch["image"]), noise.sample(keys("heldout sigma"))
+        sigma = noise.sample(keys("heldout sigma"))
+        if model.latents is None:
+            x0 = to_float(batch["image"])
+        else:
+            x0 = moments.draw(model.latents, batch["image"], keys("heldout latent"))
         xt = x0 + sigma[:, None, None, None] * randomness.normal(keys("heldout"), x0.shape[1:])
         label = batch["label"] if model.label_dim else None
         x0_hat = model.denoiser(params, buffers)(xt, sigma, label)

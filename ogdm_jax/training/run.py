@@ -86,13 +86,15 @@ class Run:
         n, source = self.config.data.batch, self.source
         wide = (source.label_size,) if source.label_size else ()
         kind = jnp.float32 if source.label_size else jnp.int32
-        images = lambda n: jnp.zeros((n, *source.shape), jnp.uint8)
+        images = lambda n: jnp.zeros((n, *source.item_shape), source.dtype)
         labels = lambda n: jnp.zeros((n, *wide), kind)
         batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
+        if source.latents is not None:
+            batch["row"] = jnp.zeros((n,), jnp.int32)
         if more := self.methods.references:
             batch |= {"reference": images(more), "reference_label": labels(more)}
         if more := self.methods.mates:
-            batch["mates"] = jnp.zeros((n, more, *source.shape), jnp.uint8)
+            batch["mates"] = jnp.zeros((n, more, *source.item_shape), source.dtype)
         return batch
 
     def compile(self, like: state.TrainState) -> Callable[..., Any]:
@@ -128,7 +130,7 @@ def build(
         or another setting.
     """
     discovery.check_settings(config)
-    model = models.build(config, source.shape, source.num_classes)
+    model = models.build(config, source.shape, source.num_classes, source.latents)
     levels = context.noise_distribution(config)
     tx, rate = optim.optimiser(config)
     told = context.context(config, source, model, levels, plan, stand_in)

@@ -12,8 +12,9 @@ import numpy as np
 
 from ogdm_jax import data, models
 from ogdm_jax.config import Config, ConfigError, Sample, require
-from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
+from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.data import Source
+from ogdm_jax.latents import Latents
 from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint, snapshots
@@ -25,9 +26,23 @@ def open_source(config: Config) -> Source:
     settings = config.data
     resolution, channels = settings.resolution, settings.channels
     limit = int(settings.memory_limit * 2**30)
-    return data.open_source(
+    source = data.open_source(
         settings.source, settings.data_dir or None, resolution or None, channels or None, limit
     )
+    if source.latents is not None:
+        _check_latents(config, source.latents)
+    return source
+
+
+def _check_latents(config: Config, latents: Latents) -> None:
+    """Raises ConfigError for settings that only pixels have."""
+    settings = config.data
+    stays = f"0 with {settings.source}: its images are augmented before they are encoded"
+    require(settings.augment == 0, "data.augment", settings.augment, stays)
+    views = "false, as the set has no latents of the mirrored images, which no flip makes"
+    require(latents.views == 2 or not settings.xflip, "data.xflip", settings.xflip, views)
+    bounds = "false with latents, which have no bounds"
+    require(not config.sample.clip, "sample.clip", config.sample.clip, bounds)
 
 
 class SamplerWords(TypedDict, total=False):
@@ -42,9 +57,6 @@ class SamplerWords(TypedDict, total=False):
     rtol: float | None
     atol: float | None
     variance: str
-    offset: int | None
-    start: str
-    end: str
     snr: float | None
     corrector_steps: int | None
     sde: str | None
@@ -104,10 +116,6 @@ class TrainedModel:
             for name in changes.keys() & set(names):
                 only = f"it only with sample.solver={solver}"
                 require(settings.solver == solver, f"sample.{name}", changes[name], only)
-        for name, grids in GRID_OPTIONS.items():
-            only = f"it only with sample.grid={'|'.join(grids)}"
-            unused = name in changes and settings.grid not in grids
-            require(not unused, f"sample.{name}", changes.get(name), only)
         _check_steps(settings, changes)
         generate.check_settings(settings, self.model)
         return settings
