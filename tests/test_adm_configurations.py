@@ -1,5 +1,5 @@
-"""The configurations of ADM and OGDM-ADM: their networks have the released numbers of parameters,
-and each trains.
+"""The configurations of ADM, OGDM-ADM and DiT: their networks have the released numbers of
+parameters, and each trains.
 """
 
 import gzip
@@ -24,6 +24,7 @@ RELEASED = {
     "celeba64_ogdm": (64, 0, "ogdm-adm-unet-celeba-afhq-64"),
     "lsun256_adm": (256, 0, "guided-diffusion-lsun_256"),
     "imagenet256_adm": (256, 1000, "guided-diffusion-256x256_diffusion"),
+    "imagenet256_dit": (32, 1000, "dit-xl2-256"),
 }
 REDUCED = (
     *("network.model_channels=32", "network.channel_mult=(1,)", "network.num_blocks=1"),
@@ -40,11 +41,13 @@ def load(name, *more):
 def test_the_network_has_the_released_number_of_parameters(name):
     side, classes, listed = RELEASED[name]
     config = load(name)
-    model = models.build(config, (side, side, 3), classes)
+    dit = config.network.kind == "dit"
+    model = models.build(config, (side, side, 4 if dit else 3), classes)
     shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
     with gzip.open(tiny.ROOT / "tests" / "golden" / "fullsize" / f"{listed}.json.gz") as file:
         about = json.load(file)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == about["param_count"]
+    positions = (side // 2) ** 2 * 1152 if dit else 0  # a table of sines, no parameter of ours
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == about["param_count"] - positions
     assert config.network.dropout == about.get("constructor", {})["kwargs"].get("dropout", 0.0)
     batch = config.data.batch
     assert abs(0.5 ** (1 / configs.duration(config.ema.halflife, batch)) - 0.9999) < 1e-8
@@ -53,7 +56,7 @@ def test_the_network_has_the_released_number_of_parameters(name):
         assert settings.decay == config.steps("train.duration") == 300_000
 
 
-@pytest.mark.parametrize("name", ["cifar10_adm_ogdm", "imagenet256_adm"])
+@pytest.mark.parametrize("name", ["cifar10_adm_ogdm", "imagenet256_adm", "imagenet256_dit"])
 def test_it_takes_a_step_at_a_reduced_width(name):
     """The others are these with another side, without classes or without OGDM."""
     _, classes, _ = RELEASED[name]

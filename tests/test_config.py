@@ -46,7 +46,8 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     references = "stf.per_image=2" if name == "cifar10_stf_paper" else "stf.n=16"
     shrink += ["ogdm.channel_max=8", references, "network.head_channels=0"]
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py", shrink)
-    pictures = np.zeros((16, side, side, 1 if side == 8 else 3), np.uint8)
+    channels = 1 if side == 8 else 4 if "dit" in name else 3
+    pictures = np.zeros((16, side, side, channels), np.uint8)
     source = data.Source(
         name=name,
         shape=pictures.shape[1:],

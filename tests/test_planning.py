@@ -90,6 +90,20 @@ def test_messages_of_every_spelling_are_read():
     assert collectives.seconds(ring, 8, 100.0) == pytest.approx((2 * 7 / 8 * 800 + 7 * 100) / 100)
 
 
+@pytest.mark.fast
+def test_messages_in_a_loop_count_as_often_as_it_runs():
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:4], ("d",)), jax.sharding.PartitionSpec("d")
+    summed = lambda x: lax.psum(x, "d")
+    inner = lambda x, _: (summed(x) / 4, None)
+    outer = lambda x, _: (summed(lax.scan(inner, x, None, length=3)[0]) / 4, None)
+    f = lambda x: summed(lax.scan(outer, x, None, length=5)[0])
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    sharded = jax.jit(mapped)
+    text = sharded.lower(jnp.ones((8, 4))).compile().as_text()
+    count = 5 * 3 + 5 + 1
+    assert collectives.collectives(text) == {"all-reduce": {"count": count, "bytes": count * 32}}
+
+
 @pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
 def test_the_plan_of_eight_devices(plan):
     """Under sharded a device holds about an eighth of the state; mesh and pmap send the gradient

@@ -34,6 +34,7 @@ SMALL += (
 )
 # Between them these have every network and every method; the others only repeat them.
 CHOSEN = ("digits", "digits_dg", "cifar10_all", "celeba64_ogdm", "imagenet64_edm")
+CHOSEN += ("imagenet256_dit",)
 EACH = [name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 
 

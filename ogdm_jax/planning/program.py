@@ -28,6 +28,7 @@ SHAPES = {
     "folder:data/celeba64": ((64, 64, 3), 0, 162_770),
     "folder:data/lsun_bedroom": ((256, 256, 3), 0, 3_033_042),
     "folder:data/imagenet256": ((256, 256, 3), 1000, 1_281_167),
+    "latents:data/imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
 }
 # how the compiler says what a program needs that does not fit: 20.5G of 15.7G
 _MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
