@@ -68,6 +68,8 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
         "label": np.zeros(8, np.int32),
         "index": np.arange(8, dtype=np.int32),
     }
+    if run.methods.mates:
+        batch["mates"] = np.zeros((8, run.methods.mates, *source.shape), np.uint8)
     constants = run.methods.constants()
     after, metrics = jax.eval_shape(run.step, state, constants, batch, run.key)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()

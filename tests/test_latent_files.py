@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from ogdm_jax.interop import diffusers, export, load_pretrained
+from ogdm_jax.interop import diffusers, export, load_pretrained, names_latent
 from ogdm_jax.interop.pretrained import from_torch
 from ogdm_jax.networks import AutoencoderKL
 from tests.support import golden_support, torch_files
@@ -178,3 +178,74 @@ def test_diffusers_folder_of_an_autoencoder(tmp_path):
     config.write_text(json.dumps(said | {"latents_mean": [0.0], "latents_std": [1.0]}))
     with pytest.raises(ValueError, match=r"latents_mean .*; expected one scaling_factor"):
         load_pretrained(tmp_path / "vae")
+
+
+def as_diffusers(file, state):
+    """A DiT's state dict under diffusers' names, by the golden file's own map."""
+    rows = lambda name, cut: state[name][slice(*cut)] if cut else state[name]
+    return {theirs: rows(ours, cut) for theirs, (ours, *cut) in file.json("diffusers_map").items()}
+
+
+def test_dit_in_diffusers_names_is_the_authors(dit, tmp_path):
+    file, state = dit
+    theirs = as_diffusers(file, state)
+    path = written(tmp_path / "dit.safetensors", theirs)
+    found = load_pretrained(path, heads=4, img_resolution=8)
+    assert (found.kind, found.precondition) == ("dit", "adm")
+    equal(found, {name: value for name, value in state.items() if name != "pos_embed"})
+    back = names_latent.dit_to_diffusers(state, found.network.depth)
+    assert back.keys() == theirs.keys()
+    assert all(np.array_equal(back[name], value) for name, value in theirs.items())
+    twin = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    with pytest.raises(ValueError, match="t_embedder.mlp.0.bias differs among the blocks"):
+        from_torch(theirs | {twin: theirs[twin] + 1}, heads=4, img_resolution=8)
+    del theirs["transformer_blocks.1.attn1.to_k.bias"]
+    with pytest.raises(ValueError, match=r"1 missing \(transformer_blocks.1.attn1.to_k.bias\)"):
+        from_torch(theirs, heads=4, img_resolution=8)
+
+
+@pytest.mark.parametrize(
+    "name", ["dit_a", "sd_unet_v1_a", "sd_unet_v2_a", "vae_a", "clip_text_sd2"]
+)
+def test_what_is_written_as_diffusers_has_it_is_read_back(name, tmp_path):
+    file = golden(name)
+    settings = {
+        "dit_a": {"heads": 4, "img_resolution": 8},
+        "vae_a": {"groups": 8, "scale": 0.5},
+        "clip_text_sd2": {"heads": 4, "quick": False},
+    }.get(name, {"groups": 8, "img_resolution": 16})
+    if name.startswith("sd_unet"):
+        heads = file.config["kwargs"]["attention_head_dim"]
+        settings["heads"] = tuple(heads) if isinstance(heads, list) else (heads,) * 3
+    network, variables = from_torch(file.state_dict(), **settings)
+    diffusers.write(tmp_path / "folder", network, export.to_torch(network, variables))
+    found = load_pretrained(tmp_path / "folder")
+    assert found.network == network
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (found.variables, variables))))
+
+
+def test_averages_of_a_single_file_are_taken_and_said(tmp_path):
+    """LDM names them without dots: model_ema.diffusion_modelinput_blocks00weight."""
+    state, at = single_file(), "model.diffusion_model."
+    unet = {n: v for n, v in state.items() if n.startswith(at)}
+    average = lambda name: f"model_ema.{name.removeprefix('model.').replace('.', '')}"
+    state |= {average(name): 2 * value for name, value in unet.items()}
+    state |= {"model_ema.decay": np.float32(0.9999), "model_ema.num_updates": np.int32(7)}
+    path = written(tmp_path / "full.safetensors", {n: np.asarray(v) for n, v in state.items()})
+    settings = {"kind": "sd_unet", "groups": 8, "heads": (4, 4, 4)}
+    found = load_pretrained(path, **settings)
+    double = {name: 2 * value for name, value in golden("sd_unet_v1_a").state_dict().items()}
+    equal(found, double)
+    assert found.notes[0].startswith("taken: the averaged weights at model_ema; also there: ")
+    trained = load_pretrained(path, entry=at[:-1], **settings)
+    equal(trained, golden("sd_unet_v1_a").state_dict())
+
+
+def test_a_torch_file_is_written_without_torch(dit, tmp_path):
+    state = dit[1]
+    about = {"kind": "dit", "settings": {"heads": 4}}
+    path = export.write(tmp_path / "dit.pt", state, about)
+    found = load_pretrained(path)  # heads from the JSON beside it
+    equal(found, {name: value for name, value in state.items() if name != "pos_embed"})
+    export.about_path(path).write_text("[1]")  # somebody's own
+    assert load_pretrained(path, heads=4).network == found.network

@@ -60,6 +60,13 @@ def test_loops_branches_and_dead_results():
 
 
 @pytest.mark.fast
+def test_a_product_that_rounds_its_operands_counts_as_what_it_computes():
+    x = jnp.ones((1, 8, 2, 4), jnp.bfloat16)
+    f = jax.grad(lambda x: jax.nn.dot_product_attention(x, x, x).sum().astype(jnp.float32))
+    assert set(flops.matmul_flops(flops.trace(jax.jit(f), x))) == {"bfloat16"}
+
+
+@pytest.mark.fast
 def test_a_mapped_program_counts_all_devices():
     mesh = jax.sharding.Mesh(jax.devices()[:4], ("d",))
     spec = jax.sharding.PartitionSpec("d")

@@ -1,6 +1,6 @@
 """Writes weights that other programs can read: under the authors' names, with a JSON file beside.
 
-ogdm export WORKDIR --out FILE.safetensors
+ogdm export WORKDIR --out FILE.safetensors (or FILE.pt; of a DiT also FOLDER, as diffusers has it)
 """
 
 import argparse
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from ogdm_jax import config as configs
-from ogdm_jax import startup
+from ogdm_jax import places, startup
 from ogdm_jax.cli.parsing import parser_of, whole
-from ogdm_jax.interop import export
+from ogdm_jax.config import require
+from ogdm_jax.interop import diffusers, export
 from ogdm_jax.interop.settings import PROCESS
 from ogdm_jax.training import workdir
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exports a training folder; exits with 1 after one sentence on bad input."""
     parser = parser_of("export", __doc__)
     parser.add_argument("workdir", metavar="WORKDIR")
-    parser.add_argument("--out", required=True, help="FILE.safetensors")
+    parser.add_argument("--out", required=True, help="FILE.safetensors, FILE.pt or FOLDER")
     parser.add_argument(
         "--step", type=whole(0), default=None, help="checkpoint (default: the newest)"
     )
@@ -29,9 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with startup.one_sentence():
         startup.prepare()
-        export.check_out(args.out)
-        path = _export(workdir.open_workdir(args.workdir, args.step, args.weights), args)
-    print(f"wrote {path} and {export.about_path(path)} ({args.weights})")
+        folder = places.place(args.out, "--out")
+        if folder.suffix:
+            export.check_out(args.out)
+        else:
+            places.writable(folder, "--out")
+        run = workdir.open_workdir(args.workdir, args.step, args.weights)
+        network, config = run.model.network, run.config.network
+        if not folder.suffix:
+            dit = "FILE.safetensors or FILE.pt; diffusers has no such network as a folder"
+            require(config.kind == "dit", "network.kind", config.kind, dit)
+            state = export.to_torch(network, {"params": run.params})
+            path = diffusers.write(folder, network, state)
+        else:
+            path = _export(run, args)
+    beside = export.about_path(path) if folder.suffix else folder / diffusers.CONFIG
+    print(f"wrote {path} and {beside} ({args.weights})")
 
 
 def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:

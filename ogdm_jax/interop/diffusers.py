@@ -1,22 +1,30 @@
-"""A network as diffusers keeps it: a folder of config.json and diffusion_pytorch_model.safetensors.
+"""A network as diffusers keeps it: a folder of config.json and diffusion_pytorch_model.safetensors,
+of transformers model.safetensors.
 
-The JSON file says what the tensors cannot; a field that it lacks has diffusers' default.
+The JSON file says what the tensors cannot; a field that it lacks has the library's default.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
 from ogdm_jax import places, records
-from ogdm_jax.networks.vae import AutoencoderKL
+from ogdm_jax.interop import names_latent
+from ogdm_jax.networks import AutoencoderKL, CLIPText, DiT, UNet2DCondition
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# class -> kind, and {its field: (our setting, diffusers' default)} of what the tensors do not show
+TEXT_WEIGHTS = "model.safetensors"
+_NAMES = (WEIGHTS, WEIGHTS.replace("safetensors", "bin"), TEXT_WEIGHTS, "pytorch_model.bin")
+_DIT = {"num_attention_heads": ("heads", 16), "sample_size": ("img_resolution", 32)}
+# class -> kind, and {its field: (our setting, the library's default)} of what the tensors do not
+# show
 _CLASSES: dict[str, tuple[str, dict[str, tuple[str, Any]]]] = {
     "AutoencoderKL": (
         "autoencoder",
@@ -25,14 +33,27 @@ _CLASSES: dict[str, tuple[str, dict[str, tuple[str, Any]]]] = {
             "scaling_factor": ("scale", 0.18215),
             "shift_factor": ("shift", 0.0),
         },
-    )
+    ),
+    "DiTTransformer2DModel": ("dit", _DIT),
+    "Transformer2DModel": ("dit", _DIT),  # of older files
+    "UNet2DConditionModel": (
+        "sd_unet",
+        {
+            "norm_num_groups": ("groups", 32),
+            "sample_size": ("img_resolution", 64),
+            "attention_head_dim": ("heads", 8),  # a misnomer: their number
+        },
+    ),
+    "CLIPTextModel": (
+        "clip_text",
+        {"num_attention_heads": ("heads", 8), "hidden_act": ("quick", "quick_gelu")},
+    ),
 }
 
 
 def weights(folder: Path) -> Path | None:
     """The file of weights in a folder of a known class; None in any other."""
-    found = [folder / WEIGHTS, folder / WEIGHTS.replace("safetensors", "bin")]
-    found = [file for file in found if file.is_file()]
+    found = [folder / name for name in _NAMES if (folder / name).is_file()]
     return found[0] if found and read_about(found[0]) else None
 
 
@@ -43,10 +64,11 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
       ValueError: no JSON, or statistics of each channel in place of one scale.
     """
     path = file.parent / CONFIG
-    if not file.name.startswith("diffusion_pytorch_model.") or not path.is_file():
+    if file.name not in _NAMES or not path.is_file():
         return None
     config = records.read(path, dict)
-    name = config.get("_class_name")
+    listed = config.get("architectures")
+    name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "")
     if not isinstance(name, str) or (name := name.removeprefix("Flax")) not in _CLASSES:
         return None
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
@@ -59,6 +81,13 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
     for theirs, (ours, default) in fields.items():
         value = config.get(theirs)
         told[ours] = default if value is None else value
+    if kind == "sd_unet":
+        heads, widths = config.get("num_attention_heads"), config.get("block_out_channels")
+        heads = told["heads"] if heads is None else heads
+        levels = len(widths) if isinstance(widths, list) else 4
+        told["heads"] = [heads] * levels if isinstance(heads, int) else heads
+    if kind == "clip_text":
+        told["quick"] = told["quick"] == "quick_gelu"
     return {"kind": kind, "settings": told}
 
 
@@ -73,23 +102,105 @@ def write_autoencoder(
       state: {diffusers' name: array}, as `export.to_torch` gives it.
       side: of the images that it was trained on.
     """
-    levels = len(network.widths)
-    config = {
+    write(folder, network, state, sample_size=side)
+
+
+def write(
+    folder: str | os.PathLike, network: nn.Module, state: Mapping[str, np.ndarray], **fields: Any
+) -> epath.Path:
+    """Writes a network as the `from_pretrained(folder)` of its class in diffusers or transformers
+    (CLIPTextModel) reads it.
+
+    Args:
+      folder: made where it is missing.
+      network: a DiT, UNet2DCondition, AutoencoderKL or CLIPText.
+      state: {name: array}, as `export.to_torch` gives it.
+      **fields: of the JSON file, beside those that follow from the network.
+
+    Returns:
+      The file of weights.
+
+    Raises:
+      ValueError: another network, or a DiT without what diffusers' has: a row for no class.
+    """
+    folder, config = places.place(folder), _config(network) | fields
+    if isinstance(network, DiT):
+        state = names_latent.dit_to_diffusers(state, network.depth)
+    file = folder / (TEXT_WEIGHTS if isinstance(network, CLIPText) else WEIGHTS)
+    with places.written(file) as new:
+        tensors = {name: np.ascontiguousarray(value) for name, value in state.items()}
+        save_file(tensors, new, metadata={"format": "pt"})
+    with places.written(folder / CONFIG) as new:
+        new.write_text(records.dumps(config, indent=1) + "\n")
+    return file
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """What config.json says of a network."""
+    if isinstance(network, AutoencoderKL | UNet2DCondition):
+        return _levelled(network)
+    if isinstance(network, DiT):
+        if not network.label_dim or not network.no_class or network.mlp_ratio != 4:
+            raise ValueError(
+                "network: this DiT has no classes, no row for images of no class, or another "
+                "mlp_ratio than 4; expected what diffusers' DiTTransformer2DModel has"
+            )
+        return {
+            "_class_name": "DiTTransformer2DModel",
+            "attention_head_dim": network.width // network.heads,
+            "in_channels": network.img_channels,
+            "num_attention_heads": network.heads,
+            "num_embeds_ada_norm": network.label_dim,
+            "num_layers": network.depth,
+            "out_channels": network.out_channels or network.img_channels,
+            "patch_size": network.patch,
+            "sample_size": network.img_resolution,
+        }
+    if isinstance(network, CLIPText):
+        return {
+            "architectures": ["CLIPTextModel"],
+            "hidden_act": "quick_gelu" if network.quick else "gelu",
+            "hidden_size": network.width,
+            "intermediate_size": network.hidden,
+            "max_position_embeddings": network.positions,
+            "model_type": "clip_text_model",
+            "num_attention_heads": network.heads,
+            "num_hidden_layers": network.depth,
+            "vocab_size": network.vocabulary,
+        }
+    raise ValueError(
+        f"network: {type(network).__name__} given; expected DiT, UNet2DCondition, AutoencoderKL or "
+        "CLIPText"
+    )
+
+
+def _levelled(network: AutoencoderKL | UNet2DCondition) -> dict[str, Any]:
+    common = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(network.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
         "in_channels": network.img_channels,
-        "latent_channels": network.latent_channels,
         "layers_per_block": network.num_blocks,
         "norm_num_groups": network.groups,
         "out_channels": network.img_channels,
-        "sample_size": side,
-        "scaling_factor": network.scale,
-        "shift_factor": network.shift or None,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    with places.written(folder / WEIGHTS) as new:
-        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
-    with places.written(folder / CONFIG) as new:
-        new.write_text(records.dumps(config, indent=1) + "\n")
+    if isinstance(network, AutoencoderKL):
+        levels = len(network.widths)
+        return common | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "latent_channels": network.latent_channels,
+            "scaling_factor": network.scale,
+            "shift_factor": network.shift or None,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+    named = lambda way: [f"CrossAttn{way}" if attends else way for attends in network.attends]
+    return common | {
+        "_class_name": "UNet2DConditionModel",
+        "attention_head_dim": list(network.heads),
+        "cross_attention_dim": network.context_dim,
+        "down_block_types": named("DownBlock2D"),
+        "out_channels": network.out_channels or network.img_channels,
+        "sample_size": network.img_resolution,
+        "up_block_types": named("UpBlock2D")[::-1],
+        "use_linear_projection": network.linear_projection,
+    }

@@ -1,4 +1,4 @@
-"""Weights that others can read: .safetensors under the authors' names, and JSON beside it.
+"""Weights that others can read: .safetensors or .pt under the authors' names, and JSON beside it.
 
 The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "precondition",
 "sigma_data", "dropout", ...}. The tensor names are those of the official code, so that its
@@ -22,6 +22,7 @@ from ogdm_jax.interop import (
     names_edm,
     names_inception,
     names_latent,
+    torch_writer,
 )
 from ogdm_jax.interop.settings import check_about
 from ogdm_jax.networks import (
@@ -39,32 +40,38 @@ from ogdm_jax.networks import (
 from ogdm_jax.typing import PyTree
 
 FORMAT = 1
+SUFFIXES = (".safetensors", ".pt")
 
 
 def about_path(path: str | os.PathLike) -> epath.Path:
-    """Where the JSON file of an exported .safetensors file is."""
+    """Where the JSON file of an exported file is."""
     return places.place(path).with_suffix(".json")
 
 
 def check_out(path: str | os.PathLike) -> epath.Path:
     """The path to export to. Raises ValueError unless it can be written, by this name."""
     path = places.place(path, "--out")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in .safetensors")
+    if path.suffix not in SUFFIXES:
+        ends = " or ".join(SUFFIXES)
+        raise ValueError(f"--out: {str(path)!r} given; expected a name that ends in {ends}")
     return places.writable(path, "--out", file=True)
 
 
 def write(
     path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> epath.Path:
-    """Writes state as path (.safetensors) and about beside it. Returns the path.
+    """Writes state as path (.safetensors, or .pt as torch.save) and about beside it. Returns the
+    path.
 
     Raises:
-      ValueError: path does not end in .safetensors.
+      ValueError: path ends in neither.
     """
     path = check_out(path)
     with places.written(path) as new:
-        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
+        if path.suffix == ".pt":
+            torch_writer.write(new, state)
+        else:
+            save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
     with places.written(about_path(path)) as new:
         new.write_text(records.dumps(_sorted({"format": FORMAT, **about}), indent=1) + "\n")
     return path
@@ -75,16 +82,24 @@ def _sorted(value: Any) -> Any:
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The JSON file beside an exported .safetensors file, or what diffusers' config.json says of
+    """The JSON file beside an exported file, or what diffusers' config.json says of
     weights beside it; None where there is neither.
 
     Raises:
       ValueError: it is no JSON of this format, or one of its values is out of range.
     """
-    if places.place(path).suffix != ".safetensors" or not about_path(path).is_file():
+    suffix = places.place(path).suffix
+    if suffix not in SUFFIXES or not about_path(path).is_file():
         return diffusers.read_about(places.place(path))
-    about = records.read(about_path(path), dict, "the JSON beside the weights")
+    try:
+        about = records.read(about_path(path), dict, "the JSON beside the weights")
+    except records.RecordError:
+        about = {}
+        if suffix == ".safetensors":
+            raise
     if about.pop("format", None) != FORMAT:
+        if suffix == ".pt":  # which others write, too, beside JSON of their own
+            return None
         raise ValueError(
             f'{about_path(path)}: is not what export writes; expected "format": {FORMAT}'
         )

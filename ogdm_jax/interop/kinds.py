@@ -119,9 +119,21 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
 
 
 def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
-    network = _make(DiT, recognise_latent.dit_settings(shapes, settings))
+    """In the authors' names or diffusers'."""
+    theirs = "x_embedder.proj.weight" not in shapes
+    known = recognise_latent.dit_shapes(shapes) if theirs else shapes
+    network = _make(DiT, recognise_latent.dit_settings(known, settings))
     needed = _shapes_of(names_latent.dit_entries(network))
-    return Match(network, needed, {"pos_embed"}, lambda s: names_latent.dit_to_flax(s, network))
+    if not theirs:
+        convert = lambda s: names_latent.dit_to_flax(s, network)
+        return Match(network, needed, {"pos_embed"}, convert)
+    split = {}
+    for name, (rows, *rest) in needed.items():
+        thirds = 3 if "attn.qkv." in name else 1
+        parts = names_latent.diffusers_dit(name, network.depth)
+        split |= dict.fromkeys(parts, (rows // thirds, *rest))
+    ours = lambda s: names_latent.dit_from_diffusers(s, network)
+    return Match(network, split, set(), lambda s: names_latent.dit_to_flax(ours(s), network))
 
 
 def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:

@@ -91,6 +91,72 @@ def flax_to_dit(variables: PyTree, network: DiT) -> dict[str, np.ndarray]:
     return {_POSITIONS: position_table(side, side, network.width)[None], **state}
 
 
+# the authors' modules -> diffusers': in every block, with equal numbers; once; in its own block
+_DIFFUSERS_EMBEDDERS = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+_DIFFUSERS_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_DIFFUSERS_INSIDE = {
+    "adaLN_modulation.1": ("norm1.linear",),
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+
+
+def diffusers_dit(name: str, depth: int) -> list[str]:
+    """What diffusers' DiTTransformer2DModel calls a tensor: three names where it keeps q, k and v
+    apart, and one a block for the embedders, which it repeats.
+    """
+    module, _, leaf = name.rpartition(".")
+    if (same := _DIFFUSERS_EMBEDDERS.get(module)) is not None:
+        return [f"transformer_blocks.{i}.norm1.emb.{same}.{leaf}" for i in range(depth)]
+    if (outside := _DIFFUSERS_OUTSIDE.get(module)) is not None:
+        return [f"{outside}.{leaf}"]
+    _, block, inside = module.split(".", 2)
+    return [f"transformer_blocks.{block}.{part}.{leaf}" for part in _DIFFUSERS_INSIDE[inside]]
+
+
+def dit_from_diffusers(state: Mapping[str, np.ndarray], network: DiT) -> dict[str, np.ndarray]:
+    """The authors' names of a state dict of diffusers, whose arithmetic is not the authors' (its
+    time frequencies and one norm differ a little): the published weights come from theirs.
+
+    Raises:
+      ValueError: blocks whose embedders were trained apart.
+    """
+    found = {}
+    for entry in dit_entries(network):
+        parts = [state[name] for name in diffusers_dit(entry.name, network.depth)]
+        if "attn.qkv." in entry.name:
+            found[entry.name] = np.concatenate(parts)
+            continue
+        if any(not np.array_equal(part, parts[0]) for part in parts[1:]):
+            raise ValueError(
+                f"state: {entry.name} differs among the blocks; expected a DiT whose blocks share "
+                "the embedders of time and class, as the authors' does"
+            )
+        found[entry.name] = parts[0]
+    return found
+
+
+def dit_to_diffusers(state: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """The inverse of dit_from_diffusers; the table of positions has no place there."""
+    found = {}
+    for name, value in state.items():
+        if name != _POSITIONS:
+            names = diffusers_dit(name, depth)
+            qkv = "attn.qkv." in name
+            found |= zip(names, np.split(value, 3) if qkv else [value] * len(names), strict=True)
+    return found
+
+
 def vae_entries(network: AutoencoderKL) -> list[Entry]:
     """Every tensor under diffusers' name."""
     side = network.factor * 2

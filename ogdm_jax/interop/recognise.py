@@ -29,7 +29,11 @@ _SIGNS = {
     "inception": (
         r"(base\.)?((Conv2d_1a_3x3|blocks\.0\.0)\.conv|layers\.mixed(\.tower)?\.conv)\.weight",
     ),
-    "dit": (r"x_embedder\.proj\.weight", r"blocks\.0\.adaLN_modulation\.1\.weight"),
+    "dit": (  # the authors' names, and diffusers'
+        r"(x_embedder|pos_embed)\.proj\.weight",
+        r"(blocks\.0\.adaLN_modulation\.1|transformer_blocks\.0\.norm1\.emb\.class_embedder\."
+        r"embedding_table)\.weight",
+    ),
     "sd_unet": (r"time_embedding\.linear_1\.weight", r"down_blocks\.0\.resnets\.0\.norm1\.weight"),
     "autoencoder": (r"post_quant_conv\.weight", r"decoder\.conv_in\.weight"),
     "clip_text": (

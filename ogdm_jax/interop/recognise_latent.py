@@ -62,6 +62,20 @@ def dit_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def dit_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """What `dit_settings` reads, by the authors' names, of a DiT in diffusers'."""
+    blocks = _numbers(shapes, r"transformer_blocks\.(\d{1,4})\.")
+    at = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+    return {
+        "x_embedder.proj.weight": shapes["pos_embed.proj.weight"],
+        "y_embedder.embedding_table.weight": shapes[at],
+        "final_layer.linear.weight": shapes["proj_out_2.weight"],
+    } | {
+        f"blocks.{i}.mlp.fc1.weight": shapes[f"transformer_blocks.{i}.ff.net.0.proj.weight"]
+        for i in blocks
+    }
+
+
 def vae_levels(shapes: Shapes) -> int:
     """Levels of an autoencoder, in diffusers' names or LDM's."""
     return len(_numbers(shapes, r"encoder\.down(?:_blocks)?\.(\d{1,2})\."))

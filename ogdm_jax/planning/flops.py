@@ -15,10 +15,11 @@ _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 def matmul_flops(program: core.ClosedJaxpr) -> dict[str, float]:
     """{"bfloat16": n, "float32": n}: operations over all devices that the outputs need.
 
-    A multiplication and its addition are 2 operations; their type is that of the wider operand. The
-    body of a scan counts as often as it runs, a while loop of unknown length once, and of several
-    branches the most expensive one. Multiplications with the zeros that a strided convolution's
-    gradient inserts do not count, nor do equations whose results nothing reads.
+    A multiplication and its addition are 2 operations; their type is that of the wider operand, or
+    bfloat16 where the program asks for it (attention's gradient rounds a float32 one). The body of
+    a scan counts as often as it runs, a while loop of unknown length once, and of several branches
+    the most expensive one. Multiplications with the zeros that a strided convolution's gradient
+    inserts do not count, nor do equations whose results nothing reads.
 
     Args:
       program: of `jax.jit(f).trace(*args).jaxpr` or `jax.make_jaxpr(f)(*args)`.
@@ -50,9 +51,9 @@ def _equation(equation: Any, used: list[bool]) -> Counter:
         left, right = (v.aval for v in equation.invars[:2])
         work = _dot if name == "dot_general" else _convolution
         wider = left.dtype if left.dtype.itemsize >= right.dtype.itemsize else right.dtype
-        return Counter(
-            {str(wider): work(left.shape, right.shape, equation.outvars[0].aval.shape, params)}
-        )
+        rounded = getattr(params["precision"], "name", "") == "BF16_BF16_F32"
+        shapes = left.shape, right.shape, equation.outvars[0].aval.shape
+        return Counter({"bfloat16" if rounded else str(wider): work(*shapes, params)})
     if name == "cond":
         branches = [_count(_open(b), _open(b).outvars) for b in params["branches"]]
         return max(branches, key=lambda c: sum(c.values()), default=Counter())
