@@ -115,5 +115,5 @@ def test_trailing_spacing_counts_from_the_top():
     for n in range(1, 41):
         kept = grids.ddim_timesteps(n, 40, "trailing")
         assert kept[-1] == 39 and (np.diff(kept) > 0).all() and kept[0] >= 0 and len(kept) == n
-    with pytest.raises(ValueError, match="spacing='leading'; expected uniform, quad, even, trail"):
-        grids.ddim_timesteps(5, spacing="leading")
+    with pytest.raises(ValueError, match="spacing=.other.; expected uniform, quad, even, trail"):
+        grids.ddim_timesteps(5, spacing="other")

@@ -129,7 +129,8 @@ def test_a_method_restores_and_reports(command, pictures, tmp_path, method):
         said["solver"] == "ddim"
         and np.isfinite([said["psnr"], said["residual_ratio"], said["residual"]]).all()
     )
-    assert picture_size(out) == (9 * 66 - 2, 64)  # three triples, each pixel 8 x 8
+    # three triples, each pixel 10 x 10, with space between, headings and the PSNR
+    assert picture_size(out) == (9 * 81 - 1 + 2 * 14, 18 + 80 + 18)
     each = json.loads(out.with_suffix(".json").read_text())
     np.testing.assert_allclose(np.mean(each["psnr"]), said["psnr"], atol=1e-3)
 
@@ -212,7 +213,10 @@ def test_every_task_measures(task):
         figures
     )  # the truth explains y up to its noise
     assert np.isposinf(figures["psnr"]).all() and np.allclose(figures["ssim"], 1)
-    assert files.side_by_side(made, x).shape == (2, 3, 16, 16, 1)
+    shown = files.side_by_side(made, x)
+    assert {k: v.shape for k, v in shown.items()} == dict.fromkeys(
+        ["input", "measurement", "result"], (2, 16, 16, 1)
+    )
     other = measure(tasks.make_task(task, settings, x.shape[1:]), settings, x[1:], np.arange(1, 2))
     np.testing.assert_allclose(
         other.y[0], made.y[1], atol=1e-6

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ogdm_jax import pixels
 from ogdm_jax.data import SourceError, open_pictures, open_source, pictures
+from ogdm_jax.data.labels import class_words
 from ogdm_jax.data.pictures import PictureError, decode, read, with_channels
 
 pytestmark = pytest.mark.fast
@@ -205,4 +206,33 @@ def test_a_notebook_displays_what_show_returns():
     np.testing.assert_array_equal(decode(shown._repr_png_()), pictures.sheet(images, 2))
     assert repr(shown) == f"<picture of {shown.pixels.shape[1]} x {shown.pixels.shape[0]} pixels>"
     for one in (images[0], images[0][..., :1], images[0][..., 0], images[0] / 127.5 - 1):
-        assert pictures.show(one).pixels.shape[:2] == (8 * 4, 6 * 4)
+        assert pictures.show(one).pixels.shape[:2] == (8 * 8, 6 * 8)
+
+
+def test_a_sheet_has_whole_pixels_words_and_space():
+    images = random(12, 8, 8, 1)
+    page = pictures.sheet(images, columns=6, captions=["7"] * 12, headings=["a", "b"], group=3)
+    assert page.shape == (18 + 2 * (64 + 18) + 1, 6 * 65 - 1 + 14, 1)
+    for number, at in ((0, 0), (3, 3 * 65 + 14), (8, 2 * 65)):
+        top = 18 + (number // 6) * 83
+        block = page[top : top + 64, at : at + 64, 0]
+        np.testing.assert_array_equal(block, images[number, ..., 0].repeat(8, 0).repeat(8, 1))
+    caption, gap = page[18 + 64 : 18 + 82, :64], page[:, 3 * 65 : 3 * 65 + 14]
+    assert caption.min() < 100 and (gap == 255).all() and page[:18, 3 * 65 + 14 :].min() < 100
+
+
+def test_words_fit_their_place():
+    short, long = (
+        pictures.sheet(random(1, 8, 8, 3), captions=[words])[64:] for words in ("cat", "cat" * 40)
+    )
+    for strip in (short, long):  # nothing of a letter is cut off by an edge
+        assert strip.shape == (18, 64, 3) and (strip[:, 0] == 255).all() and (strip[0] == 255).all()
+    assert (pictures.sheet(random(1, 8, 8, 4), captions=["a"])[64:, :, 3] == 255).all()
+    with pytest.raises(ValueError, match="columns"):
+        pictures.sheet(random(4, 8, 8, 1), columns=4, group=3)
+
+
+def test_classes_have_their_names_or_numbers():
+    labels = np.array([1, -1, 4])
+    assert class_words(labels, ("cat", "dog")) == ["dog", "no class", "4"]
+    assert class_words(labels) == ["1", "no class", "4"] and class_words(None) == []

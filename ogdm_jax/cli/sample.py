@@ -27,8 +27,9 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
-from ogdm_jax.config.groups import SOLVER_OPTIONS
+from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
+from ogdm_jax.data.labels import class_words
 from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration
@@ -38,14 +39,17 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
-OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in sum(SOLVER_OPTIONS.values(), ())]
-_ELSEWHERE = ("num", "every", "variance", *(field.name for field in OPTIONS))
+_OF_SOLVERS = sum(SOLVER_OPTIONS.values(), ())
+OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in {*_OF_SOLVERS, *GRID_OPTIONS}]
+_ELSEWHERE = ("num", "every", "variance", *_OF_SOLVERS)
 SAMPLER = [field.name for field in dataclasses.fields(Sample) if field.name not in _ELSEWHERE]
 # Settings that records of before do not name, and their values there.
 LATER: dict[str, Any] = {
     "--variance": "auto",
     "--shift": 1.0,
+    **{f"--{name}": getattr(Sample, name) for name in GRID_OPTIONS},
     "--cfg.channels": 0,
+    "--cfg.rescale": 0.0,
     "--dg.rule": "score",
     **{f"--task.{name}": getattr(tasks.Settings, name) for name in ("weights", "layers", "size")},
 }
@@ -67,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--grid",
         default="",
         help="edm, vp, ve, iddpm; of flow models: flow; of discrete models: respaced, ddim, quad, "
-        "trailing, pndm (the released code of --solver spndm and fpndm)",
+        "trailing, leading, linspace, pndm (the released code of --solver spndm and fpndm)",
     )
     add(
         "--eta",
@@ -154,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
             seconds = (time.perf_counter() - start) / max(1, count)
             figures = None
             if task is None:
-                out.finish(lambda path: _write(path, out, plan.guided.labels))
+                out.finish(lambda path: _write(path, out, plan))
             else:
                 figures = _restored(plan, task, out, seconds)
             print(
@@ -174,10 +178,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _class_of(plan: Plan) -> str:
     """Which class all images have, if they have one, for people."""
-    label, names = plan.label, plan.trained.class_names
-    if label is None or label < 0:
-        return "" if label is None else ", no class"
-    return f", class {label}" + (f" ({names[label]})" if label < len(names) else "")
+    if plan.label is None:
+        return ""
+    (word,) = class_words(np.array([plan.label]), plan.trained.class_names)
+    if plan.label < 0 or word == str(plan.label):
+        return f", {word if plan.label < 0 else f'class {word}'}"
+    return f", class {plan.label} ({word})"
 
 
 def read(args: argparse.Namespace) -> Plan:
@@ -258,15 +264,19 @@ def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
     return count
 
 
-def _write(path: epath.Path, out: output.Output, labels: np.ndarray | None) -> None:
-    """The output of samples: an npz or a grid of what was drawn; a folder is complete already."""
+def _write(path: epath.Path, out: output.Output, plan: Plan) -> None:
+    """The output of samples: an npz or a sheet of what was drawn; a folder is complete already."""
+    labels = plan.guided.labels
     if path.suffix == ".npz":
         columns = out.columns()
         if labels is not None:
             columns["labels"] = npz.column(labels[out.good])
         npz.write(path, columns)
     elif path.suffix == ".png":
-        save_png(path, sheet(np.concatenate(list(out.images()))))
+        classes = class_words(
+            None if labels is None else labels[out.good], plan.trained.class_names
+        )
+        save_png(path, sheet(np.concatenate(list(out.images())), captions=classes))
 
 
 def _restored(plan: Plan, task: Restoration, out: output.Output, seconds: float) -> dict[str, Any]:

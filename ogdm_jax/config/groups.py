@@ -14,12 +14,15 @@ from ogdm_jax.config.fields import check, require, setting
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = (
     *("euler", "heun", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"),
-    *("dpmpp_2m_sde", "unipc", "pc", "dopri5"),
+    *("plms", "dpmpp_2m_sde", "unipc", "pc", "dopri5"),
 )
 # Settings of config.sample that one solver alone has, and `sampling.sample` takes by name.
 SOLVER_OPTIONS = {"pc": ("snr", "corrector_steps", "sde"), "unipc": ("order", "bh")}
 SOLVER_OPTIONS["dopri5"] = ("rtol", "atol")
-GRIDS = ("edm", "vp", "ve", "iddpm", "flow", "respaced", "ddim", "quad", "trailing", "pndm")
+# Steps of a discrete model's own process, and settings of config.sample that only these have.
+OWN_GRIDS = ("respaced", "ddim", "quad", "trailing", "leading", "linspace")
+GRID_OPTIONS = {"offset": ("leading",), "start": OWN_GRIDS, "end": OWN_GRIDS}
+GRIDS = ("edm", "vp", "ve", "iddpm", "flow", *OWN_GRIDS, "pndm")
 _UNETS = "kind=song|dhariwal|openai"
 _FIXED = "solver=" + "|".join(name for name in SOLVERS if name != "dopri5")
 _free = functools.partial(setting, free=True)  # may differ when a run is resumed
@@ -330,8 +333,8 @@ class Sample(_Checked):
     grid: str = _free(
         "edm",
         "edm, vp, ve, iddpm; of flow models also flow (equal steps of t, from pure noise); of "
-        "discrete models also respaced (guided-diffusion's), ddim, quad, trailing, and pndm (as "
-        "the released S- and F-PNDM step)",
+        "discrete models also respaced (guided-diffusion's), ddim, quad, trailing, leading and "
+        "linspace (Stable Diffusion's), and pndm (as the released S- and F-PNDM step)",
         choices=GRIDS,
     )
     sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it", above=0)
@@ -343,6 +346,22 @@ class Sample(_Checked):
         above=0,
         most=1000,
         only="grid=flow",
+    )
+    offset: int = _free(
+        1, "grid leading: its lowest step (steps_offset)", least=0, most=999, only="grid=leading"
+    )
+    start: str = _free(
+        "ve",
+        "grids of a discrete model's steps start from sigma eps (ve), or, as DDIM is released, "
+        "from sqrt(1 + sigma^2) eps (vp: x_t is eps)",
+        choices=("ve", "vp"),
+        only="grid=" + "|".join(OWN_GRIDS),
+    )
+    end: str = _free(
+        "zero",
+        "and end at zero, or at the level of their first step (set_alpha_to_one false)",
+        choices=("zero", "first"),
+        only="grid=" + "|".join(OWN_GRIDS),
     )
     eta: float = _free(
         0.0,

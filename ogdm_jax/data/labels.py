@@ -37,6 +37,14 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def class_words(labels: np.ndarray | None, names: Sequence[str] = ()) -> list[str]:
+    """What people call the classes of images [n]: names where they are known, else numbers; []
+    without classes.
+    """
+    called = {k: name for k, name in enumerate(names)} | {-1: "no class"}
+    return [] if labels is None else [called.get(int(k), str(int(k))) for k in labels]
+
+
 def normal(name: str, labels: np.ndarray, count: int, names: Sequence[str] = ()) -> Labels:
     """Labels as classes from 0 or as vectors.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from ogdm_jax import places
 from ogdm_jax.pixels import to_uint8
@@ -45,6 +45,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, zlib.error, RuntimeError)
 _UNREADABLE += (NotImplementedError, IndexError, TypeError, OverflowError, MemoryError)
 _UNREADABLE += (struct.error, AttributeError, ArithmeticError)
+_LINE, _GAP = 18, 14  # pixels of a line of words, and between groups of images
 # Where Pillow notes that a picture is to be turned or is transparent. TIFF notes it elsewhere.
 _CHANGES = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency"})
 _WIDE_INTEGERS = ("PNG", "PPM")  # formats whose mode "I" holds 0..65535
@@ -284,9 +285,78 @@ def grid(
     return page[: page.shape[0] - padding, : page.shape[1] - padding]
 
 
-def sheet(images: npt.ArrayLike, columns: int | None = None) -> np.ndarray:
-    """A `grid` with a line between the images, small ones enlarged to about 32 pixels."""
-    return grid(images, columns, padding=1, scale=max(1, 32 // np.shape(images)[1]))
+def sheet(
+    images: npt.ArrayLike,
+    columns: int | None = None,
+    captions: Sequence[str] = (),
+    headings: Sequence[str] = (),
+    group: int = 0,
+    side: int = 64,
+) -> np.ndarray:
+    """A `grid` for people: a line between the images, small ones enlarged by whole pixels, words.
+
+    Args:
+      images: as of `grid`.
+      columns: default the square root of n, rounded up.
+      captions: one below each image, such as its class; "" leaves the place empty.
+      headings: above the columns, each over an equal share of them.
+      group: images of a row that belong together; space lies between one group and the next.
+      side: pixels that small images are enlarged to about.
+
+    Returns:
+      uint8 [height, width, c]. Words that are longer than their place are set smaller, then cut.
+
+    Raises:
+      ValueError: as `grid`; columns that headings or groups do not divide.
+    """
+    cells = to_uint8(images)
+    grid(cells[:1], columns)  # refuses other shapes
+    columns = columns or math.ceil(math.sqrt(len(cells)))
+    if columns % max(len(headings), 1) or columns % (group or 1):
+        raise ValueError(
+            f"columns: {columns} for {len(headings)} headings and groups of {group}; expected a "
+            "multiple of both"
+        )
+    (_, h, w, c), line = cells.shape, 1
+    scale = max(1, side // h)
+    cells = cells.repeat(scale, axis=1).repeat(scale, axis=2)
+    if captions:
+        cells = np.concatenate([cells, np.stack([_text(s, w * scale, c) for s in captions])], 1)
+    page, pitch = grid(cells, columns, padding=line), w * scale + line
+    if group:
+        edges = [i * pitch for i in range(group, columns, group)]
+        page = np.insert(page, np.repeat(edges, _GAP).astype(int), 255, axis=1)
+    if headings:
+        share = columns // len(headings)
+        top = np.full((_LINE, page.shape[1], c), 255, np.uint8)
+        for i, words in enumerate(headings):
+            left = i * share * pitch + (i * share // group * _GAP if group else 0)
+            place = top[:, left : left + share * pitch - line]
+            place[:] = _text(words, place.shape[1], c)
+        page = np.concatenate([top, page])
+    return page
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    """DejaVu Sans, which matplotlib brings: letters of Europe and more; else Pillow's own."""
+    where = places.package("matplotlib")
+    file = where and where / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(file, size) if file and file.is_file() else ImageFont.load_default()
+
+
+@functools.lru_cache(4096)
+def _text(words: str, width: int, channels: int) -> np.ndarray:
+    """One line of words, dark on white, in the middle of uint8 [_LINE, width, channels]."""
+    fonts = [_font(size) for size in (12, 11, 10, 9)]
+    font = next((f for f in fonts if f.getlength(words) <= width), fonts[-1])
+    while font.getlength(words) > width and len(words) > 1:
+        words = words.rstrip("…")[:-1] + "…"
+    image = Image.new("L", (width, _LINE), 255)
+    ImageDraw.Draw(image).text((width / 2, _LINE / 2), words, 40, font, anchor="mm")
+    strip = np.repeat(np.asarray(image)[:, :, None], channels, axis=2)
+    strip[..., 3:] = 255  # opaque
+    return strip
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -302,17 +372,20 @@ class Picture:
         return f"<picture of {self.pixels.shape[1]} x {self.pixels.shape[0]} pixels>"
 
 
-def show(images: npt.ArrayLike, columns: int | None = None) -> Picture:
+def show(
+    images: npt.ArrayLike, columns: int | None = None, captions: Sequence[str] = ()
+) -> Picture:
     """Images [n,h,w,c] or one image [h,w,c] or [h,w] as a picture that a notebook displays.
 
     Args:
       images: uint8, or floats in [-1, 1], of NumPy or JAX.
       columns: of the `sheet`; default the square root of n, rounded up.
+      captions: one below each image.
     """
     images = to_uint8(images)
     if images.ndim < 4:
         images = images.reshape(1, *images.shape[:2], -1)
-    return Picture(sheet(images, columns))
+    return Picture(sheet(images, columns, captions))
 
 
 def encode(image: npt.ArrayLike, compress_level: int = 6) -> bytes:

@@ -27,6 +27,11 @@ def no_condition(label: PyTree) -> PyTree:
     return jax.tree.map(none, label)
 
 
+def of_noise(sigma: Array) -> tuple[Array, Array]:
+    """(c_skip, c_out) of a network that gives the noise: x0_hat = x - sigma F."""
+    return jnp.ones_like(sigma), -sigma
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """E[x0 | x]: x [B,H,W,C], sigma [B] > 0, label -> x0_hat [B,H,W,C].
@@ -53,6 +58,8 @@ class Denoiser:
       noise: None, or (x, sigma, label) -> (x0_hat, eps_hat) in one evaluation, behind `with_noise`.
       taps: None, or (x, sigma, label, at) -> features, behind `features`.
       unconditional: label -> the condition of the same shape that means none.
+      parts: sigma [B] -> (c_skip, c_out) of x0_hat = c_skip x + c_out F, where F is what the
+        network gives (`precondition`). The default is that of noise, F = (x - x0_hat) / sigma.
     """
 
     evaluate: Denoise
@@ -64,6 +71,7 @@ class Denoiser:
     noise: Callable[[Array, Array, PyTree], tuple[Array, Array]] | None = None
     taps: Callable[[Array, Array, PyTree, str], PyTree] | None = None
     unconditional: Callable[[PyTree], PyTree] = no_condition
+    parts: Callable[[Array], tuple[Array, Array]] = of_noise
 
     def __call__(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
         """x0_hat [B,H,W,C]."""

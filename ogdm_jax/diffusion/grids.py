@@ -13,7 +13,7 @@ from ogdm_jax.diffusion import process
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.typing import Denoise
 
-SPACINGS = ("uniform", "quad", "even", "trailing")  # of `ddim_timesteps`
+SPACINGS = ("uniform", "quad", "even", "trailing", "leading", "linspace")  # of `ddim_timesteps`
 
 
 def _fractions(n: int) -> np.ndarray:
@@ -116,7 +116,9 @@ def flow(n: int, shift: float = 1.0) -> np.ndarray:
     return np.append(process.PURE_NOISE, shift * process.Flow().sigma(t))
 
 
-def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.ndarray:
+def ddim_timesteps(
+    n: int, steps: int = 1000, spacing: str = "uniform", offset: int = 0
+) -> np.ndarray:
     """Kept indices of a discrete process, ascending [n].
 
     Args:
@@ -124,9 +126,11 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
       steps: T.
       spacing: "uniform", floor(i T / n), and "quad", floor(linspace(0, sqrt(0.8 T), n)^2) (arXiv
         2010.02502 D.2; both never reach the last index); "even", round(i (T - 1) / (n - 1)), and
-        "trailing", round(T - i T / n) - 1 from the last down (arXiv 2305.08891 table 2), which do.
-        One step is the last index in all of them: the published rules would keep index 0 alone,
-        where there is nothing left to denoise.
+        "trailing", round(T - i T / n) - 1 from the last down (arXiv 2305.08891 table 2), which do;
+        "linspace", which is "even" but for how halves are rounded; "leading", i floor(T / n) +
+        offset, Stable Diffusion's with offset 1. One step is the last index in all of them: the
+        published rules would keep index 0 alone, where there is nothing left to denoise.
+      offset: of "leading".
 
     Raises:
       ValueError: n outside 1..T, an unknown spacing, or indices that coincide.
@@ -142,6 +146,16 @@ def ddim_timesteps(n: int, steps: int = 1000, spacing: str = "uniform") -> np.nd
         return np.round(steps - np.arange(n) * steps / n).astype(np.int64)[::-1] - 1
     if spacing == "uniform":
         return np.arange(n) * steps // n
+    if spacing == "linspace":
+        return np.round(np.linspace(0, steps - 1, n)).astype(np.int64)
+    if spacing == "leading":
+        kept = np.arange(n) * (steps // n) + offset
+        if kept[-1] >= steps:
+            raise ValueError(
+                f"n={n}; expected fewer steps: leading spacing of {steps} with offset {offset} "
+                "goes beyond the last"
+            )
+        return kept
     if spacing == "even":
         return process.space_timesteps(steps, [n])
     kept = np.floor((np.sqrt(0.8 * steps) * k) ** 2 + 1e-9).astype(np.int64)
@@ -157,6 +171,10 @@ def ddim(
     betas: process.Schedule | process.Discrete = "linear",
     spacing: str = "uniform",
     steps: int = 1000,
+    *,
+    offset: int = 0,
+    further: bool = False,
+    end: str = "zero",
 ) -> np.ndarray:
     """Noise levels sqrt(1 / alpha_bar - 1) of a respaced discrete process, then 0 (arXiv
     2010.02502).
@@ -166,13 +184,26 @@ def ddim(
       betas: "linear", "cosine", "scaled_linear", the betas themselves, or a table of all steps.
       spacing: as in `ddim_timesteps`.
       steps: T, where betas is a name.
+      offset: of `ddim_timesteps`.
+      further: the highest n of n + 1 steps, as diffusers has them for DPM-Solver++ and UniPC.
+      end: "zero", or "first": the grid ends at the level of step 0, as where Stable Diffusion's
+        files say set_alpha_to_one false.
+
+    Raises:
+      ValueError: see `ddim_timesteps`; a grid that has step 0 and is to end there.
     """
-    if not isinstance(betas, process.Discrete):
-        table = process.betas(betas, steps)
-        kept = ddim_timesteps(n, len(table), spacing)
-        return np.append(process.Discrete.make(table, keep=kept).sigma[::-1], 0.0)
-    kept = ddim_timesteps(n, len(betas.timesteps), spacing)
-    return np.append(betas.sigma[kept][::-1], 0.0)
+    given = isinstance(betas, process.Discrete)
+    count = len(betas.timesteps) if given else len(process.betas(betas, steps))
+    kept = ddim_timesteps(n + further, count, spacing, offset)[int(further) :]
+    if end == "first" and kept[0] == 0:
+        raise ValueError(
+            f"n={n}; expected a grid that ends at 0: {spacing} spacing has the lowest step itself"
+        )
+    last = [0] if end == "first" else []
+    kept = np.append(last, kept).astype(np.int64)
+    table = betas if given else process.Discrete.make(process.betas(betas, steps), keep=kept)
+    levels = (table.sigma[kept] if given else table.sigma)[::-1]
+    return levels if end == "first" else np.append(levels, 0.0)
 
 
 def respaced(

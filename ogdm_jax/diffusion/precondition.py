@@ -146,6 +146,7 @@ def make(
         variance=network.variance if learned_variance else None,
         noise=network.noise,
         taps=network.taps if taps else None,
+        parts=lambda sigma: coefficients(sigma)[:2],
     )
     return clipped(made) if clip else made
 

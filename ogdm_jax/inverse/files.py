@@ -137,29 +137,33 @@ def _first(source: Source, most: int, classes: int) -> Inputs:
     )
 
 
-def side_by_side(restoration: Restoration, restored: np.ndarray) -> np.ndarray:
-    """[n,3,H,W,C] uint8: input, measurement and result [n,H,W,C] in [-1, 1] of each image.
-
-    [n,2,H,W,C] where nobody knows the input.
+def side_by_side(restoration: Restoration, restored: np.ndarray) -> dict[str, np.ndarray]:
+    """{heading: uint8 [n,H,W,C]} of input (where somebody knows it), measurement and result
+    [n,H,W,C] in [-1, 1].
     """
-    images, shown = restoration.images, restoration.images
+    images, shown = restoration.images, {"example": restoration.images}
     if restoration.task.restores:
-        shown = _as_pictures(restoration.y, restored.shape)
-    parts = [part for part in (images, shown, restored) if part is not None]
-    return np.stack([to_uint8(np.clip(v, -1, 1)) for v in parts], axis=1)
+        shown = {"input": images, "measurement": _as_pictures(restoration.y, restored.shape)}
+    parts = shown | {"result": restored}
+    return {k: to_uint8(np.clip(v, -1, 1)) for k, v in parts.items() if v is not None}
 
 
 def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> None:
-    """Input (where it is known), measurement and result side by side.
+    """Input (where it is known), measurement and result side by side, with PSNR and headings.
 
     Args:
-      path: FILE.png for one grid; FILE.npz for the float arrays input, measurement, result and the
+      path: FILE.png for one sheet; FILE.npz for the float arrays input, measurement, result and the
         seeds; else a folder for one picture an image. Figures per image go beside it as JSON.
       restoration: what was measured.
       restored: [n,H,W,C] in [-1, 1].
     """
-    n, parts, h, w, c = (rows := side_by_side(restoration, restored)).shape
-    scale = max(1, 64 // h)
+    rows, figures = side_by_side(restoration, restored), restoration.judge(restored)
+    n, parts, headings = len(restored), len(rows), [*rows]
+    images = np.stack([*rows.values()], axis=1).reshape(-1, *restored.shape[1:])
+    captions = [""] * (n * parts)
+    for name, words in (("psnr", "PSNR {:.1f} dB"), ("distance", "distance {:.3f}")):
+        if name in figures:  # below the result
+            captions[parts - 1 :: parts] = map(words.format, figures[name])
     if path.suffix == ".npz":
         arrays: dict[str, Any] = {"measurement": restoration.y, "result": restored}
         if restoration.images is not None:
@@ -167,17 +171,18 @@ def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> N
         with places.written(path) as new:
             np.savez_compressed(new, seeds=restoration.seeds, **arrays)
     elif path.suffix == ".png":
-        columns = parts * min(n, 4)
-        together = pictures.grid(rows.reshape(parts * n, h, w, c), columns, padding=2, scale=scale)
-        pictures.save_png(path, together)
+        abreast = min(n, 4)
+        how = {"headings": headings * abreast, "group": parts, "side": 80}
+        pictures.save_png(path, pictures.sheet(images, parts * abreast, captions, **how))
     else:
-        for seed, row in zip(restoration.seeds, rows, strict=True):
-            one = pictures.grid(row, parts, padding=2, scale=scale)
+        for i, seed in enumerate(restoration.seeds):
+            at = slice(i * parts, (i + 1) * parts)
+            one = pictures.sheet(images[at], parts, captions[at], headings, side=80)
             pictures.save_png(path / f"img{int(seed):08d}.png", one)
     about: dict[str, Any] = {"seeds": restoration.seeds}
     if restoration.names is not None:
         about["pictures"] = restoration.names
-    for name, values in restoration.judge(restored).items():
+    for name, values in figures.items():
         about[name] = [round(float(v), 5) for v in values]
     beside = path.with_suffix(".json") if path.suffix else path / "figures.json"
     with places.written(beside) as new:

@@ -31,6 +31,9 @@ CONTINUOUS = {
     "iddpm": lambda n, low, high, rho: grids.iddpm(n, low, high),
 }
 DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad", "trailing": "trailing"}
+DISCRETE |= {"leading": "leading", "linspace": "linspace"}
+# Of one more step diffusers drops the lowest, where these have leading or linspace spacing.
+FURTHER = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 ORDERS = {"spndm": 2, "fpndm": 4}
 PNDM = "pndm"  # the released code of S- and F-PNDM, `discrete.pndm`
 
@@ -104,7 +107,7 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
 
 def noise_levels(model: Model, settings: Sample) -> np.ndarray:
     """The grid of config.sample for a model: [steps + 1] decreasing levels, float64, the last 0
-    (of the released PNDM: the process's lowest).
+    (of the released PNDM, and with sample.end first: the process's lowest).
 
     Raises:
       ConfigError: the grid needs a discrete model, or has fewer steps than wanted.
@@ -122,7 +125,9 @@ def noise_levels(model: Model, settings: Sample) -> np.ndarray:
     require(name in CONTINUOUS or table is not None, "sample.grid", name, fitting)
     try:
         if name in DISCRETE and table is not None:
-            return grids.ddim(steps, table, DISCRETE[name])
+            further = name in ("leading", "linspace") and settings.solver in FURTHER
+            how = {"offset": settings.offset, "further": further, "end": settings.end}
+            return grids.ddim(steps, table, DISCRETE[name], **how)
         if name == PNDM and table is not None:
             return discrete.pndm_levels(steps, table, ORDERS[settings.solver])
         low, high = grids.clip_range(denoise, settings.sigma_min, settings.sigma_max)
@@ -182,7 +187,7 @@ def sampler(
     """A compiled function (params, buffers, seeds, labels, constants, rows) -> images.
 
     seeds are [b], labels [b] or None, constants and rows those of `arrays`, images [b,h,w,c] in
-    about [-1, 1]; those of a model with an autoencoder are decoded. With dopri5 the function returns
+    about [-1, 1]; those of a model with an autoencoder are decoded. With dopri5 it returns
     (images, network evaluations of each [b]).
 
     Args:
@@ -220,6 +225,8 @@ def sampler(
                 model.table,
                 ORDERS[settings.solver],
             )
+        if settings.grid in DISCRETE and settings.start == "vp":  # sample() multiplies by a level
+            latents *= float(np.sqrt(1 + levels[0] ** -2))
         drawn: Any = sample(
             model.denoiser(params, buffers),
             latents,
@@ -240,9 +247,7 @@ def sampler(
             with_nfe=chooses,
         )
         drawn, *count = drawn if chooses else (drawn,)
-        if model.autoencoder is not None:
-            at_a_time = decode.BATCH * len(devices)
-            drawn = decode.decode(model.autoencoder, buffers[VAE], drawn, at_a_time)
+        drawn = _pictures(model, buffers, drawn, levels[-1], len(devices))
         return (drawn, *count) if chooses else drawn
 
     whole, divided = shardings(devices)
@@ -250,6 +255,14 @@ def sampler(
     return jax.jit(
         images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided
     )
+
+
+def _pictures(model: Model, buffers: PyTree, x: Array, last: float, devices: int) -> Array:
+    """What people see of the last states: where a level is left x_vp, as released; decoded."""
+    x = x * float(process.vp_scale(last)) if last > 0 else x
+    if model.autoencoder is None:
+        return x
+    return decode.decode(model.autoencoder, buffers[VAE], x, decode.BATCH * devices)
 
 
 def shardings(devices: Sequence[Any]) -> tuple[NamedSharding, NamedSharding]:

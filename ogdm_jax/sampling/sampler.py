@@ -8,6 +8,7 @@ own key alone.
 | ddim | arXiv 2010.02502; eta = 0 is euler, eta = 1 is DDPM | N | eta > 0 |
 | ancestral | DDPM (arXiv 2006.11239), with a choice of variance | N | always |
 | spndm, fpndm | linear multistep (arXiv 2202.09778) | N + 1, N + 9 | no |
+| plms | Stable Diffusion's PNDM (`solvers.plms`) | N + 1 | no |
 | dpmpp_2m | DPM-Solver++(2M) (arXiv 2211.01095) | N | no |
 | dpmpp_2m_sde | the same of the reverse SDE; eta = 0 is dpmpp_2m | N | eta > 0 (default 1) |
 | unipc | UniPC of order 1 to 3 (arXiv 2302.04867), see `multistep.unipc` | N | no |
@@ -48,6 +49,7 @@ SOLVERS = {
     "spndm": solvers.spndm,
     "fpndm": solvers.fpndm,
     "dpmpp_2m": solvers.dpmpp_2m,
+    "plms": solvers.plms,
     "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
     "unipc": multistep.unipc,
     "pc": langevin.pc,
@@ -77,7 +79,8 @@ def nfe(solver: str, steps: int, **options: Any) -> int:
             "sample(..., with_nfe=True), which counts them"
         )
     steps *= 1 + options.get("corrector_steps", 0)
-    return {"heun": 2 * steps - 1, "spndm": steps + 1, "fpndm": steps + 9}.get(solver, steps)
+    more = {"heun": steps - 1, "spndm": 1, "fpndm": 9, "plms": 1}
+    return steps + more.get(solver, 0)
 
 
 def sample(

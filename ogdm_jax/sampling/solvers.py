@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.sampling.churn import Info, added_std, raise_noise
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, plain_step
@@ -24,10 +25,11 @@ from ogdm_jax.typing import Array, PyTree
 FEWEST_STEPS = {
     "spndm": 2,
     "fpndm": 4,
+    "plms": 2,
     adaptive.NAME: 2,
 }  # of a grid: PNDM's first steps are one-step rules, dopri5 stops a level early; 1 for the others
 # Rules of ratios of levels: those that may start at process.PURE_NOISE, which stands for infinity.
-FROM_PURE_NOISE = ("euler", "ddim", "ancestral", "dpmpp_2m")
+FROM_PURE_NOISE = ("euler", "ddim", "ancestral", "dpmpp_2m", "plms")
 Step = tuple[Array, PyTree, Array]
 Body = Callable[[Array, PyTree, Info], Step]
 Transition = Callable[[Array, Array, Info], tuple[Array, Array]]
@@ -264,6 +266,45 @@ def fpndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
         return x_next, (d, *carry[:-1]), x - steps.per_example(sigma, x) * d
 
     return [Phase(start, 0, 3), Phase(partial(_multistep, p), 3, n)], (jnp.zeros_like(x),) * 3
+
+
+def plms(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
+    """Stable Diffusion's PLMS (PNDM of diffusers without Runge-Kutta steps): N + 1 evaluations.
+
+    Adams-Bashforth of order 1 to 4 over what the network gives (eps or v, `Denoiser.parts`), each
+    step DDIM's. The first one is made again with the mean of its output and the one at its end.
+    """
+    if n < (least := FEWEST_STEPS["plms"]):
+        raise ValueError(
+            f"solver 'plms' with {n} step; expected at least {least}: the first is made twice"
+        )
+
+    def output(x: Array, sigma: Array) -> tuple[Array, Array]:
+        x0_hat = p.x0(x, sigma)
+        skip, out = (per_example(c, x) for c in p.denoise.parts(sigma))
+        return (x0_hat - skip * x) / out, x0_hat
+
+    def moved(x: Array, weighed: Array, info: Info) -> Array:
+        skip, out = (per_example(c, x) for c in p.denoise.parts(info.sigma))
+        return steps.euler_update(x, skip * x + out * weighed, info.sigma, info.sigma_next)
+
+    def start(x: Array, carry: PyTree, info: Info) -> Step:
+        first, x0_hat = output(x, info.sigma)
+        second, _ = output(moved(x, first, info), info.sigma_next)
+        return moved(x, (first + second) / 2, info), (first, *carry[:-1]), x0_hat
+
+    def later(x: Array, carry: PyTree, info: Info, order: int) -> Step:
+        now, x0_hat = output(x, info.sigma)
+        outputs = (now, *carry)
+        weighed = sum(w * f for w, f in zip(steps.ADAMS_BASHFORTH[order], outputs))
+        return moved(x, jnp.asarray(weighed), info), outputs[:-1], x0_hat
+
+    bounds = [1, *(min(stop, n) for stop in (2, 3)), n]
+    rest = [
+        Phase(partial(later, order=order), a, b)
+        for order, a, b in zip((2, 3, 4), bounds, bounds[1:])
+    ]
+    return [Phase(start, 0, 1), *rest], (jnp.zeros_like(x),) * 3
 
 
 def dpmpp_2m(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:

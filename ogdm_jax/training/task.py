@@ -11,6 +11,7 @@ from etils import epath
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.data import pictures
+from ogdm_jax.data.labels import class_words
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import logs
 from ogdm_jax.training import run as runs
@@ -97,7 +98,8 @@ def _watch(
         classes = run.model.label_dim
         labels = seeds % classes if classes else None
         parts = generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)
-        picture = pictures.sheet(np.concatenate(list(parts)))
+        captions = class_words(labels, run.source.class_names)
+        picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)
         pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ogdm_jax import data, models
 from ogdm_jax.config import Config, ConfigError, Sample, require
-from ogdm_jax.config.groups import SOLVER_OPTIONS
+from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
 from ogdm_jax.latents import Latents
 from ogdm_jax.sampling import adaptive, generate
@@ -57,6 +57,9 @@ class SamplerWords(TypedDict, total=False):
     rtol: float | None
     atol: float | None
     variance: str
+    offset: int | None
+    start: str
+    end: str
     snr: float | None
     corrector_steps: int | None
     sde: str | None
@@ -116,6 +119,10 @@ class TrainedModel:
             for name in changes.keys() & set(names):
                 only = f"it only with sample.solver={solver}"
                 require(settings.solver == solver, f"sample.{name}", changes[name], only)
+        for name, grids in GRID_OPTIONS.items():
+            only = f"it only with sample.grid={'|'.join(grids)}"
+            unused = name in changes and settings.grid not in grids
+            require(not unused, f"sample.{name}", changes.get(name), only)
         _check_steps(settings, changes)
         generate.check_settings(settings, self.model)
         return settings
