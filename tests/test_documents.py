@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from ogdm_jax.cli import COMMANDS, sample
-from ogdm_jax.configs import base, digits_dg
+from ogdm_jax.configs import base, digits_dg, digits_vae
 from tests.support import tiny
 
 pytestmark = pytest.mark.fast
@@ -76,7 +76,7 @@ def test_named_files_exist(name):
 
 def test_commands_name_settings_and_options_that_exist():
     options = {word for action in sample.parser()._actions for word in action.option_strings}
-    settings = [base.get_config(), digits_dg.get_config()]
+    settings = [base.get_config(), digits_dg.get_config(), digits_vae.get_config()]
     for name, words in _commands():
         if words[0] == "ogdm":
             assert words[1] in COMMANDS, (name, words)

@@ -53,6 +53,7 @@ LATER_HERE = {
     ("cli.data", "interop.autoencoder"): "JAX, which no other command on data needs",
     ("cli.guidance", "discriminator.guidance"): "--help and guidance without DG start quickly",
     ("cli.train", "discriminator.train"): "--help starts quickly",
+    ("cli.train", "training.autoencoder"): "--help starts quickly",
     ("cli.train", "training.loop"): "--help starts quickly",
 }
 LINES = 450  # a line of the two lists below goes when what it names is short

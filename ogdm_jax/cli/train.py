@@ -102,12 +102,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
             return
         cluster.join(args.coordinator, args.processes, args.process)
         from ogdm_jax.discriminator import train as discriminator
-        from ogdm_jax.training import loop  # JAX may start only now
+        from ogdm_jax.training import autoencoder, loop  # JAX may start only now
 
         if vain and not args.process:
             print(vain, flush=True)
-        task = discriminator if config.task == "discriminator" else loop
-        task.train(
+        tasks = {"denoiser": loop, "discriminator": discriminator, "autoencoder": autoencoder}
+        tasks[config.task].train(
             config,
             workdir,
             profile=steps,

@@ -88,12 +88,12 @@ def check_typed(
 def check_sense(config: Config) -> None:
     """Raises ConfigError for settings that contradict each other, wherever they come from."""
     if config.task != "denoiser":
-        require(
-            not config.methods, "methods", config.methods, "none where a discriminator is trained"
-        )
+        need = f"none where no denoiser but the {config.task} is trained"
+        require(not config.methods, "methods", config.methods, need)
         require(not config.ema.stds, "ema.stds", config.ema.stds, "none where one is trained")
         need = "'' where a discriminator is trained, which holds out images by dg.held_out"
-        require(not config.data.heldout, "data.heldout", config.data.heldout, need)
+        good = config.task == "autoencoder" or not config.data.heldout
+        require(good, "data.heldout", config.data.heldout, need)
         return
     given = config.precondition
     pure, drawn = given.kind == "v" and given.zero_terminal, config.noise.distribution

@@ -34,8 +34,8 @@ class Config:
     seed: int = setting(0, "of every draw", least=0, most=2**32 - 1, decided=True)
     task: str = setting(
         "denoiser",
-        "what is trained: a denoiser, or a discriminator that guides one",
-        choices=("denoiser", "discriminator"),
+        "what is trained: a denoiser, a discriminator that guides one, or an autoencoder",
+        choices=("denoiser", "discriminator", "autoencoder"),
     )
     methods: tuple[str, ...] = setting(
         (), "training methods that are on, by name, with commas between them", decided=True

@@ -15,6 +15,7 @@ from ogdm_jax.config import Config, ConfigError, check_sense, suggestion
 from ogdm_jax.config.whole import GROUPS
 
 GROUP = "ogdm_jax.methods"
+_OF_TASKS = (("dg", "discriminator"), ("vae", "autoencoder"))  # groups that tasks have
 
 
 @functools.cache
@@ -80,7 +81,7 @@ def check_settings(config: Config) -> None:
     for name, kind in kinds.items():
         config.settings(name, kind)
     for name in config.others:
-        if name not in kinds and not (name == "dg" and config.task == "discriminator"):
+        if name not in kinds and (name, config.task) not in _OF_TASKS:
             near = suggestion(name, [*kinds, *GROUPS])
             raise ConfigError(f"config.{name}: no group of settings and no method{near}")
     check_sense(config)

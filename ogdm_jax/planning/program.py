@@ -14,6 +14,7 @@ from ogdm_jax.discriminator.run import planned
 from ogdm_jax.latents import Latents
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
+from ogdm_jax.training import autoencoder
 from ogdm_jax.training import run as runs
 
 # (image shape, classes, images) of the sources that the configurations name.
@@ -24,6 +25,7 @@ SHAPES = {
     "tfds:mnist": ((28, 28, 1), 10, 60_000),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "zip:imagenet-64x64.zip": ((64, 64, 3), 1000, 1_281_167),
+    "npz:emoji32.npz": ((32, 32, 3), 10, 5634),
     "zip:ffhq-64x64.zip": ((64, 64, 3), 0, 70_000),
     "folder:data/celeba64": ((64, 64, 3), 0, 162_770),
     "folder:data/lsun_bedroom": ((256, 256, 3), 0, 3_033_042),
@@ -115,6 +117,8 @@ def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """The run of a configuration. Weights that it would read (a teacher's) are zeros."""
     if config.task == "discriminator":
         return planned(config, source, plan)
+    if config.task == "autoencoder":
+        return autoencoder.build(config, source, plan)
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 
 

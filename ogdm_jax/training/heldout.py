@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import data, platforms, randomness
-from ogdm_jax.config import ConfigError, replace
+from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.data import identity, moments
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.models import Model
@@ -30,19 +30,9 @@ class HeldOut:
     """
 
     def __init__(self, run: runs.Run) -> None:
-        """Opens the images of config.data.heldout.
-
-        Raises:
-          ConfigError: they cannot be opened, are those that are trained on, or of another size or
-            other classes.
-        """
+        """Opens the images of config.data.heldout; errors are those of `open_images`."""
         config, trained = run.config, run.source
-        name = config.data.heldout
-        try:
-            found = open_source(replace(config, {"data.source": name}))
-        except data.SourceError as error:
-            raise ConfigError(f"config.data.heldout: {error}") from None
-        _check(name, trained, found, bool(run.model.label_dim))
+        found = open_images(config, trained, bool(run.model.label_dim))
         num = min(config.evaluate.heldout or len(found), len(found))
         self._sets = {"loss": _take(found, num), "train": _take(trained, num)}
         assert run.noise is not None, "a denoiser's run has a noise distribution"
@@ -65,6 +55,22 @@ class HeldOut:
             values = np.concatenate(parts)[: len(batch["row"])]
             found[f"heldout/{name}"] = float(values.mean(dtype=np.float64))
         return found
+
+
+def open_images(config: Config, trained: data.Source, classes: bool) -> data.Source:
+    """The images of config.data.heldout. classes: whether they must have those of `trained`.
+
+    Raises:
+      ConfigError: they cannot be opened, are those that are trained on, or of another size or other
+        classes.
+    """
+    name = config.data.heldout
+    try:
+        found = open_source(replace(config, {"data.source": name}))
+    except data.SourceError as error:
+        raise ConfigError(f"config.data.heldout: {error}") from None
+    _check(name, trained, found, classes)
+    return found
 
 
 def _loss_of(model: Model, noise: NoiseDistribution) -> Any:

@@ -29,10 +29,11 @@ def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) ->
     methods = f", with {', '.join(config.methods)}" if config.methods else ""
     number, kimg = models.parameter_count(shapes.params), run.steps * config.data.batch / 1000
     size = f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
+    of_kind = f", {config.network.kind}" if config.task == "denoiser" else ""
     said = {
         "ogdm_jax": f"{ogdm_jax.__version__}, jax {jax.__version__}",
         "data": _data(run),
-        "network": f"{config.task}, {config.network.kind}, {size} parameters{methods}",
+        "network": f"{config.task}{of_kind}, {size} parameters{methods}",
         "devices": f"{count} x {kind}, plan {plan.kind}; {config.data.batch} images a step "
         f"({parts} a device{rounds})",
         "memory": f"{_bytes(_state_bytes(run, shapes))} a device for the state; activations come "

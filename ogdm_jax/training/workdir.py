@@ -245,9 +245,10 @@ def open_workdir(
     # Snapshots stay longer than checkpoints, whose other tensors are the same at every step.
     number = None if ema_std is not None and isinstance(step, int) else step
     snapshot = checkpoint.find(workdir, number, field)
-    if snapshot.config.task != "denoiser":
+    if (task := snapshot.config.task) != "denoiser":
+        held = f"an {task}" if task == "autoencoder" else f"a {task}"
         raise checkpoint.CheckpointError(
-            f"{field}: {str(workdir)!r} holds a discriminator; expected the folder of a denoiser"
+            f"{field}: {str(workdir)!r} holds {held}; expected the folder of a denoiser"
         )
     model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))

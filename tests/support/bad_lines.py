@@ -422,6 +422,15 @@ LINES = {
     "train --workdir new --config digits_dg": "config.dg.prior",
     "train --workdir new --config digits_dg --config.dg.prior=nowhere": "nowhere",
     "train --workdir new --config digits_dg --config.dg.prior=run --config.dg.churn=1,2": "dg.churn",
+    "train --workdir new --config digits_vae --config.vae.groups=7": "a divisor of every width",
+    "train --workdir new --config digits_vae --config.vae.kl=-1": "config.vae.kl",
+    "train --workdir new --config digits_vae --config.vae.loss=l3": "l1, l2",
+    "train --workdir new --config digits_vae --config.vae.latent_channels=0": "at least 1",
+    "train --workdir new --config digits_vae --config.methods=stf": "no denoiser but the autoenc",
+    "train --workdir new --config digits_vae --config.data.heldout=digits": "training set itself",
+    "train --workdir new --config digits_vae --config.network.channel_mult=(1,1,1,1,1)": (
+        "halve sides of 8 x 8 (4 times)"
+    ),
     "train --workdir new --config digits_dg --config.dg.held_out=1": "config.dg.held_out",
     "train --workdir new --config digits_dg --config.dg.num=-1": "config.dg.num",
     "train --workdir new --config digits_dg --config.dg.clock=sin": "vp, cosine",
