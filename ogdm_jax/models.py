@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import pixels
+from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -50,6 +51,7 @@ class Model:
     predicts: str = "eps"
     autoencoder: AutoencoderKL | None = None
     latents: Latents | None = None
+    __repr__ = brief
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:

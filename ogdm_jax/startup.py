@@ -25,8 +25,8 @@ _REMEDIES = {
 
 
 def prepare() -> None:
-    """Process-wide settings of the entry points; call it before anything of JAX runs. A user's own
-    settings win.
+    """Process-wide settings of the entry points; call it before anything of JAX runs, in a notebook
+    in the first cell. A user's own settings win.
 
     On a CPU, jaxlib sends convolutions of up to 64 channels to a path that uses one core; the XLA
     flag sends them back. Compiled programs are kept in a cache on disk, so that the second start of

@@ -29,7 +29,7 @@ ORDER = (
     "data models",
     "diffusion networks",
     "config parallel randomness typing places platforms cluster pixels records startup latents "
-    "__init__",
+    "brief __init__",
 )
 LEVEL = {folder: -level for level, line in enumerate(ORDER) for folder in line.split()}
 FLOOR = -len(ORDER) + 1

@@ -312,3 +312,31 @@ def test_settings_of_another_package_are_settings_like_any_other(quiet, capsys):
         with pytest.raises(SystemExit):
             train.main(["--dry-run", f"--config.{flag}"])
         assert message in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """Settings of a method that a notebook registers."""
+
+    weight: float = 2.0
+
+
+def test_a_registered_method_is_known_like_any_other(monkeypatch):
+    monkeypatch.setattr(discovery, "_REGISTERED", {})
+    fills = lambda settings, context: slots.Slots("own", penalty=lambda *at: (settings.weight, {}))
+    try:
+        discovery.register("own", Own, training=fills)
+        run = tiny.build("methods=ogdm,own", "own.weight=0.5")
+        assert [m.name for m in run.methods.all] == ["ogdm", "own"]
+        assert run.methods.all[1].penalty()[0] == 0.5 and "own" not in discovery.sampling()
+        discovery.register("own", Own, build=lambda settings, session: None)  # the cell once more
+        assert "own" in discovery.sampling() and "own" not in discovery.training()
+        with pytest.raises(
+            ValueError, match="name: 'ogdm' is taken; expected the name of no known"
+        ):
+            discovery.register("ogdm", Own, training=fills)
+        with pytest.raises(ValueError, match="training, build: neither given for 'new'"):
+            discovery.register("new", Own)
+    finally:
+        monkeypatch.undo()
+        discovery.modules.cache_clear()

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from ogdm_jax.brief import brief
 from ogdm_jax.config.fields import check, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
@@ -179,6 +180,7 @@ class Network(_Checked):
         choices=("float32", "bfloat16"),
     )
     remat: bool = _free(False, "recompute activations in the backward pass")
+    __repr__ = brief
 
     def _check_together(self) -> None:
         width, taps = self.model_channels, self.resample_filter
@@ -393,6 +395,7 @@ class Sample(_Checked):
     sde: str = _free("ve", "pc's process", choices=("ve", "vp"), only="solver=pc")
     order: int = _free(2, "unipc's: 1 to 3", least=1, most=3, only="solver=unipc")
     bh: str = _free("bh2", "unipc's variant", choices=("bh1", "bh2"), only="solver=unipc")
+    __repr__ = brief
 
     @property
     def options(self) -> dict[str, Any]:

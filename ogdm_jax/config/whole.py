@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ogdm_jax.brief import brief
 from ogdm_jax.config.diffusion import Noise, Precondition
 from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, shown, suggestion
 from ogdm_jax.config.groups import (
@@ -53,6 +54,7 @@ class Config:
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
     others: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         check(self, "")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
+from ogdm_jax.brief import brief
 from ogdm_jax.data import identity
 from ogdm_jax.data.labels import SourceError, normal
 from ogdm_jax.data.pictures import PictureError, fit, with_channels
@@ -127,6 +128,7 @@ class Source:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     latents: Latents | None = None
+    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self._stored if self.images is None else self.images)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ogdm_jax.brief import brief
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 Evaluation = Callable[..., list[Array]]  # (x, sigma, label) -> [x0_hat], or [x0_hat, fraction]
@@ -72,6 +73,7 @@ class Denoiser:
     taps: Callable[[Array, Array, PyTree, str], PyTree] | None = None
     unconditional: Callable[[PyTree], PyTree] = no_condition
     parts: Callable[[Array], tuple[Array, Array]] = of_noise
+    __repr__ = brief
 
     def __call__(self, x: Array, sigma: Array, label: PyTree = None) -> Array:
         """x0_hat [B,H,W,C]."""

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import special
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.diffusion import process
 from ogdm_jax.typing import Array
 
@@ -37,6 +38,7 @@ class NoiseDistribution:
     weight: Callable[[Array], Array]
     stratified: bool = False
     levels: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.kind_of_draw not in ("normal", "uniform"):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.brief import brief
 from ogdm_jax.diffusion.steps import per_example, slope
 from ogdm_jax.typing import Array
 
@@ -291,6 +292,7 @@ class Discrete:
 
     alpha_bar: np.ndarray
     timesteps: np.ndarray
+    __repr__ = brief
 
     @classmethod
     def make(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import models
+from ogdm_jax.brief import brief
 from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -69,6 +70,7 @@ class Pretrained:
     schedule: str = "linear"
     process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    __repr__ = brief
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.variables))

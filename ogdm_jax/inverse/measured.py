@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.inverse import degradations, operators
 from ogdm_jax.inverse.operators import Loss, Operator
 from ogdm_jax.inverse.tasks import Settings, Task
@@ -37,6 +38,7 @@ class Measured:
     y: Array
     noise: float
     poisson: float = 0.0
+    __repr__ = brief
 
     @property
     def std(self) -> Array | float:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.brief import brief
 from ogdm_jax.inverse import degradations
 from ogdm_jax.pixels import check_floats
 from ogdm_jax.typing import Array
@@ -60,6 +61,7 @@ class Operator:
     spectrum: Callable[[tuple[int, int, int]], Spectrum] | None = None
     observed: Callable[[Array], Array] | None = None
     hide: Function | None = None
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         """Puts the check of the numbers' type before `forward`: integers would be cut off."""

@@ -30,6 +30,7 @@ import jax
 from flax import struct
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -280,6 +281,7 @@ class Slots:
     references: int = 0
     mates: int = 0
     sees_target: bool = True
+    __repr__ = brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +291,7 @@ class Methods:
     all: tuple[Slots, ...]
     target: Slots | None
     distance: Slots | None
+    __repr__ = brief
 
     @property
     def references(self) -> int:

@@ -1,5 +1,5 @@
-"""Where methods are found: the files of this folder, and those that other packages name in the
-entry point group `ogdm_jax.methods`.
+"""Where methods are found: the files of this folder, those that other packages name in the entry
+point group `ogdm_jax.methods`, and those that a notebook registers.
 """
 
 import dataclasses
@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,37 @@ from ogdm_jax.config.whole import GROUPS
 
 GROUP = "ogdm_jax.methods"
 _OF_TASKS = (("dg", "discriminator"), ("vae", "autoencoder"))  # groups that tasks have
+_REGISTERED: dict[str, ModuleType] = {}
+
+
+def register(
+    name: str,
+    settings: type,
+    training: Callable[..., Any] | None = None,
+    build: Callable[..., Any] | None = None,
+) -> None:
+    """Makes a method known in this process, as an entry point makes one of a package: a notebook
+    names it in `config.methods` from then on. Once more with the same name replaces it.
+
+    Args:
+      name: of the method and of its group of settings.
+      settings: its dataclass.
+      training: (settings, context) -> Slots, of a training method.
+      build: (settings, session) -> Guidance, of a sampling method.
+
+    Raises:
+      ValueError: a name that a file or a package has taken, or neither function.
+    """
+    if name in modules() and name not in _REGISTERED:
+        raise ValueError(f"name: {name!r} is taken; expected the name of no known method")
+    given = {"training": training, "build": build}
+    functions = {key: function for key, function in given.items() if function is not None}
+    if not functions:
+        raise ValueError(f"training, build: neither given for {name!r}; expected one or both")
+    module = ModuleType(name)
+    vars(module).update(functions, Settings=settings)
+    _REGISTERED[name] = module
+    modules.cache_clear()
 
 
 @functools.cache
@@ -37,6 +69,7 @@ def modules() -> dict[str, ModuleType]:
                 "expected another name"
             )
         found[entry.name] = entry.load()
+    found |= _REGISTERED
     return {name: module for name, module in sorted(found.items()) if hasattr(module, "Settings")}
 
 

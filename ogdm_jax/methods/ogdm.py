@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.config import ConfigError, check, choose, require, setting
 from ogdm_jax.diffusion import jumps
 from ogdm_jax.diffusion.denoiser import Denoiser
@@ -132,6 +133,7 @@ class Settings:
     rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only="distribution=edm")
     schedule: str = setting("linear", "betas of distribution adm", choices=SCHEDULES, only=_ADM)
     diffusion_steps: int = setting(1000, "and their number", least=2, most=10**5, only=_ADM)
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         check(self, "ogdm")

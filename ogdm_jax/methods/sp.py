@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ogdm_jax.brief import brief
 from ogdm_jax.config import check, choose, require, setting
 from ogdm_jax.diffusion import noise
 from ogdm_jax.diffusion.process import eps_from_x0
@@ -61,9 +62,7 @@ class Settings:
     mse_weight: float = setting(1.0, "weight of the squared error", least=0)
     weight: float = setting(1.0, "weight of the self-perceptual loss", least=0)
     auto: bool = setting(True, "calibrate the weight once, by the size of the gradients")
-    sigma_next: str = setting(
-        "same", "distribution of the second noise level s'", choices=SIGMA_NEXT
-    )
+    sigma_next: str = setting("same", "distribution of the second level s'", choices=SIGMA_NEXT)
     sigma_max: float = setting(
         2.3, "the loss acts at noise levels up to this", least=0, most=float("inf")
     )
@@ -96,6 +95,7 @@ class Settings:
     )
     remat: bool = setting(False, "recompute the teacher's activations in the backward pass")
     bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the metrics' bins", above=0)
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         check(self, "sp")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from ogdm_jax import places
+from ogdm_jax.brief import brief
 from ogdm_jax.interop.names_lite0 import lite0_to_flax
 from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.interop.torch_state import read_torch
@@ -55,6 +56,7 @@ class NetworkFeatures:
     batch_per_device: int = 32
     weights_sha256: str = ""
     verified: bool = True
+    __repr__ = brief
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The features [n, dim]."""

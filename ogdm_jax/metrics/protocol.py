@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ogdm_jax.brief import brief
 from ogdm_jax.data import Source
 from ogdm_jax.metrics.distances import Moments, frechet_distance, inception_score, psnr, ssim
 from ogdm_jax.metrics.features import (
@@ -44,6 +45,7 @@ class Reference:
     count: int | None
     n: int = 0
     halves: Sequence[tuple[Gaussian, Gaussian]] = ()
+    __repr__ = brief
 
 
 def seed_ranges(num: int, ranges: int, first: int = 0) -> list[range]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ogdm_jax import places
+from ogdm_jax.brief import brief
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.interop.inert import quote
 from ogdm_jax.metrics.distances import Moments
@@ -39,6 +40,7 @@ class Statistics:
     cov: Float[np.ndarray, "d d"]
     count: int | None = None
     features: str | None = None
+    __repr__ = brief
 
     @property
     def dim(self) -> int:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ogdm_jax.brief import brief
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
@@ -53,6 +54,7 @@ class TrainedFeatures:
     spread: np.ndarray
     classes: np.ndarray
     class_names: tuple[str, ...] = ()
+    __repr__ = brief
 
     @property
     def dim(self) -> int:

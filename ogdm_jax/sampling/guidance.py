@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from ogdm_jax.brief import brief
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser, clipped
 from ogdm_jax.diffusion.steps import spread
 from ogdm_jax.sampling.churn import ChurnRule, Info, as_rule
@@ -96,6 +97,7 @@ class Guidance:
     exact: Callable[[Denoiser, PyTree], Denoise] | None = None
     shift: Callable[[Array, Array, PyTree, PyTree], Array] | None = None
     memory: Memory | None = None
+    __repr__ = brief
 
     def about(self, info: Info) -> Info:
         """The info that this guidance's rules see: with its own arrays."""

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.sampling import adaptive
@@ -53,6 +54,7 @@ class Likelihood(NamedTuple):
     bits: Array
     nfe: Array
     prior: Array
+    __repr__ = brief
 
 
 def dequantised(images: Array, keys: Array) -> Array:

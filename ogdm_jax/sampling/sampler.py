@@ -30,6 +30,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.config import Sample
 from ogdm_jax.config.groups import SOLVER_OPTIONS
 from ogdm_jax.diffusion import grids, process
@@ -64,6 +65,7 @@ class Trajectory(NamedTuple):
 
     states: Array
     x0_hats: Array
+    __repr__ = brief
 
 
 def nfe(solver: str, steps: int, **options: Any) -> int:

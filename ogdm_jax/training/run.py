@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from ogdm_jax import models, parallel, randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.config import Config
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.noise import NoiseDistribution
@@ -46,6 +47,7 @@ class Run:
     plan: parallel.Plan
     step: step.Step
     steps: int
+    __repr__ = brief
 
     @property
     def key(self) -> jax.Array:

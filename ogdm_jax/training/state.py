@@ -6,6 +6,7 @@ import optax
 from flax import struct
 
 from ogdm_jax import randomness
+from ogdm_jax.brief import brief
 from ogdm_jax.methods.contract import Methods
 from ogdm_jax.models import Model
 from ogdm_jax.typing import Array, PyTree
@@ -32,6 +33,7 @@ class TrainState:
     opt_state: PyTree
     carry: dict[str, PyTree]
     averages: tuple[PyTree, ...] = ()
+    __repr__ = brief
 
 
 def create(
