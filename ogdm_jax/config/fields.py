@@ -25,6 +25,8 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from ogdm_jax.brief import brief
+
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 _FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest that a device can hold
 _WHOLE = 2**31 - 1
@@ -111,6 +113,22 @@ def check(settings: Any, group: str, prefix: str = "config.") -> None:
         for part in value if isinstance(value, tuple) else (value,):
             if wrong := _wrong(part, field):
                 raise ConfigError(f"{key}: {shown(value)} given; expected {wrong}")
+
+
+class Group:
+    """A group: its fields are checked when it is made, and what concerns several of them after. Its
+    text is one short line.
+    """
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = brief  # the dataclass would make one of its own
+
+    def __post_init__(self) -> None:
+        check(self, type(self).__name__.lower())
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks what concerns several fields of the group."""
 
 
 @functools.cache

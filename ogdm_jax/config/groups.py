@@ -9,8 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from ogdm_jax.brief import brief
-from ogdm_jax.config.fields import check, require, setting
+from ogdm_jax.config.fields import Group, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = (
@@ -30,19 +29,8 @@ _free = functools.partial(setting, free=True)  # may differ when a run is resume
 _decided = functools.partial(setting, decided=True)  # may differ then with --override
 
 
-class _Checked:
-    """A group: its fields are checked when it is made, and what concerns several of them after."""
-
-    def __post_init__(self) -> None:
-        check(self, type(self).__name__.lower())
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Checks what concerns several fields of the group."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Data(_Checked):
+class Data(Group):
     """Where images come from and how they are batched and augmented."""
 
     source: str = _decided(
@@ -110,7 +98,7 @@ class Data(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Network(_Checked):
+class Network(Group):
     """The denoiser's network."""
 
     kind: str = setting(
@@ -180,7 +168,6 @@ class Network(_Checked):
         choices=("float32", "bfloat16"),
     )
     remat: bool = _free(False, "recompute activations in the backward pass")
-    __repr__ = brief
 
     def _check_together(self) -> None:
         width, taps = self.model_channels, self.resample_filter
@@ -196,7 +183,7 @@ class Network(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Optim(_Checked):
+class Optim(Group):
     """Adam."""
 
     learning_rate: float = _decided(1e-3, "peak learning rate", above=0)
@@ -231,7 +218,7 @@ class Optim(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ema(_Checked):
+class Ema(Group):
     """The exponential moving average of the parameters, which samples are drawn from."""
 
     halflife: str = _decided("500 kimg", "half-life")
@@ -260,7 +247,7 @@ class Ema(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Init(_Checked):
+class Init(Group):
     """What a fresh run starts from."""
 
     workdir: str = setting("", "fine-tune the last checkpoint of this training folder")
@@ -282,7 +269,7 @@ class Init(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(_Checked):
+class Train(Group):
     """Length and checkpoints."""
 
     duration: str = _free("200 Mimg", "length of the training")
@@ -292,7 +279,7 @@ class Train(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Parallel(_Checked):
+class Parallel(Group):
     """How devices share the work."""
 
     plan: str = _free(
@@ -305,7 +292,7 @@ class Parallel(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Log(_Checked):
+class Log(Group):
     """What is written down while training."""
 
     every: str = _free("50 kimg", "from line to line")
@@ -317,7 +304,7 @@ class Log(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample(_Checked):
+class Sample(Group):
     """The sampler, in training and as the default of sampling."""
 
     every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
@@ -395,7 +382,6 @@ class Sample(_Checked):
     sde: str = _free("ve", "pc's process", choices=("ve", "vp"), only="solver=pc")
     order: int = _free(2, "unipc's: 1 to 3", least=1, most=3, only="solver=unipc")
     bh: str = _free("bh2", "unipc's variant", choices=("bh1", "bh2"), only="solver=unipc")
-    __repr__ = brief
 
     @property
     def options(self) -> dict[str, Any]:
@@ -427,7 +413,7 @@ class Sample(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(_Checked):
+class Evaluate(Group):
     """The distance of samples to the data."""
 
     features: str = _free("", "feature space: a labelled source, lite0, inception; '' = none")
