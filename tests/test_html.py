@@ -88,7 +88,7 @@ def findings(channels: int = 1, side: int = 8) -> Findings:
         sampler="heun, 18 steps, 35 network evaluations",
         nearest=Nearest(images(8), images(8, 5), rng.uniform(1, 9, (8, 5))),
         progress=[(n, encode(images(1)[0])) for n in (50, 100)],
-        path=Path(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1]),
+        path=Path(np.append(np.geomspace(80, 0.002, 18), 0), path, path[:-1], path[-1]),
         config={"data.source": "digits", "methods": ("ogdm",), "ema.rampup": 0.05},
     )
 

@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from ogdm_jax import models
+from ogdm_jax import models, places
+from ogdm_jax.cli import animation
 from ogdm_jax.config import ConfigError
-from ogdm_jax.training.workdir import TrainedModel
+from ogdm_jax.pixels import to_uint8
+from ogdm_jax.training.workdir import Path, TrainedModel
 from tests.support import tiny
 
 pytestmark = pytest.mark.fast
@@ -50,3 +53,38 @@ def test_the_denoiser_holds_the_weights(trained):
 def test_what_cannot_be_is_refused_in_one_sentence(trained, words, message):
     with pytest.raises(ConfigError, match=message):
         trained.sample(**words)
+
+
+def test_a_path_ends_at_the_images_of_its_seeds(trained):
+    path = trained.path([3, 1])
+    assert path.states.shape == (3, 2, 8, 8, 1) and path.x0_hats.shape == (2, 2, 8, 8, 1)
+    np.testing.assert_allclose(path.images, trained.sample(seeds=[3, 1], batch=2), atol=1e-5)
+    # Euler's last step, to sigma 0, is the denoiser itself.
+    np.testing.assert_allclose(path.images, path.x0_hats[-1], atol=1e-5)
+    np.testing.assert_allclose(path.images, path.states[-1], atol=1e-5)
+    noise = np.float32(path.states[0] * np.sqrt(80**2 / 0.75**2 + 1))
+    first = trained.denoiser(noise, np.float32([80, 80]))
+    np.testing.assert_allclose(path.x0_hats[0], first, atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_an_animation_has_a_frame_for_every_level(trained, tmp_path, ending):
+    file = tmp_path / f"a.{ending}"
+    path = trained.path(np.arange(5))
+    assert animation.write(places.place(file), path) == 3
+    with Image.open(file) as film:
+        assert film.n_frames == 3 and film.size == (8 * 65 - 1 + 14, 18 + 2 * 65 - 1)
+        film.seek(2)
+        assert film.info.get("duration", 1500) == 1500  # a WebP says when its frames begin
+        pixels = np.asarray(film.convert("L"))[18 : 18 + 64 : 8, :64:8].astype(int)
+    wanted = to_uint8(np.clip(path.images[0, ..., 0], -1, 1)).astype(int)
+    assert np.abs(pixels - wanted).max() <= (0 if ending == "webp" else 4)
+
+
+def test_decoded_pictures_are_shown_without_latents(tmp_path):
+    few = np.zeros((2, 1, 4, 4, 4), np.float32)
+    pictures = np.zeros((1, 1, 8, 8, 3), np.float32)
+    path = Path(np.array([9.0, 0.0]), few, pictures, pictures[0])
+    assert animation.write(places.place(tmp_path / "a.webp"), path) == 2
+    with Image.open(tmp_path / "a.webp") as film:
+        assert film.size == (64, 18 + 64)

@@ -18,12 +18,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from ogdm_jax import models, parallel, records, startup
-from ogdm_jax.cli import guidance
+from ogdm_jax.cli import animation, guidance
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
@@ -37,7 +38,7 @@ from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
-from ogdm_jax.training.workdir import TrainedModel, open_workdir
+from ogdm_jax.training.workdir import Path, TrainedModel, open_workdir
 
 _OF_SOLVERS = sum(SOLVER_OPTIONS.values(), ())
 OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in {*_OF_SOLVERS, *GRID_OPTIONS}]
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
     add("--overwrite", action="store_true", help="replace what this command drew with other words")
     add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
+    add("--animate", default="", metavar="FILE.webp", help="also show how the first 16 come about")
     guidance.add_options(made)
     return made
 
@@ -127,6 +129,7 @@ class Plan:
       guided: what guidance adds.
       devices: on which images are drawn.
       batch: images at a time, on all devices.
+      animate: where an animation goes, None for none.
     """
 
     request: guidance.Request
@@ -139,6 +142,7 @@ class Plan:
     guided: guidance.Guided
     devices: Sequence[Any]
     batch: int
+    animate: epath.Path | None = None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -166,6 +170,9 @@ def run(args: argparse.Namespace) -> None:
                 f"({words_of(plan.settings, counts)}{_class_of(plan)}) to "
                 f"{plan.out}"
             )
+            if plan.animate is not None:
+                frames = animation.write(plan.animate, _path(plan))
+                print(f"wrote {frames} frames to {plan.animate}")
             if figures is not None:
                 print(records.dumps(figures))
             if args.evaluate:
@@ -174,6 +181,14 @@ def run(args: argparse.Namespace) -> None:
                 print(records.dumps(report | how | _lost(out)))
     if len(out.not_finite):
         raise output.OutputError(out.missing())
+
+
+def _path(plan: Plan) -> Path:
+    """How the first images of a command come about."""
+    first = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf)[: animation.MOST], tree)
+    methods = [dataclasses.replace(g, rows=first(g.rows)) for g in plan.guided.guidance]
+    how = {"labels": first(plan.guided.labels), "guidance": methods, "churn": plan.churn}
+    return plan.trained.path(plan.seeds[: animation.MOST], plan.settings, **how)
 
 
 def _class_of(plan: Plan) -> str:
@@ -207,7 +222,8 @@ def read(args: argparse.Namespace) -> Plan:
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
     batch = generate.batch_size(len(seeds), len(devices), args.batch)
-    plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
+    animate = animation.check(args.animate, trained, settings)
+    plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch, animate)
     return Plan(*plan)
 
 

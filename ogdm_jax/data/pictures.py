@@ -407,9 +407,16 @@ def save_png(path: str | os.PathLike, image: npt.ArrayLike) -> None:
 
 
 def save_animation(
-    path: str | os.PathLike, frames: Sequence[npt.ArrayLike], milliseconds: int = 80
+    path: str | os.PathLike,
+    frames: Sequence[npt.ArrayLike],
+    milliseconds: int | Sequence[int] = 80,
 ) -> None:
     """Writes frames [t] of equal shape as a looping animation: .webp, .gif or .png (APNG).
+
+    Args:
+      path: of the file.
+      frames: [h,w] or [h,w,c] each.
+      milliseconds: of every frame, or of each [t].
 
     Raises:
       ValueError: another ending, or no frames.
@@ -421,7 +428,10 @@ def save_animation(
             f"path, frames: '{path}', {len(pictures)}; expected .webp, .gif or .png and at least "
             "one frame."
         )
-    options: dict[str, Any] = {"duration": milliseconds, "loop": 0}
+    shown = milliseconds if isinstance(milliseconds, int) else list(milliseconds)
+    options: dict[str, Any] = {"duration": shown, "loop": 0}
+    if ending == ".webp":
+        options["lossless"] = True  # pixels that were enlarged stay squares
     with places.written(places.place(path)) as new:
         pictures[0].save(new, save_all=True, append_images=pictures[1:], **options)
 

@@ -1,23 +1,20 @@
 """What the report of a training folder shows, collected as plain data; html.py renders it."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ogdm_jax import config as configs
 from ogdm_jax import models, places
 from ogdm_jax.metrics.features import FeatureSpace
 from ogdm_jax.report import inputs
-from ogdm_jax.sampling import generate
-from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training.evaluate import describe_sampler, words_of
 from ogdm_jax.training.steps import complete
-from ogdm_jax.training.workdir import TrainedModel
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.training.workdir import Path, TrainedModel
 
 SHOWN = 64  # images of the grid
 TRACED = 3  # seeds of the trajectories
@@ -31,15 +28,6 @@ class Nearest:
     samples: np.ndarray
     real: np.ndarray
     distances: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """A sampler's way: sigmas [N+1], states [N+1,b,h,w,c] in about [-1, 1], x0_hats [N,b,h,w,c]."""
-
-    sigmas: np.ndarray
-    states: np.ndarray
-    x0_hats: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +100,7 @@ def collect(
         sampler=f"{words_of(settings)}, {_cost(settings)} network evaluations",
         nearest=nearest(space, samples[:COMPARED], real, features),
         progress=progress.values,
-        path=trace(trained, settings, np.arange(TRACED)),
+        path=_path(trained),
         config=configs.flatten(config),
         notes=[*logged.notes, *best.notes, *progress.notes],
     )
@@ -158,22 +146,7 @@ def nearest(
     return Nearest(samples, real[rows], np.take_along_axis(far, rows, axis=1))
 
 
-def trace(trained: TrainedModel, settings: configs.Sample, seeds: np.ndarray) -> Path:
-    """The way of these seeds' images; states are scaled to the spread of clean images."""
-    labels = generate.labels_for(seeds, trained.model.label_dim, None)
-    sigmas = generate.noise_levels(trained.model, settings)
-
-    @jax.jit
-    def run(params: PyTree, buffers: PyTree, seeds: Array, labels: Array | None) -> PyTree:
-        latents, key = generate.seed_noise(seeds, trained.model.image_shape)
-        denoise = trained.model.denoiser(params, buffers)
-        more = {"label": labels, "eta": settings.eta, "clip": settings.clip, "trajectory": True}
-        more |= settings.options
-        more["variance"] = None if settings.variance == "auto" else settings.variance
-        return sample(denoise, latents, sigmas, solver=settings.solver, key=key, **more)[1]
-
-    seeds = np.asarray(seeds, np.uint32)
-    path = jax.device_get(run(trained.params, trained.buffers, seeds, labels))
-    clean = trained.config.precondition.sigma_data
-    scale = clean / np.sqrt(sigmas**2 + clean**2)
-    return Path(sigmas, path.states * scale[:, None, None, None, None], path.x0_hats)
+def _path(trained: TrainedModel) -> Path | None:
+    """The way of the first seeds' images; None where the sampler does not keep it."""
+    with contextlib.suppress(configs.ConfigError):
+        return trained.path(np.arange(TRACED))

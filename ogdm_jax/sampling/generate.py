@@ -183,6 +183,7 @@ def sampler(
     devices: Sequence[Any],
     churn: Any = None,
     guidance: Sequence[Guidance] = (),
+    trajectory: bool = False,
 ) -> Images:
     """A compiled function (params, buffers, seeds, labels, constants, rows) -> images.
 
@@ -197,15 +198,19 @@ def sampler(
       devices: b must be a multiple of their number; each samples its share.
       churn: of `sample`, where no method brings it.
       guidance: sampling methods; their constants and rows come with each call.
+      trajectory: return a `sampler.Trajectory` behind the images. Its x0_hats are decoded, too; its
+        states are those of the sampler.
 
     Raises:
-      ConfigError: settings that do not fit the model.
+      ConfigError: settings that do not fit the model; a trajectory of the released PNDM.
       ValueError: two owners of one part of guidance.
     """
     check_settings(settings, model)
     levels = noise_levels(model, settings)
     check_guidance(settings, guidance, churn)
     chooses = settings.solver == adaptive.NAME
+    keeps = "another grid, such as ddim: the released PNDM does not keep its steps"
+    require(not (trajectory and settings.grid == PNDM), "sample.grid", settings.grid, keeps)
 
     def images(
         params: PyTree,
@@ -218,13 +223,8 @@ def sampler(
         latents, key = seed_noise(seeds, model.image_shape)
         if settings.grid == PNDM:
             eps = model.eps(params, buffers)
-            return discrete.pndm(
-                lambda x, t: eps(x, t, labels),
-                latents,
-                settings.steps,
-                model.table,
-                ORDERS[settings.solver],
-            )
+            noise, order = lambda x, t: eps(x, t, labels), ORDERS[settings.solver]
+            return discrete.pndm(noise, latents, settings.steps, model.table, order)
         if settings.grid in DISCRETE and settings.start == "vp":  # sample() multiplies by a level
             latents *= float(np.sqrt(1 + levels[0] ** -2))
         drawn: Any = sample(
@@ -235,34 +235,46 @@ def sampler(
             key=key,
             churn=churn,
             label=labels,
-            guidance=[
-                dataclasses.replace(method, constants=c, rows=r)
-                for method, c, r in zip(guidance, constants, rows, strict=True)
-            ],
+            guidance=_bound(guidance, constants, rows),
             eta=settings.eta,
             clip=settings.clip,
             variance=None if settings.variance == "auto" else settings.variance,
             **settings.options,
             variable=adaptive.variable_of(settings.grid) if chooses else None,
+            trajectory=trajectory,
             with_nfe=chooses,
         )
-        drawn, *count = drawn if chooses else (drawn,)
+        drawn, *more = drawn if chooses or trajectory else (drawn,)
         drawn = _pictures(model, buffers, drawn, levels[-1], len(devices))
-        return (drawn, *count) if chooses else drawn
+        if trajectory:
+            seen = _pictures(model, buffers, more[0].x0_hats, 0, len(devices))
+            more[0] = more[0]._replace(x0_hats=seen)
+        return (drawn, *more) if more else drawn
 
     whole, divided = shardings(devices)
     images = platforms.traced_for(devices[0].platform, images)
+    out = None if trajectory else divided  # images are not the first axis of a trajectory
     return jax.jit(
-        images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=divided
+        images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=out
     )
 
 
+def _bound(guidance: Sequence[Guidance], constants: PyTree, rows: PyTree) -> list[Guidance]:
+    """Guidance with the arrays of a call."""
+    found = zip(guidance, constants, rows, strict=True)
+    return [dataclasses.replace(method, constants=c, rows=r) for method, c, r in found]
+
+
 def _pictures(model: Model, buffers: PyTree, x: Array, last: float, devices: int) -> Array:
-    """What people see of the last states: where a level is left x_vp, as released; decoded."""
+    """What people see of the last states [...,h,w,c]: where a level is left x_vp, as released;
+    decoded.
+    """
     x = x * float(process.vp_scale(last)) if last > 0 else x
     if model.autoencoder is None:
         return x
-    return decode.decode(model.autoencoder, buffers[VAE], x, decode.BATCH * devices)
+    flat = x.reshape(-1, *x.shape[-3:])
+    seen = decode.decode(model.autoencoder, buffers[VAE], flat, decode.BATCH * devices)
+    return seen.reshape(*x.shape[:-3], *seen.shape[1:])
 
 
 def shardings(devices: Sequence[Any]) -> tuple[NamedSharding, NamedSharding]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,22 @@ class SamplerWords(TypedDict, total=False):
     sde: str | None
     order: int | None
     bh: str | None
+
+
+class Path(NamedTuple):
+    """A sampler's way.
+
+    Attributes:
+      sigmas: [N+1] noise levels.
+      states: [N+1,b,h,w,c], divided by their spread so that noise stays visible: about [-1, 1].
+      x0_hats: [N,b,H,W,C], what the network takes the finished image to be.
+      images: [b,H,W,C], the end.
+    """
+
+    sigmas: np.ndarray
+    states: np.ndarray
+    x0_hats: np.ndarray
+    images: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -201,6 +217,39 @@ class TrainedModel:
         size = generate.batch_size(len(seeds), len(devices), batch)
         weights = self.params, self.buffers
         return generate.generate(images, *weights, seeds, labels, size, guidance, done, counts)
+
+    def path(
+        self,
+        seeds: Sequence[int] | np.ndarray,
+        settings: Sample | None = None,
+        *,
+        labels: np.ndarray | None = None,
+        guidance: Sequence[Guidance] = (),
+        churn: Any = None,
+    ) -> Path:
+        """How the images of some seeds come to be, as one batch on one device.
+
+        Args:
+          seeds: [b].
+          settings: what `settings` returned; None: as trained.
+          labels: [b] classes; None draws them from the seeds.
+          guidance: sampling methods, whose rows are of these seeds.
+          churn: of `batches`.
+
+        Raises:
+          ConfigError: a sampler that does not keep its steps.
+        """
+        settings, seeds = settings or self.settings(), np.asarray(seeds, np.uint32)
+        if labels is None:
+            labels = generate.labels_for(seeds, self.model.label_dim, None)
+        devices = jax.local_devices()[:1]
+        draw = generate.sampler(self.model, settings, devices, churn, guidance, trajectory=True)
+        drawn = draw(self.params, self.buffers, seeds, labels, *generate.arrays(guidance))
+        images, (states, x0_hats) = jax.device_get(drawn[:2])
+        sigmas = generate.noise_levels(self.model, settings)
+        clean = self.config.precondition.sigma_data
+        scale = (clean / np.sqrt(sigmas**2 + clean**2)).astype(np.float32)
+        return Path(sigmas, states * scale[:, None, None, None, None], x0_hats, images)
 
     def _sampler(
         self, settings: Sample, devices: Sequence[Any], churn: Any, guidance: Sequence[Guidance]

@@ -447,6 +447,9 @@ LINES = {
     "train --workdir new --config digits_dg --config.noise.std=2": "unknown key 'noise'",
     "train --workdir new --config digits_dg --config.data.batch=7 --config.dg.prior=run": "even",
     "train --workdir new --config digits_dg --config.evaluate.features=nope": "evaluate.features",
+    "sample --workdir run --animate film.mp4": "FILE.webp",
+    "sample --workdir run --animate nowhere.txt/film.webp --num 0": "--num",
+    "sample --workdir run --animate picture.png/film.webp": "--animate",
     # what a bug report needs
     "doctor --workdir nowhere": "no folder",
     "doctor --workdir picture.png": "--workdir",
