@@ -64,6 +64,7 @@ def test_there_are_enough_lines_of_every_command():
         "train",
         "sample",
         "data",
+        "new",
         "show",
         "convert",
         "export",

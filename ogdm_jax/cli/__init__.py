@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("train", "main", "train or resume a model"),
     "sample": ("sample", "main", "draw images from a trained model, restore measured ones"),
     "data": ("data", "main", "look at image sets, prepare them"),
+    "new": ("new", "main", "write a configuration for an image set of yours"),
     "show": ("show", "main", "say what a checkpoint of another program holds"),
     "convert": ("convert", "main", "make a training folder of it"),
     "export": ("export", "main", "write weights that other programs can read"),

@@ -1,6 +1,6 @@
 """Looks at image sets and prepares them.
 
-ogdm data describe SOURCE                       size, classes, mean, std, sigma_data to set
+ogdm data describe SOURCE                       size, classes, mean, std; settings that fit
 ogdm data check SOURCE                          reads every image: what is bad, odd or left out
 ogdm data prepare SOURCE --out DIR|FILE.zip     array_record, or EDM's zip
 ogdm data encode SOURCE --vae FILE --out DIR    the latents of an autoencoder
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ogdm_jax import places, records, startup
+from ogdm_jax.cli.new import devices_here, lines
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import ConfigError
-from ogdm_jax.data import SourceError, open_source
+from ogdm_jax.data import SourceError, open_source, propose
 from ogdm_jax.data.check import check, in_words
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.encode import about_pixels, encode
@@ -24,7 +25,7 @@ from ogdm_jax.data.sources import KINDS
 from ogdm_jax.latents import Latents
 
 _COMMANDS = {
-    "describe": "print number, size, classes, mean, std and the suggested sigma_data",
+    "describe": "print number, size, classes, mean, std, and what `ogdm new` would write",
     "check": "read every image; list what is bad, odd or left out; exit code 1 where any is bad",
     "prepare": "write a set as array_record (read without TensorFlow) or as EDM's zip; the same "
     "command continues unfinished work",
@@ -165,8 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(records.dumps(report) if args.json else in_words(report))
             return 1 if report["bad"] else 0
         if args.command == "describe":
-            facts = describe(open_source(args.source, *how))
-            print(records.dumps(facts) if args.json else _text(facts))
+            devices = devices_here()
+            source, why = propose.opened(args.source, *how, devices)
+            found = propose.settings(source, why, devices)
+            facts = describe(source) | {"proposed": {k: v for k, (v, _) in found.items()}}
+            text = f"{_text(facts)}\n\nproposed (`ogdm new` writes it as a file):\n{lines(found)}"
+            print(records.dumps(facts) if args.json else text)
             return 0
         out = places.place(args.out, "--out")
         places.writable(out, "--out", file=out.suffix == ".zip")

@@ -692,6 +692,18 @@ LINES = {
     "data prepare digits --out picture.png/new": "picture.png",
     "data check nope": "nope",
     "data check folder:nowhere": "nowhere",
+    # new
+    "new": "--data",
+    "new --data digits": "--out",
+    "new --out new.py": "--data",
+    "new --data nope --out new.py": "nope",
+    "new --data folder:nowhere --out new.py": "nowhere",
+    "new --data digits --out syntax.py": "already",
+    "new --data digits --out new.json": "FILE.py",
+    "new --data digits --out picture.png/new.py": "picture.png",
+    "new --data digits --out new.py --resolution 4": "--resolution",
+    "new --data digits --out new.py --resolutoin 8": "did you mean --resolution",
+    "new --data digits --out new.py --channels 2": "channels",
     # show, convert, export
     "show": "FILE",
     "show nowhere.pt": "nowhere.pt",
