@@ -45,6 +45,8 @@ def opened(
     if resolution is not None:
         return open_source(name, data_dir, resolution, channels), "as asked for"
     found = stored(name, data_dir)
+    if isinstance(found, Stored) and found.latents is not None:
+        return open_source(name, data_dir, None, channels), "as stored"
     if isinstance(found, Stored):
         rows = np.unique(np.linspace(0, len(found.reader) - 1, _LOOKED).astype(int))
         sizes = np.array([found.reader.read(int(i))[0].shape[:2] for i in rows])
@@ -96,7 +98,10 @@ def settings(source: Source, why: str, devices: Devices) -> dict[str, tuple[Any,
             _batch(source, mult, devices),
             "images a step, for the devices here",
         ),
-        "data.augment": (0.12, "0.0 where a mirrored or turned picture is another thing"),
+        "data.augment": (
+            0.12 if source.latents is None else 0.0,
+            "0 where a mirrored picture is another thing, and for latents",
+        ),
         "network.model_channels": (width, why_width),
         "network.channel_mult": (mult, f"levels of {', '.join(map(str, sides))} pixels"),
         "network.num_blocks": (blocks, "residual blocks a level"),
