@@ -25,6 +25,7 @@ def get_config():
     config.vae = ConfigDict(dataclasses.asdict(Settings()))
     config.vae.latent_channels = 2
     config.vae.groups = 8
+    config.vae.kl = 1e-3  # so few numbers: 1e-6 leaves them far from centred
     config.data.source = "digits"
     config.data.batch = 64
     config.network = ConfigDict()
@@ -38,7 +39,7 @@ def get_config():
     config.optim.decay = "train.duration"
     config.ema.halflife = "2 kimg"
     config.ema.stds = ()
-    config.train.duration = "1500 steps"
+    config.train.duration = "1000 steps"
     config.train.save_every = "500 steps"
     config.log.every = "100 steps"
     config.sample = ConfigDict()  # images above their reconstructions

@@ -22,7 +22,7 @@ def get_config():
     config.data.source = "npz:emoji32.npz"
     config.data.xflip = True
     config.vae.latent_channels = 4
-    config.vae.groups = 8
+    config.vae.kl = 1e-6
     config.network.model_channels = 32
     config.network.channel_mult = (1, 2, 2)
     config.optim.learning_rate = 1e-3

@@ -31,6 +31,7 @@ SHAPES = {
     "folder:data/lsun_bedroom": ((256, 256, 3), 0, 3_033_042),
     "folder:data/imagenet256": ((256, 256, 3), 1000, 1_281_167),
     "latents:data/imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
+    "latents:runs/digits_latents": ((4, 4, 2), 10, 1797),
 }
 # how the compiler says what a program needs that does not fit: 20.5G of 15.7G
 _MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)

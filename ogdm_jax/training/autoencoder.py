@@ -72,7 +72,7 @@ def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """The run of a configuration.
 
     Raises:
-      ConfigError: latents, widths that the groups do not divide, images that the levels do not halve,
+      ConfigError: latents, widths that groups do not divide, sides that the levels do not halve,
         or a batch that the devices and rounds do not divide.
     """
     network = _network(config, source)
