@@ -4,6 +4,7 @@ benchmarks/plans/*.json and their table are.
     JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plans.py --configs digits,cifar10_edm --on
         v5e:2x4 --plans mesh,sharded
     python benchmarks/plans.py --table
+    python benchmarks/plans.py --price 1.2      what runs would cost at least, so much a chip-hour
 
 A plan that is kept already is not compiled again: delete its file for that. Each is a process of
 its own, because libtpu keeps the memory of what it has compiled.
@@ -87,6 +88,21 @@ def table(plans: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def costs(plans: list[dict], price: float) -> str:
+    """Time and money of whole runs: bounds from below, as the time of a step is."""
+    head = ["configuration", "chips", "plan", "steps", "least time", "chip-hours"]
+    rows = [[*head, f"at {price:g} each"], ["---"] * 7]
+    for plan in plans:
+        hours = 24 * plan["days"]
+        time = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        spent = hours * plan["devices"]
+        if plan["fits"] and spent > 0.1:
+            where = [plan["name"], f"{plan['devices']} x {plan['chip']}", plan["plan"]]
+            amounts = [f"{plan['steps']:,}", time, f"{spent:,.1f}", f"{spent * price:,.1f}"]
+            rows += [[*where, *amounts]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,10 +119,14 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=60, help="that one compilation may take")
     parser.add_argument("--table", action="store_true", help="print what is kept as a table")
+    parser.add_argument("--price", type=float, help="of a chip-hour: print the costs of what fits")
     args = parser.parse_args()
+    kept = [json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
+    kept.sort(key=lambda p: (p["name"], p["devices"], p["plan"]))
     if args.table:
-        kept = [json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
-        return print(table(sorted(kept, key=lambda p: (p["name"], p["devices"], p["plan"]))))
+        return print(table(kept))
+    if args.price is not None:
+        return print(costs(kept, args.price))
     KEPT.mkdir(exist_ok=True)
     for config in args.configs.split(","):
         for chips in args.on.split(","):
