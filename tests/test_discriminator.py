@@ -115,6 +115,30 @@ def test_at_birth_only_the_ratio_of_raw_levels_is_seen(born):
     assert np.abs(near - other).max() > 1e-2
 
 
+def test_a_normalised_condition_is_the_mapped_one_at_mean_square_1(born):
+    """Same weights, same direction, mean square 1: whatever size a fresh mapping has by chance."""
+    network, variables = born
+    mapping, told = {"params": variables["params"]["mapping"]}, np.array([[1.0, 0.5], [0.1, 0.02]])
+    told = told.astype(np.float32)
+    plain = Mapping(network.channels(4)).apply(mapping, told)
+    unit = Mapping(network.channels(4), normalised=True).apply(mapping, told)
+    size = np.sqrt(np.mean(np.square(plain), axis=1, keepdims=True))
+    np.testing.assert_allclose(unit, plain / size, rtol=1e-5)
+    # the logit is linear in the condition: each is that of the plain network over its own size
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    logits = [network.clone(normalised=on).apply(variables, x, told) for on in (False, True)]
+    np.testing.assert_allclose(logits[1], logits[0] / size[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("width,least,most", [(16, 10.0, 1000.0), (512, 1.0, 4.0)])
+def test_the_size_of_a_narrow_mapping_is_chance(width, least, most):
+    """Largest over smallest mean square of fresh ones: that is what `normalised` takes away."""
+    told = np.array([[-0.2, -0.5]], np.float32)
+    fresh = jax.jit(lambda key: Mapping(width).init_with_output(key, told)[0])
+    sizes = [float(np.mean(np.square(fresh(jax.random.key(seed))))) for seed in range(10)]
+    assert least < max(sizes) / min(sizes) < most
+
+
 @pytest.mark.parametrize("side,channels", [(8, 1), (16, 3), (64, 2)])
 def test_sides_and_grey_images(side, channels):
     network = StyleGAN2Discriminator(

@@ -117,6 +117,7 @@ class Settings:
     )
     channel_base: int = setting(32768, "widths of the discriminator", least=1, most=2**24)
     channel_max: int = setting(512, "greatest width of the discriminator", least=1, most=2**16)
+    normalise_condition: bool = setting(False, "the mapped condition gets mean square 1")
     learning_rate: float | None = setting(
         None, "of the discriminator's Adam; None = the denoiser's peak rate", above=0
     )
@@ -433,6 +434,7 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
         label_dim=context.label_dim,
         channel_base=settings.channel_base,
         channel_max=settings.channel_max,
+        normalised=settings.normalise_condition,
         dtype=context.dtype,
         # under a mesh the network sees the global batch: its own "all" would cross devices
         mbstd_batch=chunk,

@@ -24,6 +24,11 @@ def _leaky(x: Array, gain: float = math.sqrt(2.0)) -> Array:
     return nn.leaky_relu(x, 0.2) * gain
 
 
+def _to_unit(x: Array) -> Array:
+    """Rows of mean square 1."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-8)
+
+
 def _normal(scale: float = 1.0) -> Callable[..., Array]:
     return nn.initializers.normal(scale)
 
@@ -95,19 +100,22 @@ class Mapping(nn.Module):
     Attributes:
       features: width of the result.
       layers: how many follow the embedding.
+      normalised: whether the result has mean square 1, too. A wide network's has about 1.4 when it
+        is fresh; that of a narrow one is chance, and with it the size of the logits.
     """
 
     features: int
     layers: int = 8
+    normalised: bool = False
 
     @nn.compact
     def __call__(self, cond: Array) -> Array:
         """Maps cond [B,d] to [B,features]."""
         e = EqualDense(self.features, name="embed")(cond)
-        e = e * jax.lax.rsqrt(jnp.mean(jnp.square(e), axis=1, keepdims=True) + 1e-8)
+        e = _to_unit(e)
         for i in range(self.layers):
             e = _leaky(EqualDense(self.features, multiplier=0.01, name=f"fc{i}")(e))
-        return e
+        return _to_unit(e) if self.normalised else e
 
 
 class ResidualBlock(nn.Module):
@@ -209,6 +217,7 @@ class StyleGAN2Discriminator(nn.Module):
       label_dim: number of classes, 0 if unconditional.
       t_dim: numbers of the noise condition (2: from which level, to which level).
       channel_base, channel_max: channels at side r are min(channel_base // r, channel_max).
+      normalised: see Mapping.
       mbstd_group: group of the minibatch standard deviation.
       mbstd_batch: see minibatch_deviation; None is the authors' behaviour (statistics over a
         device's batch), a number makes the result independent of the number of devices.
@@ -222,6 +231,7 @@ class StyleGAN2Discriminator(nn.Module):
     t_dim: int = 2
     channel_base: int = 32768
     channel_max: int = 512
+    normalised: bool = False
     mbstd_group: int = 4
     mbstd_batch: int | None = None
     dtype: jnp.dtype | None = None
@@ -262,7 +272,7 @@ class StyleGAN2Discriminator(nn.Module):
         if self.label_dim:
             label = one_hot(label, x.shape[0], self.label_dim).astype(x.dtype)
             cond = jnp.concatenate([label, cond], axis=1)
-        cmap = Mapping(self.channels(4), name="mapping")(cond)
+        cmap = Mapping(self.channels(4), normalised=self.normalised, name="mapping")(cond)
         x = x if self.dtype is None else x.astype(self.dtype)
         while side > 4:
             x = ResidualBlock(

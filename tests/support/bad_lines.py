@@ -314,6 +314,7 @@ SETTINGS = {
     "ogdm.channel_base=0": "",
     "ogdm.channel_base=3": "side of the images",
     "ogdm.channel_max=-4": "",
+    "ogdm.normalise_condition=maybe": "true or false",
     "ogdm.learning_rate=0": "positive",
     "ogdm.learning_rate=abc": "float",
     "ogdm.learning_rate=(1,2)": "float",
