@@ -47,10 +47,10 @@ class Worker:
         self._process.stdout.close()
 
 
-def serve(work: Callable[[], None], about: dict) -> None:
-    """The other end: warms up twice, says what it is, then works on demand."""
-    work()
-    work()
+def serve(work: Callable[[], None], about: dict, warm: int = 2) -> None:
+    """The other end: warms up so many times, says what it is, then works on demand."""
+    for _ in range(warm):
+        work()
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
         began, spent = time.perf_counter(), time.process_time()

@@ -25,6 +25,7 @@ import numpy as np
 
 from ogdm_jax import randomness
 from ogdm_jax.config import check, choose, require, setting
+from ogdm_jax.data import moments
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, stable_target
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
@@ -218,19 +219,21 @@ def _resident(context: Context) -> dict[str, np.ndarray]:
 
 
 def _whole_set(context: Context) -> dict[str, np.ndarray]:
-    """The set, both ways round with unlabelled flips, filled up with rows that do not count: the
-    devices divide it.
+    """The set, both ways round with unlabelled flips (of latents, both views), filled up with rows
+    that do not count: the devices divide it.
     """
     images, labels = _resident(context).values()
+    row = np.arange(len(images), dtype=np.int32)
+    latents = context.source.latents is not None
+    mirrored = images[:, 1:] if latents else images[:, :, ::-1]
+    images = images[:, :1] if latents else images
     if context.xflip:
-        images, labels = (
-            np.concatenate([images, images[:, :, ::-1]]),
-            np.concatenate([labels, labels]),
-        )
+        images, labels = np.concatenate([images, mirrored]), np.concatenate([labels, labels])
+        row = np.concatenate([row, row])
     more = -len(images) % context.devices
     counts = np.arange(len(images) + more) < len(images)
     fill = lambda a: np.concatenate([a, np.repeat(a[:1], more, 0)])
-    return {"image": fill(images), "label": fill(labels), "counts": counts}
+    return {"image": fill(images), "label": fill(labels), "row": fill(row), "counts": counts}
 
 
 def _target(
@@ -279,13 +282,11 @@ def _posterior(
             xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label
         )
     if kind == "full":
-        against = functools.partial(_against_rows, chunk)
+        against = functools.partial(_against_rows, chunk, context, example.key)
         return stf_classes.over_devices(context, against, constants, xt, example.sigma, label)
     if kind == "class":
-        where, n = settings.bank, settings.n
-        return stf_classes.targets(
-            where, n, chunk, context, example, constants, xt, clean, take=_images
-        )
+        where, n, take = settings.bank, settings.n, functools.partial(_images, context)
+        return stf_classes.targets(where, n, chunk, context, example, constants, xt, clean, take)
 
     # Where arrays are global (a mesh), each device's images still meet references of their own, as
     # under pmap.
@@ -299,7 +300,7 @@ def _posterior(
     split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])
     queries = jax.tree.map(split, _Group(xt, example.sigma, clean, label, {}, None))
     all_groups = queries._replace(made_of=made_of, reference_label=reference_label)
-    target = functools.partial(_target_of_group, settings, constants)
+    target = functools.partial(_target_of_group, settings, context, constants)
     if groups == 1:
         return target(jax.tree.map(lambda a: a[0], all_groups))
     mean, ess = jax.vmap(target)(all_groups)
@@ -326,7 +327,9 @@ class _Group(NamedTuple):
     reference_label: Array | None
 
 
-def _target_of_group(settings: Settings, constants: PyTree, group: _Group) -> tuple[Array, Array]:
+def _target_of_group(
+    settings: Settings, context: Context, constants: PyTree, group: _Group
+) -> tuple[Array, Array]:
     """Targets and effective sample sizes of one group of queries, for stream and cache."""
     clean, label, labels, made_of = group.clean, group.label, group.reference_label, group.made_of
     weigh = functools.partial(
@@ -336,11 +339,14 @@ def _target_of_group(settings: Settings, constants: PyTree, group: _Group) -> tu
     if settings.source == "cache":
         if more == 0:
             return clean, jnp.ones_like(group.sigma)
-        drawn = OnDemand((more, *clean.shape[1:]), lambda k: _images(constants, made_of, k))
+        drawn = OnDemand(
+            (more, *clean.shape[1:]), lambda k: _images(context, constants, made_of, k)
+        )
         return weigh(drawn, source=clean, reference_label=labels)
 
     def make(k: Array) -> Array:
-        loaded = to_float(_images(constants, made_of, jnp.maximum(k - b, 0)), clean.dtype)
+        loaded = _images(context, constants, made_of, jnp.maximum(k - b, 0))
+        loaded = to_float(loaded, clean.dtype)
         return jnp.where((k < b)[:, None, None, None], clean[jnp.minimum(k, b - 1)], loaded)
 
     # The authors' convention: all images of the device are references.
@@ -352,6 +358,8 @@ def _target_of_group(settings: Settings, constants: PyTree, group: _Group) -> tu
 
 def _against_rows(
     chunk: int | None,
+    context: Context,
+    key: Array,
     rows: dict[str, Array],
     xt: Array,
     sigma: Array,
@@ -360,11 +368,18 @@ def _against_rows(
     axis: str | None,
 ) -> tuple[Array, Array]:
     """The target against a set of which every device holds its rows: queries travel, references
-    never.
+    never. Latents are the samples of this step, that of a query's own row among them.
     """
-    labels = None if label is None else rows["label"]
-    arrays = rows["image"], rows["counts"]
-    return stable_target(xt, sigma, *arrays, chunk, axis, label=label, reference_label=labels)
+    labels, images, latents = rows["label"], rows["image"], context.source.latents
+    if label is None:
+        labels = None
+    if latents is not None:
+        keys = randomness.example_keys(key, "latent", rows["row"])
+        sampled = lambda k: moments.draw(latents, rows["image"][k], keys[k])
+        images = OnDemand((images.shape[0], *context.image_shape), sampled)
+    return stable_target(
+        xt, sigma, images, rows["counts"], chunk, axis, label=label, reference_label=labels
+    )
 
 
 def _references(
@@ -393,6 +408,9 @@ def _references(
         loaded = example.references or dict(zip(("reference", "reference_label"), nothing))
         split = lambda a: a.reshape(groups, a.shape[0] // groups, *a.shape[1:])
         made_of, labels = {"image": split(loaded["reference"])}, split(loaded["reference_label"])
+    if context.source.latents is not None:
+        bits = lambda k: jax.random.bits(k, (next(iter(made_of.values())).shape[1],))
+        made_of["seed"] = jax.vmap(bits)(randomness.fold_in_each(keys, "latent"))
     if example.label is None or not settings.class_mask:
         labels = None
     count = jnp.arange(next(iter(made_of.values())).shape[1])
@@ -400,24 +418,24 @@ def _references(
     if context.xflip:
         made_of["mirrored"] = jax.vmap(randomness.uniform)(each("xflip")) < 0.5
     if example.augment is not None and context.augment is not None and not plain:
-        images = jax.vmap(
-            lambda made_of: to_float(_images(constants, made_of, count), jnp.float32)
-        )(made_of)
+        take = lambda made_of: _images(context, constants, made_of, count)
+        images = jax.vmap(lambda made_of: to_float(take(made_of), jnp.float32))(made_of)
         made_of = {"image": jax.vmap(context.augment)(each("augment"), images)}
     return made_of, labels
 
 
-def _images(constants: PyTree, made_of: dict[str, Array], k: Array) -> Array:
+def _images(context: Context, constants: PyTree, made_of: dict[str, Array], k: Array) -> Array:
     """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored
-    where drawn.
+    where drawn; of latents fresh samples.
     """
-    images = (
-        jnp.asarray(constants["image"])[made_of["rows"][k]]
-        if "rows" in made_of
-        else made_of["image"][k]
-    )
-    if "mirrored" in made_of:
-        images = jnp.where(made_of["mirrored"][k][:, None, None, None], images[:, :, ::-1], images)
+    rows = made_of["rows"][k] if "rows" in made_of else None
+    images = made_of["image"][k] if rows is None else jnp.asarray(constants["image"])[rows]
+    mirrored = made_of["mirrored"][k] if "mirrored" in made_of else None
+    if context.source.latents is not None:
+        keys = jax.vmap(jax.random.key)(made_of["seed"][k])
+        return moments.draw(context.source.latents, images, keys, mirrored)
+    if mirrored is not None:
+        images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     return images
 
 

@@ -80,6 +80,9 @@ def targets(
     made_of: dict[str, Any] = {"image": example.mates}  # the loader's part
     if where != "read":
         made_of = {"rows": rows(context, example, n - 1)}
+    if context.source.latents is not None:
+        bits = lambda key: jax.random.bits(key, (n - 1,))
+        made_of["seed"] = jax.vmap(bits)(example.keys("stf/class/latent"))
     if context.xflip:
         draw = lambda key: jax.random.bernoulli(key, 0.5, (n - 1,))
         made_of["mirrored"] = jax.vmap(draw)(example.keys("stf/class/xflip"))
