@@ -143,12 +143,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if "workdir" not in found:
         return said
     run = found["workdir"]
-    defaults = configs.flatten(configs.read(configs.SHIPPED / "base.py").to_dict())
     said.append(f"workdir: {', '.join(run['files'])}")
     said.append(f"checkpoints: {', '.join(map(str, run.get('checkpoints', [])))}")
-    changed = {k: v for k, v in run.get("settings", {}).items() if defaults.get(k) != v}
     said += ["settings that differ from the defaults:"]
-    said += [f"  {name}={value!r}" for name, value in sorted(changed.items())]
+    said += [f"  {line}" for line in configs.changed(run.get("settings", {}))]
     said += [f"log, the last {len(run['log'])} lines:"]
     for line in run["log"]:
         said.append("  " + "  ".join(f"{name} {value:.4g}" for name, value in line.items()))

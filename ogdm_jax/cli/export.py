@@ -1,16 +1,22 @@
 """Writes weights that other programs can read: under the authors' names, with a JSON file beside.
 
 ogdm export WORKDIR --out FILE.safetensors (or FILE.pt; of a DiT also FOLDER, as diffusers has it)
+ogdm export WORKDIR --out FOLDER --card --license apache-2.0
+
+With --card a folder as hubs of models have it: model.safetensors, config.json, and a README.md with
+a picture of samples, the data's fingerprint and the measured distances.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 
 from etils import epath
 
 from ogdm_jax import config as configs
 from ogdm_jax import places, startup
+from ogdm_jax.cli import card
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import require
 from ogdm_jax.interop import diffusers, export
@@ -27,28 +33,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--step", type=whole(0), default=None, help="checkpoint (default: the newest)"
     )
     parser.add_argument("--weights", default="ema", help="ema or params")
+    parser.add_argument("--card", action="store_true", help="a FOLDER with a model card")
+    words = "of the weights, as the card says it: apache-2.0, cc-by-4.0, ... (default: unknown)"
+    parser.add_argument("--license", default="", metavar="NAME", help=words)
     args = parser.parse_args(argv)
     with startup.one_sentence():
         startup.prepare()
         folder = places.place(args.out, "--out")
-        if folder.suffix:
+        _check_card(args, folder)
+        if folder.suffix and not args.card:
             export.check_out(args.out)
         else:
             places.writable(folder, "--out")
         run = workdir.open_workdir(args.workdir, args.step, args.weights)
         network, config = run.model.network, run.config.network
-        if not folder.suffix:
+        if args.card:
+            path = _export(run, args, folder / card.WEIGHTS, folder / card.CONFIG)
+            card.write(folder, run, args.workdir, args.license or "unknown")
+        elif not folder.suffix:
             dit = "FILE.safetensors or FILE.pt; diffusers has no such network as a folder"
             require(config.kind == "dit", "network.kind", config.kind, dit)
             state = export.to_torch(network, {"params": run.params})
             path = diffusers.write(folder, network, state)
         else:
-            path = _export(run, args)
+            path = _export(run, args, folder, export.about_path(folder))
     beside = export.about_path(path) if folder.suffix else folder / diffusers.CONFIG
-    print(f"wrote {path} and {beside} ({args.weights})")
+    print(f"wrote {path} and {folder / 'README.md' if args.card else beside} ({args.weights})")
 
 
-def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:
+def _check_card(args: argparse.Namespace, folder: epath.Path) -> None:
+    """Raises ValueError for words about a card that cannot be."""
+    if args.license and not args.card:
+        raise ValueError(f"--license: {args.license!r} given; expected --card with it")
+    if args.license and not re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", args.license):
+        raise ValueError(
+            f"--license: {args.license[:80]!r} given; expected an identifier such as apache-2.0"
+        )
+    if args.card and folder.suffix in export.SUFFIXES:
+        raise ValueError(f"--out: {args.out!r} given; expected a FOLDER with --card")
+
+
+def _export(
+    run: workdir.TrainedModel, args: argparse.Namespace, out: epath.Path, beside: epath.Path
+) -> epath.Path:
     config, network = run.config, run.model.network
     variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
     settings = export.network_settings(network)
@@ -73,4 +100,4 @@ def _export(run: workdir.TrainedModel, args: argparse.Namespace) -> epath.Path:
         "weights": args.weights,
         "config": json.loads(configs.to_json(config)),
     }
-    return export.write(args.out, export.to_torch(network, variables), about)
+    return export.write(out, export.to_torch(network, variables), about, beside)

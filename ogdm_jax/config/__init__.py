@@ -18,6 +18,7 @@ from ogdm_jax.config.fields import (
 )
 from ogdm_jax.config.files import (
     SHIPPED,
+    changed,
     editable,
     from_json,
     load,
@@ -48,6 +49,7 @@ __all__ = [
     "Parallel",
     "Precondition",
     "Sample",
+    "changed",
     "check",
     "check_sense",
     "check_typed",

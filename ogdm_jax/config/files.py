@@ -170,6 +170,13 @@ def spelled(config: ConfigDict | Config) -> list[str]:
     ]
 
 
+def changed(config: Config | Mapping[str, Any]) -> list[str]:
+    """Lines "key=value" of the settings that differ from those of configs/base.py, in order."""
+    defaults = flatten(read(SHIPPED / "base.py").to_dict())
+    values = sorted(flatten(config).items())
+    return [f"{key}={value!r}" for key, value in values if defaults.get(key) != value]
+
+
 def to_json(config: Config) -> str:
     """The configuration as JSON, which has no infinity: {"float": "inf"}. from_json gives it back,
     tuples too.

@@ -18,7 +18,7 @@ from ogdm_jax import places, records
 from ogdm_jax.interop import names_latent
 from ogdm_jax.networks import AutoencoderKL, CLIPText, DiT, UNet2DCondition
 
-CONFIG = "config.json"
+CONFIG, OURS = "config.json", 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 _NAMES = (WEIGHTS, WEIGHTS.replace("safetensors", "bin"), TEXT_WEIGHTS, "pytorch_model.bin")
@@ -67,6 +67,8 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
     if file.name not in _NAMES or not path.is_file():
         return None
     config = records.read(path, dict)
+    if config.get("format") == OURS and "kind" in config:  # what `ogdm export --card` writes
+        return {name: value for name, value in config.items() if name != "format"}
     listed = config.get("architectures")
     name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "")
     if not isinstance(name, str) or (name := name.removeprefix("Flax")) not in _CLASSES:

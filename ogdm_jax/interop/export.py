@@ -39,7 +39,7 @@ from ogdm_jax.networks import (
 )
 from ogdm_jax.typing import PyTree
 
-FORMAT = 1
+FORMAT = diffusers.OURS
 SUFFIXES = (".safetensors", ".pt")
 
 
@@ -58,10 +58,13 @@ def check_out(path: str | os.PathLike) -> epath.Path:
 
 
 def write(
-    path: str | os.PathLike, state: Mapping[str, np.ndarray], about: Mapping[str, Any]
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    beside: epath.Path | None = None,
 ) -> epath.Path:
-    """Writes state as path (.safetensors, or .pt as torch.save) and about beside it. Returns the
-    path.
+    """Writes state as path (.safetensors, or .pt as torch.save) and about beside it: where
+    `about_path` says, or as `beside`, config.json of a folder. Returns the path.
 
     Raises:
       ValueError: path ends in neither.
@@ -72,7 +75,7 @@ def write(
             torch_writer.write(new, state)
         else:
             save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
-    with places.written(about_path(path)) as new:
+    with places.written(beside or about_path(path)) as new:
         new.write_text(records.dumps(_sorted({"format": FORMAT, **about}), indent=1) + "\n")
     return path
 

@@ -451,6 +451,9 @@ LINES = {
     "sample --workdir run --animate film.mp4": "FILE.webp",
     "sample --workdir run --animate nowhere.txt/film.webp --num 0": "--num",
     "sample --workdir run --animate picture.png/film.webp": "--animate",
+    "export run --out card.safetensors --card": "FOLDER",
+    "export run --out new --card --license 'two words'": "--license",
+    "export run --out new.safetensors --license mit": "--card",
     # what a bug report needs
     "doctor --workdir nowhere": "no folder",
     "doctor --workdir picture.png": "--workdir",

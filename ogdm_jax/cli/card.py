@@ -1,0 +1,167 @@
+"""The model card of an exported folder: README.md as hubs of models show it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ogdm_jax import __version__, models, places, records
+from ogdm_jax import config as configs
+from ogdm_jax.data.labels import class_words
+from ogdm_jax.data.pictures import save_png, sheet
+from ogdm_jax.report.charts import nice
+from ogdm_jax.sampling import generate
+from ogdm_jax.training import checkpoint, evaluations
+from ogdm_jax.training.evaluate import words_of
+from ogdm_jax.training.workdir import TrainedModel
+
+WEIGHTS, CONFIG, PICTURE = "model.safetensors", "config.json", "samples.png"
+SHOWN = 32  # images of the picture
+_COLUMNS = ("features", "solver", "steps", "nfe", "n", "fd", "floor")
+LOAD = """\
+```python
+import jax
+from ogdm_jax.data.pictures import show
+from ogdm_jax.diffusion import grids
+from ogdm_jax.interop import load_pretrained
+from ogdm_jax.sampling import sample
+
+model = load_pretrained("{folder}")  # this folder, downloaded
+latents = jax.random.normal(jax.random.key(0), (16, {shape}))
+show(sample(model.denoiser(), latents, grids.edm(18){label}))
+```"""
+
+CARD = """\
+---
+license: {licence}
+library_name: ogdm_jax
+pipeline_tag: unconditional-image-generation
+tags:
+{tags}
+---
+# {name}
+
+{kind} diffusion model of {size} images, trained with
+[ogdm_jax](https://arxiv.org/abs/2310.04041) {version}.
+
+![Samples of the first seeds, not chosen]({picture})
+
+The first seeds, not chosen ({sampler}).
+
+## How to load
+
+{load}
+
+`{weights}` has the tensors under the names of the official PyTorch code, `{config}` what
+tensors cannot say.
+
+## What it is
+
+{facts}
+
+## Data
+
+{data}
+
+## Distances
+
+{distances}
+
+## Settings that differ from the defaults
+
+```
+{settings}
+```
+"""
+
+
+def write(folder: epath.Path, run: TrainedModel, workdir: str, licence: str) -> None:
+    """Writes README.md and its picture of samples into an exported folder.
+
+    Args:
+      folder: with the weights.
+      run: what they are of.
+      workdir: its training folder: data fingerprint and distances are in there.
+      licence: of the weights, an identifier as hubs know them; "unknown" is one.
+    """
+    seeds = np.arange(SHOWN)
+    labels = generate.labels_for(seeds, run.model.label_dim, None)
+    drawn = np.concatenate(list(run.batches(run.settings(), seeds, labels=labels, batch=SHOWN)))
+    save_png(folder / PICTURE, sheet(drawn, 8, captions=class_words(labels, run.class_names)))
+    snapshot = checkpoint.find(workdir, run.step)
+    measured = distances(workdir, run.step)
+    with places.written(folder / "README.md") as new:
+        new.write_text(text(folder.name, run, snapshot.data_set, measured, licence))
+
+
+def distances(workdir: str, step: int) -> list[dict[str, Any]]:
+    """The distances of a step that training or `ogdm report` measured, those of fewest evaluations
+    first.
+    """
+    found = [evaluations.read(workdir).get(step, {})]
+    path = places.place(workdir) / "distances.json"
+    if path.exists():
+        found += records.read(path, list)
+    kept = [r for r in found if r.get("step") == step and all(name in r for name in _COLUMNS)]
+    unique = {tuple(r[name] for name in _COLUMNS[:5]): r for r in kept}
+    return sorted(unique.values(), key=lambda r: r["nfe"])
+
+
+def _table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Distances with N and floor, or how to get them."""
+    if not measured:
+        return "No distance of this step was measured; `ogdm report --workdir DIR` does."
+    lines = ["| features | solver | steps | evaluations | N | distance | real against real |"]
+    lines.append("|---" * len(_COLUMNS) + "|")
+    for report in measured:
+        cells = [v if isinstance(v := report[c], str) else nice(v) for c in _COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        "\n\nFréchet distances of N samples to N real images; the last column is what N other real "
+        "images\nscore: a distance means little without it. Other N, other features and the FID of "
+        "papers do not\ncompare."
+    )
+
+
+def text(
+    name: str,
+    run: TrainedModel,
+    data: Mapping[str, Any],
+    measured: Sequence[Mapping[str, Any]],
+    licence: str,
+) -> str:
+    """The card: front matter, picture, how to load, what it is, data, distances, settings."""
+    config, model = run.config, run.model
+    classes = class_words(np.arange(model.label_dim), run.class_names)
+    label = ", label=jax.numpy.zeros(16, int)" if classes else ""
+    count, pre = models.parameter_count(run.params), config.precondition
+    nobody = " (nobody has said one)" if licence == "unknown" else ""
+    facts = {
+        "network": f"{type(model.network).__name__}, {count:,} parameters",
+        "preconditioning": f"{pre.kind}, sigma_data {pre.sigma_data}",
+        "methods": ", ".join(config.methods) or "none (plain training)",
+        "training": f"step {run.step:,} of batches of {config.data.batch}",
+        "licence of the weights": licence + nobody,
+    }
+    known = {n: v for n, v in data.items() if n != "class_names" and v is not None}
+    known = {"source": config.data.source} | known
+    known |= {"classes": ", ".join(classes)} if classes else {}
+    shape = ", ".join(map(str, model.image_shape))
+    return CARD.format(
+        licence=licence,
+        tags="\n".join(f"- {tag}" for tag in ("diffusion", "jax", *config.methods)),
+        name=name,
+        kind="A class-conditional" if classes else "An unconditional",
+        size="x".join(map(str, model.picture_shape)),
+        version=__version__,
+        picture=PICTURE,
+        sampler=words_of(run.settings()),
+        load=LOAD.format(folder=name, shape=shape, label=label),
+        weights=WEIGHTS,
+        config=CONFIG,
+        facts="\n".join(f"- {n}: {v}" for n, v in facts.items()),
+        data="\n".join(f"- {n}: {v}" for n, v in known.items()),
+        distances=_table(measured),
+        settings="\n".join(configs.changed(config)),
+    )
