@@ -737,7 +737,7 @@ LINES = {
     "export": "WORKDIR",
     "export run": "--out",
     "export nowhere --out x.safetensors": "nowhere",
-    "export run --out x.pt": "--out",
+    "export run --out x.bin": "--out",
     "export run --out picture.png/x.safetensors": "picture.png",
     "export run --out x.safetensors --step 7": "7",
     "export run --out x.safetensors --step x": "--step",
