@@ -107,6 +107,14 @@ def test_copies_of_the_reference_are_below_the_floor(features, halves):
     assert distance_report(features, a, a)["fd_over_floor"] < 0.8
 
 
+def test_perfect_reconstructions_are_at_the_floor(features, halves):
+    """Not below it, although each has its original among the reference."""
+    report = distance_report(features, halves[0], halves[0], paired=True)
+    assert report["fd"] == report["floor"] > 0
+    with pytest.raises(ValueError, match="expected one of each"):
+        distance_report(features, halves[0][1:], halves[0], paired=True)
+
+
 def test_training_is_deterministic_and_leaves_unlabelled_images_out(halves):
     _, b, labels = halves
     first, again = (train_features("fd_x", b, labels, steps=20) for _ in range(2))

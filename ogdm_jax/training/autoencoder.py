@@ -207,16 +207,18 @@ def _watch(
 
 
 def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], dict[str, Any]]:
-    """The distance of reconstructions to the data: no latent model's samples can be nearer."""
+    """The distance of reconstructions to other images of the data: the floor of the samples of a
+    latent model.
+    """
     views, num = viewer(run), run.config.evaluate.num or len(run.source)
 
     def measure(state: TrainState) -> dict[str, Any]:
         params, space = run.plan.local_copy(state.ema), evaluate.space_of(run.config)
-        made = np.concatenate([v.made for v in views(params, run.source, min(num, _MOST))])
-        report = {"step": int(state.step)}
-        report |= distance_report(space, made, space(evaluate.references(run.source)))
-        report |= {"solver": "reconstructions", "steps": 1, "nfe": 1}
-        evaluate.write_report(workdir, report, made[: evaluate.SHOWN])
+        parts = zip(*views(params, run.source, min(num, _MOST)), strict=True)
+        whole = View(*map(np.concatenate, parts))
+        report = {"step": int(state.step), "solver": "reconstructions", "steps": 1, "nfe": 1}
+        report |= distance_report(space, whole.made, whole.images, paired=True)
+        evaluate.write_report(workdir, report, whole.made[: evaluate.SHOWN])
         return report
 
     return measure
