@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = "repository"  # where the site has what lies outside docs/
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"<code>.*?</code>", re.DOTALL)
+_OPTION = re.compile(r"(?<=[\s>])--[a-z][\w.-]*")
 _FETCHED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(https?:[^"\s>]+)')
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -60,14 +62,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Makes MathML, which browsers draw themselves, of the equations between $$ or $."""
+    """Makes MathML, which browsers draw themselves, of the equations between $$ or $; options of
+    commands are not broken behind their dashes.
+    """
 
     def equation(found: re.Match) -> str:
         display = "block" if found[1] == "div" else "inline"
         drawn = convert(unescape(found[2]), display=display)
         return f'<{found[1]} class="equation">{drawn}</{found[1]}>'
 
-    return _MATH.sub(equation, html)
+    def unbroken(found: re.Match) -> str:
+        return _OPTION.sub(lambda option: f'<span class="option">{option[0]}</span>', found[0])
+
+    return _CODE.sub(unbroken, _MATH.sub(equation, html))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> None:

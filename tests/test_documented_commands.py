@@ -18,6 +18,7 @@ from ogdm_jax import cli, startup
 from ogdm_jax.cli import guidance, study, train
 from ogdm_jax.cli import plan as planning
 from ogdm_jax.config import ConfigError
+from ogdm_jax.planning import program
 from ogdm_jax.sampling import churn
 from tests.support import commands, documents, sets, tiny
 
@@ -36,6 +37,15 @@ ALL = documents.commands()
 LINES = sorted({line for _, mark, line in ALL + documents.papers() if mark != "elsewhere"})
 
 
+# What `ogdm new` writes, as far as a plan asks for it.
+MINE = b"""from ogdm_jax.configs import digits
+def get_config():
+    config = digits.get_config()
+    config.data.source = "folder:DIR"
+    return config
+"""
+
+
 class Parsed(Exception):
     """The words were understood; nothing is done with them."""
 
@@ -45,7 +55,7 @@ def only_parsed(tmp_path, monkeypatch):
     """A folder in which a command ends once its words are parsed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(startup, "prepare", lambda: None)
-    sets.folder(tmp_path / "configs", {"mine.py": b"from ogdm_jax.configs.digits import *\n"})
+    sets.folder(tmp_path / "configs", {"mine.py": MINE})
     whole = argparse.ArgumentParser.parse_args
 
     def parse(parser: argparse.ArgumentParser, *args, **_):
@@ -64,7 +74,9 @@ def understood(words: list[str], patch: pytest.MonkeyPatch) -> None:
         args, typed = train.parse(rest)
         args.plan_for = args.plan_for or ("here" if command == "plan" else "")
         planning.check(args)
-        train.read_settings(args.config, startup.split_overrides(typed))
+        _, config, _ = train.read_settings(args.config, startup.split_overrides(typed))
+        if args.plan_for:
+            program.source_like(config, args.image_shape, args.classes, args.images)
     elif command == "study":
         args, typed = study.parse(rest)
         study.read_ways(args, study.read_arms(args.config, typed, [0]), 0)

@@ -87,6 +87,7 @@ def test_from_a_folder_to_samples_in_three_commands(pictures):
     new = ("new", "--data", "pictures", "--out", "configs/mine.py")
     done = commands.ogdm(pictures, *new)
     assert done.returncode == 0, done.stderr
+    assert "--image-shape 16,16,3 --classes 2 --images 60" in done.stdout  # of ogdm plan
     text = (pictures / "configs" / "mine.py").read_text()
     assert max(map(len, text.splitlines())) <= 100
     again = commands.ogdm(pictures, *new)

@@ -68,4 +68,9 @@ def _write(args: argparse.Namespace) -> None:
     print(lines(found))
     run = shlex.quote(f"runs/{out.stem}")
     print(f"wrote {args.out}; then: python train.py --config {shlex.quote(args.out)}")
+    shape, classes = ",".join(map(str, source.shape)), source.num_classes
     print(f"and: python sample.py --workdir {run} --out {shlex.quote(out.stem + '.png')}")
+    print(
+        f"what it will need: ogdm plan --config {shlex.quote(args.out)} --image-shape {shape} "
+        f"--classes {classes} --images {len(source)}"
+    )
