@@ -16,12 +16,26 @@ from ogdm_jax.config import Config, ConfigError, Precondition, require
 from ogdm_jax.diffusion import precondition, process, score_sde
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.latents import Latents
-from ogdm_jax.networks import ADMUNet, AutoencoderKL, DhariwalUNet, DiT, SongUNet
+from ogdm_jax.networks import (
+    ADMUNet,
+    AutoencoderKL,
+    CLIPText,
+    DhariwalUNet,
+    DiT,
+    SongUNet,
+    UNet2DCondition,
+)
 from ogdm_jax.networks.tapped import Tapped
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
-_NETWORKS = {"song": SongUNet, "dhariwal": DhariwalUNet, "openai": ADMUNet, "dit": DiT}
-VAE = "vae"  # the buffers' entry with the variables of a model's autoencoder
+_NETWORKS = {
+    "song": SongUNet,
+    "dhariwal": DhariwalUNet,
+    "openai": ADMUNet,
+    "dit": DiT,
+    "sd": UNet2DCondition,
+}
+VAE, TEXT = "vae", "text"  # entries of the buffers: variables of autoencoder and text encoder
 ONLY = {  # settings that other kinds of network do not have
     "song": ("embedding_type", "encoder_type", "resample_filter"),
     "openai": ("num_heads", "head_channels", "scale_shift", "resblock_updown"),
@@ -40,6 +54,8 @@ class Model:
     autoencoder: of a latent model, whose pictures are decoded where its weights are: in the buffers
       under VAE. image_shape is that of the latents.
     latents: what it is trained on, where that is no pixels.
+    text: the encoder of a model whose condition is a text, its weights in the buffers under TEXT.
+      Labels are {"prompt", "none"}: tokens [B,M], and those that guidance compares with.
     """
 
     network: Tapped
@@ -51,6 +67,7 @@ class Model:
     predicts: str = "eps"
     autoencoder: AutoencoderKL | None = None
     latents: Latents | None = None
+    text: CLIPText | None = None
     __repr__ = brief
 
     @property
@@ -70,6 +87,8 @@ class Model:
         """Fresh (params, buffers): trained tensors, and others such as Fourier frequencies."""
         x = jnp.zeros((1, *self.image_shape))
         label = jnp.zeros((1,), jnp.int32) if self.label_dim else None
+        if isinstance(self.network, UNet2DCondition):
+            label = jnp.zeros((1, 1, self.network.context_dim))
         augment = jnp.zeros((1, self.network.augment_dim)) if self.network.augment_dim else None
         variables: Any = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
         return variables["params"], dict(variables.get("buffers", {}))
@@ -99,12 +118,24 @@ class Model:
         apply = functools.partial(self._apply(params, buffers), **bound)
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return apply(x, c_noise, label)
+            return apply(x, c_noise, seen(label))
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> Any:
-            return apply(x, c_noise, label, at=at, method="features")
+            return apply(x, c_noise, seen(label), at=at, method="features")
 
-        return self.wrap(network_fn, taps=taps)
+        seen = (lambda label: label) if self.text is None else (lambda label: label["prompt"])
+        made = self.wrap(network_fn, taps=taps)
+        if self.text is None:
+            return made
+        none = lambda label: {**label, "prompt": label["none"]}
+        return dataclasses.replace(made, unconditional=none)
+
+    def condition(self, buffers: PyTree, label: PyTree) -> PyTree:
+        """What the denoiser takes for labels: texts are encoded, once for all of its calls."""
+        if self.text is None:
+            return label
+        encode = functools.partial(self.text.apply, buffers[TEXT])
+        return jax.lax.stop_gradient(jax.tree.map(encode, label))
 
     def eps(self, params: PyTree, buffers: PyTree | None = None) -> NetworkFn:
         """(x_vp [B,H,W,C], t [B], label) -> eps of a discrete model (`table`), at any t, halves
@@ -150,10 +181,12 @@ def build(
         conditional,
         "a source with class labels",
     )
+    of_text = "false with network.kind 'sd', whose condition is a text"
+    require(not (conditional and net.kind == "sd"), "data.conditional", conditional, of_text)
     kind = config.precondition.kind
     augmented = config.data.augment > 0
     require(
-        not (augmented and net.kind in ("openai", "dit")),
+        not (augmented and net.kind in ("openai", "dit", "sd")),
         "data.augment",
         config.data.augment,
         f"0 with network.kind {net.kind!r}, which has no place for augmentation labels",
@@ -163,7 +196,7 @@ def build(
         img_resolution=height,
         img_channels=channels,
         out_channels=channels * (2 if further else 1),
-        label_dim=num_classes if conditional else 0,
+        **({} if net.kind == "sd" else {"label_dim": num_classes if conditional else 0}),
         dtype=_DTYPES[net.dtype],
         remat=net.remat,
         **_settings(net, augmented),
@@ -211,14 +244,33 @@ def _settings(net: Any, augmented: bool) -> dict[str, Any]:
     """The constructor's arguments that config.network gives one by one."""
     if net.kind == "dit":
         return {attribute: getattr(net, name) for name, attribute in DIT.items()}
+    if net.kind == "sd":
+        return sd_settings(net)
     foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
-    others = ("kind", "dtype", "remat", "patch", *foreign)
+    others = ("kind", "dtype", "remat", "patch", "context", "groups", *foreign)
     settings = {name: value for name, value in vars(net).items() if name not in others}
     if net.kind == "song":
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
     if net.kind != "openai":
         settings["augment_dim"] = 9 if augmented else 0
     return settings
+
+
+def sd_settings(net: Any) -> dict[str, Any]:
+    """UNet2DCondition's attributes: the last level has no attention; heads of one width come with
+    projections that are matrices (2.x), heads of one number with convolutions (1.x).
+    """
+    widths = tuple(round(net.model_channels * mult) for mult in net.channel_mult)
+    wide = net.head_channels
+    return {
+        "widths": widths,
+        "attends": (True,) * (len(widths) - 1) + (False,),
+        "heads": tuple(max(width // wide, 1) if wide else net.num_heads for width in widths),
+        "context_dim": net.context,
+        "num_blocks": net.num_blocks,
+        "groups": net.groups,
+        "linear_projection": wide > 0,
+    }
 
 
 _CONTINUOUS = {

@@ -7,6 +7,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 
 from ogdm_jax.cli import options
@@ -16,6 +17,7 @@ from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure, taken
 from ogdm_jax.methods import dg, discovery
 from ogdm_jax.methods.session import Session
+from ogdm_jax.models import VAE
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
@@ -295,12 +297,12 @@ class Guided:
     Attributes:
       guidance: the methods.
       restoration: the measurements, if there are any.
-      labels: [n] classes of the images, or None.
+      labels: [n] classes of the images, tokens of their texts, or None.
     """
 
     guidance: tuple[Guidance, ...] = ()
     restoration: Restoration | None = None
-    labels: np.ndarray | None = None
+    labels: PyTree = None
 
 
 def build(
@@ -311,6 +313,7 @@ def build(
     *,
     label: int | None = None,
     churn: Churn | None = None,
+    texts: PyTree = None,
 ) -> Guided:
     """The guidance of a request.
 
@@ -321,6 +324,7 @@ def build(
       seeds: [n] of the images.
       label: class of all images, or None.
       churn: of the run, where no method brings it.
+      texts: labels of the images, where they are texts (`models.Model.text`).
 
     Raises:
       ValueError: guidance that does not fit the model, the sampler or each other; nothing to
@@ -331,6 +335,9 @@ def build(
         restoration, labels = _measure(request, run, seeds, label, classes)
     elif classes or label is not None:
         labels = generate.labels_for(seeds, classes, label)
+    if texts is not None:
+        count = len(seeds if restoration is None else restoration.seeds)
+        labels = jax.tree.map(lambda rows: rows[:count], texts)
     session = Session(
         model=run.model,
         config=run.config,
@@ -363,10 +370,10 @@ def _build(
         return module.build(settings, session)
 
     def build(rows: PyTree, weights: PyTree = None) -> Guidance:
-        measured = restoration.measured(rows, weights)
+        measured = restoration.guided(rows, weights)
         return module.build(settings, dataclasses.replace(session, measured=measured))
 
-    return per_image(build, restoration.rows, restoration.task.weights)
+    return per_image(build, restoration.rows, restoration.weights)
 
 
 def _classes(request: Request, run: TrainedModel) -> int:
@@ -385,7 +392,7 @@ def _measure(
     Without a number of samples in the command there is one of each picture, up to the seeds; else
     the pictures are taken in turn, so that three seeds give three samples of one measurement.
     """
-    shape, classes = run.model.image_shape, run.model.label_dim
+    shape, classes = run.model.picture_shape, run.model.label_dim
     task = tasks.make_task(request.task, request.task_settings, shape)
     if request.measured:
         found = files.read_measured(request.measured, task, shape, len(seeds), classes)
@@ -416,7 +423,8 @@ def _measure(
     if found.total > count:
         about["pictures_left"] = found.total - count
     made = dataclasses.replace(made, names=found.names, about=about).take(rows)
-    return dataclasses.replace(made, seeds=seeds), labels
+    coder = {"coder": run.model.autoencoder, "decoder": (run.buffers or {}).get(VAE)}
+    return dataclasses.replace(made, seeds=seeds, **coder), labels
 
 
 def _open_discriminator(

@@ -6,6 +6,8 @@
     ogdm sample --workdir runs/mnist_edm --guidance dsg --dsg.rate 0.2 --task inpaint
         --input DIR --steps 50 --out restored.png
 
+    ogdm sample --workdir stable-diffusion --prompt "a cat" --guidance cfg --cfg.weight 7.5
+
 `python sample.py` is the same. Every image depends on its seed alone, whatever the batch size, the
 number of devices or the other images. With --task the images of --input are measured and restored;
 figures are printed as JSON.
@@ -24,7 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ogdm_jax import models, parallel, records, startup
-from ogdm_jax.cli import animation, guidance
+from ogdm_jax.cli import animation, guidance, prompts
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
@@ -38,7 +40,7 @@ from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
-from ogdm_jax.training.workdir import Path, TrainedModel, open_workdir
+from ogdm_jax.training.workdir import Path, TrainedModel
 
 _OF_SOLVERS = sum(SOLVER_OPTIONS.values(), ())
 OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in {*_OF_SOLVERS, *GRID_OPTIONS}]
@@ -64,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="training folder")
     add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     add("--weights", default="ema", help="ema or params")
-    add("--num", type=whole(1), help="images, from the seeds 0 to num - 1 (default: 64)")
+    add(
+        "--num",
+        type=whole(1),
+        help="images, from the seeds 0 to num - 1 (default: 64, of texts one each)",
+    )
     add("--seeds", default="", help="such as 0-49999 or 1,3,10-20; replaces --num")
     add("--solver", default="", help="euler, heun, ddim, ... (default: the configuration's)")
     add("--steps", type=int, default=None, help="sampler steps (default: the configuration's)")
@@ -100,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace what this command drew with other words")
     add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
     add("--animate", default="", metavar="FILE.webp", help="also show how the first 16 come about")
+    prompts.add_options(made)
     guidance.add_options(made)
     return made
 
@@ -129,6 +136,7 @@ class Plan:
       guided: what guidance adds.
       devices: on which images are drawn.
       batch: images at a time, on all devices.
+      texts: the conditions, where they are texts.
       animate: where an animation goes, None for none.
     """
 
@@ -142,6 +150,7 @@ class Plan:
     guided: guidance.Guided
     devices: Sequence[Any]
     batch: int
+    texts: prompts.Texts
     animate: epath.Path | None = None
 
 
@@ -208,23 +217,29 @@ def read(args: argparse.Namespace) -> Plan:
       ValueError: words that do not fit the model or each other.
     """
     request = guidance.read(args)
-    seeds = parse_seeds(args.seeds, 64 if args.num is None else args.num)
+    texts = prompts.Texts(prompts.read(args), args.negative)
+    several = len(texts.texts) or 64
+    seeds = parse_seeds(args.seeds, several if args.num is None else args.num)
     churn = churning.parse(args.churn)
     out = output.check_output(args.out, len(seeds))
     devices = parallel.make_plan("mesh", args.devices).local_devices
-    trained = open_workdir(args.workdir, args.step, args.weights)
+    trained = prompts.open_model(args, texts.texts)
     settings = _sampler(args, request.sampling, trained, len(seeds))
     if churn is not None and settings.solver not in ("heun", "euler"):
         raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")
     label = parse_label(args.label, trained.model.label_dim, trained.class_names)
     guidance.check_effect(request, trained, settings, churn)
-    guided = guidance.build(request, trained, settings, seeds, label=label, churn=churn)
+    for text in texts.cut(trained):
+        print(f"--prompt: too long, its end is left out: {text!r}", file=sys.stderr)
+    rows = texts.rows(trained, len(seeds)) if texts.texts else None
+    how = {"label": label, "churn": churn, "texts": rows}
+    guided = guidance.build(request, trained, settings, seeds, **how)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
     batch = generate.batch_size(len(seeds), len(devices), args.batch)
     animate = animation.check(args.animate, trained, settings)
-    plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch, animate)
-    return Plan(*plan)
+    plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
+    return Plan(*plan, texts, animate)
 
 
 def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +249,8 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
     found |= {f"--{name}": value for name, value in settings.options.items()}
+    if plan.texts.texts:
+        found |= {**plan.texts.origin, "--size": trained.model.picture_shape[0]}
     found |= {"--churn": args.churn, "--label": plan.label, "--variance": settings.variance}
     found["--guidance"] = ",".join(plan.request.settings)
     for name, chosen in plan.request.settings.items():
@@ -282,7 +299,7 @@ def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
 
 def _write(path: epath.Path, out: output.Output, plan: Plan) -> None:
     """The output of samples: an npz or a sheet of what was drawn; a folder is complete already."""
-    labels = plan.guided.labels
+    labels = None if plan.texts.texts else plan.guided.labels
     if path.suffix == ".npz":
         columns = out.columns()
         if labels is not None:

@@ -103,8 +103,9 @@ class Network(Group):
 
     kind: str = setting(
         "song",
-        "song (DDPM++, NCSN++), dhariwal (EDM's ADM), openai (ADM as OpenAI has it) or dit",
-        choices=("song", "dhariwal", "openai", "dit"),
+        "song (DDPM++, NCSN++), dhariwal (EDM's ADM), openai (ADM as OpenAI has it), dit, or sd "
+        "(Stable Diffusion's U-Net, of a text)",
+        choices=("song", "dhariwal", "openai", "dit", "sd"),
     )
     model_channels: int = setting(
         128,
@@ -119,7 +120,7 @@ class Network(Group):
         above=0,
         most=64,
         expected="1 to 14 positive numbers",
-        only=_UNETS,
+        only=_UNETS + "|sd",
     )
     num_blocks: int = setting(
         4, "residual blocks per level; dit: blocks of the whole network", least=1, most=1000
@@ -151,13 +152,15 @@ class Network(Group):
     resample_filter: tuple[int, ...] = setting(
         (1, 1), "song: (1, 1), or (1, 3, 3, 1) (NCSN++)", only="kind=song"
     )
-    num_heads: int = setting(1, "attention heads", least=1, only="kind=openai|dit")
+    num_heads: int = setting(1, "attention heads", least=1, only="kind=openai|dit|sd")
     head_channels: int = setting(
         0,
-        "openai: width of a head, in place of their number where above 0",
+        "openai, sd: width of a head, in place of their number where above 0",
         least=0,
-        only="kind=openai",
+        only="kind=openai|sd",
     )
+    context: int = setting(768, "sd: width of the text's tokens", least=1, only="kind=sd")
+    groups: int = setting(32, "sd: groups of the norms", least=1, only="kind=sd")
     scale_shift: bool = setting(
         True, "openai: the embedding scales and shifts (use_scale_shift_norm)", only="kind=openai"
     )

@@ -49,6 +49,23 @@ _CLASSES: dict[str, tuple[str, dict[str, tuple[str, Any]]]] = {
         {"num_attention_heads": ("heads", 8), "hidden_act": ("quick", "quick_gelu")},
     ),
 }
+# fields that would change the arithmetic: the values that the networks here have
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type": (None,),
+    "class_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "hidden_act": ("quick_gelu", "gelu"),
+    "mid_block_add_attention": (True,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+    "transformer_layers_per_block": (1,),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
 
 
 def weights(folder: Path) -> Path | None:
@@ -61,7 +78,8 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
     """{"kind", "settings"} of weights beside the config.json of a known class, else None.
 
     Raises:
-      ValueError: no JSON, or statistics of each channel in place of one scale.
+      ValueError: no JSON, statistics of each channel in place of one scale, or a field whose
+        arithmetic is not offered.
     """
     path = file.parent / CONFIG
     if file.name not in _NAMES or not path.is_file():
@@ -79,7 +97,13 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
             "channels"
         )
     kind, fields = _CLASSES[name]
-    told = {}
+    for field, allowed in _ONLY.items():
+        value = config.get(field, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{path}: {field} {value!r} given; expected {' or '.join(map(repr, allowed))}"
+            )
+    told: dict[str, Any] = {}
     for theirs, (ours, default) in fields.items():
         value = config.get(theirs)
         told[ours] = default if value is None else value

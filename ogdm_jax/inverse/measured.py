@@ -16,8 +16,10 @@ from ogdm_jax.inverse import degradations, operators
 from ogdm_jax.inverse.operators import Loss, Operator
 from ogdm_jax.inverse.tasks import Settings, Task
 from ogdm_jax.metrics import distances
+from ogdm_jax.networks import AutoencoderKL
 from ogdm_jax.pixels import check_floats, check_range
 from ogdm_jax.sampling import generate
+from ogdm_jax.sampling.decode import decode
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -76,6 +78,7 @@ class Restoration:
       y: [n,...] measurements.
       names: [n] of the pictures.
       about: where they are from, for a report.
+      coder, decoder: autoencoder and its weights, where guidance sees latents.
     """
 
     task: Task
@@ -86,6 +89,8 @@ class Restoration:
     y: np.ndarray
     names: np.ndarray | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    coder: AutoencoderKL | None = None
+    decoder: PyTree = None
 
     def take(self, rows: np.ndarray) -> "Restoration":
         """Some of the measurements; a row may come several times."""
@@ -103,6 +108,23 @@ class Restoration:
         operator = self.task.made(rows["drawn"], weights)
         noise, poisson = self.settings.noise, self.settings.poisson
         return Measured(self.task.name, operator, rows["y"], noise, poisson)
+
+    @property
+    def weights(self) -> PyTree:
+        """The arrays that guidance receives for all images: of `guided`."""
+        own = self.task.weights
+        return own if self.coder is None else {"task": own, "decoder": self.decoder}
+
+    def guided(self, rows: PyTree, weights: PyTree) -> Measured:
+        """`measured` as guidance sees it: of latents, whose decoder's activations are computed
+        anew for the gradient.
+        """
+        if self.coder is None:
+            return self.measured(rows, weights)
+        coder, found = dataclasses.replace(self.coder, remat=True), weights["task"]
+        pictures = lambda z: decode(coder, weights["decoder"], z, None)
+        measured = self.measured(rows, found)
+        return dataclasses.replace(measured, operator=measured.operator.after(pictures))
 
     def judge(self, restored: np.ndarray) -> dict[str, np.ndarray]:
         """Figures per image: PSNR and SSIM of images clipped to [-1, 1] (where there is a truth),

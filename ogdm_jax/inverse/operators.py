@@ -73,6 +73,11 @@ class Operator:
 
         object.__setattr__(self, "forward", checked)
 
+    def after(self, function: Function) -> "Operator":
+        """The operator of function(z), such as of decoded latents: no adjoint, no spectrum."""
+        forward = lambda z: self.forward(function(z))
+        return Operator(self.name, forward, observed=self.observed, hide=self.hide)
+
     @property
     def linear(self) -> bool:
         """Whether there is an adjoint."""

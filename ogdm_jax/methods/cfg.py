@@ -213,6 +213,8 @@ def build(settings: Settings, session: Session) -> Guidance:
 def check_hidden_labels(method: str, session: Session) -> None:
     """Raises ValueError for a model without classes, or one that never saw hidden labels."""
     trouble = ""
+    if session.model.text is not None:  # compared with the negative text
+        return
     if not session.model.label_dim:
         trouble = "the model is unconditional; expected one trained with data.conditional"
     elif not session.config.data.label_dropout:

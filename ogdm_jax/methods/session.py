@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from ogdm_jax.config import Config, Sample
 from ogdm_jax.inverse.measured import Measured
 from ogdm_jax.inverse.tasks import TASKS
@@ -24,7 +22,7 @@ class Session:
       sampling: solver, steps, eta and grid of the run.
       settings: the Settings of every method of the run, by name.
       churn: of the run, where no method brings it.
-      labels: [n] classes of the images, or None.
+      labels: [n] classes of the images, tokens of their texts (a dict), or None.
       measured: the measurements, where the run has a task.
       open_discriminator: DG's settings -> its guidance, read from a training folder.
       open_model: (folder, step or None, the option that named it) -> a trained model, with model,
@@ -36,7 +34,7 @@ class Session:
     sampling: Sample
     settings: Mapping[str, Any]
     churn: Churn | None = None
-    labels: np.ndarray | None = None
+    labels: Any = None
     measured: Measured | None = None
     open_discriminator: Callable[[Any], Guidance] | None = None
     open_model: Callable[[str, int | None, str], Any] | None = None

@@ -234,7 +234,7 @@ def sampler(
             solver=settings.solver,
             key=key,
             churn=churn,
-            label=labels,
+            label=model.condition(buffers, labels),
             guidance=_bound(guidance, constants, rows),
             eta=settings.eta,
             clip=settings.clip,
@@ -303,7 +303,7 @@ def generate(
     params: PyTree,
     buffers: PyTree,
     seeds: np.ndarray,
-    labels: np.ndarray | None,
+    labels: PyTree,
     batch: int,
     guidance: Sequence[Guidance] = (),
     done: np.ndarray | None = None,
@@ -316,7 +316,7 @@ def generate(
       params: the model's parameters.
       buffers: the model's buffers.
       seeds: [n], one an image.
-      labels: [n] classes, or None.
+      labels: [n] classes, tokens of texts (`Model.text`), or None.
       batch: images at a time, a multiple of the devices.
       guidance: as given to `sampler`; their rows follow the seeds.
       done: of `pending`; None draws all.
@@ -326,8 +326,7 @@ def generate(
     constants, rows = arrays(guidance)
     for start in pending(np.zeros(len(seeds), bool) if done is None else done, batch):
         at = batch_rows(start, batch, len(seeds))
-        classes = None if labels is None else np.asarray(labels, np.int32)[at]
-        part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], rows)
+        classes, part = jax.tree.map(lambda leaf, at=at: np.asarray(leaf)[at], (labels, rows))
         drawn = images(params, buffers, seeds[at], classes, constants, part)
         if isinstance(drawn, tuple):
             drawn, count = drawn

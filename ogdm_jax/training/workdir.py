@@ -14,6 +14,7 @@ from ogdm_jax import data, models
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
+from ogdm_jax.data.tokens import Tokenizer
 from ogdm_jax.latents import Latents
 from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
@@ -95,6 +96,7 @@ class TrainedModel:
       step: of the checkpoint.
       class_names: in order; () where they are not known.
       samplers: those that were compiled, for this model and for copies of it with other weights.
+      tokenizer: of a model whose condition is a text.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class TrainedModel:
     step: int
     class_names: tuple[str, ...] = ()
     samplers: dict[Any, generate.Images] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.model.image_shape))
@@ -153,6 +156,8 @@ class TrainedModel:
         batch: int = 64,
         devices: Sequence[Any] | None = None,
         counts: list[np.ndarray] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative: str = "",
         **words: Unpack[SamplerWords],
     ) -> np.ndarray:
         """Draws images; each depends on its seed alone.
@@ -166,6 +171,8 @@ class TrainedModel:
           devices: None takes all of this process.
           counts: a list that receives the network evaluations of each image, batch by batch, where
             the solver is dopri5, which chooses them.
+          prompt: of a model whose condition is a text: one, or several in turn.
+          negative: what guidance compares with.
           words: entries of config.sample to replace: solver, steps, eta, grid, clip, variance, and
             what one solver alone has (`config.groups.SOLVER_OPTIONS`).
 
@@ -180,15 +187,32 @@ class TrainedModel:
         seeds = np.arange(n) if seeds is None else np.asarray(seeds)
         settings = self.settings(**words)
         labels = generate.labels_for(seeds, self.model.label_dim, label)
+        if prompt is not None:
+            labels = self.texts(
+                [prompt] if isinstance(prompt, str) else prompt, negative, len(seeds)
+            )
         how = {"labels": labels, "guidance": guidance, "batch": batch, "devices": devices}
         return np.concatenate(list(self.batches(settings, seeds, counts=counts, **how)))
+
+    def texts(self, prompts: Sequence[str], negative: str, n: int) -> dict[str, np.ndarray]:
+        """Labels of n images whose conditions are texts, taken in turn (`models.Model.text`).
+
+        Raises:
+          ConfigError: a model without text encoder, or no text.
+        """
+        takes = "another model: this one takes no text"
+        require(self.tokenizer is not None, "prompt", prompts, takes)
+        require(len(prompts) > 0, "prompt", prompts, "at least one text")
+        assert self.tokenizer is not None  # as above
+        rows = self.tokenizer(prompts)[np.arange(n) % len(prompts)]
+        return {"prompt": rows, "none": np.repeat(self.tokenizer([negative]), n, axis=0)}
 
     def batches(
         self,
         settings: Sample,
         seeds: Sequence[int] | np.ndarray,
         *,
-        labels: np.ndarray | None = None,
+        labels: PyTree = None,
         guidance: Guidance | Sequence[Guidance] = (),
         churn: Any = None,
         batch: int = 256,
@@ -201,7 +225,8 @@ class TrainedModel:
         Args:
           settings: what `settings` returned.
           seeds: one for each image.
-          labels: the class of each image [len(seeds)]; None draws them from the seeds.
+          labels: the class of each image [len(seeds)], or what `texts` gives; None draws classes
+            from the seeds.
           guidance: one sampling method or several.
           churn: EDM's stochasticity, see `sampling.sample`.
           batch: images per device at a time.
@@ -211,6 +236,7 @@ class TrainedModel:
         """
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
         if labels is None:
+            require(self.tokenizer is None, "prompt", None, "a text")
             labels = generate.labels_for(seeds, self.model.label_dim, None)
         guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
         images = self._sampler(settings, devices, churn, guidance)

@@ -1,0 +1,217 @@
+"""A Stable Diffusion model of others: a folder of diffusers or a single file of LDM, with its parts
+(arXiv 2112.10752).
+
+What a single file does not hold, or does not say, is asked for and never guessed.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ogdm_jax import places, records
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data.tokens import START, Tokenizer, open_tokenizer
+from ogdm_jax.interop import recognise_latent
+from ogdm_jax.interop.pretrained import Pretrained, load_pretrained
+from ogdm_jax.networks import CLIPText, UNet2DCondition
+
+INDEX = "model_index.json"
+PREDICTIONS = {"epsilon": "adm", "v_prediction": "v"}
+_SCHEDULES = {
+    ("scaled_linear", 0.00085, 0.012): "scaled_linear",
+    ("linear", 0.0001, 0.02): "linear",
+    ("squaredcos_cap_v2", None, None): "cosine",
+}
+_GRIDS = ("leading", "trailing", "linspace")
+# class -> (solver, spacing where the file does not say, the default of set_alpha_to_one)
+_SOLVERS: dict[str, tuple[str, str, bool]] = {
+    "DDIMScheduler": ("ddim", "leading", True),
+    "PNDMScheduler": ("plms", "leading", False),
+    "DDPMScheduler": ("ancestral", "leading", True),
+    "EulerDiscreteScheduler": ("euler", "linspace", True),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace", True),
+    "UniPCMultistepScheduler": ("unipc", "linspace", True),
+}
+# What a single file is sampled by: the default of its published folder.
+_OF_FILES = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
+_OF_FILES |= {"beta_start": 0.00085, "beta_end": 0.012}
+_STEPS = 50  # as diffusers' pipeline has by default
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """The parts of a model.
+
+    Attributes:
+      unet, vae, text: networks with their weights.
+      tokenizer: of the text encoder.
+      settings: {"group.key": value} of the configuration: process and sampler.
+      notes: what was taken and what was changed; one sentence each.
+    """
+
+    unet: Pretrained
+    vae: Pretrained
+    text: Pretrained
+    tokenizer: Tokenizer
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def is_model(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder of diffusers or a single file, and no training folder."""
+    where = places.place(path)
+    return where.is_file() or (where / INDEX).is_file()
+
+
+def open_model(
+    path: str | os.PathLike, vae: str = "", tokenizer: str = "", prediction: str = ""
+) -> StableDiffusion:
+    """Reads a model.
+
+    Args:
+      path: a folder of diffusers with model_index.json, or a single file of LDM.
+      vae: file or folder of the autoencoder, in place of the model's own.
+      tokenizer: folder of the tokenizer's files, in place of the model's own.
+      prediction: "epsilon" or "v_prediction", which a single file does not say.
+
+    Raises:
+      ConfigError: something is missing, contradicts what is given, or is not offered.
+      ValueError: a file that cannot be read, see `load_pretrained`.
+    """
+    where = places.local(path, "--workdir")
+    scheduler, of_text = dict(_OF_FILES), ""
+    if where.is_dir():
+        kind = records.read(where / INDEX, dict, "--workdir").get("_class_name")
+        if kind not in ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline"):
+            raise ConfigError(
+                f"--workdir: '{path}' is a {kind}; expected a StableDiffusionPipeline (1.x, 2.x)"
+            )
+        scheduler = records.read(where / "scheduler" / "scheduler_config.json", dict, "--workdir")
+        parts = {name: where / name for name in ("unet", "vae", "text_encoder")}
+        tokens, of_text = Path(tokenizer or where / "tokenizer"), _pad(where / "tokenizer")
+    else:
+        parts = dict.fromkeys(("unet", "vae", "text_encoder"), where)
+        if not tokenizer:
+            raise ConfigError(
+                f"--tokenizer: not given, and a single file ('{path}') has none; expected the "
+                "folder of vocab.json and merges.txt, or of tokenizer.json"
+            )
+        tokens = Path(tokenizer)
+    told = scheduler.get("prediction_type") if where.is_dir() else None
+    if prediction and told and prediction != told:
+        raise ConfigError(f"--prediction: {prediction} given, and the model says {told}")
+    unet = load_pretrained(parts["unet"], "sd_unet")
+    context = cast(UNet2DCondition, unet.network).context_dim
+    first = "epsilon" if context == recognise_latent.CONTEXT_1 else ""
+    scheduler["prediction_type"] = prediction or told or first
+    if not scheduler["prediction_type"]:
+        raise ConfigError(
+            "--prediction: not given, and the file of a Stable Diffusion 2 does not say; expected "
+            "epsilon (2.0-base, 2.1-base) or v_prediction (2.0, 2.1)"
+        )
+    encoder = load_pretrained(parts["text_encoder"], "clip_text", **_depth(where, context))
+    text = cast(CLIPText, encoder.network)
+    if text.width != context:
+        raise ConfigError(
+            f"--workdir: the text encoder's tokens have {text.width} numbers, the U-Net takes "
+            f"{context}; expected parts of one model"
+        )
+    pad = of_text or ("" if context == recognise_latent.CONTEXT_1 else "!")
+    coder = load_pretrained(vae or parts["vae"], "autoencoder")
+    words = open_tokenizer(tokens, text.positions, pad or None)
+    settings, said = scheduler_settings(scheduler)
+    network: Any = unet.network
+    return StableDiffusion(
+        unet, coder, encoder, words, _network(network) | settings, (*unet.notes, *said)
+    )
+
+
+def _depth(where: Path, context: int) -> dict[str, Any]:
+    """Of open_clip's text encoder in a single file the last layer is left out."""
+    return {} if where.is_dir() or context == recognise_latent.CONTEXT_1 else {"depth": 23}
+
+
+def _pad(folder: Path) -> str:
+    """The token that fills rows, as a folder's tokenizer says it; "" where it does not."""
+    config = folder / "tokenizer_config.json"
+    token = records.read(config, dict, "tokenizer").get("pad_token") if config.is_file() else ""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token != START else ""
+
+
+def _network(unet: UNet2DCondition) -> dict[str, Any]:
+    """config.network of a U-Net. Raises ConfigError for one that no setting describes."""
+    widths, heads = unet.widths, unet.heads
+    one = len(set(heads)) == 1 and not unet.linear_projection
+    wide = {width // count for width, count in zip(widths, heads)}
+    last = (True,) * (len(widths) - 1) + (False,)
+    if tuple(unet.attends) != last or not (one or len(wide) == 1):
+        raise ConfigError(
+            f"--workdir: a U-Net with heads {tuple(heads)} of widths {tuple(widths)} and attention "
+            f"{tuple(unet.attends)}; expected all levels but the last to attend, with heads of one "
+            "number or of one width"
+        )
+    return {
+        "network.kind": "sd",
+        "network.model_channels": widths[0],
+        "network.channel_mult": tuple(width / widths[0] for width in widths),
+        "network.num_blocks": unet.num_blocks,
+        "network.num_heads": heads[0] if one else 1,
+        "network.head_channels": 0 if one else wide.pop(),
+        "network.context": unet.context_dim,
+        "network.groups": unet.groups,
+    }
+
+
+def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """({"group.key": value} of precondition and sample, notes) of a scheduler_config.json.
+
+    As in diffusers' pipeline the lowest step of leading spacing is 1 and x0_hat is not clipped,
+    whatever the file says.
+
+    Raises:
+      ConfigError: betas or a prediction that are not offered.
+    """
+    ends = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+    name = scheduler.get("beta_schedule", "linear")
+    ends = (None, None) if name == "squaredcos_cap_v2" else ends
+    schedule, predicts = _SCHEDULES.get((name, *ends)), scheduler.get("prediction_type", "epsilon")
+    if schedule is None or scheduler.get("trained_betas") is not None:
+        raise ConfigError(
+            f"scheduler_config.json: betas {name} from {ends[0]} to {ends[1]} given; expected "
+            "scaled_linear from 0.00085 to 0.012, linear from 0.0001 to 0.02 or squaredcos_cap_v2"
+        )
+    if predicts not in PREDICTIONS:
+        raise ConfigError(
+            f"scheduler_config.json: prediction_type {predicts!r} given; expected "
+            f"{' or '.join(PREDICTIONS)}"
+        )
+    said, theirs = [], scheduler.get("_class_name")
+    if theirs not in _SOLVERS:
+        said.append(f"sampled by ddim: the scheduler {theirs} is not offered")
+    solver, spacing, to_zero = _SOLVERS.get(str(theirs), _SOLVERS["DDIMScheduler"])
+    spacing = scheduler.get("timestep_spacing", spacing)
+    if spacing not in _GRIDS:
+        raise ConfigError(
+            f"scheduler_config.json: timestep_spacing {spacing!r} given; expected one of "
+            f"{', '.join(_GRIDS)}"
+        )
+    zero = scheduler.get("rescale_betas_zero_snr", False)
+    first = not scheduler.get("set_alpha_to_one", to_zero) and solver in ("ddim", "plms")
+    if spacing == "linspace" and first:  # it holds step 0 itself
+        first = False
+    euler = solver == "euler" and spacing != "leading"
+    return {
+        "precondition.kind": PREDICTIONS[predicts],
+        "precondition.schedule": schedule,
+        "precondition.diffusion_steps": scheduler.get("num_train_timesteps", 1000),
+        "precondition.zero_terminal": bool(zero),
+        "sample.solver": solver,
+        "sample.steps": _STEPS,
+        "sample.grid": spacing,
+        "sample.offset": 1,
+        "sample.start": "ve" if euler else "vp",
+        "sample.end": "first" if first else "zero",
+    }, said

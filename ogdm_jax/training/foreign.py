@@ -1,0 +1,50 @@
+"""A Stable Diffusion model of others as a trained model: what sampling needs, without a run."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ogdm_jax import models
+from ogdm_jax.config import Config, ConfigError
+from ogdm_jax.config.whole import replace
+from ogdm_jax.interop import stable_diffusion
+from ogdm_jax.training.workdir import TrainedModel
+
+
+def open_model(path: str | os.PathLike, size: int = 0, **given: str) -> TrainedModel:
+    """The model of a folder of diffusers or a single file, for pictures of `size` pixels a side.
+
+    Args:
+      path: see `stable_diffusion.open_model`.
+      size: of the pictures; 0: what the model was made for.
+      **given: vae, tokenizer and prediction of `stable_diffusion.open_model`.
+
+    Raises:
+      ConfigError: a size that the networks do not halve; see `stable_diffusion.open_model`.
+    """
+    found = stable_diffusion.open_model(path, **given)
+    unet, vae = (dict(vars(part)) for part in (found.unet, found.vae))
+    network, coder = unet["network"], vae["network"]
+    side = check_size(size or network.img_resolution * coder.factor, network, coder)
+    config = replace(Config(), {"data.source": "", "data.augment": 0.0, **found.settings})
+    model = models.build(config, (side, side, network.img_channels), 0)
+    model = dataclasses.replace(model, autoencoder=coder, text=found.text.network)
+    params, encoder, decoder = jax.tree.map(
+        jnp.asarray, (unet["variables"]["params"], found.text.variables, vae["variables"])
+    )
+    buffers = {models.VAE: decoder, models.TEXT: encoder}
+    return TrainedModel(config, model, params, buffers, 0, tokenizer=found.tokenizer)
+
+
+def check_size(size: int, network: Any, coder: Any) -> int:
+    """The side of the latents. Raises ConfigError for pictures that the networks do not halve."""
+    unit = coder.factor * 2 ** (len(network.widths) - 1)
+    if size % unit:
+        raise ConfigError(
+            f"--size: {size} given; expected a multiple of {unit}, which autoencoder and U-Net "
+            "halve together"
+        )
+    return size // coder.factor

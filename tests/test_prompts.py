@@ -1,0 +1,140 @@
+"""Stable Diffusion from the command line: a tiny folder as diffusers writes it, prompts, pictures."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ogdm_jax.cli import sample
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data.pictures import save_png
+from ogdm_jax.interop import export, names_latent
+from ogdm_jax.methods import cfg
+from ogdm_jax.networks import AutoencoderKL, CLIPText, UNet2DCondition
+from ogdm_jax.sampling.generate import seed_noise
+from ogdm_jax.training import foreign
+from tests.support import sd_folder
+from tests.support.golden_support import FOLDER, Golden
+
+WORDS = ("--guidance", "cfg", "--cfg.weight", "7.5", "--steps", "3", "--size", "16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    golden = Golden(FOLDER / "sd_pipeline_v1.npz")
+    return sd_folder.write(golden, tmp_path_factory.mktemp("sd"))
+
+
+def run(folder, out, *words):
+    sample.main(["--workdir", str(folder), "--out", str(out), *words])
+
+
+def test_pictures_of_prompts(folder, tmp_path):
+    """An image depends on its seed and its text alone; texts and size are in the record."""
+    texts = ["a photo of a cat", "the dog"]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("\n".join(texts) + "\n")
+    both = tmp_path / "both.npz"
+    run(folder, both, "--prompts", str(lines), "--negative", "red car", *WORDS)
+    images = np.load(both)["images"]
+    assert images.shape == (2, 16, 16, 3)
+    second = tmp_path / "second.npz"
+    run(folder, second, "--prompt", texts[1], "--seeds", "1", "--negative", "red car", *WORDS)
+    np.testing.assert_allclose(np.load(second)["images"][0], images[1], atol=1)
+    record = json.loads((tmp_path / "both.npz.json").read_text())["drawn_with"]
+    assert record["--prompt"] == texts and record["--negative"] == "red car"
+    assert record["--size"] == 16 and record["--solver"] == "ddim" and record["--end"] == "first"
+    other = tmp_path / "other.npz"
+    run(folder, other, "--prompt", texts[0], "--seeds", "1", "--negative", "red car", *WORDS)
+    assert np.abs(np.load(other)["images"][0].astype(int) - images[1]).max() > 2
+
+
+@pytest.mark.slow
+def test_a_style_is_followed_through_the_decoder(folder, tmp_path):
+    """DSG's loss sees decoded pictures: they come nearer to the example than without it."""
+    picture, network = tmp_path / "style.png", tmp_path / "network.py"
+    save_png(picture, np.full((16, 16, 3), 1.0))
+    network.write_text("def mean(x):\n    return x.mean((1, 2))\n")
+    words = ("--prompt", "a cat", "--eta", "1", "--solver", "ddim", "--steps", "8", "--size", "16")
+    plain, guided = tmp_path / "plain.npz", tmp_path / "guided.npz"
+    run(folder, plain, *words)
+    task = ("--task", "embedding", "--task.network", f"{network}:mean", "--input", str(picture))
+    run(folder, guided, *words, "--guidance", "cfg,dsg", "--dsg.rate", "0.5", *task)
+    with np.load(guided) as found:  # floats, as of every task
+        name = next(n for n in found.files if found[n].ndim == 4 and n != "inputs")
+        near = found[name].mean()
+    assert near > np.load(plain)["images"].mean() / 127.5 - 1 + 0.1
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ((), "--prompt: not given"),
+        (("--prompt", "a", "--prompts", "f"), "--prompt, --prompts: both given"),
+        (("--prompt", "a", "--size", "10"), "--size: 10 given; expected a multiple of 8"),
+        (("--prompt", "a", "--negative", "b"), "--negative: given without guidance"),
+        (("--prompt", "a", "--prediction", "v_prediction"), "--prediction: v_prediction given"),
+        (("--prompt", "a", "--label", "3"), "--label: 3 given, but the model is unconditional"),
+        (("--prompt", "a", "--evaluate"), "--evaluate: the model's training data"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, tmp_path, words, said):
+    args = sample.parser().parse_args(
+        ["--workdir", str(folder), "--out", str(tmp_path / "x.png"), *words]
+    )
+    with pytest.raises(ConfigError, match=said):
+        sample.read(args)
+
+
+def test_a_single_file(folder, tmp_path):
+    """The same parts in one file of LDM's prefixes, with its names of the U-Net; what such a file
+    lacks is asked for.
+    """
+    unet = UNet2DCondition(
+        img_resolution=8,
+        widths=(32, 64),
+        attends=(True, False),
+        heads=(8, 8),
+        context_dim=768,
+        num_blocks=1,
+    )
+    vae = AutoencoderKL(widths=(32, 32), num_blocks=1)
+    text = CLIPText(vocabulary=604, depth=1, hidden=32)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 77), jnp.int32)
+    variables = (
+        unet.init(key, jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros((1, 1, 768))),
+        vae.init(key, jnp.zeros((1, 16, 16, 3))),
+        text.init(key, tokens),
+    )
+    states = [export.to_torch(n, v) for n, v in zip((unet, vae, text), variables)]
+    names = {ours: theirs for theirs, ours in names_latent.ldm_unet_names(unet).items()}
+    states[0] = {names[name]: value for name, value in states[0].items()}
+    prefixes = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+    state = {
+        p + name: np.ascontiguousarray(v) for p, s in zip(prefixes, states) for name, v in s.items()
+    }
+    file = tmp_path / "sd.safetensors"
+    save_file(state, file)
+    with pytest.raises(ConfigError, match="--tokenizer: not given, and a single file"):
+        foreign.open_model(file)
+    found = foreign.open_model(file, tokenizer=str(folder / "tokenizer"))
+    kept = (found.buffers["vae"], found.buffers["text"], {"params": found.params})
+    for ours, theirs in zip(kept, (*variables[1:], variables[0]), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
+    assert found.config.sample.solver == "plms" and found.config.sample.grid == "leading"
+
+
+def test_samples_in_python(folder):
+    """TrainedModel.sample takes texts, and gives the pictures of the golden pipeline's parts."""
+    trained = foreign.open_model(folder, size=16)
+    guidance = cfg.guidance(5.0)
+    pictures = trained.sample(2, prompt="a cat", negative="the dog", guidance=guidance, steps=2)
+    assert pictures.shape == (2, 16, 16, 3) and np.isfinite(pictures).all()
+    with pytest.raises(ConfigError, match="prompt"):
+        trained.sample(1)
+    latents, _ = seed_noise(jnp.arange(2, dtype=jnp.uint32), trained.model.image_shape)
+    assert latents.shape == (2, 4, 4, 4) and jax.tree.leaves(trained.buffers)
