@@ -17,7 +17,7 @@ from ogdm_jax.networks import vae
 from ogdm_jax.pixels import to_float
 from ogdm_jax.planning import program
 from ogdm_jax.training import autoencoder
-from tests.support import tiny
+from tests.support import commands, tiny
 
 SMALL = (
     "data.source=digits/train",
@@ -125,3 +125,31 @@ def test_what_a_run_writes(trained):
     assert 0 < found["heldout/psnr"] < 40 and 0 < found["train/psnr"] < 40
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["solver"] == "reconstructions" and report["fd"] > 0
+
+
+@pytest.mark.slow
+def test_the_documented_chain(tmp_path):
+    """docs/latents.md, with few steps: train, encode, train on the latents, sample, measure."""
+
+    def run(*words: str) -> str:
+        done = commands.ogdm(tmp_path, *words)
+        assert done.returncode == 0, (words, done.stdout[-500:], done.stderr[-500:])
+        return done.stdout
+
+    configurations = tiny.ROOT / "configs"
+    few = ("--config.train.duration=3 steps", "--config.sample.num=4", "--config.data.batch=16")
+    run(
+        "train", "--config", f"{configurations}/digits_vae.py", "--workdir", "runs/digits_vae", *few
+    )
+    run("data", "encode", "digits", "--vae", "runs/digits_vae", "--out", "runs/digits_latents")
+    about = run("data", "describe", "latents:runs/digits_latents")
+    assert "size        4 x 4, 2 channel(s)" in about
+    few += ("--config.optim.decay=0 steps", "--config.evaluate.num=20", "--config.sample.steps=2")
+    words = ["--config", f"{configurations}/digits_latent.py", "--workdir", "runs/digits_latent"]
+    run("train", *words, *few)
+    sheet = np.asarray(Image.open(tmp_path / "runs/digits_latent/samples/00000003.png"))
+    assert sheet.shape == (2 * 65 - 1, 2 * 65 - 1)  # decoded: 8 pixels, not the latents' 4
+    run("sample", "--workdir", "runs/digits_latent", "--num", "4", "--out", "samples.npz")
+    assert commands.arrays(tmp_path / "samples.npz")["images"].shape == (4, 8, 8, 1)
+    report = json.loads((tmp_path / "runs/digits_latent/evaluation.json").read_text())
+    assert report["features"] == "fd_digits" and np.isfinite(report["fd"])
