@@ -13,7 +13,7 @@ import optax
 
 from ogdm_jax import models, parallel, randomness
 from ogdm_jax.brief import brief
-from ogdm_jax.config import Config
+from ogdm_jax.config import Config, require
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.methods import discovery
@@ -132,6 +132,9 @@ def build(
         or another setting.
     """
     discovery.check_settings(config)
+    captions = "another kind: captions are not read yet, so a text model is sampled (ogdm sample "
+    captions += "--workdir FOLDER --prompt TEXT) and not trained"
+    require(config.network.kind != "sd", "network.kind", config.network.kind, captions)
     model = models.build(config, source.shape, source.num_classes, source.latents)
     levels = context.noise_distribution(config)
     tx, rate = optim.optimiser(config)

@@ -263,6 +263,8 @@ SETTINGS = {
     "ogdm.solver=heun --config.noise.distribution=flow": "pure noise",
     "ogdm.condition=sigma --config.noise.distribution=flow": "pure noise",
     "sample.offset=2": "sample.grid=leading",
+    "network.kind=sd": "captions are not read yet",
+    "network.context=64": "network.kind=sd",
     "sample.start=vp": "sample.grid=respaced",
     "sample.end=first": "sample.grid=respaced",
     "sample.grid=linspace --config.precondition.kind=adm --config.sample.end=first": "lowest step",
