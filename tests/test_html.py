@@ -3,7 +3,9 @@ charts show what they are told.
 """
 
 import io
+import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -93,7 +95,7 @@ def findings(channels: int = 1, side: int = 8) -> Findings:
     )
 
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 def parsed(text: str) -> tuple[list[tuple[str, dict]], str]:
@@ -130,7 +132,8 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
     page = html.page(findings(channels, side))
     elements, words = parsed(page)
     tags = [tag for tag, _ in elements]
-    assert "script" not in tags and "link" not in tags and "@import" not in page
+    assert [a for tag, a in elements if tag == "script"] == [{}]  # one, of this file's own
+    assert "link" not in tags and "@import" not in page
     assert re.findall(r"url\((?!#)", page) == []
     for tag, attributes in elements:
         assert "href" not in attributes and not any(name.startswith("on") for name in attributes)
@@ -153,7 +156,7 @@ def test_the_page_is_whole_and_loads_nothing(channels, side):
     )
     assert "best evaluated checkpoint is step 100" in words and "0.05" in words
     assert (
-        page.count("<img") == 2 + 8 * 6 + 2 * (12 + 11) + 2
+        page.count("<img") == 2 + 8 * 6 + 2 * (12 + 12) + 2
     )  # grids, neighbours, states and denoised, progress
 
 
@@ -267,3 +270,17 @@ def test_a_floor_known_once_is_a_line_across_the_chart():
     left, height, right, same = map(float, dashed[0])
     width, tall = (72 * side for side in charts.SMALL)
     assert right - left > width / 2 and height == same and 0 < height < tall
+
+
+def test_a_curve_tells_the_value_of_each_point_where_it_is_drawn():
+    chart = charts.Chart("loss", "steps", [charts.Line("a", [0, 10, 20], [1.0, 3.0, 2.0])])
+    element = charts.svg(chart)
+    told = json.loads(unescape(re.search('data-points="(.*?)"', element)[1]))
+    assert [words for *_, words in told] == [
+        "a: 1 (steps: 0)",
+        "a: 3 (steps: 10)",
+        "a: 2 (steps: 20)",
+    ]
+    (curve,) = re.findall(r'd="M ([^"]*?)"[^>]*?stroke: var\(--s0\)', element)
+    drawn = np.array(re.findall(r"[\d.]+", curve), float).reshape(-1, 2)
+    np.testing.assert_allclose([point[:2] for point in told], drawn, atol=0.1)

@@ -6,6 +6,7 @@ for a variable of the style sheet and is replaced by it. Text stays text, in the
 
 import dataclasses
 import io
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from ogdm_jax.training.logs import LEVELS, level_of
 
 LARGEST = 1e30  # a number that is drawn
+HOVERED = 200  # points of a curve that have words
 LARGE, SMALL = (6.6, 4.0), (4.2, 2.7)  # inches of 72 units; a letter has 9 to 10 of them
 COLOURS = {
     "#1f5fbf": "var(--s0)",
@@ -102,7 +104,7 @@ def svg(chart: Chart) -> str:
     if not drawn:
         return ""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=chart.size, layout="constrained")
+        figure = Figure(figsize=chart.size, layout="constrained", dpi=72)  # a unit of SVG is a dot
         figure.patch.set_visible(False)
         axes = figure.subplots()
         axes.patch.set_visible(False)
@@ -129,7 +131,22 @@ def svg(chart: Chart) -> str:
             figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.2)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format")))
-    return _for_the_page(file.getvalue(), f"{chart.title} against {chart.x_label}")
+    told = [found for line, points in drawn for found in _told(axes, line, points, chart)]
+    element = _for_the_page(file.getvalue(), f"{chart.title} against {chart.x_label}")
+    return element.replace("<svg", f'<svg data-points="{escape(json.dumps(told))}"', 1)
+
+
+def _told(
+    axes: Any, line: Line, points: np.ndarray, chart: Chart
+) -> list[tuple[float, float, str]]:
+    """(x, y, words) of some points of a curve, in units of the drawing: what the page says of the
+    one that a finger or mouse is next to.
+    """
+    some = points[:: math.ceil(len(points) / HOVERED)]
+    places = axes.transData.transform(some).round(1)
+    height = 72 * chart.size[1]
+    words = [f"{line.name}: {nice(y)} ({chart.x_label}: {nice(x)})" for x, y in some]
+    return [(float(x), round(height - float(y), 1), text) for (x, y), text in zip(places, words)]
 
 
 def _points(line: Line, chart: Chart) -> np.ndarray:
@@ -216,7 +233,11 @@ def level_chart(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         points = {_middle(n): v for n, v in found[at].items() if n.startswith(LEVELS)}
         x = sorted(points)
         lines.append(Line(f"step {found[at]['step']:,}", x, [points[level] for level in x]))
-    return [Chart("loss by noise level", "sigma", lines, log_x=True, log_y=True, markers=True)]
+    return [
+        Chart(
+            "loss by noise level", "noise level sigma", lines, log_x=True, log_y=True, markers=True
+        )
+    ]
 
 
 def _middle(name: str) -> float:

@@ -1,4 +1,5 @@
-"""Findings as one HTML page: no script, nothing loaded from elsewhere, light and dark.
+"""Findings as one HTML page: nothing loaded from elsewhere, light and dark. Its few lines of script
+say the values of curves and let one walk along a trajectory; without them all else is there.
 
 The template page.html.j2 holds layout, style and explanations; here numbers, charts and images are
 made ready for it.
