@@ -9,6 +9,7 @@ from PIL import Image
 from ogdm_jax import config as configs
 from ogdm_jax.data import propose
 from ogdm_jax.data.base import from_arrays
+from ogdm_jax.data.describe import describe
 from tests.support import commands
 
 GPUS = propose.Devices(8, True, 16 << 30)
@@ -51,7 +52,10 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("devices", [propose.Devices(), GPUS, propose.Devices(6, True)])
 def test_a_proposal_is_a_configuration_whose_levels_are_whole(side, devices):
     source = from_arrays("npz:a", images(40, side))
-    found = {k: v for k, (v, _) in propose.settings(source, "as stored", devices).items()}
+    found = {
+        k: v
+        for k, (v, _) in propose.settings(source, describe(source), "as stored", devices).items()
+    }
     config = configs.replace(configs.Config(), found)
     levels = len(config.network.channel_mult)
     assert side % 2 ** (levels - 1) == 0
@@ -65,13 +69,15 @@ def test_a_proposal_is_a_configuration_whose_levels_are_whole(side, devices):
 
 def test_a_large_set_on_accelerators_has_edms_network_and_a_batch_that_fits():
     source = from_arrays("npz:a", np.zeros((12_000, 32, 32, 3), np.uint8))
-    found = {k: v for k, (v, _) in propose.settings(source, "as stored", GPUS).items()}
+    found = {
+        k: v for k, (v, _) in propose.settings(source, describe(source), "as stored", GPUS).items()
+    }
     assert found["network.model_channels"] == 128 and found["network.channel_mult"] == (2, 2, 2)
     assert found["network.attn_resolutions"] == (16,)
     assert (found["data.batch"], found["train.duration"]) == (512, "48000 kimg")
     # docs/plans.md: 64 images of this network take 1.89 GiB in bfloat16, about twice that in float32
     little = propose.Devices(8, True, 4 << 30)
-    assert propose.settings(source, "", little)["data.batch"][0] == 8 * 32
+    assert propose.settings(source, describe(source), "", little)["data.batch"][0] == 8 * 32
 
 
 def test_describe_proposes_a_side_for_pictures_of_unequal_sizes(pictures):

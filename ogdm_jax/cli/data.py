@@ -168,8 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "describe":
             devices = devices_here()
             source, why = propose.opened(args.source, *how, devices)
-            found = propose.settings(source, why, devices)
-            facts = describe(source) | {"proposed": {k: v for k, (v, _) in found.items()}}
+            facts = describe(source)
+            found = propose.settings(source, facts, why, devices)
+            facts |= {"proposed": {k: v for k, (v, _) in found.items()}}
             text = f"{_text(facts)}\n\nproposed (`ogdm new` writes it as a file):\n{lines(found)}"
             print(records.dumps(facts) if args.json else text)
             return 0

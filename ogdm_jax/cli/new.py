@@ -10,12 +10,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from ogdm_jax import config as configs
 from ogdm_jax import places, startup
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.data import propose
+from ogdm_jax.data.describe import describe
 from ogdm_jax.data.sources import KINDS, source_name
 from ogdm_jax.planning import chips
 
@@ -23,12 +22,9 @@ from ogdm_jax.planning import chips
 def devices_here() -> propose.Devices:
     """What the proposals are for: the devices of this process."""
     chip, devices = chips.here()
-    accelerators = devices[0].platform != "cpu"
-    return propose.Devices(
-        jax.device_count() if accelerators else 1,
-        accelerators,
-        chips.memory(chip, devices) if accelerators else None,
-    )
+    if devices[0].platform == "cpu":
+        return propose.Devices()
+    return propose.Devices(len(devices), True, chips.memory(chip, devices))
 
 
 def lines(found: dict[str, tuple[Any, str]]) -> str:
@@ -51,26 +47,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write(args: argparse.Namespace) -> None:
-    out = places.place(args.out, "--out")
+    out, file = places.place(args.out, "--out"), shlex.quote(args.out)
     if out.suffix != ".py" or out.exists():
-        state = "is there already" if out.suffix == ".py" else "is no Python file"
+        state = "is there already" if out.exists() else "is no Python file"
         raise configs.ConfigError(f"--out: {args.out!r} {state}; expected a new FILE.py")
     places.writable(out, "--out", file=True)
-    devices = devices_here()
-    name = source_name(args.data)
+    devices, name = devices_here(), source_name(args.data)
     source, why = propose.opened(name, None, args.resolution, args.channels, devices)
-    found = propose.settings(source, why, devices)
+    found = propose.settings(source, describe(source), why, devices)
     if args.channels:
         found["data.channels"] = (args.channels, "as asked for")
     configs.replace(configs.Config(), {key: value for key, (value, _) in found.items()})
     with places.written(out) as new:
-        new.write_text(propose.as_file(found, shlex.quote(args.out)))
-    print(lines(found))
-    run = shlex.quote(f"runs/{out.stem}")
-    print(f"wrote {args.out}; then: python train.py --config {shlex.quote(args.out)}")
-    shape, classes = ",".join(map(str, source.shape)), source.num_classes
-    print(f"and: python sample.py --workdir {run} --out {shlex.quote(out.stem + '.png')}")
+        new.write_text(propose.as_file(found, file))
+    run, sheet = shlex.quote(f"runs/{out.stem}"), shlex.quote(f"{out.stem}.png")
+    about = f"--image-shape {','.join(map(str, source.shape))} --classes {source.num_classes}"
     print(
-        f"what it will need: ogdm plan --config {shlex.quote(args.out)} --image-shape {shape} "
-        f"--classes {classes} --images {len(source)}"
+        f"{lines(found)}\nwrote {args.out}; then:\n"
+        f"python train.py --config {file}\npython sample.py --workdir {run} --out {sheet}\n"
+        f"what it will need: ogdm plan --config {file} {about} --images {len(source)}"
     )
