@@ -39,7 +39,7 @@ def get_config():
     config.ogdm.k = 0.3
     config.ogdm.condition = "log_sigma"
     config.ogdm.input_scale = "unit"
-    config.ogdm.normalise_condition = True  # a narrow discriminator, see configs/digits.py
+    config.ogdm.normalise_condition = True  # a narrow discriminator: see docs/results.md
     config.ogdm.channel_base = 512
     config.ogdm.channel_max = 32
     config.sample.solver = "euler"  # the step that OGDM trains
