@@ -24,6 +24,7 @@ def get_config():
     config.data.conditional = True
     config.data.label_dropout = 0.1
     config.data.augment = 0.0
+    config.data.xflip = True  # the latent of the mirrored image
     config.network.kind = "dit"
     config.network.model_channels = 1152
     config.network.num_blocks = 28

@@ -3,13 +3,13 @@
     python train.py --config configs/imagenet256_dit_dg.py --config.dg.prior=DIT
         --config.dg.extractor=32x32_classifier.pt --workdir SHARED_DIR
 
-DIT is what `ogdm convert` makes of DiT-XL-2-256x256.pt. Published [authors' code]: the frozen
-classifier of latents and a conditional head of 3.2 M, half of a batch of 1,024 real, Adam of 3e-4
-with L2 of 1e-7, 7 epochs, classifier-free guidance of 1.5 in the generated images, then
-`--guidance cfg,dg` with the rule "mean", weight 1, from t = 100 of 1,000 up. Our choice: 250,000
-generated latents (the authors' number is not known to us), taken as the sampler leaves them
-(theirs were decoded, saved as JPEG and encoded again), and an average of the weights. The authors
-guide the samples on 3 of 4 channels and by two scales; ours here on all.
+DIT is a run of configs/imagenet256_dit.py (published: DiT-XL-2-256x256.pt). Published [authors'
+code]: the frozen classifier of latents and a conditional head of 3.2 M, half of a batch of 1,024
+real, Adam of 3e-4 with L2 of 1e-7, 7 epochs, classifier-free guidance of 1.5 in the generated
+images, then `--guidance cfg,dg` with the rule "mean", weight 1, from t = 100 of 1,000 up. Our
+choice: 250,000 generated latents (the authors' number is not known to us), taken as the sampler
+leaves them (theirs were decoded, saved as JPEG and encoded again), guided on all 4 channels (theirs
+on 3), a falling rate and an average of the weights.
 """
 
 from ogdm_jax.configs import cifar10_dg

@@ -3,11 +3,11 @@
     python train.py --config configs/imagenet256_dit_sp.py --config.data.source=latents:DIR
         --config.init.workdir=DIT --workdir SHARED_DIR
 
-DIT is a run of configs/imagenet256_dit.py, or what `ogdm convert` makes of DiT-XL-2-256x256.pt.
-Published, for Stable Diffusion 2.1 and not for DiT [a third party's note of the paper]: features
-alone, uniform t, rate 3e-5, average 0.9995, 50,000 steps, sampling without guidance. Our choice:
-batch 256 (there 896); the features are the tokens behind block 14, the middle, over their mean
-square, as a transformer's are large; t' as wide as Stable Diffusion's. The variance's term stays.
+DIT is a run of configs/imagenet256_dit.py. Published, for Stable Diffusion 2.1 and not for DiT [a
+third party's note of the paper]: features alone, uniform t, rate 3e-5, average 0.9995, 50,000
+steps, sampling without guidance. Our choice: batch 256 (there 896); the features are the tokens
+behind block 14, the middle, over their mean square, as a transformer's are large; t' as wide as
+Stable Diffusion's. The variance's term stays.
 """
 
 from ogdm_jax.configs import imagenet256_dit
