@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +113,9 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, caps
         assert len(open_source(result, place)) == 1797
     finally:
         subprocess.run(["umount", "-l", room], check=True)
+
+
+def test_a_set_of_tfds_says_what_is_missing_where_it_was_uninstalled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(SourceError, match="pip install tensorflow-datasets"):
+        open_source("tfds:mnist/train")

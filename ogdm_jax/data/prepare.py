@@ -17,6 +17,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ogdm_jax import places, records
+from ogdm_jax.data import prepared
 from ogdm_jax.data.base import Source, SourceError, fingerprint
 from ogdm_jax.data.pictures import encode
 
@@ -62,8 +63,7 @@ def prepare(
 
 def _prepare_records(source: Source, out: Path, name: str, bounds: Bounds) -> str:
     """The tfds set `name`, split "train", of array_record files."""
-    import tensorflow_datasets as tfds  # takes a while, and an EDM zip needs none of it
-
+    tfds = prepared.package()
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SourceError(
             f"{source.name}: name {name!r} is no name of a set; expected lower-case letters, "

@@ -62,6 +62,21 @@ class TfdsReader:
         return image, int(record["label"]) if self.has_label else None
 
 
+def package() -> Any:
+    """tensorflow-datasets: imported late, because it takes a while and no other set needs it.
+
+    Raises:
+      SourceError: it was uninstalled, as people do who want its 206 MB back.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise SourceError(
+            f"tfds sets need tensorflow-datasets ({error}); pip install tensorflow-datasets"
+        ) from None
+    return tensorflow_datasets
+
+
 def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Stored:
     """`NAME[/CONFIG][:VERSION][/SPLIT]`, prepared as array_record in data_dir.
 
@@ -72,8 +87,7 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
       SourceError: unknown name or split, not prepared, prepared as parquet (that writer loses
         examples) or as tfrecord (no random access), or without a uint8 image.
     """
-    import tensorflow_datasets as tfds  # takes a while, and no other set needs it
-
+    tfds = package()
     if not spec:
         raise SourceError(
             "data source 'tfds:' names no data set; expected for example tfds:cifar10/train"
