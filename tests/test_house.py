@@ -4,6 +4,8 @@ a file; files and functions that a reader can hold; test modules stand alone.
 
 import ast
 import graphlib
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,3 +160,23 @@ def test_no_test_module_imports_another():
                     f"{file.name} imports {other}"
                 )
                 assert other != "tests.conftest", f"{file.name} imports conftest"
+
+
+def test_benchmarks_import_modules_that_exist():
+    """Also inside functions, which no other test may reach: of this repository, or installed, or of
+    the programs that they compare with.
+    """
+    # PyTorch, EDM's checkout, diffusers, DiT's checkout.
+    beside = {"torch", "training", "dnnlib", "torch_utils", "generate", "diffusers", "transformers"}
+    beside |= {"models", "diffusion"}
+    folders = (ROOT, ROOT / "benchmarks")
+    for file in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for name in imported(node):
+                top = name.split(".")[0]
+                here = any((folder / top).exists() for folder in folders)
+                here |= (ROOT / "benchmarks" / f"{top}.py").exists()
+                found = here or top in beside or importlib.util.find_spec(top) is not None
+                assert found, f"{file.name} imports {name}"
+                if top == "ogdm_jax" and name not in MODULES:
+                    importlib.import_module(name)
