@@ -1,7 +1,7 @@
 """Latent models of full size with random weights: the originals in PyTorch beside ours, end to end.
 
     python benchmarks/fullsize.py --torch-python PY --dit DIR --folder FOLDER [--rounds 3]
-        [--parts dit,dit_diffusers,unet,encode,decode,text] [--side 512]
+        [--parts dit,dit_diffusers,unet,encode,decode,text] [--side 512] [--small]
 
 PY is a Python with torch, diffusers, transformers and timm; DIR a checkout of
 facebookresearch/DiT (read and run there, nothing of it is part of this package). FOLDER gets the
@@ -11,7 +11,8 @@ transformers. A file that is there already is taken. PyTorch's side makes the we
 seed; none of them zero), writes them and its output; ours reads the files with `load_pretrained`.
 Prints one JSON line a part: the largest difference over the largest number ("worst"), the median
 over interleaved rounds of ours / theirs (below 1: ours is faster), seconds of reading, and the most
-memory that either process held. One network at a time, float32, one picture.
+memory that either process held. One network at a time, float32, one picture. --small tries all of
+it in a minute: DiT-S/2 for XL/2, the others with fewer and narrower layers (another FOLDER).
 """
 
 import argparse
@@ -29,6 +30,7 @@ import workers
 PARTS = ("dit", "dit_diffusers", "unet", "encode", "decode", "text")
 FILES = {"dit": "DiT-XL-2-256x256.pt", "dit_diffusers": "transformer", "text": "text_encoder"}
 FILES |= {"unet": "unet", "encode": "vae", "decode": "vae"}
+DIT = dict(name="DiT-XL/2", layers=28)
 UNET = dict(  # of Stable Diffusion 2.1
     sample_size=64,
     cross_attention_dim=1024,
@@ -70,6 +72,15 @@ def inputs(part: str, side: int) -> dict[str, np.ndarray]:
     return {"x": normal(1, 4, 32, 32), "t": t, "label": np.full(1, 207, np.int32)}
 
 
+def narrow() -> None:
+    """Makes all networks small; this process alone."""
+    TEXT.update(intermediate_size=256, num_hidden_layers=2, vocab_size=500)
+    VAE.update(block_out_channels=[32, 32, 64, 64])
+    UNET.update(layers_per_block=1, block_out_channels=[64, 128, 128, 128], sample_size=8)
+    UNET.update(attention_head_dim=[1, 2, 2, 2])
+    DIT.update(name="DiT-S/2", layers=3)
+
+
 def _filled(network):
     """Random numbers for every parameter that is trained, from one seed."""
     import torch
@@ -89,15 +100,15 @@ def original(part: str, dit: str):
     torch.manual_seed(0)
     if part == "dit":
         sys.path.insert(0, dit)
-        from models import DiT_XL_2
+        from models import DiT_models
 
-        network = _filled(DiT_XL_2())
+        network = _filled(DiT_models[DIT["name"]]())
         return network, lambda at: torch.save(network.state_dict(), at), network.forward
     import diffusers
     import transformers
 
     if part == "dit_diffusers":
-        network = _filled(diffusers.DiTTransformer2DModel(out_channels=8, num_layers=28))
+        network = _filled(diffusers.DiTTransformer2DModel(out_channels=8, num_layers=DIT["layers"]))
         state = network.state_dict()
         for name in state:  # the embedders are one, kept in every block
             at, emb, rest = name.partition(".norm1.emb.")
@@ -181,8 +192,11 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--side", type=int, default=512, help="of the autoencoder's and U-Net's")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.small:
+        narrow()
     if args.serve:
         kind, part = args.serve.split(":")
         if kind == "torch":
@@ -191,6 +205,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     this = str(Path(__file__).resolve())
     more = ["--dit", args.dit, "--folder", str(args.folder), "--side", str(args.side)]
+    more += ["--small"] * args.small
     for part in args.parts.split(","):
         theirs = workers.Worker([args.torch_python, this, "--serve", f"torch:{part}", *more])
         ours = workers.Worker([sys.executable, this, "--serve", f"jax:{part}", *more])
