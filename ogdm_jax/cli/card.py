@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 from etils import epath
 
@@ -19,61 +20,6 @@ from ogdm_jax.training.workdir import TrainedModel
 WEIGHTS, CONFIG, PICTURE = "model.safetensors", "config.json", "samples.png"
 SHOWN = 32  # images of the picture
 _COLUMNS = ("features", "solver", "steps", "nfe", "n", "fd", "floor")
-LOAD = """\
-```python
-import jax
-from ogdm_jax.data.pictures import show
-from ogdm_jax.diffusion import grids
-from ogdm_jax.interop import load_pretrained
-from ogdm_jax.sampling import sample
-
-model = load_pretrained("{folder}")  # this folder, downloaded
-latents = jax.random.normal(jax.random.key(0), (16, {shape}))
-show(sample(model.denoiser(), latents, grids.edm(18){label}))
-```"""
-
-CARD = """\
----
-license: {licence}
-library_name: ogdm_jax
-pipeline_tag: unconditional-image-generation
-tags:
-{tags}
----
-# {name}
-
-{kind} diffusion model of {size} images, trained with
-[ogdm_jax](https://arxiv.org/abs/2310.04041) {version}.
-
-![Samples of the first seeds, not chosen]({picture})
-
-The first seeds, not chosen ({sampler}).
-
-## How to load
-
-{load}
-
-`{weights}` has the tensors under the names of the official PyTorch code, `{config}` what
-tensors cannot say.
-
-## What it is
-
-{facts}
-
-## Data
-
-{data}
-
-## Distances
-
-{distances}
-
-## Settings that differ from the defaults
-
-```
-{settings}
-```
-"""
 
 
 def write(folder: epath.Path, run: TrainedModel, workdir: str, licence: str) -> None:
@@ -108,22 +54,6 @@ def distances(workdir: str, step: int) -> list[dict[str, Any]]:
     return sorted(unique.values(), key=lambda r: r["nfe"])
 
 
-def _table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Distances with N and floor, or how to get them."""
-    if not measured:
-        return "No distance of this step was measured; `ogdm report --workdir DIR` does."
-    lines = ["| features | solver | steps | evaluations | N | distance | real against real |"]
-    lines.append("|---" * len(_COLUMNS) + "|")
-    for report in measured:
-        cells = [v if isinstance(v := report[c], str) else nice(v) for c in _COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + (
-        "\n\nFréchet distances of N samples to N real images; the last column is what N other real "
-        "images\nscore: a distance means little without it. Other N, other features and the FID of "
-        "papers do not\ncompare."
-    )
-
-
 def text(
     name: str,
     run: TrainedModel,
@@ -147,21 +77,28 @@ def text(
     known = {n: v for n, v in data.items() if n != "class_names" and v is not None}
     known = {"source": config.data.source} | known
     known |= {"classes": ", ".join(classes)} if classes else {}
-    shape = ", ".join(map(str, model.image_shape))
-    return CARD.format(
+    loader = jinja2.PackageLoader("ogdm_jax.report", "")
+    blocks: dict[str, Any] = {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **blocks)
+    return environment.get_template("card.md.j2").render(
         licence=licence,
-        tags="\n".join(f"- {tag}" for tag in ("diffusion", "jax", *config.methods)),
+        tags=("diffusion", "jax", *config.methods),
         name=name,
         kind="A class-conditional" if classes else "An unconditional",
         size="x".join(map(str, model.picture_shape)),
+        shape=", ".join(map(str, model.image_shape)),
         version=__version__,
         picture=PICTURE,
         sampler=words_of(run.settings()),
-        load=LOAD.format(folder=name, shape=shape, label=label),
+        label=label,
         weights=WEIGHTS,
         config=CONFIG,
-        facts="\n".join(f"- {n}: {v}" for n, v in facts.items()),
-        data="\n".join(f"- {n}: {v}" for n, v in known.items()),
-        distances=_table(measured),
-        settings="\n".join(configs.changed(config)),
+        facts=facts,
+        data=known,
+        rows=[[v if isinstance(v := r[c], str) else nice(v) for c in _COLUMNS] for r in measured],
+        settings=configs.changed(config),
     )

@@ -27,22 +27,12 @@ from ogdm_jax.training import steps
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "chex")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
 # Names alone decide what is shown: none of these holds a secret.
-VARIABLES = (
-    "JAX_PLATFORMS",
-    "JAX_ENABLE_X64",
-    "JAX_DEFAULT_MATMUL_PRECISION",
-    "JAX_COMPILATION_CACHE_DIR",
-    "JAX_DEBUG_NANS",
-    "XLA_FLAGS",
-    "XLA_PYTHON_CLIENT_PREALLOCATE",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    "CUDA_VISIBLE_DEVICES",
-    "LD_LIBRARY_PATH",
-    "LIBTPU_INIT_ARGS",
-    "TPU_VISIBLE_CHIPS",
-    "OMP_NUM_THREADS",
-    "SLURM_NTASKS",
-)
+VARIABLES = """
+    JAX_PLATFORMS JAX_ENABLE_X64 JAX_DEFAULT_MATMUL_PRECISION JAX_COMPILATION_CACHE_DIR
+    JAX_DEBUG_NANS XLA_FLAGS XLA_PYTHON_CLIENT_PREALLOCATE XLA_PYTHON_CLIENT_MEM_FRACTION
+    CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH LIBTPU_INIT_ARGS TPU_VISIBLE_CHIPS OMP_NUM_THREADS
+    SLURM_NTASKS
+""".split()
 LINES = 5  # of the log
 
 
