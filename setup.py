@@ -15,7 +15,13 @@ from setuptools import find_packages, setup
 
 _INIT = (Path(__file__).parent / "ogdm_jax" / "__init__.py").read_text()
 VERSION = re.findall(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE)[0]  # said in one place
+NOTEBOOKS = [
+    "jupytext>=1.19",  # notebooks/*.py as notebooks
+    "nbclient>=0.11",  # runs their cells
+    "ipykernel>=7.4",  # in a kernel of Python
+]
 TEST = [
+    *NOTEBOOKS,
     "pytest>=9.2",  # runs tests/
     "pytest-xdist>=3.8",  # one worker per core: halves the suite's time
     "ruff>=0.17",  # lint, format, docstrings, complexity
@@ -74,6 +80,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "notebooks": NOTEBOOKS,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],  # brings libtpu: 0.0.42 with jax 0.10.2, 0.0.50 with 0.12.0.1
         "gcs": [

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import data, models
+from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
@@ -82,6 +83,7 @@ class Path(NamedTuple):
     states: np.ndarray
     x0_hats: np.ndarray
     images: np.ndarray
+    __repr__ = brief
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
