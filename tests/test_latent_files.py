@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from safetensors.numpy import save_file
 
 from ogdm_jax.interop import diffusers, export, load_pretrained, names_latent
@@ -166,7 +165,7 @@ def test_diffusers_folder_of_an_autoencoder(tmp_path):
     found = load_pretrained(written(tmp_path / "vae.safetensors", file.state_dict()), groups=8)
     network = cast(AutoencoderKL, found.network).clone(scale=0.7, shift=0.1)
     state = export.to_torch(network, found.variables)
-    diffusers.write_autoencoder(epath.Path(tmp_path / "vae"), network, state, 32)
+    diffusers.write(tmp_path / "vae", network, state, sample_size=32)
     for place in ("vae", f"vae/{diffusers.WEIGHTS}"):
         back = load_pretrained(tmp_path / place)
         assert back.network == network  # nothing had to be told

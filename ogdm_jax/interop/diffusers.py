@@ -117,20 +117,6 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
     return {"kind": kind, "settings": told}
 
 
-def write_autoencoder(
-    folder: epath.Path, network: AutoencoderKL, state: Mapping[str, np.ndarray], side: int
-) -> None:
-    """Writes an autoencoder as `AutoencoderKL.from_pretrained(folder)` reads it.
-
-    Args:
-      folder: made where it is missing.
-      network: its attributes, scale and shift among them.
-      state: {diffusers' name: array}, as `export.to_torch` gives it.
-      side: of the images that it was trained on.
-    """
-    write(folder, network, state, sample_size=side)
-
-
 def write(
     folder: str | os.PathLike, network: nn.Module, state: Mapping[str, np.ndarray], **fields: Any
 ) -> epath.Path:

@@ -261,7 +261,7 @@ def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
     std = float(np.sqrt(square / count - (total / count) ** 2))
     network = model.network.clone(scale=1 / std)
     state = export.to_torch(network, {"params": params})
-    diffusers.write_autoencoder(folder, network, state, model.image_shape[0])
+    diffusers.write(folder, network, state, sample_size=model.image_shape[0])
     return network
 
 

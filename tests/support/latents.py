@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from ogdm_jax.interop import diffusers, export
 from ogdm_jax.latents import Latents
@@ -21,7 +20,7 @@ def autoencoder(folder: Path, seed: int = 0, network: AutoencoderKL = NETWORK) -
     image = jnp.zeros((1, 8, 8, network.img_channels))
     variables = network.init(jax.random.key(seed), image)
     state = export.to_torch(network, variables)
-    diffusers.write_autoencoder(epath.Path(folder), network, state, 8)
+    diffusers.write(folder, network, state, sample_size=8)
     return folder
 
 
