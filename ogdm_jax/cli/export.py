@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             export.check_out(args.out)
         else:
             places.writable(folder, "--out")
-        run = workdir.open_workdir(args.workdir, args.step, args.weights)
+        run = workdir.open_workdir(args.workdir, args.step, args.weights, vae=None)
         network, config = run.model.network, run.config.network
         if args.card:
             path = _export(run, args, folder / card.WEIGHTS, folder / card.CONFIG)

@@ -346,7 +346,7 @@ def build(
         churn=churn,
         labels=labels,
         open_discriminator=lambda chosen: _open_discriminator(chosen, run, session, request.preset),
-        open_model=lambda workdir, step, field: open_workdir(workdir, step, field=field),
+        open_model=lambda workdir, step, field: open_workdir(workdir, step, field=field, vae=None),
     )
     methods = discovery.sampling()
     guidance = tuple(

@@ -73,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             places.writable(places.place(args.out, "--out"), "--out", file=True)
         trained = measuring.open_model(args)
+        if trained.model.autoencoder is not None:
+            raise ConfigError(
+                f"--likelihood: {args.workdir} models latents, whose likelihood is not that of "
+                "images; expected a model of pixels"
+            )
         settings = trained.settings(solver=adaptive.NAME, rtol=args.rtol, atol=args.atol)
         source = measuring.open_model_data(args, trained)
         if args.num > len(source):

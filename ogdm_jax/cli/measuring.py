@@ -58,6 +58,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="checkpoint: a number, or best (default: the newest)",
     )
+    add(
+        "--vae", default="", metavar="FILE", help="decodes a model of latents (default: its data's)"
+    )
     add("--batch", type=whole(1), default=256, help="images per device at a time")
     add("--devices", type=whole(0), default=0, help="0 = all")
 
@@ -162,7 +165,7 @@ def resized(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(args: argparse.Namespace) -> TrainedModel:
     """The model of --workdir at --step."""
-    return workdir.open_workdir(args.workdir, args.step)
+    return workdir.open_workdir(args.workdir, args.step, vae=args.vae)
 
 
 def open_model_space(
@@ -171,7 +174,7 @@ def open_model_space(
     """The feature space that --features names, or that the model's configuration does."""
     settings = trained.config.evaluate
     known = settings.features or "auto", settings.weights
-    return open_space(args, reference, trained.model.image_shape, *known)
+    return open_space(args, reference, trained.model.picture_shape, *known)
 
 
 def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
@@ -180,8 +183,8 @@ def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
     if args.data_dir:
         config = replace(config, {"data.data_dir": args.data_dir})
     if not args.reference:
-        return workdir.open_source(config)
-    shape = trained.model.image_shape
+        return workdir.open_pixels(config, args.vae)
+    shape = trained.model.picture_shape
     return open_images("--reference", args.reference, args, shape, config.data.data_dir)
 
 

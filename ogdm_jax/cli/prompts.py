@@ -65,11 +65,12 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
         kind of model.
     """
     if not stable_diffusion.is_model(args.workdir):
-        for name in _FOREIGN:
+        for name in set(_FOREIGN) - {"vae"}:
             value = getattr(args, name)
             folder = "a --workdir of Stable Diffusion with it, a folder with model_index.json"
             require(not value, f"--{name}", value, folder)
-        trained = open_workdir(args.workdir, args.step, args.weights)
+        vae = None if args.latents else args.vae
+        trained = open_workdir(args.workdir, args.step, args.weights, vae=vae)
         given = "--prompt" if texts else "--negative" if args.negative else ""
         if given:
             raise ConfigError(
@@ -77,6 +78,8 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
                 "the folder of a Stable Diffusion (model_index.json) or its single file"
             )
         return trained
+    if args.latents:
+        raise ConfigError("--latents: given with Stable Diffusion; expected a model trained here")
     if not texts:
         raise ConfigError("--prompt: not given; expected a text, or --prompts FILE")
     if args.step is not None or args.weights != "ema":

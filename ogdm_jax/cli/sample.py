@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="training folder")
     add("--step", type=step, default=None, help="checkpoint, or best (default: the newest)")
     add("--weights", default="ema", help="ema or params")
+    add("--latents", action="store_true", help="keep its latents, undecoded; --out FILE.npz")
     add(
         "--num",
         type=whole(1),
@@ -163,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     """
     plan = read(args)
     task = plan.guided.restoration
-    how = {"floats": task is not None, "overwrite": args.overwrite}
+    how = {"floats": task is not None or args.latents, "overwrite": args.overwrite}
     with output.Output(plan.out, origin(plan, args), plan.seeds, **how).opened() as out:
         with leaving(out.safe):
             counts: list[np.ndarray] = []
@@ -200,6 +201,22 @@ def _path(plan: Plan) -> Path:
     return plan.trained.path(plan.seeds[: animation.MOST], plan.settings, **how)
 
 
+def _check_latents(args: argparse.Namespace, trained: TrainedModel, task: str) -> None:
+    """Raises ConfigError for --latents where it cannot be."""
+    if not args.latents:
+        return
+    for option, given, expected in (
+        ("--latents", trained.model.latents is None, "it with a model of latents"),
+        ("--vae", args.vae, "one of --vae and --latents"),
+        ("--task", task, "decoded images, without --latents"),
+        ("--evaluate", args.evaluate, "decoded images, without --latents"),
+        ("--out", not args.out.endswith(".npz"), "FILE.npz with --latents"),
+    ):
+        if given:
+            said = f"{args.out!r} given" if option == "--out" else "given"
+            raise ConfigError(f"{option}: {said}; expected {expected}")
+
+
 def _class_of(plan: Plan) -> str:
     """Which class all images have, if they have one, for people."""
     if plan.label is None:
@@ -224,6 +241,7 @@ def read(args: argparse.Namespace) -> Plan:
     out = output.check_output(args.out, len(seeds))
     devices = parallel.make_plan("mesh", args.devices).local_devices
     trained = prompts.open_model(args, texts.texts)
+    _check_latents(args, trained, request.task)
     settings = _sampler(args, request.sampling, trained, len(seeds))
     if churn is not None and settings.solver not in ("heun", "euler"):
         raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")

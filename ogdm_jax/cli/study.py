@@ -19,7 +19,7 @@ from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import resume
 from ogdm_jax.training.evaluate import references
-from ogdm_jax.training.workdir import open_source
+from ogdm_jax.training.workdir import open_pixels, open_source
 
 EXAMPLES = """\
 --config baseline=digits --config ogdm=digits --baseline.methods= --seeds 0-4 \
@@ -277,7 +277,7 @@ def open_ruler(
         model = models.build(arm.configs[seed], source.shape, source.num_classes)
         for way in ways:
             runs.check_sampler(arm.configs[seed].sample, way.sampler, model)
-    name = config.data.source
+    name, source = config.data.source, source if source.latents is None else open_pixels(config)
     if args.reference:
         name = args.reference
         source = measuring.open_images("--reference", name, args, source.shape)

@@ -212,6 +212,7 @@ def from_arrays(
     resolution: int | None = None,
     channels: int | None = None,
     notes: Sequence[str] = (),
+    latents: Latents | None = None,
 ) -> Source:
     """A source in memory.
 
@@ -223,10 +224,15 @@ def from_arrays(
       resolution: centre-crop and resize to this side.
       channels: 1 or 3; None: as given.
       notes: what was left out or chosen, a sentence each.
+      latents: what the images are, where they are no pixels but items as it says.
 
     Raises:
       SourceError: other types or shapes, no images, or colour where channels is 1.
     """
+    if latents is not None:
+        hashes = {"contents": identity.of_array(images)}
+        made = Source(name, latents.shape, images=images, hashes=hashes, latents=latents)
+        return _with_labels(made, labels)
     images = images[..., None] if images.ndim == 3 and images.shape[-1] not in (1, 3) else images
     _check_array(name, images)
     if resolution is not None and images.shape[1:3] != (resolution, resolution):

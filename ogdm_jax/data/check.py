@@ -128,7 +128,7 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
             image, label = reader.look(i, facts), None
         else:
             image, label = reader.read(i)
-        height, width = image.shape[:2]
+        height, width = image.shape[-3:-1]
         wide, high = facts.get("size", (width, height))
         size = f"{width}x{height}"
         if channels:
@@ -153,8 +153,10 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
         odd.append("not square: cropped")
     if image.min() == image.max():
         odd.append("of one colour")
+    if image.ndim == 4:
+        mode = f"latents, {image.dtype}"
     mark = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=12).digest()
-    kind = f"{facts['format']} {mode}" if facts else _PLAIN[mode]
+    kind = f"{facts['format']} {mode}" if facts else _PLAIN.get(mode, mode)
     return _Seen("", size, kind, tuple(odd), mark, label)
 
 

@@ -6,6 +6,7 @@ one model under one sampler, so stored samples of another checkpoint, solver or 
 refused. Real images are uint8, too: a discriminator could tell other samples by their floats.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.data import Source, from_arrays, npz, output
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
+from ogdm_jax.latents import Latents
 from ogdm_jax.methods import cfg
 from ogdm_jax.models import fingerprint
 from ogdm_jax.sampling import generate
@@ -67,6 +69,7 @@ def draw_or_read(
     path: epath.Path,
     devices: Sequence[Any],
     log: Callable[[str], None] = print,
+    latents: Latents | None = None,
 ) -> Source:
     """The samples of a run: read from the file if it is there, else drawn and stored.
 
@@ -79,6 +82,7 @@ def draw_or_read(
       path: the .npz file.
       devices: of this process.
       log: gets one line where samples are drawn.
+      latents: what the data are, where they are no pixels: samples are floats then, and stay so.
 
     Raises:
       ConfigError: the file is of another checkpoint, sampler or number, or is no such file.
@@ -94,15 +98,18 @@ def draw_or_read(
         _draw(config, prior, wanted, path, devices)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples for the discriminator")
-    return read(path, wanted)
+    return read(path, wanted, latents)
 
 
-def read(path: epath.Path, wanted: Mapping[str, Any] | None = None) -> Source:
+def read(
+    path: epath.Path, wanted: Mapping[str, Any] | None = None, latents: Latents | None = None
+) -> Source:
     """Stored samples as a source of images.
 
     Args:
       path: the .npz file.
       wanted: the `origin` that they should have; None takes any.
+      latents: as in `draw_or_read`.
 
     Raises:
       ConfigError: the file is no such file, or its samples have another origin.
@@ -114,7 +121,11 @@ def read(path: epath.Path, wanted: Mapping[str, Any] | None = None) -> Source:
             f"config.dg.samples: {path} was drawn with {differs}; a discriminator fits one "
             "checkpoint and one sampler: expected the same, or another --workdir"
         )
-    return from_arrays(str(path), images, labels)
+    if latents is None:
+        return from_arrays(str(path), images, labels)
+    latents = dataclasses.replace(latents, dtype="float32")
+    items = latents.item_of(images.astype(np.float32))
+    return from_arrays(str(path), items, labels, latents=latents)
 
 
 def read_origin(path: epath.Path) -> dict[str, Any]:
@@ -137,7 +148,11 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
             f"({type(error).__name__}); "
             "expected a file that such a run wrote, or none"
         ) from None
-    fits = images.dtype == np.uint8 and images.ndim == 4 and labels.shape == (len(images),)
+    fits = (
+        images.dtype in (np.uint8, np.float32)
+        and images.ndim == 4
+        and labels.shape == (len(images),)
+    )
     fits = fits and found.get("num", len(images)) == len(images)
     if not fits or not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(
@@ -159,7 +174,8 @@ def _draw(
     seeds = FIRST_SEED + np.arange(wanted["num"])
     labels = generate.labels_for(seeds, prior.model.label_dim, None)
     field, remedy = "config.dg.samples", f"that {path}.parts is removed"
-    with output.Output(path, wanted, seeds, field=field, remedy=remedy).opened() as out:
+    floats = prior.model.latents is not None
+    with output.Output(path, wanted, seeds, floats, field, remedy=remedy).opened() as out:
         batch = generate.batch_size(len(seeds), len(devices))
         parts = prior.batches(
             config.sample,

@@ -10,10 +10,11 @@ import optax
 
 from ogdm_jax import randomness
 from ogdm_jax.config import Config
-from ogdm_jax.data import Source, augment
+from ogdm_jax.data import Source, augment, moments
 from ogdm_jax.discriminator.network import ratio_of
 from ogdm_jax.discriminator.pairs import paired
 from ogdm_jax.discriminator.settings import of
+from ogdm_jax.latents import Latents
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.pixels import to_float
@@ -38,7 +39,7 @@ def cross_entropy(logit: Array, real: Array) -> tuple[Array, Array]:
 
 
 def training_loss(
-    config: Config, network: FeatureDiscriminator, xflip: bool
+    config: Config, network: FeatureDiscriminator, xflip: bool, latents: Latents | None = None
 ) -> Callable[..., tuple[Array, Any]]:
     """loss(params, state, constants, batch, key) -> (mean loss, sums of metrics) for the step.
 
@@ -49,14 +50,15 @@ def training_loss(
       network: the discriminator.
       xflip: whether the prior was trained on mirrored images, too. Then real images are mirrored at
         random.
+      latents: what the images are, where they are no pixels.
     """
 
     def loss(
         params: PyTree, state: Any, constants: PyTree, batch: Batch, key: Array
     ) -> tuple[Array, Any]:
         keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])
-        image = to_float(batch["image"])
-        if xflip:
+        image = _images(latents, batch, keys, xflip)
+        if xflip and latents is None:
             mirrored = augment.xflip(keys("xflip"), image)
             image = jnp.where((batch["real"] == 1)[:, None, None, None], mirrored, image)
         ratio = ratio_of(network, of(config).clock, 0.0, keys("dropout"))
@@ -65,6 +67,16 @@ def training_loss(
         return jnp.mean(value), sums({"loss": value, "accuracy": right})
 
     return loss
+
+
+def _images(
+    latents: Latents | None, batch: Batch, keys: Callable[[str], Array], xflip: bool
+) -> Array:
+    """Images in [-1, 1], or samples of latents, real ones of either view where xflip says so."""
+    if latents is None:
+        return to_float(batch["image"])
+    flip = augment.flipped(keys("xflip")) & (batch["real"] == 1) if xflip else None
+    return moments.draw(latents, batch["image"], keys("latent"), flip)
 
 
 def _noisy_cross_entropy(
@@ -101,7 +113,10 @@ class HeldOut:
         def values(params: PyTree, extractor: PyTree, batch: Batch) -> tuple[Array, Array]:
             ratio = ratio_of(network, of(config).clock, 0.0)
             ratio = ratio({"params": params, "extractor": extractor})
-            image = to_float(batch["image"])
+            keys = lambda purpose: randomness.example_keys(
+                jax.random.key(0), purpose, batch["index"]
+            )
+            image = _images(sides[0].latents, batch, keys, False)
             return _noisy_cross_entropy(config, ratio, image, batch, jax.random.key(0))
 
         self._values = jax.jit(values)

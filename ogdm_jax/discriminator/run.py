@@ -20,7 +20,7 @@ from ogdm_jax.discriminator.settings import of as settings_of
 from ogdm_jax.methods.contract import Constants, Slots, combine
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import optim
+from ogdm_jax.training import decoding, optim
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import step as steps
 from ogdm_jax.training.objective import Objective
@@ -99,14 +99,17 @@ def build(
         )
     keep_extractor(network, extractor, workdir)
     num, path = settings.num or len(source), settings.samples_path(workdir)
-    drawn = generated.draw_or_read(config, prior, num, path, plan.local_devices, log)
+    drawn = generated.draw_or_read(
+        config, prior, num, path, plan.local_devices, log, source.latents
+    )
     sides = {"real": source, "generated": drawn}
     kept, held_out = zip(*(split(side, settings.held_out) for side in sides.values()))
     for side, images in zip(sides, kept):
         enough = f"a share that leaves {side} images"
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
     parts = _parts(config, plan, source, network, extractor, prior.config.data.xflip)
-    return DiscriminatorRun(**parts, extractor=extractor, prior=prior, kept=kept, held_out=held_out)
+    more = {"extractor": extractor, "prior": prior, "kept": kept, "held_out": held_out}
+    return decoding.with_decoder(DiscriminatorRun(**parts, **more))
 
 
 def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> PlannedRun:
@@ -124,7 +127,7 @@ def open_prior(config: configs.Config) -> TrainedModel:
     settings = settings_of(config)
     step = settings.prior_step
     number = int(step) if step.isdecimal() else step or None
-    return open_workdir(settings.prior, number, settings.prior_weights, "config.dg.prior")
+    return open_workdir(settings.prior, number, settings.prior_weights, "config.dg.prior", vae=None)
 
 
 def _parts(
@@ -141,7 +144,7 @@ def _parts(
     adam = optim.adam(rate, config.optim.betas, config.optim.eps)
     tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), adam)
     methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
-    objective = Objective(training_loss(config, network, xflip))
+    objective = Objective(training_loss(config, network, xflip, source.latents))
     step = steps.make_step(config, objective, methods, tx, rate, plan)
     return {
         "config": config,

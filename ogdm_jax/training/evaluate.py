@@ -21,9 +21,9 @@ from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.churn import ChurnRule
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
-from ogdm_jax.training import checkpoint, logs
+from ogdm_jax.training import checkpoint, decoding, logs
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.workdir import TrainedModel, open_source
+from ogdm_jax.training.workdir import TrainedModel, open_pixels
 from ogdm_jax.typing import Array, PyTree
 
 Draw = Callable[..., Iterable[np.ndarray]]  # (settings, seeds, title, counts=None) -> batches
@@ -54,7 +54,7 @@ def distance(config: Config, samples: Iterable[np.ndarray]) -> dict[str, Any]:
         everything.update(values)
         kept.append(values[: max(0, MOST_KEPT - everything.count + len(values))])
         beyond = everything.count - MOST_KEPT
-    reference = space(references(open_source(config)))
+    reference = space(references(open_pixels(config)))
     report = distance_report(space, np.concatenate(kept), reference)
     if beyond > 0:
         whole = Moments().update(reference).finalize()
@@ -154,13 +154,14 @@ class Evaluator:
     @functools.cached_property
     def _reference(self) -> np.ndarray:
         """The data's features [n, dim]."""
-        return self._space(references(self._run.source))
+        return self._space(references(decoding.pixels(self._run.source, lambda: self._run.decoder)))
 
     def _draw(
         self, seeds: np.ndarray, params: PyTree, buffers: PyTree, guidance: Sequence[Guidance]
     ) -> Iterator[np.ndarray]:
         """Yields this process's images of the seeds, from its own devices."""
         devices = self._run.plan.local_devices
+        model, buffers = decoding.attach(self._model, buffers, self._run.decoder)
         whole, divided = generate.shardings(devices)
         params, buffers = jax.device_put(jax.tree.map(np.asarray, (params, buffers)), whole)
         guidance = [
@@ -169,7 +170,7 @@ class Evaluator:
         ]
         if self._sampler is None:
             settings = self._run.config.sample
-            self._sampler = generate.sampler(self._model, settings, devices, self._churn, guidance)
+            self._sampler = generate.sampler(model, settings, devices, self._churn, guidance)
         compiled = self._sampler
 
         def sampler(

@@ -16,6 +16,7 @@ from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, require
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion.noise import NoiseDistribution
+from ogdm_jax.interop.autoencoder import Autoencoder
 from ogdm_jax.methods import discovery
 from ogdm_jax.methods.contract import Methods, combine
 from ogdm_jax.training import context, objective, optim, state, step
@@ -36,6 +37,7 @@ class Run:
       plan: which devices hold what.
       step: the pure step, not compiled.
       steps: how many there will be.
+      decoder: of a run on latents, what makes images of them; None where there is none.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Run:
     plan: parallel.Plan
     step: step.Step
     steps: int
+    decoder: Autoencoder | None = None
     __repr__ = brief
 
     @property

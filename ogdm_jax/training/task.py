@@ -13,7 +13,7 @@ from ogdm_jax import data, parallel
 from ogdm_jax.data import pictures
 from ogdm_jax.data.labels import class_words
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import logs
+from ogdm_jax.training import decoding, logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.evaluate import Evaluator, write_report
 from ogdm_jax.training.heldout import HeldOut
@@ -65,7 +65,7 @@ class Task(Generic[RunT]):
 def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
     run = runs.build(config, open_source(config), plan)
     generate.check_settings(config.sample, run.model)
-    return run
+    return decoding.with_decoder(run)
 
 
 def _batches(run: runs.Run) -> data.Batches:
@@ -86,6 +86,9 @@ def _watch(
 ) -> Callable[[int, TrainState], None]:
     """Writes samples/STEP.png of the moving average, from the same seeds every time."""
     settings = run.config.sample
+    model, more = decoding.attach(run.model, {}, run.decoder)
+    if run.model.latents is not None and run.decoder is None:
+        return lambda step, state: None  # `decoding.with_decoder` has said it
     compiled: list[generate.Images] = []
 
     def write(step: int, state: TrainState) -> None:
@@ -93,10 +96,11 @@ def _watch(
         if jax.process_index() != 0:
             return
         if not compiled:
-            compiled.append(generate.sampler(run.model, settings, run.plan.local_devices[:1]))
+            compiled.append(generate.sampler(model, settings, run.plan.local_devices[:1]))
         seeds = np.arange(settings.num)
         classes = run.model.label_dim
         labels = seeds % classes if classes else None
+        buffers = {**buffers, **more}
         parts = generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)
         captions = class_words(labels, run.source.class_names)
         picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)

@@ -16,10 +16,10 @@ from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
 from ogdm_jax.data.tokens import Tokenizer
-from ogdm_jax.latents import Latents
+from ogdm_jax.latents import Latents, from_json
 from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.training import checkpoint, snapshots
+from ogdm_jax.training import checkpoint, decoding, snapshots
 from ogdm_jax.typing import Denoise, PyTree
 
 
@@ -34,6 +34,15 @@ def open_source(config: Config) -> Source:
     if source.latents is not None:
         _check_latents(config, source.latents)
     return source
+
+
+def open_pixels(config: Config, vae: str = "") -> Source:
+    """The images that a run's samples are compared with: its data, or what its latents were made
+    of (`decoding.pixels`); vae: as that of `open_workdir`.
+    """
+    source = open_source(config)
+    latents = source.latents or Latents(source.shape)
+    return decoding.pixels(source, lambda: decoding.open_decoder(config, latents, vae))
 
 
 def _check_latents(config: Config, latents: Latents) -> None:
@@ -179,7 +188,8 @@ class TrainedModel:
             what one solver alone has (`config.groups.SOLVER_OPTIONS`).
 
         Returns:
-          float32 [n,h,w,c], about [-1, 1].
+          float32 [n,h,w,c], about [-1, 1]; of a run on latents decoded images, but where it was
+          opened with vae=None.
 
         Raises:
           ConfigError: a setting, the number or the label cannot be.
@@ -304,6 +314,7 @@ def open_workdir(
     weights: str = "ema",
     field: str = "--workdir",
     ema_std: float | None = None,
+    vae: str | None = "",
 ) -> TrainedModel:
     """Reads a training folder: configuration and weights, never the optimiser.
 
@@ -314,6 +325,8 @@ def open_workdir(
       field: the setting that named the folder, for messages.
       ema_std: takes in place of `weights` the average of this relative width, put together from the
         run's snapshots up to `step` (None: the last one); see `snapshots.reconstruct`.
+      vae: the autoencoder that decodes samples of a run on latents; "" takes that of the run, None
+        decodes nothing: samples are latents.
 
     Raises:
       CheckpointError: no such checkpoint or snapshot, or a damaged one.
@@ -327,7 +340,15 @@ def open_workdir(
         raise checkpoint.CheckpointError(
             f"{field}: {str(workdir)!r} holds {held}; expected the folder of a denoiser"
         )
-    model = models.build(snapshot.config, snapshot.image_shape, snapshot.num_classes)
+    told = snapshot.data_set.get("latents")
+    latents = from_json(told) if told else None
+    decoder = None
+    if vae and latents is None:
+        raise ConfigError(f"--vae: {vae} given, but {str(workdir)!r} is no run on latents")
+    if latents is not None and vae is not None:
+        decoder = decoding.open_decoder(snapshot.config, latents, vae, "--vae")
+    shape = snapshot.image_shape, snapshot.num_classes
+    model = models.build(snapshot.config, *shape, latents)
     params, buffers = jax.eval_shape(model.init, jax.random.key(0))
     params, buffers = checkpoint.load_weights(snapshot, params, buffers, weights)
     at = snapshot.step
@@ -336,4 +357,5 @@ def open_workdir(
         tracked = snapshot.config.ema.stds
         found, at, _ = snapshots.reconstruct(workdir, tracked, [ema_std], params, last, field)
         params = jax.tree.map(jnp.asarray, found[0])
+    model, buffers = decoding.attach(model, buffers, decoder)
     return TrainedModel(snapshot.config, model, params, buffers, at, snapshot.class_names)

@@ -1,0 +1,161 @@
+"""Runs on latents: decoded samples and sheets, STF over draws, guidance through the decoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ogdm_jax import cli, parallel
+from ogdm_jax.cli import data as command
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data import batches, moments, open_source
+from ogdm_jax.methods.contract import Own
+from ogdm_jax.sampling.decode import decode
+from ogdm_jax.training import decoding, example, loop
+from ogdm_jax.training import run as runs
+from ogdm_jax.training.workdir import open_pixels, open_workdir
+from ogdm_jax.training.workdir import open_source as source_of
+from tests.support import latents as support
+from tests.support import tiny
+
+SMALL = (
+    *("network.kind=dit", "network.model_channels=8", "network.num_blocks=1", "network.patch=2"),
+    *("network.num_heads=1", "network.dropout=0", "data.augment=0", "data.xflip=true", "methods="),
+    *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps"),
+)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    support.autoencoder(folder / "vae")
+    out = folder / "set"
+    words = ["encode", "digits/test", "--vae", f"{folder}/vae", "--out", str(out)]
+    assert command.main(words) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def workdir(latents):
+    place = latents.parent / "run"
+    loop.train(tiny.config(*SMALL, f"data.source=latents:{latents}"), place, log=lambda _: None)
+    return place
+
+
+def test_samples_are_decoded_latents(workdir, latents):
+    trained, raw = open_workdir(workdir), open_workdir(workdir, vae=None)
+    pictures, z = trained.sample(4), raw.sample(4)
+    assert pictures.shape == (4, 8, 8, 1) and z.shape == (4, 4, 4, 2)
+    decoder = decoding.open_decoder(trained.config, source_of(trained.config).latents)
+    assert (decoder.network.scale, decoder.network.shift) == (0.6, 0.2)
+    expected = decode(decoder.network, decoder.variables, jnp.asarray(z))
+    np.testing.assert_allclose(pictures, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    assert list((workdir / "samples").glob("*.png"))
+    pixels = open_pixels(trained.config)
+    np.testing.assert_array_equal(pixels.images, open_source("digits/test").images)
+
+
+def test_latents_are_kept_on_demand(workdir, tmp_path, capsys):
+    line = ["sample", "--workdir", str(workdir), "--num", "4", "--latents", "--out"]
+    assert not cli.main([*line, f"{tmp_path}/z.npz"])
+    with np.load(tmp_path / "z.npz") as kept:
+        np.testing.assert_array_equal(kept["images"], open_workdir(workdir, vae=None).sample(4))
+    with pytest.raises(SystemExit):
+        cli.main([*line, f"{tmp_path}/z.png"])
+    assert "FILE.npz with --latents" in capsys.readouterr().err
+
+
+def test_the_autoencoder_is_known_again(workdir, latents, tmp_path):
+    config = open_workdir(workdir, vae=None).config
+    told = source_of(config).latents
+    other = support.autoencoder(tmp_path / "other", 1)
+    moved = dataclasses.replace(told, vae={**told.vae, "path": str(other)})
+    with pytest.raises(
+        ConfigError, match=r"has other weights .*expected these, or this one by name"
+    ):
+        decoding.open_decoder(config, moved)
+    assert decoding.open_decoder(config, moved, str(other)).path == str(other)
+    gone = dataclasses.replace(told, vae={**told.vae, "path": "/nothing"})
+    with pytest.raises(ConfigError, match="is no longer at /nothing"):
+        decoding.open_decoder(config, gone)
+    with pytest.raises(ConfigError, match=r"data.vae: '' given"):
+        decoding.open_decoder(config, dataclasses.replace(told, vae={}))
+
+
+def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog):
+    source = open_source(f"latents:{latents}")
+    gone = dataclasses.replace(
+        source, latents=dataclasses.replace(source.latents, pixels={"name": "folder:/nothing"})
+    )
+    decoder = decoding.open_decoder(tiny.config(), source.latents)
+    found = decoding.pixels(gone, lambda: decoder)
+    assert found.images.shape == (len(source), 8, 8, 1) and "compared with decoded" in caplog.text
+    np.testing.assert_array_equal(found.labels, source.labels)
+    assert decoding.pixels(source, lambda: None).name == "digits/test"
+
+
+def _example(latents, *more):
+    """(run, example, constants) of a step of STF; the key of the step is 3."""
+    config = tiny.config(*SMALL, "methods=stf", f"data.source=latents:{latents}", *more)
+    run = runs.build(config, source_of(config), parallel.make_plan("mesh", 1))
+    batch = {
+        name: jnp.asarray(value)
+        for name, value in next(
+            batches(run.source, config.data.batch, 0, extra_references=run.methods.references)
+        ).items()
+    }
+    key = jax.random.key(3)
+    made = example.draw_example(config, run.model, run.noise, batch, key, key)
+    whole = run.methods.constants()
+    constants = {**whole["whole"], **whole["divided"]}.get("stf")
+    return run, made, batch, constants
+
+
+def test_stf_full_is_the_posterior_mean_over_the_steps_draws(latents):
+    run, made, batch, constants = _example(latents, "stf.source=full")
+    target, _ = run.methods.target.target(made, Own(constants))
+    source, rows = run.source, np.arange(len(run.source))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        example.randomness.fold_in_name(made.key, "latent"), rows
+    )
+    views = [
+        moments.draw(source.latents, jnp.asarray(source.images), keys, jnp.full(len(rows), view))
+        for view in (False, True)
+    ]
+    bank = np.concatenate([np.asarray(view, np.float64) for view in views]).reshape(
+        2 * len(rows), -1
+    )
+    x0 = np.asarray(made.x0, np.float64).reshape(len(made.x0), -1)
+    nearest = np.abs(x0[:, None] - bank[None]).max(-1).min(1)
+    assert nearest.max() == 0  # the batch's own samples are among them
+    xt, sigma = np.asarray(made.xt, np.float64).reshape(len(x0), -1), np.asarray(made.sigma)
+    weight = -((xt[:, None] - bank[None]) ** 2).sum(-1) / (2.0 * sigma[:, None] ** 2)
+    weight = np.exp(weight - weight.max(1, keepdims=True))
+    expected = (weight / weight.sum(1, keepdims=True)) @ bank
+    np.testing.assert_allclose(np.asarray(target).reshape(len(x0), -1), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("where", ["cache", "stream", "class", "gather"])
+def test_stf_targets_lie_among_samples(latents, where):
+    """At a low level the target is the example's own sample; at a high one the mean of the set."""
+    more = [f"stf.source={where}", "stf.n=200"] if where != "gather" else ["stf.source=gather"]
+    more += ["data.conditional=true", "stf.class_mask=true"] if where == "class" else []
+    run, made, _, constants = _example(latents, *more)
+    for sigma in (1e-3, 1e3):
+        level = jnp.full_like(made.sigma, sigma)
+        at = made.replace(sigma=level, xt=made.x0 + sigma * made.eps)
+        target, _ = run.methods.target.target(at, Own(constants))
+        if sigma < 1:
+            np.testing.assert_allclose(target, made.x0, atol=1e-5)
+        else:
+            assert np.asarray(target).std() < 0.8 * np.asarray(made.x0).std()
+
+
+def test_guidance_through_the_decoder_restores(workdir, tmp_path, capsys):
+    """The command runs, and the measured pixels come nearer than without guidance."""
+    line = ["sample", "--workdir", str(workdir), "--task", "inpaint", "--input", "digits"]
+    line += ["--num", "2", "--solver", "ddim", "--eta", "1", "--steps", "6", "--guidance", "dsg"]
+    assert not cli.main([*line, "--dsg.rate", "1", "--out", f"{tmp_path}/r.png"])
+    assert "residual" in capsys.readouterr().out
