@@ -86,7 +86,8 @@ ogdm = config.load(
 _, state = loop.train(ogdm, "runs/edm_ogdm")
 
 # %% [markdown]
-# The same seeds and the same five evaluations as above:
+# The same seeds and the same five evaluations as above. (A part of the gain is the further training
+# itself; [results](../docs/results.md) compares at equal numbers of updates, over five seeds.)
 
 # %%
 measure(open_workdir("runs/edm_ogdm"))

@@ -51,6 +51,9 @@ def execute(source: Path) -> nbformat.NotebookNode:
             resources={"metadata": {"path": folder}},
         )
         client.execute()
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
+        if "text" in output:
+            output.text = output.text.replace(f"{folder}/", "")
     notebook.metadata.pop("language_info", None)  # it has the version of Python
     warned = [
         output.text
