@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ogdm_jax import cli, parallel
 from ogdm_jax.cli import data as command
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import batches, moments, open_source
+from ogdm_jax.interop import export
 from ogdm_jax.methods.contract import Own
 from ogdm_jax.sampling.decode import decode
 from ogdm_jax.training import decoding, example, loop
@@ -159,3 +161,25 @@ def test_guidance_through_the_decoder_restores(workdir, tmp_path, capsys):
     line += ["--num", "2", "--solver", "ddim", "--eta", "1", "--steps", "6", "--guidance", "dsg"]
     assert not cli.main([*line, "--dsg.rate", "1", "--out", f"{tmp_path}/r.png"])
     assert "residual" in capsys.readouterr().out
+
+
+def test_a_published_dit_becomes_a_run_with_its_autoencoder(workdir, latents, tmp_path, capsys):
+    """Weights in the authors' names give the samples of the run that they are from."""
+    trained = open_workdir(workdir)
+    state = export.to_torch(trained.model.network, {"params": trained.params})
+    save_file(state, tmp_path / "dit.safetensors")
+    words = ["convert", f"{tmp_path}/dit.safetensors", "--out", f"{tmp_path}/new"]
+    words += ["--set", "heads=1", "--set", "img_resolution=4"]
+    words += ["--config.data.source=latents:DIR"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert "config.data.vae: '' given; expected the autoencoder" in capsys.readouterr().err
+    words += [f"--config.data.vae={latents.parent}/vae"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--config.precondition.sigma_data=0.7"])
+    assert "config.precondition.sigma_data: 0.7 given; expected" in capsys.readouterr().err
+    cli.main(words)
+    new = open_workdir(tmp_path / "new")
+    assert new.sample(2, steps=2).shape == (2, 8, 8, 1)
+    assert new.model.autoencoder == trained.model.autoencoder
+    jax.tree.map(np.testing.assert_array_equal, new.params, trained.params)

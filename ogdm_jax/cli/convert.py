@@ -5,10 +5,11 @@
     ogdm sample --workdir WORKDIR
 
 FILE: .pt, .pth, .pkl (EDM's network-snapshot), .npz or .safetensors (also a folder of its shards),
-with a denoiser of EDM's or OpenAI's code. Averaged weights come first, wherever they lie; what was
-taken is printed, and what else there is, which --entry picks. What tensors hide of unpublished
-OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or head_channels=64) and, where they are
-so, --set qkv_order=new --set schedule=cosine.
+with a denoiser of EDM's, OpenAI's, score_sde's or DiT's code. Averaged weights come first, wherever
+they lie; what was taken is printed, and what else there is, which --entry picks. What tensors hide
+of unpublished OpenAI U-Nets: --set img_resolution=64 --set num_heads=1 (or head_channels=64) and,
+where they are so, --set qkv_order=new --set schedule=cosine. A DiT's latents are decoded by an
+autoencoder: --config configs/imagenet256_dit.py --config.data.vae=FILE.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from ogdm_jax.training import convert, steps
 _KEPT = ("network.dropout", "precondition.schedule", "sample.grid", "sample.solver")
 _KEPT += ("noise.distribution", "noise.mean", "noise.std")
 _KEPT += ("sample.sigma_min", "sample.sigma_max")
+# others are read of the file or by --set
+_HOW = {"precondition.sigma_data": " (--set sigma_data=... says so of the file)"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,6 +61,10 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     typed = {text.partition("=")[0] for text in overrides}
     told = convert.settings_of(found, config)
     kept = typed.intersection(_KEPT)
+    flat = configs.flatten(config)
+    for key in typed.intersection(told) - kept:
+        need = f"{_text(told[key])}, as {args.source} has, or nothing{_HOW.get(key, '')}"
+        configs.require(flat[key] == told[key], key, flat[key], need)
     if config.data.source == configs.Config().data.source and "data.source" not in typed:
         told |= convert.data_of(found)  # the settings are of no particular images yet
     config = configs.replace(config, {key: v for key, v in told.items() if key not in kept})
@@ -71,7 +78,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
         if flat[key] != defaults[key] and not key.startswith("init.")
     ]
     program = "python -m ogdm_jax" if sys.argv[0].endswith("__main__.py") else "ogdm"
-    start = ["--config", os.path.relpath(args.config), f"--config.init.workdir={args.out}"]
+    start = ["--config", _shortest(args.config), f"--config.init.workdir={args.out}"]
     words = [*start, *changed, "--workdir", f"{args.out.rstrip('/')}-tuned"]
     print(f"fine-tune: {program} train {shlex.join(words)}")
     print(f"sample:    {program} sample --workdir {shlex.quote(args.out)}")
@@ -79,6 +86,12 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
         labels = found.network.label_dim
         classes = f" (a sub-folder for each of {labels} classes)" if labels else ""
         print(f"put the folder of your images in place of DIR{classes}")
+
+
+def _shortest(path: str) -> str:
+    """The name of a file as one would type it here."""
+    near = os.path.relpath(path)
+    return path if near.startswith("..") else near
 
 
 def _text(value: Any) -> str:

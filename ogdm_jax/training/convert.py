@@ -2,6 +2,7 @@
 file, those that `snapshots` puts together.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import models
-from ogdm_jax.config import Config
+from ogdm_jax.config import Config, require
 from ogdm_jax.interop import Pretrained, export
+from ogdm_jax.interop.autoencoder import open_autoencoder
+from ogdm_jax.latents import Latents
 from ogdm_jax.training import checkpoint, lock, optim, state
 from ogdm_jax.typing import PyTree
 
@@ -29,15 +32,15 @@ _SHARED = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")
 def check_denoiser(found: Pretrained, source: str) -> None:
     """Raises ValueError unless the file holds a denoiser that a configuration can describe."""
     network = found.network
+    if found.kind == "sd_unet":
+        raise ValueError(
+            f"{source}: a text-conditioned U-Net of latents, which no configuration has yet; with "
+            "its autoencoder and texts ogdm sample --workdir FOLDER --prompt takes it as it is"
+        )
     if found.kind not in ("edm", "adm", "score_sde", "dit"):
         raise ValueError(
             f"{source}: holds a network of kind {found.kind}; expected a denoiser (others: "
             "load_pretrained)"
-        )
-    if network.img_channels not in (1, 3, 6):
-        raise ValueError(
-            f"{source}: its images have {network.img_channels} channels: they are latents, which "
-            "ogdm sample does not decode; use load_pretrained"
         )
     found.preconditioning()
     if found.kind == "adm" and network.img_channels == 6:
@@ -90,6 +93,27 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     return settings
 
 
+def latents_of(found: Pretrained, config: Config, source: str) -> Latents | None:
+    """What the images of a latent model are, by the autoencoder that config.data.vae names; None of
+    a model of pixels.
+
+    Raises:
+      ConfigError: no autoencoder, one of other latents, or one for a model of pixels.
+    """
+    network, vae = found.network, config.data.vae
+    channels = network.img_channels
+    if found.kind != "dit" or channels in (1, 3):
+        require(not vae, "data.vae", vae, f"none, as {source} is a model of pixels")
+        return None
+    need = f"the autoencoder of the latents of {channels} channels that {source} makes"
+    require(bool(vae), "data.vae", vae, need)
+    decoder = open_autoencoder(vae, "config.data.vae")
+    require(decoder.network.latent_channels == channels, "data.vae", vae, need)
+    shape = network.img_resolution, network.img_resolution, channels
+    scale, shift = decoder.network.scale, decoder.network.shift
+    return Latents(shape, scale=scale, shift=shift, vae={"path": vae, "sha256": decoder.sha256})
+
+
 def data_of(found: Pretrained) -> dict[str, Any]:
     """{"data.key": value}: images that fit a network; of an unknown set, from the folder DIR."""
     network = found.network
@@ -104,11 +128,12 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
     """Writes the network as step 0 of a training folder; returns its number of parameters.
 
     Raises:
-      ValueError: the configuration builds another network.
+      ValueError: the configuration builds another network, or has no autoencoder for its latents.
     """
     network = found.network
     shape = (network.img_resolution, network.img_resolution, network.img_channels)
-    built = models.build(config, shape, network.label_dim)
+    latents = latents_of(found, config, source)
+    built = models.build(config, shape, network.label_dim, latents)
     ours, theirs = export.network_settings(built.network), export.network_settings(network)
     differ = [
         f"{name} {theirs[name]}"
@@ -119,7 +144,8 @@ def write(found: Pretrained, config: Config, out: str | os.PathLike, source: str
         raise ValueError(
             f"{source}: no configuration describes its {', '.join(differ)}; use load_pretrained"
         )
-    about = checkpoint.describe(config, shape, network.label_dim)
+    data_set = {"latents": dataclasses.asdict(latents)} if latents else None
+    about = checkpoint.describe(config, shape, network.label_dim, data_set)
     return write_folder(out, config, found.variables, about)
 
 
