@@ -119,7 +119,11 @@ def test_the_weighted_error_is_that_of_the_velocity(kind):
     np.testing.assert_allclose(ours, theirs, rtol=2e-4)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+# plms extrapolates what each network gives, by design: eps, v or a velocity are different numbers.
+ALIKE = [solver for solver in SOLVERS if solver != "plms"]
+
+
+@pytest.mark.parametrize("solver", ALIKE)
 def test_every_solver_draws_what_edms_preconditioning_of_the_oracle_draws(solver):
     key = jax.random.key(1)
     draw = functools.partial(sample, latents=LATENTS, solver=solver, key=key)
@@ -135,7 +139,7 @@ def test_every_solver_draws_what_edms_preconditioning_of_the_oracle_draws(solver
     )
 
 
-@pytest.mark.parametrize("solver", FROM_PURE_NOISE)
+@pytest.mark.parametrize("solver", [s for s in FROM_PURE_NOISE if s in ALIKE])
 def test_from_pure_noise_too(solver):
     key = jax.random.key(1)
     draw = functools.partial(sample, latents=LATENTS, solver=solver, key=key)
@@ -147,6 +151,17 @@ def test_from_pure_noise_too(solver):
         np.testing.assert_allclose(
             draw(DENOISERS[kind], sigmas=sigmas), draw(EDM, sigmas=sigmas), atol=2e-5
         )
+
+
+@pytest.mark.parametrize("kind", ["flow", "linear"])
+def test_plms_of_any_network_nears_the_closed_form(kind):
+    errors = []
+    for n in (25, 50, 100):
+        grid = grids.flow(n, 3.0) if kind == "flow" else grids.ddim(n, TABLES[kind], "trailing")
+        top = float(grid[0])
+        exact = MEAN + STD * (LATENTS * top - MEAN) / np.sqrt(STD**2 + top**2)
+        errors.append(float(jnp.abs(sample(DENOISERS[kind], LATENTS, grid, "plms") - exact).max()))
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1] and errors[2] < 0.05
 
 
 def euler_in_t(latents, times):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax import models
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.interop import litert, perceptual
 from ogdm_jax.inverse import networks, operators, tasks
@@ -180,9 +181,7 @@ def test_features_under_remat_have_the_same_gradient():
     np.testing.assert_allclose(saved, plain, rtol=1e-5, atol=1e-5 * float(jnp.abs(plain).max()))
 
 
-class _Model:
-    image_shape, label_dim, table = (8, 8, 3), 0, None
-
+class _Model(models.Model):
     def denoiser(self, params, buffers):
         return lambda x, sigma, label=None: x / (1 + sigma[:, None, None, None] ** 2)
 
@@ -203,7 +202,7 @@ def test_weights_reach_the_compiled_sampler_as_an_argument(monkeypatch):
 
     def draw(guidance, compiled=None):
         compiled = compiled or generate.sampler(
-            _Model(), settings, jax.devices()[:1], guidance=guidance
+            _Model(None, None, (8, 8, 3), 0), settings, jax.devices()[:1], guidance=guidance
         )
         out = generate.generate(compiled, {}, {}, np.arange(3), None, 3, guidance)
         return np.concatenate(list(out)), compiled

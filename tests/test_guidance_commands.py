@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ogdm_jax import config as configs
-from ogdm_jax import parallel, startup
+from ogdm_jax import models, parallel, startup
 from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command_line
 from ogdm_jax.diffusion import steps
@@ -161,8 +161,8 @@ def test_networks_steer(task, tmp_path):
 def one_step(*argv: str):
     """(guided state, plain state, Guided) after one step to noise level 0.1 of four images."""
     request = _request(*argv)
-    model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0)
-    run = types.SimpleNamespace(model=model, config=None)
+    model = models.Model(None, None, (8, 8, 1), 0)
+    run = types.SimpleNamespace(model=model, config=None, buffers={})
     extra = guidance.build(
         request, run, configs.Sample(**request.sampling), np.arange(4), label=None
     )
@@ -571,7 +571,8 @@ def test_cfg_is_inside_dg_whatever_comes_first(monkeypatch, names):
         guidance, "_open_discriminator", lambda *_: dg.guidance(ratio, corrector_weight=0.0)
     )
     run = types.SimpleNamespace(
-        model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10),
+        model=models.Model(None, None, (8, 8, 1), 10),
+        buffers={},
         config=types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1)),
     )
     request = _request("--guidance", names, "--dg.discriminator", "x", "--cfg.weight", "3")
