@@ -1,7 +1,7 @@
 """What the numbers of latents are (arXiv 2112.10752), without JAX: reading processes need it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,23 @@ class Latents:
         if self.moments:
             values = np.concatenate([values, np.zeros_like(values)], axis=-1)
         return np.repeat(values[:, None], self.views, axis=1).astype(np.float32)
+
+
+def difference(one: Latents | None, other: Latents | None, names: Sequence[str] = ()) -> str:
+    """In what two sets differ that should hold numbers of one kind, in words; "" in nothing.
+
+    Args:
+      one: what its numbers are, None: pixels.
+      other: likewise.
+      names: of attributes that have to agree beside scale and shift.
+    """
+    if one is None or other is None:
+        return "" if one is other else "pixels in one and latents in the other"
+    for name in ("scale", "shift", *names):
+        values = getattr(one, name), getattr(other, name)
+        if values[0] != values[1]:
+            return f"{name} {values[0]} and {values[1]}"
+    return ""
 
 
 def from_json(about: Mapping[str, Any]) -> Latents:

@@ -17,6 +17,7 @@ from ogdm_jax.discriminator.network import keep_extractor, open_network
 from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.settings import check_run
 from ogdm_jax.discriminator.settings import of as settings_of
+from ogdm_jax.latents import difference
 from ogdm_jax.methods.contract import Constants, Slots, combine
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import generate
@@ -87,11 +88,7 @@ def build(
     prior = open_prior(config)
     generate.check_settings(config.sample, prior.model)
     source = open_source(config if config.data.source else prior.config)
-    if source.shape != prior.model.image_shape:
-        raise configs.ConfigError(
-            f"config.data.source: images of {source.shape}; expected the prior's "
-            f"{prior.model.image_shape}"
-        )
+    _check_source(source, prior)
     network, extractor = open_network(config, source.shape, source.num_classes, workdir)
     if network.label_dim and not prior.model.label_dim:
         raise configs.ConfigError(
@@ -109,7 +106,27 @@ def build(
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
     parts = _parts(config, plan, source, network, extractor, prior.config.data.xflip)
     more = {"extractor": extractor, "prior": prior, "kept": kept, "held_out": held_out}
-    return decoding.with_decoder(DiscriminatorRun(**parts, **more))
+    return decoding.with_decoder(DiscriminatorRun(**parts, **more), prior.config.data.vae)
+
+
+def _check_source(source: Source, prior: TrainedModel) -> None:
+    """Raises ConfigError for real images that are not of the prior's kind."""
+    told, field = source.latents, f"config.data.source: {source.name}"
+    if source.shape != prior.model.image_shape:
+        raise configs.ConfigError(
+            f"config.data.source: images of {source.shape}; expected the prior's "
+            f"{prior.model.image_shape}"
+        )
+    if differs := difference(told, prior.model.latents):
+        raise configs.ConfigError(
+            f"{field} holds other numbers than the prior was trained on ({differs}); expected "
+            "both alike"
+        )
+    if told is not None and told.views < 2 and prior.config.data.xflip:
+        raise configs.ConfigError(
+            f"{field} has no latents of the mirrored images, which the prior was trained on, too "
+            "(its data.xflip); expected what ogdm data encode writes"
+        )
 
 
 def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> PlannedRun:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import data, places
-from ogdm_jax.config import Config, ConfigError, require
+from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.data import Source, identity
 from ogdm_jax.interop.autoencoder import Autoencoder, open_autoencoder
 from ogdm_jax.latents import Latents
@@ -44,7 +44,8 @@ def open_decoder(
     """
     given = path or config.data.vae
     named = given or str(latents.vae.get("path", ""))
-    require(bool(named), field.removeprefix("config."), "", "the autoencoder of these latents")
+    if not named:
+        raise ConfigError(f"{field}: '' given; expected the autoencoder of these latents")
     missing = not given and not places.place(named, field).exists()
     if missing:
         raise ConfigError(
@@ -68,19 +69,19 @@ def open_decoder(
     return dataclasses.replace(found, network=network)
 
 
-def with_decoder(run: RunT) -> RunT:
-    """The run with the decoder of its latents.
+def with_decoder(run: RunT, vae: str = "") -> RunT:
+    """The run with the decoder of its latents; vae: where config.data.vae names none.
 
     Raises:
       ConfigError: there is none, and config.evaluate.features wants images.
     """
-    source = run.source
+    source, vae = run.source, run.config.data.vae or vae
     if source.latents is None:
         return run
     try:
-        return dataclasses.replace(run, decoder=open_decoder(run.config, source.latents))
+        return dataclasses.replace(run, decoder=open_decoder(run.config, source.latents, vae))
     except ConfigError as error:
-        if run.config.evaluate.features or run.config.data.vae:
+        if run.config.evaluate.features or vae:
             raise
         notes = (*source.notes, f"no pictures of samples are written: {error}")
         return dataclasses.replace(run, source=dataclasses.replace(source, notes=notes))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax import data, platforms, randomness
+from ogdm_jax import data, latents, platforms, randomness
 from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.data import identity, moments
 from ogdm_jax.diffusion.noise import NoiseDistribution
@@ -103,6 +103,11 @@ def _check(name: str, trained: data.Source, found: data.Source, classes: bool) -
         raise ConfigError(
             f"{field} has images of {found.shape}, those trained on are {trained.shape} (height, "
             "width, channels); expected one shape (data.resolution and data.channels make it)"
+        )
+    differs = latents.difference(trained.latents, found.latents, ("moments", "scaled"))
+    if differs:
+        raise ConfigError(
+            f"{field} holds other numbers than data.source ({differs}); expected both alike"
         )
     labels = [(s.num_classes, s.label_size, s.class_names) for s in (found, trained)]
     if classes and labels[0] != labels[1]:

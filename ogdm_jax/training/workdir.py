@@ -47,13 +47,15 @@ def open_pixels(config: Config, vae: str = "") -> Source:
 
 def _check_latents(config: Config, latents: Latents) -> None:
     """Raises ConfigError for settings that only pixels have."""
+    bounds = "false with latents, which have no bounds"
+    require(not config.sample.clip, "sample.clip", config.sample.clip, bounds)
+    if config.task != "denoiser":  # the others do not augment: those settings are not theirs
+        return
     settings = config.data
     stays = f"0 with {settings.source}: its images are augmented before they are encoded"
     require(settings.augment == 0, "data.augment", settings.augment, stays)
     views = "false, as the set has no latents of the mirrored images, which no flip makes"
     require(latents.views == 2 or not settings.xflip, "data.xflip", settings.xflip, views)
-    bounds = "false with latents, which have no bounds"
-    require(not config.sample.clip, "sample.clip", config.sample.clip, bounds)
 
 
 class SamplerWords(TypedDict, total=False):
