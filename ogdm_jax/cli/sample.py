@@ -54,6 +54,7 @@ LATER: dict[str, Any] = {
     "--cfg.channels": 0,
     "--cfg.rescale": 0.0,
     "--dg.rule": "score",
+    "--latents": False,
     **{f"--task.{name}": getattr(tasks.Settings, name) for name in ("weights", "layers", "size")},
 }
 MOST = 10_000_000  # images of one command: their seeds and classes are in memory
@@ -165,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
     plan = read(args)
     task = plan.guided.restoration
     how = {"floats": task is not None or args.latents, "overwrite": args.overwrite}
+    how["readable"] = task is None
     with output.Output(plan.out, origin(plan, args), plan.seeds, **how).opened() as out:
         with leaving(out.safe):
             counts: list[np.ndarray] = []
@@ -186,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
             if figures is not None:
                 print(records.dumps(figures))
             if args.evaluate:
-                report = distance(plan.trained.config, out.uint8())
+                report = distance(plan.trained.config, out.uint8(), args.vae)
                 how = describe_sampler(plan.settings, counts) if counts else {}
                 print(records.dumps(report | how | _lost(out)))
     if len(out.not_finite):
@@ -210,6 +212,7 @@ def _check_latents(args: argparse.Namespace, trained: TrainedModel, task: str) -
         ("--vae", args.vae, "one of --vae and --latents"),
         ("--task", task, "decoded images, without --latents"),
         ("--evaluate", args.evaluate, "decoded images, without --latents"),
+        ("--animate", args.animate, "decoded images, without --latents"),
         ("--out", not args.out.endswith(".npz"), "FILE.npz with --latents"),
     ):
         if given:
@@ -264,6 +267,7 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     """Every choice that changes an image: {option: value}, and digests of weights and inputs."""
     trained, settings = plan.trained, plan.settings
     found: dict[str, Any] = {"--step": trained.step, "--weights": args.weights}
+    found["--latents"] = args.latents
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
     found |= {f"--{name}": value for name, value in settings.options.items()}

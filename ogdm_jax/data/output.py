@@ -72,6 +72,7 @@ class Output:
         field: str = "--out",
         overwrite: bool = False,
         remedy: str = "another name, or --overwrite",
+        readable: bool = True,
     ) -> None:
         """Reads and writes nothing yet; see `opened`.
 
@@ -83,11 +84,12 @@ class Output:
           field: the setting that named the path, for messages.
           overwrite: remove images that were drawn with other settings.
           remedy: what else than the same settings would do.
+          readable: whether FILE.npz will be that of `columns`: finished, its images are read again.
         """
         self.path, self.seeds, self.done = path, np.asarray(seeds), np.zeros(len(seeds), bool)
         self.bad: set[int] = set()
         self._floats, self._field, self._overwrite = floats, field, overwrite
-        self._remedy, self._finished = remedy, False
+        self._remedy, self._finished, self._readable = remedy, False, readable
         self._pngs = not path.suffix and not floats
         self._record = path.with_name(f"{path.name}.json")
         self._parts = path.with_name(f"{path.name}.parts")
@@ -276,7 +278,7 @@ class Output:
     @property
     def _whole(self) -> bool:
         """Whether a finished npz is there, from which images can be read again."""
-        return self._finished and self.path.suffix == ".npz" and not self._floats
+        return self._finished and self.path.suffix == ".npz" and self._readable
 
     @property
     def good(self) -> np.ndarray:

@@ -157,6 +157,9 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     require(random, "sample.eta", settings.eta, "above 0, such as 1, or sample.solver=dpmpp_2m")
     if model is None:
         return
+    pixels = model.latents is None and model.autoencoder is None
+    bounds = "false with latents, which have no bounds"
+    require(pixels or not settings.clip, "sample.clip", settings.clip, bounds)
     denoise, solvers = model.denoiser({}, {}), ", ".join(FROM_PURE_NOISE)
     finite_start = noise_levels(model, settings)[0] < process.PURE_NOISE
     starts = finite_start or settings.solver in FROM_PURE_NOISE

@@ -31,10 +31,13 @@ MOST_KEPT = 50_000  # samples whose features are in memory at a time
 SHOWN = 64  # images of an evaluation's samples.png
 
 
-def space_of(config: Config) -> FeatureSpace:
-    """The feature space in which a configuration measures distances."""
+def space_of(config: Config, images: Source | None = None) -> FeatureSpace:
+    """The feature space in which a configuration measures distances; without a name of one that of
+    the images' labels (None: of config.data.source).
+    """
     settings = config.evaluate
-    return feature_space(settings.features or config.data.source, settings.weights or None)
+    labelled = settings.features or images or config.data.source
+    return feature_space(labelled, settings.weights or None)
 
 
 def references(source: Source) -> np.ndarray:
@@ -42,19 +45,20 @@ def references(source: Source) -> np.ndarray:
     return source.take(np.arange(min(len(source), 50_000)))["image"]
 
 
-def distance(config: Config, samples: Iterable[np.ndarray]) -> dict[str, Any]:
+def distance(config: Config, samples: Iterable[np.ndarray], vae: str = "") -> dict[str, Any]:
     """The distance report of uint8 samples, batch by batch, against the data of a configuration.
 
     Of more than MOST_KEPT samples only "fd_all" sees the rest; "n_kept" says how many the other
-    figures are of.
+    figures are of. vae: as that of `open_workdir`.
     """
-    space, kept, everything, beyond = space_of(config), [], Moments(), 0
+    source = open_pixels(config, vae)
+    space, kept, everything, beyond = space_of(config, source), [], Moments(), 0
     for images in samples:
         values = space(images)
         everything.update(values)
         kept.append(values[: max(0, MOST_KEPT - everything.count + len(values))])
         beyond = everything.count - MOST_KEPT
-    reference = space(references(open_pixels(config)))
+    reference = space(references(source))
     report = distance_report(space, np.concatenate(kept), reference)
     if beyond > 0:
         whole = Moments().update(reference).finalize()
@@ -75,8 +79,8 @@ def check_evaluation(config: Config) -> None:
             raise ConfigError(
                 f"config.evaluate.features: {error}, or lite0, or inception"
             ) from None
-        labelled = source.num_classes > 1 and not source.label_size
-        spaces = "a source with two or more classes, lite0 or inception"
+        labelled = source.num_classes > 1 and not source.label_size and source.latents is None
+        spaces = "a source of images with two or more classes, lite0 or inception"
         require(labelled, "evaluate.features", settings.features, spaces)
     if settings.features == "inception":
         found = places.local(settings.weights, "config.evaluate.weights").is_file()
