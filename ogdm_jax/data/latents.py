@@ -28,6 +28,11 @@ _STATED = {  # what other people's files need: {field: the values it may have, i
     "scaled": "true where the numbers are multiplied by scale already, else false",
     "scale": "the autoencoder's factor, such as 0.18215",
 }
+_MORE = (  # what they may say beside it
+    ("shift", (int, float), "a number"),
+    ("vae", dict, '{"path": FILE} of the autoencoder'),
+    ("pixels", dict, '{"name": SOURCE} of the images'),
+)
 _LOG_VARIANCE = (-30.0, 20.0)  # as networks.vae.posterior
 
 
@@ -96,11 +101,17 @@ class FileReader(LatentReader):
     """Latents of other programs: one .npz or .npy of all, or one file for each image."""
 
     def __init__(
-        self, source: str, latents: Latents, mark: str, files: Sequence[Path], about: dict[str, Any]
+        self,
+        source: str,
+        latents: Latents,
+        mark: str,
+        files: Sequence[Path],
+        about: dict[str, Any],
+        whole: np.ndarray | None,
     ) -> None:
+        """whole: the latents of the one file; None where each has a file of its own."""
         super().__init__(source, latents, mark)
-        self._files, self._about = list(files), about
-        self._all = load(source, files[0], about)[0] if len(files) == 1 else None
+        self._files, self._about, self._all = list(files), about, whole
 
     def __len__(self) -> int:
         return len(self._files) if self._all is None else len(self._all)
@@ -116,6 +127,11 @@ class FileReader(LatentReader):
             item = self._all[i]
         else:
             found, label = load(self.source, self._files[i], self._about)
+            if found.ndim not in (3, 4) or found.size != np.prod(found.shape[-3:]):
+                raise SourceError(
+                    f"{self.source}: {self.where(i)} holds {found.shape}; expected one latent of "
+                    "three sides, as there are several files"
+                )
             item = found.reshape(found.shape[-3:])
         return self._checked(_as_item(item, self._about), i), None if label is None else int(label)
 
@@ -172,9 +188,10 @@ def read_folder(
     sizes = [file.stat().st_size for file in files]
     mark = identity.of_names([records.dumps(about), *(file.name for file in files)], [0, *sizes])
     if records_:
-        labels = [np.load(file) for file in sorted(folder.glob("labels-*.npy"))]
+        parts = [np.load(file) for file in sorted(folder.glob("labels-*.npy"))]
+        known = any(part.dtype.kind != "i" or part.max() >= 0 for part in parts)
         reader = RecordReader(source, from_json(about), mark, files)
-        return reader, np.concatenate(labels) if labels else None, about
+        return reader, np.concatenate(parts) if known else None, about
     first, labels = load(source, files[0], about)
     if len(files) == 1 and first.ndim != 4 or first.ndim not in (3, 4):
         raise SourceError(
@@ -186,7 +203,9 @@ def read_folder(
     if moments and sides[-1] % 2:
         raise SourceError(f"{source}: {sides[-1]} channels; expected an even number of {STORED[1]}")
     told = {"shape": (*sides[:2], sides[2] // (1 + moments)), "views": 1, "dtype": "float32"}
-    reader = FileReader(source, from_json(about | told | {"moments": moments}), mark, files, about)
+    latents = from_json(about | told | {"moments": moments})
+    whole = first if len(files) == 1 else None
+    reader = FileReader(source, latents, mark, files, about, whole)
     if (alone := folder / "labels.npy").is_file():
         return reader, np.load(alone), about
     return reader, labels if len(files) == 1 else None, about
@@ -216,6 +235,9 @@ def _about(source: str, folder: Path) -> dict[str, Any]:
             good = value in (STORED if name == "stored" else ("chw", "hwc"))
         if not good or isinstance(value, bool) != (name == "scaled"):
             raise SourceError(f"{source}: {SIDECAR} has {name} {value!r}; expected {words}")
+    for name, kind, words in _MORE:
+        if name in about and not isinstance(about[name], kind):
+            raise SourceError(f"{source}: {SIDECAR} has {name} {about[name]!r}; expected {words}")
     return about
 
 
