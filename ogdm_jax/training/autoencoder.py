@@ -21,7 +21,7 @@ from etils import epath
 from ogdm_jax import data, models, parallel, places, platforms, randomness
 from ogdm_jax.config import Config, check, require, setting
 from ogdm_jax.data import augment, pictures
-from ogdm_jax.interop import diffusers, export
+from ogdm_jax.interop import autoencoder, diffusers, export
 from ogdm_jax.methods.contract import combine
 from ogdm_jax.metrics.distances import psnr
 from ogdm_jax.metrics.features import distance_report
@@ -136,47 +136,44 @@ def training_loss(config: Config, network: AutoencoderKL) -> Loss:
 
 
 class View(NamedTuple):
-    """Some images [n,h,w,c], what the posterior's mean becomes again, both uint8, and the
-    posterior's mean and std [n,h',w',z].
-    """
+    """Some images [n,h,w,c] and what the posterior's mean becomes again, both uint8."""
 
     images: np.ndarray
     made: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _view(
-    platform: str, network: AutoencoderKL, params: PyTree, images: Array
-) -> tuple[Array, Array, Array]:
-    """(what the posterior's mean becomes, mean, std) of uint8 images."""
+def _view(platform: str, network: AutoencoderKL, params: PyTree, images: Array) -> Array:
+    """What the posterior's mean becomes, of uint8 images."""
 
-    def view(params: PyTree, images: Array) -> tuple[Array, Array, Array]:
+    def view(params: PyTree, images: Array) -> Array:
         moments = network.apply({"params": params}, to_float(images), method="encode")
-        mean, std = vae.posterior(cast(Array, moments))
-        made = network.apply({"params": params}, mean, method="decode")
-        return cast(Array, made), mean, std
+        mean, _ = vae.posterior(cast(Array, moments))
+        return cast(Array, network.apply({"params": params}, mean, method="decode"))
 
     return platforms.traced_for(platform, view)(params, images)
 
 
-def viewer(run: runs.Run) -> Callable[..., Iterator[View]]:
-    """(params, source, num) -> views of so many images, spread evenly over it, batch by batch: as
-    many as a device has in a step.
+def _batches(run: runs.Run, source: data.Source, num: int) -> Iterator[tuple[np.ndarray, int]]:
+    """So many images, spread evenly over a source, batch by batch, as many as a device has in a
+    step: (images, how many of them count), for one size is compiled.
     """
-    network, size = cast(Autoencoder, run.model).network, run.config.data.batch
-    size = min(size // len(run.plan.devices), _BATCH)
-    compiled = functools.partial(_view, run.plan.local_devices[0].platform, network)
+    size = min(run.config.data.batch // len(run.plan.devices), _BATCH)
+    num = min(num, len(source))
+    rows = np.linspace(0, len(source) - 1, num).round().astype(int)
+    for start in range(0, num, size):
+        part = rows[start : start + size]
+        yield source.take(np.resize(part, size))["image"], len(part)
+
+
+def viewer(run: runs.Run) -> Callable[..., Iterator[View]]:
+    """(params, source, num) -> views of so many images, batch by batch."""
+    network, platform = cast(Autoencoder, run.model).network, run.plan.local_devices[0].platform
 
     def views(params: PyTree, source: data.Source, num: int) -> Iterator[View]:
-        num = min(num, len(source))
-        rows = np.linspace(0, len(source) - 1, num).round().astype(int)
-        for start in range(0, num, size):
-            part = rows[start : start + size]
-            images = source.take(np.resize(part, size))["image"]  # one size is compiled
-            made, mean, std = (np.asarray(v)[: len(part)] for v in compiled(params, images))
-            yield View(images[: len(part)], to_uint8(made), mean, std)
+        for images, count in _batches(run, source, num):
+            made = np.asarray(_view(platform, network, params, images))[:count]
+            yield View(images[:count], to_uint8(made))
 
     return views
 
@@ -211,9 +208,10 @@ def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], di
     latent model.
     """
     views, num = viewer(run), run.config.evaluate.num or len(run.source)
+    space_of = functools.cache(lambda: evaluate.space_of(run.config))
 
     def measure(state: TrainState) -> dict[str, Any]:
-        params, space = run.plan.local_copy(state.ema), evaluate.space_of(run.config)
+        params, space = run.plan.local_copy(state.ema), space_of()
         parts = zip(*views(params, run.source, min(num, _MOST)), strict=True)
         whole = View(*map(np.concatenate, parts))
         report = {"step": int(state.step), "solver": "reconstructions", "steps": 1, "nfe": 1}
@@ -253,10 +251,10 @@ def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
       The network with that scale.
     """
     model, moments = cast(Autoencoder, run.model), []
-    for view in viewer(run)(params, run.source, _MOST):
-        mean = view.mean.astype(np.float64)
-        square = np.square(mean) + np.square(view.std)
-        moments.append((mean.size, mean.sum(), square.sum()))
+    frozen = autoencoder.Autoencoder(model.network, {"params": params}, str(folder))
+    for images, count in _batches(run, run.source, _MOST):
+        mean, std = (part[:count].astype(np.float64) for part in frozen.encode(images))
+        moments.append((mean.size, mean.sum(), (np.square(mean) + np.square(std)).sum()))
     count, total, square = np.sum(moments, axis=0)
     std = float(np.sqrt(square / count - (total / count) ** 2))
     network = model.network.clone(scale=1 / std)
