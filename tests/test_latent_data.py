@@ -117,7 +117,10 @@ def test_latents_of_others_need_a_statement(tmp_path):
     with pytest.raises(SourceError, match="state it in a file such as"):
         open_source(f"latents:{tmp_path}")
     told = {"layout": "chw", "stored": "samples", "scaled": True, "scale": 0.18215}
-    for name, value in (("scaled", "yes"), ("scale", None), ("layout", "nchw"), ("scale", True)):
+    for name, value in (
+        *(("scaled", "yes"), ("scale", None), ("layout", "nchw"), ("scale", True)),
+        *(("shift", "none"), ("vae", "sd-vae-ft-ema"), ("pixels", ["digits"])),
+    ):
         (tmp_path / SIDECAR).write_text(json.dumps(told | {name: value}))
         with pytest.raises(SourceError, match=f"{SIDECAR} has {name}"):
             open_source(f"latents:{tmp_path}")
@@ -143,6 +146,23 @@ def test_one_file_for_each_image(tmp_path, stored):
     np.testing.assert_allclose(source.images[:, 0, ..., :2], mean, rtol=1e-6)
     np.testing.assert_allclose(source.images[:, 0, ..., 2:], std, rtol=1e-5)
     np.testing.assert_array_equal(source.labels, np.arange(12) % 3)
+
+
+def test_a_file_of_several_latents_is_no_image_of_several_files(tmp_path):
+    for k in range(2):
+        np.save(tmp_path / f"{k}.npy", np.zeros((1 + k, 3, 3, 2), np.float32))
+    told = {"layout": "hwc", "stored": "samples", "scaled": True, "scale": 1}
+    (tmp_path / SIDECAR).write_text(json.dumps(told))
+    with pytest.raises(SourceError, match=r"1.npy holds \(2, 3, 3, 2\); expected one latent"):
+        open_source(f"latents:{tmp_path}")
+
+
+def test_a_set_without_classes_stays_one(tmp_path, vae):
+    grey = sets.encoded(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    name = sets.folder(tmp_path / "set", {f"{k}.png": grey for k in range(3)})
+    assert run(name, "--vae", vae, "--out", tmp_path / "out", "--channels", 1) == 0
+    source = open_source(f"latents:{tmp_path / 'out'}")
+    assert source.labels is None and source.notes == open_source(name).notes
 
 
 def test_draws_have_the_posteriors_moments():

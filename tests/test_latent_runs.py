@@ -1,21 +1,31 @@
 """Runs on latents: decoded samples and sheets, STF over draws, guidance through the decoder."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from PIL import Image
 from safetensors.numpy import save_file
 
 from ogdm_jax import cli, parallel
+from ogdm_jax import config as configs
 from ogdm_jax.cli import data as command
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import batches, moments, open_source
+from ogdm_jax.data.latents import SIDECAR
+from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator.run import build
+from ogdm_jax.discriminator.train import train
 from ogdm_jax.interop import export
 from ogdm_jax.methods.contract import Own
+from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.decode import decode
-from ogdm_jax.training import decoding, example, loop
+from ogdm_jax.training import decoding, example, heldout, loop
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_pixels, open_workdir
 from ogdm_jax.training.workdir import open_source as source_of
@@ -26,6 +36,13 @@ SMALL = (
     *("network.kind=dit", "network.model_channels=8", "network.num_blocks=1", "network.patch=2"),
     *("network.num_heads=1", "network.dropout=0", "data.augment=0", "data.xflip=true", "methods="),
     *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps"),
+)
+DG = (
+    *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps", "data.batch=8"),
+    *("sample.every=2 steps", "sample.solver=heun", "sample.steps=3", "dg.num=24", "dg.weights=()"),
+    *("network.model_channels=32", "network.channel_mult=(1,)", "network.attn_resolutions=()"),
+    "log.tensorboard=false",
+    *("optim.decay=0 steps", "evaluate.num=24", "evaluate.every=2 steps", "parallel.devices=2"),
 )
 
 
@@ -84,6 +101,8 @@ def test_the_autoencoder_is_known_again(workdir, latents, tmp_path):
         decoding.open_decoder(config, gone)
     with pytest.raises(ConfigError, match=r"data.vae: '' given"):
         decoding.open_decoder(config, dataclasses.replace(told, vae={}))
+    with pytest.raises(ConfigError, match="^--vae: '' given"):
+        decoding.open_decoder(config, dataclasses.replace(told, vae={}), "", "--vae")
 
 
 def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog):
@@ -183,3 +202,94 @@ def test_a_published_dit_becomes_a_run_with_its_autoencoder(workdir, latents, tm
     assert new.sample(2, steps=2).shape == (2, 8, 8, 1)
     assert new.model.autoencoder == trained.model.autoencoder
     jax.tree.map(np.testing.assert_array_equal, new.params, trained.params)
+
+
+@pytest.fixture(scope="module")
+def discriminator(workdir):
+    """A folder of two steps of DG on the run's latents, evaluated once, and its log."""
+    place, lines = workdir.parent / "dg", []
+    config = configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*DG, f"dg.prior={workdir}"))
+    run, state = train(config, place, lines.append)
+    assert int(state.step) == 2
+    return place, run, lines
+
+
+def test_a_discriminator_of_latents_trains(discriminator):
+    """Its generated side is what the prior draws, its real side draws of either view; samples that
+    are judged are decoded."""
+    place, run, _ = discriminator
+    real, drawn = run.kept[0], generated.read(place / "samples.npz", None, run.source.latents)
+    seeds = generated.FIRST_SEED + np.arange(24)
+    z = np.concatenate(list(run.prior.batches(run.config.sample, seeds)))
+    keys = jax.random.split(jax.random.key(0), 24)
+    for mirrored in (None, jnp.ones(24, bool)):
+        found = moments.draw(drawn.latents, jnp.asarray(drawn.images), keys, mirrored)
+        np.testing.assert_allclose(found, z, atol=2e-5 * np.abs(z).max())
+    assert real.dtype == np.float16 and drawn.dtype == np.float32
+    assert np.asarray(Image.open(place / "samples.png")).shape[0] > 8
+    report = json.loads((place / "evaluation.json").read_text())
+    assert (
+        report["features"] == "fd_digits" and np.isfinite([report["fd"], report["unguided"]]).all()
+    )
+
+
+def test_a_discriminator_of_latents_guides(discriminator, workdir, tmp_path, capsys):
+    """The command knows its prior again, though it decodes, and draws other pictures than without."""
+    line = ["sample", "--workdir", str(workdir), "--num", "4", "--solver", "heun", "--steps", "3"]
+    line += ["--guidance", "dg", "--dg.discriminator", str(discriminator[0]), "--dg.weight", "50"]
+    assert not cli.main([*line, "--out", f"{tmp_path}/x.npz"])
+    assert "differ in" not in "".join(capsys.readouterr())
+    plain = open_workdir(workdir).sample(4, solver="heun", steps=3)
+    with np.load(tmp_path / "x.npz") as found:
+        assert found["images"].shape == plain.shape == (4, 8, 8, 1)
+        assert (found["images"] != to_uint8(plain)).any()
+
+
+def test_a_discriminator_wants_the_priors_latents(workdir, latents, tmp_path):
+    config = configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*DG, f"dg.prior={workdir}"))
+    told = json.loads((latents / SIDECAR).read_text())
+    for name, changes, words in (
+        ("scaled", {"scale": 0.5}, "scale 0.5 and 0.6"),
+        ("others", {"views": 1}, "no latents of the mirrored images"),
+    ):
+        shutil.copytree(latents, tmp_path / name)
+        if name == "others":
+            for file in (tmp_path / name).glob("*.array_record"):
+                file.unlink()
+            np.save(tmp_path / name / "all.npy", np.zeros((40, 4, 4, 4), np.float32))
+            np.save(tmp_path / name / "labels.npy", np.arange(40) % 10)
+        (tmp_path / name / SIDECAR).write_text(json.dumps(told | changes))
+        other = configs.replace(config, {"data.source": f"latents:{tmp_path / name}"})
+        with pytest.raises(ConfigError, match=words):
+            build(other, parallel.make_plan("mesh", 1), epath.Path(tmp_path / "run"))
+
+
+def test_evaluation_without_a_name_is_of_the_pixels(workdir, tmp_path, capsys):
+    line = ["sample", "--workdir", str(workdir), "--num", "12", "--evaluate", "--out"]
+    assert not cli.main([*line, f"{tmp_path}/x.npz"])
+    assert '"features": "fd_test"' in capsys.readouterr().out
+
+
+def test_finished_latents_are_not_drawn_again(workdir, tmp_path, capsys, monkeypatch):
+    line = ["sample", "--workdir", str(workdir), "--num", "4", "--latents"]
+    assert not cli.main([*line, "--out", f"{tmp_path}/z.npz"])
+    capsys.readouterr()
+    assert not cli.main([*line, "--out", f"{tmp_path}/z.npz"])
+    assert "4 of 4 images are in" in capsys.readouterr().err
+    for more, words in (
+        (["--animate", f"{tmp_path}/a.webp"], "--animate: given; expected decoded images"),
+        (["--clip"], "config.sample.clip: True given; expected false with latents"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*line, *more, "--out", f"{tmp_path}/more.npz"])
+        assert words in capsys.readouterr().err
+
+
+def test_held_out_latents_are_of_one_kind(latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "other")
+    told = json.loads((latents / SIDECAR).read_text())
+    (tmp_path / "other" / SIDECAR).write_text(json.dumps(told | {"scale": 0.5}))
+    config = tiny.config(*SMALL, f"data.source=latents:{latents}")
+    config = configs.replace(config, {"data.heldout": f"latents:{tmp_path / 'other'}"})
+    with pytest.raises(ConfigError, match=r"other numbers than data.source \(scale 0.6 and 0.5\)"):
+        heldout.open_images(config, source_of(config), classes=False)
