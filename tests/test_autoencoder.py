@@ -29,6 +29,7 @@ SMALL = (
     "optim.decay=0 steps",
     "train.save_every=2 steps",
     "log.every=1 steps",
+    "parallel.devices=2",
     "log.tensorboard=false",
     "sample.every=0 steps",
     "sample.num=20",

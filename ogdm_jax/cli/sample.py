@@ -54,7 +54,6 @@ LATER: dict[str, Any] = {
     "--cfg.channels": 0,
     "--cfg.rescale": 0.0,
     "--dg.rule": "score",
-    "--latents": False,
     **{f"--task.{name}": getattr(tasks.Settings, name) for name in ("weights", "layers", "size")},
 }
 MOST = 10_000_000  # images of one command: their seeds and classes are in memory
@@ -267,7 +266,8 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     """Every choice that changes an image: {option: value}, and digests of weights and inputs."""
     trained, settings = plan.trained, plan.settings
     found: dict[str, Any] = {"--step": trained.step, "--weights": args.weights}
-    found["--latents"] = args.latents
+    if args.latents:
+        found["--latents"] = True
     found["weights"] = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
     found |= {f"--{name}": value for name, value in vars(settings).items() if name in SAMPLER}
     found |= {f"--{name}": value for name, value in settings.options.items()}
