@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax import models
+from ogdm_jax.cli import prompts
 from ogdm_jax.cli import sample as command
 from ogdm_jax.cli.guidance import refuse_former
 from ogdm_jax.config import ConfigError, Sample
@@ -129,7 +130,7 @@ def test_the_published_commands_draw_what_the_released_code_draws(name, monkeypa
     config = tiny.config("precondition.kind=adm", "data.augment=0", "sample.clip=true")
     model = dataclasses.replace(models.build(config, (*shape[:2], 3), 0), network=Golden())
     trained = TrainedModel(config, dataclasses.replace(model, image_shape=shape), {}, {}, 0)
-    monkeypatch.setattr(command, "open_workdir", lambda *_: trained)
+    monkeypatch.setattr(prompts, "open_workdir", lambda *_, **__: trained)
     argv = [
         "--workdir",
         "w",

@@ -196,7 +196,7 @@ def test_the_evaluation_of_what_is_on_disk(model, tmp_path, monkeypatch):
     images = arrays(tmp_path / "file.npz")["images"]
     config = tiny.config("evaluate.features=digits")
     space = evaluate.space_of(config)
-    data = evaluate.references(evaluate.open_source(config))
+    data = evaluate.references(evaluate.open_pixels(config))
     direct = evaluate.distance_report(space, images, data)
     found = {k: v for k, v in reports[0].items() if k != "features"}
     near = lambda v: v if isinstance(v, str) else pytest.approx(v, rel=1e-4)
