@@ -118,12 +118,11 @@ class Model:
         apply = functools.partial(self._apply(params, buffers), **bound)
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return apply(x, c_noise, seen(label))
+            return apply(x, c_noise, self._seen(label))
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> Any:
-            return apply(x, c_noise, seen(label), at=at, method="features")
+            return apply(x, c_noise, self._seen(label), at=at, method="features")
 
-        seen = (lambda label: label) if self.text is None else (lambda label: label["prompt"])
         made = self.wrap(network_fn, taps=taps)
         if self.text is None:
             return made
@@ -144,9 +143,13 @@ class Model:
         apply, channels = self._apply(params, buffers), self.image_shape[-1]
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return apply(x, self.time_scale * c_noise, label)[..., :channels]
+            return apply(x, self.time_scale * c_noise, self._seen(label))[..., :channels]
 
         return network_fn
+
+    def _seen(self, label: PyTree) -> PyTree:
+        """What the network sees of a condition."""
+        return label if self.text is None else label["prompt"]
 
     def _apply(self, params: PyTree, buffers: PyTree | None) -> Callable[..., Any]:
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}

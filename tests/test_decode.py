@@ -28,9 +28,22 @@ def test_rounds_are_the_whole():
         np.testing.assert_allclose(found, whole, atol=2e-5 * float(jnp.abs(whole).max()))
 
 
-def test_a_sampler_decodes():
-    """What is drawn with an autoencoder is the decoded latent of the same seed."""
-    config = tiny.config()
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (
+            *("precondition.kind=adm", "precondition.diffusion_steps=50", "data.augment=0"),
+            *("noise.distribution=ddpm", "sample.grid=pndm", "sample.solver=spndm"),
+            *("sample.steps=2", "methods="),
+        ),
+    ],
+)
+def test_a_sampler_decodes(words):
+    """What is drawn with an autoencoder is the decoded latent of the same seed, also by the
+    released PNDM, which is a sampler of its own.
+    """
+    config = tiny.config(*words)
     model = models.build(config, (8, 8, 1), 0)
     params, buffers = model.init(jax.random.key(0))
     plain = TrainedModel(config, model, params, buffers, 0)

@@ -224,10 +224,10 @@ def sampler(
         rows: PyTree,
     ) -> Any:
         latents, key = seed_noise(seeds, model.image_shape)
+        labels = model.condition(buffers, labels)
         if settings.grid == PNDM:
-            eps = model.eps(params, buffers)
-            noise, order = lambda x, t: eps(x, t, labels), ORDERS[settings.solver]
-            return discrete.pndm(noise, latents, settings.steps, model.table, order)
+            drawn = _pndm(model.eps(params, buffers), latents, labels, settings, model.table)
+            return _pictures(model, buffers, drawn, 0, len(devices))  # in x_vp already
         if settings.grid in DISCRETE and settings.start == "vp":  # sample() multiplies by a level
             latents *= float(np.sqrt(1 + levels[0] ** -2))
         drawn: Any = sample(
@@ -237,7 +237,7 @@ def sampler(
             solver=settings.solver,
             key=key,
             churn=churn,
-            label=model.condition(buffers, labels),
+            label=labels,
             guidance=_bound(guidance, constants, rows),
             eta=settings.eta,
             clip=settings.clip,
@@ -260,6 +260,12 @@ def sampler(
     return jax.jit(
         images, in_shardings=(whole, whole, divided, divided, whole, divided), out_shardings=out
     )
+
+
+def _pndm(eps: Any, latents: Array, labels: PyTree, settings: Sample, table: Any) -> Array:
+    """The released S- or F-PNDM."""
+    noise = lambda x, t: eps(x, t, labels)
+    return discrete.pndm(noise, latents, settings.steps, table, ORDERS[settings.solver])
 
 
 def _bound(guidance: Sequence[Guidance], constants: PyTree, rows: PyTree) -> list[Guidance]:
