@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ogdm_jax.cli import sample
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.pictures import save_png
-from ogdm_jax.interop import export, names_latent
+from ogdm_jax.interop import export, names_latent, stable_diffusion
 from ogdm_jax.methods import cfg
 from ogdm_jax.networks import AutoencoderKL, CLIPText, UNet2DCondition
 from ogdm_jax.sampling.generate import seed_noise
@@ -51,6 +51,20 @@ def test_pictures_of_prompts(folder, tmp_path):
     other = tmp_path / "other.npz"
     run(folder, other, "--prompt", texts[0], "--seeds", "1", "--negative", "red car", *WORDS)
     assert np.abs(np.load(other)["images"][0].astype(int) - images[1]).max() > 2
+
+
+def test_what_a_scheduler_says_further_is_said():
+    """Fields that change the numbers and are not followed; not those that hold anyway."""
+    told = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear"}
+    told |= {"beta_start": 0.00085, "beta_end": 0.012, "solver_order": 2, "thresholding": False}
+    assert not stable_diffusion.scheduler_settings(told)[1]
+    _, (order, karras) = stable_diffusion.scheduler_settings(
+        told | {"use_karras_sigmas": True, "solver_order": 3}
+    )
+    assert "solver_order 3" in order and "use_karras_sigmas True" in karras
+    told["_class_name"] = "PNDMScheduler"
+    assert "skip_prk_steps False" in stable_diffusion.scheduler_settings(told)[1][0]
+    assert not stable_diffusion.scheduler_settings(told | {"skip_prk_steps": True})[1]
 
 
 @pytest.mark.slow

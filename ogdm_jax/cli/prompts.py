@@ -13,7 +13,7 @@ from ogdm_jax.interop import stable_diffusion
 from ogdm_jax.training import foreign
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
-_FOREIGN = ("size", "vae", "tokenizer", "prediction")
+_FOREIGN = ("vae", "tokenizer", "prediction")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
         kind of model.
     """
     if not stable_diffusion.is_model(args.workdir):
-        for name in set(_FOREIGN) - {"vae"}:
+        for name in ("size", *_FOREIGN[1:]):
             value = getattr(args, name)
             folder = "a --workdir of Stable Diffusion with it, a folder with model_index.json"
             require(not value, f"--{name}", value, folder)
@@ -81,7 +81,10 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
     if args.latents:
         raise ConfigError("--latents: given with Stable Diffusion; expected a model trained here")
     if not texts:
-        raise ConfigError("--prompt: not given; expected a text, or --prompts FILE")
+        raise ConfigError(
+            f"--prompt: not given, and '{args.workdir}' is taken for Stable Diffusion; expected a "
+            "text, or --prompts FILE (of another program's model: ogdm convert makes a --workdir)"
+        )
     if args.step is not None or args.weights != "ema":
         raise ConfigError(
             "--step, --weights: given with a model that no run here trained; leave them out"
@@ -92,7 +95,7 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
         )
     if args.negative and not args.guidance:
         raise ConfigError("--negative: given without guidance; expected --guidance cfg with it")
-    given = {name: getattr(args, name) for name in _FOREIGN[1:]}
+    given = {name: getattr(args, name) for name in _FOREIGN}
     return foreign.open_model(args.workdir, args.size, **given)
 
 

@@ -17,7 +17,7 @@ from ogdm_jax.interop import recognise_latent
 from ogdm_jax.interop.pretrained import Pretrained, load_pretrained
 from ogdm_jax.networks import CLIPText, UNet2DCondition
 
-INDEX = "model_index.json"
+INDEX, FILES = "model_index.json", (".safetensors", ".ckpt")
 PREDICTIONS = {"epsilon": "adm", "v_prediction": "v"}
 _SCHEDULES = {
     ("scaled_linear", 0.00085, 0.012): "scaled_linear",
@@ -36,7 +36,20 @@ _SOLVERS: dict[str, tuple[str, str, bool]] = {
 }
 # What a single file is sampled by: the default of its published folder.
 _OF_FILES = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
-_OF_FILES |= {"beta_start": 0.00085, "beta_end": 0.012}
+_OF_FILES |= {"beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+# Fields that change the numbers, and what the solvers here do; another value is said.
+_HERE: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++",),
+    "final_sigmas_type": ("zero",),
+    "skip_prk_steps": (True,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "thresholding": (False,),
+    "use_beta_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_karras_sigmas": (False, None),
+    "variance_type": ("fixed_small", None),
+}
 _STEPS = 50  # as diffusers' pipeline has by default
 
 
@@ -60,9 +73,9 @@ class StableDiffusion:
 
 
 def is_model(path: str | os.PathLike) -> bool:
-    """Whether a path is a folder of diffusers or a single file, and no training folder."""
+    """Whether a path is a folder of diffusers or may be a single file of LDM."""
     where = places.place(path)
-    return where.is_file() or (where / INDEX).is_file()
+    return (where.suffix in FILES and where.is_file()) or (where / INDEX).is_file()
 
 
 def open_model(
@@ -188,10 +201,8 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
             f"scheduler_config.json: prediction_type {predicts!r} given; expected "
             f"{' or '.join(PREDICTIONS)}"
         )
-    said, theirs = [], scheduler.get("_class_name")
-    if theirs not in _SOLVERS:
-        said.append(f"sampled by ddim: the scheduler {theirs} is not offered")
-    solver, spacing, to_zero = _SOLVERS.get(str(theirs), _SOLVERS["DDIMScheduler"])
+    theirs = str(scheduler.get("_class_name"))
+    solver, spacing, to_zero = _SOLVERS.get(theirs, _SOLVERS["DDIMScheduler"])
     spacing = scheduler.get("timestep_spacing", spacing)
     if spacing not in _GRIDS:
         raise ConfigError(
@@ -214,4 +225,17 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
         "sample.offset": 1,
         "sample.start": "ve" if euler else "vp",
         "sample.end": "first" if first else "zero",
-    }, said
+    }, _left_out(theirs, scheduler)
+
+
+def _left_out(theirs: str, scheduler: Mapping[str, Any]) -> list[str]:
+    """What of a scheduler is not followed, a sentence each."""
+    said = []
+    if theirs not in _SOLVERS:
+        said.append(f"sampled by ddim: the scheduler {theirs} is not offered")
+    elif theirs == "PNDMScheduler":
+        scheduler = {"skip_prk_steps": False, **scheduler}
+    for name, here in _HERE.items():
+        if name in scheduler and scheduler[name] not in here:
+            said.append(f"left out: {name} {scheduler[name]!r} of the scheduler; here {here[0]!r}")
+    return said

@@ -1,6 +1,7 @@
 """A Stable Diffusion model of others as a trained model: what sampling needs, without a run."""
 
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -12,6 +13,8 @@ from ogdm_jax.config import Config, ConfigError
 from ogdm_jax.config.whole import replace
 from ogdm_jax.interop import stable_diffusion
 from ogdm_jax.training.workdir import TrainedModel
+
+_LOG = logging.getLogger("ogdm_jax")
 
 
 def open_model(path: str | os.PathLike, size: int = 0, **given: str) -> TrainedModel:
@@ -26,6 +29,8 @@ def open_model(path: str | os.PathLike, size: int = 0, **given: str) -> TrainedM
       ConfigError: a size that the networks do not halve; see `stable_diffusion.open_model`.
     """
     found = stable_diffusion.open_model(path, **given)
+    for note in found.notes:
+        _LOG.warning("%s: %s", path, note)
     unet, vae = (dict(vars(part)) for part in (found.unet, found.vae))
     network, coder = unet["network"], vae["network"]
     side = check_size(size or network.img_resolution * coder.factor, network, coder)
