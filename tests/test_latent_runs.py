@@ -1,5 +1,6 @@
 """Runs on latents: decoded samples and sheets, STF over draws, guidance through the decoder."""
 
+import ast
 import dataclasses
 import json
 import shutil
@@ -16,12 +17,12 @@ from ogdm_jax import cli, parallel
 from ogdm_jax import config as configs
 from ogdm_jax.cli import data as command
 from ogdm_jax.config import ConfigError
-from ogdm_jax.data import batches, moments, open_source
+from ogdm_jax.data import batches, moments, open_source, pictures
 from ogdm_jax.data.latents import SIDECAR
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.run import build
 from ogdm_jax.discriminator.train import train
-from ogdm_jax.interop import export
+from ogdm_jax.interop import export, load_pretrained
 from ogdm_jax.methods.contract import Own
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.decode import decode
@@ -34,7 +35,7 @@ from tests.support import tiny
 
 SMALL = (
     *("network.kind=dit", "network.model_channels=8", "network.num_blocks=1", "network.patch=2"),
-    *("network.num_heads=1", "network.dropout=0", "data.augment=0", "data.xflip=true", "methods="),
+    *("network.num_heads=1", "data.augment=0", "data.xflip=true", "methods="),
     *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps"),
 )
 DG = (
@@ -74,6 +75,17 @@ def test_samples_are_decoded_latents(workdir, latents):
     assert list((workdir / "samples").glob("*.png"))
     pixels = open_pixels(trained.config)
     np.testing.assert_array_equal(pixels.images, open_source("digits/test").images)
+
+
+def test_the_card_of_an_exported_folder_shows_decoded_samples(workdir, tmp_path):
+    """And how to decode; the autoencoder's weights are not among the network's."""
+    assert not cli.main(["export", str(workdir), "--out", str(tmp_path / "hub"), "--card"])
+    assert pictures.read(tmp_path / "hub" / "samples.png").shape[2] == 1
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "model of 8x8x1 images" in card and "coder.clone(scale=0.6, shift=0.2)" in card
+    ast.parse(card.split("```python\n")[1].split("```")[0])
+    about = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert about["dropout"] == 0 and load_pretrained(tmp_path / "hub").network.depth == 1
 
 
 def test_latents_are_kept_on_demand(workdir, tmp_path, capsys):

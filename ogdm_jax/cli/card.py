@@ -95,6 +95,7 @@ def text(
         picture=PICTURE,
         sampler=words_of(run.settings()),
         label=label,
+        coder=model.autoencoder,
         weights=WEIGHTS,
         config=CONFIG,
         facts=facts,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from ogdm_jax import config as configs
-from ogdm_jax import places, startup
+from ogdm_jax import models, places, startup
 from ogdm_jax.cli import card
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import require
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--card", action="store_true", help="a FOLDER with a model card")
     words = "of the weights, as the card says it: apache-2.0, cc-by-4.0, ... (default: unknown)"
     parser.add_argument("--license", default="", metavar="NAME", help=words)
+    words = "decodes the card's samples of a model of latents (default: its data's)"
+    parser.add_argument("--vae", default="", metavar="FILE", help=words)
     args = parser.parse_args(argv)
     with startup.one_sentence():
         startup.prepare()
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             export.check_out(args.out)
         else:
             places.writable(folder, "--out")
-        run = workdir.open_workdir(args.workdir, args.step, args.weights, vae=None)
+        vae = args.vae if args.card else None
+        run = workdir.open_workdir(args.workdir, args.step, args.weights, vae=vae)
         network, config = run.model.network, run.config.network
         if args.card:
             path = _export(run, args, folder / card.WEIGHTS, folder / card.CONFIG)
@@ -63,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check_card(args: argparse.Namespace, folder: epath.Path) -> None:
     """Raises ValueError for words about a card that cannot be."""
-    if args.license and not args.card:
-        raise ValueError(f"--license: {args.license!r} given; expected --card with it")
+    for name in ("license", "vae"):
+        if (given := getattr(args, name)) and not args.card:
+            raise ValueError(f"--{name}: {given!r} given; expected --card with it")
     if args.license and not re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", args.license):
         raise ValueError(
             f"--license: {args.license[:80]!r} given; expected an identifier such as apache-2.0"
@@ -77,9 +81,10 @@ def _export(
     run: workdir.TrainedModel, args: argparse.Namespace, out: epath.Path, beside: epath.Path
 ) -> epath.Path:
     config, network = run.config, run.model.network
-    variables = {"params": run.params, **({"buffers": run.buffers} if run.buffers else {})}
+    buffers = {name: leaf for name, leaf in (run.buffers or {}).items() if name != models.VAE}
+    variables = {"params": run.params, **({"buffers": buffers} if buffers else {})}
     settings = export.network_settings(network)
-    settings.pop("dropout", None)  # it matters in training alone, and stands below
+    dropout = settings.pop("dropout", 0.0)  # it matters in training alone, and stands below
     kind = {"openai": "adm", "dit": "dit"}.get(config.network.kind, "edm")
     if kind == "edm":
         settings["model_type"] = type(network).__name__
@@ -95,7 +100,7 @@ def _export(
         "precondition": config.precondition.kind,
         **{name: getattr(config.precondition, name) for name in told},
         "sigma_data": config.precondition.sigma_data,
-        "dropout": config.network.dropout,
+        "dropout": dropout,
         "step": run.step,
         "weights": args.weights,
         "config": json.loads(configs.to_json(config)),

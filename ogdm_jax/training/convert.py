@@ -86,6 +86,8 @@ def settings_of(found: Pretrained, config: Config) -> dict[str, Any]:
     if kind == "flow" or found.process.get("zero_terminal"):
         grid = "flow" if kind == "flow" else "trailing"
         settings |= {"sample.grid": grid, "sample.solver": "euler"}  # they start from pure noise
+    if owner == "dit":  # has none
+        return settings
     if found.dropout is not None:
         settings["network.dropout"] = float(found.dropout)
     elif owner == "openai":  # the file does not say; most of them were trained without

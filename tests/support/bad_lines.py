@@ -456,6 +456,8 @@ LINES = {
     "export run --out card.safetensors --card": "FOLDER",
     "export run --out new --card --license 'two words'": "--license",
     "export run --out new.safetensors --license mit": "--card",
+    "export run --out new.safetensors --vae picture.png": "--card",
+    "export run --out new --card --vae picture.png": "no run on latents",
     # what a bug report needs
     "doctor --workdir nowhere": "no folder",
     "doctor --workdir picture.png": "--workdir",
