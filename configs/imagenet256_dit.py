@@ -29,7 +29,6 @@ def get_config():
     config.network.model_channels = 1152
     config.network.num_blocks = 28
     config.network.num_heads = 16
-    config.network.dropout = 0.0
     config.precondition.kind = "adm"
     config.precondition.sigma_data = 1.0  # of scaled latents, about
     config.precondition.learned_variance = True
