@@ -119,7 +119,7 @@ plt.show()
 # %% [markdown]
 # ## The same from the package
 #
-# `sample` takes any such function. It is this loop as one compiled scan, with eleven solvers,
+# `sample` takes any such function. It is this loop as one compiled scan, with twelve solvers,
 # guidance, and random keys that make every image independent of its batch.
 
 # %%
