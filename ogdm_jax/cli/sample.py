@@ -221,12 +221,11 @@ def _check_latents(args: argparse.Namespace, trained: TrainedModel, task: str) -
 
 def _class_of(plan: Plan) -> str:
     """Which class all images have, if they have one, for people."""
-    if plan.label is None:
-        return ""
-    (word,) = class_words(np.array([plan.label]), plan.trained.class_names)
-    if plan.label < 0 or word == str(plan.label):
-        return f", {word if plan.label < 0 else f'class {word}'}"
-    return f", class {plan.label} ({word})"
+    label = plan.label
+    if label is None or label < 0:
+        return "" if label is None else ", no class"
+    (word,) = class_words(np.array([label]), plan.trained.class_names)
+    return f", class {label}" + (f" ({word})" if word != str(label) else "")
 
 
 def read(args: argparse.Namespace) -> Plan:

@@ -299,11 +299,8 @@ def plms(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
         weighed = sum(w * f for w, f in zip(steps.ADAMS_BASHFORTH[order], outputs))
         return moved(x, jnp.asarray(weighed), info), outputs[:-1], x0_hat
 
-    bounds = [1, *(min(stop, n) for stop in (2, 3)), n]
-    rest = [
-        Phase(partial(later, order=order), a, b)
-        for order, a, b in zip((2, 3, 4), bounds, bounds[1:])
-    ]
+    bounds = [1, 2, min(3, n), n]
+    rest = [Phase(partial(later, order=k), *bounds[k - 2 : k]) for k in (2, 3, 4)]
     return [Phase(start, 0, 1), *rest], (jnp.zeros_like(x),) * 3
 
 
