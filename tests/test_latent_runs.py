@@ -96,6 +96,9 @@ def test_latents_are_kept_on_demand(workdir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*line, f"{tmp_path}/z.png"])
     assert "FILE.npz with --latents" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*line, f"{tmp_path}/z.npz", "--animate", f"{tmp_path}/z.webp"])
+    assert "--animate: given; expected decoded images" in capsys.readouterr().err
 
 
 def test_the_autoencoder_is_known_again(workdir, latents, tmp_path):

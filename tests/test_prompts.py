@@ -91,6 +91,10 @@ def test_a_style_is_followed_through_the_decoder(folder, tmp_path):
         (("--prompt", "a", "--prompts", "f"), "--prompt, --prompts: both given"),
         (("--prompt", "a", "--size", "10"), "--size: 10 given; expected a multiple of 8"),
         (("--prompt", "a", "--negative", "b"), "--negative: given without guidance"),
+        (
+            ("--prompt", "a", "--negative", "b", "--guidance", "autoguidance"),
+            "--negative: given without guidance",
+        ),
         (("--prompt", "a", "--prediction", "v_prediction"), "--prediction: v_prediction given"),
         (("--prompt", "a", "--label", "3"), "--label: 3 given, but the model is unconditional"),
         (("--prompt", "a", "--evaluate"), "--evaluate: the model's training data"),
@@ -150,5 +154,7 @@ def test_samples_in_python(folder):
     assert pictures.shape == (2, 16, 16, 3) and np.isfinite(pictures).all()
     with pytest.raises(ConfigError, match="prompt"):
         trained.sample(1)
+    with pytest.raises(ConfigError, match="prompt"):
+        trained.path([0])
     latents, _ = seed_noise(jnp.arange(2, dtype=jnp.uint32), trained.model.image_shape)
     assert latents.shape == (2, 4, 4, 4) and jax.tree.leaves(trained.buffers)

@@ -93,8 +93,12 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
         raise ConfigError(
             "--evaluate: the model's training data are not known; expected ogdm evaluate with them"
         )
-    if args.negative and not args.guidance:
-        raise ConfigError("--negative: given without guidance; expected --guidance cfg with it")
+    named = {name.strip() for name in args.guidance.split(",")}
+    if args.negative and not named & {"cfg", "apg"}:
+        raise ConfigError(
+            "--negative: given without guidance by cfg or apg, which compare with it; expected one "
+            "of them in --guidance"
+        )
     given = {name: getattr(args, name) for name in _FOREIGN}
     return foreign.open_model(args.workdir, args.size, **given)
 

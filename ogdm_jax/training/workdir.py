@@ -249,9 +249,7 @@ class TrainedModel:
           counts: receives the network evaluations of dopri5's images, see `generate.generate`.
         """
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
-        if labels is None:
-            require(self.tokenizer is None, "prompt", None, "a text")
-            labels = generate.labels_for(seeds, self.model.label_dim, None)
+        labels = self._labels(seeds, labels)
         guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
         images = self._sampler(settings, devices, churn, guidance)
         size = generate.batch_size(len(seeds), len(devices), batch)
@@ -263,7 +261,7 @@ class TrainedModel:
         seeds: Sequence[int] | np.ndarray,
         settings: Sample | None = None,
         *,
-        labels: np.ndarray | None = None,
+        labels: PyTree = None,
         guidance: Sequence[Guidance] = (),
         churn: Any = None,
     ) -> Path:
@@ -272,7 +270,7 @@ class TrainedModel:
         Args:
           seeds: [b].
           settings: what `settings` returned; None: as trained.
-          labels: [b] classes; None draws them from the seeds.
+          labels: of `batches`.
           guidance: sampling methods, whose rows are of these seeds.
           churn: of `batches`.
 
@@ -280,9 +278,7 @@ class TrainedModel:
           ConfigError: a sampler that does not keep its steps.
         """
         settings, seeds = settings or self.settings(), np.asarray(seeds, np.uint32)
-        if labels is None:
-            labels = generate.labels_for(seeds, self.model.label_dim, None)
-        devices = jax.local_devices()[:1]
+        labels, devices = self._labels(seeds, labels), jax.local_devices()[:1]
         draw = generate.sampler(self.model, settings, devices, churn, guidance, trajectory=True)
         drawn = draw(self.params, self.buffers, seeds, labels, *generate.arrays(guidance))
         images, (states, x0_hats) = jax.device_get(drawn[:2])
@@ -290,6 +286,13 @@ class TrainedModel:
         clean = self.config.precondition.sigma_data
         scale = (clean / np.sqrt(sigmas**2 + clean**2)).astype(np.float32)
         return Path(sigmas, states * scale[:, None, None, None, None], x0_hats, images)
+
+    def _labels(self, seeds: np.ndarray, labels: PyTree) -> PyTree:
+        """The labels given, else classes drawn from the seeds."""
+        if labels is None:
+            require(self.tokenizer is None, "prompt", None, "a text")
+            labels = generate.labels_for(seeds, self.model.label_dim, None)
+        return labels
 
     def _sampler(
         self, settings: Sample, devices: Sequence[Any], churn: Any, guidance: Sequence[Guidance]
