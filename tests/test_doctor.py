@@ -35,12 +35,15 @@ def test_it_says_versions_devices_and_no_secret(monkeypatch, capsys):
 
 def test_it_says_what_a_folder_holds_even_a_damaged_one(tmp_path, capsys):
     (tmp_path / "config.json").write_text(configs.to_json(tiny.config("seed=3")))
-    lines = [json.dumps({"step": n, "loss": 1.0 / n}) for n in range(1, 9)]
+    lines = [json.dumps({"step": n, "loss": 1.0 / n}) for n in (*range(1, 6), 123_456, 7, 8)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "lo']))
     cli.main(["doctor", "--workdir", str(tmp_path)])
     text = capsys.readouterr().out
     assert "  seed=3\n" in text and "data.batch=32" in text and "stf.n" not in text
-    assert "step 8  loss 0.125" in text and "step 3 " not in text and "1 of 9 lines are cut" in text
+    assert "  step 123456  loss" in text  # whole, whatever its size
+    assert (
+        "  step 8  loss 0.125" in text and "step 3 " not in text and "1 of 9 lines are cut" in text
+    )
     (tmp_path / "config.json").write_text("{")
     cli.main(["doctor", "--workdir", str(tmp_path), "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -139,5 +139,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
     said += [f"  {line}" for line in configs.changed(run.get("settings", {}))]
     said += [f"log, the last {len(run['log'])} lines:"]
     for line in run["log"]:
-        said.append("  " + "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        numbers = [f"{name} {value:.4g}" for name, value in line.items() if name != "step"]
+        said.append("  ".join(["", f"step {line['step']}", *numbers]))
     return said + [f"note: {note}" for note in run.get("notes", [])]
