@@ -1,15 +1,13 @@
-"""One line about an object: what a notebook shows where a person leaves it at the end of a cell."""
+"""One line about an object: what a notebook shows where a person leaves it at the end of a cell.
+Without JAX: reading processes, which need none, have such objects, too.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-from jax.core import Tracer
-
 LONGEST = 200  # characters
-_ARRAYS = jax.Array | np.ndarray | np.generic
 
 
 def brief(self: Any) -> str:
@@ -42,16 +40,30 @@ def _differs(value: Any, default: Any) -> bool:
     return value is not default and not (plain and value == default)
 
 
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "ndim")
+
+
+def _arrays(tree: Any) -> Iterator[Any]:
+    """The arrays in dicts, lists and tuples."""
+    if isinstance(tree, dict | list | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _arrays(part)
+    elif _is_array(tree):
+        yield tree
+
+
 def _text(value: Any) -> str:
     """A field's value."""
-    if isinstance(value, _ARRAYS):
-        if value.ndim or isinstance(value, Tracer) or getattr(value, "is_deleted", bool)():
+    if _is_array(value):
+        traced = type(value).__name__.endswith("Tracer")  # its number is not known yet
+        if value.ndim or traced or getattr(value, "is_deleted", bool)():
             return f"{value.dtype}[{','.join(map(str, value.shape))}]"
         return str(value)
     if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
         return _fields(value)
     if isinstance(value, dict | list | tuple):
-        arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, _ARRAYS)]
+        arrays = list(_arrays(value))
         if any(leaf.ndim for leaf in arrays):
             return f"<{sum(leaf.size for leaf in arrays):,} numbers in {len(arrays)} arrays>"
         if isinstance(value, list | tuple):

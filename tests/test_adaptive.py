@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
+from ogdm_jax import models
 from ogdm_jax.config import ConfigError
 from ogdm_jax.config.groups import Sample
 from ogdm_jax.diffusion import grids, precondition, process
@@ -189,17 +190,18 @@ def test_discrete_networks_are_refused():
         nfe("dopri5", 5)
 
 
-class Toy:
-    image_shape, label_dim, table = (2, 2, 1), 0, None
-
+class Toy(models.Model):
     def denoiser(self, params, buffers):
         return Denoiser(DATA.denoise)
+
+
+TOY = Toy(None, None, (2, 2, 1), 0)
 
 
 @pytest.mark.fast
 def test_images_of_seeds_and_their_counts():
     settings = Sample(solver="dopri5", rtol=1e-4, atol=1e-4)
-    images = generate.sampler(Toy(), settings, jax.devices()[:2])
+    images = generate.sampler(TOY, settings, jax.devices()[:2])
     counts = []
     parts = generate.generate(images, {}, {}, np.arange(6), None, 4, counts=counts)
     assert np.concatenate(list(parts)).shape == (6, 2, 2, 1)
@@ -207,7 +209,7 @@ def test_images_of_seeds_and_their_counts():
     how = describe_sampler(settings, counts)
     assert how["nfe_range"][0] <= how["nfe"] <= how["nfe_range"][1] and how["rtol"] == 1e-4
     assert f"{how['nfe']} network evaluations an image" in words_of(settings, counts)
-    own = functools.partial(generate.sampler, Toy(), devices=jax.devices()[:1])
+    own = functools.partial(generate.sampler, TOY, devices=jax.devices()[:1])
     cost = {
         grid: int(
             own(dataclasses.replace(settings, grid=grid))({}, {}, np.arange(2), None, [], [])[1][0]

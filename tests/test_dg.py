@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax import models
 from ogdm_jax.config import Sample
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
@@ -410,12 +411,8 @@ def test_both_orders_of_composition_say_the_same(corrector_weight):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
-    """What generate.sampler asks of a model."""
-
-    image_shape = (2, 2, 1)
-    label_dim = 2
-    table = None
+class Toy(models.Model):
+    """A model of two classes without a network."""
 
     def denoiser(self, params, buffers=None):
         return by_class
@@ -440,7 +437,9 @@ def methods(weight: float, boost: bool = False):
 def test_devices_agree_and_other_weights_compile_nothing(boost):
     seeds, labels = np.arange(8), np.arange(8) % 2
     images = {
-        n: generate.sampler(Toy(), SETTINGS, jax.devices()[:n], guidance=methods(1.0, boost))
+        n: generate.sampler(
+            Toy(None, None, (2, 2, 1), 2), SETTINGS, jax.devices()[:n], guidance=methods(1.0, boost)
+        )
         for n in (1, 4)
     }
     draw = lambda n, w: np.concatenate(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax import models
 from ogdm_jax.config import Sample
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import as_denoiser
@@ -18,9 +19,7 @@ from ogdm_jax.sampling.guidance import Guidance, combine, per_image
 pytestmark = pytest.mark.fast
 
 
-class _Model:
-    image_shape, label_dim, table = (4, 4, 1), 0, None
-
+class _Model(models.Model):
     def denoiser(self, params, buffers):
         return lambda x, sigma, label=None: x * params / (params + sigma[:, None, None, None] ** 2)
 
@@ -45,7 +44,9 @@ def _guidance(scale: float):
 
 
 def _images(guidance, devices: int, batch: int) -> np.ndarray:
-    compiled = generate.sampler(_Model(), SETTINGS, jax.devices()[:devices], guidance=guidance)
+    compiled = generate.sampler(
+        _Model(None, None, (4, 4, 1), 0), SETTINGS, jax.devices()[:devices], guidance=guidance
+    )
     return np.concatenate(
         list(generate.generate(compiled, jnp.float32(0.25), {}, SEEDS, None, batch, guidance))
     )
@@ -88,7 +89,9 @@ def test_guidance_made_from_rows_is_that_of_each_batch():
 def test_two_owners_of_one_part_are_both_named(part, noun):
     both = [Guidance(name, **{part: lambda *_: None}) for name in ("dps", "dsg")]
     with pytest.raises(ValueError, match=f"dps and dsg both bring {noun}; choose one of them"):
-        generate.sampler(_Model(), SETTINGS, jax.devices()[:1], guidance=both)
+        generate.sampler(
+            _Model(None, None, (4, 4, 1), 0), SETTINGS, jax.devices()[:1], guidance=both
+        )
 
 
 def test_outermost_transforms_come_last():
@@ -112,7 +115,7 @@ def test_other_noise_levels_measurements_and_sizes_trace_nothing(method):
     def images(latents, sigmas, y, size):
         loss = lambda x0_hat: jnp.sum(jnp.square(x0_hat - y), (1, 2, 3))
         guidance = method.guidance(loss, size)
-        denoise = _Model().denoiser(jnp.float32(0.25), {})
+        denoise = _Model(None, None, (4, 4, 1), 0).denoiser(jnp.float32(0.25), {})
         key = jax.random.key(0)
         return sample(denoise, latents, sigmas, "ddim", key, guidance=guidance, eta=1.0)
 

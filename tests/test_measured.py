@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ogdm_jax import startup
+from ogdm_jax import models, startup
 from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command_line
 from ogdm_jax.config import ConfigError
@@ -90,11 +90,9 @@ def restoration(words: str):
     args = command_line.parser().parse_args(["--workdir", "x", "--guidance", "dsg", *words.split()])
     request = guidance.read(args)
 
-    class Model:
-        image_shape, label_dim = SHAPE, 0
-
     class Run:
-        model = Model
+        model = models.Model(None, None, SHAPE, 0)
+        buffers = {}
 
     seeds = command_line.parse_seeds(args.seeds, 64 if args.num is None else args.num)
     return guidance._measure(request, Run, seeds, None, 0)[0]

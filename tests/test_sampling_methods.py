@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax import models
 from ogdm_jax.cli import guidance as words
 from ogdm_jax.cli import options
 from ogdm_jax.cli import sample as command_line
@@ -46,7 +47,7 @@ def weak(x, sigma, label=None):
 
 
 SESSION = Session(
-    model=types.SimpleNamespace(label_dim=3, image_shape=SHAPE[1:]),
+    model=models.Model(None, None, SHAPE[1:], 3),
     config=types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1)),
     sampling=types.SimpleNamespace(solver="ddim", eta=1.0),
     settings={},

@@ -6,7 +6,6 @@ for a variable of the style sheet and is replaced by it. Text stays text, in the
 
 import dataclasses
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from ogdm_jax import records
 from ogdm_jax.training.logs import LEVELS, level_of
 
 LARGEST = 1e30  # a number that is drawn
@@ -133,7 +133,7 @@ def svg(chart: Chart) -> str:
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format")))
     told = [found for line, points in drawn for found in _told(axes, line, points, chart)]
     element = _for_the_page(file.getvalue(), f"{chart.title} against {chart.x_label}")
-    return element.replace("<svg", f'<svg data-points="{escape(json.dumps(told))}"', 1)
+    return element.replace("<svg", f'<svg data-points="{escape(records.dumps(told))}"', 1)
 
 
 def _told(
