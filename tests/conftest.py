@@ -62,10 +62,17 @@ def _forget_programs():
     jax.clear_caches()
 
 
+SLOW = {line for line in (_ROOT / "tests" / "slow.txt").read_text().splitlines() if line}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Golden files last: they are many and need nothing of each other, so both workers end
-    together.
+    """Marks the tests of slow.txt. Golden files last: they are many and need nothing of each other,
+    so both workers end together.
     """
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name == "test_golden.py")
 
 
