@@ -156,6 +156,11 @@ class Model:
         return cast(Callable[..., Any], functools.partial(self.network.apply, variables))
 
 
+def own_buffers(buffers: PyTree) -> dict[str, PyTree]:
+    """Those of the denoiser's network, without what decodes its samples."""
+    return {name: value for name, value in (buffers or {}).items() if name != VAE}
+
+
 def build(
     config: Config,
     image_shape: tuple[int, int, int],

@@ -15,6 +15,7 @@ from PIL import Image
 from ogdm_jax.data.pictures import encode
 from ogdm_jax.report import charts, html
 from ogdm_jax.report.findings import Findings, Nearest, Path
+from ogdm_jax.report.numbers import nice
 
 pytestmark = pytest.mark.fast
 
@@ -254,7 +255,7 @@ def test_ticks_are_round_numbers(low, high, log, expected):
     ],
 )
 def test_numbers_for_people(value, text):
-    assert charts.nice(value) == text
+    assert nice(value) == text
 
 
 def test_one_point_and_constant_curves_are_drawn():

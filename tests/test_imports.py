@@ -45,3 +45,12 @@ def test_importing_everything_starts_no_backend_and_no_tensorflow():
 )
 def test_modules_import_alone(package):
     subprocess.run([sys.executable, "-c", f"import {package}"], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_command_starts_without_what_it_may_never_need(command):
+    """Each of these takes a tenth of a second and more."""
+    slow = ("diffrax", "jinja2", "matplotlib", "sklearn", "tensorboardX", "tensorflow_datasets")
+    code = f"import sys, ogdm_jax.cli.{command}; print(*(set(sys.modules) & set({slow!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ogdm_jax.data.pictures import encode
-from ogdm_jax.report import charts, html, inputs
+from ogdm_jax.report import html, inputs
 from ogdm_jax.report.findings import Findings
+from ogdm_jax.report.numbers import nice
 
 pytestmark = pytest.mark.fast
 
@@ -231,4 +232,4 @@ def test_distances_that_are_none_are_refused(tmp_path, content):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_are_words(value):
-    assert charts.nice(value) == str(value)
+    assert nice(value) == str(value)

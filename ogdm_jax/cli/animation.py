@@ -6,7 +6,7 @@ from etils import epath
 from ogdm_jax import places
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data.pictures import save_animation, sheet
-from ogdm_jax.report.charts import nice
+from ogdm_jax.report.numbers import nice
 from ogdm_jax.sampling import generate
 from ogdm_jax.training.workdir import Path, TrainedModel
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from etils import epath
 
@@ -11,7 +10,8 @@ from ogdm_jax import __version__, models, places, records
 from ogdm_jax import config as configs
 from ogdm_jax.data.labels import class_words
 from ogdm_jax.data.pictures import save_png, sheet
-from ogdm_jax.report.charts import nice
+from ogdm_jax.report.numbers import nice
+from ogdm_jax.report.templates import environment
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import checkpoint, evaluations
 from ogdm_jax.training.evaluate import words_of
@@ -77,29 +77,28 @@ def text(
     known = {n: v for n, v in data.items() if n != "class_names" and v is not None}
     known = {"source": config.data.source} | known
     known |= {"classes": ", ".join(classes)} if classes else {}
-    loader = jinja2.PackageLoader("ogdm_jax.report", "")
-    blocks: dict[str, Any] = {
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-        "keep_trailing_newline": True,
-    }
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **blocks)
-    return environment.get_template("card.md.j2").render(
-        licence=licence,
-        tags=("diffusion", "jax", *config.methods),
-        name=name,
-        kind="A class-conditional" if classes else "An unconditional",
-        size="x".join(map(str, model.picture_shape)),
-        shape=", ".join(map(str, model.image_shape)),
-        version=__version__,
-        picture=PICTURE,
-        sampler=words_of(run.settings()),
-        label=label,
-        coder=model.autoencoder,
-        weights=WEIGHTS,
-        config=CONFIG,
-        facts=facts,
-        data=known,
-        rows=[[v if isinstance(v := r[c], str) else nice(v) for c in _COLUMNS] for r in measured],
-        settings=configs.changed(config),
+    return (
+        environment(keep_trailing_newline=True)
+        .get_template("card.md.j2")
+        .render(
+            licence=licence,
+            tags=("diffusion", "jax", *config.methods),
+            name=name,
+            kind="A class-conditional" if classes else "An unconditional",
+            size="x".join(map(str, model.picture_shape)),
+            shape=", ".join(map(str, model.image_shape)),
+            version=__version__,
+            picture=PICTURE,
+            sampler=words_of(run.settings()),
+            label=label,
+            coder=model.autoencoder,
+            weights=WEIGHTS,
+            config=CONFIG,
+            facts=facts,
+            data=known,
+            rows=[
+                [v if isinstance(v := r[c], str) else nice(v) for c in _COLUMNS] for r in measured
+            ],
+            settings=configs.changed(config),
+        )
     )

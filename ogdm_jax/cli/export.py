@@ -81,7 +81,7 @@ def _export(
     run: workdir.TrainedModel, args: argparse.Namespace, out: epath.Path, beside: epath.Path
 ) -> epath.Path:
     config, network = run.config, run.model.network
-    buffers = {name: leaf for name, leaf in (run.buffers or {}).items() if name != models.VAE}
+    buffers = models.own_buffers(run.buffers)
     variables = {"params": run.params, **({"buffers": buffers} if buffers else {})}
     settings = export.network_settings(network)
     dropout = settings.pop("dropout", 0.0)  # it matters in training alone, and stands below

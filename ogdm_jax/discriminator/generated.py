@@ -23,7 +23,7 @@ from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.latents import Latents
 from ogdm_jax.methods import cfg
-from ogdm_jax.models import VAE, fingerprint
+from ogdm_jax.models import fingerprint, own_buffers
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training.evaluate import describe_sampler, words_of
@@ -43,8 +43,8 @@ def digest(prior: TrainedModel) -> str:
 
     What decodes its samples does not count: a discriminator sees latents.
     """
-    buffers = {name: value for name, value in prior.buffers.items() if name != VAE}
-    return fingerprint({"params": prior.params, "buffers": buffers}).tobytes().hex()
+    weights = {"params": prior.params, "buffers": own_buffers(prior.buffers)}
+    return fingerprint(weights).tobytes().hex()
 
 
 def origin(config: Config, prior: TrainedModel, num: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from ogdm_jax import records
+from ogdm_jax.report.numbers import nice
 from ogdm_jax.training.logs import LEVELS, level_of
 
 LARGEST = 1e30  # a number that is drawn
@@ -81,18 +82,6 @@ class Chart:
     log_y: bool = False
     markers: bool = False
     size: tuple[float, float] = SMALL
-
-
-def nice(value: float) -> str:
-    """A number for people: 4 significant digits, no 1e+00 forms between 0.001 and a million."""
-    if not math.isfinite(value):
-        return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 def svg(chart: Chart) -> str:

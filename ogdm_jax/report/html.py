@@ -10,15 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from ogdm_jax.data.pictures import encode, grid
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.report import charts
-from ogdm_jax.report.charts import nice
 from ogdm_jax.report.findings import Findings, Path
+from ogdm_jax.report.numbers import nice
+from ogdm_jax.report.templates import environment
 
 _STEPS = 12  # of a trajectory, at most
 _PLAIN = ("solver", "steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
@@ -28,16 +28,9 @@ _FLOORED = ("kid", "precision", "recall", "density", "coverage")
 
 def page(found: Findings) -> str:
     """The whole document."""
-    loader = jinja2.PackageLoader("ogdm_jax.report", "")
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"cell": _cell, "nice": nice, "png": _png, "grid": _grid}
-    return environment.get_template("page.html.j2").render(
+    templates = environment(autoescape=True)
+    templates.filters |= {"cell": _cell, "nice": nice, "png": _png, "grid": _grid}
+    return templates.get_template("page.html.j2").render(
         found=found,
         tiles=_tiles(found),
         distances=_distances(found.distances) if found.distances else None,

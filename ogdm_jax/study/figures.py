@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from ogdm_jax.report.charts import nice
+from ogdm_jax.report.numbers import nice
 
 METRICS = ("fd", "fd_all", "kid", "precision", "recall", "density", "coverage")
 _RISING = METRICS[3:]  # the larger, the better
