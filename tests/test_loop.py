@@ -287,6 +287,23 @@ def test_time_in_words():
     assert "left" not in logs.line(3, {"loss": 1.0}, 0.2)
 
 
+def test_a_run_says_soon_how_long_it_will_take(tmp_path, plan, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
+    for step in range(1, 101):  # the second is slow; the first does not count, it is compiled
+        plan.at[step] = lambda step=step: clock.__setitem__(0, clock[0] + (3 if step == 2 else 0.5))
+    said = train(tmp_path / "a", 100, "log.every=50 steps")
+    told = [n for n, line in enumerate(said) if line.startswith("time ")]
+    # two steps are timed, the slow one is left out
+    assert [said[n] for n in told] == [
+        "time      about 48 s for 97 more steps, at 64 images/s (timed over 1 of them); saves, "
+        "pictures and evaluations come on top"
+    ]
+    assert said[told[0] - 1].startswith("compiled in") and said[told[0] + 1].startswith("step 50")
+    said = train(tmp_path / "b", 100, "log.every=2 steps")  # the log line has it
+    assert not any(line.startswith("time ") for line in said) and said[4].endswith(" left")
+
+
 def kill(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 

@@ -98,7 +98,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.first = self.step = int(self.state.step)
         self.position = self.batches.get_state()  # of the batch that follows the state
-        self.interval = logs.Interval()
+        self.interval, self.told = logs.Interval(), False
         self.stop.farewell = self._farewell
 
     def run_to_end(self) -> TrainState:
@@ -131,6 +131,7 @@ class Loop:
                 if self.step >= run.steps:
                     break
                 self._advance(compiled, constants)
+                self._tell_time()
                 advance(self.step)
             self.saved.wait()
         if self.saved.latest() is not None:
@@ -144,6 +145,18 @@ class Loop:
         jax.block_until_ready(self.state.step)
         self.interval.restart()  # it would spoil the interval's speed
         self.log(f"compiled in {time.monotonic() - began:.1f} s")
+
+    def _tell_time(self) -> None:
+        """Says once how long the run will take, unless a line of the log was quicker."""
+        found = None if self.told else self.interval.first_speed(self.state.step)
+        if found:
+            self.told, (first, last, each) = True, found
+            left, speed = self.run.steps - self.step, self.run.config.data.batch / each
+            self.log(
+                f"{'time':9} about {logs.duration(left * each)} for {left:,} more steps, at "
+                f"{speed:,.0f} images/s (timed over {last - first + 1} of them); saves, pictures "
+                "and evaluations come on top"
+            )
 
     def _advance(self, compiled: Callable[..., Any], constants: PyTree) -> None:
         """One step, and what is written about it."""
@@ -285,7 +298,8 @@ class Loop:
         values = self.interval.means() | self.interval.speed(self.step, batch)
         self.writer.write(self.step, values)
         left = (self.run.steps - self.step) * batch / max(values["images_per_second"], 1e-9)
-        self.log(logs.line(self.step, values, left if self.step > self.first + 1 else None))
+        self.told = self.step > self.first + 1  # the first step was compiled
+        self.log(logs.line(self.step, values, left if self.told else None))
 
     def _check_finite(self) -> None:
         """Stops before a state that came out of a non-finite loss can be saved."""

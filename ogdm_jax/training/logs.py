@@ -19,9 +19,11 @@ from etils import epath
 
 from ogdm_jax import places, records, startup
 from ogdm_jax.training.trackers import Tracker
+from ogdm_jax.typing import PyTree
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"  # lines of steps that a resumed run makes again
+SOON, LATE = 2.0, 8.0  # seconds of training after which its speed is told, and without a doubt
 UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to
 LEVELS = "level/"  # the loss by noise level: "level/LOW-HIGH"
 _SHOWN = ("accuracy", "grad_norm", "learning_rate")  # on the log line, after the losses
@@ -40,6 +42,7 @@ class Interval:
     def __init__(self) -> None:
         self._steps: list[Mapping[str, jax.Array]] = []
         self._timed, self._began = 0, time.monotonic()
+        self._waited = (0, 0.0)  # steps and seconds at the last wait of first_speed
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
         """Adds the metrics of one step."""
@@ -66,6 +69,27 @@ class Interval:
             "kimg": step * batch / 1000,
             "images_per_second": images / max(self.restart(), 1e-9),
         }
+
+    def first_speed(self, state: PyTree) -> tuple[int, int, float] | None:
+        """(first, last, seconds a step) of the interval's newest steps, soon after it began; None
+        at other times.
+
+        Waits for the device after 1, 2, 4, 8, ... steps alone: the others are given out ahead, as
+        ever. The time is that of the steps since the wait before, so that a slow first one does
+        not count; from LATE on it does, where there is no other.
+
+        Args:
+          state: that came out of the newest step.
+        """
+        last = self._timed
+        if last & (last - 1):
+            return None
+        jax.block_until_ready(state)
+        seconds = time.monotonic() - self._began
+        (first, before), self._waited = self._waited, (last, seconds)
+        if seconds < (SOON if first else LATE):
+            return None
+        return first + 1, last, (seconds - before) / (last - first)
 
     def bad_loss(self) -> tuple[str, float, int] | None:
         """Name and value of the first loss that was not finite in this interval, and how many steps
