@@ -9,6 +9,8 @@ import math
 import os
 from typing import Any
 
+from etils import epath
+
 from ogdm_jax import places
 
 
@@ -36,6 +38,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def write(path: epath.Path, value: Any, indent: int | None = None) -> None:
+    """Writes a JSON file: whole, or not at all where the program ends here. See `dumps`."""
+    with places.written(path) as new:
+        new.write_text(dumps(value, indent) + "\n")
 
 
 def read(path: str | os.PathLike, kind: type, field: str = "file") -> Any:

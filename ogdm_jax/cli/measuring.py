@@ -236,8 +236,6 @@ def add_tolerance_options(parser: argparse.ArgumentParser) -> None:
 
 def print_json(result: dict[str, Any], out: str | None) -> None:
     """Prints a result and, where a file is named, writes it there, too."""
-    text = records.dumps(result, indent=1)
     if out:
-        with places.written(places.place(out, "--out")) as new:
-            new.write_text(text + "\n")
-    print(text)
+        records.write(places.place(out, "--out"), result, indent=1)
+    print(records.dumps(result, indent=1))

@@ -69,8 +69,7 @@ def run(args: argparse.Namespace, config: Config, name: str) -> dict[str, Any]:
         found["advice"] = _advice(config, source, chip, devices, name, found)
     print(report.text(found), flush=True)
     if args.plan_out:
-        with places.written(places.place(args.plan_out)) as new:
-            new.write_text(records.dumps(found, indent=1) + "\n")
+        records.write(places.place(args.plan_out), found, indent=1)
     return found
 
 

@@ -135,8 +135,7 @@ class Sets:
         """Writes down what is measured."""
         self.finished = list(sets)
         if self._file is not None:
-            with places.written(self._file) as new:
-                new.write_text(records.dumps({"drawn_with": self._origin, "sets": sets}) + "\n")
+            records.write(self._file, {"drawn_with": self._origin, "sets": sets})
 
     def safe(self, total: int) -> str:
         """What is kept, and what to do."""

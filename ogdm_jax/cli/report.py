@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num = args.num or min(len(real), measuring.MOST)
             distances = measure_samplers(trained, choices, space, features, range(num), draw)
             if distances:
-                with places.written(folder / "distances.json") as new:
-                    new.write_text(records.dumps(distances, indent=1) + "\n")
+                records.write(folder / "distances.json", distances, indent=1)
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)

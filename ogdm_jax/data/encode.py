@@ -94,8 +94,7 @@ def encode(
 
     vae = f"the autoencoder {latents.vae.get('path')} ({latents.vae.get('sha256', '')[:12]})"
     write_shards(source, final, parts, shards, bounds, write, {"encoded with": vae})
-    with places.written(epath.Path(parts / SIDECAR)) as new:
-        new.write_text(records.dumps(about, indent=1) + "\n")
+    records.write(epath.Path(parts / SIDECAR), about, indent=1)
     (parts / "plan.json").unlink()
     shutil.move(parts, final)
     return f"latents:{out}"

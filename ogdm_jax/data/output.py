@@ -319,8 +319,7 @@ class Output:
             "not_finite": sorted(self.bad),
             "finished": self._finished,
         }
-        with places.written(self._record) as new:
-            new.write_text(records.dumps(record, indent=1) + "\n")
+        records.write(self._record, record, indent=1)
 
     def _still_there(self) -> None:
         gone = not self._record.exists() or (

@@ -253,8 +253,7 @@ def write_shards(
             f"{source.name}: {parts} holds the unfinished work of another call; remove it or "
             "finish that one"
         )
-    with places.written(epath.Path(note)) as new:
-        new.write_text(records.dumps(plan))
+    records.write(epath.Path(note), plan)
     with tqdm(total=len(source), desc=str(final), unit="image", disable=None) as bar:
         for shard, (start, stop) in zip(shards, bounds):
             if (parts / shard).exists():

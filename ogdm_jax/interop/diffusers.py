@@ -142,8 +142,7 @@ def write(
     with places.written(file) as new:
         tensors = {name: np.ascontiguousarray(value) for name, value in state.items()}
         save_file(tensors, new, metadata={"format": "pt"})
-    with places.written(folder / CONFIG) as new:
-        new.write_text(records.dumps(config, indent=1) + "\n")
+    records.write(folder / CONFIG, config, indent=1)
     return file
 
 

@@ -75,8 +75,7 @@ def write(
             torch_writer.write(new, state)
         else:
             save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
-    with places.written(beside or about_path(path)) as new:
-        new.write_text(records.dumps(_sorted({"format": FORMAT, **about}), indent=1) + "\n")
+    records.write(beside or about_path(path), _sorted({"format": FORMAT, **about}), indent=1)
     return path
 
 

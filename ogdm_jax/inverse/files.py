@@ -184,9 +184,7 @@ def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> N
         about["pictures"] = restoration.names
     for name, values in figures.items():
         about[name] = [round(float(v), 5) for v in values]
-    beside = path.with_suffix(".json") if path.suffix else path / "figures.json"
-    with places.written(beside) as new:
-        new.write_text(records.dumps(about) + "\n")
+    records.write(path.with_suffix(".json") if path.suffix else path / "figures.json", about)
 
 
 def _as_pictures(y: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

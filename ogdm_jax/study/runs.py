@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ogdm_jax import places, records
+from ogdm_jax import records
 from ogdm_jax.config import Config, ConfigError, Sample
 from ogdm_jax.methods import discovery
 from ogdm_jax.metrics.features import FeatureSpace
@@ -203,9 +203,7 @@ class Results:
 
     def write(self, **more: Any) -> None:
         """Writes the file, whole or not at all."""
-        with places.written(self._path) as new:
-            text = records.dumps(self.head | more | {"reports": self.reports}, indent=1)
-            new.write_text(text + "\n")
+        records.write(self._path, self.head | more | {"reports": self.reports}, indent=1)
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def write(step: epath.Path) -> None:
     if not places.is_local(step):
         return
     names = [name for name in _sizes(step) if name.partition("/")[0] in ITEMS]
-    with places.written(step / NAME) as new:
-        new.write_text(records.dumps(_sums(step, names)))
+    records.write(step / NAME, _sums(step, names))
 
 
 def damage(step: epath.Path, items: Sequence[str] = ()) -> str:

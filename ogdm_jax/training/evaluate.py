@@ -200,8 +200,7 @@ def write_report(workdir: epath.Path, report: Mapping[str, Any], images: np.ndar
     """The lead process writes workdir/samples.png and, as workdir/evaluation.json, the report."""
     if jax.process_index() == 0:
         pictures.save_png(workdir / "samples.png", pictures.sheet(images, columns=8))
-        with places.written(workdir / "evaluation.json") as new:
-            new.write_text(records.dumps(report, indent=1) + "\n")
+        records.write(workdir / "evaluation.json", report, indent=1)
 
 
 def describe_sampler(settings: Sample, counts: Sequence[np.ndarray] = ()) -> dict[str, Any]:

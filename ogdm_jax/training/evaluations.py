@@ -47,8 +47,8 @@ def read(workdir: str | os.PathLike, field: str = "--workdir") -> dict[int, dict
 
 def write(workdir: str | os.PathLike, reports: Mapping[int, Mapping[str, Any]]) -> None:
     """Writes the file: whole, or not at all where the run is stopped here."""
-    with places.written(places.place(workdir) / NAME) as new:
-        new.write_text(records.dumps([reports[step] for step in sorted(reports)], indent=1) + "\n")
+    in_order = [reports[step] for step in sorted(reports)]
+    records.write(places.place(workdir) / NAME, in_order, indent=1)
 
 
 def _report(entry: Any) -> dict[str, Any]:

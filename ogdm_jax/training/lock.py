@@ -147,8 +147,7 @@ class Lock:
             self._write(beat)
 
     def _write(self, beat: int) -> None:
-        with places.written(self._path) as new:
-            new.write_text(records.dumps(dataclasses.asdict(self._me) | {"beat": beat}) + "\n")
+        records.write(self._path, dataclasses.asdict(self._me) | {"beat": beat})
 
     def _read(self) -> tuple[_Owner | None, Any] | None:
         """(owner, beat), owner None where the file cannot be understood; None: there is no file."""

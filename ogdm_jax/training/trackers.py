@@ -44,8 +44,7 @@ class Tracker:
         known = records.read(workdir / NAME, dict) if (workdir / NAME).exists() else {}
         if (known.get("tracker"), known.get("project")) != (name, project):
             known = {"tracker": name, "project": project, "id": uuid.uuid4().hex[:12]}
-            with places.written(workdir / NAME) as new:
-                new.write_text(records.dumps(known) + "\n")
+            records.write(workdir / NAME, known)
         words: dict[str, Any] = {"project": project, "resume": "allow", "config": flatten(config)}
         if name == "wandb":
             words |= {"id": known["id"], "name": workdir.name}
