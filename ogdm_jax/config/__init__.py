@@ -7,10 +7,10 @@ from ogdm_jax.config.diffusion import Noise, Precondition
 from ogdm_jax.config.effects import check_sense, check_typed
 from ogdm_jax.config.fields import (
     ConfigError,
+    Group,
     check,
     choose,
     duration,
-    expected,
     parse,
     require,
     setting,
@@ -43,6 +43,7 @@ __all__ = [
     "ConfigError",
     "Data",
     "Evaluate",
+    "Group",
     "Network",
     "Noise",
     "Optim",
@@ -56,7 +57,6 @@ __all__ = [
     "choose",
     "duration",
     "editable",
-    "expected",
     "flatten",
     "from_json",
     "load",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from ogdm_jax.config.fields import check, require, setting
+from ogdm_jax.config.fields import Group, require, setting
 
 _DISCRETE = ("precondition.kind=adm|v", "noise.distribution=ddpm|v")
 _NORMAL = "distribution=edm|logit_normal"
@@ -11,7 +11,7 @@ _decided = functools.partial(setting, decided=True)  # may differ with --overrid
 
 
 @dataclasses.dataclass(frozen=True)
-class Precondition:
+class Precondition(Group):
     """How the network becomes a denoiser."""
 
     kind: str = setting(
@@ -58,8 +58,7 @@ class Precondition:
         1000.0, "flow: what the network is told at t = 1", above=0, most=1e6, only="kind=flow"
     )
 
-    def __post_init__(self) -> None:
-        check(self, "precondition")
+    def _check_together(self) -> None:
         least = {"linear": 20, "scaled_linear": 12}.get(self.schedule, 1)
         steps, few = self.diffusion_steps, self.diffusion_steps <= least
         name = self.schedule
@@ -68,7 +67,7 @@ class Precondition:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise:
+class Noise(Group):
     """The distribution of the noise levels of training."""
 
     distribution: str = _decided(
@@ -105,6 +104,3 @@ class Noise:
         only=_NORMAL,
     )
     stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
-
-    def __post_init__(self) -> None:
-        check(self, "noise")

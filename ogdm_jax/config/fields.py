@@ -1,14 +1,11 @@
 """How one setting is declared, with its help and its limits, and how its value is checked.
 
-A group of settings is a frozen dataclass whose fields are made by `setting` and whose
-`__post_init__` calls `check`:
+A group of settings is a frozen dataclass whose fields are made by `setting`. `Group` checks them:
 
     @dataclasses.dataclass(frozen=True)
-    class Settings:
+    class Settings(Group):
+        GROUP = "dsg"
         rate: float = setting(0.2, "guidance rate", least=0, most=1)
-
-        def __post_init__(self) -> None:
-            check(self, "GROUP")
 
 Command lines make their options and their help from the same fields.
 """
@@ -17,13 +14,14 @@ import ast
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import types
 import typing
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from ogdm_jax.brief import brief
 
@@ -52,6 +50,7 @@ def setting(
     decided: bool = False,
     was: str = "",
     only: str | tuple[str, ...] = (),
+    rising: bool = False,
 ) -> Any:
     """A field of a dataclass of settings: `dataclasses.field` with what `check` needs as metadata.
 
@@ -68,6 +67,7 @@ def setting(
       was: the setting's older name; training folders of before have it.
       only: where the setting has an effect, such as "kind=song|openai" or "noise.clip" (is on);
         a name without a dot is of the same group. Of several, one suffices. See effects.py.
+      rising: of a tuple: every number is larger than the one before it.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     return dataclasses.field(
@@ -81,6 +81,7 @@ def setting(
             "decided": decided,
             "was": was,
             "only": (only,) if isinstance(only, str) else only,
+            "rising": rising,
         },
     )
 
@@ -113,18 +114,28 @@ def check(settings: Any, group: str, prefix: str = "config.") -> None:
         for part in value if isinstance(value, tuple) else (value,):
             if wrong := _wrong(part, field):
                 raise ConfigError(f"{key}: {shown(value)} given; expected {wrong}")
+        if field.metadata["rising"] and not all(a < b for a, b in itertools.pairwise(value or ())):
+            raise ConfigError(f"{key}: {shown(value)} given; expected {expected(field)}")
 
 
 class Group:
     """A group: its fields are checked when it is made, and what concerns several of them after. Its
     text is one short line.
+
+    Attributes:
+      GROUP: its name in the configuration; "": that of the class in small letters.
+      PREFIX: what stands before the name in a sentence.
     """
+
+    GROUP: ClassVar[str] = ""
+    PREFIX: ClassVar[str] = "config."
 
     def __init_subclass__(cls) -> None:
         cls.__repr__ = brief  # the dataclass would make one of its own
 
     def __post_init__(self) -> None:
-        check(self, type(self).__name__.lower())
+        """Raises ConfigError for a setting out of range."""
+        check(self, self.GROUP or type(self).__name__.lower(), self.PREFIX)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -158,7 +169,8 @@ def expected(field: dataclasses.Field[Any]) -> str:
     whole = isinstance(sample, int) or "int" in kind
     noun = "a whole number" if whole else "a number"
     if isinstance(default, tuple) or "tuple" in kind:
-        noun = f"{noun[2:]}s{', each' if limits else ''}"
+        order = "rising " * field.metadata["rising"]
+        noun = f"{order}{noun[2:]}s{', each' if limits else ''}"
     if limits == {"least": 0, "most": 1}:
         return f"{noun} from 0 to 1"
     if limits == {"above": 0} and noun == "a number":

@@ -8,16 +8,17 @@ import os
 from etils import epath
 
 from ogdm_jax import places
-from ogdm_jax.config import Config, check, require, setting
+from ogdm_jax.config import Config, Group, require, setting
 from ogdm_jax.methods import dg
 from ogdm_jax.sampling import churn
 from ogdm_jax.sampling.churn import Churn
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of DG's training (2211.17091); the defaults are the authors' where they say."""
 
+    GROUP = "dg"
     prior: str = setting("", "training folder of the model that is to be guided")
     prior_step: str = setting("", "its checkpoint: a number or best; '' = the newest")
     prior_weights: str = setting(
@@ -65,8 +66,7 @@ class Settings:
     time_max: float = setting(1.0, "highest time at which it guides", least=0, most=1)
     boost: bool = setting(False, "churn examples by their ratio")
 
-    def __post_init__(self) -> None:
-        check(self, "dg")
+    def _check_together(self) -> None:
         before = f"less than dg.time_max, {self.time_max}"
         require(self.time_min < self.time_max, "dg.time_min", self.time_min, before)
 

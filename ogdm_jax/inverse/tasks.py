@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ogdm_jax import places
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.interop import perceptual
 from ogdm_jax.inverse import degradations, given, networks, operators
 from ogdm_jax.inverse.operators import Operator
@@ -26,7 +26,7 @@ DRAWN = ("random", "box")  # masks that are no files
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """What a task may be told.
 
     Attributes:
@@ -45,6 +45,7 @@ class Settings:
       size: of style: pixels a side to which the VGG's images are resized.
     """
 
+    GROUP, PREFIX = "task", "--"
     noise: float = setting(
         0.05, "standard deviation of Gaussian noise, images in [-1, 1]", least=0, below=np.inf
     )
@@ -69,10 +70,6 @@ class Settings:
     )
     layers: str = setting(",".join(vgg.STYLE), "style: layers of the VGG, separated by commas")
     size: int = setting(224, "style: pixels a side of what the VGG sees", least=16, most=4096)
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "task", prefix="--")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,20 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import check, setting
+from ogdm_jax.config import Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Memory, Preset
-from ogdm_jax.sampling.schedule import Window, check_window, inside, window_setting
+from ogdm_jax.sampling.schedule import Window, inside, window_setting
 from ogdm_jax.typing import Array, PyTree
 
 PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of APG.
 
     Attributes:
@@ -46,6 +46,7 @@ class Settings:
       window: noise levels (low, high) that are guided; None: all.
     """
 
+    GROUP, PREFIX = "apg", ""
     weight: float = setting(4.0, "1 is the conditional model alone")
     norm: float = setting(0.0, "longest difference of the two predictions; 0: any", least=0)
     eta: float = setting(0.0, "share of the part parallel to the prediction; 1 as cfg")
@@ -53,11 +54,6 @@ class Settings:
         0.0, "of the difference over steps; published: -0.5 to -0.75", above=-1, below=1
     )
     window: Window | None = window_setting()
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "apg", prefix="")
-        check_window("apg.window", self.window)
 
 
 class _Seen(NamedTuple):

@@ -15,19 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window, inside, window_setting
+from ogdm_jax.sampling.schedule import Window, inside, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of autoguidance.
 
     Attributes:
@@ -37,15 +37,11 @@ class Settings:
       window: noise levels (low, high) that are guided; None: all.
     """
 
+    GROUP, PREFIX = "autoguidance", ""
     workdir: str = setting("", "training folder of the weak model; the model's own with a step")
     step: int | None = setting(None, "checkpoint of the weak model; default: the newest", least=0)
     weight: float = setting(1.5, "1 is the model alone")
     window: Window | None = window_setting()
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "autoguidance", prefix="")
-        check_window("autoguidance.window", self.window)
 
 
 def guide(denoise: Denoise, weak: Denoise, weight: Any, window: Window | None = None) -> Denoiser:

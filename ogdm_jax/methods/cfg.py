@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window, inside, window_setting
+from ogdm_jax.sampling.schedule import Window, inside, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 PRESETS: dict[str, Preset] = {}
@@ -109,7 +109,7 @@ def with_and_without(
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of classifier-free guidance.
 
     Attributes:
@@ -120,6 +120,7 @@ class Settings:
       rescale: of `guide`.
     """
 
+    GROUP, PREFIX = "cfg", ""
     weight: float = setting(1.5, "1 is the conditional model alone")
     window: Window | None = window_setting()
 
@@ -140,10 +141,7 @@ class Settings:
         most=1,
     )
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "cfg", prefix="")
-        check_window("cfg.window", self.window)
+    def _check_together(self) -> None:
         if self.rescale and self.weight == 1 and self.below is None:
             raise ConfigError(
                 f"cfg.rescale: {self.rescale:g} given with cfg.weight 1, where nothing is guided; "

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import places
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.diffusion.steps import per_example
@@ -36,7 +36,7 @@ from ogdm_jax.methods import dg
 from ogdm_jax.methods.session import Session
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window, window_setting
+from ogdm_jax.sampling.schedule import Window, window_setting
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
 _RELEASED = {"solver": "ancestral", "steps": 250, "grid": "respaced", "clip": True}
@@ -55,7 +55,7 @@ RULES = ("score", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of classifier guidance on the command line.
 
     Attributes:
@@ -66,6 +66,7 @@ class Settings:
       rule: see the table; "auto" is as released: "mean" for ancestral steps, else "score".
     """
 
+    GROUP, PREFIX = "classifier", ""
     checkpoint: str = setting("", "classifier of noisy images, such as 256x256_classifier.pt")
     scale: float = setting(1.0, "factor of the gradient; 1: Bayes' rule", above=0)
     window: Window | None = window_setting()
@@ -79,11 +80,6 @@ class Settings:
         "shift the score, or the mean of ancestral steps; auto: as released, by the solver",
         choices=("auto", *RULES),
     )
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "classifier", prefix="")
-        check_window("classifier.window", self.window)
 
 
 def log_probability(

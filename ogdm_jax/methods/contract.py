@@ -346,11 +346,6 @@ def combine(methods: Sequence[Slots]) -> Methods:
     return Methods(tuple(methods), owners["target"], owners["distance"])
 
 
-def rising(edges: Sequence[float]) -> bool:
-    """Whether edges of noise bins are in order, none twice."""
-    return all(low < high for low, high in itertools.pairwise(edges))
-
-
 def noise_bins(values: Mapping[str, Array], sigma: Array, edges: Sequence[float]) -> Metrics:
     """Metrics "name/low-high" of values [b] by name: their means over the examples with low < sigma
     <= high.

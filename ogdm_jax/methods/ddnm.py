@@ -20,7 +20,7 @@ the number of steps.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -45,7 +45,7 @@ class Settings(Schedule):
       eta: share of fresh noise, see above (released: 0.85); acts only where y has noise.
     """
 
-    GROUP: ClassVar[str] = "ddnm"
+    GROUP = "ddnm"
     eta: float = setting(
         0.85, "share of fresh noise at levels below the measurement's noise", least=0, most=1
     )

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion import clock
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser
 from ogdm_jax.diffusion.steps import per_example
@@ -38,7 +38,7 @@ from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, check_window, window_setting
+from ogdm_jax.sampling.schedule import Window, window_setting
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
 CLOCKS = ("vp", "cosine")
@@ -297,7 +297,7 @@ def weight_under(weight: float, corrector_weight: float, was: str, solver: str) 
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """Settings of discriminator guidance on the command line; None: as the discriminator's training
     folder says.
 
@@ -313,6 +313,7 @@ class Settings:
       rule: see `guidance`.
     """
 
+    GROUP, PREFIX = "dg", ""
     discriminator: str = setting("", "training folder of the discriminator")
     weight: float | None = setting(
         None, "weight; default: the folder's best, else 2 with heun and 1 with the others"
@@ -329,10 +330,7 @@ class Settings:
         choices=("score", "mean"),
     )
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, "dg", prefix="")
-        check_window("dg.window", self.window)
+    def _check_together(self) -> None:
         low, high = self.time_min, self.time_max
         if low is not None and high is not None and low >= high:
             raise ConfigError(

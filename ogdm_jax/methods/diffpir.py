@@ -11,7 +11,7 @@ transitions of the method's own, whatever the solver's eta.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -40,7 +40,7 @@ class Settings(Schedule):
         inpainting, 0.3 for deblurring, 0.25 for super-resolution).
     """
 
-    GROUP: ClassVar[str] = "diffpir"
+    GROUP = "diffpir"
     strength: float | None = setting(
         None,
         "weight of the model against the measurement; default: the released one, 1 for inpaint, 8",

@@ -10,7 +10,7 @@ in the coordinate x_vp = x / sqrt(1 + sigma^2): with coordinate="vp" its scales 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -37,7 +37,7 @@ class Settings(Schedule):
       clip_mean: so does the transition of every step, guided or not (released code: likewise).
     """
 
-    GROUP: ClassVar[str] = "dps"
+    GROUP = "dps"
     scale: float | None = setting(
         None,
         "step size; default: the released one, 0.5 for inpaint, 1 for phase_retrieval, 0.3",

@@ -20,7 +20,7 @@ replaced by scaling with the largest number.
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Settings(Schedule):
       clip_mean: so does the transition of every step, guided or not (released code: likewise).
     """
 
-    GROUP: ClassVar[str] = "dsg"
+    GROUP = "dsg"
     rate: float = setting(0.2, "guidance rate: 0 is the noise, 1 the gradient", least=0, most=1)
     strength: float | None = setting(
         None, "replaces rate; about equal over numbers of steps, 1 is moderate", least=0
@@ -65,9 +65,8 @@ class Settings(Schedule):
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")
     clip_mean: bool = setting(False, "every step's transition sees x0_hat clipped to [-1, 1]")
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        super().__post_init__()
+    def _check_together(self) -> None:
+        super()._check_together()
         if self.samples and not self.backward:
             raise ConfigError(
                 f"dsg.samples: {self.samples} given with dsg.backward False; expected 0, or "

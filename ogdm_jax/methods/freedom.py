@@ -9,7 +9,7 @@ line takes there). Time travel is `Schedule.repeats`.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -34,7 +34,7 @@ class Settings(Schedule):
       rule: how the step size is made.
     """
 
-    GROUP: ClassVar[str] = "freedom"
+    GROUP = "freedom"
     scale: float = setting(0.2, "step size, in the rule's unit", least=0)
     rule: str = setting("rms", "how the step size is made", choices=("rms", "time"))
 

@@ -7,7 +7,7 @@ in VP coordinates (`gradients.smoothed`, `gradients.vp_factor`).
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from ogdm_jax.config import setting
 from ogdm_jax.methods.dps import Descent
@@ -30,7 +30,7 @@ class Settings(Schedule):
       samples: draws of the smoothed loss.
     """
 
-    GROUP: ClassVar[str] = "lgd"
+    GROUP = "lgd"
     scale: float = setting(1e-3, "step size", least=0)
     samples: int = setting(8, "draws of the smoothed loss", least=1, most=1024)
 

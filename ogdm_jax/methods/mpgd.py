@@ -14,7 +14,7 @@ configurations have 0.3 for super-resolution and 10 for Gaussian deblurring of 2
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -40,7 +40,7 @@ class Settings(Schedule):
       clip_loss: the loss sees x0_hat clipped to [-1, 1].
     """
 
-    GROUP: ClassVar[str] = "mpgd"
+    GROUP = "mpgd"
     scale: float = setting(0.5, "step size, in the rule's unit", least=0)
     rule: str = setting("plain", "how the step size is made", choices=("plain", "released"))
     clip_loss: bool = setting(False, "the loss sees x0_hat clipped to [-1, 1]")

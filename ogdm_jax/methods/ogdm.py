@@ -25,8 +25,7 @@ import numpy as np
 import optax
 
 from ogdm_jax import randomness
-from ogdm_jax.brief import brief
-from ogdm_jax.config import ConfigError, check, choose, require, setting
+from ogdm_jax.config import ConfigError, Group, choose, require, setting
 from ogdm_jax.diffusion import jumps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
@@ -52,9 +51,10 @@ _EDM, _ADM = "distribution=edm", "distribution=adm"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """The switches of OGDM; the values here are the defaults of config.ogdm."""
 
+    GROUP = "ogdm"
     gamma: float = setting(
         0.025,
         "weight of the observation loss, relative to a mean-per-pixel denoising loss",
@@ -134,10 +134,8 @@ class Settings:
     rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only="distribution=edm")
     schedule: str = setting("linear", "betas of distribution adm", choices=SCHEDULES, only=_ADM)
     diffusion_steps: int = setting(1000, "and their number", least=2, most=10**5, only=_ADM)
-    __repr__ = brief
 
-    def __post_init__(self) -> None:
-        check(self, "ogdm")
+    def _check_together(self) -> None:
         ordered = self.sigma_min < self.sigma_max
         require(
             ordered, "ogdm.sigma_min", self.sigma_min, f"less than ogdm.sigma_max, {self.sigma_max}"

@@ -16,7 +16,7 @@ the level, without a bound where a grid starts from pure noise. Leave those out 
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Settings(Schedule):
       data_std: s above.
     """
 
-    GROUP: ClassVar[str] = "pigdm"
+    GROUP = "pigdm"
     data_std: float = setting(
         1.0, "spread of clean images, from which that of x0 given x follows; published: 1", above=0
     )

@@ -29,8 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.brief import brief
-from ogdm_jax.config import check, choose, require, setting
+from ogdm_jax.config import Group, choose, require, setting
 from ogdm_jax.diffusion import noise
 from ogdm_jax.diffusion.process import eps_from_x0
 from ogdm_jax.methods.contract import (
@@ -44,7 +43,6 @@ from ogdm_jax.methods.contract import (
     Slots,
     Update,
     noise_bins,
-    rising,
     squared_error,
 )
 from ogdm_jax.models import fingerprint
@@ -56,9 +54,10 @@ FEATURE_NORMS = ("none", "relative")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """The switches of SP; the values here are the defaults of config.sp (the preset pixel_edm)."""
 
+    GROUP = "sp"
     mse_weight: float = setting(1.0, "weight of the squared error", least=0)
     weight: float = setting(1.0, "weight of the self-perceptual loss", least=0)
     auto: bool = setting(True, "calibrate the weight once, by the size of the gradients")
@@ -94,12 +93,11 @@ class Settings:
         False, "divide by max(sin^2(theta - theta'), 0.05): equal scale for all s'"
     )
     remat: bool = setting(False, "recompute the teacher's activations in the backward pass")
-    bins: tuple[float, ...] = setting((0.5, 2.0, 10.0), "edges of the metrics' bins", above=0)
-    __repr__ = brief
+    bins: tuple[float, ...] = setting(
+        (0.5, 2.0, 10.0), "edges of the metrics' bins", above=0, rising=True
+    )
 
-    def __post_init__(self) -> None:
-        check(self, "sp")
-        require(rising(self.bins), "sp.bins", self.bins, "rising numbers")
+    def _check_together(self) -> None:
         some = "a positive number, as sp.mse_weight is 0"
         require(self.weight > 0 or self.mse_weight > 0, "sp.weight", self.weight, some)
         if self.calibrated:
@@ -125,13 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Pixels have no decoder that hides high-frequency drift: keep the squared error, stay where
     # x0_hat is an image.
-    "pixel_edm": {
-        "mse_weight": 1.0,
-        "weight": 1.0,
-        "auto": True,
-        "sigma_next": "same",
-        "sigma_max": 2.3,
-    },
+    "pixel_edm": {},  # the defaults
 }
 
 # Stable Diffusion's uniform t (zero-terminal-SNR schedule) as a log-normal distribution of sigma /

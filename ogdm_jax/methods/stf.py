@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax import randomness
-from ogdm_jax.config import check, choose, require, setting
+from ogdm_jax.config import Group, choose, require, setting
 from ogdm_jax.data import moments
 from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, stable_target
@@ -38,7 +38,6 @@ from ogdm_jax.methods.contract import (
     Own,
     Slots,
     noise_bins,
-    rising,
 )
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
@@ -52,9 +51,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """The switches of STF; the values here are the defaults of config.stf."""
 
+    GROUP = "stf"
     source: str = setting(
         "cache",
         "where references come from: stream (loader), cache (resident set), gather (batch), full, "
@@ -96,12 +96,10 @@ class Settings:
         only="data.augment",
     )
     bins: tuple[float, ...] = setting(
-        (0.5, 2.0, 10.0), "edges of the noise bins of the metrics", above=0
+        (0.5, 2.0, 10.0), "edges of the noise bins of the metrics", above=0, rising=True
     )
 
-    def __post_init__(self) -> None:
-        check(self, "stf")
-        require(rising(self.bins), "stf.bins", self.bins, "rising numbers")
+    def _check_together(self) -> None:
         both = self.per_image and self.n != type(self).n
         require(not both, "stf.n", self.n, f"none with stf.per_image={self.per_image}")
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ogdm_jax import randomness
-from ogdm_jax.config import ConfigError, check, setting
+from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.config.fields import is_number
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.sampling.churn import Info
@@ -19,13 +19,14 @@ from ogdm_jax.typing import Array
 Window = tuple[float, float]
 
 
-def window_setting() -> Any:
-    """The field `window` of a method's Settings; check it with `check_window`."""
-    return setting(None, "LOW,HIGH noise levels that are guided; default: all", most=math.inf)
+def window_setting(help: str = "LOW,HIGH noise levels that are guided; default: all") -> Any:
+    """A field for a window of a method's Settings: two rising levels from 0 on, inf among them."""
+    levels = "LOW,HIGH noise levels with 0 <= LOW < HIGH"
+    return setting(None, help, least=0, most=math.inf, rising=True, expected=levels)
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(Group):
     """Settings of methods with a transition: their Settings extend this class.
 
     Attributes:
@@ -37,19 +38,13 @@ class Schedule:
       repeat_window: noise levels with time travel; None: all.
     """
 
-    GROUP: ClassVar[str] = "guidance"
+    GROUP, PREFIX = "guidance", ""
     interval: int = setting(1, "guide every so many steps, counted back from the last", least=1)
     window: Window | None = window_setting()
     repeats: int = setting(1, "time travel: passes of each guided step", least=1, most=1000)
-    repeat_window: Window | None = setting(
-        None, "LOW,HIGH noise levels with time travel", most=math.inf
-    )
+    repeat_window: Window | None = window_setting("LOW,HIGH noise levels with time travel")
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a setting out of range."""
-        check(self, self.GROUP, prefix="")
-        check_window(f"{self.GROUP}.window", self.window)
-        check_window(f"{self.GROUP}.repeat_window", self.repeat_window)
+    def _check_together(self) -> None:
         if self.repeat_window is not None and self.repeats == 1:
             raise ConfigError(
                 f"{self.GROUP}.repeat_window: {self.repeat_window} given; expected "
@@ -60,14 +55,6 @@ class Schedule:
     def everywhere(self) -> bool:
         """Whether every step is guided."""
         return self.interval == 1 and self.window is None
-
-
-def check_window(key: str, window: Window | None) -> None:
-    """Raises ConfigError for noise levels that are not 0 <= low < high."""
-    if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1]):
-        raise ConfigError(
-            f"{key}: {window} given; expected LOW,HIGH noise levels with 0 <= LOW < HIGH"
-        )
 
 
 def numbers(**settings: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from ogdm_jax import data, models, parallel, places, platforms, randomness
-from ogdm_jax.config import Config, check, require, setting
+from ogdm_jax.config import Config, Group, require, setting
 from ogdm_jax.data import augment, pictures
 from ogdm_jax.interop import autoencoder, diffusers, export
 from ogdm_jax.methods.contract import combine
@@ -42,18 +42,16 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Group):
     """The group config.vae; widths, blocks and compute type are those of config.network."""
 
+    GROUP = "vae"
     latent_channels: int = setting(4, "of a latent", least=1, most=64)
     groups: int = setting(32, "of the norms; divides the width of every level", least=1, most=4096)
     loss: str = setting(
         "l1", "of a pixel: l1 (absolute) or l2 (squared error)", choices=("l1", "l2")
     )
     kl: float = setting(1e-6, "weight of the KL divergence beside the sum over pixels", least=0)
-
-    def __post_init__(self) -> None:
-        check(self, "vae")
 
 
 @dataclasses.dataclass(frozen=True)
