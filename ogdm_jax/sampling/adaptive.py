@@ -201,14 +201,9 @@ def dopri5(
       only a trajectory needs are not among them).
 
     Raises:
-      ValueError: fewer than two levels, or see `check_control`.
+      ValueError: see `check_control`.
     """
     check_control(control, denoise)
-    if len(sigmas) < 3:
-        raise ValueError(
-            f"solver {NAME!r} with 1 step; expected at least 2: it integrates from the first level "
-            "to the one before the last"
-        )
     variable, levels = VARIABLES[control.variable], sigmas[:-1]
     times = variable.time(levels)
 

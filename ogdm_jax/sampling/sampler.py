@@ -159,7 +159,7 @@ def sample(
             f"key=None; expected a key, because solver {solver!r} draws noise with these settings"
         )
     round_sigma = round_sigma or denoise.round_sigma
-    sigmas = _known_levels(denoise, _check_grid(sigmas), round_sigma, latents.dtype)
+    sigmas = _known_levels(denoise, _check_grid(solver, sigmas), round_sigma, latents.dtype)
     keys = _image_keys(key, latents.shape[0])
 
     def key_of(step: Array) -> Array | None:
@@ -339,7 +339,7 @@ def _eta(solver: str, eta: float | Array | None) -> float | Array:
     return float(solver == "dpmpp_2m_sde") if eta is None else eta
 
 
-def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
+def _check_grid(solver: str, sigmas: Array | np.ndarray) -> Array | np.ndarray:
     if np.ndim(sigmas) != 1 or np.shape(sigmas)[0] < 2:
         raise ValueError(
             f"sigmas: shape {np.shape(sigmas)}; expected [N + 1] levels with N of at least 1"
@@ -350,6 +350,10 @@ def _check_grid(sigmas: Array | np.ndarray) -> Array | np.ndarray:
             raise ValueError(
                 "sigmas: expected finite numbers that fall at every step, the last one 0"
             )
+    n, least = np.shape(sigmas)[0] - 1, solvers.FEWEST_STEPS.get(solver, 1)
+    if n < least:
+        why = solvers.WHY_SO_MANY[solver]
+        raise ValueError(f"solver {solver!r} with {n} steps; expected at least {least}: {why}")
     return sigmas
 
 

@@ -22,12 +22,13 @@ from ogdm_jax.sampling.churn import Info, added_std, raise_noise
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, plain_step
 from ogdm_jax.typing import Array, PyTree
 
-FEWEST_STEPS = {
-    "spndm": 2,
-    "fpndm": 4,
-    "plms": 2,
-    adaptive.NAME: 2,
-}  # of a grid: PNDM's first steps are one-step rules, dopri5 stops a level early; 1 for the others
+FEWEST_STEPS = {"spndm": 2, "fpndm": 4, "plms": 2, adaptive.NAME: 2}  # of a grid; 1 for the others
+WHY_SO_MANY = {
+    "spndm": "the first is a Heun step",
+    "fpndm": "the first three are Runge-Kutta",
+    "plms": "the first is made twice",
+    adaptive.NAME: "it integrates from the first level to the one before the last",
+}
 # Rules of ratios of levels: those that may start at process.PURE_NOISE, which stands for infinity.
 FROM_PURE_NOISE = ("euler", "ddim", "ancestral", "dpmpp_2m", "plms")
 Step = tuple[Array, PyTree, Array]
@@ -237,10 +238,6 @@ def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """First step Heun, then Adams-Bashforth 2: n + 1 evaluations (arXiv 2202.09778; OGDM's sampler
     of EDM models).
     """
-    if n < (least := FEWEST_STEPS["spndm"]):
-        raise ValueError(
-            f"solver 'spndm' with {n} step; expected at least {least}: the first is a Heun step"
-        )
 
     def start(x: Array, carry: PyTree, info: Info) -> Step:
         x0_hat = p.x0(x, info.sigma)
@@ -252,11 +249,6 @@ def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
 
 def fpndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """Three Runge-Kutta steps, then Adams-Bashforth 4: n + 9 evaluations (arXiv 2202.09778)."""
-    if n < (least := FEWEST_STEPS["fpndm"]):
-        raise ValueError(
-            f"solver 'fpndm' with {n} steps; expected at least {least}: the first three are "
-            "Runge-Kutta"
-        )
 
     def start(x: Array, carry: PyTree, info: Info) -> Step:
         sigma, middle, end = info.sigma, (info.sigma + info.sigma_next) / 2, info.sigma_next
@@ -274,10 +266,6 @@ def plms(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     Adams-Bashforth of order 1 to 4 over what the network gives (eps or v, `Denoiser.parts`), each
     step DDIM's. The first one is made again with the mean of its output and the one at its end.
     """
-    if n < (least := FEWEST_STEPS["plms"]):
-        raise ValueError(
-            f"solver 'plms' with {n} step; expected at least {least}: the first is made twice"
-        )
 
     def output(x: Array, sigma: Array) -> tuple[Array, Array]:
         x0_hat = p.x0(x, sigma)
