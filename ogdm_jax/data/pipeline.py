@@ -126,7 +126,7 @@ def mate_indices(
 
 @dataclasses.dataclass(eq=False)
 class Batches:
-    """An endless iterator of one process's share of the global batches; `batches` makes it.
+    """An endless iterator of one process's share of the global batches.
 
     Every item: "image" uint8 [b,H,W,C], "label" int32 [b] (-1 = no class) or float32 [b,k], "index"
     int32 [b] (the example's place in the step's global batch), b = batch_size / process_count. With
@@ -139,6 +139,23 @@ class Batches:
     Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is
     {"step": the next step} in every case, the same in every process and for every process count;
     `set_state` takes it back. `at(step)` is the batch of any step.
+
+    Attributes:
+      source: from open_source.
+      batch_size: of the global batch, over all processes.
+      seed: of the order; not negative.
+      start_step: the first step, for a resumed run.
+      process_index: which process this is, as jax.process_index().
+      process_count: how many there are, as jax.process_count().
+      extra_references: images per step, over all processes, besides the batch: a reference batch;
+        0 for none.
+      threads: batches that are read at once where the source is not in memory.
+      workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1
+        to 8).
+      mates: images of its own class with each image, where the set's labels are known; 0 for none.
+
+    Raises:
+      ValueError: a size below 1, or one that the process count does not divide.
     """
 
     source: Source
@@ -245,52 +262,7 @@ class Batches:
         return values[self.process_index * size : (self.process_index + 1) * size]
 
 
-def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    extra_references: int = 0,
-    threads: int = 8,
-    workers: int = 0,
-    mates: int = 0,
-) -> Batches:
-    """This process's share of the endless stream of global batches.
-
-    Args:
-      source: from open_source.
-      batch_size: of the global batch, over all processes.
-      seed: of the order; not negative.
-      start_step: the first step, for a resumed run.
-      process_index: which process this is, as jax.process_index().
-      process_count: how many there are, as jax.process_count().
-      extra_references: images per step, over all processes, besides the batch: a reference batch;
-        0 for none.
-      threads: batches that are read at once where the source is not in memory.
-      workers: processes that do so instead of threads; 0 for threads, -1 for half of the cores (1
-        to 8).
-      mates: images of its own class with each image, where the set's labels are known; 0 for none.
-
-    Returns:
-      An iterator over dictionaries; `Batches` says what they hold.
-
-    Raises:
-      ValueError: a size below 1, or one that the process count does not divide.
-    """
-    return Batches(
-        source,
-        batch_size,
-        seed,
-        start_step,
-        process_index,
-        process_count,
-        extra_references,
-        threads,
-        workers,
-        mates,
-    )
+batches = Batches  # a function by this name is what people call
 
 
 def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
