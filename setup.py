@@ -57,8 +57,8 @@ setup(
         "chex>=0.1.92",  # counts traces in tests (shapes are jaxtyping's)
         "ml-collections>=1.1",  # config files and typed command-line overrides
         # Reads prepared data sets; never installs TensorFlow itself. With pyarrow it is 206 of an
-        # installation's 1,165 MB (jaxlib 349, scipy 143). It stays: prepared sets are a part of
-        # the product, and who wants the space uninstalls it.
+        # installation's 1,166 MB, JAX with scipy and numpy 596 (docs/training.md has the table).
+        # It stays: prepared sets are a part of the product, and who wants the space uninstalls it.
         "tensorflow-datasets>=4.9.10",
         # paths that may be in a bucket, as orbax and tensorflow-datasets have them
         "etils[epath]>=1.15",
@@ -75,7 +75,7 @@ setup(
         "tqdm>=4.70",  # progress bars
         "jaxtyping>=0.3",  # shapes in the types of public functions, checked in tests
         "jinja2>=3.1",  # the report's page
-        "matplotlib>=3.11",  # the report's charts
+        "matplotlib>=3.11",  # the report's charts (73 MB with its own needs)
         "safetensors>=0.8",  # weights others can read
     ],
     extras_require={

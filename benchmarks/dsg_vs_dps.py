@@ -38,6 +38,14 @@ SIZES = {
     "ddnm": (1.0,),
     "none": (1.0,),
 }
+NAMES = {
+    "none": "unguided",
+    "dps": "DPS",
+    "dsg": "DSG",
+    "mpgd": "MPGD",
+    "diffpir": "DiffPIR",
+    "ddnm": "DDNM+",
+}
 
 
 def write_data(path: str) -> None:
@@ -92,7 +100,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.05)
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--solver", default="ddim", help="ddim or heun, with eta 1")
-    parser.add_argument("--clock", default="wall", help="wall or cpu")
+    parser.add_argument("--clock", default="wall", help="wall, cpu or none")
+    parser.add_argument("--every", type=int, default=1, help="try every Nth step size alone")
     parser.add_argument(
         "--minutes", type=float, default=15, help="no new task or number of steps after this time"
     )
@@ -146,34 +155,41 @@ def main() -> None:
                 )
 
             tuned = {
-                size: float(np.mean(tune.judge(run(tune, size))["psnr"])) for size in SIZES[method]
+                size: float(np.mean(tune.judge(run(tune, size))["psnr"]))
+                for size in SIZES[method][:: args.every]
             }
             finite = {s: v for s, v in tuned.items() if np.isfinite(v)}
             best[method] = max(finite, key=finite.get)
             runs[method], restored[method] = run, run(held, best[method])
             row = {"task": name, "steps": n, "method": method, "size": best[method], "tuned": tuned}
-            row |= {k: float(np.mean(v)) for k, v in held.judge(restored[method]).items()}
-            row["psnr_error"] = float(
-                np.std(held.judge(restored[method])["psnr"]) / np.sqrt(args.num)
-            )
+            judged = held.judge(restored[method])
+            row |= {k: float(np.mean(v)) for k, v in judged.items()}
+            row["psnr_error"] = float(np.std(judged["psnr"], ddof=1) / np.sqrt(args.num))
+            row["psnr_of_each"] = [float(value) for value in judged["psnr"]]
             rows.append(row)
         clock: dict[str, list[float]] = {m: [] for m in methods}
-        for method in methods * 3:
+        for method in methods * 3 if args.clock != "none" else ():
             now = time.process_time if args.clock == "cpu" else time.perf_counter
             start = now()
             runs[method](held, best[method])
             clock[method].append(now() - start)
         for row in rows[-len(methods) :]:
-            row["ms_per_image"] = 1000 * min(clock[row["method"]]) / args.num
-        shown = [
-            files.side_by_side(held, restored["none" if "none" in restored else methods[0]])[:8, :2]
-        ]
-        shown += [to_uint8(np.clip(restored[m][:8], -1, 1))[:, None] for m in methods]
-        columns = np.concatenate(shown, axis=1)
-        grid = columns.reshape(-1, *shape)
+            if clock[row["method"]]:
+                row["ms_per_image"] = 1000 * min(clock[row["method"]]) / args.num
+        parts = files.side_by_side(held, restored[methods[0]])
+        shown = [parts["input"], parts["measurement"]]
+        shown += [to_uint8(np.clip(restored[m], -1, 1)) for m in methods]
+        captions = list[str]()  # PSNR below each result
+        for values in zip(*(held.judge(restored[m])["psnr"][:8] for m in methods)):
+            captions += ["", "", *(f"{value:.1f} dB" for value in values)]
         report.save_png(
             out / f"{name}_{n}.png",
-            report.grid(grid, columns.shape[1], padding=2, scale=max(1, 48 // shape[0])),
+            report.sheet(
+                np.stack(shown, 1)[:8].reshape(-1, *shape),
+                len(shown),
+                captions,
+                ["input", "measured", *(NAMES[m] for m in methods)],
+            ),
         )
         (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{table(rows[-len(methods) :])}\n\n{sweep(rows[-len(methods) :])}\n", flush=True)

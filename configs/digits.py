@@ -37,6 +37,6 @@ def get_config():
     config.train.duration = "800 steps"
     config.train.save_every = "500 steps"
     config.log.every = "100 steps"
-    config.sample.every = "500 steps"
+    config.sample.every = "200 steps"
     config.evaluate.features = "digits"
     return config

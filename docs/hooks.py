@@ -1,5 +1,9 @@
-"""What mkdocs does beside its own work: files outside docs/, and equations that need no script."""
+"""What mkdocs does beside its own work: files outside docs/, notebooks as pages, and equations that
+need no script.
+"""
 
+import base64
+import json
 import os.path
 import re
 from html import unescape
@@ -17,6 +21,7 @@ _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"<code>.*?</code>", re.DOTALL)
 _OPTION = re.compile(r"(?<=[\s>])--[a-z][\w.-]*")
 _FETCHED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(https?:[^"\s>]+)')
+_DATA = re.compile(r'src="data:image/(\w+);base64,([^"]+)"')
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -29,8 +34,32 @@ def _linked(path: str) -> list[str]:
 
 def _site(path: str) -> str:
     """Where the site has a file of the repository."""
+    path = re.sub(r"\.ipynb$", ".md", path)
     inside = path.removeprefix("docs/")
     return inside if inside != path else f"{OUTSIDE}/{path}"
+
+
+def _notebook(path: str, config: Any) -> list[File]:
+    """A notebook as a page, and its pictures."""
+    text, pictures, folder = list[str](), list[File](), os.path.dirname(_site(path))
+    for cell in json.loads((ROOT / path).read_text())["cells"]:
+        source, said = "".join(cell["source"]), ""
+        text.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        drawn = list[str]()
+        for output in cell.get("outputs", ()):
+            data = {kind: "".join(lines) for kind, lines in output.get("data", {}).items()}
+            html = _DATA.search(data.get("text/html", ""))
+            kind, content = html.groups() if html else ("png", data.get("image/png", ""))
+            if content:
+                name = f"{Path(path).stem}_{len(pictures)}.{kind}"
+                raw = base64.b64decode(content)
+                pictures.append(File.generated(config, f"{folder}/{name}", content=raw))
+                drawn.append(f"![What the cell above shows]({name})")
+            else:
+                said += "".join(output.get("text", ())) + data.get("text/plain", "")
+        text += [f"```{{.text .printed}}\n{said.rstrip()}\n```"] if said.strip() else []
+        text += drawn
+    return [File.generated(config, _site(path), content="\n\n".join(text)), *pictures]
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -43,8 +72,10 @@ def on_files(files: Files, config: Any) -> Files:
             if path in seen or path.startswith("docs/") or not file.is_file():
                 continue
             seen.add(path)
-            files.append(File.generated(config, _site(path), abs_src_path=str(file)))
-            todo += [path] if path.endswith(".md") else []
+            whole = [File.generated(config, _site(path), abs_src_path=str(file))]
+            for part in _notebook(path, config) if path.endswith(".ipynb") else whole:
+                files.append(part)
+            todo += [path] if path.endswith((".md", ".ipynb")) else []
     return files
 
 

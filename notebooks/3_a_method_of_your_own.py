@@ -61,7 +61,7 @@ discovery.register("huber", Settings, training=training)
 
 # %%
 try:
-    config.load("digits", ["methods=huber", "huber.width=-1"])
+    discovery.check_settings(config.load("digits", ["methods=huber", "huber.width=-1"]))
 except config.ConfigError as error:
     print(error)
 

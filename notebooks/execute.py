@@ -11,6 +11,7 @@ import argparse
 import base64
 import io
 import os
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 HERE = Path(__file__).parent
+# Of a run's log: they say more of the machine that made the notebook than of what one reads it for.
+_TIMES = re.compile(
+    r"^time  .*\n|(?<=^compiled in )[\d.]+(?= s$)|[\d,]+(?= images/s)|  [\w ]+ left$", re.MULTILINE
+)
 
 
 def shrink(notebook: nbformat.NotebookNode) -> None:
@@ -33,6 +38,11 @@ def shrink(notebook: nbformat.NotebookNode) -> None:
             content = io.BytesIO()
             picture.quantize(64, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
             data["image/png"] = base64.b64encode(content.getvalue()).decode()
+
+
+def timeless(text: str) -> str:
+    """A run's log without its times and speeds."""
+    return _TIMES.sub(lambda found: "" if found[0][0] in "t " else "…", text)
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
@@ -53,7 +63,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
         client.execute()
     for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
         if "text" in output:
-            output.text = output.text.replace(f"{folder}/", "")
+            output.text = timeless(output.text.replace(f"{folder}/", ""))
     notebook.metadata.pop("language_info", None)  # it has the version of Python
     warned = [
         output.text

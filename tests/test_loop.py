@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,10 @@ def test_what_a_run_says(tmp_path, plan):
     state = jax.tree.leaves(find(tmp_path) and _state(settings(8, "data.conditional=true")))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
     assert f"{size / 1e3:.0f} kB a device" in first[4]
-    assert "8 steps = 0.26 kimg; save every 4, log every 2, evaluate never" in first[5]
+    assert (
+        "8 steps = 0.26 kimg; save every 4, log every 2, evaluate never, picture at the end"
+        in first[5]
+    )
     assert first[6] == f"folder    {tmp_path}: a new run"
     assert all(len(line) <= 160 for line in first)
     assert said[1] == "compiling the train step ..." and said[2].startswith("compiled in ")
@@ -288,11 +292,11 @@ def test_time_in_words():
 
 
 def test_a_run_says_soon_how_long_it_will_take(tmp_path, plan, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
+    clock, rarely = [0.0], ("train.save_every=1000 steps", "log.tensorboard=false")
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     for step in range(1, 101):  # the second is slow; the first does not count, it is compiled
         plan.at[step] = lambda step=step: clock.__setitem__(0, clock[0] + (3 if step == 2 else 0.5))
-    said = train(tmp_path / "a", 100, "log.every=50 steps")
+    said = train(tmp_path / "a", 100, "log.every=50 steps", *rarely)
     told = [n for n, line in enumerate(said) if line.startswith("time ")]
     # two steps are timed, the slow one is left out
     assert [said[n] for n in told] == [
@@ -300,7 +304,7 @@ def test_a_run_says_soon_how_long_it_will_take(tmp_path, plan, monkeypatch):
         "pictures and evaluations come on top"
     ]
     assert said[told[0] - 1].startswith("compiled in") and said[told[0] + 1].startswith("step 50")
-    said = train(tmp_path / "b", 100, "log.every=2 steps")  # the log line has it
+    said = train(tmp_path / "b", 9, "log.every=2 steps", *rarely)  # the log line has it
     assert not any(line.startswith("time ") for line in said) and said[4].endswith(" left")
 
 

@@ -1,5 +1,7 @@
 """How fast a run trains, told soon after it has begun."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from ogdm_jax.training import logs
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.fast
 )
 def test_the_first_speed_is_that_of_the_newer_steps(monkeypatch, seconds, after, speed):
     clock, waits, found = [0.0], [], []
-    monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(logs.jax, "block_until_ready", waits.append)
     interval = logs.Interval()
     for each in seconds[:after]:

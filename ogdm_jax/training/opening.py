@@ -69,18 +69,21 @@ def _data(run: runs.Run) -> str:
 
 
 def _intervals(run: runs.Run) -> str:
-    """How many steps lie between two saves, lines and evaluations."""
+    """How many steps lie between two saves, lines, evaluations and pictures."""
     config = run.config
     every = {
         "save": config.train.save_every,
         "log": config.log.every,
         "evaluate": config.evaluate.every if config.evaluate.features else "0 steps",
     }
+    if config.task != "discriminator":  # which draws none
+        every["picture"] = config.sample.every
     steps = {name: config.steps(text) for name, text in every.items()}
     at_end = "at the end" if config.evaluate.features else "never"
-    words = {"save": "at the end", "log": "at every step", "evaluate": at_end}
+    words = {"log": "at every step", "evaluate": at_end}
     return ", ".join(
-        f"{name} " + (f"every {n:,}" if n else words[name]) for name, n in steps.items()
+        f"{name} " + (f"every {n:,}" if n else words.get(name, "at the end"))
+        for name, n in steps.items()
     )
 
 
