@@ -71,6 +71,11 @@ class Model:
     __repr__ = brief
 
     @property
+    def pixels(self) -> bool:
+        """Whether its images are pixels in [-1, 1], and not latents, which have no bounds."""
+        return self.latents is None and self.autoencoder is None
+
+    @property
     def picture_shape(self) -> tuple[int, int, int]:
         """Of what sampling gives: image_shape, or that of decoded latents."""
         if self.autoencoder is None:
@@ -307,6 +312,7 @@ def wrap(settings: Precondition) -> Callable[..., Denoiser]:
         predict="v" if kind == "v" else "eps",
         learned_variance=settings.learned_variance and kind == "adm",
         rescale_timesteps=settings.rescale_timesteps,
+        interpolate=settings.interpolate,
     )
 
 

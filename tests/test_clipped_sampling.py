@@ -13,7 +13,7 @@ import pytest
 from ogdm_jax import models
 from ogdm_jax.cli import prompts
 from ogdm_jax.cli import sample as command
-from ogdm_jax.cli.guidance import refuse_former
+from ogdm_jax.cli.options import refuse_former
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.diffusion import grids, precondition, process
 from ogdm_jax.methods import apg, autoguidance, cfg, dg

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ogdm_jax import cli, startup
-from ogdm_jax.cli import guidance, study, train
+from ogdm_jax.cli import guidance, options, study, train
 from ogdm_jax.cli import plan as planning
 from ogdm_jax.config import ConfigError
 from ogdm_jax.planning import program
@@ -91,7 +91,7 @@ def understood(words: list[str], patch: pytest.MonkeyPatch) -> None:
             cli.main([command, *rest])
         except Parsed as parsed:
             if command == "sample":
-                guidance.refuse_former(rest)
+                options.refuse_former(rest)
                 guidance.read(parsed.args[0])
                 churn.parse(parsed.args[0].churn)
 

@@ -2,11 +2,13 @@
 guided-diffusion.
 """
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax.diffusion import grids, process
+from ogdm_jax.diffusion import grids, precondition, process
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.sampling.sampler import sample
 
 pytestmark = pytest.mark.fast
 
@@ -117,3 +119,27 @@ def test_trailing_spacing_counts_from_the_top():
         assert kept[-1] == 39 and (np.diff(kept) > 0).all() and kept[0] >= 0 and len(kept) == n
     with pytest.raises(ValueError, match="spacing=.other.; expected uniform, quad, even, trail"):
         grids.ddim_timesteps(5, spacing="other")
+
+
+def test_a_grid_with_step_0_ends_there_where_asked():
+    """set_alpha_to_one false with linspace: the published last step goes from step 0 to step 0, a
+    step of no length, whatever the solver.
+    """
+    table = process.Discrete.make("scaled_linear")
+    whole = grids.ddim(10, table, "linspace")
+    ends = grids.ddim(10, table, "linspace", end="first")
+    np.testing.assert_array_equal(ends, whole[:-1])
+    assert ends[-1] == table.sigma[0]
+    small = process.Discrete.make("scaled_linear", 20)  # where t - T // N is the grid's next step
+    eps = lambda z, t: np.tanh(z * (1 + t / 40))
+    z = start = np.linspace(-2, 2, 4, dtype=np.float32).reshape(1, 2, 2, 1)
+    bar = small.alpha_bar
+    for t in range(19, -1, -1):  # DDIM as diffusers writes it, in the coordinate of unit variance
+        low, out = bar[max(t - 1, 0)], eps(z, t)
+        clean = (z - np.sqrt(1 - bar[t]) * out) / np.sqrt(bar[t])
+        z = np.sqrt(low) * clean + np.sqrt(1 - low) * out
+    levels = grids.ddim(20, small, "linspace", end="first")
+    network = lambda x, t, label=None: jnp.tanh(x * (1 + t[:, None, None, None] / 40))
+    denoise = precondition.adm(network, small)
+    x = sample(denoise, start * np.float32(np.sqrt(1 + levels[0] ** -2)), levels, "ddim")
+    np.testing.assert_allclose(x / np.sqrt(1 + levels[-1] ** 2), z, atol=2e-5)

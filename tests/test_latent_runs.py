@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from ogdm_jax import cli, parallel
 from ogdm_jax import config as configs
 from ogdm_jax.cli import data as command
+from ogdm_jax.cli import sample
+from ogdm_jax.cli import study as command_study
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import batches, moments, open_source, pictures
 from ogdm_jax.data.latents import SIDECAR
@@ -26,6 +28,7 @@ from ogdm_jax.interop import export, load_pretrained
 from ogdm_jax.methods.contract import Own
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.decode import decode
+from ogdm_jax.study import runs as study
 from ogdm_jax.training import decoding, example, heldout, loop
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_pixels, open_workdir
@@ -120,6 +123,31 @@ def test_the_autoencoder_is_known_again(workdir, latents, tmp_path):
         decoding.open_decoder(config, dataclasses.replace(told, vae={}), "", "--vae")
 
 
+def test_a_study_takes_an_autoencoder_that_moved(workdir, latents, tmp_path):
+    """What it advises works: said before anything is trained, and taken where runs are opened."""
+    old, new = latents.parent / "vae", tmp_path / "vae"
+    line = ["--config", f"one={tiny.ROOT}/configs/base.py", "--seeds", "0", "--num", "8"]
+    line += ["--out", f"{tmp_path}/out", "--features", "lite0"]
+    line += [f"--one.{text}" for text in (*SMALL, f"data.source=latents:{latents}")]
+
+    def ruler(*more):
+        args, rest = command_study.parse([*line, *more])
+        arms = command_study.read_arms(args.config, rest, [0])
+        return arms[0], command_study.open_ruler(
+            args, arms, [0], command_study.read_ways(args, arms, 0)
+        )
+
+    old.rename(new)
+    try:
+        with pytest.raises(ConfigError, match="--vae: not given, and the autoencoder"):
+            ruler()
+        arm, made = ruler("--vae", str(new))
+        opened = study.opened(arm, workdir, "newest", study.PLAIN, made.vae)
+    finally:
+        new.rename(old)
+    assert opened.model.autoencoder is not None
+
+
 def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog):
     source = open_source(f"latents:{latents}")
     gone = dataclasses.replace(
@@ -195,6 +223,27 @@ def test_guidance_through_the_decoder_restores(workdir, tmp_path, capsys):
     line += ["--num", "2", "--solver", "ddim", "--eta", "1", "--steps", "6", "--guidance", "dsg"]
     assert not cli.main([*line, "--dsg.rate", "1", "--out", f"{tmp_path}/r.png"])
     assert "residual" in capsys.readouterr().out
+
+
+def test_presets_of_pixels_do_not_clip_latents(workdir, tmp_path, capsys):
+    """Their clipping is off, with a word; asked for, it is refused at the one door of the sampler."""
+    line = ["--workdir", str(workdir), "--task", "inpaint", "--input", "digits", "--num", "2"]
+    line += ["--out", f"{tmp_path}/r.png"]
+    for preset in ("inpaint_20", "dps_inpaint"):
+        plan = sample.read(sample.parser().parse_args([*line, "--preset", preset]))
+        (chosen,) = plan.request.settings.values()
+        assert not chosen.clip_loss and not chosen.clip_mean
+        said = f"without --{chosen.GROUP}.clip_loss, --{chosen.GROUP}.clip_mean, as latents have"
+        assert said in capsys.readouterr().err
+    for words, said in (
+        (("--preset", "inpaint_20", "--dsg.clip_mean"), "--dsg.clip_mean: True given; expected"),
+        (("--guidance", "dsg", "--clip"), "sample.clip: True given; expected false with latents"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sample.read(sample.parser().parse_args([*line, *words]))
+    config = tiny.config(*SMALL, f"data.source=latents:{workdir.parent}/set", "sample.clip=true")
+    with pytest.raises(ConfigError, match="sample.clip: True given; expected false"):
+        loop.train(config, tmp_path / "run", log=lambda _: None)
 
 
 def test_a_published_dit_becomes_a_run_with_its_autoencoder(workdir, latents, tmp_path, capsys):

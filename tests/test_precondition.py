@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax import randomness
+from ogdm_jax import models, randomness
+from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import noise, precondition, process
 
 pytestmark = pytest.mark.fast
@@ -174,3 +175,29 @@ def test_errors_name_the_field():
         denoise(image(3)[0], jnp.ones(3))
     with pytest.raises(ValueError, match="sigma_data 0"):
         precondition.edm(zero, 0)
+
+
+def test_time_between_the_steps():
+    """Interpolated in log sigma: the figures of spec/latent.md section 7 (those of k-diffusion's
+    sigma_to_t), the steps themselves at their levels, the ends beyond them.
+    """
+    table = {
+        "scaled_linear": "0.05 1.93 0.1 10.38 0.5 169.31 1 353.89 5 795.17 10 933.51",
+        "linear": "0.05 10.95 0.1 26.41 0.5 144.15 1 258.09 5 565.35 10 673.67 80 929.62",
+    }
+    seen = []
+    network = lambda x, t, label=None: seen.append(np.asarray(t)) or x
+    for betas, text in table.items():
+        numbers = np.array(text.split(), float).reshape(-1, 2)
+        chain = process.Discrete.make(betas)
+        for wrap in (precondition.adm, precondition.v_prediction):
+            denoise = wrap(network, betas, interpolate=True)
+            sigma = jnp.asarray([*numbers[:, 0], chain.sigma[0] / 2, chain.sigma[-1] * 2])
+            denoise(jnp.zeros((len(sigma), 1, 1, 1)), sigma)
+            np.testing.assert_allclose(seen.pop(), [*numbers[:, 1], 0, 999], atol=6e-3)
+            denoise(jnp.zeros((1000, 1, 1, 1)), jnp.asarray(chain.sigma))
+            np.testing.assert_allclose(seen.pop(), np.arange(1000), atol=2e-3)
+            np.testing.assert_array_equal(denoise.round_sigma(sigma), sigma)
+    made = models.wrap(Precondition("adm", schedule="scaled_linear", interpolate=True))(network)
+    made(jnp.zeros((1, 1, 1, 1)), jnp.ones(1))
+    np.testing.assert_allclose(seen.pop(), 353.89, atol=6e-3)

@@ -4,6 +4,7 @@ to guidance, checked before anything is compiled.
 
 import argparse
 import dataclasses
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -17,35 +18,13 @@ from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure, taken
 from ogdm_jax.methods import dg, discovery
 from ogdm_jax.methods.session import Session
-from ogdm_jax.models import VAE
+from ogdm_jax.models import VAE, Model
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.guidance import Guidance, Preset, per_image
 from ogdm_jax.sampling.schedule import Schedule
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from ogdm_jax.typing import PyTree
-
-# Options of before the methods had their own, and what they are now.
-_FORMER = {
-    "--rate": "--dsg.rate",
-    "--strength": "--dsg.strength",
-    "--stop": "--dsg.stop_ratio",
-    "--scale": "--METHOD.scale such as --dps.scale (of diffpir: --diffpir.strength)",
-    "--interval": "--METHOD.interval such as --dsg.interval",
-    "--window": "--METHOD.window such as --dsg.window",
-    "--repeats": "--METHOD.repeats such as --dsg.repeats",
-    "--repeat-window": "--METHOD.repeat_window such as --dsg.repeat_window",
-    "--discriminator": "--dg.discriminator",
-    "--discriminator-weight": "--dg.weight",
-    "--guidance-weight": "--cfg.weight",
-    "--guidance-window": "--cfg.window",
-    "--measurement-noise": "--task.noise",
-    "--poisson": "--task.poisson",
-    "--mask": "--task.mask",
-    "--factor": "--task.factor",
-    "--blur": "--task.blur",
-    "--network": "--task.network",
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +54,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, module in methods.items():
         about = (module.__doc__ or name).partition("\n\n")[0].replace("\n", " ")
         options.add_options(parser, name, module.Settings, about)
-
-
-def refuse_former(words: list[str]) -> None:
-    """Raises ConfigError with the new spelling for an option of before."""
-    for word in words:
-        option = word.partition("=")[0]
-        if option in _FORMER:
-            raise ConfigError(f"{option}: is spelled {_FORMER[option]} now")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +122,31 @@ def read(args: argparse.Namespace) -> Request:
         sampling = {"solver": "ddim", "eta": 1.0}
     several = bool(args.seeds) or args.num is not None
     preset = presets["dg"][0] if "dg" in presets else ""
-    return Request(
-        settings,
-        sampling,
-        task,
-        measured,
-        args.input,
-        args.measured,
-        several,
-        preset,
-        frozenset(texts),
-    )
+    inputs = (args.input, args.measured)
+    return Request(settings, sampling, task, measured, *inputs, several, preset, frozenset(texts))
+
+
+def unclipped(request: Request, model: Model) -> Request:
+    """The request without, and a word about, the clipping that presets bring, where the model is of
+    latents: they have no bounds, and the code that was released for them does not clip.
+
+    Raises:
+      ConfigError: clipping that the words themselves ask for.
+    """
+    if model.pixels:
+        return request
+    settings, off = dict(request.settings), ["clip"] * bool(request.sampling.get("clip"))
+    for name, chosen in settings.items():
+        changes = {f: False for f in ("clip_loss", "clip_mean") if getattr(chosen, f, False)}
+        for asked in request.said & {f"{name}.{field}" for field in changes}:
+            raise ConfigError(f"--{asked}: True given; expected {generate.UNBOUNDED}")
+        settings[name] = dataclasses.replace(chosen, **changes)
+        off += [f"{name}.{field}" for field in changes]
+    sampling = {name: value for name, value in request.sampling.items() if name != "clip"}
+    if off:
+        names = ", ".join(f"--{name}" for name in off)
+        print(f"--preset: without {names}, as latents have no bounds", file=sys.stderr)
+    return dataclasses.replace(request, settings=settings, sampling=sampling)
 
 
 def check_effect(

@@ -7,6 +7,27 @@ from typing import Any
 from ogdm_jax.config import ConfigError, parse
 
 _EXAMPLES = {"bool": False, "int": 0, "float": 0.0, "str": ""}
+# Options of before the methods had their own, and what they are now.
+_FORMER = {
+    "--rate": "--dsg.rate",
+    "--strength": "--dsg.strength",
+    "--stop": "--dsg.stop_ratio",
+    "--scale": "--METHOD.scale such as --dps.scale (of diffpir: --diffpir.strength)",
+    "--interval": "--METHOD.interval such as --dsg.interval",
+    "--window": "--METHOD.window such as --dsg.window",
+    "--repeats": "--METHOD.repeats such as --dsg.repeats",
+    "--repeat-window": "--METHOD.repeat_window such as --dsg.repeat_window",
+    "--discriminator": "--dg.discriminator",
+    "--discriminator-weight": "--dg.weight",
+    "--guidance-weight": "--cfg.weight",
+    "--guidance-window": "--cfg.window",
+    "--measurement-noise": "--task.noise",
+    "--poisson": "--task.poisson",
+    "--mask": "--task.mask",
+    "--factor": "--task.factor",
+    "--blur": "--task.blur",
+    "--network": "--task.network",
+}
 
 
 def add_options(parser: argparse.ArgumentParser, group: str, settings: type, about: str) -> None:
@@ -28,6 +49,14 @@ def add_options(parser: argparse.ArgumentParser, group: str, settings: type, abo
             help=(field.metadata["help"] + default).replace("%", "%%"),
             **boolean,
         )
+
+
+def refuse_former(words: list[str]) -> None:
+    """Raises ConfigError with the new spelling for an option of before."""
+    for word in words:
+        option = word.partition("=")[0]
+        if option in _FORMER:
+            raise ConfigError(f"{option}: is spelled {_FORMER[option]} now")
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:

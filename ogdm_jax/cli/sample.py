@@ -26,7 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ogdm_jax import models, parallel, records, startup
-from ogdm_jax.cli import animation, guidance, prompts
+from ogdm_jax.cli import animation, guidance, options, prompts
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, suggestion
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Samples by the words of a command line; None takes those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
     with startup.one_sentence():
-        guidance.refuse_former(words)
+        options.refuse_former(words)
         args = parser().parse_args(words)
         startup.prepare()
         run(args)
@@ -243,6 +243,7 @@ def read(args: argparse.Namespace) -> Plan:
     devices = parallel.make_plan("mesh", args.devices).local_devices
     trained = prompts.open_model(args, texts.texts)
     _check_latents(args, trained, request.task)
+    request = guidance.unclipped(request, trained.model)
     settings = _sampler(args, request.sampling, trained, len(seeds))
     if churn is not None and settings.solver not in ("heun", "euler"):
         raise ConfigError(f"--churn: works with --solver heun or euler, {settings.solver!r} given")

@@ -67,7 +67,7 @@ def _show(args: argparse.Namespace) -> None:
     state = file.arrays(part)
     numbers = sum(value.size for value in state.values())
     print(f"{args.source}: {len(state)} tensors, {numbers:,} numbers ({file.layout})")
-    for note in pretrained.notes(part, others, state):
+    for note in pretrained.notes(file, part, others, state):
         print(note)
     if args.tensors:
         for name, value in state.items():

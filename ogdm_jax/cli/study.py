@@ -17,7 +17,7 @@ from ogdm_jax.cli.train import read_settings
 from ogdm_jax.config import ConfigError
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
-from ogdm_jax.training import resume
+from ogdm_jax.training import decoding, resume
 from ogdm_jax.training.evaluate import references
 from ogdm_jax.training.workdir import open_pixels, open_source
 
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--num", type=whole(6), help=most)
     add("--metric", default="fd", choices=figures.METRICS, help="that is compared (default: fd)")
     add("--reference", default="", help="another source than the one that was trained on")
+    add("--vae", default="", metavar="FILE", help="decodes runs on latents (default: their data's)")
     add("--batch", type=whole(1), default=256, help="images per device at a time")
     add("--devices", type=whole(0), default=0, help="0 = all")
     add("--dry-run", action="store_true", help="say what there is and what would be done")
@@ -274,10 +275,13 @@ def open_ruler(
                 )
     source = open_source(config)
     for arm in arms:
-        model = models.build(arm.configs[seed], source.shape, source.num_classes)
+        model = models.build(arm.configs[seed], source.shape, source.num_classes, source.latents)
         for way in ways:
             runs.check_sampler(arm.configs[seed].sample, way.sampler, model)
-    name, source = config.data.source, source if source.latents is None else open_pixels(config)
+    name = config.data.source
+    if source.latents is not None:
+        decoding.open_decoder(config, source.latents, args.vae, "--vae")  # before any is trained
+        source = open_pixels(config, args.vae)
     if args.reference:
         name = args.reference
         source = measuring.open_images("--reference", name, args, source.shape)
@@ -288,7 +292,9 @@ def open_ruler(
     num = args.num or min(len(real), measuring.MOST)
     if last * runs.APART + num >= 2**32:
         raise ConfigError(f"--seeds: {last} given; expected numbers below 4000")
-    return runs.Ruler(space, space(real), name, num, lambda model: measuring.drawing(args, model))
+    return runs.Ruler(
+        space, space(real), name, num, lambda model: measuring.drawing(args, model), args.vae
+    )
 
 
 def spelled(report: dict[str, Any], metric: str) -> str:

@@ -51,6 +51,12 @@ class Precondition(Group):
     rescale_timesteps: bool = setting(
         False, "adm, v: the network is told t * 1000 / diffusion_steps", only="kind=adm|v"
     )
+    interpolate: bool = setting(
+        False,
+        "adm, v: of a level between two steps the network is told a time between theirs; else it "
+        "is told, and grids are rounded to, the nearest step's",
+        only="kind=adm|v",
+    )
     zero_terminal: bool = setting(
         False, "v: betas moved so that the last step is pure noise", only="kind=v"
     )

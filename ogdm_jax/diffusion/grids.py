@@ -187,19 +187,16 @@ def ddim(
       offset: of `ddim_timesteps`.
       further: the highest n of n + 1 steps, as diffusers has them for DPM-Solver++ and UniPC.
       end: "zero", or "first": the grid ends at the level of step 0, as where Stable Diffusion's
-        files say set_alpha_to_one false.
+        files say set_alpha_to_one false. Of a spacing that keeps step 0 the published last step
+        goes from there to there: here it is left out, and the grid has n - 1 steps.
 
     Raises:
-      ValueError: see `ddim_timesteps`; a grid that has step 0 and is to end there.
+      ValueError: see `ddim_timesteps`.
     """
     given = isinstance(betas, process.Discrete)
     count = len(betas.timesteps) if given else len(process.betas(betas, steps))
     kept = ddim_timesteps(n + further, count, spacing, offset)[int(further) :]
-    if end == "first" and kept[0] == 0:
-        raise ValueError(
-            f"n={n}; expected a grid that ends at 0: {spacing} spacing has the lowest step itself"
-        )
-    last = [0] if end == "first" else []
+    last = [0] if end == "first" and kept[0] > 0 else []
     kept = np.append(last, kept).astype(np.int64)
     table = betas if given else process.Discrete.make(process.betas(betas, steps), keep=kept)
     levels = (table.sigma[kept] if given else table.sigma)[::-1]

@@ -250,18 +250,17 @@ def iddpm(network_fn: NetworkFn, steps: int = 1000, *, taps: Taps | None = None)
     )
 
 
-def _adm_time(table: process.Discrete, sigma: Array, scale: float) -> Array:
-    return jnp.asarray(table.timesteps * scale, sigma.dtype)[table.index(sigma)]
-
-
 def _adm_round(table: process.Discrete, sigma: Array) -> Array:
     sigma = jnp.asarray(sigma)
     sigma = sigma.astype(jnp.promote_types(sigma.dtype, jnp.float32))
     return jnp.asarray(table.sigma, sigma.dtype)[table.index(sigma)]
 
 
-def _adm(sigma: Array, table: process.Discrete, predict: str, scale: float) -> Coefficients:
-    one, time = jnp.ones_like(sigma), _adm_time(table, sigma, scale)
+def _adm(
+    sigma: Array, table: process.Discrete, predict: str, scale: float, interpolate: bool
+) -> Coefficients:
+    one, steps = jnp.ones_like(sigma), jnp.asarray(table.timesteps * scale, sigma.dtype)
+    time = scale * table.time(sigma) if interpolate else steps[table.index(sigma)]
     signal = 1 / jnp.sqrt(jnp.square(sigma) + 1)
     skip, out = {
         "eps": (one, -sigma),
@@ -285,6 +284,7 @@ def adm(
     learned_variance: bool = False,
     clip: bool = False,
     rescale_timesteps: bool = False,
+    interpolate: bool = False,
     taps: Taps | None = None,
 ) -> Denoiser:
     """DDPM's discrete networks: OpenAI's ADM, OGDM_adm's and DSG's U-Nets (2006.11239, 2105.05233).
@@ -292,7 +292,8 @@ def adm(
     F(x / sqrt(1 + sigma^2), t) = eps with t the step whose level sqrt(1 / alpha_bar - 1) is nearest
     on a logarithmic scale. Only the time step is rounded, as in `iddpm`; samplers round their grid
     by round_sigma. A grid of `grids.respaced` meets the levels exactly: then ancestral and ddim are
-    guided-diffusion's p_sample and ddim_sample.
+    guided-diffusion's p_sample and ddim_sample. With `interpolate` nothing is rounded: t lies
+    between two steps (`process.Discrete.time`), for grids of any levels.
 
     Args:
       betas: "linear", "cosine" or "scaled_linear", the numbers, or a table, whose kept steps are
@@ -304,6 +305,8 @@ def adm(
       clip: clamp x0_hat to [-1, 1], as guided-diffusion does when it samples (and not when it
         trains).
       rescale_timesteps: the network was told t 1000 / T.
+      interpolate: t of a level between two steps lies between theirs, which networks of sines of t
+        take, as all published ones are.
 
     Raises:
       ValueError: unknown betas or another predict.
@@ -314,10 +317,10 @@ def adm(
     scale = time_scale(steps, rescale_timesteps)
     return make(
         network_fn,
-        functools.partial(_adm, table=table, predict=predict, scale=scale),
+        functools.partial(_adm, table=table, predict=predict, scale=scale, interpolate=interpolate),
         float(table.sigma[0]),
         float(table.sigma[-1]),
-        round_sigma=functools.partial(_adm_round, table),
+        round_sigma=same_level if interpolate else functools.partial(_adm_round, table),
         rest=functools.partial(_edm_rest, sigma_data=1.0) if predict == "v" else None,
         clip=clip,
         learned_variance=learned_variance,
@@ -333,6 +336,7 @@ def v_prediction(
     zero_terminal: bool = False,
     clip: bool = False,
     rescale_timesteps: bool = False,
+    interpolate: bool = False,
     taps: Taps | None = None,
 ) -> Denoiser:
     """Discrete networks of the velocity F(z, t) = v = a eps - b x0 at z = a x0 + b eps, with
@@ -341,7 +345,7 @@ def v_prediction(
     It is -F of `edm` with sigma_data 1, told the step of a table in place of ln(sigma) / 4.
 
     Args:
-      network_fn, betas, steps, clip, rescale_timesteps, taps: as in `adm`.
+      network_fn, betas, steps, clip, rescale_timesteps, interpolate, taps: as in `adm`.
       zero_terminal: the betas are moved so that the last step is pure noise
         (`process.Discrete.make`; 2305.08891). Its level is process.PURE_NOISE: there z is the
         latents and x0_hat is -F, both to float32's rounding, so that a grid of `grids.ddim` with
@@ -358,7 +362,7 @@ def v_prediction(
             )
         betas = process.Discrete.make(betas, steps, zero_terminal=True)
     settings = {"clip": clip, "rescale_timesteps": rescale_timesteps, "taps": taps}
-    return adm(network_fn, betas, steps, predict="v", **settings)
+    return adm(network_fn, betas, steps, predict="v", interpolate=interpolate, **settings)
 
 
 FLOW = process.Flow()

@@ -357,6 +357,13 @@ class Discrete:
         between = jnp.asarray((levels[1:] + levels[:-1]) / 2, sigma.dtype)
         return jnp.searchsorted(between, jnp.log(sigma)).astype(jnp.int32)
 
+    def time(self, sigma: Array) -> Array:
+        """Original step of a level, [B], between two of them linear in log sigma, as k-diffusion
+        and diffusers' EulerDiscrete have it; beyond the ends theirs.
+        """
+        levels = jnp.asarray(np.log(self.sigma), sigma.dtype)
+        return jnp.interp(jnp.log(sigma), levels, jnp.asarray(self.timesteps, sigma.dtype))
+
 
 def as_table(betas: Schedule | Discrete, steps: int = 1000) -> Discrete:
     """A table as it is; else the process of these betas."""

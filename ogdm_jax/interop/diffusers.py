@@ -5,9 +5,10 @@ The JSON file says what the tensors cannot; a field that it lacks has the librar
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import numpy as np
@@ -21,7 +22,11 @@ from ogdm_jax.networks import AutoencoderKL, CLIPText, DiT, UNet2DCondition
 CONFIG, OURS = "config.json", 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
-_NAMES = (WEIGHTS, WEIGHTS.replace("safetensors", "bin"), TEXT_WEIGHTS, "pytorch_model.bin")
+# a file of weights, whole or the list of its shards, plain or of a variant such as fp16
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(\.\w+)?\.(safetensors|bin)"
+    r"(\.index(\.\w+)?\.json)?"
+)
 _DIT = {"num_attention_heads": ("heads", 16), "sample_size": ("img_resolution", 32)}
 # class -> kind, and {its field: (our setting, the library's default)} of what the tensors do not
 # show
@@ -69,9 +74,31 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def weights(folder: Path) -> Path | None:
-    """The file of weights in a folder of a known class; None in any other."""
-    found = [folder / name for name in _NAMES if (folder / name).is_file()]
+    """The file of weights in a folder of a known class, or the list of its shards; None in any
+    other. Plain files come before variants, whole ones before shards.
+    """
+    found = _files(folder)
     return found[0] if found and read_about(found[0]) else None
+
+
+def _files(folder: Path) -> list[Path]:
+    """Weights in a folder, the ones that are taken first."""
+
+    def order(file: Path) -> tuple[bool, bool, bool, str]:
+        variant, kind, index, of_index = cast(re.Match[str], _WEIGHTS.fullmatch(file.name)).groups()
+        return bool(variant or of_index), bool(index), kind != "safetensors", file.name
+
+    return sorted((f for f in folder.iterdir() if _WEIGHTS.fullmatch(f.name)), key=order)
+
+
+def taken(file: Path) -> tuple[str, ...]:
+    """A sentence that names the file, where it is a variant or others lie beside it."""
+    if not _WEIGHTS.fullmatch(file.name) or not (file.parent / CONFIG).is_file():
+        return ()
+    others = [other.name for other in _files(file.parent) if other.name != file.name]
+    variant = cast(re.Match[str], _WEIGHTS.fullmatch(file.name)).group(1, 4) != (None, None)
+    also = f"; also there: {', '.join(others)}" if others else ""
+    return (f"taken: {file.name}{also}",) if others or variant else ()
 
 
 def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
@@ -82,7 +109,7 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
         arithmetic is not offered.
     """
     path = file.parent / CONFIG
-    if file.name not in _NAMES or not path.is_file():
+    if not _WEIGHTS.fullmatch(file.name) or not path.is_file():
         return None
     config = records.read(path, dict)
     if config.get("format") == OURS and "kind" in config:  # what `ogdm export --card` writes

@@ -15,7 +15,7 @@ from ogdm_jax.brief import brief
 from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.interop import export, kinds, names_score_sde, recognise, recognise_latent
+from ogdm_jax.interop import diffusers, export, kinds, names_score_sde, recognise, recognise_latent
 from ogdm_jax.interop.inert import Module, quote
 from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
@@ -257,7 +257,7 @@ def load_pretrained(
         raise type(error)(said) from error.__cause__
     kind = kind or recognise.kind_of({name: value.shape for name, value in state.items()})
     sigma_data = 0.5 if about["sigma_data"] is None else about["sigma_data"]
-    said = notes(part, others, state)
+    said = notes(file, part, others, state)
     if kind == "score_sde":
         if cast(SongUNet, network).embedding_type == "fourier":
             about["precondition"] = about["precondition"] or "ve"
@@ -300,9 +300,9 @@ def describe(part: Part) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, str | float | int)}
 
 
-def notes(part: Part, others: list[Part], state: _State) -> tuple[str, ...]:
+def notes(file: TorchFile, part: Part, others: list[Part], state: _State) -> tuple[str, ...]:
     """Sentences that say what was taken of a file, what else there is, and what was changed."""
-    said = []
+    said = list(diffusers.taken(file.path))
     if part.entry or others:
         what = "averaged weights" if part.averaged else "weights"
         also = ", ".join(f"--entry {quote(other.entry)}" for other in others[:_LISTED])

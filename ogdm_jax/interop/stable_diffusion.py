@@ -5,6 +5,7 @@ What a single file does not hold, or does not say, is asked for and never guesse
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,19 +38,40 @@ _SOLVERS: dict[str, tuple[str, str, bool]] = {
 # What a single file is sampled by: the default of its published folder.
 _OF_FILES = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
 _OF_FILES |= {"beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+# Fields that `scheduler_settings` reads, and those without effect where the others are as here.
+_READ = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+_READ |= {"prediction_type", "timestep_spacing", "set_alpha_to_one", "rescale_betas_zero_snr"}
+_READ |= {"clip_sample_range", "dynamic_thresholding_ratio", "euler_at_final", "flow_shift"}
+_READ |= {"sample_max_value", "time_shift_type"}
 # Fields that change the numbers, and what the solvers here do; another value is said.
 _HERE: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
+    "clip_sample": (False,),
+    "disable_corrector": ([],),
     "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "lambda_min_clipped": (-math.inf, None),
+    "lower_order_final": (True,),
+    "predict_x0": (True,),
+    "shift_terminal": (None,),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
     "skip_prk_steps": (True,),
     "solver_order": (2,),
-    "solver_type": ("midpoint", "bh2"),
+    "solver_p": (None,),
+    "solver_type": ("midpoint",),
+    "steps_offset": (1,),
     "thresholding": (False,),
+    "timestep_type": ("discrete",),
     "use_beta_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
     "use_exponential_sigmas": (False, None),
+    "use_flow_sigmas": (False, None),
     "use_karras_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
     "variance_type": ("fixed_small", None),
 }
+_ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
 
 
@@ -136,8 +158,10 @@ def open_model(
     words = open_tokenizer(tokens, text.positions, pad or None)
     settings, said = scheduler_settings(scheduler)
     network: Any = unet.network
+    read = {"unet": unet, "vae": coder, "text_encoder": encoder}
+    notes = [f"{name}: {note}" for name, part in read.items() for note in part.notes]
     return StableDiffusion(
-        unet, coder, encoder, words, _network(network) | settings, (*unet.notes, *said)
+        unet, coder, encoder, words, _network(network) | settings, (*notes, *said)
     )
 
 
@@ -209,23 +233,41 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
             f"scheduler_config.json: timestep_spacing {spacing!r} given; expected one of "
             f"{', '.join(_GRIDS)}"
         )
-    zero = scheduler.get("rescale_betas_zero_snr", False)
+    zero = bool(scheduler.get("rescale_betas_zero_snr", False))
+    if zero and predicts == "epsilon":
+        raise ConfigError(
+            "scheduler_config.json: rescale_betas_zero_snr true with prediction_type 'epsilon' "
+            "given: at pure noise such a model has no first step; expected false, or v_prediction"
+        )
     first = not scheduler.get("set_alpha_to_one", to_zero) and solver in ("ddim", "plms")
-    if spacing == "linspace" and first:  # it holds step 0 itself
-        first = False
     euler = solver == "euler" and spacing != "leading"
+    own, left = _of_solver(solver, scheduler)
     return {
         "precondition.kind": PREDICTIONS[predicts],
         "precondition.schedule": schedule,
         "precondition.diffusion_steps": scheduler.get("num_train_timesteps", 1000),
-        "precondition.zero_terminal": bool(zero),
+        "precondition.interpolate": True,
+        "precondition.zero_terminal": zero,
         "sample.solver": solver,
         "sample.steps": _STEPS,
         "sample.grid": spacing,
         "sample.offset": 1,
         "sample.start": "ve" if euler else "vp",
         "sample.end": "first" if first else "zero",
-    }, _left_out(theirs, scheduler)
+        **own,
+    }, _left_out(theirs, left)
+
+
+def _of_solver(solver: str, scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({"sample.key": value} that one solver alone has, the fields that are left)."""
+    left, kind = dict(scheduler), scheduler.get("algorithm_type")
+    if solver == "dpmpp_2m" and kind == "sde-dpmsolver++":
+        del left["algorithm_type"]
+        return {"sample.solver": "dpmpp_2m_sde", "sample.eta": 1.0}, left
+    if solver != "unipc":
+        return {}, left
+    own = {"sample.order": left.pop("solver_order", 2), "sample.bh": left.pop("solver_type", "bh2")}
+    return own, left
 
 
 def _left_out(theirs: str, scheduler: Mapping[str, Any]) -> list[str]:
@@ -235,7 +277,11 @@ def _left_out(theirs: str, scheduler: Mapping[str, Any]) -> list[str]:
         said.append(f"sampled by ddim: the scheduler {theirs} is not offered")
     elif theirs == "PNDMScheduler":
         scheduler = {"skip_prk_steps": False, **scheduler}
-    for name, here in _HERE.items():
-        if name in scheduler and scheduler[name] not in here:
-            said.append(f"left out: {name} {scheduler[name]!r} of the scheduler; here {here[0]!r}")
+    for name, value in scheduler.items():
+        here = _HERE.get(name)
+        if here is not None and value not in here:
+            other = f"; here {here[0]!r}{_ADVICE.get(name, '')}"
+            said.append(f"left out: {name} {value!r} of the scheduler{other}")
+        elif here is None and name not in _READ and not name.startswith("_"):
+            said.append(f"left out: {name} {value!r} of the scheduler, which is not known")
     return said

@@ -7,7 +7,7 @@ from pathlib import Path
 from ogdm_jax import records
 from ogdm_jax.interop.inert import UnsafeFileError, quote
 
-INDEX = ".index.json"  # ends the name of the list of shards
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # ends the name of the list of shards
 _MOST_SHARDS = 1000
 _UNPACK = "unpack it and give the checkpoint that is inside"
 # how the bytes begin -> what it is, and what to do
@@ -98,7 +98,8 @@ def shards(path: Path) -> dict[str, list[str]]:
       UnsafeFileError: no index, or one that points outside the folder; the text says what the
         folder is.
     """
-    found = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else [path]
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [file for file in found if INDEX.search(file.name)]
     if not found:
         raise UnsafeFileError(_folder_kind(path))
     if len(found) > 1:
@@ -113,7 +114,7 @@ def shards(path: Path) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {}
     for name, shard in listed.items():
         plain = isinstance(shard, str) and shard == os.path.basename(shard)
-        if not plain or shard in ("", ".", "..") or shard.endswith(INDEX) or "\0" in shard:
+        if not plain or shard in ("", ".", "..") or INDEX.search(shard) or "\0" in shard:
             raise UnsafeFileError(f"its index points outside the folder ({quote(shard)})")
         result.setdefault(shard, []).append(name)
     if len(result) > _MOST_SHARDS:

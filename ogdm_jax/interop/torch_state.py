@@ -84,7 +84,7 @@ def open_torch(path: str | os.PathLike) -> TorchFile:
     """Parses a checkpoint into inert records without making any array. Errors as in read_torch."""
     path = places.local(path, "checkpoint")
     path = (path.is_dir() and diffusers.weights(path)) or path
-    if path.is_dir() or path.name.endswith(strangers.INDEX):
+    if path.is_dir() or strangers.INDEX.search(path.name):
         return _open_shards(path)
     if not path.is_file():
         raise MissingFileError(

@@ -32,6 +32,7 @@ CONTINUOUS = {
 }
 DISCRETE = {"respaced": "even", "ddim": "uniform", "quad": "quad", "trailing": "trailing"}
 DISCRETE |= {"leading": "leading", "linspace": "linspace"}
+UNBOUNDED = "false with latents, which have no bounds"  # of what clips to [-1, 1]
 # Of one more step diffusers drops the lowest, where these have leading or linspace spacing.
 FURTHER = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 ORDERS = {"spndm": 2, "fpndm": 4}
@@ -157,9 +158,7 @@ def check_settings(settings: Sample, model: Model | None = None) -> None:
     require(random, "sample.eta", settings.eta, "above 0, such as 1, or sample.solver=dpmpp_2m")
     if model is None:
         return
-    pixels = model.latents is None and model.autoencoder is None
-    bounds = "false with latents, which have no bounds"
-    require(pixels or not settings.clip, "sample.clip", settings.clip, bounds)
+    require(model.pixels or not settings.clip, "sample.clip", settings.clip, UNBOUNDED)
     denoise, solvers = model.denoiser({}, {}), ", ".join(FROM_PURE_NOISE)
     finite_start = noise_levels(model, settings)[0] < process.PURE_NOISE
     starts = finite_start or settings.solver in FROM_PURE_NOISE

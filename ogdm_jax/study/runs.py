@@ -114,6 +114,7 @@ class Ruler:
       reference: name of it.
       num: images of a distance.
       draw: model -> its `Draw`.
+      vae: of `open_workdir`, for all runs.
     """
 
     space: FeatureSpace
@@ -121,6 +122,7 @@ class Ruler:
     reference: str
     num: int
     draw: Callable[[TrainedModel], Draw]
+    vae: str = ""
 
     def protocol(self, sampler: Sample) -> dict[str, Any]:
         """What has to be equal for a measurement to be the one that is asked for."""
@@ -141,7 +143,9 @@ def measure(
     for way in ways:
         key = (way.checkpoint, way.ema)
         about = {"arm": arm.name, "seed": seed, "checkpoint": way.checkpoint, "ema": way.ema}
-        trained = models[key] if key in models else opened(arm, arm.folder(out, seed), *key)
+        trained = (
+            models[key] if key in models else opened(arm, arm.folder(out, seed), *key, ruler.vae)
+        )
         models = {key: trained}  # one at a time
         sampler = trained.settings(**way.sampler)
         about["protocol"] = ruler.protocol(sampler) | {"step": trained.step}
@@ -155,12 +159,12 @@ def measure(
         yield results.reports[-1], True
 
 
-def opened(arm: Arm, folder: epath.Path, checkpoint: str, ema: str) -> TrainedModel:
+def opened(arm: Arm, folder: epath.Path, checkpoint: str, ema: str, vae: str = "") -> TrainedModel:
     """The model of a run with the weights that a measurement asks for."""
     step = {"newest": None, "best": "best"}.get(checkpoint, checkpoint)
     at = int(step) if step is not None and step.isdecimal() else step
     std = None if ema == PLAIN else float(ema)
-    trained = open_workdir(folder, at, field="--out", ema_std=std)
+    trained = open_workdir(folder, at, field="--out", ema_std=std, vae=vae)
     return dataclasses.replace(trained, samplers=arm.samplers)
 
 

@@ -47,8 +47,6 @@ def open_pixels(config: Config, vae: str = "") -> Source:
 
 def _check_latents(config: Config, latents: Latents) -> None:
     """Raises ConfigError for settings that only pixels have."""
-    bounds = "false with latents, which have no bounds"
-    require(not config.sample.clip, "sample.clip", config.sample.clip, bounds)
     if config.task != "denoiser":  # the others do not augment: those settings are not theirs
         return
     settings = config.data

@@ -155,6 +155,7 @@ SETTINGS = {
     "precondition.diffusion_steps=10000000": "2 to 100,000",
     "precondition.learned_variance=true": "precondition.kind=adm",
     "precondition.rescale_timesteps=true": "precondition.kind=adm",
+    "precondition.interpolate=true": "precondition.kind=adm",
     "precondition.zero_terminal=true": "precondition.kind=v",
     "precondition.zero_terminal=true --config.precondition.kind=v": "noise.distribution",
     "precondition.time_scale=1": "precondition.kind=flow",
