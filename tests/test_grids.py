@@ -141,5 +141,5 @@ def test_a_grid_with_step_0_ends_there_where_asked():
     levels = grids.ddim(20, small, "linspace", end="first")
     network = lambda x, t, label=None: jnp.tanh(x * (1 + t[:, None, None, None] / 40))
     denoise = precondition.adm(network, small)
-    x = sample(denoise, start * np.float32(np.sqrt(1 + levels[0] ** -2)), levels, "ddim")
+    x = sample(denoise, jnp.asarray(start) * float(np.sqrt(1 + levels[0] ** -2)), levels, "ddim")
     np.testing.assert_allclose(x / np.sqrt(1 + levels[-1] ** 2), z, atol=2e-5)

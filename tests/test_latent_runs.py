@@ -286,9 +286,15 @@ def test_a_discriminator_of_latents_trains(discriminator):
     seeds = generated.FIRST_SEED + np.arange(24)
     z = np.concatenate(list(run.prior.batches(run.config.sample, seeds)))
     keys = jax.random.split(jax.random.key(0), 24)
+    assert drawn.images.shape == (24, 1, *real.shape)  # a sample once, in memory, too
+    items = real.latents.item_of(drawn.images[:, 0])
     for mirrored in (None, jnp.ones(24, bool)):
-        found = moments.draw(drawn.latents, jnp.asarray(drawn.images), keys, mirrored)
+        found = moments.draw(real.latents, jnp.asarray(items), keys, mirrored)
         np.testing.assert_allclose(found, z, atol=2e-5 * np.abs(z).max())
+    batch, planned = next(run.batches(0, 1)), jax.eval_shape(run.example_batch)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in planned.items()
+    }
     assert real.dtype == np.float16 and drawn.dtype == np.float32
     assert np.asarray(Image.open(place / "samples.png")).shape[0] > 8
     report = json.loads((place / "evaluation.json").read_text())

@@ -113,7 +113,7 @@ def read(
     Args:
       path: the .npz file.
       wanted: the `origin` that they should have; None takes any.
-      latents: as in `draw_or_read`.
+      latents: as in `draw_or_read`; here items are samples, which `pairs.paired` makes like those.
 
     Raises:
       ConfigError: the file is no such file, or its samples have another origin.
@@ -127,9 +127,9 @@ def read(
         )
     if latents is None:
         return from_arrays(str(path), images, labels)
-    latents = dataclasses.replace(latents, dtype="float32")
-    items = latents.item_of(images.astype(np.float32))
-    return from_arrays(str(path), items, labels, latents=latents)
+    samples = {"views": 1, "moments": False, "scaled": True, "dtype": "float32"}
+    latents = dataclasses.replace(latents, **samples)
+    return from_arrays(str(path), images[:, None].astype(np.float32), labels, latents=latents)
 
 
 def read_origin(path: epath.Path) -> dict[str, Any]:

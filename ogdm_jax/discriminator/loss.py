@@ -129,7 +129,8 @@ class HeldOut:
             rows = np.resize(np.arange(start, min(start + self._batch, count)), self._batch)
             real, generated = (source.take(rows) for source in self._sides)
             index = (start + np.arange(self._batch)).astype(np.int32)
-            pair = paired(real | {"index": index}, generated | {"index": index})
+            sides = real | {"index": index}, generated | {"index": index}
+            pair = paired(*sides, self._sides[0].latents)
             values = self._values(params, self._extractor, pair)
             totals.append([np.asarray(v)[: 2 * min(self._batch, count - start)] for v in values])
         loss, right = (np.concatenate(parts).mean() for parts in zip(*totals, strict=True))

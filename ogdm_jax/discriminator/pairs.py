@@ -6,6 +6,7 @@ import numpy as np
 
 from ogdm_jax import data
 from ogdm_jax.data import Rows, Source
+from ogdm_jax.latents import Latents
 
 
 def split(source: Source, share: float) -> tuple[Source, Source]:
@@ -51,13 +52,14 @@ class Pairs:
                 workers=workers,
             )
 
+        self._latents = real.latents
         self._real, self._generated = make(real, seed), make(generated, seed + 2**32)
 
     def __iter__(self) -> "Pairs":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return paired(next(self._real), next(self._generated))
+        return paired(next(self._real), next(self._generated), self._latents)
 
     def get_state(self) -> dict[str, int]:
         """{"step": the next step}."""
@@ -69,13 +71,21 @@ class Pairs:
         self._generated.set_state(state)
 
 
-def paired(real: dict[str, np.ndarray], generated: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def paired(
+    real: dict[str, np.ndarray], generated: dict[str, np.ndarray], latents: Latents | None = None
+) -> dict[str, np.ndarray]:
     """Two batches of n images as one of 2n in turn: every device and round gets half of either.
+
+    Args:
+      real, generated: batches of `data.batches`.
+      latents: what the real images are, where they are no pixels; generated ones are samples.
 
     Returns:
       {"image", "label", "index"} as in a denoiser's batch, and "real" int32 [2n], 1 or 0.
     """
     found = {}
+    if latents is not None:
+        generated = generated | {"image": latents.item_of(generated["image"][:, 0])}
     for name in ("image", "label"):
         both = np.stack([real[name], generated[name]], axis=1)
         found[name] = both.reshape(-1, *real[name].shape[1:])

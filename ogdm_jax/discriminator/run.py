@@ -45,8 +45,11 @@ class PlannedRun(runs.Run):
         return cast(FeatureDiscriminator, self.model)
 
     def example_batch(self) -> dict[str, PyTree]:
-        """As that of a denoiser, with "real" [b]."""
+        """As `pairs.paired` makes it."""
         batch = super().example_batch()
+        batch.pop("row", None)
+        if self.source.latents is not None:
+            batch["image"] = batch["image"].astype(jnp.float32)
         return batch | {"real": jnp.zeros_like(batch["index"])}
 
 
