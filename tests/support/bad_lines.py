@@ -268,7 +268,6 @@ SETTINGS = {
     "network.context=64": "network.kind=sd",
     "sample.start=vp": "sample.grid=respaced",
     "sample.end=first": "sample.grid=respaced",
-    "sample.grid=linspace --config.precondition.kind=adm --config.sample.end=first": "lowest step",
     "sample.solver=plms --config.sample.steps=1": "at least 2",
     "sample.rho=0": "",
     "sample.rho=-7": "",
