@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--num", type=int, default=12, help="images on which the chosen ones are judged"
     )
+    parser.add_argument("--shuffle", action="store_true", help="any of the images, not the first")
     parser.add_argument("--steps", default="20,50,100")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="none,dps,dsg,mpgd,ddnm,diffpir")
@@ -118,7 +119,8 @@ def main() -> None:
     shape = trained.model.image_shape
     total = args.tune + args.num
     source = files.open_input(args.input, shape)
-    clean = to_float(source.take(np.arange(total))["image"])
+    taken = np.random.default_rng(0).permutation(len(source)) if args.shuffle else np.arange(total)
+    clean = to_float(source.take(taken[:total])["image"])
     seeds = np.arange(total)
     out, started = Path(args.out), time.perf_counter()
     rows: list[dict] = []
