@@ -10,7 +10,7 @@ import skimage.data
 from PIL import Image
 
 from ogdm_jax import places
-from ogdm_jax.interop.names_lite0 import lite0_entries
+from ogdm_jax.interop.names_inception import lite0_entries
 from ogdm_jax.metrics import feature_space, networks
 from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
 

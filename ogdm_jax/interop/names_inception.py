@@ -1,11 +1,11 @@
-"""Names of FID's InceptionV3 in PyTorch files <-> the variables of networks.InceptionV3.
+"""Names of the networks of features in PyTorch files <-> their variables.
 
-Three layouts of one network: the raw module (pytorch-fid's pt_inception-2015-12-05-6726825d.pth,
-torch-fidelity); pytorch-fid's wrapper, whose four blocks number the same modules (`blocks.2.0` is
-Mixed_5b); and NVIDIA's detector (inception-2015-12-05.pt, .pkl), whose modules have the names of
-the TensorFlow graph (`layers.mixed_9.tower.conv`) and whose norms have no scale. NVIDIA's file was
-not at hand: its module names are those that public code uses, the names inside them the graph's,
-and every shape is checked.
+EfficientNet-Lite0 has one layout, FID's InceptionV3 has three: the raw module (pytorch-fid's
+pt_inception-2015-12-05-6726825d.pth, torch-fidelity); pytorch-fid's wrapper, whose four blocks
+number the same modules (`blocks.2.0` is Mixed_5b); and NVIDIA's detector (inception-2015-12-05.pt,
+.pkl), whose modules have the names of the TensorFlow graph (`layers.mixed_9.tower.conv`) and whose
+norms have no scale. NVIDIA's file was not at hand: its module names are those that public code
+uses, the names inside them the graph's, and every shape is checked.
 """
 
 import re
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.interop.names_shared import LEAVES, Entry, to_flax, to_torch, variable_shapes
+from ogdm_jax.networks import inception
 from ogdm_jax.networks.inception import InceptionV3
+from ogdm_jax.networks.lite0 import EfficientNetLite0
 from ogdm_jax.typing import PyTree
 
 _BLOCKS = (
@@ -26,7 +28,7 @@ _BLOCKS = (
     ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 )
 
-# NVIDIA's modules in the order of the graph, and the layers of each kind of block -> ours.
+# NVIDIA's modules in the order of the graph -> ours.
 _STEM = dict(
     zip(("conv", "conv_1", "conv_2", "conv_3", "conv_4"), (*_BLOCKS[0], *_BLOCKS[1]), strict=True)
 )
@@ -35,33 +37,25 @@ _MIXED = dict(
 )
 
 
-def _chain(tower: str, *layers: str) -> dict[str, str]:
-    return {f"{tower}.conv{f'_{i}' if i else ''}": layer for i, layer in enumerate(layers)}
+def _layers(branches: tuple[inception.Branch, ...]) -> dict[str, str]:
+    """The layers of a kind of block by NVIDIA's names.
+
+    A branch of one layer is the block's own `conv`, the others are `tower`, `tower_1`, ...; layers
+    that see the same input are a group of their own, `mixed`.
+    """
+    towers = iter(("tower.", "tower_1.", "tower_2."))
+    found = {}
+    for branch in branches:
+        layers = [name.split("|") for name, _, kernel in branch if kernel]
+        tower = next(towers) if layers and len(branch) > 1 else ""
+        for i, names in enumerate(layers):
+            group, first = (f"{tower}mixed.", 0) if len(names) > 1 else (tower, i)
+            for j, name in enumerate(names, first):
+                found[f"{group}conv{f'_{j}' if j else ''}"] = name
+    return found
 
 
-_DOUBLE = _chain("tower_1", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
-_POOL = {"tower_2.conv": "branch_pool"}
-_A = {"conv": "branch1x1", **_chain("tower", "branch5x5_1", "branch5x5_2"), **_DOUBLE, **_POOL}
-_B = {"conv": "branch3x3", **_chain("tower", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")}
-_C = {
-    "conv": "branch1x1",
-    **_chain("tower", *(f"branch7x7_{i}" for i in range(1, 4))),
-    **_chain("tower_1", *(f"branch7x7dbl_{i}" for i in range(1, 6))),
-    **_POOL,
-}
-_D = {
-    **_chain("tower", "branch3x3_1", "branch3x3_2"),
-    **_chain("tower_1", *(f"branch7x7x3_{i}" for i in range(1, 5))),
-}
-_E = {
-    "conv": "branch1x1",
-    "tower.conv": "branch3x3_1",
-    **_chain("tower.mixed", "branch3x3_2a", "branch3x3_2b"),
-    **_chain("tower_1", "branch3x3dbl_1", "branch3x3dbl_2"),
-    **_chain("tower_1.mixed", "branch3x3dbl_3a", "branch3x3dbl_3b"),
-    **_POOL,
-}
-_LAYERS = dict(zip(_MIXED, (_A, _A, _A, _B, _C, _C, _C, _C, _D, _E, _E), strict=True))
+_LAYERS = {name: _layers(inception.BLOCKS[ours]) for name, ours in _MIXED.items()}
 _TENSORS = {
     "weight": "conv.weight",
     "gamma": "bn.weight",
@@ -142,3 +136,23 @@ def inception_to_flax(state: Mapping[str, np.ndarray], network: InceptionV3) -> 
 def flax_to_inception(variables: PyTree, network: InceptionV3) -> dict[str, np.ndarray]:
     """The inverse of inception_to_flax, under the names of the raw module."""
     return to_torch(variables, inception_entries(network))
+
+
+def lite0_entries(network: EfficientNetLite0) -> list[Entry]:
+    """Every tensor under both names."""
+    shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    names = {
+        path: ".".join([*path[1:-1], LEAVES[path[-1]]]).replace("_blocks_", "_blocks.")
+        for path in shapes
+    }
+    return [Entry(names[path], path, shape) for path, shape in shapes.items()]
+
+
+def lite0_to_flax(state: Mapping[str, np.ndarray], network: EfficientNetLite0) -> PyTree:
+    """{"params": ..., "buffers": ...} from a state dict.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no place in the network.
+    """
+    ignore = [name for name in state if name.endswith("num_batches_tracked")]
+    return to_flax(state, lite0_entries(network), "EfficientNet-Lite0", ignore)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ogdm_jax import places
 from ogdm_jax.brief import brief
-from ogdm_jax.interop.names_lite0 import lite0_to_flax
+from ogdm_jax.interop.names_inception import lite0_to_flax
 from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.networks.inception import prepare

@@ -65,16 +65,6 @@ class OpenAIADM(ADM):
             )
         return count
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
-        if augment is not None:
-            raise ValueError(
-                f"{type(self).__name__}: augmentation labels given; expected None, the network has "
-                "no place for them"
-            )
-        return super()._embed(batch, c_noise, label, None)
-
     def _block(self, step: Step, h: Array, emb: Array, dropout_keys: Array | None) -> Array:
         if self.resblock_updown or not (step.up or step.down):
             return super()._block(step, h, emb, dropout_keys)

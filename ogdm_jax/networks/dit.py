@@ -7,7 +7,7 @@ and one loop body is compiled for all of them.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -140,54 +140,31 @@ class DiT(Tapped):
                 f"DiT: {self.img_resolution} pixels; expected a multiple of the patch {self.patch}"
             )
 
-    @nn.compact
-    def _run(
+    @property
+    def _factor(self) -> int:
+        return self.patch
+
+    def _layers(
         self,
         x: Array,
-        c_noise: Array,
+        emb: Array,
         label: Array | None,
-        augment: Array | None,
         dropout_keys: Array | None,
         names: Sequence[str],
-    ) -> list[Array]:
-        ends = self._ends(x, augment, names)
-        batch, rows, columns = x.shape[0], x.shape[1] // self.patch, x.shape[2] // self.patch
-        embedding = self._embed(batch, c_noise, label)
-        found = {"emb": embedding}
-        h = self._patches(x, rows, columns)
-        condition = nn.silu(embedding)
-        run, start = self._blocks(h, condition), 0
-        for name, stop in sorted(ends.items(), key=lambda item: item[1]):
-            h = run(h, start, stop)
-            found[name], start = h, stop
-        if "out" in found:
-            found["out"] = self._head(found["out"], condition, rows, columns)
-            found["out"] = found["out"].astype(layers.wide(x.dtype))
-        return [found[name] for name in names]
-
-    def _ends(self, x: Array, augment: Array | None, names: Sequence[str]) -> dict[str, int]:
-        """How many blocks stand in front of each layer named, the embedding left out."""
-        self.check_widths()
-        if augment is not None:
-            raise ValueError("DiT: augmentation labels given; expected None")
-        if (
-            x.ndim != 4
-            or x.shape[-1] != self.img_channels
-            or any(side % self.patch for side in x.shape[1:3])
-        ):
-            raise ValueError(
-                f"DiT: x has shape {x.shape}; expected [B, H, W, {self.img_channels}] with sides "
-                f"divisible by {self.patch}"
-            )
-        known = {"out": self.depth, "mid": self.depth // 2 + 1}
-        known |= {name: i + 1 for i, name in enumerate(self.layer_names)}
-        for name in names:
-            if name != "emb" and name not in known:
-                raise ValueError(
-                    f"DiT: no layer {name!r}; expected 'mid', 'emb' or block0 to "
-                    f"block{self.depth - 1}"
-                )
-        return {name: known[name] for name in names if name != "emb"}
+    ) -> Iterator[tuple[str, Array]]:
+        """Gives the layers named alone: between two of them is one loop over blocks."""
+        rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
+        stops = {"mid": self.depth // 2 + 1, "out": self.depth}  # blocks up to each layer
+        stops |= {name: i + 1 for i, name in enumerate(self.layer_names)}
+        h, condition, start = self._patches(x, rows, columns), nn.silu(emb), 0
+        run = self._blocks(h, condition)
+        for name in sorted((n for n in names if n in stops), key=stops.__getitem__):
+            h, start = run(h, start, stops[name]), stops[name]
+            if name == "out":
+                image = self._head(h, condition, rows, columns)
+                yield name, image.astype(layers.wide(x.dtype))
+            else:
+                yield name, h
 
     def _patches(self, x: Array, rows: int, columns: int) -> Array:
         """Tokens [B, rows * columns, D] of the patches, with their positions."""
@@ -201,7 +178,9 @@ class DiT(Tapped):
         positions = position_table(rows, columns, self.width) + bias[None]
         return tokens + positions[None].astype(self.dtype)
 
-    def _embed(self, batch: int, c_noise: Array, label: Array | None) -> Array:
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
+    ) -> Array:
         """MLP(time features) + the class's row, [B,D]."""
         dense = functools.partial(layers.Dense, kernel_init=_SMALL)
         time = layers.positional_embedding(jnp.broadcast_to(c_noise, (batch,)), _TIME_FEATURES)

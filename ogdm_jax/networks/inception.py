@@ -18,10 +18,10 @@ SIZE = 299
 # Parallel branches of a block: each a chain of (name, channels, kernel height x width); stride-2
 # layers end with "s".
 _Layer = tuple[str, int, str]
-_Branch = tuple[_Layer, ...]
+Branch = tuple[_Layer, ...]
 
 
-def _a(pool: int) -> tuple[_Branch, ...]:
+def _a(pool: int) -> tuple[Branch, ...]:
     return (
         (("branch1x1", 64, "1x1"),),
         (("branch5x5_1", 48, "1x1"), ("branch5x5_2", 64, "5x5")),
@@ -34,7 +34,7 @@ def _a(pool: int) -> tuple[_Branch, ...]:
     )
 
 
-def _c(width: int) -> tuple[_Branch, ...]:
+def _c(width: int) -> tuple[Branch, ...]:
     double = ("7x1", "1x7", "7x1", "1x7")
     return (
         (("branch1x1", 192, "1x1"),),
@@ -67,7 +67,7 @@ _D = (
 )
 
 
-def _e(pool: str) -> tuple[_Branch, ...]:
+def _e(pool: str) -> tuple[Branch, ...]:
     # "a|b": both layers see the same input and their outputs stand side by side.
     return (
         (("branch1x1", 320, "1x1"),),
@@ -81,7 +81,7 @@ def _e(pool: str) -> tuple[_Branch, ...]:
     )
 
 
-_MIXED = {
+BLOCKS = {
     "Mixed_5b": _a(32),
     "Mixed_5c": _a(64),
     "Mixed_5d": _a(64),
@@ -147,7 +147,7 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Parallel branches, concatenated."""
 
-    branches: tuple[_Branch, ...]
+    branches: tuple[Branch, ...]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -215,7 +215,7 @@ class InceptionV3(nn.Module):
         x = ConvNorm(192, "3x3", padded=False, name="Conv2d_4a_3x3")(x)
         x = _pool(x, "maxs")
         taps["192"] = x.mean((1, 2))
-        for name, branches in _MIXED.items():
+        for name, branches in BLOCKS.items():
             x = Mixed(branches, name=name)(x)
             if name == "Mixed_6e":
                 taps["768"] = x.mean((1, 2))

@@ -133,55 +133,34 @@ class UNet2DCondition(Tapped):
                     f"groups and of the {heads} heads"
                 )
 
-    @nn.compact
-    def _run(
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
+    ) -> Array:
+        """MLP(time features); the text enters in the layers."""
+        if label is None or label.ndim != 3 or label.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"UNet2DCondition: label {None if label is None else label.shape} given; expected "
+                f"a text's tokens [B, M, {self.context_dim}]"
+            )
+        time = layers.positional_embedding(jnp.broadcast_to(c_noise, (batch,)), self.widths[0])
+        dense = functools.partial(Dense, 4 * self.widths[0], dtype=time.dtype)
+        first = dense(name="time_embedding.linear_1")(time)
+        return dense(name="time_embedding.linear_2")(nn.silu(first))
+
+    def _layers(
         self,
         x: Array,
-        c_noise: Array,
+        emb: Array,
         label: Array | None,
-        augment: Array | None,
         dropout_keys: Array | None,
         names: Sequence[str],
-    ) -> list[Array]:
-        context = self._checked(x, label, augment, names)
-        time = layers.positional_embedding(jnp.broadcast_to(c_noise, (x.shape[0],)), self.widths[0])
-        dense = functools.partial(Dense, 4 * self.widths[0], dtype=time.dtype)
-        emb = dense(name="time_embedding.linear_2")(
-            nn.silu(dense(name="time_embedding.linear_1")(time))
-        )
-        found, outputs = {"emb": emb}, self._layers(x, emb, context)
-        while not found.keys() >= set(names):
-            name, h = next(outputs)
-            found |= {name: h} if name in names else {}
-        return [found[name] for name in names]
-
-    def _checked(
-        self, x: Array, context: Array | None, augment: Array | None, names: Sequence[str]
-    ) -> Array:
-        self.check_widths()
-        factor, known = 2 ** (len(self.widths) - 1), ["out", "mid", "emb", *self.layer_names]
-        if augment is not None:
-            raise ValueError("UNet2DCondition: augmentation labels given; expected None")
-        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % factor for s in x.shape[1:3]):
-            raise ValueError(
-                f"UNet2DCondition: x has shape {x.shape}; expected [B, H, W, {self.img_channels}] "
-                f"with sides divisible by {factor}"
-            )
-        if context is None or context.ndim != 3 or context.shape[-1] != self.context_dim:
-            shape = None if context is None else context.shape
-            raise ValueError(
-                f"UNet2DCondition: label {shape} given; expected a text's tokens "
-                f"[B, M, {self.context_dim}]"
-            )
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"UNet2DCondition: no layer {name!r}; expected some of {', '.join(known[1:])}"
-                )
-        return context
-
-    def _layers(self, x: Array, emb: Array, context: Array) -> Iterator[tuple[str, Array]]:
-        """Applies one layer after another; gives the name and the output of each level."""
+    ) -> Iterator[tuple[str, Array]]:
+        """Gives the output of each level."""
+        context = jnp.asarray(label)
         levels, dtype = len(self.widths), self.dtype
         h = Conv(self.widths[0], 3, dtype=dtype, name="conv_in")(x)
         skips = [h]

@@ -1,6 +1,6 @@
 """What every denoiser's network is asked, however it is built: its output, and features."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 
@@ -10,9 +10,16 @@ from ogdm_jax.typing import Array
 class Tapped(nn.Module):
     """A network that gives its output, or what it computes on its way there.
 
-    A network writes `_run` and `layer_names`; what its labels and layers are, its own text says.
+    A network writes what raises NotImplementedError here; what its labels and layers are, its own
+    text says.
+
+    Attributes:
+      img_resolution: side of the square images that the network is made for.
+      img_channels: channels of the input.
     """
 
+    img_resolution: int
+    img_channels: int
     augment_dim = 0  # a field of the networks that have a place for augmentation labels
 
     def __call__(
@@ -72,6 +79,33 @@ class Tapped(nn.Module):
         """The layers whose output `features` gives, beside "mid" and "emb"."""
         raise NotImplementedError
 
+    @property
+    def _factor(self) -> int:
+        """What the sides of x are multiples of."""
+        raise NotImplementedError
+
+    def check_widths(self) -> None:
+        """Raises ValueError where the network's widths do not fit together."""
+        raise NotImplementedError
+
+    def _embed(
+        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
+    ) -> Array:
+        """The condition of the layers, [B,E]."""
+        raise NotImplementedError
+
+    def _layers(
+        self,
+        x: Array,
+        emb: Array,
+        label: Array | None,
+        dropout_keys: Array | None,
+        names: Sequence[str],
+    ) -> Iterator[tuple[str, Array]]:
+        """Applies one layer after another; gives name and output of at least those named."""
+        raise NotImplementedError
+
+    @nn.compact
     def _run(
         self,
         x: Array,
@@ -82,4 +116,30 @@ class Tapped(nn.Module):
         names: Sequence[str],
     ) -> list[Array]:
         """The outputs of the layers named; "out" is the network's own."""
-        raise NotImplementedError
+        self._check(x, augment, names)
+        emb = self._embed(x.shape[0], c_noise, label, augment)
+        found, outputs = {"emb": emb}, self._layers(x, emb, label, dropout_keys, names)
+        while not found.keys() >= set(names):
+            name, h = next(outputs)
+            found |= {name: h} if name in names else {}
+        return [found[name] for name in names]
+
+    def _check(self, x: Array, augment: Array | None, names: Sequence[str]) -> None:
+        self.check_widths()
+        network, sides = type(self).__name__, (*x.shape[1:3], self.img_resolution)
+        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % self._factor for s in sides):
+            raise ValueError(
+                f"{network}: x has shape {x.shape} (img_resolution {self.img_resolution}); "
+                f"expected [B, H, W, {self.img_channels}] with sides divisible by {self._factor}"
+            )
+        if augment is not None and not self.augment_dim:
+            raise ValueError(
+                f"{network}: augmentation labels given; expected None, the network has no place "
+                "for them"
+            )
+        for name in names:
+            if name not in ("mid", "emb", "out", *self.layer_names):
+                raise ValueError(
+                    f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "
+                    f"{', '.join(self.layer_names)}"
+                )

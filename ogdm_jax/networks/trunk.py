@@ -122,29 +122,14 @@ class UNet(Tapped):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    @nn.compact
-    def _run(
+    def _layers(
         self,
         x: Array,
-        c_noise: Array,
+        emb: Array,
         label: Array | None,
-        augment: Array | None,
         dropout_keys: Array | None,
         names: Sequence[str],
-    ) -> list[Array]:
-        self._check(x, names)
-        names = [self._middle_name if name == "mid" else name for name in names]
-        found = {"emb": self._embed(x.shape[0], c_noise, label, augment)}
-        outputs = self._layers(x, found["emb"], dropout_keys)
-        while not found.keys() >= set(names):
-            name, h = next(outputs)
-            found |= {name: h} if name in names else {}
-        return [found[name] for name in names]
-
-    def _layers(
-        self, x: Array, emb: Array, dropout_keys: Array | None
     ) -> Iterator[tuple[str, Array]]:
-        """Applies one layer after another; gives the name and the output of each."""
         image = x.astype(self.dtype)
         h = self._conv(self._first_name, self._first_width)(image)
         yield self._first_name, h
@@ -154,6 +139,8 @@ class UNet(Tapped):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = self._block(step, h, emb, dropout_keys)
             yield step.name, h
+            if step.name == self._middle_name:
+                yield "mid", h
             if step.down:
                 h, image = self._join_image(step, h, image)
             if step.stores_skip:
@@ -186,21 +173,6 @@ class UNet(Tapped):
         style = self._style
         return layers.GroupNorm(style.eps, style.groups, name=self._head_prefix + "norm")(h)
 
-    def _check(self, x: Array, names: Sequence[str]) -> None:
-        network, factor = type(self).__name__, 2 ** (len(self.channel_mult) - 1)
-        sides = (*x.shape[1:3], self.img_resolution)
-        if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % factor for s in sides):
-            raise ValueError(
-                f"{network}: x has shape {x.shape} (img_resolution {self.img_resolution}); "
-                f"expected [B, H, W, {self.img_channels}] with sides divisible by {factor}"
-            )
-        for name in names:
-            if name not in ("mid", "emb", "out", *self.layer_names):
-                raise ValueError(
-                    f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "
-                    f"{', '.join(self.layer_names)}"
-                )
-
     @property
     def layer_names(self) -> list[str]:
         """The first convolution and the blocks."""
@@ -226,6 +198,10 @@ class UNet(Tapped):
             skips += [h] if step.stores_skip else []
 
     # Sizes
+
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def sides(self) -> list[int]:
@@ -267,12 +243,6 @@ class UNet(Tapped):
 
     def heads(self, channels: int) -> int:
         """Attention heads of a block with this many channels."""
-        raise NotImplementedError
-
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
-        """The blocks' condition [B, model_channels * channel_mult_emb]."""
         raise NotImplementedError
 
     def _plan(self) -> list[Step]:
