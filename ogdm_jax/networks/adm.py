@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.blocks import Style
+from ogdm_jax.networks.tapped import Asked
 from ogdm_jax.networks.trunk import UNet
 from ogdm_jax.typing import Array
 
@@ -38,9 +39,7 @@ class ADM(UNet):
     def _style(self) -> Style:
         return STYLE
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
+    def _embed(self, batch: int, c_noise: Array, asked: Asked) -> Array:
         """silu(MLP(noise embedding + augmentation) + class embedding)."""
         c_noise = jnp.broadcast_to(jnp.asarray(c_noise), (batch,))
         c_noise = c_noise.astype(layers.wide(c_noise.dtype)) * self.time_scale
@@ -50,13 +49,17 @@ class ADM(UNet):
         def dense(name: str, width: int, h: Array, init: layers.Initializer, **more: Any) -> Array:
             return layers.Dense(width, init, INIT, name=name, dtype=emb.dtype, **more)(h)
 
+        augment = asked.augment
         if self.augment_dim and (augment is not None or self.is_initializing()):
             augment = jnp.zeros((batch, self.augment_dim)) if augment is None else augment
             zero = STYLE.zero_init
             emb = emb + dense("map_augment", self.model_channels, augment, zero, use_bias=False)
         emb = dense("map_layer1", total, nn.silu(dense("map_layer0", total, emb, INIT)), INIT)
         if self.label_dim:
-            hot, normal = layers.one_hot(label, batch, self.label_dim), nn.initializers.normal(1.0)
+            hot, normal = (
+                layers.one_hot(asked.label, batch, self.label_dim),
+                nn.initializers.normal(1.0),
+            )
             emb = emb + dense("map_label", total, hot, normal, use_bias=False)
         return nn.silu(emb)
 

@@ -7,7 +7,7 @@ and one loop body is compiled for all of them.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
-from ogdm_jax.networks.tapped import Tapped
+from ogdm_jax.networks.tapped import Asked, Tapped
 from ogdm_jax.typing import Array, PyTree
 
 # width, depth, heads of the published sizes (table 1)
@@ -144,21 +144,14 @@ class DiT(Tapped):
     def _factor(self) -> int:
         return self.patch
 
-    def _layers(
-        self,
-        x: Array,
-        emb: Array,
-        label: Array | None,
-        dropout_keys: Array | None,
-        names: Sequence[str],
-    ) -> Iterator[tuple[str, Array]]:
+    def _layers(self, x: Array, emb: Array, asked: Asked) -> Iterator[tuple[str, Array]]:
         """Gives the layers named alone: between two of them is one loop over blocks."""
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
         stops = {"mid": self.depth // 2 + 1, "out": self.depth}  # blocks up to each layer
         stops |= {name: i + 1 for i, name in enumerate(self.layer_names)}
         h, condition, start = self._patches(x, rows, columns), nn.silu(emb), 0
         run = self._blocks(h, condition)
-        for name in sorted((n for n in names if n in stops), key=stops.__getitem__):
+        for name in sorted((n for n in asked.names if n in stops), key=stops.__getitem__):
             h, start = run(h, start, stops[name]), stops[name]
             if name == "out":
                 image = self._head(h, condition, rows, columns)
@@ -178,9 +171,7 @@ class DiT(Tapped):
         positions = position_table(rows, columns, self.width) + bias[None]
         return tokens + positions[None].astype(self.dtype)
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
+    def _embed(self, batch: int, c_noise: Array, asked: Asked) -> Array:
         """MLP(time features) + the class's row, [B,D]."""
         dense = functools.partial(layers.Dense, kernel_init=_SMALL)
         time = layers.positional_embedding(jnp.broadcast_to(c_noise, (batch,)), _TIME_FEATURES)
@@ -191,6 +182,7 @@ class DiT(Tapped):
             return time
         rows = self.label_dim + self.no_class
         table = self.param("y_embedder.embedding_table.embedding", _SMALL, (rows, self.width))
+        label = asked.label
         if label is None:
             label = jnp.full((batch,), -1, jnp.int32)
             if not self.no_class:

@@ -23,7 +23,7 @@ from ogdm_jax.networks.sd_blocks import (
     attend,
     upsampled,
 )
-from ogdm_jax.networks.tapped import Tapped
+from ogdm_jax.networks.tapped import Asked, Tapped
 from ogdm_jax.typing import Array
 
 _EPS = 1e-5  # of the residual blocks' norms
@@ -137,10 +137,9 @@ class UNet2DCondition(Tapped):
     def _factor(self) -> int:
         return 2 ** (len(self.widths) - 1)
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
+    def _embed(self, batch: int, c_noise: Array, asked: Asked) -> Array:
         """MLP(time features); the text enters in the layers."""
+        label = asked.label
         if label is None or label.ndim != 3 or label.shape[-1] != self.context_dim:
             raise ValueError(
                 f"UNet2DCondition: label {None if label is None else label.shape} given; expected "
@@ -151,16 +150,9 @@ class UNet2DCondition(Tapped):
         first = dense(name="time_embedding.linear_1")(time)
         return dense(name="time_embedding.linear_2")(nn.silu(first))
 
-    def _layers(
-        self,
-        x: Array,
-        emb: Array,
-        label: Array | None,
-        dropout_keys: Array | None,
-        names: Sequence[str],
-    ) -> Iterator[tuple[str, Array]]:
+    def _layers(self, x: Array, emb: Array, asked: Asked) -> Iterator[tuple[str, Array]]:
         """Gives the output of each level."""
-        context = jnp.asarray(label)
+        context = jnp.asarray(asked.label)
         levels, dtype = len(self.widths), self.dtype
         h = Conv(self.widths[0], 3, dtype=dtype, name="conv_in")(x)
         skips = [h]

@@ -1,10 +1,20 @@
 """What every denoiser's network is asked, however it is built: its output, and features."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 
 from ogdm_jax.typing import Array
+
+
+class Asked(NamedTuple):
+    """What a network is called with beside x and c_noise; names: the layers to give."""
+
+    label: Array | None
+    augment: Array | None
+    dropout_keys: Array | None
+    names: Sequence[str]
 
 
 class Tapped(nn.Module):
@@ -45,7 +55,7 @@ class Tapped(nn.Module):
         Raises:
           ValueError: the shape of x or of a label does not fit.
         """
-        return self._run(x, c_noise, label, augment, dropout_keys, ["out"])[0]
+        return self._run(x, c_noise, Asked(label, augment, dropout_keys, ["out"]))[0]
 
     def features(
         self,
@@ -71,7 +81,7 @@ class Tapped(nn.Module):
         Raises:
           ValueError: as `__call__`, and an unknown name.
         """
-        found = self._run(x, c_noise, label, augment, dropout_keys, at.split(","))
+        found = self._run(x, c_noise, Asked(label, augment, dropout_keys, at.split(",")))
         return found if len(found) > 1 else found[0]
 
     @property
@@ -88,43 +98,26 @@ class Tapped(nn.Module):
         """Raises ValueError where the network's widths do not fit together."""
         raise NotImplementedError
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
+    def _embed(self, batch: int, c_noise: Array, asked: Asked) -> Array:
         """The condition of the layers, [B,E]."""
         raise NotImplementedError
 
-    def _layers(
-        self,
-        x: Array,
-        emb: Array,
-        label: Array | None,
-        dropout_keys: Array | None,
-        names: Sequence[str],
-    ) -> Iterator[tuple[str, Array]]:
+    def _layers(self, x: Array, emb: Array, asked: Asked) -> Iterator[tuple[str, Array]]:
         """Applies one layer after another; gives name and output of at least those named."""
         raise NotImplementedError
 
     @nn.compact
-    def _run(
-        self,
-        x: Array,
-        c_noise: Array,
-        label: Array | None,
-        augment: Array | None,
-        dropout_keys: Array | None,
-        names: Sequence[str],
-    ) -> list[Array]:
+    def _run(self, x: Array, c_noise: Array, asked: Asked) -> list[Array]:
         """The outputs of the layers named; "out" is the network's own."""
-        self._check(x, augment, names)
-        emb = self._embed(x.shape[0], c_noise, label, augment)
-        found, outputs = {"emb": emb}, self._layers(x, emb, label, dropout_keys, names)
-        while not found.keys() >= set(names):
+        self._check(x, asked)
+        emb = self._embed(x.shape[0], c_noise, asked)
+        found, outputs = {"emb": emb}, self._layers(x, emb, asked)
+        while not found.keys() >= set(asked.names):
             name, h = next(outputs)
-            found |= {name: h} if name in names else {}
-        return [found[name] for name in names]
+            found |= {name: h} if name in asked.names else {}
+        return [found[name] for name in asked.names]
 
-    def _check(self, x: Array, augment: Array | None, names: Sequence[str]) -> None:
+    def _check(self, x: Array, asked: Asked) -> None:
         self.check_widths()
         network, sides = type(self).__name__, (*x.shape[1:3], self.img_resolution)
         if x.ndim != 4 or x.shape[-1] != self.img_channels or any(s % self._factor for s in sides):
@@ -132,12 +125,12 @@ class Tapped(nn.Module):
                 f"{network}: x has shape {x.shape} (img_resolution {self.img_resolution}); "
                 f"expected [B, H, W, {self.img_channels}] with sides divisible by {self._factor}"
             )
-        if augment is not None and not self.augment_dim:
+        if asked.augment is not None and not self.augment_dim:
             raise ValueError(
                 f"{network}: augmentation labels given; expected None, the network has no place "
                 "for them"
             )
-        for name in names:
+        for name in asked.names:
             if name not in ("mid", "emb", "out", *self.layer_names):
                 raise ValueError(
                     f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.blocks import Style, UNetBlock
-from ogdm_jax.networks.tapped import Tapped
+from ogdm_jax.networks.tapped import Asked, Tapped
 from ogdm_jax.typing import Array
 
 
@@ -122,14 +122,7 @@ class UNet(Tapped):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    def _layers(
-        self,
-        x: Array,
-        emb: Array,
-        label: Array | None,
-        dropout_keys: Array | None,
-        names: Sequence[str],
-    ) -> Iterator[tuple[str, Array]]:
+    def _layers(self, x: Array, emb: Array, asked: Asked) -> Iterator[tuple[str, Array]]:
         image = x.astype(self.dtype)
         h = self._conv(self._first_name, self._first_width)(image)
         yield self._first_name, h
@@ -137,7 +130,7 @@ class UNet(Tapped):
         for step in self._plan():
             if step.takes_skip:
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-            h = self._block(step, h, emb, dropout_keys)
+            h = self._block(step, h, emb, asked.dropout_keys)
             yield step.name, h
             if step.name == self._middle_name:
                 yield "mid", h

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.blocks import Style
+from ogdm_jax.networks.tapped import Asked
 from ogdm_jax.networks.trunk import Step, UNet
 from ogdm_jax.typing import Array
 
@@ -95,9 +96,7 @@ class SongUNet(UNet):
         h = (h + image) * math.sqrt(0.5)
         return h, h
 
-    def _embed(
-        self, batch: int, c_noise: Array, label: Array | None, augment: Array | None
-    ) -> Array:
+    def _embed(self, batch: int, c_noise: Array, asked: Asked) -> Array:
         width = self.model_channels * self.channel_mult_noise
         c_noise = jnp.broadcast_to(jnp.asarray(c_noise), (batch,))
         if self.embedding_type == "fourier":
@@ -111,8 +110,9 @@ class SongUNet(UNet):
             return layers.Dense(features, _INIT, name=name, dtype=emb.dtype, **more)(h)
 
         if self.label_dim:
-            hot = layers.one_hot(label, batch, self.label_dim) * math.sqrt(self.label_dim)
+            hot = layers.one_hot(asked.label, batch, self.label_dim) * math.sqrt(self.label_dim)
             emb = emb + dense("map_label", width, hot)
+        augment = asked.augment
         if self.augment_dim and (augment is not None or self.is_initializing()):
             augment = jnp.zeros((batch, self.augment_dim)) if augment is None else augment
             emb = emb + dense("map_augment", width, augment, use_bias=False)
