@@ -18,7 +18,6 @@ from ogdm_jax.networks import ADMEncoder, feature_discriminator
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SETTINGS = (  # what a discriminator has of config.network
     *("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "head_channels"),
     *("dropout", "remat"),
@@ -57,7 +56,7 @@ def open_network(
         image_shape[2],
         classes if conditional else 0,
         extractor,
-        dtype=_DTYPES[config.network.dtype],
+        dtype=getattr(jnp, config.network.dtype),
         **{name: getattr(config.network, name) for name in SETTINGS},
     )
     return network, params

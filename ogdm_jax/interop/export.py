@@ -5,6 +5,7 @@ The JSON file says what tensors cannot: {"format": 1, "kind", "settings", "preco
 load_state_dict takes them as they are.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from ogdm_jax import places, records
+from ogdm_jax import networks, places, records
 from ogdm_jax.interop import (
     diffusers,
     names_adm,
@@ -25,22 +26,22 @@ from ogdm_jax.interop import (
     torch_writer,
 )
 from ogdm_jax.interop.settings import check_about
-from ogdm_jax.networks import (
-    ADMEncoder,
-    ADMUNet,
-    AutoencoderKL,
-    CLIPText,
-    DhariwalUNet,
-    DiT,
-    InceptionV3,
-    SongUNet,
-    StyleGAN2Discriminator,
-    UNet2DCondition,
-)
 from ogdm_jax.typing import PyTree
 
 FORMAT = diffusers.OURS
 SUFFIXES = (".safetensors", ".pt")
+_TO_TORCH = {
+    networks.SongUNet: functools.partial(names_edm.flax_to_edm, constants=True),
+    networks.DhariwalUNet: functools.partial(names_edm.flax_to_edm, constants=True),
+    networks.ADMUNet: names_adm.flax_to_adm,
+    networks.ADMEncoder: names_adm.flax_to_adm,
+    networks.StyleGAN2Discriminator: names_discriminator.flax_to_discriminator,
+    networks.InceptionV3: names_inception.flax_to_inception,
+    networks.DiT: names_latent.flax_to_dit,
+    networks.AutoencoderKL: names_latent.flax_to_vae,
+    networks.UNet2DCondition: names_latent.flax_to_sd_unet,
+    networks.CLIPText: names_latent.flax_to_clip,
+}
 
 
 def about_path(path: str | os.PathLike) -> epath.Path:
@@ -129,20 +130,7 @@ def to_torch(network: nn.Module, variables: PyTree) -> dict[str, np.ndarray]:
     Raises:
       ValueError: a network of a kind that has no PyTorch names.
     """
-    if isinstance(network, SongUNet | DhariwalUNet):
-        return names_edm.flax_to_edm(variables, network, constants=True)
-    if isinstance(network, ADMUNet | ADMEncoder):
-        return names_adm.flax_to_adm(variables, network)
-    if isinstance(network, StyleGAN2Discriminator):
-        return names_discriminator.flax_to_discriminator(variables, network)
-    if isinstance(network, InceptionV3):
-        return names_inception.flax_to_inception(variables, network)
-    if isinstance(network, DiT):
-        return names_latent.flax_to_dit(variables, network)
-    if isinstance(network, AutoencoderKL):
-        return names_latent.flax_to_vae(variables, network)
-    if isinstance(network, UNet2DCondition):
-        return names_latent.flax_to_sd_unet(variables, network)
-    if isinstance(network, CLIPText):
-        return names_latent.flax_to_clip(variables, network)
+    for kind, convert in _TO_TORCH.items():
+        if isinstance(network, kind):
+            return convert(variables, network)
     raise ValueError(f"network: {type(network).__name__} given; expected one of ogdm_jax.networks")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import flax.linen as nn
 import numpy as np
 
+from ogdm_jax import networks
 from ogdm_jax.interop import (
     names_adm,
     names_discriminator,
@@ -17,17 +18,6 @@ from ogdm_jax.interop import (
     recognise_latent,
 )
 from ogdm_jax.interop.names_shared import Entry
-from ogdm_jax.networks import (
-    ADMEncoder,
-    ADMUNet,
-    AutoencoderKL,
-    CLIPText,
-    DiT,
-    InceptionV3,
-    SongUNet,
-    StyleGAN2Discriminator,
-    UNet2DCondition,
-)
 from ogdm_jax.typing import PyTree
 
 _State = Mapping[str, np.ndarray]
@@ -62,14 +52,14 @@ def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
 
 
 def _adm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
-    return _openai(ADMUNet, recognise.adm_settings(shapes, settings))
+    return _openai(networks.ADMUNet, recognise.adm_settings(shapes, settings))
 
 
 def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
-    return _openai(ADMEncoder, recognise.encoder_settings(shapes, settings))
+    return _openai(networks.ADMEncoder, recognise.encoder_settings(shapes, settings))
 
 
-def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> Match:
+def _openai(cls: type[networks.ADMUNet | networks.ADMEncoder], settings: _Settings) -> Match:
     order = settings.pop("qkv_order")
     network = _make(cls, settings)
     needed = _shapes_of(names_adm.adm_entries(network, order))
@@ -79,7 +69,7 @@ def _openai(cls: type[ADMUNet | ADMEncoder], settings: _Settings) -> Match:
 def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     found = names_score_sde.score_sde_settings(shapes, settings)
     network = names_edm.edm_network({"dropout": 0.0, "model_type": "SongUNet"} | found | settings)
-    network = cast(SongUNet, network)
+    network = cast(networks.SongUNet, network)
     needed = names_score_sde.score_sde_shapes(network)
     convert = lambda s: names_score_sde.score_sde_to_flax(s, network)
     return Match(network, needed, {"sigmas"}, convert)
@@ -87,7 +77,7 @@ def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
 
 def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     found = names_discriminator.discriminator_settings(state, settings.get("t_dim", 2))
-    network = _make(StyleGAN2Discriminator, found | settings)
+    network = _make(networks.StyleGAN2Discriminator, found | settings)
     return Match(
         network,
         _shapes_of(names_discriminator.discriminator_entries(network)),
@@ -101,7 +91,7 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     raw_names = {name: names_inception.raw_name(name) for name in shapes}
     theirs = {raw: name for name, raw in raw_names.items()}
     classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
-    network = _make(InceptionV3, {"num_classes": classes} | settings)
+    network = _make(networks.InceptionV3, {"num_classes": classes} | settings)
     implied = set(names_inception.scales_left_out(theirs))
     implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
     needed = _shapes_of(names_inception.inception_entries(network)).items()
@@ -122,7 +112,7 @@ def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     """In the authors' names or diffusers'."""
     theirs = "x_embedder.proj.weight" not in shapes
     known = recognise_latent.dit_shapes(shapes) if theirs else shapes
-    network = _make(DiT, recognise_latent.dit_settings(known, settings))
+    network = _make(networks.DiT, recognise_latent.dit_settings(known, settings))
     needed = _shapes_of(names_latent.dit_entries(network))
     if not theirs:
         convert = lambda s: names_latent.dit_to_flax(s, network)
@@ -141,7 +131,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
     levels = recognise_latent.vae_levels(shapes)
     named = {names_latent.vae_name(name, levels): name for name in shapes}
     known = {name: shapes[theirs] for name, theirs in named.items()}
-    network = _make(AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
+    network = _make(networks.AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
     needed = _stored(_shapes_of(names_latent.vae_entries(network)), named, shapes)
     beside = names_latent.vae_beside(shapes)
     return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
@@ -149,7 +139,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
 
 def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     """In diffusers' names or LDM's."""
-    network = _make(UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
+    network = _make(networks.UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
     ldm = names_latent.ldm_unet_names(network) if "time_embed.0.weight" in shapes else {}
     named = {ours: theirs for theirs, ours in ldm.items()}
     needed = _stored(_shapes_of(names_latent.sd_unet_entries(network)), named, shapes)
@@ -160,7 +150,7 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     """In transformers' names, of before and from version 5 on, or open_clip's, whose tensors are
     stacked: those the conversion checks.
     """
-    network = _make(CLIPText, recognise_latent.clip_settings(shapes, settings))
+    network = _make(networks.CLIPText, recognise_latent.clip_settings(shapes, settings))
     convert = lambda s: names_latent.clip_to_flax(s, network)
     if "ln_final.weight" in shapes:
         return Match(network, {}, set(shapes), convert)
@@ -191,14 +181,14 @@ def _make(cls: type[_Network], settings: _Settings) -> _Network:
 
 # With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.
 RECOGNISED: dict[str, tuple[type[nn.Module], Callable[..., Match]]] = {
-    "edm": (SongUNet, _edm),
-    "adm": (ADMUNet, _adm),
-    "score_sde": (SongUNet, _score_sde),
-    "adm_encoder": (ADMEncoder, _adm_encoder),
-    "ogdm_discriminator": (StyleGAN2Discriminator, _discriminator),
-    "inception": (InceptionV3, _inception),
-    "dit": (DiT, _dit),
-    "sd_unet": (UNet2DCondition, _sd_unet),
-    "autoencoder": (AutoencoderKL, _autoencoder),
-    "clip_text": (CLIPText, _clip_text),
+    "edm": (networks.SongUNet, _edm),
+    "adm": (networks.ADMUNet, _adm),
+    "score_sde": (networks.SongUNet, _score_sde),
+    "adm_encoder": (networks.ADMEncoder, _adm_encoder),
+    "ogdm_discriminator": (networks.StyleGAN2Discriminator, _discriminator),
+    "inception": (networks.InceptionV3, _inception),
+    "dit": (networks.DiT, _dit),
+    "sd_unet": (networks.UNet2DCondition, _sd_unet),
+    "autoencoder": (networks.AutoencoderKL, _autoencoder),
+    "clip_text": (networks.CLIPText, _clip_text),
 }

@@ -15,14 +15,8 @@ import numpy as np
 
 from ogdm_jax.brief import brief
 from ogdm_jax.data import Source
+from ogdm_jax.metrics import features
 from ogdm_jax.metrics.distances import Moments, frechet_distance, inception_score, psnr, ssim
-from ogdm_jax.metrics.features import (
-    FeatureSpace,
-    default_splits,
-    distance_report,
-    singular,
-    statistics_report,
-)
 from ogdm_jax.metrics.networks import NetworkFeatures
 from ogdm_jax.metrics.statistics import Statistics
 from ogdm_jax.metrics.trained import TrainedFeatures
@@ -62,7 +56,7 @@ def seed_ranges(num: int, ranges: int, first: int = 0) -> list[range]:
     return [range(first + i * num, first + (i + 1) * num) for i in range(ranges)]
 
 
-def of_statistics(space: FeatureSpace, published: Statistics) -> Reference:
+def of_statistics(space: features.FeatureSpace, published: Statistics) -> Reference:
     """Published moments as a reference: nothing to split, so no floor.
 
     Raises:
@@ -73,7 +67,7 @@ def of_statistics(space: FeatureSpace, published: Statistics) -> Reference:
 
 
 def of_source(
-    space: FeatureSpace,
+    space: features.FeatureSpace,
     source: Source,
     num: int,
     splits: int | None = None,
@@ -98,7 +92,7 @@ def of_source(
         raise ValueError(
             f"--reference: {source.name} has {len(source)} images; expected at least 4 for a floor"
         )
-    splits = default_splits(space) if splits is None else splits
+    splits = features.default_splits(space) if splits is None else splits
     rng = np.random.default_rng(seed)
     # at[i] is where image i comes in a split: below n in A, below 2 n in B
     splitting = [np.argsort(rng.permutation(len(source))) for _ in range(splits)]
@@ -115,7 +109,7 @@ def of_source(
 
 
 def score(
-    space: FeatureSpace, batches: Iterable[np.ndarray], reference: Reference
+    space: features.FeatureSpace, batches: Iterable[np.ndarray], reference: Reference
 ) -> dict[str, Any]:
     """The distances of one set of images.
 
@@ -147,11 +141,11 @@ def score(
         floor = float(np.mean([frechet_distance(*b, *a) for a, b in reference.halves]))
         ratio = fd / floor if floor > 0 else float("inf")
         result |= {"n": first.count, "fd": fd, "floor": floor, "fd_over_floor": ratio}
-    return result | singular(space, min(everything.count, reference.n or everything.count))
+    return result | features.singular(space, min(everything.count, reference.n or everything.count))
 
 
 def score_ranges(
-    space: FeatureSpace,
+    space: features.FeatureSpace,
     reference: Reference,
     ranges: Sequence[range],
     draw: Callable[[range, str], Iterable[np.ndarray]],
@@ -183,7 +177,7 @@ def score_ranges(
     return smallest(space, sets)
 
 
-def smallest(space: FeatureSpace, sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def smallest(space: features.FeatureSpace, sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The smallest fd_all as "fd_all_min", with what was measured beside it, and all "sets".
 
     What published statistics cannot tell is None.
@@ -222,9 +216,9 @@ def score_set(
     """
     values, probabilities = space.both(samples["image"])
     if isinstance(reference, Statistics):
-        result = statistics_report(space, values, reference)
+        result = features.statistics_report(space, values, reference)
     else:
-        result = distance_report(space, values, reference, k, seed=seed)
+        result = features.distance_report(space, values, reference, k, seed=seed)
     labels = samples["label"]
     if isinstance(space, TrainedFeatures):
         if labels.ndim == 1 and (labels >= 0).all():

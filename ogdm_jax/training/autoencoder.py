@@ -38,7 +38,6 @@ from ogdm_jax.typing import Array, PyTree
 
 FOLDER = "vae"  # of the training folder: what diffusers reads
 _BATCH, _MOST, _COLUMNS = 256, 50_000, 8
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _network(config: Config, source: data.Source) -> AutoencoderKL:
         widths,
         net.num_blocks,
         settings.groups,
-        dtype=_DTYPES[net.dtype],
+        dtype=getattr(jnp, net.dtype),
         remat=net.remat,
     )
     need = f"a divisor of every width {widths}"
