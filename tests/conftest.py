@@ -62,16 +62,14 @@ def _forget_programs():
     jax.clear_caches()
 
 
-SLOW = {line for line in (_ROOT / "tests" / "slow.txt").read_text().splitlines() if line}
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow.txt. Golden files last: they are many and need nothing of each other,
-    so both workers end together.
+    """Marks the slow cases of tests. Golden files last: they are many and need nothing of each
+    other, so both workers end together.
     """
     for item in items:
-        if item.nodeid in SLOW:
+        cases = item.get_closest_marker("slow_cases")
+        if cases is not None and item.callspec.id in cases.args:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name == "test_golden.py")
 

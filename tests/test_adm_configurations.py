@@ -57,6 +57,7 @@ def test_the_network_has_the_released_number_of_parameters(name):
         assert settings.decay == config.steps("train.duration") == 300_000
 
 
+@pytest.mark.slow_cases("cifar10_adm_ogdm", "imagenet256_adm")
 @pytest.mark.parametrize("name", ["cifar10_adm_ogdm", "imagenet256_adm", "imagenet256_dit"])
 def test_it_takes_a_step_at_a_reduced_width(name):
     """The others are these with another side, without classes or without OGDM."""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 WORK = """
 import sys, time
@@ -45,6 +47,7 @@ def test_turns_tell_wall_time_from_processor_time(monkeypatch):
     other.close()
 
 
+@pytest.mark.slow
 def test_readers_print_a_line_per_source_and_reader():
     sizes = [
         "--images=60",

@@ -197,6 +197,7 @@ def test_train_refuses_with_one_sentence(tmp_path, args, words):
     assert "compiled" not in done.stdout and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     words, alone = ("--workdir", str(tmp_path)), ("methods=", "parallel.devices=1")
     done = entry(

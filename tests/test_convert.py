@@ -21,6 +21,7 @@ def printed(said: str, what: str) -> list[str]:
     return shlex.split(line.partition("ogdm ")[2])
 
 
+@pytest.mark.slow_cases("10")
 @pytest.mark.parametrize("labels", [0, 10])
 def test_the_printed_commands_run_as_they_are(labels, tmp_path):
     """Of an 8x8 grey model, into a folder whose name has a space; only the run is shortened."""
@@ -35,6 +36,7 @@ def test_the_printed_commands_run_as_they_are(labels, tmp_path):
     assert sampled.returncode == 0, sampled.stderr
 
 
+@pytest.mark.slow
 def test_images_that_no_shipped_set_has(tmp_path):
     """A folder stands for them, with the size and channels that the network wants."""
     source = snapshots.published(tmp_path, side=16, labels=3, channels=3)

@@ -165,6 +165,7 @@ def test_coupled_l2_is_pytorchs_adam():
     np.testing.assert_allclose(q, p, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trained_ratio_moves_the_samples_to_the_data():
     """spec/dg.md 10: a small perceptron, cosine decay; Wasserstein distance from 0.5 to under
     0.1.
@@ -519,6 +520,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):
     tiny.assert_trees(resumed.plan.local_copy(last), run.plan.local_copy(state))
 
 
+@pytest.mark.slow_cases("mesh", "pmap")
 @pytest.mark.parametrize("plan", ["pmap", "mesh"])
 def test_four_devices_train_as_one(trained, prior, plan):
     folder, run, _, _ = trained
@@ -550,6 +552,7 @@ def test_four_devices_train_as_one(trained, prior, plan):
     assert np.median([a.mean() for a in away]) < 1e-5 and max(a.max() for a in away) < 2.1e-3
 
 
+@pytest.mark.slow_cases("1")
 @pytest.mark.parametrize("stop", [1, 2])
 def test_samples_of_a_run_that_was_stopped_are_kept(prior, tmp_path, monkeypatch, stop):
     """Drawn once, whenever it was stopped: the file is that of a run that was not."""

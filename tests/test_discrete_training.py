@@ -62,6 +62,7 @@ def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
     np.testing.assert_allclose(ours, theirs, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_ogdm_trains_on_discrete_pairs_and_its_discriminators_rate_falls(run):
     """Two steps: both networks learn in the first; in the second the discriminator's rate is 0."""
     state = run.init()
@@ -140,6 +141,7 @@ def test_images_are_resized_and_coloured_by_configuration():
     assert open_source(configs.from_json(json.dumps(older))).shape == (8, 8, 1)
 
 
+@pytest.mark.slow_cases("", "ogdm")
 @pytest.mark.parametrize("on", ["", "ogdm"])
 def test_a_learned_variance_is_trained(on):
     """Its channels get a gradient from their own loss, which the metrics name; beside OGDM, too."""

@@ -82,6 +82,7 @@ def _kept(workdir) -> set[int]:
     return {int(path.name) for path in (workdir / "checkpoints").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_through_a_resume(tmp_path, distances):
     said = _train(tmp_path, 12)
     assert [line.split()[1] for line in said if line.startswith("fd_pixels")] == [
@@ -119,6 +120,7 @@ def test_an_evaluation_that_was_missed_is_made_up(tmp_path, distances):
     assert sorted(evaluations.read(tmp_path)) == [4, 6]
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_command_line_on_any_devices():
     """One device or four: the same images, up to rounding of another compiled program; and nothing
     of the batch.

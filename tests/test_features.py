@@ -74,8 +74,8 @@ def test_features_are_standardised_and_the_classifier_has_learnt(features, halve
     )
     np.testing.assert_allclose(values.mean(0), 0, atol=0.05)
     assert np.median(values.std(0)) == pytest.approx(1, abs=0.02) and values.std(0).max() < 1.1
-    assert (features.classify(b).argmax(1) == labels).mean() > 0.98 and features.accuracy > 0.98
-    np.testing.assert_allclose(features.classify(b[:3]).sum(1), 1, rtol=1e-5)
+    assert (features.both(b)[1].argmax(1) == labels).mean() > 0.98 and features.accuracy > 0.98
+    np.testing.assert_allclose(features.both(b[:3])[1].sum(1), 1, rtol=1e-5)
     np.testing.assert_array_equal(
         features(b[:5]), features(b)[:5]
     )  # padding of the last batch changes nothing

@@ -61,6 +61,7 @@ def _cases():
             yield pytest.param(kind, method, marks=marks, id=f"{kind}-{method or 'none'}")
 
 
+@pytest.mark.slow_cases("flow-none", "flow-sp", "v-ogdm", "v-stf")
 @pytest.mark.parametrize("kind,method", list(_cases()))
 def test_the_loss_falls_under_each_method(kind, method, teachers):
     """The loss of one batch over steps on it, levels up to pure noise; gradients stay finite."""

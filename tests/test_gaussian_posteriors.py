@@ -208,6 +208,7 @@ WIDE = {  # not linear: bounds that a wrong sign, scale or sphere breaks
 }
 
 
+@pytest.mark.slow_cases("lgd-1000-ddim-1.0")
 @pytest.mark.parametrize(
     "n,solver,eta",
     [(20, "heun", 1.0), (20, "ancestral", 1.0), (100, "ddim", 0.5), (1000, "ddim", 1.0)],

@@ -457,6 +457,7 @@ def test_classes_of_measured_images(command, conditional, pictures, tmp_path):
     assert "never saw hidden labels" in command("--guidance", "cfg", workdir=conditional)
 
 
+@pytest.mark.slow
 def test_a_single_picture_as_a_process_with_heun_and_time_travel(workdir, pictures, tmp_path):
     out = tmp_path / "one"
     done = subprocess.run(
@@ -532,6 +533,7 @@ def _not_compiled(*_, **__):
     raise RuntimeError("enough")
 
 
+@pytest.mark.slow
 def test_both_guidances_and_presets_in_one_scan(command, judge, tmp_path):
     words = (
         "--preset",

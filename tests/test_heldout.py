@@ -27,6 +27,7 @@ def run():
     )
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_of_each_image_by_itself(run, monkeypatch):
     state = run.init()
     measured = heldout.HeldOut(run)(state.ema, state.buffers)
@@ -123,6 +124,7 @@ def test_levels_are_told_from_the_lowest_up(law):
     assert list(line.y) == list(range(6)) and list(line.x) == sorted(line.x)
 
 
+@pytest.mark.slow
 def test_a_run_writes_both(tmp_path):
     flags = ("evaluate.every=2 steps", "train.duration=4 steps", "log.every=4 steps")
     said = []

@@ -65,6 +65,7 @@ def test_refused_with_one_sentence(name, tmp_path, monkeypatch):
     assert not events and not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="a process's peak memory is read as Linux gives it"
 )

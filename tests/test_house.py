@@ -180,11 +180,3 @@ def test_benchmarks_import_modules_that_exist():
                 assert found, f"{file.name} imports {name}"
                 if top == "ogdm_jax" and name not in MODULES:
                     importlib.import_module(name)
-
-
-def test_slow_tests_are_ones_that_exist():
-    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
-    for line in (line for line in lines if not line.startswith("#")):
-        file, _, name = line.partition("::")
-        made = {node.name for node in functions(ast.parse((ROOT / file).read_text()))}
-        assert name.partition("[")[0] in made, line

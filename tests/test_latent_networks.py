@@ -61,6 +61,7 @@ def test_a_dit_without_the_row_refuses_no_class():
     assert np.isnan(without.apply(spread(variables), X, T, jnp.asarray([-1, 0]))[0]).all()
 
 
+@pytest.mark.slow_cases("unet")
 @pytest.mark.parametrize("network,label", [(DIT, Y), (UNET, CONTEXT)], ids=["dit", "unet"])
 def test_remat_changes_no_gradient(network, label):
     variables = spread(network.init(KEY, X, T, label))

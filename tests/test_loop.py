@@ -112,6 +112,7 @@ def _state(config):
     return jax.eval_shape(run.create, run.key)
 
 
+@pytest.mark.slow
 def test_going_back_moves_what_lies_behind(tmp_path, plan):
     train(tmp_path, 12)
     assert saved(tmp_path) == [4, 8, 12] and logged(tmp_path)[-1] == 12
@@ -431,6 +432,7 @@ def test_a_run_whose_folder_was_taken_over_saves_nothing(tmp_path, monkeypatch):
     assert not saved(tmp_path)
 
 
+@pytest.mark.slow
 def test_going_back_to_the_same_step_with_other_settings_goes_back_again(tmp_path):
     train(tmp_path, 6)
     for rate in (0.0005, 0.0001):

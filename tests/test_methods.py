@@ -130,6 +130,7 @@ def _combinations():
         yield pytest.param(on, id="+".join(on) or "none", marks=marks)
 
 
+@pytest.mark.slow_cases("ogdm+sp", "ogdm+stf", "ogdm", "sp+stf")
 @pytest.mark.parametrize("on", list(_combinations()))
 def test_methods_train_in_every_combination(on, pretrained):
     plan, devices, *flags = CASES.get(on, ("mesh", 2))
@@ -183,6 +184,7 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
     newest.check(now, constants)
 
 
+@pytest.mark.slow
 def test_sp_overfits_eight_images(tmp_path):
     """spec/sp.md 9.12: phase 1, then features alone: their loss goes down, nothing overflows, the
     colour is logged.
@@ -247,6 +249,7 @@ def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
     np.testing.assert_allclose(ogdm, plain, rtol=1e-6)
 
 
+@pytest.mark.slow_cases("ogdm")
 @pytest.mark.parametrize(
     "on,flags",
     [(("ogdm",), ["ogdm.gamma=0.0"]), (("stf", "sp"), ["sp.weight=0.0", "stf.n=1"])],

@@ -43,6 +43,7 @@ def test_it_is_sampled(folder):
     assert images.shape == (2, 8, 8, 1) and len(np.unique(np.asarray(images))) > 10
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_it_would_have_then(folder, capsys):
     """The discriminator and its Adam come out of the old layout: the fourth step has its numbers."""
     flags = [f"--config.{flag}" for flag in (*FLAGS, "train.duration=4 steps")]
@@ -57,6 +58,7 @@ def test_it_goes_on_as_it_would_have_then(folder, capsys):
             np.testing.assert_allclose(now[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_second_checkpoint_is_of_the_new_layout(folder):
     flags = [f"--config.{flag}" for flag in FLAGS]
     train.main(["--workdir", str(folder), *flags, "--config.train.duration=4 steps"])

@@ -54,6 +54,7 @@ def settings(steps: int):
     return tiny.config(tiny.ONE_LEVEL, *more)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     """Trained, resumed, evaluated, sampled and profiled, number for number; nothing lands in a
     local folder gs:.

@@ -111,6 +111,7 @@ def test_messages_in_a_loop_count_as_often_as_it_runs():
     assert collectives.collectives(text) == {"all-reduce": {"count": count, "bytes": count * 32}}
 
 
+@pytest.mark.slow_cases("mesh", "sharded")
 @pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
 def test_the_plan_of_eight_devices(plan):
     """Under sharded a device holds about an eighth of the state; mesh and pmap send the gradient
@@ -190,6 +191,7 @@ def test_unknown_chips_are_refused(words):
         chips.topology(words)
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
     """The advice is compiled, too: what it says is what fits."""
     config = tiny.config("methods=()", "data.batch=64", tiny.ONE_LEVEL)
@@ -214,6 +216,7 @@ def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
     assert again["fits"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_a_plan_and_leaves_no_folder(tmp_path):
     out = tmp_path / "plan.json"
     words = [

@@ -34,8 +34,8 @@ def one_device():
         pytest.param("pmap", 8, (), marks=pytest.mark.slow),
         pytest.param("mesh", 4, (), marks=pytest.mark.slow),
         ("sharded", 8, ()),
-        ("pmap", 4, ("optim.accumulate=2",)),
-        ("mesh", 2, ("optim.accumulate=4",)),
+        pytest.param("pmap", 4, ("optim.accumulate=2",), marks=pytest.mark.slow),
+        pytest.param("mesh", 2, ("optim.accumulate=4",), marks=pytest.mark.slow),
     ],
 )
 def test_every_plan_trains_as_one_device(plan, devices, more):
@@ -62,7 +62,8 @@ def test_every_plan_trains_as_one_device(plan, devices, more):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("plan", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["pmap", "mesh"])
 def test_replicated_state_is_equal_on_every_device(plan):
     # one of the programs above, compiled already
     run = tiny.build(*SMALL, "optim.accumulate=2", plan=plan, devices=4)
@@ -112,6 +113,7 @@ def test_no_network_weight_is_a_constant_of_the_compiled_step():
     assert max((len(line) for line in constants), default=0) < 8 * biggest
 
 
+@pytest.mark.slow
 def test_steady_state_traces_nothing(caplog):
     run = tiny.build(*SMALL)
     state = run.init()

@@ -68,6 +68,7 @@ def pretend(monkeypatch):
     return do
 
 
+@pytest.mark.slow_cases("celeba64_ogdm", "cifar10_all")
 @pytest.mark.parametrize("name", EACH)
 def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     pretend("tpu")
@@ -118,6 +119,7 @@ def test_the_devices_of_the_plan_decide_not_the_host():
     assert int(inner(1)) == 1 and platforms.current() == "cpu"
 
 
+@pytest.mark.slow_cases("digits")
 @pytest.mark.parametrize("name", EACH)
 def test_bfloat16_reaches_every_network(name):
     """Under 1 % of the operations of convolutions and matrix products of a step are in float32."""

@@ -61,6 +61,7 @@ def test_a_width_that_was_held_out_equals_the_tracked_one(straight):
     assert distance(open_workdir(workdir, ema_std=0.07).params, tracked) < 3e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_same_snapshots(straight, tmp_path):
     """Killed after step 14: the checkpoint of 10 is the last, its snapshot was not written yet, and
     those behind it are of no use.
@@ -77,6 +78,7 @@ def test_a_resumed_run_writes_the_same_snapshots(straight, tmp_path):
     tiny.assert_trees(state.averages, straight[1].averages)
 
 
+@pytest.mark.slow
 def test_going_back_puts_later_snapshots_aside(straight, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(straight[0], workdir)

@@ -472,6 +472,7 @@ def test_export_and_back_is_bit_equal(converted):
     assert load_pretrained(folder / "one.safetensors").precondition == "edm"
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_fine_tunes_with_ogdm_and_samples(converted):
     """The documented commands: ten OGDM steps from the converted weights, then a grid."""
     folder, _, said = converted

@@ -34,6 +34,7 @@ def run(folder, out, *words):
     sample.main(["--workdir", str(folder), "--out", str(out), *words])
 
 
+@pytest.mark.slow
 def test_pictures_of_prompts(folder, tmp_path):
     """An image depends on its seed and its text alone; texts and size are in the record."""
     texts = ["a photo of a cat", "the dog"]
@@ -164,6 +165,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path, words, said):
         sample.read(args)
 
 
+@pytest.mark.slow
 def test_a_single_file(folder, tmp_path):
     """The same parts in one file of LDM's prefixes, with its names of the U-Net; what such a file
     lacks is asked for.

@@ -89,6 +89,7 @@ def test_describe_proposes_a_side_for_pictures_of_unequal_sizes(pictures):
     assert "sides are 18 to 24" in text and "`ogdm new`" in text
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_samples_in_three_commands(pictures):
     new = ("new", "--data", "pictures", "--out", "configs/mine.py")
     done = commands.ogdm(pictures, *new)

@@ -282,6 +282,7 @@ def test_an_option_of_the_older_spelling_is_answered_with_the_newer_one(capsys):
     assert "--save_statistics; expected --save-statistics" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_protocol_goes_on_with_the_sets_that_are_missing(
     workdir, tmp_path, capsys, monkeypatch
 ):

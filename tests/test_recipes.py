@@ -158,6 +158,7 @@ exit 0
 """
 
 
+@pytest.mark.slow
 def test_a_pod_is_made_again_after_a_preemption(tmp_path):
     code, calls, out = execute(
         "tpu_pod.sh", tmp_path, {"gcloud": GCLOUD}, ZONE="z", TMPDIR=str(tmp_path)
@@ -184,6 +185,7 @@ def test_a_pod_gives_up_where_every_start_fails(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_pod_on_which_the_code_did_not_arrive_is_made_again(tmp_path):
     failing = GCLOUD.replace("  ssh) case", "  scp) [ $N -lt 9 ] && exit 1 ;;\n  ssh) case")
     code, calls, out = execute(

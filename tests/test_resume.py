@@ -96,6 +96,7 @@ def test_stopping_saves_and_exits_zero(tmp_path, number):
     assert done[-1] == step  # every step that was logged is in the checkpoint
 
 
+@pytest.mark.slow
 def test_resume_on_another_device_count_and_plan(tmp_path):
     finish(start(tmp_path, "train.duration=10 steps"))
     before, _ = saved_state(tmp_path, 10)
@@ -178,6 +179,7 @@ def test_a_misfit_to_fine_tune_is_one_sentence_of_the_process_and_leaves_nothing
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_moving_average(trained, tmp_path):
     finish(start(tmp_path, f"init.workdir={trained}", "train.duration=0 steps", "methods="))
     source, _ = saved_state(trained, 10)
@@ -189,6 +191,7 @@ def test_fine_tuning_starts_from_the_moving_average(trained, tmp_path):
     tiny.assert_trees(tuned.ema, source.ema)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(trained, tmp_path):
     import shutil
 

@@ -214,6 +214,7 @@ def test_the_evaluation_of_what_is_on_disk(model, tmp_path, monkeypatch):
 INPAINT = ("--guidance", "dsg", "--task", "inpaint", "--input", "digits", "--num", "12")
 
 
+@pytest.mark.slow_cases("folder")
 @pytest.mark.parametrize("name", ["folder", "file.npz", "file.png"])
 def test_restoring_goes_on_too(unconditional, tmp_path, monkeypatch, reached, name):
     whole, parted = tmp_path / "whole", tmp_path / "parted"

@@ -22,6 +22,7 @@ def study(out, *words):
     return cli.main([*first, *sampler, "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_trains_measures_compares_and_goes_on(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert study(out, "--dry-run") == 0 and not out.exists()

@@ -144,9 +144,10 @@ def after_steps(workdir, steps: int, act):
     return wait
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number,to",
-    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 1), (signal.SIGINT, 0)],
     ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, number, to):
@@ -161,7 +162,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, number, t
     assert f"resumed from step {stopped}" in outs[0] and find(tmp_path).step == stopped + 2
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_the_survivor_of_a_killed_process_names_it_and_the_safe_step(tmp_path, victim):
     """kill -9, as a machine dies: without this, JAX ends the other one after a minute under a C++
     stack.
@@ -202,6 +204,7 @@ def test_different_settings_are_refused_by_both_before_anything_is_compiled(tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_other_too(tmp_path):
     """Data that lies on one machine alone: the other process would wait for it in the first step,
     for minutes.

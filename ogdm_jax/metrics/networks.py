@@ -62,12 +62,8 @@ class NetworkFeatures:
         """The features [n, dim]."""
         return self._run(images)[0]
 
-    def classify(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities [n, classes], for the Inception score."""
-        return self.both(images)[1]
-
     def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(features [n, dim], class probabilities [n, classes]) from one pass."""
+        """(features [n, dim], class probabilities [n, classes], for the Inception score)."""
         features, logits = self._run(images)
         return features, scipy.special.softmax(logits.astype(np.float64), axis=1)
 

@@ -65,10 +65,6 @@ class TrainedFeatures:
         """The features [n, dim]."""
         return self.both(images)[0]
 
-    def classify(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities [n, num_classes], for label agreement and class counts."""
-        return self.both(images)[1]
-
     def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(features [n, dim], class probabilities [n, num_classes]) from one pass."""
         images = np.asarray(images)
