@@ -289,7 +289,6 @@ class Parallel(Group):
         "mesh",
         "mesh (data-parallel), sharded (parameters, EMA, Adam's state divided too) or pmap",
         choices=("mesh", "sharded", "pmap"),
-        expected="one of mesh, sharded, pmap",
     )
     devices: int = _free(0, "number of devices; 0 = all", least=0)
 
@@ -311,7 +310,7 @@ class Sample(Group):
     """The sampler, in training and as the default of sampling."""
 
     every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
-    num: int = _free(64, "images of a grid", least=1, expected="at least 1")
+    num: int = _free(64, "images of a grid", least=1)
     solver: str = _free("heun", "rule of one step", choices=SOLVERS)
     steps: int = _free(18, "steps of the solver", least=1, most=10**5, only=_FIXED)
     rtol: float = _free(
@@ -421,13 +420,7 @@ class Evaluate(Group):
 
     features: str = _free("", "feature space: a labelled source, lite0, inception; '' = none")
     weights: str = _free("", "inception: the weights file", only="features=inception")
-    num: int = _free(
-        0,
-        "samples for it; 0 = as many as the data set has",
-        least=0,
-        expected="at least 0",
-        only="features",
-    )
+    num: int = _free(0, "samples for it; 0 = as many as the data set has", least=0, only="features")
     heldout: int = _free(
         1000,
         "images of data.heldout whose loss is measured, spread evenly over it; 0 = all",
@@ -439,6 +432,5 @@ class Evaluate(Group):
         1,
         "checkpoints with the smallest distances that stay, whatever train.keep says",
         least=0,
-        expected="at least 0",
         only="features",
     )
