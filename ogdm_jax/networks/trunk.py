@@ -1,10 +1,9 @@
 """The trunk that all U-Nets here share: encoder, two middle blocks, decoder with skip connections.
 
 `plan_encoder` and `plan_decoder` say which blocks there are and how they are wired; `UNet` applies
-them. What distinguishes
-the published networks is data: the blocks' `Style`, and the attributes and small methods that a
-network overrides (first convolution, attention, embedding, output layer). Parameters have EDM's
-names: enc_64x64_block0, dec_8x8_in0, ...
+them. What distinguishes the published networks is data: the blocks' `Style`, and the attributes and
+small methods that a network overrides (first convolution, attention, embedding, output layer).
+Parameters have EDM's names: enc_64x64_block0, dec_8x8_in0, ...
 """
 
 import dataclasses
