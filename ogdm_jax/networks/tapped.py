@@ -30,6 +30,7 @@ class Tapped(nn.Module):
 
     img_resolution: int
     img_channels: int
+    layer_word = "layer"  # what a message calls one of layer_names
     augment_dim = 0  # a field of the networks that have a place for augmentation labels
 
     def __call__(
@@ -133,6 +134,6 @@ class Tapped(nn.Module):
         for name in asked.names:
             if name not in ("mid", "emb", "out", *self.layer_names):
                 raise ValueError(
-                    f"{network}: no block {name!r}; expected 'mid', 'emb' or some of "
+                    f"{network}: no {self.layer_word} {name!r}; expected 'mid', 'emb' or some of "
                     f"{', '.join(self.layer_names)}"
                 )

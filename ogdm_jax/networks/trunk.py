@@ -219,6 +219,7 @@ class UNet(Tapped):
 
     # What a network overrides
 
+    layer_word = "block"
     only_last_attends = False  # of the blocks of a decoder level at attn_resolutions
 
     @property
