@@ -1,4 +1,4 @@
-"""Crops of 32x32 of scikit-learn's two photographs, at half their size: 4,000 of the left part (held
+"""Crops of 32x32 of scikit-learn's two photographs, at half their size: 4,000 of the left (held
 = 0) and 200 of the right end (held = 1), which share no pixel.
 
 python benchmarks/photo_crops.py photos32.npz
