@@ -55,7 +55,8 @@ class Model:
       under VAE. image_shape is that of the latents.
     latents: what it is trained on, where that is no pixels.
     text: the encoder of a model whose condition is a text, its weights in the buffers under TEXT.
-      Labels are {"prompt", "none"}: tokens [B,M], and those that guidance compares with.
+      Labels are {"prompt", "none"}: tokens [B,M], and those that guidance compares with; in
+      training the first alone.
     """
 
     network: Tapped
@@ -96,7 +97,12 @@ class Model:
             label = jnp.zeros((1, 1, self.network.context_dim))
         augment = jnp.zeros((1, self.network.augment_dim)) if self.network.augment_dim else None
         variables: Any = self.network.init({"params": key}, x, jnp.zeros((1,)), label, augment)
-        return variables["params"], dict(variables.get("buffers", {}))
+        buffers = dict(variables.get("buffers", {}))
+        if self.text is not None:  # zeros: the weights of a folder come in their place
+            tokens = jnp.zeros((1, self.text.positions), jnp.int32)
+            shapes = jax.eval_shape(self.text.init, key, tokens)
+            buffers[TEXT] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return variables["params"], buffers
 
     def denoiser(
         self,
@@ -162,8 +168,8 @@ class Model:
 
 
 def own_buffers(buffers: PyTree) -> dict[str, PyTree]:
-    """Those of the denoiser's network, without what decodes its samples."""
-    return {name: value for name, value in (buffers or {}).items() if name != VAE}
+    """Those of the denoiser's network, without what decodes its samples and encodes its texts."""
+    return {name: value for name, value in (buffers or {}).items() if name not in (VAE, TEXT)}
 
 
 def build(
@@ -226,7 +232,8 @@ def build(
     scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
     predicts = "v" if kind == "v" else "eps"
     shape = network.label_dim, table, scale, predicts
-    return Model(network, wrap(told), image_shape, *shape, latents=latents)
+    text = _text(net) if net.kind == "sd" else None
+    return Model(network, wrap(told), image_shape, *shape, latents=latents, text=text)
 
 
 def _levels(net: Any) -> str:
@@ -261,12 +268,26 @@ def _settings(net: Any, augmented: bool) -> dict[str, Any]:
         return sd_settings(net)
     foreign = [name for owner, names in ONLY.items() if owner != net.kind for name in names]
     others = ("kind", "dtype", "remat", "patch", "context", "groups", *foreign)
-    settings = {name: value for name, value in vars(net).items() if name not in others}
+    own = lambda name: name not in others and not name.startswith("text_")
+    settings = {name: value for name, value in vars(net).items() if own(name)}
     if net.kind == "song":
         settings["channel_mult_noise"] = 2 if net.embedding_type == "fourier" else 1
     if net.kind != "openai":
         settings["augment_dim"] = 9 if augmented else 0
     return settings
+
+
+def _text(net: Any) -> CLIPText:
+    """The text encoder of config.network."""
+    return CLIPText(
+        vocabulary=net.text_vocabulary,
+        width=net.context,
+        depth=net.text_layers,
+        heads=net.text_heads,
+        hidden=net.text_hidden,
+        quick=net.text_quick,
+        dtype=_DTYPES[net.dtype],
+    )
 
 
 def sd_settings(net: Any) -> dict[str, Any]:

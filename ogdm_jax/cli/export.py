@@ -1,6 +1,7 @@
 """Writes weights that other programs can read: under the authors' names, with a JSON file beside.
 
 ogdm export WORKDIR --out FILE.safetensors (or FILE.pt; of a DiT also FOLDER, as diffusers has it)
+ogdm export WORKDIR --out FOLDER [--vae FILE]    of a model of texts: a StableDiffusionPipeline
 ogdm export WORKDIR --out FOLDER --card --license apache-2.0
 
 With --card a folder as hubs of models have it: model.safetensors, config.json, and a README.md with
@@ -19,9 +20,9 @@ from ogdm_jax import models, places, startup
 from ogdm_jax.cli import card
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import require
-from ogdm_jax.interop import diffusers, export
+from ogdm_jax.interop import diffusers, export, stable_diffusion
 from ogdm_jax.interop.settings import PROCESS
-from ogdm_jax.training import workdir
+from ogdm_jax.training import checkpoint, workdir
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--card", action="store_true", help="a FOLDER with a model card")
     words = "of the weights, as the card says it: apache-2.0, cc-by-4.0, ... (default: unknown)"
     parser.add_argument("--license", default="", metavar="NAME", help=words)
-    words = "decodes the card's samples of a model of latents (default: its data's)"
+    words = "autoencoder of the card's samples, or of a pipeline (default: that of the data)"
     parser.add_argument("--vae", default="", metavar="FILE", help=words)
     args = parser.parse_args(argv)
     with startup.one_sentence():
@@ -47,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             export.check_out(args.out)
         else:
             places.writable(folder, "--out")
-        vae = args.vae if args.card else None
+        texts = checkpoint.find(args.workdir, args.step).config.network.kind == "sd"
+        _check_texts(args, folder, texts)
+        vae = args.vae if args.card or texts else None
         run = workdir.open_workdir(args.workdir, args.step, args.weights, vae=vae)
         network, config = run.model.network, run.config.network
-        if args.card:
+        if texts:
+            path = _export_texts(run, folder, args.workdir)
+        elif args.card:
             path = _export(run, args, folder / card.WEIGHTS, folder / card.CONFIG)
             card.write(folder, run, args.workdir, args.license or "unknown")
         elif not folder.suffix:
@@ -61,20 +66,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             path = _export(run, args, folder, export.about_path(folder))
     beside = export.about_path(path) if folder.suffix else folder / diffusers.CONFIG
+    beside = path.parent / "unet" if texts else beside
     print(f"wrote {path} and {folder / 'README.md' if args.card else beside} ({args.weights})")
 
 
 def _check_card(args: argparse.Namespace, folder: epath.Path) -> None:
     """Raises ValueError for words about a card that cannot be."""
-    for name in ("license", "vae"):
-        if (given := getattr(args, name)) and not args.card:
-            raise ValueError(f"--{name}: {given!r} given; expected --card with it")
+    if args.license and not args.card:
+        raise ValueError(f"--license: {args.license!r} given; expected --card with it")
     if args.license and not re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", args.license):
         raise ValueError(
             f"--license: {args.license[:80]!r} given; expected an identifier such as apache-2.0"
         )
     if args.card and folder.suffix in export.SUFFIXES:
         raise ValueError(f"--out: {args.out!r} given; expected a FOLDER with --card")
+
+
+def _check_texts(args: argparse.Namespace, folder: epath.Path, texts: bool) -> None:
+    """Raises ValueError for words that a model of texts, or another one, does not take."""
+    if args.vae and not (args.card or texts):
+        raise ValueError(f"--vae: {args.vae!r} given; expected --card with it")
+    if texts and (folder.suffix or args.card):
+        raise ValueError(
+            f"--out, --card: {args.out!r} given for a model of texts; expected a FOLDER, without "
+            "--card: a pipeline of diffusers"
+        )
+
+
+def _export_texts(run: workdir.TrainedModel, folder: epath.Path, source: str) -> epath.Path:
+    model, buffers = run.model, run.buffers
+    networks = {
+        "unet": (model.network, {"params": run.params}),
+        "text_encoder": (model.text, buffers[models.TEXT]),
+        "vae": (model.autoencoder, buffers[models.VAE]),
+    }
+    stable_diffusion.write(folder, run.config, networks, source)
+    return folder / stable_diffusion.INDEX
 
 
 def _export(

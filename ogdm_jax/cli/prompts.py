@@ -71,6 +71,14 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
             require(not value, f"--{name}", value, folder)
         vae = None if args.latents else args.vae
         trained = open_workdir(args.workdir, args.step, args.weights, vae=vae)
+        if trained.tokenizer is not None:
+            if not texts:
+                raise ConfigError(
+                    f"--prompt: not given, and the model of '{args.workdir}' makes pictures of "
+                    "texts; expected a text, or --prompts FILE"
+                )
+            _check_negative(args)
+            return trained
         given = "--prompt" if texts else "--negative" if args.negative else ""
         if given:
             raise ConfigError(
@@ -93,14 +101,19 @@ def open_model(args: argparse.Namespace, texts: Sequence[str]) -> TrainedModel:
         raise ConfigError(
             "--evaluate: the model's training data are not known; expected ogdm evaluate with them"
         )
+    _check_negative(args)
+    given = {name: getattr(args, name) for name in _FOREIGN}
+    return foreign.open_model(args.workdir, args.size, **given)
+
+
+def _check_negative(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a negative text that nothing compares with."""
     named = {name.strip() for name in args.guidance.split(",")}
     if args.negative and not named & {"cfg", "apg"}:
         raise ConfigError(
             "--negative: given without guidance by cfg or apg, which compare with it; expected one "
             "of them in --guidance"
         )
-    given = {name: getattr(args, name) for name in _FOREIGN}
-    return foreign.open_model(args.workdir, args.size, **given)
 
 
 @dataclasses.dataclass(frozen=True)

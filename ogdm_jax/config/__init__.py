@@ -1,5 +1,5 @@
-"""Settings: how one is declared (fields.py), those of every run (groups.py and diffusion.py,
-together in whole.py), which have an effect (effects.py), and how they are read from a Python file
+"""Settings: how one is declared (fields.py), those of every run (groups.py, network.py and
+diffusion.py, together in whole.py), which have an effect (effects.py), and how they are read from a Python file
 and the command line (files.py).
 """
 
@@ -30,11 +30,11 @@ from ogdm_jax.config.files import (
 from ogdm_jax.config.groups import (
     Data,
     Evaluate,
-    Network,
     Optim,
     Parallel,
     Sample,
 )
+from ogdm_jax.config.network import Network
 from ogdm_jax.config.whole import Config, flatten, make, replace, resolve
 
 __all__ = [

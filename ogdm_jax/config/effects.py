@@ -99,6 +99,11 @@ def check_sense(config: Config) -> None:
     pure, drawn = given.kind == "v" and given.zero_terminal, config.noise.distribution
     need = "v with precondition.zero_terminal: others never train the step of pure noise"
     require(not pure or drawn == "v", "noise.distribution", drawn, need)
+    alone, kind = config.init.weights == "text", config.network.kind
+    fits = kind == "sd" or not alone
+    need = f"ema or params with network.kind {kind}, which takes no text"
+    require(fits, "init.weights", config.init.weights, need)
     dropout, seen = config.data.label_dropout, config.data.conditional
     need = "0 without data.conditional: there are no labels to hide"
+    seen = seen or config.network.kind == "sd"
     require(seen or not dropout, "data.label_dropout", dropout, need)

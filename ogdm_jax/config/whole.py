@@ -13,12 +13,12 @@ from ogdm_jax.config.groups import (
     Evaluate,
     Init,
     Log,
-    Network,
     Optim,
     Parallel,
     Sample,
     Train,
 )
+from ogdm_jax.config.network import Network
 
 Settings = TypeVar("Settings")
 

@@ -15,7 +15,8 @@ from ogdm_jax.data.pictures import PictureError, fit, with_channels
 from ogdm_jax.latents import Latents
 from ogdm_jax.pixels import crop_all
 
-Label: TypeAlias = int | np.ndarray | None  # a class, a float vector [k], or no label
+# a class, a float vector [k], a caption, or no label
+Label: TypeAlias = int | np.ndarray | str | None
 
 
 @runtime_checkable
@@ -81,6 +82,7 @@ class Stored(NamedTuple):
       class_names: one per class, or none.
       notes: what was left out or chosen, a sentence each.
       latents: what its numbers are, where they are no pixels.
+      captions: one of each image where they are known before any is read.
     """
 
     reader: Reader
@@ -88,6 +90,7 @@ class Stored(NamedTuple):
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     latents: Latents | None = None
+    captions: Sequence[str] = ()
 
 
 def read_many(reader: Reader, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
@@ -114,6 +117,9 @@ class Source:
       hashes: of the contents and of the labels that are known ahead, for `fingerprint`.
       notes: what was left out or chosen when it was opened, a sentence each, for people to read.
       latents: what the numbers are, where they are no pixels.
+      captions: one of each image, where they are known ahead.
+      empty: int32 [M], the tokens of the empty caption: where labels are tokens [N,M] of captions
+        (`training.texts.tokenised`).
     """
 
     name: str
@@ -128,6 +134,8 @@ class Source:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     latents: Latents | None = None
+    captions: Sequence[str] = dataclasses.field(default=(), repr=False)
+    empty: np.ndarray | None = None
     __repr__ = brief
 
     def __len__(self) -> int:
@@ -142,6 +150,11 @@ class Source:
     def dtype(self) -> np.dtype:
         """Of the items as they are stored."""
         return np.dtype(np.uint8 if self.latents is None else self.latents.dtype)
+
+    @property
+    def captioned(self) -> bool:
+        """Whether each image has a caption."""
+        return bool(self.captions) or bool(getattr(self.reader, "captions", ""))
 
     @property
     def in_memory(self) -> bool:
@@ -159,6 +172,7 @@ class Source:
             image = self._checked(image, i)
         if self.labels is not None:
             label = self.labels[i]
+        label = None if isinstance(label, str) else label
         if self.label_size:
             return {"image": image, "label": np.asarray(label, np.float32)}
         return {"image": image, "label": np.asarray(-1 if label is None else label, np.int32)}
@@ -167,18 +181,22 @@ class Source:
         """The images and labels of rows [n].
 
         Returns:
-          {"image": uint8 [n,H,W,C] or latents as stored, "label": int32 [n] or float32 [n,k]}.
+          {"image": uint8 [n,H,W,C] or latents as stored, "label": int32 [n] or float32 [n,k]}, and
+          "caption", n of them, of pixels that have some.
         """
         label = np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[rows]
         if self.images is not None:
             return {"image": self.images[rows], "label": label}
         images, wanted = np.empty((len(rows), *self.item_shape), self.dtype), list(map(int, rows))
-        read = read_many(self._stored, wanted)
+        read, captions = read_many(self._stored, wanted), []
         for place, (row, (image, own)) in enumerate(zip(wanted, read)):
             images[place] = self._checked(image, row)
-            if self.labels is None and own is not None:
+            if isinstance(own, str):
+                captions.append(own)
+            elif self.labels is None and own is not None:
                 label[place] = own
-        return {"image": images, "label": label}
+        found = {"image": images, "label": label}
+        return found | ({"caption": np.array(captions, object)} if captions else {})
 
     @property
     def _stored(self) -> Reader:
@@ -262,9 +280,10 @@ def from_reader(
 ) -> Source:
     """A source over a reader, of which the first image sets the size.
 
-    Sets of at most memory_limit bytes are read into memory now, with every image checked.
+    Sets of at most memory_limit bytes are read into memory now, with every image checked; not
+    those of pixels with captions, which only `encode` reads, once.
     """
-    reader, labels, class_names, notes, latents = stored
+    reader, labels, class_names, notes, latents, captions = stored
     if len(reader) == 0:
         raise SourceError(f"{name}: holds no images; expected at least one")
     first = reader.read(0)[0]
@@ -280,9 +299,13 @@ def from_reader(
         hashes={"contents": reader.contents()} if isinstance(reader, _Known) else {},
         notes=notes,
         latents=latents,
+        captions=captions,
     )
     source = _with_labels(source, labels)
-    if len(reader) * first.nbytes <= memory_limit:
+    if captions:
+        source.hashes["labels"] = identity.of_names(captions, ())
+    within = len(reader) * first.nbytes <= memory_limit
+    if within and (latents is not None or not source.captioned):
         source = _in_memory(source)
     remarks = reader.remarks() if isinstance(reader, _Known) else ()
     return dataclasses.replace(source, notes=source.notes + remarks)

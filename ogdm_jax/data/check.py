@@ -125,7 +125,7 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
     facts: dict[str, Any] = {}
     try:
         if isinstance(reader, FolderReader):
-            image, label = reader.look(i, facts), None
+            image, label = reader.look(i, facts), reader.caption(i)
         else:
             image, label = reader.read(i)
         height, width = image.shape[-3:-1]
@@ -157,7 +157,7 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
         mode = f"latents, {image.dtype}"
     mark = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=12).digest()
     kind = f"{facts['format']} {mode}" if facts else _PLAIN.get(mode, mode)
-    return _Seen("", size, kind, tuple(odd), mark, label)
+    return _Seen("", size, kind, tuple(odd), mark, None if isinstance(label, str) else label)
 
 
 def _odd(

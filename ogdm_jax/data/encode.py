@@ -30,7 +30,8 @@ def encode(
     batch: int = 16,
     shard_images: int | None = None,
 ) -> str:
-    """Encodes every image of a set and its mirrored image, and writes (mean, std) as float16.
+    """Encodes every image of a set and its mirrored image, and writes (mean, std) as float16;
+    captions as they are, each shard's in a JSON file (`latents.read_captions`).
 
     A shard takes its name when it is whole; interrupted work lies beside the result (".parts"), and
     the next call with the same set and autoencoder goes on with it. Its files are then those of a
@@ -65,11 +66,12 @@ def encode(
         "stored": "mean, std",
         "images": len(source),
         "class_names": list(source.class_names),
+        **({"captions": len(source)} if source.captioned else {}),
         **dataclasses.asdict(latents),
     }
 
     def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
-        labels = []
+        labels, captions = [], []
         try:
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for at in range(start, stop, batch):
@@ -82,14 +84,18 @@ def encode(
                     writer.write(item.tobytes())
                     labels.append(label)
                     tick()
+                captions += list(part.get("caption", ()))[: stop - at]
             writer.close()
         except RuntimeError as error:  # how the library says what the operating system said
             raise SourceError(
                 f"{source.name}: {path} cannot be written ({str(error).partition(';')[0]}); make "
                 "room or choose another --out, then give the same command again"
             ) from None
-        name = shards[bounds.index((start, stop))].replace("latents", "labels", 1)
-        with places.written(epath.Path(parts / name).with_suffix(".npy")) as new:
+        name = shards[bounds.index((start, stop))].removeprefix("latents")
+        if captions:
+            with places.written(epath.Path(parts / f"captions{name}").with_suffix(".json")) as new:
+                new.write_text(records.dumps(captions) + "\n")
+        with places.written(epath.Path(parts / f"labels{name}").with_suffix(".npy")) as new:
             np.save(new, np.stack(labels))
 
     vae = f"the autoencoder {latents.vae.get('path')} ({latents.vae.get('sha256', '')[:12]})"

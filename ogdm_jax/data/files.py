@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 import struct
 import threading
 import weakref
@@ -29,10 +30,13 @@ _TABLE = "dataset.json"
 
 
 class FolderReader:
-    """Files below a folder, in the order of `names` (paths relative to it)."""
+    """Files below a folder, in the order of `names` (paths relative to it).
 
-    def __init__(self, source: str, root: str, names: list[str]) -> None:
-        self.source, self.root, self.names = source, root, names
+    captions: the ending of the text files beside the images; "": none are read.
+    """
+
+    def __init__(self, source: str, root: str, names: list[str], captions: str = "") -> None:
+        self.source, self.root, self.names, self.captions = source, root, names, captions
         self.frames: set[str] = set()  # pictures of several frames, as they are met
 
     def __len__(self) -> int:
@@ -44,11 +48,13 @@ class FolderReader:
 
     def contents(self) -> str:
         """A hash of the names, and of the sizes of some files: each has to be asked for."""
-        some = range(0, len(self), max(1, len(self) // 256))
+        some = self.names[:: max(1, len(self) // 256)]
+        if self.captions:
+            some += [beside(name, self.captions) for name in some]
         root = place(self.root)
         try:
             with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
-                sizes = list(pool.map(lambda i: (root / self.names[i]).stat().length, some))
+                sizes = list(pool.map(lambda name: (root / name).stat().length, some))
         except OSError:  # unknown, which equals anything; reading it will name the file
             return ""
         return identity.of_names(self.names, sizes)
@@ -65,13 +71,35 @@ class FolderReader:
             check_size(head, size)
             return head + file.read()
 
-    def read(self, i: int) -> tuple[np.ndarray, None]:
-        """(uint8 [h,w,1 or 3], None): labels are known ahead."""
+    def text(self, i: int) -> bytes:
+        """The bytes of the caption's file."""
+        return (place(self.root) / beside(self.names[i], self.captions)).read_bytes()
+
+    def caption(self, i: int) -> str | None:
+        """The caption of image i; None where none are read.
+
+        Raises:
+          SourceError: it cannot be read, is no UTF-8, or is empty.
+        """
+        if not self.captions:
+            return None
+        try:
+            return plain_caption(self.text(i))
+        except _UNREADABLE as error:
+            why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+            name = beside(self.names[i], self.captions)
+            raise SourceError(
+                f"{self.source}: {self.names[i]} has a caption, {name}, that {why}; replace it, or "
+                f"remove both (ogdm data check {self.source} lists every such file)"
+            ) from None
+
+    def read(self, i: int) -> tuple[np.ndarray, str | None]:
+        """(uint8 [h,w,1 or 3], caption or None): labels are known ahead."""
         facts: dict[str, Any] = {}
         image = self.look(i, facts)
         if facts["frames"]:
             self.frames.add(self.names[i])
-        return image, None
+        return image, self.caption(i)
 
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of the images that were read."""
@@ -163,6 +191,22 @@ class ZipReader(FolderReader):
                 return head + member.read()
 
 
+def beside(name: str, ending: str) -> str:
+    """The file of the same stem with another ending."""
+    return f"{name.rpartition('.')[0]}.{ending}"
+
+
+def plain_caption(content: bytes | str) -> str:
+    """A caption without white space around it. Raises ValueError, "is ...", for what is none."""
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError:
+        raise ValueError("is no UTF-8") from None
+    if not text.strip():
+        raise ValueError("is empty")
+    return text.strip()
+
+
 def reason(error: Exception) -> str:
     """What follows a file's name where it cannot be read."""
     if isinstance(error, PictureError):
@@ -181,10 +225,14 @@ def open_folder(source: str, path: str) -> Stored:
     """A folder of images, sorted by path.
 
     Classes are those of a dataset.json as in EDM's zip where there is one, else the sub-folders.
+    With "?caption=txt" behind the path each image has a text in a .txt file of the same stem
+    instead; sub-folders are no classes then.
 
     Raises:
-      SourceError: no folder, no images, a bad dataset.json, or folders that are no classes.
+      SourceError: no folder, no images, images without captions that should have some, a bad
+        dataset.json, or folders that are no classes.
     """
+    path, ending = split_caption(path)
     root, path = place(path), _plain(path)
     if not root.is_dir():
         what = "is a file" if root.exists() else "is not there"
@@ -202,9 +250,13 @@ def open_folder(source: str, path: str) -> Stored:
             return file.read(64)
         return b""
 
-    names, notes = listing.pictures(files.names, head)
+    texts = {name for name in files.names if ending and name.endswith(f".{ending}")}
+    names, notes = listing.pictures([n for n in files.names if n not in texts], head)
     if not names:
         _nothing(source, "CLASS/NAME.png or NAME.png", (*files.notes, *notes))
+    if ending:
+        notes += check_captions(source, names, texts, ending)
+        return Stored(FolderReader(source, path, names, ending), notes=(*files.notes, *notes))
     tables = [name for name in files.names if name.split("/")[-1] == _TABLE]
     found = _classes(source, names, files.folders, tables, lambda name: (root / name).read_bytes())
     return Stored(
@@ -213,6 +265,24 @@ def open_folder(source: str, path: str) -> Stored:
         found.names,
         (*files.notes, *notes, *found.notes),
     )
+
+
+def split_caption(path: str) -> tuple[str, str]:
+    """(path, what stands behind "?caption=" at its end, or "")."""
+    found = re.fullmatch(r"(.+)\?caption=([^?]+)", path)
+    return (found[1], found[2].removeprefix(".")) if found else (path, "")
+
+
+def check_captions(source: str, names: list[str], texts: set[str], ending: str) -> list[str]:
+    """A note on texts without an image. SourceError for images without a text."""
+    lost = [name for name in names if beside(name, ending) not in texts]
+    alone = texts - {beside(name, ending) for name in names}
+    if lost:
+        raise SourceError(
+            f"{source}: {len(lost)} of {len(names)} images have no caption ({lost[0]} first: "
+            f"expected {beside(lost[0], ending)}); write these files, or take the images away"
+        )
+    return [f"left out {len(alone)} captions without image ({min(alone)} first)"] if alone else []
 
 
 def open_zip(source: str, path: str) -> Stored:

@@ -211,6 +211,24 @@ def read_folder(
     return reader, labels if len(files) == 1 else None, about
 
 
+def read_captions(source: str, folder: Path) -> list[str]:
+    """The texts of captions*.json, each a list, in the order of their names; [] without any.
+
+    Raises:
+      SourceError: they are no lists of texts, or some is empty.
+    """
+    found: list[str] = []
+    for file in sorted(folder.glob("captions*.json")):
+        part = records.read(file, list, source)
+        bad = next((i for i, one in enumerate(part) if not (isinstance(one, str) and one)), None)
+        if bad is not None:
+            raise SourceError(
+                f"{source}: {file.name} has {part[bad]!r} at {bad}; expected a text for each latent"
+            )
+        found += part
+    return found
+
+
 def _about(source: str, folder: Path) -> dict[str, Any]:
     """What latents.json says, checked."""
     if not folder.is_dir():

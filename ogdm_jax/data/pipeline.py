@@ -134,7 +134,8 @@ class Batches:
     this process's share of n more images, none of them in the step's global batch and none twice
     (`reference_indices` says what small sets allow). With mates = m also "mates" uint8 [b,m,H,W,C]:
     for each image so many of its class (`mate_indices`). Sets of latents have items as they are
-    stored in the place of images, and "row" int32 [b], their rows in the set.
+    stored in the place of images, and "row" int32 [b], their rows in the set. Labels that are
+    tokens of captions are int32 [b,M], and "empty" [b,M] has those of the empty one in every row.
 
     Sets on disk are read ahead by grain's threads, or by processes (`workers`). `get_state()` is
     {"step": the next step} in every case, the same in every process and for every process count;
@@ -203,6 +204,8 @@ class Batches:
         batch["index"] = self._share(np.arange(self.batch_size, dtype=np.int32))
         if self.source.latents is not None:
             batch["row"] = self._share(rows.astype(np.int32))
+        if self.source.empty is not None:
+            batch["empty"] = np.resize(self.source.empty, batch["label"].shape)
         if self.extra_references:
             size = self.extra_references
             others = reference_indices(len(self.source), size, self.seed, step, rows)

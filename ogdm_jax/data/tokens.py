@@ -45,18 +45,20 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """See the class. A longer text loses its end, as everywhere; `cut` says which."""
-        rows = np.full((len(texts), self.length), self.pad, np.int32)
-        for row, ids in zip(rows, self._ids(texts), strict=True):
-            kept = [*ids[: self.length - 1], self.end] if len(ids) > self.length else ids
-            row[: len(kept)] = kept
-        return rows
+        return self.rows(texts)[0]
 
     def cut(self, texts: Sequence[str]) -> list[int]:
         """The texts, by number, that are longer than a row."""
-        return [i for i, ids in enumerate(self._ids(texts)) if len(ids) > self.length]
+        return self.rows(texts)[1]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self.encoder.encode_batch(list(texts))]
+    def rows(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+        """(rows, what `cut` says) of texts."""
+        rows = np.full((len(texts), self.length), self.pad, np.int32)
+        found = [one.ids for one in self.encoder.encode_batch(list(texts))]
+        for row, ids in zip(rows, found, strict=True):
+            kept = [*ids[: self.length - 1], self.end] if len(ids) > self.length else ids
+            row[: len(kept)] = kept
+        return rows, [i for i, ids in enumerate(found) if len(ids) > self.length]
 
 
 def open_tokenizer(
@@ -72,7 +74,7 @@ def open_tokenizer(
     Raises:
       TokenizerError: files that are missing or none of CLIP's; no library.
     """
-    vocabulary, merges = _table(places.local(folder, "tokenizer"))
+    vocabulary, merges = _table(places.place(folder, "tokenizer"))
     for token in (START, END, pad or END):
         if token not in vocabulary:
             raise TokenizerError(f"{folder}: has no token {token!r}; expected CLIP's vocabulary")

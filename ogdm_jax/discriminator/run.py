@@ -147,7 +147,14 @@ def open_prior(config: configs.Config) -> TrainedModel:
     settings = settings_of(config)
     step = settings.prior_step
     number = int(step) if step.isdecimal() else step or None
-    return open_workdir(settings.prior, number, settings.prior_weights, "config.dg.prior", vae=None)
+    field = "config.dg.prior"
+    prior = open_workdir(settings.prior, number, settings.prior_weights, field, vae=None)
+    if prior.model.text is not None:
+        raise configs.ConfigError(
+            f"{field}: {settings.prior!r} holds a model of texts, and DG's discriminator does not "
+            "see any; expected a model of classes, or of no condition"
+        )
+    return prior
 
 
 def _parts(

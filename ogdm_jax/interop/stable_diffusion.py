@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from etils import epath
+
 from ogdm_jax import places, records
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.data.tokens import START, Tokenizer, open_tokenizer
-from ogdm_jax.interop import recognise_latent
+from ogdm_jax.interop import diffusers, export, recognise_latent
 from ogdm_jax.interop.pretrained import Pretrained, load_pretrained
 from ogdm_jax.networks import CLIPText, UNet2DCondition
 
-INDEX, FILES = "model_index.json", (".safetensors", ".ckpt")
+INDEX, TOKENIZER, FILES = "model_index.json", "tokenizer", (".safetensors", ".ckpt")
 PREDICTIONS = {"epsilon": "adm", "v_prediction": "v"}
 _SCHEDULES = {
     ("scaled_linear", 0.00085, 0.012): "scaled_linear",
@@ -73,6 +75,18 @@ _HERE: dict[str, tuple[Any, ...]] = {
 }
 _ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
+_WORDS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+_WORDS += ("special_tokens_map.json",)
+# model_index.json: part -> (library, class)
+_PARTS: dict[str, tuple[str | None, str | None]] = {
+    "feature_extractor": (None, None),
+    "image_encoder": (None, None),
+    "safety_checker": (None, None),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +115,11 @@ def is_model(path: str | os.PathLike) -> bool:
 
 
 def open_model(
-    path: str | os.PathLike, vae: str = "", tokenizer: str = "", prediction: str = ""
+    path: str | os.PathLike,
+    vae: str = "",
+    tokenizer: str = "",
+    prediction: str = "",
+    field: str = "--workdir",
 ) -> StableDiffusion:
     """Reads a model.
 
@@ -110,22 +128,23 @@ def open_model(
       vae: file or folder of the autoencoder, in place of the model's own.
       tokenizer: folder of the tokenizer's files, in place of the model's own.
       prediction: "epsilon" or "v_prediction", which a single file does not say.
+      field: the option or setting that names the path, for messages.
 
     Raises:
       ConfigError: something is missing, contradicts what is given, or is not offered.
       ValueError: a file that cannot be read, see `load_pretrained`.
     """
-    where = places.local(path, "--workdir")
-    scheduler, of_text = dict(_OF_FILES), ""
+    where = places.local(path, field)
+    scheduler, of_text = dict(_OF_FILES), None
     if where.is_dir():
-        kind = records.read(where / INDEX, dict, "--workdir").get("_class_name")
+        kind = records.read(where / INDEX, dict, field).get("_class_name")
         if kind not in ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline"):
             raise ConfigError(
-                f"--workdir: '{path}' is a {kind}; expected a StableDiffusionPipeline (1.x, 2.x)"
+                f"{field}: '{path}' is a {kind}; expected a StableDiffusionPipeline (1.x, 2.x)"
             )
-        scheduler = records.read(where / "scheduler" / "scheduler_config.json", dict, "--workdir")
+        scheduler = records.read(where / "scheduler" / "scheduler_config.json", dict, field)
         parts = {name: where / name for name in ("unet", "vae", "text_encoder")}
-        tokens, of_text = Path(tokenizer or where / "tokenizer"), _pad(where / "tokenizer")
+        tokens, of_text = Path(tokenizer or where / TOKENIZER), _pad(where / TOKENIZER)
     else:
         parts = dict.fromkeys(("unet", "vae", "text_encoder"), where)
         if not tokenizer:
@@ -150,19 +169,30 @@ def open_model(
     text = cast(CLIPText, encoder.network)
     if text.width != context:
         raise ConfigError(
-            f"--workdir: the text encoder's tokens have {text.width} numbers, the U-Net takes "
+            f"{field}: the text encoder's tokens have {text.width} numbers, the U-Net takes "
             f"{context}; expected parts of one model"
         )
-    pad = of_text or ("" if context == recognise_latent.CONTEXT_1 else "!")
     coder = load_pretrained(vae or parts["vae"], "autoencoder")
-    words = open_tokenizer(tokens, text.positions, pad or None)
+    words = open_words(tokens, text.positions, context, of_text)
     settings, said = scheduler_settings(scheduler)
     network: Any = unet.network
     read = {"unet": unet, "vae": coder, "text_encoder": encoder}
     notes = [f"{name}: {note}" for name, part in read.items() for note in part.notes]
     return StableDiffusion(
-        unet, coder, encoder, words, _network(network) | settings, (*notes, *said)
+        unet, coder, encoder, words, _network(network, text) | settings, (*notes, *said)
     )
+
+
+def open_words(
+    folder: Path | epath.Path, length: int, context: int, pad: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a folder, for a text encoder whose tokens have `context` numbers; pad fills
+    rows: as its files say it, else the token of Stable Diffusion 1 or 2.
+    """
+    pad = (_pad(folder) if pad is None else pad) or (
+        "" if context == recognise_latent.CONTEXT_1 else "!"
+    )
+    return open_tokenizer(folder, length, pad or None)
 
 
 def _depth(where: Path, context: int) -> dict[str, Any]:
@@ -170,7 +200,7 @@ def _depth(where: Path, context: int) -> dict[str, Any]:
     return {} if where.is_dir() or context == recognise_latent.CONTEXT_1 else {"depth": 23}
 
 
-def _pad(folder: Path) -> str:
+def _pad(folder: Path | epath.Path) -> str:
     """The token that fills rows, as a folder's tokenizer says it; "" where it does not."""
     config = folder / "tokenizer_config.json"
     token = records.read(config, dict, "tokenizer").get("pad_token") if config.is_file() else ""
@@ -178,8 +208,12 @@ def _pad(folder: Path) -> str:
     return token if isinstance(token, str) and token != START else ""
 
 
-def _network(unet: UNet2DCondition) -> dict[str, Any]:
-    """config.network of a U-Net. Raises ConfigError for one that no setting describes."""
+def _network(unet: UNet2DCondition, text: CLIPText) -> dict[str, Any]:
+    """config.network of a U-Net and its text encoder.
+
+    Raises:
+      ConfigError: a U-Net that no setting describes.
+    """
     widths, heads = unet.widths, unet.heads
     one = len(set(heads)) == 1 and not unet.linear_projection
     wide = {width // count for width, count in zip(widths, heads)}
@@ -199,6 +233,11 @@ def _network(unet: UNet2DCondition) -> dict[str, Any]:
         "network.head_channels": 0 if one else wide.pop(),
         "network.context": unet.context_dim,
         "network.groups": unet.groups,
+        "network.text_layers": text.depth,
+        "network.text_heads": text.heads,
+        "network.text_hidden": text.hidden,
+        "network.text_vocabulary": text.vocabulary,
+        "network.text_quick": text.quick,
     }
 
 
@@ -285,3 +324,71 @@ def _left_out(theirs: str, scheduler: Mapping[str, Any]) -> list[str]:
         elif here is None and name not in _READ and not name.startswith("_"):
             said.append(f"left out: {name} {value!r} of the scheduler, which is not known")
     return said
+
+
+def copy_words(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies the tokenizer's files of a folder to another one."""
+    for name in _WORDS:
+        file = places.place(source) / TOKENIZER / name
+        if file.is_file():
+            with places.written(places.place(target) / TOKENIZER / name) as new:
+                new.write_bytes(file.read_bytes())
+
+
+def write(
+    folder: str | os.PathLike,
+    config: Config,
+    networks: Mapping[str, tuple[Any, Any]],
+    words: str | os.PathLike,
+) -> None:
+    """Writes a model as diffusers' StableDiffusionPipeline.from_pretrained(folder) reads it.
+
+    Args:
+      folder: made where it is missing.
+      config: of the run: its process and sampler become the scheduler.
+      networks: {"unet", "text_encoder", "vae": (network, variables)}.
+      words: a folder whose tokenizer is copied.
+
+    Raises:
+      ConfigError: a process that no scheduler of diffusers has.
+    """
+    scheduler = scheduler_config(config)
+    for name, (network, variables) in networks.items():
+        state = export.to_torch(network, variables)
+        diffusers.write(places.place(folder) / name, network, state)
+    copy_words(words, folder)
+    parts = _PARTS | {"scheduler": ("diffusers", scheduler["_class_name"])}
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
+    about = {"scheduler/scheduler_config.json": scheduler, INDEX: index}
+    for name, content in about.items():  # the index comes last: it makes a model of the folder
+        with places.written(places.place(folder) / name) as new:
+            new.write_text(records.dumps(content, indent=1) + "\n")
+
+
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The scheduler_config.json of a process and a sampler, which `scheduler_settings` reads back:
+    that of DDIM for solvers that diffusers does not have.
+
+    Raises:
+      ConfigError: no discrete process, or a learned variance.
+    """
+    process, sampler = config.precondition, config.sample
+    predicts = {kind: name for name, kind in PREDICTIONS.items()}.get(process.kind, "")
+    expected = "adm or v, without learned variance, for a folder of diffusers"
+    good = bool(predicts) and not process.learned_variance
+    require(good, "precondition.kind", process.kind, expected)
+    name, *ends = next(key for key, ours in _SCHEDULES.items() if ours == process.schedule)
+    solvers = {ours: theirs for theirs, (ours, *_) in _SOLVERS.items()}
+    made = {
+        "_class_name": solvers.get(sampler.solver, "DDIMScheduler"),
+        "beta_schedule": name,
+        "clip_sample": False,
+        "num_train_timesteps": process.diffusion_steps,
+        "prediction_type": predicts,
+        "rescale_betas_zero_snr": process.zero_terminal,
+        "set_alpha_to_one": sampler.end == "zero",
+        "steps_offset": sampler.offset,
+        "timestep_spacing": sampler.grid if sampler.grid in _GRIDS else "trailing",
+    }
+    made |= {"skip_prk_steps": True} if sampler.solver == "plms" else {}
+    return made | (dict(zip(("beta_start", "beta_end"), ends)) if ends[0] is not None else {})

@@ -47,7 +47,8 @@ class Example:
     Attributes:
       x0: [b,h,w,c] clean images in [-1, 1], augmented if augmentation is on.
       image: [b,h,w,c] the same images before augmentation.
-      label: [b] int32, -1 = no class (after label dropout), or None for an unconditional model.
+      label: [b] int32, -1 = no class (after label dropout), or None for an unconditional model; of
+        a model of texts {"prompt": [b,M,D]}, the encoded captions.
       augment: [b,9] augmentation labels, or None.
       sigma: [b] noise levels.
       eps: [b,h,w,c] standard normal noise.
@@ -66,7 +67,7 @@ class Example:
 
     x0: Array
     image: Array
-    label: Array | None
+    label: PyTree
     augment: Array | None
     sigma: Array
     eps: Array
@@ -231,6 +232,7 @@ class Context:
         None if off.
       steps: optimiser steps of the whole run.
       layers: the layers of the network whose features can be asked for, beside "mid" and "emb".
+      text: whether the model's condition is a text.
     """
 
     image_shape: tuple[int, int, int]
@@ -253,6 +255,7 @@ class Context:
     dtype: Any = None
     steps: int = 0
     layers: Sequence[str] = ()
+    text: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

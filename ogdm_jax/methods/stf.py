@@ -171,6 +171,8 @@ def training(settings: Settings, context: Context) -> Slots:
 def _check(settings: Settings, context: Context) -> None:
     """What the data, the batch and the devices allow."""
     source, n = settings.source, settings.n
+    others = "none of stf for a model of texts: its posterior mean is over images of all captions"
+    require(not context.text, "methods", "stf", others)
     if source == "class":
         _check_classes(settings, context)
     if source in ("cache", "full"):

@@ -14,7 +14,7 @@ from ogdm_jax.discriminator.run import planned
 from ogdm_jax.latents import Latents
 from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
-from ogdm_jax.training import autoencoder
+from ogdm_jax.training import autoencoder, texts
 from ogdm_jax.training import run as runs
 
 # (image shape, classes, images) of the sources that the configurations name.
@@ -32,6 +32,7 @@ SHAPES = {
     "folder:data/imagenet256": ((256, 256, 3), 1000, 1_281_167),
     "latents:data/imagenet256_latents": ((32, 32, 4), 1000, 1_281_167),
     "latents:runs/digits_latents": ((4, 4, 2), 10, 1797),
+    "latents:data/laion_aesthetics6_latents": ((64, 64, 4), 0, 12_000_000),
 }
 # how the compiler says what a program needs that does not fit: 20.5G of 15.7G
 _MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
@@ -103,12 +104,16 @@ def source_like(
     kept = data.Source(name, shape, latents=latents)
     zeros = np.broadcast_to(np.zeros((), kept.dtype), (count, *kept.item_shape))
     resident = zeros[:1].nbytes * count <= config.data.memory_limit * 2**30
+    told: Any = (count,) if labels else None
+    empty = np.zeros(texts.LENGTH, np.int32) if config.network.kind == "sd" else None
+    told = told if empty is None else (count, texts.LENGTH)
     return data.Source(
         name=name,
         shape=shape,
         num_classes=labels,
         images=zeros if resident else None,
-        labels=np.broadcast_to(np.zeros((), np.int32), (count,)) if labels else None,
+        labels=np.broadcast_to(np.zeros((), np.int32), told) if told else None,
+        empty=empty,
         reader=None if resident else cast(Any, range(count)),  # asked for its length alone
         latents=latents,
     )

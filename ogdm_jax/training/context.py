@@ -14,7 +14,7 @@ from ogdm_jax.data import Source, augment
 from ogdm_jax.diffusion import grids, noise
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.methods.contract import Context, Weights
-from ogdm_jax.training import checkpoint
+from ogdm_jax.training import checkpoint, texts
 from ogdm_jax.typing import PyTree
 
 StandIn = Callable[[PyTree], PyTree]
@@ -61,6 +61,7 @@ def context(
         noise=dataclasses.replace(levels, stratified=False),
         denoiser=model.denoiser,
         layers=model.layer_names,
+        text=model.text is not None,
         dtype=model.network.dtype,
         learning_rate=config.optim.learning_rate,
         steps=config.steps(config.train.duration),
@@ -77,16 +78,20 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
     def weights(
         folder: str, which: str, step: int | None, field: str
     ) -> tuple[PyTree, PyTree, int]:
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        params, buffers = jax.eval_shape(model.init, jax.random.key(0))
         if stand_in is not None:
-            return *stand_in(shapes), 0
+            return *stand_in((params, models.own_buffers(buffers))), 0
         named = field if folder else "config.init.workdir"
         folder = folder or config.init.workdir
+        if texts.is_folder(folder):
+            expected = "ema and no step with a folder of diffusers"
+            configs.require(which == "ema" and step is None, f"{field}_weights", which, expected)
+            return texts.open_folder(folder, config, named)[0], {}, 0
         expected = f"a trained folder, here or as {field}"
         configs.require(bool(folder), "init.workdir", folder, expected)
         snapshot = checkpoint.find(folder, step, named)
-        params, buffers = shapes
-        found = checkpoint.load_weights(snapshot, params, buffers, which)
+        params, buffers = checkpoint.load_weights(snapshot, params, buffers, which)
+        found = params, models.own_buffers(buffers)
         return *jax.tree.map(np.asarray, found), snapshot.step
 
     return weights

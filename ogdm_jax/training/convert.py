@@ -34,8 +34,9 @@ def check_denoiser(found: Pretrained, source: str) -> None:
     network = found.network
     if found.kind == "sd_unet":
         raise ValueError(
-            f"{source}: a text-conditioned U-Net of latents, which no configuration has yet; with "
-            "its autoencoder and texts ogdm sample --workdir FOLDER --prompt takes it as it is"
+            f"{source}: a text-conditioned U-Net of latents, which is not converted; with its "
+            "autoencoder and texts, a folder of diffusers, ogdm sample --workdir FOLDER --prompt "
+            "and training (--config.init.workdir=FOLDER) take it as it is"
         )
     if found.kind not in ("edm", "adm", "score_sde", "dit"):
         raise ValueError(

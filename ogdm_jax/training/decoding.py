@@ -123,7 +123,7 @@ def pixels(source: Source, opened: Callable[[], Autoencoder | None]) -> Source:
         raise ConfigError(f"{source.name}: {why}, and there is no autoencoder: expected data.vae")
     _LOG.warning("%s: compared with decoded latents, as %s", source.name, why)
     rows = np.arange(min(len(source), _MOST))
-    labels = None if source.labels is None else source.labels[rows]
+    labels = None if source.labels is None or source.captions else source.labels[rows]
     parts = [_decoded(source, decoder, rows[i : i + _BATCH]) for i in rows[::_BATCH]]
     images = np.concatenate(parts)
     return data.from_arrays(f"{source.name}, decoded", images, labels, source.class_names)

@@ -21,7 +21,7 @@ from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.churn import ChurnRule
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
-from ogdm_jax.training import checkpoint, decoding, logs
+from ogdm_jax.training import checkpoint, decoding, logs, texts
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import TrainedModel, open_pixels
 from ogdm_jax.typing import Array, PyTree
@@ -190,6 +190,8 @@ class Evaluator:
             return compiled(params, buffers, seeds, labels, constants, rows)
 
         labels = generate.labels_for(seeds, self._model.label_dim, None)
+        if self._model.text is not None:
+            labels = texts.of_rows(self._run.source, seeds)
         batch = generate.batch_size(len(seeds), len(devices))
         weights, self._counts = (params, buffers), []
         counts = self._counts

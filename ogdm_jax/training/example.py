@@ -37,7 +37,7 @@ def draw_example(
 
     Args:
       config: for data.xflip, data.augment, data.label_dropout and the size of the whole batch.
-      model: says whether labels are used.
+      model: says whether labels are used, and whether they are tokens of captions.
       noise: the distribution of the noise levels.
       batch: {"image": uint8 [b,h,w,c] or stored latents, "label": [b] or [b,k], "index": int32 [b],
         ...}.
@@ -51,10 +51,11 @@ def draw_example(
     if config.data.augment > 0:
         pipe = augmentation.AugmentPipe(p=config.data.augment)
         x0, augment = pipe.augment(keys("augment"), image)
-    label = batch["label"] if model.label_dim else None
+    label = batch["label"] if model.label_dim or model.text is not None else None
     if label is not None and config.data.label_dropout > 0:
         hidden = randomness.uniform(keys("label_dropout")) < config.data.label_dropout
-        label = _without_class(label, hidden)
+        label = _without_class(label, hidden, batch.get("empty"))
+    label = label if model.text is None else {"prompt": label}
     strata = {"index": index, "batch": config.data.batch, "key": key} if noise.stratified else {}
     sigma = noise.sample(keys("sigma"), **strata)
     eps = randomness.normal(randomness.example_keys(noise_key, "noise", index), x0.shape[1:])
@@ -90,10 +91,12 @@ def clean_images(config: Config, model: Model, batch: Batch, key: Array) -> Arra
     return moments.draw(model.latents, batch["image"], eps, flip)
 
 
-def _without_class(label: Array, hidden: Array) -> Array:
+def _without_class(label: Array, hidden: Array, empty: Array | None = None) -> Array:
     """Labels with those of hidden [b] taken away: -1, or zeros for vectors (no class is all zeros,
-    as in EDM).
+    as in EDM), or the tokens of the empty caption.
     """
+    if empty is not None:
+        return jnp.where(hidden[:, None], empty, label)
     if label.ndim == 1:
         return jnp.where(hidden, -1, label)
     return jnp.where(hidden[:, None], 0, label)

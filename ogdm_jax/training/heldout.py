@@ -15,6 +15,7 @@ from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.models import Model
 from ogdm_jax.pixels import to_float
 from ogdm_jax.training import run as runs
+from ogdm_jax.training import texts
 from ogdm_jax.training.workdir import open_source
 from ogdm_jax.typing import Array, PyTree
 
@@ -33,6 +34,8 @@ class HeldOut:
         """Opens the images of config.data.heldout; errors are those of `open_images`."""
         config, trained = run.config, run.source
         found = open_images(config, trained, bool(run.model.label_dim))
+        if run.tokenizer is not None:
+            found = texts.tokenised(found, run.tokenizer, "data.heldout")
         num = min(config.evaluate.heldout or len(found), len(found))
         self._sets = {"loss": _take(found, num), "train": _take(trained, num)}
         assert run.noise is not None, "a denoiser's run has a noise distribution"
@@ -84,6 +87,8 @@ def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
             x0 = moments.draw(model.latents, batch["image"], keys("heldout latent"))
         xt = x0 + sigma[:, None, None, None] * randomness.normal(keys("heldout"), x0.shape[1:])
         label = batch["label"] if model.label_dim else None
+        if model.text is not None:
+            label = model.condition(buffers, {"prompt": batch["label"]})
         x0_hat = model.denoiser(params, buffers)(xt, sigma, label)
         return noise.weight(sigma) * jnp.sum(jnp.square(x0_hat - x0), axis=(1, 2, 3))
 

@@ -17,7 +17,7 @@ import ogdm_jax
 from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs, opening, resume, snapshots, steps, trackers
+from ogdm_jax.training import logs, opening, resume, snapshots, steps, texts, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import (
@@ -215,13 +215,15 @@ def _how_to_go_on(workdir: epath.Path) -> str:
 def _initial_weights(run: runs.Run, shapes: TrainState) -> Initial:
     """The weights that fine-tuning starts from, placed as the plan wants them."""
     init = run.config.init
-    step = None if init.step < 0 else init.step
-    snapshot, placed = (
-        find(init.workdir, step, field="config.init.workdir"),
-        run.plan.shapes(shapes),
-    )
+    step, placed = None if init.step < 0 else init.step, run.plan.shapes(shapes)
+    if texts.is_folder(init.workdir):
+        return texts.initial(run.config, placed)
+    snapshot = find(init.workdir, step, field="config.init.workdir")
     if init.partial:
         return fitting_weights(snapshot, placed.params, placed.buffers, init.weights)
+    if init.weights == "text":
+        _, buffers = load_weights(snapshot, placed.params, placed.buffers)
+        return placed.params, buffers, f"the text encoder is that of {snapshot.path}"
     weights = load_weights(snapshot, placed.params, placed.buffers, init.weights)
     return *weights, f"fine-tuning the {init.weights} weights of {snapshot.path}"
 

@@ -61,7 +61,7 @@ def _data(run: runs.Run) -> str:
     source, config = run.source, run.config
     text = f"{source.name}, {len(source):,} images of {'x'.join(map(str, source.shape))}"
     if not source.num_classes:
-        return f"{text}, no classes"
+        return f"{text}, {'with captions' if source.captioned else 'no classes'}"
     names = ", ".join(source.class_names)
     names = names if len(names) <= _NAMES else f"{names[:_NAMES].rpartition(',')[0]}, ..."
     text += f", {source.num_classes} classes" + (f" ({names})" if names else "")

@@ -15,6 +15,7 @@ from ogdm_jax import models, parallel, randomness
 from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, require
 from ogdm_jax.data import Source
+from ogdm_jax.data.tokens import Tokenizer
 from ogdm_jax.diffusion.noise import NoiseDistribution
 from ogdm_jax.interop.autoencoder import Autoencoder
 from ogdm_jax.methods import discovery
@@ -38,6 +39,7 @@ class Run:
       step: the pure step, not compiled.
       steps: how many there will be.
       decoder: of a run on latents, what makes images of them; None where there is none.
+      tokenizer: of a run on captions.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Run:
     step: step.Step
     steps: int
     decoder: Autoencoder | None = None
+    tokenizer: Tokenizer | None = None
     __repr__ = brief
 
     @property
@@ -96,6 +99,9 @@ class Run:
         batch = {"image": images(n), "label": labels(n), "index": jnp.zeros((n,), jnp.int32)}
         if source.latents is not None:
             batch["row"] = jnp.zeros((n,), jnp.int32)
+        if source.empty is not None:
+            tokens = jnp.zeros((n, len(source.empty)), jnp.int32)
+            batch |= {"label": tokens, "empty": tokens}
         if more := self.methods.references:
             batch |= {"reference": images(more), "reference_label": labels(more)}
         if more := self.methods.mates:
@@ -135,9 +141,9 @@ def build(
         or another setting.
     """
     discovery.check_settings(config)
-    captions = "another kind: captions are not read yet, so a text model is sampled (ogdm sample "
-    captions += "--workdir FOLDER --prompt TEXT) and not trained"
-    require(config.network.kind != "sd", "network.kind", config.network.kind, captions)
+    tokens = "captions as tokens (training.texts.tokenised)"
+    known = config.network.kind != "sd" or source.empty is not None
+    require(known, "data.source", source.name, tokens)
     model = models.build(config, source.shape, source.num_classes, source.latents)
     levels = context.noise_distribution(config)
     tx, rate = optim.optimiser(config)

@@ -49,7 +49,8 @@ def make_step(
     batch_size = config.data.batch
     halflife = duration(config.ema.halflife, batch_size, "config.ema.halflife") * batch_size
     # The average starts at good weights where they come from a folder (EDM --transfer).
-    rampup = 0.0 if config.init.workdir else config.ema.rampup
+    trained = config.init.workdir and config.init.weights != "text"
+    rampup = 0.0 if trained else config.ema.rampup
     exponents = [power.exponent(std) for std in config.ema.stds]
     gradients = _gradients(plan, config.optim.accumulate)
 

@@ -13,7 +13,7 @@ from ogdm_jax import data, parallel
 from ogdm_jax.data import pictures
 from ogdm_jax.data.labels import class_words
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import decoding, logs
+from ogdm_jax.training import decoding, logs, texts
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.evaluate import Evaluator, write_report
 from ogdm_jax.training.heldout import HeldOut
@@ -63,7 +63,15 @@ class Task(Generic[RunT]):
 
 
 def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
-    run = runs.build(config, open_source(config), plan)
+    source, tokenizer = open_source(config), None
+    if config.network.kind == "sd":
+        texts.check_source(source)
+        tokenizer = texts.open_words(config, workdir)
+        source = texts.tokenised(source, tokenizer)
+    elif source.captioned:
+        notes = (*source.notes, f"its captions are not used, as network.kind={config.network.kind}")
+        source = dataclasses.replace(source, notes=notes)
+    run = dataclasses.replace(runs.build(config, source, plan), tokenizer=tokenizer)
     generate.check_settings(config.sample, run.model)
     return decoding.with_decoder(run)
 
@@ -84,8 +92,12 @@ def _batches(run: runs.Run) -> data.Batches:
 def _watch(
     run: runs.Run, workdir: epath.Path, writer: logs.Writer
 ) -> Callable[[int, TrainState], None]:
-    """Writes samples/STEP.png of the moving average, from the same seeds every time."""
+    """Writes samples/STEP.png of the moving average, from the same seeds every time; of a model of
+    texts by the captions of the data's first images.
+    """
     settings = run.config.sample
+    if run.tokenizer is not None and jax.process_index() == 0:
+        texts.keep(run.config, workdir)
     model, more = decoding.attach(run.model, {}, run.decoder)
     if run.model.latents is not None and run.decoder is None:
         return lambda step, state: None  # `decoding.with_decoder` has said it
@@ -99,10 +111,13 @@ def _watch(
             compiled.append(generate.sampler(model, settings, run.plan.local_devices[:1]))
         seeds = np.arange(settings.num)
         classes = run.model.label_dim
-        labels = seeds % classes if classes else None
+        labels: Any = seeds % classes if classes else None
+        captions = class_words(labels, run.source.class_names)
+        if run.model.text is not None:
+            labels = texts.of_rows(run.source, seeds)
+            captions = [run.source.captions[int(i) % len(run.source)] for i in seeds]
         buffers = {**buffers, **more}
         parts = generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)
-        captions = class_words(labels, run.source.class_names)
         picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)
         pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)

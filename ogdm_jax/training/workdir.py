@@ -19,7 +19,7 @@ from ogdm_jax.data.tokens import Tokenizer
 from ogdm_jax.latents import Latents, from_json
 from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.training import checkpoint, decoding, snapshots
+from ogdm_jax.training import checkpoint, decoding, snapshots, texts
 from ogdm_jax.typing import Denoise, PyTree
 
 
@@ -361,4 +361,6 @@ def open_workdir(
         found, at, _ = snapshots.reconstruct(workdir, tracked, [ema_std], params, last, field)
         params = jax.tree.map(jnp.asarray, found[0])
     model, buffers = decoding.attach(model, buffers, decoder)
-    return TrainedModel(snapshot.config, model, params, buffers, at, snapshot.class_names)
+    words = texts.open_words(snapshot.config, workdir) if model.text is not None else None
+    names = snapshot.class_names
+    return TrainedModel(snapshot.config, model, params, buffers, at, names, tokenizer=words)
