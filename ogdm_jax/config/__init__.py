@@ -1,6 +1,6 @@
 """Settings: how one is declared (fields.py), those of every run (groups.py, network.py and
-diffusion.py, together in whole.py), which have an effect (effects.py), and how they are read from a Python file
-and the command line (files.py).
+diffusion.py, together in whole.py), which have an effect (effects.py), and how they are read from a
+Python file and the command line (files.py).
 """
 
 from ogdm_jax.config.diffusion import Noise, Precondition
