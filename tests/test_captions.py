@@ -1,6 +1,9 @@
 """Captions of data: read beside pictures and from fields of records, carried by encoding, refused."""
 
+import io
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from ogdm_jax.data.check import check
 from ogdm_jax.data.latents import SIDECAR
 from ogdm_jax.data.sources import source_name
 from tests.support import captions as support
-from tests.support import latents
+from tests.support import latents, sets
 
 pytestmark = pytest.mark.fast
 
@@ -101,14 +104,14 @@ def test_a_field_of_records(tmp_path):
     file = template.sharded_filepaths(1)[0]
     writer = ArrayRecordWriter(str(file), "group_size:1")
     for i, title in enumerate(("one", "two", "")):
-        record = {"image": np.full((4, 4, 3), i, np.uint8), "title": title}
-        record["captions"] = {"text": [f"first {i}", f"second {i}"]}
+        record: dict[str, Any] = {"image": io.BytesIO(sets.encoded(sets.pixels(4, 4, 3)))}
+        record |= {"title": title, "captions": {"text": [f"first {i}", f"second {i}"]}}
         writer.write(features.serialize_example(features.encode_example(record)))
     writer.close()
     info = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[3],
-        num_bytes=file.stat().st_size,
+        num_bytes=Path(file).stat().st_size,
         filename_template=template,
     )
     tfds.folder_dataset.write_metadata(

@@ -93,8 +93,7 @@ def encode(
             ) from None
         name = shards[bounds.index((start, stop))].removeprefix("latents")
         if captions:
-            with places.written(epath.Path(parts / f"captions{name}").with_suffix(".json")) as new:
-                new.write_text(records.dumps(captions) + "\n")
+            records.write(epath.Path(parts / f"captions{name}").with_suffix(".json"), captions)
         with places.written(epath.Path(parts / f"labels{name}").with_suffix(".npy")) as new:
             np.save(new, np.stack(labels))
 

@@ -361,8 +361,7 @@ def write(
     index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
     about = {"scheduler/scheduler_config.json": scheduler, INDEX: index}
     for name, content in about.items():  # the index comes last: it makes a model of the folder
-        with places.written(places.place(folder) / name) as new:
-            new.write_text(records.dumps(content, indent=1) + "\n")
+        records.write(places.place(folder) / name, content, indent=1)
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
@@ -385,7 +384,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "clip_sample": False,
         "num_train_timesteps": process.diffusion_steps,
         "prediction_type": predicts,
-        "rescale_betas_zero_snr": process.zero_terminal,
+        "rescale_betas_zero_snr": process.zero_terminal and process.kind == "v",
         "set_alpha_to_one": sampler.end == "zero",
         "steps_offset": sampler.offset,
         "timestep_spacing": sampler.grid if sampler.grid in _GRIDS else "trailing",
