@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(place, tmp_path):
         (("precondition.kind=adm", "noise.distribution=ddpm"), "--config.precondition.kind=v"),
         (("network.num_blocks=2",), "--config.network.num_blocks=1"),
         (("init.weights=params", "methods="), "ema or text, and no init.step"),
-        (("data.source=digits",), "data.source: 'digits' given; expected latents with captions"),
+        (("data.source=digits",), "'digits' given with network.kind=sd; expected latents"),
     ]
     for words, said in refused:
         with pytest.raises(ConfigError, match=said):

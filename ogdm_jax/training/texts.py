@@ -55,8 +55,11 @@ def keep(config: Config, workdir: str | os.PathLike) -> None:
 
 def check_source(source: Source, field: str = "data.source") -> None:
     """Raises ConfigError, naming the setting `field`, for a source without captions."""
-    captions = "latents with captions, as ogdm data encode 'folder:DIR?caption=txt' writes them"
-    require(bool(source.captions), field, source.name, captions)
+    if not source.captions:
+        raise ConfigError(
+            f"config.{field}: {source.name!r} given with network.kind=sd; expected latents with "
+            "captions, as ogdm data encode 'folder:DIR?caption=txt' writes them"
+        )
 
 
 def tokenised(source: Source, tokenizer: Tokenizer, field: str = "data.source") -> Source:
