@@ -42,18 +42,22 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
         "network.model_channels=32",
         "network.num_blocks=1",
         "parallel.plan=mesh",
+        "network.text_layers=1",
     ]
     references = "stf.per_image=2" if name == "cifar10_stf_paper" else "stf.n=16"
     shrink += ["ogdm.channel_max=8", references, "network.head_channels=0"]
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py", shrink)
-    channels = 1 if side == 8 else 4 if "dit" in name else 3
+    channels = 1 if side == 8 else 4 if "dit" in name or "sd21" in name else 3
+    empty = np.zeros(77, np.int32) if "sd21" in name else None
+    labels = np.zeros((16, 77) if "sd21" in name else 16, np.int32)
     pictures = np.zeros((16, side, side, channels), np.uint8)
     source = data.Source(
         name=name,
         shape=pictures.shape[1:],
         num_classes=10,
         images=pictures,
-        labels=np.zeros(16, np.int32),
+        labels=labels,
+        empty=empty,
     )
     fresh = types.SimpleNamespace(step=0)  # SP's teacher: fresh weights do
     monkeypatch.setattr("ogdm_jax.training.checkpoint.find", lambda *_: fresh)
@@ -65,9 +69,11 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     state = jax.eval_shape(run.create, run.key)
     batch = {
         "image": pictures[:8],
-        "label": np.zeros(8, np.int32),
+        "label": labels[:8],
         "index": np.arange(8, dtype=np.int32),
     }
+    if empty is not None:
+        batch["empty"] = labels[:8]
     if run.methods.mates:
         batch["mates"] = np.zeros((8, run.methods.mates, *source.shape), np.uint8)
     constants = run.methods.constants()
