@@ -44,6 +44,7 @@ def get_config():
     config.precondition.kind = "v"
     config.precondition.schedule = "scaled_linear"
     config.precondition.zero_terminal = True
+    config.precondition.interpolate = True  # as such folders are sampled; training meets the steps
     config.precondition.sigma_data = 1.0  # of scaled latents, about
     config.noise.distribution = "v"
     config.sp.update(sp.preset("paper"))
