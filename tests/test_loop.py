@@ -301,7 +301,7 @@ def test_a_run_says_soon_how_long_it_will_take(tmp_path, plan, monkeypatch):
     told = [n for n, line in enumerate(said) if line.startswith("time ")]
     # two steps are timed, the slow one is left out
     assert [said[n] for n in told] == [
-        "time      about 48 s for 97 more steps, at 64 images/s (timed over 1 of them); saves, "
+        "time      about 48 s for 97 more steps, at 64 images/s (1 timed); saves, "
         "pictures and evaluations come on top"
     ]
     assert said[told[0] - 1].startswith("compiled in") and said[told[0] + 1].startswith("step 50")

@@ -154,7 +154,7 @@ class Loop:
             left, speed = self.run.steps - self.step, self.run.config.data.batch / each
             self.log(
                 f"{'time':9} about {logs.duration(left * each)} for {left:,} more steps, at "
-                f"{speed:,.0f} images/s (timed over {last - first + 1} of them); saves, pictures "
+                f"{speed:,.0f} images/s ({last - first + 1} timed); saves, pictures "
                 "and evaluations come on top"
             )
 
