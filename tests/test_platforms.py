@@ -5,6 +5,7 @@ configuration says.
 import re
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -86,7 +87,9 @@ def test_samplers_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     images = generate.sampler(run.model, run.config.sample, jax.devices()[:1])
     params, buffers = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((4,), "uint32")
-    labels = jax.ShapeDtypeStruct((4,), "int32") if run.model.label_dim else None
+    labels: Any = jax.ShapeDtypeStruct((4,), "int32") if run.model.label_dim else None
+    if run.model.text is not None:
+        labels = dict.fromkeys(("prompt", "none"), jax.ShapeDtypeStruct((4, 77), "int32"))
     assert cpu.CPU_RULE not in lower(
         images, (params, buffers, seeds, labels, {}, {}), "tpu", "cuda"
     )
