@@ -205,6 +205,7 @@ def test_a_run_as_its_users_have_it(place, tmp_path, capsys):
     for line, said in (
         (["sample", "--workdir", str(whole), "--out", str(out)], "--prompt: not given"),
         (["export", str(whole), "--out", f"{tmp_path}/x.pt"], "expected a FOLDER"),
+        (["report", "--workdir", str(whole)], "draw those by ogdm sample --prompts FILE"),
     ):
         with pytest.raises(SystemExit):
             cli.main(line)

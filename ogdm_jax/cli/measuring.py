@@ -24,6 +24,10 @@ from ogdm_jax.training.evaluate import Draw
 from ogdm_jax.training.workdir import TrainedModel
 
 MOST = 5000  # samples of each distance, unless --num says otherwise
+OF_TEXTS = (
+    "expected another one: draw those by ogdm sample --prompts FILE --out samples.npz, and measure "
+    "them by ogdm evaluate --samples samples.npz --reference IMAGES"
+)
 
 
 def add_space_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -164,8 +168,13 @@ def resized(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(args: argparse.Namespace) -> TrainedModel:
-    """The model of --workdir at --step."""
-    return workdir.open_workdir(args.workdir, args.step, vae=args.vae)
+    """The model of --workdir at --step. Raises ConfigError for one of texts, which has no sampler
+    without them.
+    """
+    trained = workdir.open_workdir(args.workdir, args.step, vae=args.vae)
+    if trained.tokenizer is not None:
+        raise ConfigError(f"--workdir: '{args.workdir}' makes pictures of texts; {OF_TEXTS}")
+    return trained
 
 
 def open_model_space(

@@ -170,6 +170,10 @@ def read_arms(words: Sequence[str], rest: Sequence[str], seeds: Sequence[int]) -
             print(f"{name}: {vain}")
         if of_seed[seeds[0]].task != "denoiser":
             raise ConfigError(f"--config: {name}={file} trains no denoiser; expected one")
+        if of_seed[seeds[0]].network.kind == "sd":
+            raise ConfigError(
+                f"--config: {name}={file} makes pictures of texts; {measuring.OF_TEXTS}"
+            )
         arms.append(runs.Arm(name, of_seed))
     return arms
 

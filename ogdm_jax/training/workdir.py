@@ -288,7 +288,8 @@ class TrainedModel:
     def _labels(self, seeds: np.ndarray, labels: PyTree) -> PyTree:
         """The labels given, else classes drawn from the seeds."""
         if labels is None:
-            require(self.tokenizer is None, "prompt", None, "a text")
+            if self.tokenizer is not None:
+                raise ConfigError("prompt: not given, and the model makes pictures of texts")
             labels = generate.labels_for(seeds, self.model.label_dim, None)
         return labels
 

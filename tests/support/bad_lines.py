@@ -475,6 +475,7 @@ LINES = {
     "study --config =digits --seeds 0 --out new": "NAME=FILE",
     "study --config config=digits --seeds 0 --out new": "NAME=FILE",
     "study --config a=digits --config a=digits --seeds 0 --out new": "twice",
+    "study --config a=sd21_sp --seeds 0 --out new": "makes pictures of texts",
     "study --config a=digts --seeds 0 --out new": "did you mean digits",
     "study --config a=digits_dg --seeds 0 --out new": "no denoiser",
     "study --config a=digits --seeds 0-x --out new": "--seeds",
