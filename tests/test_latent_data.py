@@ -203,7 +203,6 @@ def test_settings_of_pixels_are_refused(encoded):
     for text, words in (
         ("data.augment=0.1", "data.augment"),
         ("data.resolution=8", "resolution 8 given for latents"),
-        ("sample.clip=true", "sample.clip"),
     ):
         with pytest.raises(ValueError, match=words):
             source_of(tiny.config(*told, text))

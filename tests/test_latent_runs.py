@@ -127,7 +127,7 @@ def test_a_study_takes_an_autoencoder_that_moved(workdir, latents, tmp_path):
     """What it advises works: said before anything is trained, and taken where runs are opened."""
     old, new = latents.parent / "vae", tmp_path / "vae"
     line = ["--config", f"one={tiny.ROOT}/configs/base.py", "--seeds", "0", "--num", "8"]
-    line += ["--out", f"{tmp_path}/out", "--features", "lite0"]
+    line += ["--out", f"{tmp_path}/out", "--features", "digits"]
     line += [f"--one.{text}" for text in (*SMALL, f"data.source=latents:{latents}")]
 
     def ruler(*more):

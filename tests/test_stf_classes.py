@@ -46,7 +46,13 @@ def example(b=8, sigma=None, step=5, label=CLASSES[:8], mates=None):
 
 def context(b=8, devices=1, axis=None, **more):
     fields = {"batch": b, "device_batch": b // devices, "devices": devices, "axis": axis}
-    fields |= {"image_shape": (4, 4, 1), "xflip": False, "augment": None, "mesh": None}
+    fields |= {
+        "image_shape": (4, 4, 1),
+        "xflip": False,
+        "text": False,
+        "augment": None,
+        "mesh": None,
+    }
     return types.SimpleNamespace(**fields | {"label_dim": 3, "source": SOURCE} | more)
 
 

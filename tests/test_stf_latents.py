@@ -41,6 +41,7 @@ def fill(sigma, xflip=False, mates=None, **settings):
     )
     context = {"batch": 8, "device_batch": 8, "devices": 1, "axis": None, "mesh": None}
     context |= {"image_shape": LATENTS.shape, "xflip": xflip, "augment": None, "label_dim": 3}
+    context |= {"text": False}
     slot = stf.training(stf.Settings(**settings), types.SimpleNamespace(**context, source=SOURCE))
     constants = None if slot.constants is None else slot.constants.make()
     return example, jax.jit(slot.target)(example, contract.Own(constants))[0]

@@ -58,7 +58,14 @@ def context(b=8, devices=1, axis=None, **more):
         "axis": axis,
         "image_shape": (4, 4, 1),
     }
-    fields |= {"xflip": False, "augment": None, "mesh": None, "label_dim": 3, "source": SOURCE}
+    fields |= {
+        "xflip": False,
+        "text": False,
+        "augment": None,
+        "mesh": None,
+        "label_dim": 3,
+        "source": SOURCE,
+    }
     return types.SimpleNamespace(**fields | more)
 
 

@@ -239,11 +239,13 @@ def test_two_devices_are_one(place, plan):
 
 
 @pytest.mark.slow
-def test_ogdm_trains_on_captions(place):
-    """Its projections see the caption, its discriminator the latent alone. (DG, which judges by
-    classes, is refused.)
+def test_ogdm_trains_on_captions(place, tmp_path):
+    """Its projections see the caption, its discriminator the latent alone, of at least 8x8. (DG,
+    which judges by classes, is refused.)
     """
+    pictures = support.pictures(tmp_path / "wide", side=16)
     latents = (
+        f"data.source={support.encoded(pictures, place / 'sd/vae', tmp_path / 'wide_latents')}",
         "methods=ogdm",
         "ogdm.channel_base=64",
         "ogdm.channel_max=8",
@@ -251,4 +253,5 @@ def test_ogdm_trains_on_captions(place):
     )
     run = build(place, *latents, "precondition.zero_terminal=false", "init.partial=true")
     _, metrics = tiny.train(run, 1)
-    assert np.isfinite(list(metrics.values())).all()
+    known = [value for name, value in metrics.items() if not name.startswith("level/")]
+    assert np.isfinite(known).all()  # a level that no image of the batch has is NaN

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ogdm_jax import places
+from ogdm_jax import places, records
 from ogdm_jax.interop import containers, diffusers, parts, strangers
 from ogdm_jax.interop.inert import Budget, Odd, UnsafeFileError, quote
 from ogdm_jax.interop.parts import MAX_ENTRIES, Leaf, Part
@@ -83,7 +83,11 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
 def open_torch(path: str | os.PathLike) -> TorchFile:
     """Parses a checkpoint into inert records without making any array. Errors as in read_torch."""
     path = places.local(path, "checkpoint")
-    path = (path.is_dir() and diffusers.weights(path)) or path
+    if path.is_dir():
+        try:
+            path = diffusers.weights(path) or path
+        except records.RecordError as error:
+            raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error
     if path.is_dir() or strangers.INDEX.search(path.name):
         return _open_shards(path)
     if not path.is_file():

@@ -61,13 +61,13 @@ def pipeline(place: Path) -> Path:
     return place / "sd"
 
 
-def pictures(folder: Path, n: int = 12, seed: int = 0) -> str:
+def pictures(folder: Path, n: int = 12, seed: int = 0, side: int = 8) -> str:
     """Grey pictures in two folders, each beside its caption; the source's name."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         place = folder / "ab"[i % 2]
         place.mkdir(parents=True, exist_ok=True)
-        save_png(place / f"{i:02d}.png", rng.uniform(-1, 1, (8, 8, 1)).astype(np.float32))
+        save_png(place / f"{i:02d}.png", rng.uniform(-1, 1, (side, side, 1)).astype(np.float32))
         (place / f"{i:02d}.txt").write_text(f"{TEXTS[i % len(TEXTS)]}\n")
     return f"folder:{folder}?caption=txt"
 
