@@ -42,7 +42,6 @@ ONLY = {  # settings that other kinds of network do not have
 }
 # a U-Net has its settings under their own names, a DiT these: setting -> attribute
 DIT = {"model_channels": "width", "num_blocks": "depth", "num_heads": "heads", "patch": "patch"}
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +215,7 @@ def build(
         img_channels=channels,
         out_channels=channels * (2 if further else 1),
         **({} if net.kind == "sd" else {"label_dim": num_classes if conditional else 0}),
-        dtype=_DTYPES[net.dtype],
+        dtype=getattr(jnp, net.dtype),
         remat=net.remat,
         **_settings(net, augmented),
     )
@@ -286,7 +285,7 @@ def _text(net: Any) -> CLIPText:
         heads=net.text_heads,
         hidden=net.text_hidden,
         quick=net.text_quick,
-        dtype=_DTYPES[net.dtype],
+        dtype=getattr(jnp, net.dtype),
     )
 
 

@@ -77,28 +77,23 @@ def text(
     known = {n: v for n, v in data.items() if n != "class_names" and v is not None}
     known = {"source": config.data.source} | known
     known |= {"classes": ", ".join(classes)} if classes else {}
-    return (
-        environment(keep_trailing_newline=True)
-        .get_template("card.md.j2")
-        .render(
-            licence=licence,
-            tags=("diffusion", "jax", *config.methods),
-            name=name,
-            kind="A class-conditional" if classes else "An unconditional",
-            size="x".join(map(str, model.picture_shape)),
-            shape=", ".join(map(str, model.image_shape)),
-            version=__version__,
-            picture=PICTURE,
-            sampler=words_of(run.settings()),
-            label=label,
-            coder=model.autoencoder,
-            weights=WEIGHTS,
-            config=CONFIG,
-            facts=facts,
-            data=known,
-            rows=[
-                [v if isinstance(v := r[c], str) else nice(v) for c in _COLUMNS] for r in measured
-            ],
-            settings=configs.changed(config),
-        )
+    template = environment(keep_trailing_newline=True).get_template("card.md.j2")
+    return template.render(
+        licence=licence,
+        tags=("diffusion", "jax", *config.methods),
+        name=name,
+        kind="A class-conditional" if classes else "An unconditional",
+        size="x".join(map(str, model.picture_shape)),
+        shape=", ".join(map(str, model.image_shape)),
+        version=__version__,
+        picture=PICTURE,
+        sampler=words_of(run.settings()),
+        label=label,
+        coder=model.autoencoder,
+        weights=WEIGHTS,
+        config=CONFIG,
+        facts=facts,
+        data=known,
+        rows=[[v if isinstance(v := r[c], str) else nice(v) for c in _COLUMNS] for r in measured],
+        settings=configs.changed(config),
     )

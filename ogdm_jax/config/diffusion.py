@@ -1,13 +1,11 @@
 """The groups of settings that say what is diffused: preconditioning and the noise of training."""
 
 import dataclasses
-import functools
 
-from ogdm_jax.config.fields import Group, require, setting
+from ogdm_jax.config.fields import Group, decided, require, setting
 
 _DISCRETE = ("precondition.kind=adm|v", "noise.distribution=ddpm|v")
 _NORMAL = "distribution=edm|logit_normal"
-_decided = functools.partial(setting, decided=True)  # may differ with --override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +74,21 @@ class Precondition(Group):
 class Noise(Group):
     """The distribution of the noise levels of training."""
 
-    distribution: str = _decided(
+    distribution: str = decided(
         "edm",
         "edm (log-normal), vp, ve, ddpm (uniform over the discrete process), v (the same with v's "
         "weight), logit_normal or flow (uniform times) with the velocity's weight, or subvp",
         choices=("edm", "vp", "ve", "ddpm", "v", "logit_normal", "flow", "subvp"),
         was="law",
     )
-    mean: float = _decided(
+    mean: float = decided(
         -1.2,
         "edm, logit_normal: of ln sigma = logit t (there 0 as published)",
         least=-30,
         most=30,
         only=_NORMAL,
     )
-    std: float = _decided(
+    std: float = decided(
         1.2,
         "edm, logit_normal: of ln sigma = logit t (there 1 as published)",
         above=0,
@@ -98,15 +96,15 @@ class Noise(Group):
         expected="a positive number of at most 30",
         only=_NORMAL,
     )
-    min_snr: float = _decided(
+    min_snr: float = decided(
         0.0,
         "ddpm: weight min(1 / sigma^2, this) of x0_hat's error (5 as published); 0 = 1 / sigma^2",
         least=0,
         only="distribution=ddpm",
     )
-    clip: bool = _decided(
+    clip: bool = decided(
         False,
         "clip sigma to [sample.sigma_min, sample.sigma_max] (OGDM's code; 2 draws in 100,000)",
         only=_NORMAL,
     )
-    stratified: bool = _decided(False, "spread the quantiles of a batch evenly")
+    stratified: bool = decided(False, "spread the quantiles of a batch evenly")

@@ -86,6 +86,10 @@ def setting(
     )
 
 
+free = functools.partial(setting, free=True)  # may differ when a run is resumed
+decided = functools.partial(setting, decided=True)  # may differ then with --override
+
+
 def check(settings: Any, group: str, prefix: str = "config.") -> None:
     """Checks every field that `setting` declared; whole numbers given for float fields become
     floats, lists for tuple fields become tuples.

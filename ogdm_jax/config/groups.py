@@ -6,10 +6,9 @@ Durations are "N steps", "N images", "N kimg" or "N Mimg"; images are counted ov
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-from ogdm_jax.config.fields import Group, require, setting
+from ogdm_jax.config.fields import Group, decided, free, require, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = (
@@ -24,33 +23,31 @@ OWN_GRIDS = ("respaced", "ddim", "quad", "trailing", "leading", "linspace")
 GRID_OPTIONS = {"offset": ("leading",), "start": OWN_GRIDS, "end": OWN_GRIDS}
 GRIDS = ("edm", "vp", "ve", "iddpm", "flow", *OWN_GRIDS, "pndm")
 _FIXED = "solver=" + "|".join(name for name in SOLVERS if name != "dopri5")
-_free = functools.partial(setting, free=True)  # may differ when a run is resumed
-_decided = functools.partial(setting, decided=True)  # may differ then with --override
 
 
 @dataclasses.dataclass(frozen=True)
 class Data(Group):
     """Where images come from and how they are batched and augmented."""
 
-    source: str = _decided(
+    source: str = decided(
         "tfds:cifar10/train",
         "digits, mnist5k, tfds:NAME/SPLIT, folder:DIR, zip:FILE, npz:FILE, cifar10:FILE, "
         "latents:DIR (ogdm data encode)",
     )
-    vae: str = _free(
+    vae: str = free(
         "",
         "file or folder of the autoencoder that decodes latents; '' = the one that encoded them",
         only="source=latents:*",
     )
-    heldout: str = _free(
+    heldout: str = free(
         "", "images that are never trained on, such as digits/test, tfds:NAME/test: their loss"
     )
-    data_dir: str = _free("", "where prepared tfds sets lie; '' = tfds's own default")
-    batch: int = _decided(
+    data_dir: str = free("", "where prepared tfds sets lie; '' = tfds's own default")
+    batch: int = decided(
         512, "images per step over all devices", least=1, most=2**20, expected="1 to 2^20 images"
     )
     conditional: bool = setting(False, "the network sees class labels")
-    label_dropout: float = _decided(
+    label_dropout: float = decided(
         0.0,
         "share of labels hidden in training (for classifier-free guidance); of captions: replaced "
         "by the empty one",
@@ -59,32 +56,32 @@ class Data(Group):
         expected="a probability",
         only=("conditional", "network.kind=sd"),
     )
-    xflip: bool = _decided(
+    xflip: bool = decided(
         False, "unlabelled horizontal flips; they become part of the data distribution"
     )
-    augment: float = _decided(
+    augment: float = decided(
         0.12,
         "probability of EDM's labelled augmentation; 0 = off",
         least=0,
         most=1,
         expected="a probability",
     )
-    resolution: int = _decided(
+    resolution: int = decided(
         0,
         "crop images to squares and resize them to this side; 0 = as stored",
         least=0,
         most=8192,
         expected="a number of pixels, at most 8192, or 0 for images as stored",
     )
-    channels: int = _decided(0, "1 or 3; 0 = as stored")
-    memory_limit: float = _free(
+    channels: int = decided(0, "1 or 3; 0 = as stored")
+    memory_limit: float = free(
         2.0,
         "GiB; smaller sets are kept in memory as one array",
         least=0,
         most=2**20,
         expected="GiB, at least 0",
     )
-    workers: int = _free(
+    workers: int = free(
         -1,
         "processes that read larger sets; -1 = half the cores (1 to 8), 0 = threads instead",
         least=-1,
@@ -101,30 +98,30 @@ class Data(Group):
 class Optim(Group):
     """Adam."""
 
-    learning_rate: float = _decided(1e-3, "peak learning rate", above=0)
-    ramp: str = _decided("10 Mimg", "linear warm-up from 0")
-    schedule: str = _decided(
+    learning_rate: float = decided(1e-3, "peak learning rate", above=0)
+    ramp: str = decided("10 Mimg", "linear warm-up from 0")
+    schedule: str = decided(
         "linear",
         "after the warm-up: constant, linear or cosine (to 0 over optim.decay), or inverse_sqrt "
         "(EDM2's: constant up to optim.decay, then falling as 1 / sqrt(step))",
         choices=("constant", "linear", "cosine", "inverse_sqrt"),
     )
-    decay: str = _decided(
+    decay: str = decided(
         "0 steps",
         "length of the schedule; 0 = constant (linear), train.duration = as long as the run",
         only="schedule=linear|cosine|inverse_sqrt",
     )
-    clip: float = _decided(
+    clip: float = decided(
         0.0,
         "largest norm of the whole gradient, which is scaled down to it; 0 = off",
         least=0,
     )
-    betas: tuple[float, float] = _decided(
+    betas: tuple[float, float] = decided(
         (0.9, 0.999), "of Adam", least=0, below=1, expected="two numbers in [0, 1)"
     )
-    eps: float = _decided(1e-8, "of Adam", above=0)
-    weight_decay: float = _decided(0.0, "decoupled (AdamW)", least=0)
-    accumulate: int = _free(
+    eps: float = decided(1e-8, "of Adam", above=0)
+    weight_decay: float = decided(0.0, "decoupled (AdamW)", least=0)
+    accumulate: int = free(
         1,
         "rounds per optimiser step; equals one big batch",
         least=1,
@@ -136,8 +133,8 @@ class Optim(Group):
 class Ema(Group):
     """The exponential moving average of the parameters, which samples are drawn from."""
 
-    halflife: str = _decided("500 kimg", "half-life")
-    rampup: float = _decided(
+    halflife: str = decided("500 kimg", "half-life")
+    rampup: float = decided(
         0.05,
         "half-life <= this share of the images seen; 0 = no ramp-up, as where init.workdir is set",
         least=0,
@@ -150,7 +147,7 @@ class Ema(Group):
         below=0.2886,
         expected="different numbers above 0 and below 0.2886, such as 0.05,0.1",
     )
-    snapshots: str = _free(
+    snapshots: str = free(
         "0 steps",
         "from one snapshot of these averages to the next; 0 = 32 in a run",
         only="stds",
@@ -180,7 +177,7 @@ class Init(Group):
         "diffusers: also for another process (betas, prediction)",
         only="workdir",
     )
-    step: int = _free(
+    step: int = free(
         -1,
         "a checkpoint of that folder; without init.workdir, and where a run is resumed: go back to "
         "this step of --workdir, with its optimiser (0 starts afresh); -1 = the newest",
@@ -193,102 +190,102 @@ class Init(Group):
 class Train(Group):
     """Length and checkpoints."""
 
-    duration: str = _free("200 Mimg", "length of the training")
-    save_every: str = _free("2500 kimg", "from checkpoint to checkpoint; 0 = only at the end")
-    keep: int = _free(3, "newest checkpoints that stay", least=1)
-    keep_every: str = _free("0 steps", "also keep one checkpoint per this length; 0 = none")
+    duration: str = free("200 Mimg", "length of the training")
+    save_every: str = free("2500 kimg", "from checkpoint to checkpoint; 0 = only at the end")
+    keep: int = free(3, "newest checkpoints that stay", least=1)
+    keep_every: str = free("0 steps", "also keep one checkpoint per this length; 0 = none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(Group):
     """How devices share the work."""
 
-    plan: str = _free(
+    plan: str = free(
         "mesh",
         "mesh (data-parallel), sharded (parameters, EMA, Adam's state divided too) or pmap",
         choices=("mesh", "sharded", "pmap"),
     )
-    devices: int = _free(0, "number of devices; 0 = all", least=0)
+    devices: int = free(0, "number of devices; 0 = all", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Log(Group):
     """What is written down while training."""
 
-    every: str = _free("50 kimg", "from line to line")
-    tensorboard: bool = _free(True, "also write TensorBoard events")
-    tracker: str = _free(
+    every: str = free("50 kimg", "from line to line")
+    tensorboard: bool = free(True, "also write TensorBoard events")
+    tracker: str = free(
         "", "also send numbers and pictures to wandb or trackio", choices=("", "wandb", "trackio")
     )
-    project: str = _free("ogdm_jax", "of the tracker", only="tracker")
+    project: str = free("ogdm_jax", "of the tracker", only="tracker")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample(Group):
     """The sampler, in training and as the default of sampling."""
 
-    every: str = _free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
-    num: int = _free(64, "images of a grid", least=1)
-    solver: str = _free("heun", "rule of one step", choices=SOLVERS)
-    steps: int = _free(18, "steps of the solver", least=1, most=10**5, only=_FIXED)
-    rtol: float = _free(
+    every: str = free("5 Mimg", "from sample grid to sample grid; 0 = only at the end")
+    num: int = free(64, "images of a grid", least=1)
+    solver: str = free("heun", "rule of one step", choices=SOLVERS)
+    steps: int = free(18, "steps of the solver", least=1, most=10**5, only=_FIXED)
+    rtol: float = free(
         1e-5,
         "dopri5: relative tolerance of an image, which has as many steps as it needs",
         above=0,
         most=0.1,
         only="solver=dopri5",
     )
-    atol: float = _free(1e-5, "dopri5: absolute tolerance", above=0, most=0.1, only="solver=dopri5")
-    grid: str = _free(
+    atol: float = free(1e-5, "dopri5: absolute tolerance", above=0, most=0.1, only="solver=dopri5")
+    grid: str = free(
         "edm",
         "edm, vp, ve, iddpm; of flow models also flow (equal steps of t, from pure noise); of "
         "discrete models also respaced (guided-diffusion's), ddim, quad, trailing, leading and "
         "linspace (Stable Diffusion's), and pndm (as the released S- and F-PNDM step)",
         choices=GRIDS,
     )
-    sigma_min: float = _decided(0.002, "lowest noise level; noise.clip clips to it", above=0)
-    sigma_max: float = _decided(80.0, "highest noise level; noise.clip clips to it", above=0)
-    rho: float = _free(7.0, "exponent of the grid", least=0.1, most=1000, only="grid=edm")
-    shift: float = _free(
+    sigma_min: float = decided(0.002, "lowest noise level; noise.clip clips to it", above=0)
+    sigma_max: float = decided(80.0, "highest noise level; noise.clip clips to it", above=0)
+    rho: float = free(7.0, "exponent of the grid", least=0.1, most=1000, only="grid=edm")
+    shift: float = free(
         1.0,
         "grid flow: more steps in the noise, t' = shift t / (1 + (shift - 1) t)",
         above=0,
         most=1000,
         only="grid=flow",
     )
-    offset: int = _free(
+    offset: int = free(
         1, "grid leading: its lowest step (steps_offset)", least=0, most=999, only="grid=leading"
     )
-    start: str = _free(
+    start: str = free(
         "ve",
         "grids of a discrete model's steps start from sigma eps (ve), or, as DDIM is released, "
         "from sqrt(1 + sigma^2) eps (vp: x_t is eps)",
         choices=("ve", "vp"),
         only="grid=" + "|".join(OWN_GRIDS),
     )
-    end: str = _free(
+    end: str = free(
         "zero",
         "and end at zero, or at the level of their first step (set_alpha_to_one false)",
         choices=("zero", "first"),
         only="grid=" + "|".join(OWN_GRIDS),
     )
-    eta: float = _free(
+    eta: float = free(
         0.0,
         "ddim, heun, dpmpp_2m_sde: 0 = deterministic, 1 = as random as DDPM and as published",
         least=0,
         most=1,
     )
-    clip: bool = _free(
+    clip: bool = free(
         False, "clamp x0_hat to [-1, 1] at every evaluation, as ADM's published samples were made"
     )
-    variance: str = _free(
+    variance: str = free(
         "auto",
         "ancestral: small, large (ADM where it learns none), diffusion, or learned; auto = learned "
         "where the network has it, else small",
         choices=("auto", "small", "large", "diffusion", "learned"),
         only="solver=ancestral",
     )
-    snr: float = _free(
+    snr: float = free(
         0.16,
         "signal-to-noise ratio of pc's corrector; 0.16 is score_sde's for CIFAR-10, larger images "
         "have 0.075 to 0.17",
@@ -296,12 +293,12 @@ class Sample(Group):
         most=1,
         only="solver=pc",
     )
-    corrector_steps: int = _free(
+    corrector_steps: int = free(
         1, "pc's Langevin steps at each level; 0 = none", least=0, most=1000, only="solver=pc"
     )
-    sde: str = _free("ve", "pc's process", choices=("ve", "vp"), only="solver=pc")
-    order: int = _free(2, "unipc's: 1 to 3", least=1, most=3, only="solver=unipc")
-    bh: str = _free("bh2", "unipc's variant", choices=("bh1", "bh2"), only="solver=unipc")
+    sde: str = free("ve", "pc's process", choices=("ve", "vp"), only="solver=pc")
+    order: int = free(2, "unipc's: 1 to 3", least=1, most=3, only="solver=unipc")
+    bh: str = free("bh2", "unipc's variant", choices=("bh1", "bh2"), only="solver=unipc")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -336,17 +333,17 @@ class Sample(Group):
 class Evaluate(Group):
     """The distance of samples to the data."""
 
-    features: str = _free("", "feature space: a labelled source, lite0, inception; '' = none")
-    weights: str = _free("", "inception: the weights file", only="features=inception")
-    num: int = _free(0, "samples for it; 0 = as many as the data set has", least=0, only="features")
-    heldout: int = _free(
+    features: str = free("", "feature space: a labelled source, lite0, inception; '' = none")
+    weights: str = free("", "inception: the weights file", only="features=inception")
+    num: int = free(0, "samples for it; 0 = as many as the data set has", least=0, only="features")
+    heldout: int = free(
         1000,
         "images of data.heldout whose loss is measured, spread evenly over it; 0 = all",
         least=0,
         only="data.heldout",
     )
-    every: str = _free("0 steps", "evaluate during training, too; 0 = only at the end")
-    keep_best: int = _free(
+    every: str = free("0 steps", "evaluate during training, too; 0 = only at the end")
+    keep_best: int = free(
         1,
         "checkpoints with the smallest distances that stay, whatever train.keep says",
         least=0,

@@ -1,13 +1,10 @@
 """The group of settings that says what the denoiser's network is."""
 
 import dataclasses
-import functools
 
-from ogdm_jax.config.fields import Group, require, setting
+from ogdm_jax.config.fields import Group, decided, free, require, setting
 
 _UNETS = "kind=song|dhariwal|openai"
-_free = functools.partial(setting, free=True)  # may differ when a run is resumed
-_decided = functools.partial(setting, decided=True)  # may differ then with --override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Network(Group):
     attn_resolutions: tuple[int, ...] = setting(
         (16,), "sides at which blocks attend", least=1, only=_UNETS
     )
-    dropout: float = _decided(
+    dropout: float = decided(
         0.13,
         "share of dropped units",
         least=0,
@@ -83,12 +80,12 @@ class Network(Group):
         True, "openai: the embedding scales and shifts (use_scale_shift_norm)", only="kind=openai"
     )
     resblock_updown: bool = setting(False, "openai: residual blocks resample", only="kind=openai")
-    dtype: str = _decided(
+    dtype: str = decided(
         "float32",
         "compute type; parameters stay float32",
         choices=("float32", "bfloat16"),
     )
-    remat: bool = _free(False, "recompute activations in the backward pass")
+    remat: bool = free(False, "recompute activations in the backward pass")
 
     def _check_together(self) -> None:
         width, taps = self.model_channels, self.resample_filter

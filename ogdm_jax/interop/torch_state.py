@@ -83,11 +83,8 @@ def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, n
 def open_torch(path: str | os.PathLike) -> TorchFile:
     """Parses a checkpoint into inert records without making any array. Errors as in read_torch."""
     path = places.local(path, "checkpoint")
-    if path.is_dir():
-        try:
-            path = diffusers.weights(path) or path
-        except records.RecordError as error:
-            raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error
+    with _naming(path):
+        path = (path.is_dir() and diffusers.weights(path)) or path
     if path.is_dir() or strangers.INDEX.search(path.name):
         return _open_shards(path)
     if not path.is_file():
@@ -130,8 +127,9 @@ def _naming(path: Path) -> Iterator[None]:
     """Completes the sentence of a refusal, and refuses where memory runs out."""
     try:
         yield
-    except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: cannot be read: {error}.") from error.__cause__
+    except (UnsafeFileError, records.RecordError) as error:
+        said = str(error).removeprefix("file: ")
+        raise UnsafeFileError(f"{path}: cannot be read: {said}.") from error.__cause__
     except MemoryError as error:
         raise UnsafeFileError(
             f"{path}: cannot be read: it needs more memory than there is."

@@ -56,11 +56,8 @@ class ADM(UNet):
             emb = emb + dense("map_augment", self.model_channels, augment, zero, use_bias=False)
         emb = dense("map_layer1", total, nn.silu(dense("map_layer0", total, emb, INIT)), INIT)
         if self.label_dim:
-            hot, normal = (
-                layers.one_hot(asked.label, batch, self.label_dim),
-                nn.initializers.normal(1.0),
-            )
-            emb = emb + dense("map_label", total, hot, normal, use_bias=False)
+            hot = layers.one_hot(asked.label, batch, self.label_dim)
+            emb = emb + dense("map_label", total, hot, nn.initializers.normal(1.0), use_bias=False)
         return nn.silu(emb)
 
 

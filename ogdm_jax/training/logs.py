@@ -41,8 +41,8 @@ class Interval:
 
     def __init__(self) -> None:
         self._steps: list[Mapping[str, jax.Array]] = []
-        self._timed, self._began = 0, time.monotonic()
-        self._waited = (0, 0.0)  # steps and seconds at the last wait of first_speed
+        self._began = time.monotonic()
+        self.restart()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
         """Adds the metrics of one step."""
@@ -60,6 +60,7 @@ class Interval:
         """Measures the speed anew from here on; returns the seconds until now."""
         seconds = time.monotonic() - self._began
         self._timed, self._began = 0, time.monotonic()
+        self._waited = (0, 0.0)  # steps and seconds at the last wait of first_speed
         return seconds
 
     def speed(self, step: int, batch: int) -> dict[str, float]:

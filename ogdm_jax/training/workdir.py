@@ -289,7 +289,9 @@ class TrainedModel:
         """The labels given, else classes drawn from the seeds."""
         if labels is None:
             if self.tokenizer is not None:
-                raise ConfigError("prompt: not given, and the model makes pictures of texts")
+                raise ConfigError(
+                    "prompt: not given, and the model makes pictures of texts; expected one"
+                )
             labels = generate.labels_for(seeds, self.model.label_dim, None)
         return labels
 
