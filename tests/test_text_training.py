@@ -164,19 +164,49 @@ def test_long_captions_are_counted(place):
         (),
         ("sample.solver=plms", "sample.grid=leading", "precondition.zero_terminal=false"),
         ("precondition.kind=adm", "precondition.schedule=cosine", "sample.end=first"),
+        ("precondition.zero_terminal=false", "sample.solver=dpmpp_2m_sde", "sample.eta=1"),
+        ("precondition.zero_terminal=false", "sample.solver=unipc", "sample.order=3"),
+        ("precondition.zero_terminal=false", "sample.solver=unipc", "sample.bh=bh1"),
+        ("sample.solver=euler", "sample.start=ve"),
+        ("sample.solver=ancestral", "sample.grid=linspace"),
+        ("sample.solver=dpmpp_2m", "sample.grid=leading"),
     ],
 )
 def test_schedulers_are_read_as_they_are_written(more):
-    """Settings -> scheduler_config.json -> settings."""
-    given = support.config(*more)
-    found, notes = stable_diffusion.scheduler_settings(stable_diffusion.scheduler_config(given))
-    assert not notes
+    """Settings -> scheduler_config.json -> settings: each of the sampler's."""
+    given = support.config("sample.steps=50", *more)
+    written = stable_diffusion.scheduler_config(given)
+    found, notes = stable_diffusion.scheduler_settings(written)
+    assert not notes and not stable_diffusion.unwritten(given, written)
+    every = replace(given, {key: value for key, value in found.items() if "sample." in key})
+    assert every.sample == given.sample
     for key in ("schedule", "kind", "zero_terminal", "diffusion_steps"):
         value = getattr(given.precondition, key)
         expected = value and given.precondition.kind == "v" if key == "zero_terminal" else value
         assert found[f"precondition.{key}"] == expected
-    for key in ("solver", "grid", "offset", "end"):
-        assert found[f"sample.{key}"] == getattr(given.sample, key)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("sample.steps=30", "sample.eta=0.5"), "steps 30 (read as 50), eta 0.5 (read as 0.0)"),
+        (("sample.solver=spndm",), "solver 'spndm' (read as 'ddim')"),
+        (("sample.solver=plms",), "solver 'plms' (read as 'ddim')"),
+        (("sample.solver=euler", "sample.end=first"), "start 'vp' (read as 've'), end 'first'"),
+        (("sample.grid=leading", "sample.offset=0"), "offset 0 (read as 1)"),
+        (("sample.grid=edm", "sample.rho=5"), "grid 'edm' (read as 'trailing'), sigma_min 0.02"),
+        (("sample.solver=ancestral", "sample.variance=large"), "variance 'large' (read as 'auto')"),
+        (("sample.clip=true",), "clip True (read as False)"),
+    ],
+)
+def test_what_a_scheduler_cannot_hold_is_said(more, said):
+    given = support.config("sample.steps=50", *more)
+    left = stable_diffusion.unwritten(given, stable_diffusion.scheduler_config(given))
+    assert left.startswith("the scheduler of diffusers does not hold these of sample: ")
+    assert said in left
+    with pytest.raises(ConfigError, match="rescale_timesteps: True given; expected false"):
+        odd = {"precondition.rescale_timesteps": True, "precondition.diffusion_steps": 500}
+        stable_diffusion.scheduler_config(replace(given, odd))
 
 
 @pytest.mark.slow
@@ -211,6 +241,7 @@ def test_a_run_as_its_users_have_it(place, tmp_path, capsys):
             cli.main(line)
         assert said in capsys.readouterr().err
     assert not cli.main(["export", str(whole), "--out", f"{tmp_path}/sd"])
+    assert "does not hold these of sample: steps 2 (read as 50)\n" in capsys.readouterr().out
     params, text, _ = texts.open_folder(tmp_path / "sd", config(place))
     tiny.assert_trees(params, jax.device_get(trained.params))
     tiny.assert_trees(text, jax.device_get(trained.buffers[TEXT]))

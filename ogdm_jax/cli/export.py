@@ -100,7 +100,8 @@ def _export_texts(run: workdir.TrainedModel, folder: epath.Path, source: str) ->
         "text_encoder": (model.text, buffers[models.TEXT]),
         "vae": (model.autoencoder, buffers[models.VAE]),
     }
-    stable_diffusion.write(folder, run.config, networks, source)
+    if left := stable_diffusion.write(folder, run.config, networks, source):
+        print(left)
     return folder / stable_diffusion.INDEX
 
 

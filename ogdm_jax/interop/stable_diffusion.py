@@ -14,7 +14,7 @@ from typing import Any, cast
 from etils import epath
 
 from ogdm_jax import places, records
-from ogdm_jax.config import Config, ConfigError, require
+from ogdm_jax.config import Config, ConfigError, Sample, effects, require
 from ogdm_jax.data.tokens import START, Tokenizer, open_tokenizer
 from ogdm_jax.interop import diffusers, export, recognise_latent
 from ogdm_jax.interop.pretrained import Pretrained, load_pretrained
@@ -340,7 +340,7 @@ def write(
     config: Config,
     networks: Mapping[str, tuple[Any, Any]],
     words: str | os.PathLike,
-) -> None:
+) -> str:
     """Writes a model as diffusers' StableDiffusionPipeline.from_pretrained(folder) reads it.
 
     Args:
@@ -348,6 +348,9 @@ def write(
       config: of the run: its process and sampler become the scheduler.
       networks: {"unet", "text_encoder", "vae": (network, variables)}.
       words: a folder whose tokenizer is copied.
+
+    Returns:
+      What `unwritten` says of the sampler.
 
     Raises:
       ConfigError: a process that no scheduler of diffusers has.
@@ -362,6 +365,7 @@ def write(
     about = {"scheduler/scheduler_config.json": scheduler, INDEX: index}
     for name, content in about.items():  # the index comes last: it makes a model of the folder
         records.write(places.place(folder) / name, content, indent=1)
+    return unwritten(config, scheduler)
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
@@ -369,25 +373,57 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     that of DDIM for solvers that diffusers does not have.
 
     Raises:
-      ConfigError: no discrete process, or a learned variance.
+      ConfigError: no discrete process, a learned variance, or times that diffusers does not tell.
     """
     process, sampler = config.precondition, config.sample
     predicts = {kind: name for name, kind in PREDICTIONS.items()}.get(process.kind, "")
     expected = "adm or v, without learned variance, for a folder of diffusers"
     good = bool(predicts) and not process.learned_variance
     require(good, "precondition.kind", process.kind, expected)
+    scaled, steps = process.rescale_timesteps, process.diffusion_steps
+    plain, field = not scaled or steps == 1000, "precondition.rescale_timesteps"
+    require(plain, field, scaled, "false for a folder of diffusers, whose networks are told t")
     name, *ends = next(key for key, ours in _SCHEDULES.items() if ours == process.schedule)
+    zero, end = process.zero_terminal and process.kind == "v", sampler.end == "zero"
+    own: dict[str, dict[str, Any]] = {
+        "ddim": {"clip_sample": False, "set_alpha_to_one": end},
+        "plms": {"skip_prk_steps": True, "set_alpha_to_one": end},
+        "ancestral": {"clip_sample": False},
+        "euler": {},
+        "dpmpp_2m": {},
+        "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+        "unipc": {"solver_order": sampler.order, "solver_type": sampler.bh},
+    }
+    solver = sampler.solver if sampler.solver in own else "ddim"
+    solver = "ddim" if zero and solver == "plms" else solver  # PNDMScheduler has no such betas
     solvers = {ours: theirs for theirs, (ours, *_) in _SOLVERS.items()}
-    made = {
-        "_class_name": solvers.get(sampler.solver, "DDIMScheduler"),
+    made: dict[str, Any] = {
+        "_class_name": solvers[solver.removesuffix("_sde")],
         "beta_schedule": name,
-        "clip_sample": False,
-        "num_train_timesteps": process.diffusion_steps,
+        "num_train_timesteps": steps,
         "prediction_type": predicts,
-        "rescale_betas_zero_snr": process.zero_terminal and process.kind == "v",
-        "set_alpha_to_one": sampler.end == "zero",
         "steps_offset": sampler.offset,
         "timestep_spacing": sampler.grid if sampler.grid in _GRIDS else "trailing",
+        **own[solver],
     }
-    made |= {"skip_prk_steps": True} if sampler.solver == "plms" else {}
+    made |= {"rescale_betas_zero_snr": zero} if solver != "plms" else {}
     return made | (dict(zip(("beta_start", "beta_end"), ends)) if ends[0] is not None else {})
+
+
+def unwritten(config: Config, scheduler: Mapping[str, Any]) -> str:
+    """A sentence that names the settings of config.sample which `scheduler_settings` does not give
+    back of a scheduler; "" where there are none.
+    """
+    given, back = vars(config.sample), {**vars(Sample())}
+    for key, value in scheduler_settings(scheduler)[0].items():
+        back |= {key.removeprefix("sample."): value}
+    without = {key.removeprefix("sample.") for key in effects.idle(config, {})}
+    without |= {"every", "num"}
+    without |= {"sigma_min", "sigma_max"} if config.sample.grid in _GRIDS else set()
+    lost = [
+        f"{name} {value!r} (read as {back[name]!r})"
+        for name, value in given.items()
+        if name not in without and value != back[name]
+    ]
+    which = ", ".join(lost)
+    return f"the scheduler of diffusers does not hold these of sample: {which}" if lost else ""
