@@ -147,6 +147,7 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
     9.5, 9.11).
     """
     flags = (f"methods={tuple(TRAINING)!r}", f"init.workdir={pretrained}", "stf.source=stream")
+    flags += ("ogdm.warmup=1 steps", "ogdm.adaptive=0.01")
     run = tiny.build(*SMALL, *flags, plan="mesh", devices=2)
     state = run.init()
     compiled, constants = run.compile(state), run.constants()
@@ -160,6 +161,7 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
         [v for k, v in metrics[-1].items() if k.startswith(("loss", "grad"))]
     ).all(), metrics
     assert set(straight.carry) == {"ogdm", "sp"}
+    assert straight.carry["ogdm"]["lead"] != 0
 
     with Checkpoints(tmp_path) as saved:
         restored, position = saved.restore(1, jax.eval_shape(run.create, run.key), run.plan)

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ogdm_jax.diffusion import grids, jumps, noise
@@ -387,6 +388,7 @@ def context(**changes):
         noise=noise.edm(),
         denoiser=lambda params, buffers: linear(params),
         learning_rate=1e-3,
+        steps=100,
         source=None,
         weights=None,
     )
@@ -522,6 +524,58 @@ def test_a_penalty_is_gamma_pixels_generator_loss_of_the_projection():
     assert jax.tree.map(jnp.shape, made["params"]) == jax.tree.map(jnp.shape, born())
 
 
+def at(count, lead=0.0):
+    """The carry of a discriminator that has had `count` updates."""
+    return {"opt_state": (optax.ScaleByAdamState(jnp.int32(count), None, None),), "lead": lead}
+
+
+@pytest.mark.parametrize(
+    "settings,truth",
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup": "3 steps"}, [0, 0, 0, 1]),
+        ({"warmup": "9 images"}, [0, 0, 0, 1]),  # of 4 a step: rounded up
+        ({"adaptive": 0.5}, [0, 0, 0.4, 1]),
+        ({"warmup": "2 steps", "adaptive": 0.5}, [0, 0, 0.4, 1]),
+        ({"warmup": "3 steps", "adaptive": 0.1}, [0, 0, 0, 1]),
+    ],
+)
+def test_gamma_waits_for_the_discriminator(settings, truth):
+    """At n = 0..3 updates, with leads -0.3, 0, 0.2, 0.9."""
+    players = players_of(**settings)
+    shares = [players.share(at(n, lead)) for n, lead in enumerate((-0.3, 0.0, 0.2, 0.9))]
+    np.testing.assert_allclose(shares, truth, rtol=1e-6)
+    shown, e = "ogdm/gamma", example()
+    penalty = lambda carry: players.penalty(  # noqa: E731
+        e, linear(0.1)(e.xt, e.sigma), same(linear(0.1)), slots.Own(carry=carry)
+    )
+    for n, lead, share in ((0, -0.3, truth[0]), (2, 0.2, truth[2])):
+        loss, metrics = quick_jit(penalty)({"params": born(), **at(n, lead)})
+        whole = -0.025 * 192 * metrics["ogdm/generator_logit"]
+        np.testing.assert_allclose(loss, share * whole, rtol=1e-5)
+        assert (shown in metrics) == bool(settings)
+        np.testing.assert_allclose(metrics.get(shown, 0.025), 0.025 * share if settings else 0.025)
+
+
+def test_the_lead_is_a_running_mean_of_who_is_told_apart():
+    """With signs that are given: lead_n = 1 - (1 - 1/50)^n where every real image scores higher."""
+    judge = lambda x, pair: jnp.sum(x, axis=(1, 2, 3))  # noqa: E731
+    pair, x = ogdm.Pair(jnp.ones(4), jnp.ones(4)), jnp.asarray(images(1))
+    fake = x + wide(jnp.asarray([-1.0, 1.0, 0.0, -1.0]))
+    told = ogdm.own_loss(judge, x, fake, pair, ogdm.Settings(adaptive=0.1))[1]["ogdm/lead"]
+    np.testing.assert_array_equal(told, [1, -1, 0, 1])
+    assert "ogdm/lead" not in ogdm.own_loss(judge, x, fake, pair, ogdm.Settings())[1]
+    players = players_of(adaptive=0.1)
+    carry = {"params": {"w": jnp.ones(2)}, "lead": jnp.zeros(())}
+    carry["opt_state"] = players.adam.init(carry["params"])
+    seen = lambda loss, params, key, noise_key: (params, {"ogdm/lead": jnp.ones(())})  # noqa: E731
+    update = slots.Update(jnp.int32(0), jax.random.key(0), {}, None, seen)
+    for n in range(1, 4):
+        carry, _ = players.update(carry, update)
+        np.testing.assert_allclose(carry["lead"], 1 - 0.98**n, rtol=1e-6)
+        assert carry["opt_state"][0].count == n
+
+
 def test_lazy_r1_keeps_its_average_and_skips_its_steps():
     judge = lambda x, pair: jnp.sum(x, axis=(1, 2, 3)) / 192**0.5  # noqa: E731  R1 = 1
     pair, x = ogdm.Pair(jnp.ones(4), jnp.ones(4)), jnp.asarray(images(1))
@@ -589,6 +643,8 @@ def test_each_network_call_has_dropout_of_its_own():
         ({"solver": "rk4"}, {}, "config.ogdm.solver: unknown 'rk4'"),
         ({"loss": "wgan"}, {}, "config.ogdm.loss: unknown 'wgan'"),
         ({"gamma": float("inf")}, {}, "config.ogdm.gamma: inf given"),
+        ({"warmup": "soon"}, {}, "config.ogdm.warmup: 'soon' is no duration"),
+        ({"warmup": "8"}, {"steps": 8}, "config.ogdm.warmup: '8' given; expected less than"),
         ({"r1_interval": 0}, {}, "config.ogdm.r1_interval: 0 given"),
         (
             {"condition": "index"},

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from ogdm_jax import randomness
-from ogdm_jax.config import ConfigError, Group, choose, require, setting
+from ogdm_jax.config import ConfigError, Group, choose, duration, require, setting
 from ogdm_jax.diffusion import jumps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.jumps import Pair, next_sigma
@@ -47,6 +47,7 @@ from ogdm_jax.methods.contract import (
 from ogdm_jax.networks.discriminator import StyleGAN2Discriminator
 from ogdm_jax.typing import Array, Denoise, PyTree
 
+_MEMORY = 50  # updates over which the lead of the discriminator is a running mean
 _EDM, _ADM = "distribution=edm", "distribution=adm"
 
 
@@ -56,21 +57,23 @@ class Settings(Group):
 
     GROUP = "ogdm"
     gamma: float = setting(
-        0.025,
-        "weight of the observation loss, relative to a mean-per-pixel denoising loss",
-        least=0,
+        0.025, "weight of the observation loss beside a mean-per-pixel denoising loss", least=0
+    )
+    warmup: str = setting(
+        "0 steps", "gamma is 0 for so long: the discriminator learns alone", only="gamma"
+    )
+    adaptive: float = setting(
+        0.0, "discriminator's lead at which gamma is whole; 0 = off", least=0, below=1, only="gamma"
     )
     k: float = setting(
         0.2,
-        "largest jump: a fraction of EDM's rho-warped time axis (distribution edm; above 1 the "
-        "number of levels of a Karras grid whose next lower level is taken), or a fraction of the "
-        "discrete steps (distribution adm)",
+        "largest jump: a fraction of EDM's rho-warped time axis (above 1 the number of levels of a "
+        "Karras grid whose next lower one is taken), or of the discrete steps (distribution adm)",
         least=0,
     )
     distribution: str = setting(
         "edm",
-        "how s is drawn given t: edm (2310.04041's EDM code), or adm (pair_T,k of its "
-        "guided-diffusion code)",
+        "how s is drawn given t: edm (2310.04041's EDM code), or adm (its guided-diffusion code)",
         choices=("edm", "adm"),
         was="law",
     )
@@ -83,13 +86,11 @@ class Settings(Group):
         1, "every how many steps R1 is taken (then times the interval)", least=1, only="r1"
     )
     share_denoise: bool = setting(
-        True,
-        "the projection starts from the denoising loss's own x0_hat, which saves a network call",
+        True, "the projection starts from the denoising loss's x0_hat: one network call less"
     )
     pass_augment: bool = setting(
         False,
-        "the projection's own network calls see the augmentation labels (always so with "
-        "share_denoise)",
+        "the projection's network calls see augmentation labels (always so with share_denoise)",
     )
     resample: str = setting(
         "all",
@@ -104,13 +105,12 @@ class Settings(Group):
     )
     input_scale: str = setting(
         "none",
-        "how images go to the discriminator: none (as they are), vp (divided by sqrt(1 + "
-        "sigma_s^2)), or unit (divided by sqrt(sigma_data^2 + sigma_s^2))",
+        "the discriminator gets images: as they are (none), or divided by sqrt(1 + sigma_s^2) "
+        "(vp) or by sqrt(sigma_data^2 + sigma_s^2) (unit)",
         choices=("none", "vp", "unit"),
     )
     scale_by_pixels: bool = setting(
-        False,
-        "multiply the discriminator's loss by h*w*c, as the EDM code does (Adam hardly notices)",
+        False, "multiply the discriminator's loss by h*w*c, as the EDM code (Adam hardly notices)"
     )
     statistics_batch: int = setting(
         4, "examples that share minibatch statistics; 0 = a device's batch, as the authors", least=0
@@ -122,16 +122,12 @@ class Settings(Group):
         None, "of the discriminator's Adam; None = the denoiser's peak rate", above=0
     )
     betas: tuple[float, float] = setting(
-        (0.9, 0.999),
-        "of the discriminator's Adam",
-        least=0,
-        below=1,
-        expected="two numbers in [0, 1)",
+        (0.9, 0.999), "of its Adam", least=0, below=1, expected="two numbers in [0, 1)"
     )
     decay: int = setting(0, "steps in which that rate falls linearly to 0; 0 = constant", least=0)
     sigma_min: float = setting(0.002, "lowest level of the warp (distribution edm)", above=0)
     sigma_max: float = setting(80.0, "highest level of the warp", above=0, only=_EDM)
-    rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only="distribution=edm")
+    rho: float = setting(7.0, "exponent of the warp", least=0.1, most=1000, only=_EDM)
     schedule: str = setting("linear", "betas of distribution adm", choices=SCHEDULES, only=_ADM)
     diffusion_steps: int = setting(1000, "and their number", least=2, most=10**5, only=_ADM)
 
@@ -150,36 +146,26 @@ class Settings(Group):
             require(self.condition != "index", "ogdm.condition", self.condition, told)
 
 
-# What the released codes do, switch by switch. The augmentation-free ADM code tells the
+# What the two released codes do, switch by switch. The augmentation-free ADM code tells the
 # discriminator (t, gap).
-_BOTH = {"loss": "hinge", "r1_interval": 1, "pass_augment": False, "statistics_batch": 0}
+_RELEASED: dict[str, tuple[Any, Any]] = {
+    "gamma": (0.025, 0.01),
+    "k": (0.2, 0.1),
+    "distribution": ("edm", "adm"),
+    "solver": ("euler", "ddim"),
+    "loss": ("hinge", "hinge"),
+    "r1": (1.0, 0.25),
+    "r1_interval": (1, 1),
+    "share_denoise": (False, True),
+    "pass_augment": (False, False),
+    "resample": ("all", "noise"),
+    "condition": ("sigma", "index"),
+    "input_scale": ("none", "vp"),
+    "scale_by_pixels": (True, False),
+    "statistics_batch": (0, 0),
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "edm": _BOTH
-    | {
-        "gamma": 0.025,
-        "k": 0.2,
-        "distribution": "edm",
-        "solver": "euler",
-        "r1": 1.0,
-        "share_denoise": False,
-        "resample": "all",
-        "condition": "sigma",
-        "input_scale": "none",
-        "scale_by_pixels": True,
-    },
-    "adm": _BOTH
-    | {
-        "gamma": 0.01,
-        "k": 0.1,
-        "distribution": "adm",
-        "solver": "ddim",
-        "r1": 0.25,
-        "share_denoise": True,
-        "resample": "noise",
-        "condition": "index",
-        "input_scale": "vp",
-        "scale_by_pixels": False,
-    },
+    name: {key: both[i] for key, both in _RELEASED.items()} for i, name in enumerate(("edm", "adm"))
 }
 
 
@@ -255,40 +241,33 @@ def own_loss(
     settings: Settings,
     step: Array | int = 0,
 ) -> tuple[Array, Metrics]:
-    """The discriminator's loss per example: l_D + r1 * R1(real), with R1 every r1_interval steps
-    (the authors: 1).
+    """The discriminator's loss per example, l_D + r1 * R1(real), with R1 every r1_interval steps
+    (the authors: 1): ([B], metrics).
 
     Args:
       discriminate: (images, pair) -> logits [B], a function of what discriminator sees (see view)
         and of the pair.
       real, fake: [B,h,w,c] as the discriminator sees them; no gradient goes into fake's making.
       step: int32 scalar, the optimiser step.
-
-    Returns:
-      ([B], metrics).
     """
     fake_logits = discriminate(jax.lax.stop_gradient(fake), pair)
     judge = lambda x: discriminate(x, pair)
+    without = lambda x: (judge(x), jnp.zeros_like(fake_logits))
+    penalised = lambda x: logits_and_r1(judge, x)
     if settings.r1 == 0:
-        real_logits, r1 = judge(real), jnp.zeros_like(fake_logits)
+        real_logits, r1 = without(real)
     elif settings.r1_interval == 1:
-        real_logits, r1 = logits_and_r1(judge, real)
+        real_logits, r1 = penalised(real)
     else:
-        real_logits, r1 = jax.lax.cond(
-            step % settings.r1_interval == 0,
-            lambda x: logits_and_r1(judge, x),
-            lambda x: (judge(x), jnp.zeros_like(fake_logits)),
-            real,
-        )
+        now = step % settings.r1_interval == 0
+        real_logits, r1 = jax.lax.cond(now, penalised, without, real)
         r1 = settings.r1_interval * r1
     loss = discriminator_loss(real_logits, fake_logits, settings.loss) + settings.r1 * r1
     right = 0.5 * ((real_logits > 0).astype(loss.dtype) + (fake_logits < 0).astype(loss.dtype))
-    metrics = {
-        "ogdm/real_logit": real_logits,
-        "ogdm/fake_logit": fake_logits,
-        "ogdm/r1": r1,
-        "ogdm/accuracy": right,
-    }
+    metrics = {"ogdm/real_logit": real_logits, "ogdm/fake_logit": fake_logits}
+    metrics |= {"ogdm/r1": r1, "ogdm/accuracy": right}
+    if settings.adaptive:
+        metrics["ogdm/lead"] = jnp.sign(real_logits - fake_logits)
     if settings.scale_by_pixels:
         loss = loss * (real.size // real.shape[0])
     return loss, metrics
@@ -298,8 +277,8 @@ def own_loss(
 
 
 def training(settings: Settings, context: Context) -> Slots:
-    """Fills the penalty slot with the observation loss; its carry is the discriminator with its
-    Adam, {"params", "opt_state"}, trained after the denoiser in every step.
+    """Fills the penalty slot with the observation loss; its carry, trained after the denoiser in
+    every step, has the discriminator's "params" and "opt_state", and "lead" for settings.adaptive.
 
     Raises:
       ConfigError: images are not square with a side 2^n >= 8, the device batch cannot be cut into
@@ -333,12 +312,26 @@ class Players:
         image, pair = jnp.zeros((1, *self.context.image_shape)), jnp.ones((1, 2))
         key = randomness.fold_in_name(key, "ogdm/companion")
         params = self.network.init(key, image, pair, label)["params"]
-        return {"params": params, "opt_state": self.adam.init(params)}
+        lead = {"lead": jnp.zeros(())} if self.settings.adaptive else {}
+        return {"params": params, "opt_state": self.adam.init(params), **lead}
+
+    def share(self, carry: PyTree) -> Array | float:
+        """What gamma is multiplied by: 0 for the discriminator's first updates (warmup), then 1, a
+        switch as disc_start of 2012.09841's code; times clip(lead / adaptive, 0, 1).
+
+        The lead is a running mean of sign(d(real) - d(fake)), from 0: the r_t of 2006.06676, which
+        is E[sign(d(real))], for real and fake of one x0 and eps, whose logits have one sign.
+        """
+        wait = duration(self.settings.warmup, self.context.batch, "config.ogdm.warmup")
+        share = (carry["opt_state"][0].count >= wait).astype(jnp.float32) if wait else 1.0
+        if self.settings.adaptive:
+            share = share * jnp.clip(carry["lead"] / self.settings.adaptive, 0.0, 1.0)
+        return share
 
     def penalty(
         self, example: Example, x0_hat: Array, denoiser: DenoiserOf, own: Own
     ) -> tuple[Array, Metrics]:
-        """The observation loss gamma * pixels * ell_G [b]."""
+        """The observation loss gamma * share * pixels * ell_G [b]."""
         settings = self.settings
         if settings.gamma == 0:  # bitwise the plain denoiser's gradient
             return jnp.zeros_like(example.sigma), {}
@@ -350,9 +343,13 @@ class Players:
         fake = project_pair(denoise, example.xt, pair, example.label, settings, shared)
         logits = sees(fake, pair)
         h, w, c = self.context.image_shape
-        loss = settings.gamma * (h * w * c) * generator_loss(logits, settings.loss)
+        gamma = settings.gamma * self.share(own.carry)
+        loss = gamma * (h * w * c) * generator_loss(logits, settings.loss)
         ratio = pair.sigma_next / pair.sigma
-        return loss, {"ogdm/generator_logit": logits, "ogdm/level_ratio": ratio}
+        metrics: Metrics = {"ogdm/generator_logit": logits, "ogdm/level_ratio": ratio}
+        if not isinstance(gamma, float):
+            metrics["ogdm/gamma"] = jnp.full_like(logits, gamma)
+        return loss, metrics
 
     def update(self, carry: PyTree, update: Update) -> tuple[PyTree, Mapping[str, Array]]:
         """One Adam step of the discriminator on the batch and the updated denoiser."""
@@ -361,8 +358,10 @@ class Players:
         loss = lambda params, example, denoiser: self.loss(params, example, denoiser, update.step)
         grads, metrics = update.gradient(loss, carry["params"], key, fresh)
         updates, opt_state = self.adam.update(grads, carry["opt_state"], carry["params"])
-        params = optax.apply_updates(carry["params"], updates)
-        return {"params": params, "opt_state": opt_state}, metrics
+        new = {"params": optax.apply_updates(carry["params"], updates), "opt_state": opt_state}
+        if self.settings.adaptive:
+            new["lead"] = carry["lead"] + (metrics["ogdm/lead"] - carry["lead"]) / _MEMORY
+        return new, metrics
 
     def loss(
         self, params: PyTree, example: Example, denoiser: DenoiserOf, step: Array | int
@@ -426,6 +425,9 @@ def discriminator(settings: Settings, context: Context) -> StyleGAN2Discriminato
     lasts = settings.decay == 0 or settings.decay >= context.steps
     length = f"0, or at least the run's {context.steps} steps: after as many the rate is 0"
     require(lasts, "ogdm.decay", settings.decay, length)
+    wait = duration(settings.warmup, context.batch, "config.ogdm.warmup")
+    less = f"less than the run's {context.steps} steps: until then gamma is 0"
+    require(not wait or wait < context.steps, "ogdm.warmup", settings.warmup, less)
     return StyleGAN2Discriminator(
         img_resolution=h,
         img_channels=c,
