@@ -1,5 +1,8 @@
 """What mkdocs does beside its own work: files outside docs/, notebooks as pages, and equations that
 need no script.
+
+Notebooks are converted here because mkdocs-jupyter takes only those inside docs/ and fetches
+MathJax, and nbconvert's Markdown has code without its language and animations as text in the page.
 """
 
 import base64

@@ -308,7 +308,7 @@ SETTINGS = {
     "ogdm.gamma=inf": "finite",
     "ogdm.warmup=soon": "duration",
     "ogdm.warmup=-1 steps": "duration",
-    "ogdm.warmup=10 kimg": "less than the run's",
+    "ogdm.warmup=52 kimg": "less than the run's",
     "ogdm.gamma=0 --config.ogdm.warmup=1": "ogdm.gamma set",
     "ogdm.adaptive=1": "below 1",
     "ogdm.adaptive=-0.1": "",
