@@ -4,6 +4,7 @@ import json
 import struct
 import zipfile
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -292,6 +293,16 @@ def test_an_npy_is_images(tmp_path):
     np.save(tmp_path / "a.npy", images)
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
     np.testing.assert_array_equal(open_source(f"npz:{tmp_path}/a.npz").images, images)
+
+
+def test_devices_that_do_not_start_are_one_sentence(monkeypatch, capsys):
+    """As where a run holds the chips: the proposal is for them."""
+    for error in (RuntimeError("the TPU is\nin use"), AssertionError()):
+        monkeypatch.setattr("jax.devices", mock.Mock(side_effect=error))
+        assert main(["describe", "digits"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: JAX starts no device of this machine: the ")
+        assert said.count("\n") == 1 and "JAX_PLATFORMS=cpu" in said
 
 
 def test_numbers_of_another_range_are_shown(tmp_path, capsys):

@@ -173,7 +173,9 @@ def test_every_distance_has_its_number_and_floor():
     assert [c[0] for c in cells] == ["euler"] * 4 + ["heun"] * 4
     assert [c[2] for c in cells[4:]] == ["5", "9", "17", "35"]
     assert all(c[3] == "898" and c[5] == "2.9" and c[8] == c[9] == "1,797" for c in cells)
-    assert all(c[10] == "0.1 (0)" and c[11] == "0.8 (0.9)" and c[14] == "0.6 (–)" for c in cells)
+    assert all(
+        c[10] == "0.10 (0)" and c[11] == "0.80 (0.90)" and c[14] == "0.60 (–)" for c in cells
+    )
     chart = charts.svg(charts.distance_chart(findings().distances))
     for text in ("fd_x", "euler", "heun", "real against real, n = 898", "stroke-dasharray"):
         assert text in chart

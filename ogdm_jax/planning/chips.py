@@ -91,8 +91,19 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def here() -> tuple[str, tuple[Any, ...]]:
-    """(chip, devices) of this machine; the chip is "" where CHIPS has no figures (as for CPUs)."""
-    devices = tuple(jax.devices())
+    """(chip, devices) of this machine; the chip is "" where CHIPS has no figures (as for CPUs).
+
+    Raises:
+      ConfigError: JAX starts no device, as where a run holds those of this machine.
+    """
+    try:
+        devices = tuple(jax.devices())
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split()) or "the platform of JAX_PLATFORMS is not here"
+        raise ConfigError(
+            f"JAX starts no device of this machine: {why}; JAX_PLATFORMS=cpu in front of the "
+            "command does it for a CPU"
+        ) from None
     return chip_of(devices[0].device_kind), devices
 
 

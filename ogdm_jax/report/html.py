@@ -45,7 +45,7 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     if not found.distances:
         return list(found.facts)
     best = min(found.distances, key=lambda r: (math.isnan(r["fd"]), r["fd"]))
-    n, name = f"n = {best['n']:,}", best["features"]
+    n, name = f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{best['n']:,}", best["features"]
     where = f"{best['solver']}, {best['nfe']} evaluations, {n}"
     return [
         (f"smallest {name}", nice(best["fd"]), where),
@@ -92,7 +92,7 @@ def _share(value: float | None) -> str:
     """A share or a kernel distance: two digits behind the point, below 0.1 one digit."""
     if value is None:
         return "–"
-    return nice(float(f"{value:.1g}") if abs(value) < 0.1 else round(value, 2))
+    return nice(float(f"{value:.1g}")) if abs(value) < 0.1 else f"{value:.2f}"
 
 
 def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Markup:
