@@ -152,7 +152,8 @@ def test_resampling(taps):
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "channels,groups,expected", [(8, 0, 2), (96, 0, 24), (256, 0, 32), (64, 32, 32)]
+    "channels,groups,expected",
+    [(8, 0, 2), (96, 0, 24), (256, 0, 32), (64, 32, 32), (1024, 0, 32)],
 )
 def test_groupnorm(channels, groups, expected):
     """Biased statistics of min(32, C/4) groups, also where the mean is 1000 times the spread."""
@@ -182,6 +183,16 @@ def test_groupnorm_of_a_constant_is_its_bias():
     assert float(y) == pytest.approx(16 * 28, rel=1e-5) and np.all(np.isfinite(gradient))
     with pytest.raises(ValueError, match="10 channels"):
         layers.GroupNorm(1e-5, 4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 10)))
+
+
+@pytest.mark.fast
+def test_a_wide_groupnorm_brings_no_large_constant():
+    """A U-Net of 2,560 channels was traced with 2 GB of them."""
+    x, scale = jnp.zeros((1, 2, 2, 2560)), jnp.ones((1, 1, 1, 2560))
+    traced = jax.make_jaxpr(lambda x, s: groupnorm.normalise(x, s, s, 32, 1e-5)[0])(x, scale)
+    literals = [v for equation in traced.eqns for v in equation.invars if hasattr(v, "val")]
+    held = [np.size(c) for c in [*traced.consts, *(v.val for v in literals)]]
+    assert 2560 * 32 in held and max(held) == 2560 * 32
 
 
 @pytest.mark.parametrize("groups", [1, 4, 24])
