@@ -244,7 +244,10 @@ def written(path: epath.Path) -> Iterator[pathlib.Path]:
             new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            new.touch()
+            mode = new.stat().st_mode  # as the user's umask has it; safetensors writes for one alone
             yield new
+            new.chmod(mode)
             if is_local(path):
                 os.replace(new, path)
             else:

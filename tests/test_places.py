@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from PIL import Image
 
@@ -339,6 +340,15 @@ def test_a_link_stays_a_link(tmp_path):
         with places.written(places.place(tmp_path / "a.json")) as new:
             new.write_text(text)
     assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "b.json").read_text() == "2"
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    """safetensors 0.8 makes files that their owner alone may read."""
+    (tmp_path / "plain").touch()
+    with places.written(epath.Path(tmp_path / "x.safetensors")) as new:
+        safetensors.numpy.save_file({"a": np.zeros(3)}, new)
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "x.safetensors")}
+    assert len(modes) == 1
 
 
 def test_the_home_folder_is_what_a_shell_would_make_of_it(tmp_path, monkeypatch):

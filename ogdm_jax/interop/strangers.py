@@ -40,7 +40,11 @@ _MAGIC = (
 _TENSORFLOW = bytes.fromhex("57fb808b247547db")  # ends an index of TensorFlow's tables
 # files that tell what a folder is -> what it is, and what to do
 _FOLDERS = (
-    ("checkpoints", "a training folder of ours; use it with --workdir"),
+    (
+        "checkpoints",
+        "a training folder of ours; use it with --workdir (an autoencoder's has vae/, which --vae "
+        "takes, when its training has ended)",
+    ),
     (
         "model_index.json",
         "a pipeline of diffusers; its networks lie in the folders below (unet, "
