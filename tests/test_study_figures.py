@@ -81,3 +81,6 @@ def test_the_table_has_a_row_for_each_way():
     head, _, row = text.strip().split("\n")
     assert "b - a [95 %]" in head and "5 ± 1.6" in row and "7 ± 1.6" in row
     assert "2 [2, 2]" in row and "0.062" in row
+    alone = {key: value for key, value in values.items() if key[1] == 0}
+    text = figures.markdown(figures.summary(reports(alone), ["a", "b"], "fd"))
+    assert "| 3 | 5 | 2 |  |  |" in text and "nan" not in text

@@ -105,7 +105,16 @@ def summary(reports: Sequence[Report], arms: Sequence[str], metric: str) -> list
 
 
 def _plus_minus(of_arm: Mapping[str, Any]) -> str:
-    return f"{nice(of_arm['mean'])} ± {nice(float(format(of_arm['std'], '.2g')))}"
+    mean = nice(of_arm["mean"])  # one seed has no spread
+    return mean if of_arm["n"] == 1 else f"{mean} ± {nice(float(format(of_arm['std'], '.2g')))}"
+
+
+def _tested(difference: Mapping[str, Any]) -> list[str]:
+    mean = nice(difference["mean"])
+    if difference["n"] == 1:
+        return [mean, "", ""]
+    interval = f"[{nice(difference['low'])}, {nice(difference['high'])}]"
+    return [f"{mean} {interval}", *(f"{difference[name]:.2g}" for name in ("p_t", "p_signs"))]
 
 
 def _compared(table: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def _chosen(tables: Mapping[tuple[Any, ...], Any], metric: str) -> list[dict[str
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The table of a summary: mean ± standard deviation of every arm, and of each difference to
-    the first arm its mean with the 95 % interval and both p values.
+    the first arm its mean with the 95 % interval and both p values; means alone of one seed.
     """
     first, *others = entries[0]["arms"]
     several = len({entry["checkpoint"] for entry in entries}) > 1
@@ -154,8 +163,6 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
         row += ["" if entry["floor"] is None else nice(entry["floor"])]
         row += [_plus_minus(s) for s in entry["arms"].values()]
         for difference in entry["differences"].values():
-            interval = f"[{nice(difference['low'])}, {nice(difference['high'])}]"
-            row += [f"{nice(difference['mean'])} {interval}"]
-            row += [f"{difference[name]:.2g}" for name in ("p_t", "p_signs")]
+            row += _tested(difference)
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
