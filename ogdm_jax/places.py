@@ -245,7 +245,7 @@ def written(path: epath.Path) -> Iterator[pathlib.Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new.touch()
-            mode = new.stat().st_mode  # as the user's umask has it; safetensors writes for one alone
+            mode = new.stat().st_mode  # by the umask; safetensors makes files for one user alone
             yield new
             new.chmod(mode)
             if is_local(path):
