@@ -4,6 +4,8 @@ errors.
 
 import gc
 import os
+import resource
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tests.support import compiling
@@ -57,19 +59,24 @@ def without_shape_checks(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs pile up to gigabytes over the suite; no module needs another's."""
+    """Compiled programs pile up to gigabytes over the suite. Modules share those of single
+    operations, so all are kept until the process has had two gigabytes.
+    """
     yield
-    jax.clear_caches()
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2_000_000:  # kB
+        jax.clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
-    """Marks the slow cases of tests. Golden files last: they are many and need nothing of each
-    other, so both workers end together.
+def pytest_collection_modifyitems(config, items):
+    """Marks the slow cases of tests; `-m fast` leaves out what is slow or default. Golden files last: they are
+    many and need nothing of each other, so both workers end together.
     """
+    if config.option.markexpr == "fast":
+        config.option.markexpr = "fast and not slow and not default"
     for item in items:
         cases = item.get_closest_marker("slow_cases")
-        if cases is not None and item.callspec.id in cases.args:
+        if cases is not None and any(fnmatchcase(item.callspec.id, case) for case in cases.args):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name == "test_golden.py")
 

@@ -281,6 +281,7 @@ def rehearse(out, only, minutes=4.0):
     return json.loads((out / "results.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_rehearsal(tmp_path):
     found, said = rehearse(
         tmp_path, "exact.stf_targets_a,train.product,profile,train.torch-product"

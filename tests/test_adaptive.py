@@ -34,6 +34,7 @@ def solver(data, **settings):
     return jax.jit(lambda z: sample(data.denoise, z, GRID, "dopri5", with_nfe=True, **settings))
 
 
+@pytest.mark.slow_cases("ve")
 @pytest.mark.fast
 @VARIABLES
 def test_a_gaussian_flows_as_its_closed_form(variable):
@@ -45,6 +46,7 @@ def test_a_gaussian_flows_as_its_closed_form(variable):
     assert x.dtype == jnp.float32 and count.dtype == jnp.int32 and (count > 9).all()
 
 
+@pytest.mark.slow_cases("angle", "vp")
 @VARIABLES
 def test_the_error_falls_with_the_tolerance(variable):
     """Mixture in float64 against scipy's DOP853: the error follows the tolerance over six decades."""
@@ -70,7 +72,6 @@ def test_the_error_falls_with_the_tolerance(variable):
     assert 3.5 < order < 7.5, (order, errors, counts)  # evaluations needed for an error: order 5
 
 
-@pytest.mark.fast
 def test_vp_is_score_sde_s_ode_in_its_own_time():
     """An independent route: scipy's RK45 on the drift -beta / 2 (x + score), as score_sde has it."""
     vp, data, z = process.VP(), two_bumps(), latents(1)
@@ -92,7 +93,6 @@ def test_vp_is_score_sde_s_ode_in_its_own_time():
     assert abs(int(count[0]) - found.nfev) <= 12
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("trajectory", [False, True])
 def test_evaluations_are_counted(trajectory):
     calls, data = [], two_bumps()
@@ -123,7 +123,6 @@ def test_one_trace_serves_all_ends():
     assert len(traces) == 1
 
 
-@pytest.mark.fast
 def test_an_image_depends_on_itself_alone_and_one_that_is_nan_spoils_no_other():
     data = two_bumps()
 
@@ -141,7 +140,6 @@ def test_an_image_depends_on_itself_alone_and_one_that_is_nan_spoils_no_other():
     assert count[1] < 600  # given up soon: the others wait for it
 
 
-@pytest.mark.fast
 def test_transforms_of_the_denoiser_work():
     """Classifier-free guidance, and DG with the exact ratio of two Gaussians gives the other."""
     model, z = Gaussian(-0.3, 0.5), latents(64)
@@ -198,7 +196,6 @@ class Toy(models.Model):
 TOY = Toy(None, None, (2, 2, 1), 0)
 
 
-@pytest.mark.fast
 def test_images_of_seeds_and_their_counts():
     settings = Sample(solver="dopri5", rtol=1e-4, atol=1e-4)
     images = generate.sampler(TOY, settings, jax.devices()[:2])

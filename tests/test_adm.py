@@ -42,6 +42,16 @@ def randomised(network, seed: int = 0):
     return jax.tree.unflatten(tree, values)
 
 
+# wider and deeper, of the same layers
+@pytest.mark.slow_cases(
+    "guided-diffusion-[125]*",
+    "guided-diffusion-lsun*",
+    "guided-diffusion-64x64_classifier",
+    "dg-extractor-[26]*",
+    "dg-head-uncond",
+    "dsg-imagenet*",
+    "ogdm*-64",
+)
 @pytest.mark.parametrize("name", LISTS)
 def test_tensors_of_published_checkpoints(name):
     """Name and shape of every tensor and the exact number of parameters; nothing is allocated."""

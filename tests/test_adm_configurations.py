@@ -37,6 +37,7 @@ def load(name, *more):
     return configs.load(tiny.ROOT / "configs" / f"{name}.py", more)
 
 
+@pytest.mark.slow_cases("cifar10_adm_ogdm", "imagenet256_adm", "celeba64_ogdm", "celeba64_adm")
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_network_has_the_released_number_of_parameters(name):
     side, classes, listed = RELEASED[name]

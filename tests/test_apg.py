@@ -13,8 +13,6 @@ from ogdm_jax.methods import apg, autoguidance, cfg, dsg
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import Gaussian, column, two_bumps
 
-pytestmark = pytest.mark.fast
-
 Z = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
 LABEL = jnp.asarray([1, 2, 1], jnp.int32)
 BUMPS, WIDE = two_bumps(), Gaussian(0.0, 0.8)
@@ -34,6 +32,7 @@ def run(guidance, solver="euler", **more):
     return jax.jit(lambda z: sample(denoise, z, GRID, solver, **how))(Z)
 
 
+@pytest.mark.slow_cases("unipc", "ancestral")
 @pytest.mark.parametrize("solver", ["heun", "unipc", "ancestral"])
 def test_eta_one_is_classifier_free_guidance(solver):
     for window in (None, (0.1, 5.0)):
@@ -69,6 +68,7 @@ def test_the_recursion(norm, eta, momentum):
         np.testing.assert_allclose(x, by_hand(4.0, norm, eta, momentum), atol=1e-6)
 
 
+@pytest.mark.slow_cases("spndm", "dpmpp_2m", "ddim")
 @pytest.mark.parametrize("solver", ["euler", "ddim", "unipc", "dpmpp_2m", "spndm", "heun", "pc"])
 def test_momentum_with_every_kind_of_solver_costs_nothing_more(solver):
     calls = []

@@ -77,6 +77,7 @@ def test_loss_of_a_known_posterior(kind):
     np.testing.assert_allclose(loss, 64 * value / count + 0.25 * kl, rtol=1e-5)
 
 
+@pytest.mark.slow_cases("emoji_vae")
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["digits_vae", "emoji_vae"])
 def test_the_step_of_a_shipped_configuration_traces(name):

@@ -27,6 +27,7 @@ def run(guidance, solver="unipc", main=MAIN.denoise, **more):
 
 
 @pytest.mark.parametrize("solver", ["heun", "unipc", "dpmpp_2m"])
+@pytest.mark.default
 def test_the_mean_moves_by_w_times_the_difference(solver):
     """Equal spreads: D_w is the denoiser of mean weak + w (main - weak), with every solver."""
     x = run(autoguidance.guidance(WEAK.denoise, 2.0), solver)

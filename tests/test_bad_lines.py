@@ -2,15 +2,20 @@
 does no harm.
 """
 
+import functools
 import shlex
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from ogdm_jax import cli, parallel
+from ogdm_jax import cli, models, parallel
 from ogdm_jax.sampling import generate
 from tests.support import bad_lines, commands
+
+INIT = models.Model.init
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +27,21 @@ def folder(tmp_path_factory):
     return made
 
 
+@functools.cache
+def shapes(network, text, image_shape, label_dim):
+    model = models.Model(network, None, image_shape, label_dim, text=text)
+    return jax.eval_shape(functools.partial(INIT, model), jax.random.key(0))
+
+
 @pytest.fixture
 def nothing_built(monkeypatch):
-    """Whoever initialises, compiles or trains fails."""
+    """Whoever initialises, compiles or trains fails. The shapes of a network are found once."""
+
+    def init(model, key):
+        known = shapes(model.network, model.text, model.image_shape, model.label_dim)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known)
+
+    monkeypatch.setattr(models.Model, "init", init)
 
     def built(*_, **__):
         pytest.fail("something was built before the sentence")

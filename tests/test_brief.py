@@ -23,7 +23,8 @@ pytestmark = pytest.mark.fast
 def things() -> dict:
     """Whatever a person may leave at the end of a cell, by name."""
     run = tiny.build("methods=ogdm", tiny.ONE_LEVEL)
-    state = run.init()
+    shapes = jax.eval_shape(run.create, run.key)
+    state = jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
     trained = TrainedModel(run.config, run.model, state.params, state.buffers, 3)
     loss = operators.measurement_loss(
         operators.inpaint(np.ones((8, 8, 1))), jnp.zeros((1, 8, 8, 1))

@@ -39,6 +39,7 @@ def test_each_picture_has_the_text_of_its_stem(pictures, tmp_path):
     assert source_name(pictures.removeprefix("folder:")) == pictures
 
 
+@pytest.mark.default
 def test_encoding_carries_them(pictures, tmp_path):
     """Also over shards; their hash is in the fingerprint, their number in latents.json."""
     vae, out = latents.autoencoder(tmp_path / "vae"), tmp_path / "latents"

@@ -69,7 +69,6 @@ def test_an_exact_classifier_makes_the_unconditional_denoiser_conditional():
         np.testing.assert_allclose(windowed, jnp.where(inside, once, plain), atol=1e-6)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("rule,solver", [("score", "heun"), ("mean", "ancestral")])
 def test_samples_are_of_the_class(rule, solver):
     grid = grids.edm(200, 0.01, 20.0)
@@ -86,7 +85,6 @@ def test_samples_are_of_the_class(rule, solver):
     np.testing.assert_allclose(drawn.std(0).mean(), DATA.scales[1], rtol=0.06)
 
 
-@pytest.mark.fast
 def test_a_whole_ancestral_chain_is_the_released_one():
     """`p_sample_loop` with cond_fn, clamped: 20 kept steps, with the classifier asked at the
     original times. (tests/golden: each step against the released numbers.)
@@ -122,7 +120,6 @@ def test_a_whole_ancestral_chain_is_the_released_one():
     np.testing.assert_allclose(got, x, atol=1e-3)
 
 
-@pytest.mark.fast
 def test_the_released_classifiers_gradient_in_our_coordinate():
     golden = golden_support.load(str(golden_support.FOLDER / "gd_classifier_a.npz"))
     hidden = {"img_resolution": 16, "head_channels": 16}
@@ -170,7 +167,8 @@ def write_classifier(path, classes=10, side=8, label_dim=0):
         side, 1, classes, label_dim, 64, (1,), num_blocks=1, attn_resolutions=(), head_channels=64
     )
     label = jnp.zeros(1, jnp.int32) if label_dim else None
-    variables = network.init(jax.random.key(0), jnp.zeros((1, side, side, 1)), jnp.zeros(1), label)
+    image = jnp.zeros((1, side, side, 1))
+    variables = jax.jit(network.init)(jax.random.key(0), image, jnp.zeros(1), label)
     save_file({n: np.asarray(v) for n, v in export.to_torch(network, variables).items()}, path)
     return path
 
@@ -222,7 +220,6 @@ def test_commands_draw_images_of_a_class(place):
     assert len(set(labels.tolist())) > 1 and (labels < 10).all()
 
 
-@pytest.mark.fast
 def test_the_preset_is_the_released_command(place):
     words = ["--workdir", str(place / "plain"), "--guidance", "classifier", "--preset", "adm512"]
     words += ["--classifier.checkpoint", str(place / "c.safetensors"), "--label", "1"]
@@ -237,7 +234,6 @@ def test_the_preset_is_the_released_command(place):
     assert method.shift is None and method.denoiser is not None and not plan.settings.clip
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "model,words,sentence",
     [
@@ -266,7 +262,6 @@ def test_mistakes_are_one_sentence(place, monkeypatch, model, words, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.fast
 def test_a_model_without_steps_needs_the_classifiers_schedule(place, tmp_path):
     _saved(tmp_path, tiny.build("methods=()", tiny.ONE_LEVEL, "network.attn_resolutions=()"))
     run, path = open_workdir(tmp_path), str(place / "c.safetensors")

@@ -81,17 +81,8 @@ def test_an_image_depends_on_its_seed_alone(workdir, tmp_path):
         ("part", ("--seeds", "5-7", "--batch", "8"), 1),
     ):
         out = tmp_path / f"{name}.npz"
-        done = run(
-            "sample.py",
-            "--workdir",
-            str(workdir),
-            "--steps",
-            "3",
-            "--out",
-            str(out),
-            *args,
-            devices=devices,
-        )
+        words = ("--workdir", str(workdir), "--steps", "3", "--out", str(out))
+        done = entry(tiny.ROOT, "sample.py", *words, "--devices", str(devices), *args)
         assert done.returncode == 0, done.stderr
         sampled[name] = arrays(out)
     for name in ("small", "many"):
@@ -125,7 +116,7 @@ def test_solvers_and_outputs(workdir, tmp_path, solver, steps):
         "--out",
         str(out),
     )
-    done = run("sample.py", "--workdir", str(workdir), *args)
+    done = entry(tiny.ROOT, "sample.py", "--workdir", str(workdir), "--devices", "1", *args)
     assert done.returncode == 0, done.stderr
     if solver == "euler":
         files = sorted(p.name for p in out.iterdir())
@@ -208,7 +199,6 @@ def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.fast
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
     """As `ogdm train --dry-run | head -1`, with a reader that is gone before the first line."""
     reader, writer = os.pipe()

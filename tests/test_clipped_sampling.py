@@ -24,8 +24,6 @@ from tests.reference.gaussian import Chain
 from tests.support import golden_support, tiny
 from tests.support.oracles import Gaussian, column
 
-pytestmark = pytest.mark.fast
-
 ADM = ("precondition.kind=adm", "data.augment=0", tiny.ONE_LEVEL)
 RESCALED = (*ADM, "precondition.rescale_timesteps=true", "precondition.diffusion_steps=40")
 

@@ -31,6 +31,21 @@ def test_every_configuration_loads_and_survives_json(name):
 
 
 # Discriminators of DG are built from a prior: test_dg_training.py; autoencoders: test_autoencoder.py.
+# networks and methods that another one of the same kind has; all are loaded above
+@pytest.mark.slow_cases(
+    "lsun256_adm",
+    "imagenet256_adm",
+    "cifar10_adm_ogdm",
+    "celeba64_adm",
+    "cifar10_sp",
+    "cifar10_sp_paper",
+    "cifar10_ogdm",
+    "ffhq64_edm",
+    "mnist_edm",
+    "cifar10_edm",
+    "cifar10_stf",
+    "cifar10_stf_v*",
+)
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith(("_dg", "_vae"))])
 def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     """A shrunk network on random images of the right size; the step is traced in full, only not
@@ -46,6 +61,7 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     ]
     references = "stf.per_image=2" if name == "cifar10_stf_paper" else "stf.n=16"
     shrink += ["ogdm.channel_max=8", references, "network.head_channels=0"]
+    shrink += [] if "dit" in name or "sd21" in name else ["network.channel_mult=(1,2)"]
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py", shrink)
     channels = 1 if side == 8 else 4 if "dit" in name or "sd21" in name else 3
     empty = np.zeros(77, np.int32) if "sd21" in name else None

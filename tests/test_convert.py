@@ -11,7 +11,14 @@ from tests.support import snapshots
 from tests.support import torch_files as tf
 from tests.support.commands import ogdm
 
-SHORT = ("data.batch=8", "train.duration=1 steps", "log.tensorboard=false", "sample.num=1")
+SHORT = (
+    "data.batch=8",
+    "methods=",
+    "parallel.devices=1",
+    "train.duration=1 steps",
+    "log.tensorboard=false",
+    "sample.num=1",
+)
 SHORT = [f"--config.{text}" for text in (*SHORT, "sample.steps=1", "evaluate.features=")]
 
 

@@ -132,6 +132,7 @@ _END = b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
 _LOOP = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 256, 4, 1, 10, 8)
 
 
+@pytest.mark.default
 def test_blank_pages_are_no_lies(tmp_path):
     """The densest files there are: 20 million white pixels in a few kilobytes."""
     page = Image.new("1", (4000, 5000), 1)

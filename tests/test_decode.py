@@ -11,9 +11,7 @@ from ogdm_jax import models
 from ogdm_jax.networks import AutoencoderKL
 from ogdm_jax.sampling.decode import decode
 from ogdm_jax.training.workdir import TrainedModel
-from tests.support import tiny
-
-pytestmark = pytest.mark.fast
+from tests.support import networks, tiny
 
 NETWORK = AutoencoderKL(widths=(4, 4), num_blocks=1, groups=2, latent_channels=1, shift=0.3)
 
@@ -21,8 +19,8 @@ NETWORK = AutoencoderKL(widths=(4, 4), num_blocks=1, groups=2, latent_channels=1
 def test_rounds_are_the_whole():
     """Seven latents in rounds of three, with a scale and a shift, as one batch of unscaled ones."""
     latents = jax.random.normal(jax.random.key(0), (7, 4, 4, 1))
-    variables = NETWORK.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    whole = NETWORK.apply(variables, latents / NETWORK.scale + 0.3, method="decode")
+    variables = networks.drawn(NETWORK, jnp.zeros((1, 8, 8, 3)))
+    whole = networks.run(NETWORK, variables, latents / NETWORK.scale + 0.3, method="decode")
     for batch in (3, None):
         found = jax.jit(decode, static_argnums=(0, 3))(NETWORK, variables, latents, batch)
         np.testing.assert_allclose(found, whole, atol=2e-5 * float(jnp.abs(whole).max()))
@@ -43,11 +41,11 @@ def test_a_sampler_decodes(words):
     """What is drawn with an autoencoder is the decoded latent of the same seed, also by the
     released PNDM, which is a sampler of its own.
     """
-    config = tiny.config(*words)
+    config = tiny.config(tiny.ONE_LEVEL, *words)
     model = models.build(config, (8, 8, 1), 0)
-    params, buffers = model.init(jax.random.key(0))
+    params, buffers = jax.jit(model.init)(jax.random.key(0))
     plain = TrainedModel(config, model, params, buffers, 0)
-    variables = NETWORK.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    variables = networks.drawn(NETWORK, jnp.zeros((1, 8, 8, 3)))
     both = dataclasses.replace(
         plain,
         model=dataclasses.replace(model, autoencoder=NETWORK),
@@ -56,5 +54,5 @@ def test_a_sampler_decodes(words):
     )
     latents, pictures = plain.sample(2), both.sample(2)
     assert pictures.shape == (2, 16, 16, 3) == (2, *both.model.picture_shape)
-    expected = decode(NETWORK, variables, jnp.asarray(latents))
+    expected = jax.jit(decode, static_argnums=0)(NETWORK, variables, jnp.asarray(latents))
     np.testing.assert_allclose(pictures, expected, atol=2e-5 * float(jnp.abs(expected).max()))

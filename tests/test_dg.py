@@ -107,6 +107,7 @@ def test_a_blind_discriminator_changes_nothing():
     )
 
 
+@pytest.mark.slow_cases("1-*")
 @pytest.mark.parametrize("x64, rtol, atol", [(True, 1e-12, 1e-14), (False, 1e-5, 1e-6)])
 @pytest.mark.parametrize("side", [1, 2])
 def test_the_exact_ratio_recovers_the_score_of_the_data(side, x64, rtol, atol):
@@ -242,6 +243,7 @@ def heun():
     return run
 
 
+@pytest.mark.slow_cases("[12]")
 @pytest.mark.parametrize("column_", range(3))
 def test_published_toy_numbers(heun, column_):
     n = (18, 40, 256)[column_]
@@ -288,7 +290,6 @@ def test_a_misspecified_mixture_recovers_the_data():
     assert draw._cache_size() == 1  # weights are data
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("solver", ["euler", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"])
 def test_every_solver_is_guided(solver):
     latents = jax.random.normal(jax.random.key(3), (256, 1, 1, 1))
@@ -488,7 +489,6 @@ def test_dg_and_dsg_run_in_one_scan():
     np.testing.assert_allclose(compiled(4)(1.0, latents, keys), both, rtol=0, atol=2e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_default_weight_follows_the_solver(solver):
     """A model whose mean is .5 off, a discriminator that knows: the corrected mean is the data's.

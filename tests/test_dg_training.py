@@ -67,7 +67,7 @@ SMALL += (
 def prior(tmp_path_factory):
     """A denoiser's training folder with fresh weights and classes."""
     folder = tmp_path_factory.mktemp("prior")
-    run = tiny.build("methods=()", "data.conditional=true")
+    run = tiny.build("methods=()", tiny.ONE_LEVEL, "data.conditional=true")
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(
             0,
@@ -91,7 +91,7 @@ def extractor(tmp_path_factory):
         attn_resolutions=(4,),
         head_channels=32,
     )
-    variables = network.init(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,)))
+    variables = jax.jit(network.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
     path = tmp_path_factory.mktemp("extractor") / "classifier.safetensors"
     about = {"kind": "adm_encoder", "settings": export.network_settings(network)}
     return export.write(path, export.to_torch(network, variables), about)
@@ -552,7 +552,7 @@ def test_four_devices_train_as_one(trained, prior, plan):
     assert np.median([a.mean() for a in away]) < 1e-5 and max(a.max() for a in away) < 2.1e-3
 
 
-@pytest.mark.slow_cases("1")
+@pytest.mark.slow_cases("1", "2")  # output.Output goes on: test_output.py
 @pytest.mark.parametrize("stop", [1, 2])
 def test_samples_of_a_run_that_was_stopped_are_kept(prior, tmp_path, monkeypatch, stop):
     """Drawn once, whenever it was stopped: the file is that of a run that was not."""

@@ -42,10 +42,9 @@ def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
     integer steps.
     """
     chain, t = Discrete.make(), np.array([0, 40, 500, 999])
-    params, _ = run.model.init(jax.random.key(0))
-    params = jax.tree.map(
-        lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params
-    )
+    rng = np.random.default_rng(1)
+    params, _ = jax.jit(run.model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
     x0, eps = jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 1))
     sigma = jnp.asarray(chain.sigma[t], jnp.float32)
     wide = lambda v: jnp.asarray(v, jnp.float32)[:, None, None, None]

@@ -115,6 +115,7 @@ def test_at_birth_only_the_ratio_of_raw_levels_is_seen(born):
     assert np.abs(near - other).max() > 1e-2
 
 
+@pytest.mark.default
 def test_a_normalised_condition_is_the_mapped_one_at_mean_square_1(born):
     """Same weights, same direction, mean square 1: whatever size a fresh mapping has by chance."""
     network, variables = born
@@ -131,6 +132,7 @@ def test_a_normalised_condition_is_the_mapped_one_at_mean_square_1(born):
 
 
 @pytest.mark.parametrize("width,least,most", [(16, 10.0, 1000.0), (512, 1.0, 4.0)])
+@pytest.mark.default
 def test_the_size_of_a_narrow_mapping_is_chance(width, least, most):
     """Largest over smallest mean square of fresh ones: that is what `normalised` takes away."""
     told = np.array([[-0.2, -0.5]], np.float32)
@@ -191,6 +193,7 @@ def test_permuting_a_group_leaves_logits_to_their_examples():
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.default
 def test_chunked_statistics_do_not_know_the_number_of_devices(devices):
     network = StyleGAN2Discriminator(**SMALL, mbstd_batch=4)
     variables, x, cond = drawn(network, batch=16)
@@ -217,6 +220,7 @@ def test_a_batch_smaller_than_a_group_is_one_group():
     )  # sqrt(0 + 1e-8)
 
 
+@pytest.mark.default
 def test_condition_and_class_change_logits():
     network = StyleGAN2Discriminator(**SMALL, label_dim=3)
     variables, x, cond = drawn(network)

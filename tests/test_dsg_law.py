@@ -127,6 +127,7 @@ class TestToy:
         energy = ((x @ basis) ** 2 / values).mean()
         return residual, energy, np.sqrt(((x - self.posterior_mean()) ** 2).mean()), x.std(0).mean()
 
+    @pytest.mark.slow_cases("20")
     @pytest.mark.parametrize("n", [20, 50])
     def test_less_residual_than_dps_at_published_settings(self, n):
         none, dps, spherical = (

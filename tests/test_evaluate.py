@@ -107,6 +107,7 @@ def test_statistics_of_another_space_are_refused():
     assert report["fd_all"] < 0.05 and report["floor"] is None and report["n_samples"] == 500
 
 
+@pytest.mark.default
 def test_command_line_against_images_then_against_their_statistics(capsys, folder):
     stats, out = folder / "stats.npz", folder / "out" / "report.json"
     words = ("--samples", folder / "noisy.npz", "--reference", "digits")

@@ -18,8 +18,6 @@ from ogdm_jax.metrics import (
 )
 from ogdm_jax.metrics.features import short_name
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def features():

@@ -123,6 +123,7 @@ def test_the_weighted_error_is_that_of_the_velocity(kind):
 ALIKE = [solver for solver in SOLVERS if solver != "plms"]
 
 
+@pytest.mark.slow_cases("dopri5")
 @pytest.mark.parametrize("solver", ALIKE)
 def test_every_solver_draws_what_edms_preconditioning_of_the_oracle_draws(solver):
     key = jax.random.key(1)

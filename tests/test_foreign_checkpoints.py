@@ -132,6 +132,7 @@ def network_alone(state):
 
 
 @pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.default
 def test_averages_come_first_and_are_named(name, state, tmp_path):
     path = saved(tmp_path / "x.pt", lambda d: AVERAGES[name](d, state, averaged(state)))
     assert taken(path, state) == "average"
@@ -503,6 +504,7 @@ def test_plain_pickles_of_arrays(tmp_path):
         same_small(tmp_path / "x.pkl")
 
 
+@pytest.mark.default
 def test_an_optimiser_under_a_name_of_its_own_is_not_taken(state, tmp_path):
     """Many small sets of tensors beside the network, which no word tells from weights."""
     one = np.ones((), "f4")

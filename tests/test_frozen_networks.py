@@ -25,8 +25,6 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import per_image
 from tests.support import golden_support
 
-pytestmark = pytest.mark.fast
-
 
 def _tgz(path, files: dict[str, bytes]):
     with tarfile.open(path, "w:gz") as archive:

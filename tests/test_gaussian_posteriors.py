@@ -105,6 +105,8 @@ def law(step, n, std, eta):
     return gain, np.sqrt(variance)
 
 
+# a thousand steps are a hundred ten times; one method keeps them
+@pytest.mark.slow_cases("d[dp]*-1000-*", "mpgd-1000-*", "diffpir*-1000-0.05-*", "diffpir, *-1000-*")
 @pytest.mark.parametrize(
     "n,std,solver,eta",
     [
@@ -129,6 +131,7 @@ def test_the_law_is_the_released_steps(method, n, std, solver, eta):
     assert abs((x - gain * np.asarray(y)).mean()) < 5 * (spread + 1e-3) / np.sqrt(8000)
 
 
+@pytest.mark.slow_cases("1000")
 @pytest.mark.parametrize("n", STEPS)
 def test_diffpirs_noise_budget(n):
     """Identity, noise .05: near the posterior. Eight times less rho gave rmse .145, residual 2.8."""
@@ -152,6 +155,7 @@ def test_without_noise_what_was_measured_is_met_exactly(method, op):
         np.testing.assert_allclose(op.forward(jnp.asarray(x)), y, atol=1e-5)
 
 
+@pytest.mark.slow_cases("50-*", "1000-*")
 @pytest.mark.parametrize("n,most", [(20, 0.32), (50, 0.31), (100, 0.30), (1000, 0.30)])
 def test_ddnm_denoises(n, most):
     """Identity, noise .3: rmse .283 by the authors' rule, .257 at best, .3 for y itself."""
@@ -208,7 +212,7 @@ WIDE = {  # not linear: bounds that a wrong sign, scale or sphere breaks
 }
 
 
-@pytest.mark.slow_cases("lgd-1000-ddim-1.0")
+@pytest.mark.slow_cases("*-1000-ddim-1.0", "lgd-100-*", "lgd-20-heun-*")
 @pytest.mark.parametrize(
     "n,solver,eta",
     [(20, "heun", 1.0), (20, "ancestral", 1.0), (100, "ddim", 0.5), (1000, "ddim", 1.0)],
@@ -223,6 +227,7 @@ def test_other_methods_move_towards_the_measurement(method, n, solver, eta):
     assert abs(float((x - x0).mean())) < 0.03 and 0.38 < rms(x) < 0.56
 
 
+@pytest.mark.slow_cases("*-1000")
 @pytest.mark.parametrize("n", STEPS)
 @pytest.mark.parametrize("solver", ["heun", "ddim", "ancestral", "dpmpp_2m"])
 def test_classifier_free_guidance_of_gaussians_moves_the_mean(solver, n):

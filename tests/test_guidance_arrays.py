@@ -16,8 +16,6 @@ from ogdm_jax.methods import dsg, mpgd
 from ogdm_jax.sampling import generate, sample
 from ogdm_jax.sampling.guidance import Guidance, combine, per_image
 
-pytestmark = pytest.mark.fast
-
 
 class _Model(models.Model):
     def denoiser(self, params, buffers):

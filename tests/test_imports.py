@@ -43,11 +43,13 @@ def test_importing_everything_starts_no_backend_and_no_tensorflow():
         "ogdm_jax.training.loop",
     ],
 )
+@pytest.mark.default
 def test_modules_import_alone(package):
     subprocess.run([sys.executable, "-c", f"import {package}"], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.default
 def test_a_command_starts_without_what_it_may_never_need(command):
     """Each of these takes a tenth of a second and more."""
     slow = ("diffrax", "jinja2", "matplotlib", "sklearn", "tensorboardX", "tensorflow_datasets")

@@ -12,8 +12,6 @@ from ogdm_jax.sampling.langevin import langevin_step
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import Gaussian, two_bumps
 
-pytestmark = pytest.mark.fast
-
 BUMPS, DATA = two_bumps(), Gaussian(0.3, 0.5)
 
 
@@ -22,6 +20,7 @@ def images(z, denoise=DATA.denoise, n=200, **how):
     return np.asarray(jax.jit(run)(z))
 
 
+@pytest.mark.slow_cases("0-*", "1-ve")
 @pytest.mark.parametrize("sde", ["ve", "vp"])
 @pytest.mark.parametrize("count", [0, 1])
 def test_moments(sde, count):
@@ -38,6 +37,7 @@ def test_without_corrector_it_is_the_ancestral_step_of_the_reverse_sde():
     np.testing.assert_allclose(x, other, atol=1e-5)
 
 
+@pytest.mark.slow_cases("1.0")
 @pytest.mark.parametrize("alpha", [1.0, 0.7])
 def test_langevin_stays_where_it_is(alpha):
     """A thousand steps at one level: the exact stationary variance of the scheme."""

@@ -53,6 +53,7 @@ def test_moments_are_the_autoencoders(vae, encoded):
     np.testing.assert_array_equal(read.take([7, 3])["image"], source.images[[7, 3]])
 
 
+@pytest.mark.default
 def test_an_interrupted_call_goes_on(tmp_path, vae, encoded, monkeypatch, capsys):
     """Byte for byte what a call without interruption writes; not with another autoencoder."""
     monkeypatch.setattr(encode, "SHARD_BYTES", 128 * 64)

@@ -64,6 +64,7 @@ def test_autoencoder():
     assert {names_latent.vae_name(name, 4) for name in listed} == {e.name for e in entries}
 
 
+@pytest.mark.slow_cases("sd15*")
 @pytest.mark.parametrize(
     "version,count,settings",
     [

@@ -9,6 +9,7 @@ from ogdm_jax.networks import DiT
 from ogdm_jax.networks.clip_text import CLIPText
 from ogdm_jax.networks.sd_unet import UNet2DCondition
 from ogdm_jax.networks.vae import AutoencoderKL
+from tests.support.networks import drawn, fresh, run
 
 DIT = DiT(img_resolution=8, out_channels=8, label_dim=3, width=32, depth=3, heads=4)
 KEY = jax.random.key(0)
@@ -21,23 +22,15 @@ UNET = UNet2DCondition(img_resolution=8, num_blocks=1, groups=4, **TINY)
 VAE = AutoencoderKL(widths=(8, 16), num_blocks=1, groups=4)
 
 
-def spread(variables):
-    """Parameters that are nowhere zero, so that every block does something."""
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    draw = lambda k, leaf: 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype)
-    return jax.tree.unflatten(tree, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
-
-
 def test_fresh_dit_gives_zero_and_every_block_is_the_identity():
-    variables = DIT.init(KEY, X, T, Y)
-    assert not np.any(DIT.apply(variables, X, T, Y))
-    first, last = DIT.apply(variables, X, T, Y, at="block0,block2", method="features")
+    variables = fresh(DIT, X, T, Y)
+    assert not np.any(run(DIT, variables, X, T, Y))
+    first, last = run(DIT, variables, X, T, Y, at="block0,block2", method="features")
     np.testing.assert_array_equal(first, last)
 
 
 def test_the_bound_of_fresh_qkv_is_that_of_the_joint_matrix():
-    kernel = DIT.init(KEY, X, T, Y)["params"]["blocks"]["attn.qkv"]["kernel"]
+    kernel = fresh(DIT, X, T, Y)["params"]["blocks"]["attn.qkv"]["kernel"]
     bound = np.sqrt(6 / (4 * 32))
     assert 0.97 * bound < np.abs(kernel).max() <= bound
     assert kernel.shape == (3, 32, 96)
@@ -45,26 +38,26 @@ def test_the_bound_of_fresh_qkv_is_that_of_the_joint_matrix():
 
 
 def test_no_class_is_the_last_row_and_fractions_of_time_count():
-    variables = spread(DIT.init(KEY, X, T, Y))
-    none = DIT.apply(variables, X, T, None)
-    np.testing.assert_array_equal(none, DIT.apply(variables, X, T, jnp.asarray([-1, -1])))
-    np.testing.assert_array_equal(none, DIT.apply(variables, X, T, jnp.asarray([3, 3])))
-    assert np.abs(none - DIT.apply(variables, X, T, Y)).max() > 1e-2
-    assert np.abs(none - DIT.apply(variables, X, T + 0.5, None)).max() > 1e-5
+    variables = drawn(DIT, X, T, Y)
+    none = run(DIT, variables, X, T, None)
+    np.testing.assert_array_equal(none, run(DIT, variables, X, T, jnp.asarray([-1, -1])))
+    np.testing.assert_array_equal(none, run(DIT, variables, X, T, jnp.asarray([3, 3])))
+    assert np.abs(none - run(DIT, variables, X, T, Y)).max() > 1e-2
+    assert np.abs(none - run(DIT, variables, X, T + 0.5, None)).max() > 1e-5
 
 
 def test_a_dit_without_the_row_refuses_no_class():
     without = DIT.clone(no_class=False)
-    variables = without.init(KEY, X, T, Y)
+    variables = drawn(without, X, T, Y)
     with pytest.raises(ValueError, match="label=None; this network has no row"):
         without.apply(variables, X, T, None)
-    assert np.isnan(without.apply(spread(variables), X, T, jnp.asarray([-1, 0]))[0]).all()
+    assert np.isnan(run(without, variables, X, T, jnp.asarray([-1, 0]))[0]).all()
 
 
 @pytest.mark.slow_cases("unet")
 @pytest.mark.parametrize("network,label", [(DIT, Y), (UNET, CONTEXT)], ids=["dit", "unet"])
 def test_remat_changes_no_gradient(network, label):
-    variables = spread(network.init(KEY, X, T, label))
+    variables = drawn(network, X, T, label)
 
     def gradient(network):
         loss = lambda v: jnp.sum(jnp.square(network.apply(v, X, T, label)))
@@ -78,28 +71,26 @@ def test_remat_changes_no_gradient(network, label):
 
 @pytest.mark.parametrize("network,label", [(DIT, Y), (UNET, CONTEXT)], ids=["dit", "unet"])
 def test_bfloat16_is_near_and_the_time_stays_float32(network, label):
-    variables = spread(network.init(KEY, X, T, label))
+    variables = drawn(network, X, T, label)
     low = network.clone(dtype=jnp.bfloat16)
-    exact, near = network.apply(variables, X, T, label), low.apply(variables, X, T, label)
+    exact, near = (run(n, variables, X, T, label) for n in (network, low))
     assert near.dtype == jnp.float32
     assert np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
-    emb = low.apply(variables, X, T, label, at="emb", method="features")
-    np.testing.assert_array_equal(
-        emb, network.apply(variables, X, T, label, at="emb", method="features")
-    )
+    embs = (run(n, variables, X, T, label, at="emb", method="features") for n in (network, low))
+    np.testing.assert_array_equal(*embs)
 
 
 @pytest.mark.parametrize("network,label", [(DIT, Y), (UNET, CONTEXT)], ids=["dit", "unet"])
 def test_an_image_does_not_depend_on_its_batch(network, label):
-    variables = spread(network.init(KEY, X, T, label))
-    both = network.apply(variables, X, T, label)
-    alone = network.apply(variables, X[:1], T[:1], label[:1])
+    variables = drawn(network, X, T, label)
+    both = run(network, variables, X, T, label)
+    alone = run(network, variables, X[:1], T[:1], label[:1])
     np.testing.assert_allclose(both[:1], alone, rtol=0, atol=1e-5 * np.abs(both).max())
 
 
 def test_nothing_behind_the_middle_is_computed():
     """SP's frozen network: the way up is not part of the program."""
-    variables = UNET.init(KEY, X, T, CONTEXT)
+    variables = drawn(UNET, X, T, CONTEXT)
     program = lambda **more: str(
         jax.make_jaxpr(lambda v: UNET.apply(v, X, T, CONTEXT, **more))(variables)
     )
@@ -109,10 +100,10 @@ def test_nothing_behind_the_middle_is_computed():
 
 def test_an_encoder_of_the_decoder_and_its_sizes():
     image = jax.random.normal(KEY, (2, 12, 8, 3))
-    variables = VAE.init(KEY, image)
-    moments = VAE.apply(variables, image, method="encode")
+    variables = drawn(VAE, image)
+    moments = run(VAE, variables, image, method="encode")
     assert moments.shape == (2, 6, 4, 8)
-    assert VAE.apply(variables, moments[..., :4], method="decode").shape == image.shape
+    assert run(VAE, variables, moments[..., :4], method="decode").shape == image.shape
     np.testing.assert_allclose(VAE.from_scaled(VAE.to_scaled(moments)), moments, rtol=1e-6)
 
 
@@ -124,7 +115,7 @@ def test_an_encoder_of_the_decoder_and_its_sizes():
         (lambda: DIT.init(KEY, X, T, Y, jnp.ones((2, 9))), "augmentation labels"),
         (lambda: DIT.clone(heads=5).init(KEY, X, T, Y), "width 32"),
         (
-            lambda: DIT.apply(DIT.init(KEY, X, T, Y), X, T, Y, at="block3", method="features"),
+            lambda: DIT.apply(drawn(DIT, X, T, Y), X, T, Y, at="block3", method="features"),
             "no layer 'block3'",
         ),
         (lambda: UNET.init(KEY, X[:, :7], T, CONTEXT), "sides divisible by 2"),

@@ -40,6 +40,7 @@ SMALL = (
     *("network.kind=dit", "network.model_channels=8", "network.num_blocks=1", "network.patch=2"),
     *("network.num_heads=1", "data.augment=0", "data.xflip=true", "methods="),
     *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps"),
+    "parallel.devices=1",
 )
 DG = (
     *("train.duration=2 steps", "train.save_every=0 steps", "log.every=1 steps", "data.batch=8"),
@@ -201,6 +202,7 @@ def test_stf_full_is_the_posterior_mean_over_the_steps_draws(latents):
     np.testing.assert_allclose(np.asarray(target).reshape(len(x0), -1), expected, atol=2e-3)
 
 
+@pytest.mark.slow_cases("stream", "cache")
 @pytest.mark.parametrize("where", ["cache", "stream", "class", "gather"])
 def test_stf_targets_lie_among_samples(latents, where):
     """At a low level the target is the example's own sample; at a high one the mean of the set."""
@@ -278,6 +280,7 @@ def discriminator(workdir):
     return place, run, lines
 
 
+@pytest.mark.slow  # on pixels: test_dg_training.py; of latents: dit_sampling_latent_disc
 def test_a_discriminator_of_latents_trains(discriminator):
     """Its generated side is what the prior draws, its real side draws of either view; samples that
     are judged are decoded."""
@@ -303,6 +306,7 @@ def test_a_discriminator_of_latents_trains(discriminator):
     )
 
 
+@pytest.mark.slow
 def test_a_discriminator_of_latents_guides(discriminator, workdir, tmp_path, capsys):
     """The command knows its prior again, though it decodes, and draws other pictures than without."""
     line = ["sample", "--workdir", str(workdir), "--num", "4", "--solver", "heun", "--steps", "3"]

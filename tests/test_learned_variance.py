@@ -5,7 +5,6 @@ exact.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.bound import variance_bound
@@ -13,8 +12,6 @@ from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import Gaussian
-
-pytestmark = pytest.mark.fast
 
 DATA = Gaussian(0.0, 0.6)
 STEPS = 6

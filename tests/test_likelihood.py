@@ -16,8 +16,6 @@ from ogdm_jax.sampling.guidance import Guidance, plain_step
 from ogdm_jax.sampling.likelihood import dequantised, log_likelihood
 from tests.support.oracles import Gaussian, two_bumps
 
-pytestmark = pytest.mark.fast
-
 DATA = Gaussian(0.2, 0.4)
 BIT = 1e-3
 TOP = 800.0  # at 80 the prior, which knows no mean, is off by 3e-3 bits
@@ -31,6 +29,7 @@ def bits(nats, x):
     return np.asarray(-nats / np.log(2) / x[0].size + 7)
 
 
+@pytest.mark.slow_cases("v?")
 @pytest.mark.parametrize("variable", adaptive.VARIABLES)
 def test_a_gaussian_has_its_density(variable):
     """One Rademacher probe is exact where the Jacobian is diagonal."""
@@ -49,6 +48,7 @@ def test_a_gaussian_has_its_density(variable):
     assert (found.nfe > 9).all() and found.nats.dtype == jnp.float32
 
 
+@pytest.mark.slow_cases("float32")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_mixture_has_its_density_by_the_exact_trace(dtype):
     data = two_bumps()
@@ -60,6 +60,7 @@ def test_a_mixture_has_its_density_by_the_exact_trace(dtype):
         assert found.nats.dtype == dtype
 
 
+@pytest.mark.slow_cases("gaussian")
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_probes_are_unbiased(probe):
     """The mean over many keys is the exact trace's, within four standard errors; more probes

@@ -146,6 +146,7 @@ def test_a_bucket(tmp_path, monkeypatch):
     assert not (there / lock.NAME).exists()
 
 
+@pytest.mark.default
 def test_of_many_that_start_at_once_one_gets_it(tmp_path):
     program = """
 import sys, time

@@ -156,6 +156,10 @@ def test_a_bad_loss_names_the_step_that_is_good_and_advice_that_works(tmp_path, 
     assert "resumed from step 4" in "".join(said) and saved(tmp_path) == [4, 8, 12]
 
 
+# every part with one of the numbers; all numbers: test_soundness_is_the_same_in_any_grouping
+@pytest.mark.slow_cases(
+    "params-inf", "params-1e+38", "ema-nan", "ema-1e+38", "opt_state-nan", "opt_state-inf"
+)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("part", ["params", "ema", "opt_state"])
 def test_a_bad_state_is_not_kept(tmp_path, plan, part, wrong):
@@ -227,6 +231,7 @@ def test_an_error_in_a_picture_or_an_evaluation_saves_first(tmp_path, plan, monk
     assert saved(tmp_path) == [4, 6] and said[-1].startswith("step 6 is saved")
 
 
+@pytest.mark.slow_cases("true")
 @pytest.mark.parametrize("tensorboard", ["false", "true"])
 def test_a_full_disk_in_the_log_is_one_sentence(tmp_path, plan, monkeypatch, tensorboard):
     def full(self, step, values):
@@ -313,6 +318,7 @@ def kill(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_steps_saves_then_says_so(tmp_path, plan, number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]

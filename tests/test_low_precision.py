@@ -11,13 +11,15 @@ from ogdm_jax.sampling.ablation import Design, ablation
 from ogdm_jax.sampling.sampler import SOLVERS, sample
 from tests.support.oracles import Gaussian, column
 
-pytestmark = pytest.mark.fast
-
 DATA = Gaussian(0.0, 0.5)
 LATENTS = jax.random.normal(jax.random.key(0), (256, 4, 4, 1))
 HALVES = [jnp.bfloat16, jnp.float16]
 
 
+# float16 takes the same casts: test_samplers_beside_it has it
+@pytest.mark.slow_cases(
+    "*-float16", "spndm-*", "fpndm-*", "plms-*", "ancestral-*", "ddim-*", "dopri5-*"
+)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_thousand_steps_keep_the_spread(solver, dtype):

@@ -17,8 +17,6 @@ from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import tiny
 from tests.support.commands import arrays, picture_size
 
-pytestmark = pytest.mark.fast
-
 SHAPE = (8, 8, 1)
 
 
@@ -166,6 +164,7 @@ def test_pictures_are_taken_in_turn(tmp_path):
     assert some.names.tolist() == ["1.png", "0.png"] and some.seeds.tolist() == [4, 0]
 
 
+@pytest.mark.slow_cases("grid.png")
 @pytest.mark.parametrize("out", ["grid.png", "all.npz", "folder"])
 def test_the_command_restores_what_was_measured(command, cases, tmp_path, out):
     words = f"--task super_resolution --task.factor 2 --measured small.png --num 3 --out {out}"
@@ -189,6 +188,7 @@ def test_the_command_restores_what_was_measured(command, cases, tmp_path, out):
         assert len(list(path.glob("img*.png"))) == 3
 
 
+@pytest.mark.slow_cases("motion_deblur*whole.png")
 @pytest.mark.parametrize(
     "task",
     [

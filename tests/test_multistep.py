@@ -16,8 +16,6 @@ from ogdm_jax.sampling.multistep import weights
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import Gaussian, two_bumps
 
-pytestmark = pytest.mark.fast
-
 BUMPS = two_bumps()
 
 
@@ -92,6 +90,7 @@ def test_eta_zero_is_the_ode_solver_and_one_the_default():
     np.testing.assert_array_equal(run("dpmpp_2m_sde", eta=1.0), run("dpmpp_2m_sde"))
 
 
+@pytest.mark.slow_cases("0.5")
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_moments_and_the_mixtures_shares(eta):
     data = Gaussian(0.3, 0.5)

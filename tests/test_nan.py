@@ -60,8 +60,10 @@ METHODS = {
 }
 
 
+@pytest.mark.slow_cases("square-*")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.default
 def test_a_loss_that_is_nan_for_one_image(method, loss):
     assert only_the_second(run(METHODS[method](LOSSES[loss]), eta=1.0))
 
@@ -72,12 +74,14 @@ def test_churns_noise_under_a_loss_that_is_nan():
 
 @pytest.mark.parametrize("std", [0.0, 0.1])
 @pytest.mark.parametrize("module", [ddnm, diffpir])
+@pytest.mark.default
 def test_a_measurement_that_is_nan(module, std):
     for op in (operators.inpaint(MASK), operators.gaussian_blur(3, 0.8)):
         assert only_the_second(run(module.guidance(op, BAD, std), eta=1.0))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-5])
+@pytest.mark.default
 def test_a_discriminator_that_is_nan(clip):
     """Clipping of the probability makes the gradient of a nan logit 0."""
     logit = lambda x, time, label: jnp.where(jnp.arange(3) == 1, jnp.nan, x.sum((1, 2, 3)))
@@ -98,6 +102,7 @@ def test_lengths_of_huge_and_tiny_gradients():
     assert np.isnan(freedom.rms(jnp.full(SHAPE, jnp.nan))).all()
 
 
+@pytest.mark.default
 def test_a_network_that_is_nan_keeps_its_image_nan():
     broken = lambda x, sigma, label=None: DATA.denoise(x, sigma).at[1].set(jnp.nan)
     for solver in ("heun", "euler", "ddim", "ancestral", "spndm", "fpndm", "dpmpp_2m"):
@@ -116,6 +121,7 @@ def test_rules_of_one_step():
     assert only_the_second(dsg.spherical_step(LATENTS, spread, LATENTS, LATENTS, 0.2))
 
 
+@pytest.mark.default
 def test_targets_and_bounds():
     x = jnp.asarray(LATENTS).at[1, 0, 0, 0].set(jnp.nan)
     target, size = stable_target(x, jnp.ones(3), jnp.asarray(Y), chunk=2)

@@ -42,7 +42,7 @@ def test_convolution_gradients_of_both_orders(pads):
 
     for objective in (lambda conv, x, k: jnp.sum(jnp.sin(conv(x, k))), penalty):
         truth, actual = (
-            jax.grad(functools.partial(objective, conv), (0, 1))(x, kernel)
+            jit(jax.grad(functools.partial(objective, conv), (0, 1)))(x, kernel)
             for conv in (plain, custom)
         )
         for a, b in zip(actual, truth, strict=True):
@@ -55,13 +55,11 @@ def test_convolution_in_loops_and_batches():
     direct = lambda k: jnp.sum(convolution.conv2d(convolution.conv2d(x, k), k) ** 2)
     step = jax.checkpoint(lambda h, k: convolution.conv2d(h, k))
     looped = lambda k: jnp.sum(jax.lax.scan(lambda h, _: (step(h, k), None), x, None, 2)[0] ** 2)
-    np.testing.assert_allclose(
-        jax.grad(looped)(kernel), jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4
-    )
+    truth = jit(jax.grad(direct))(kernel)
+    np.testing.assert_allclose(jit(jax.grad(looped))(kernel), truth, rtol=1e-4, atol=1e-4)
     kernels = jnp.stack([kernel, 2 * kernel])
-    np.testing.assert_allclose(
-        jax.vmap(jax.grad(direct))(kernels)[0], jax.grad(direct)(kernel), rtol=1e-4, atol=1e-4
-    )
+    batched = jit(jax.vmap(jax.grad(direct)))(kernels)[0]
+    np.testing.assert_allclose(batched, truth, rtol=1e-4, atol=1e-4)
     half = jax.grad(lambda k: jnp.sum(convolution.conv2d(x.astype(k.dtype), k).astype(jnp.float32)))
     assert half(kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
@@ -94,10 +92,13 @@ def test_strided_convolution_and_errors():
 )
 def test_depthwise_convolution_on_cpu_is_the_grouped_one(side, size, stride):
     x, kernel = normal(2, side, side + 1, 3), normal(size, size, 1, 3, seed=1)
-    weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))
-    run = lambda: (convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel))
-    grouped = platforms.traced_for("tpu", run)
-    for a, b in zip(run(), grouped(), strict=True):
+
+    def run(x, kernel):
+        weighed = lambda x, k: jnp.sum(jnp.sin(convolution.depthwise(x, k, stride)))
+        return convolution.depthwise(x, kernel, stride), *jax.grad(weighed, (0, 1))(x, kernel)
+
+    ours, grouped = jit(run), jit(platforms.traced_for("tpu", run))
+    for a, b in zip(ours(x, kernel), grouped(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     with pytest.raises(ValueError, match="depthwise: x .* and kernel .*: expected"):
         convolution.depthwise(x, kernel[..., :1])
@@ -337,6 +338,7 @@ def inputs(n: int = 4):
     return normal(n, 8, 8, 3), jnp.linspace(-1.0, 1.0, n)
 
 
+@pytest.mark.slow_cases("ncsnpp")
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_do_not_meet(kind):
     """Each row of the output depends on its own row only; dropout follows its key; without keys
@@ -402,6 +404,7 @@ def test_remat_changes_no_number():
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(jnp.max(jnp.abs(b)))))
 
 
+@pytest.mark.slow_cases("ncsnpp")
 @pytest.mark.parametrize("kind", ["ncsnpp", "adm"])
 def test_half_precision(kind):
     """bfloat16 stays near float32; parameters and outputs are float32."""
@@ -415,6 +418,7 @@ def test_half_precision(kind):
     assert {s.dtype for s in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow_cases("ddpmpp", "ncsnpp")
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_output_is_almost_zero(kind):
     network = KINDS[kind]()
@@ -425,6 +429,7 @@ def test_initial_output_is_almost_zero(kind):
     assert float(jnp.max(jnp.abs(run(network, variables, x, c)))) < 1e-3
 
 
+@pytest.mark.slow_cases("16", "64")
 @pytest.mark.parametrize("resolution", [16, 28, 64])
 def test_shapes_and_features(resolution):
     """Features have their documented shapes at other resolutions; "mid" needs no decoder."""
@@ -511,6 +516,10 @@ COUNTS = {  # 2206.00364's models as published
 EDM_LISTS = [*FULLSIZE.glob("edm-*"), *FULLSIZE.glob("stf-*"), *FULLSIZE.glob("baseline-*")]
 
 
+# test_pretrained.py reads the same lists; one of each kind of network here
+@pytest.mark.slow_cases(
+    "edm-afhq*", "edm-ffhq*", "edm-cifar10-32x32-cond*", "*-ve", "stf-*", "baseline-imagenet*"
+)
 @pytest.mark.parametrize("path", EDM_LISTS, ids=lambda p: p.name.split(".")[0])
 def test_tensors_of_published_checkpoints(path):
     """Name and shape of every tensor, nothing left over, and the exact number of parameters;

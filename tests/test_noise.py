@@ -45,6 +45,7 @@ def test_distribution(name):
 
 
 @pytest.mark.parametrize("name", LAWS)
+@pytest.mark.default
 def test_stratified_draws_one_level_in_every_quantile(name):
     law = LAWS[name](stratified=True)
     n = 64

@@ -13,8 +13,8 @@ from ogdm_jax.training.loop import train
 from ogdm_jax.training.partial import fitting_weights
 from tests.support import tiny
 
-pytestmark = pytest.mark.fast
-PLAIN = ("methods=", "data.augment=0", "train.duration=1 steps", *[f"{tiny.ONE_LEVEL}"])
+PLAIN = ("methods=", "data.augment=0", "train.duration=1 steps", tiny.ONE_LEVEL)
+PLAIN += ("parallel.devices=1",)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def one_device():
         pytest.param("pmap", 2, (), marks=pytest.mark.slow),
         pytest.param("pmap", 8, (), marks=pytest.mark.slow),
         pytest.param("mesh", 4, (), marks=pytest.mark.slow),
-        ("sharded", 8, ()),
+        ("sharded", 2, ()),
+        pytest.param("sharded", 8, (), marks=pytest.mark.slow),
         pytest.param("pmap", 4, ("optim.accumulate=2",), marks=pytest.mark.slow),
         pytest.param("mesh", 2, ("optim.accumulate=4",), marks=pytest.mark.slow),
     ],
@@ -79,7 +80,6 @@ def test_replicated_state_is_equal_on_every_device(plan):
         assert len(copies) == 4 and all(np.array_equal(c, copies[0]) for c in copies[1:])
 
 
-@pytest.mark.fast
 def test_sharded_plan_divides_the_state():
     run = tiny.build(*SMALL, plan="sharded", devices=8)
     state = run.init()

@@ -69,7 +69,7 @@ def pretend(monkeypatch):
     return do
 
 
-@pytest.mark.slow_cases("celeba64_ogdm", "cifar10_all")
+@pytest.mark.slow_cases("celeba64_ogdm", "cifar10_all", "imagenet64_edm")
 @pytest.mark.parametrize("name", EACH)
 def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     pretend("tpu")
@@ -78,6 +78,7 @@ def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     assert cpu.CPU_RULE not in lower(run.compile(arguments[0]), arguments, "tpu", "cuda")
 
 
+@pytest.mark.slow_cases("cifar10_all", "celeba64_ogdm", "imagenet64_edm")
 @pytest.mark.parametrize(
     "name", [n for n in EACH if not str(n).endswith("_dg") and "_dg'" not in str(n)]
 )
@@ -122,7 +123,7 @@ def test_the_devices_of_the_plan_decide_not_the_host():
     assert int(inner(1)) == 1 and platforms.current() == "cpu"
 
 
-@pytest.mark.slow_cases("digits")
+@pytest.mark.slow_cases("digits", "cifar10_all", "imagenet64_edm")
 @pytest.mark.parametrize("name", EACH)
 def test_bfloat16_reaches_every_network(name):
     """Under 1 % of the operations of convolutions and matrix products of a step are in float32."""

@@ -56,6 +56,7 @@ def test_edm_identities(sigma_data):
     np.testing.assert_allclose(jnp.exp(4 * c_noise), SIGMAS, rtol=1e-5)
 
 
+@pytest.mark.default
 def test_unit_variance_inputs_and_targets():
     """Samples say the same: input and target of the network have variance 1 at every level."""
     n, sd = 4096, 0.5
@@ -67,6 +68,7 @@ def test_unit_variance_inputs_and_targets():
         assert abs(float(jnp.var((y - c_skip[0] * x) / c_out[0])) - 1) < 0.03
 
 
+@pytest.mark.default
 def test_initial_loss_is_one():
     """With a network that says 0, EDM's weighted loss per number is 1 for data of standard
     deviation sigma_data.
@@ -177,6 +179,7 @@ def test_errors_name_the_field():
         precondition.edm(zero, 0)
 
 
+@pytest.mark.default
 def test_time_between_the_steps():
     """Interpolated in log sigma: the figures of spec/latent.md section 7 (those of k-diffusion's
     sigma_to_t), the steps themselves at their levels, the ends beyond them.

@@ -65,6 +65,14 @@ def same_adm(seen, told) -> bool:
     return seen.clone(**plain) == told.clone(**plain)
 
 
+# wider, deeper or of other images than one that stays
+@pytest.mark.slow_cases(
+    *("baseline-*", "edm-afhq*", "edm-ffhq*", "edm-*-cond-v?", "stf-*", "*-deep-continuous"),
+    *("guided-diffusion-[25]*", "guided-diffusion-128x*", "guided-diffusion-lsun*"),
+    *("guided-diffusion-64x64_c*", "dg-extractor-256", "dg-extractor-64", "dg-head-uncond"),
+    *("dsg-imagenet256", "dit-[bl]*", "dit-xl2-512", "ogdm-adm-unet-celeba*", "*discriminator-64*"),
+    *("sd21-unet-ldm", "sd15-unet-diffusers", "score-sde-celeba64*"),
+)
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_published_lists_are_recognised_with_nothing_left_over(path):
     listed, state = load_list(path)
@@ -190,6 +198,7 @@ def snapshot(name: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow_cases("edm_*_b", "precond_*")
 @pytest.mark.parametrize("name", EDM)
 def test_snapshots_of_the_authors_are_recognised(name, tmp_path):
     """The pickle alone gives the network that the authors' arguments give, with the same variables,

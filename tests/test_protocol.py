@@ -125,6 +125,7 @@ def workdir(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("commands")
     settings = (
+        tiny.ONE_LEVEL,
         "methods=",
         "train.duration=0 steps",
         "parallel.devices=1",

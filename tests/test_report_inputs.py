@@ -74,7 +74,9 @@ METRICS = {
 }
 
 
+@pytest.mark.slow_cases("a thousand names")
 @pytest.mark.parametrize("name", METRICS)
+@pytest.mark.default
 def test_metrics_are_read_or_said(tmp_path, name):
     content, count, words = METRICS[name]
     (tmp_path / "metrics.jsonl").write_bytes(content)

@@ -60,21 +60,28 @@ def saved_state(workdir, step: int):
         return checkpoints.restore(step, jax.eval_shape(run.create, run.key), run.plan)
 
 
-def test_kill_and_resume_is_bit_exact(tmp_path):
-    killed = start(tmp_path / "a", "train.duration=100000 steps")
+@pytest.mark.parametrize(
+    "methods",
+    # all methods in one process: test_methods.py
+    [(), pytest.param(("ogdm",), marks=pytest.mark.slow)],
+)
+def test_kill_and_resume_is_bit_exact(tmp_path, methods):
+    on = f"methods={methods!r}"
+    killed = start(tmp_path / "a", "train.duration=100000 steps", on)
     wait_for_checkpoint(tmp_path / "a", killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     step = find(tmp_path / "a").step
-    out = finish(start(tmp_path / "a", f"train.duration={step + 10} steps"))
+    out = finish(start(tmp_path / "a", f"train.duration={step + 10} steps", on))
     assert f"resumed from step {step}" in out
-    finish(start(tmp_path / "b", f"train.duration={step + 10} steps"))
+    finish(start(tmp_path / "b", f"train.duration={step + 10} steps", on))
     resumed, straight = (saved_state(tmp_path / w, step + 10) for w in ("a", "b"))
     assert resumed[1] == straight[1] == {"step": step + 10}
-    assert set(straight[0].carry) == {"ogdm"}
+    assert set(straight[0].carry) == set(methods)
     tiny.assert_trees(resumed[0], straight[0])
 
 
+@pytest.mark.slow_cases("2")  # in one process: test_loop.py
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_saves_and_exits_zero(tmp_path, number):
     process = start(

@@ -88,6 +88,8 @@ def reached(monkeypatch):
     return found
 
 
+# the three kinds of output part ways in test_output.py
+@pytest.mark.slow_cases("folder", "file.npz")
 @pytest.mark.parametrize("name", ["folder", "file.npz", "file.png"])
 def test_the_same_command_goes_on(model, tmp_path, monkeypatch, reached, name):
     words = ("--num", "20", "--out", name)
@@ -143,6 +145,7 @@ def test_another_model_is_another_request(model, tmp_path):
     assert done.returncode == 1 and "'d' was drawn with weights" in done.stderr
 
 
+@pytest.mark.slow_cases("folder", "file.png")
 @pytest.mark.parametrize("name", ["folder", "file.npz", "file.png"])
 def test_images_that_are_not_finite_are_listed(model, tmp_path, monkeypatch, name):
     real = TrainedModel.batches
@@ -214,7 +217,7 @@ def test_the_evaluation_of_what_is_on_disk(model, tmp_path, monkeypatch):
 INPAINT = ("--guidance", "dsg", "--task", "inpaint", "--input", "digits", "--num", "12")
 
 
-@pytest.mark.slow_cases("folder")
+@pytest.mark.slow_cases("folder", "file.png")
 @pytest.mark.parametrize("name", ["folder", "file.npz", "file.png"])
 def test_restoring_goes_on_too(unconditional, tmp_path, monkeypatch, reached, name):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -406,6 +409,7 @@ def when_drawn(process, path, count):
         time.sleep(0.002)
 
 
+@pytest.mark.slow_cases("SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_is_one_line_and_the_same_command_goes_on(model, tmp_path, number):
     process = started(tmp_path, model, *LONG, "--out", "x.npz")

@@ -426,6 +426,7 @@ def test_trajectory():
         )
 
 
+@pytest.mark.slow_cases("dopri5", "plms", "spndm", "ancestral")
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_finite_value_and_gradient(solver):
     def total(z):

@@ -126,6 +126,7 @@ def test_a_method_alone_guides(name):
 
 
 @pytest.mark.parametrize("names", [*itertools.combinations(METHODS, 2)], ids="-".join)
+@pytest.mark.default
 def test_two_methods_meet_or_are_refused_by_name(names):
     pair = [build(name) for name in names]
     if all(guidance.transition for guidance in pair):

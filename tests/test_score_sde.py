@@ -79,7 +79,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow_cases("score_sde_ve_ncsnpp")
+@pytest.mark.slow_cases("score_sde_ve_ncsnpp", "score_sde_subvp_ncsnpp")
 @pytest.mark.parametrize("name", CASES)
 def test_released_files_are_converted_and_sampled(name, tmp_path):
     word, kind, law, highest = CASES[name]

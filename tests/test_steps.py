@@ -53,6 +53,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.default
 def test_sigma_zero_is_the_denoised_image_with_a_finite_gradient(name):
     x, sigma = jnp.asarray(X, jnp.float32), jnp.asarray(SIGMA, jnp.float32)
     sigma_next = jnp.asarray([0.0, 1.0, 0.0, 0.04])

@@ -240,7 +240,7 @@ def test_the_authors_settings_are_a_preset():
         stf.preset("paper")
 
 
-@pytest.mark.slow_cases("divided-mesh")
+@pytest.mark.slow  # test_banks_and_plans_agree has its slot
 @pytest.mark.parametrize("bank,plan", [("divided", "mesh"), ("read", "pmap")])
 def test_runs_train(bank, plan):
     words = ("methods=stf", "data.conditional=true", "stf.source=class", "stf.n=5")

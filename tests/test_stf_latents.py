@@ -82,6 +82,7 @@ def test_many_draws_have_the_posteriors_of_the_class(bank, xflip):
         assert (error < 5 * spread / count**0.5).all()
 
 
+@pytest.mark.slow_cases("settings1")
 @pytest.mark.parametrize("settings", [("full",), ("class", "stf.bank=read", "stf.n=4")])
 def test_runs_train(settings):
     config = tiny.config(

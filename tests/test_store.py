@@ -311,6 +311,7 @@ CONFIGURATIONS = (
 
 
 @pytest.mark.parametrize("content", CONFIGURATIONS)
+@pytest.mark.default
 def test_a_broken_configuration_is_one_sentence(folder, content):
     edited(folder, "config", content)
     with pytest.raises(ValueError) as caught:
@@ -356,6 +357,7 @@ def test_a_folder_that_is_gone_is_one_sentence(made, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.default
 def test_a_save_that_fails_is_told_once_and_by_whoever_looks(made, tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as saved:
         save(saved, made, 1)
@@ -386,7 +388,9 @@ def test_the_first_error_is_the_one_that_is_seen(made, tmp_path, monkeypatch):
         raise ZeroDivisionError
 
 
+@pytest.mark.slow_cases("300", "620", "700")
 @pytest.mark.parametrize("kilobytes", [300, 620, 700, 900])
+@pytest.mark.default
 def test_a_full_disk_is_one_sentence_and_the_same_goes_on_with_room(made, tmp_path, kilobytes):
     """Several checkpoints of 0.3 MB each on a small file system, which then grows."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(tmp_path)]
@@ -465,6 +469,7 @@ def test_a_step_that_is_not_there(folder, step):
     assert find(folder, np.int64(20)).step == 20
 
 
+@pytest.mark.default
 def test_a_conversion_that_was_cut_is_given_again(tmp_path, capsys):
     source, out = snapshots.published(tmp_path), tmp_path / "w"
     cut = out / "checkpoints" / "0.orbax-checkpoint-tmp"

@@ -78,9 +78,11 @@ def test_a_sampler_that_one_model_cannot_have_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow_cases("optim*")
 @pytest.mark.parametrize("change", ["network.num_blocks=2", "optim.learning_rate=0.5"])
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, change):
-    tiny_run = tiny.config("methods=", tiny.ONE_LEVEL, "train.duration=1 steps", "data.batch=8")
+    alone = ("train.duration=1 steps", "data.batch=8", "parallel.devices=1")
+    tiny_run = tiny.config("methods=", tiny.ONE_LEVEL, *alone)
     loop.train(tiny_run, tmp_path / "slow-seed0", log=lambda _: None)
     with pytest.raises(SystemExit):
         study(tmp_path, f"--config.{change}")

@@ -1,6 +1,7 @@
 """Training on captions: SP's loss beside the same by hand, dropped captions, folders in and out."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -19,7 +20,7 @@ from ogdm_jax.training.state import TrainState
 from ogdm_jax.training.task import DENOISER
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import captions as support
-from tests.support import tiny
+from tests.support import networks, tiny
 
 QUIET = {"log": lambda _: None}
 
@@ -83,15 +84,16 @@ def test_sp_is_the_papers_loss(place):
     tokenizer = texts.open_words(run.config)
     written = [run.source.captions[row] for row in batch["row"]]
     tokens = tokenizer(["" if gone else one for gone, one in zip(hidden, written)])
-    context = run.model.text.apply(text, tokens)
+    context = networks.run(run.model.text, text, tokens)
     x0 = example.clean_images(run.config, run.model, batch, key)
     eps = randomness.normal(randomness.example_keys(key, "noise", batch["index"]), x0.shape[1:])
     a, s = scales(t)
-    network, xt = run.model.network, a * x0 + s * eps
-    v = network.apply({"params": moved}, xt, t.astype(jnp.float32), context)
+    xt = a * x0 + s * eps
+    network = functools.partial(networks.run, run.model.network)
+    v = network({"params": moved}, xt, t.astype(jnp.float32), context)
     clean, noise = a * xt - s * v, s * xt + a * v
     a, s = scales(after)
-    judge = lambda x: network.apply(
+    judge = lambda x: network(
         {"params": params}, x, after.astype(jnp.float32), context, at="mid", method="features"
     )
     expected = jnp.mean(jnp.square(judge(a * clean + s * noise) - judge(a * x0 + s * eps)))

@@ -170,6 +170,7 @@ def keys() -> jax.Array:
 
 
 @pytest.mark.parametrize("name", MEASURING)
+@pytest.mark.default
 def test_what_computes_with_images_takes_floats(name):
     """A kernel, a noise or a mask in the type of integers would be cut off to 0 and 1."""
     image = pair()[0]

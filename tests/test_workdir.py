@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture(scope="module")
 def trained() -> TrainedModel:
-    config = tiny.config("methods=", "sample.solver=euler", "sample.steps=2")
+    config = tiny.config("methods=", tiny.ONE_LEVEL, "sample.solver=euler", "sample.steps=2")
     model = models.build(config, (8, 8, 1), 10)
     params, buffers = jax.jit(model.init)(jax.random.key(0))
     return TrainedModel(config, model, params, buffers, 1200)
@@ -68,6 +68,7 @@ def test_a_path_ends_at_the_images_of_its_seeds(trained):
 
 
 @pytest.mark.parametrize("ending", ["webp", "gif"])
+@pytest.mark.default
 def test_an_animation_has_a_frame_for_every_level(trained, tmp_path, ending):
     file = tmp_path / f"a.{ending}"
     path = trained.path(np.arange(5))

@@ -106,6 +106,7 @@ def sets(tmp_path_factory) -> dict[str, Source]:
     }
 
 
+@pytest.mark.slow_cases("array_record-3")
 @pytest.mark.parametrize("kind,workers", [("folder", 2), ("zip", 1), ("array_record", 3)])
 def test_batches_are_those_of_threads_and_of_memory_and_resume(sets, kind, workers):
     source = sets[kind]
@@ -239,6 +240,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow_cases("ctrl-c", "SIGTERM")
 @pytest.mark.parametrize("way", ["exit", "ctrl-c", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_training_process(tmp_path, way):
     for k in range(6):

@@ -51,7 +51,7 @@ def pipeline(place: Path) -> Path:
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
         (params, buffers[models.TEXT]),
     )
-    vae = latents.NETWORK.init(key, jnp.zeros((1, 8, 8, 1)))
+    vae = jax.jit(latents.NETWORK.init)(key, jnp.zeros((1, 8, 8, 1)))
     networks = {
         "unet": (model.network, {"params": params}),
         "text_encoder": (model.text, text),

@@ -18,7 +18,7 @@ NETWORK = AutoencoderKL(
 def autoencoder(folder: Path, seed: int = 0, network: AutoencoderKL = NETWORK) -> Path:
     """A diffusers folder of it."""
     image = jnp.zeros((1, 8, 8, network.img_channels))
-    variables = network.init(jax.random.key(seed), image)
+    variables = jax.jit(network.init)(jax.random.key(seed), image)
     state = export.to_torch(network, variables)
     diffusers.write(folder, network, state, sample_size=8)
     return folder

@@ -59,17 +59,15 @@ def check_denoiser(golden: Golden):
         taps = lambda x, c_noise, label, at: fn(x, c_noise, label, at=at, method="features")
         return wrap(fn, taps=taps)
 
-    def denoise(params, x, sigma, label, augment):
-        return denoiser(params, augment)(x, sigma, label)
-
-    def objective(params, x):
-        d = denoise(params, x, sigma, label, augment)
+    def objective(params, x, sigma, label, augment):
+        denoise = denoiser(params, augment)
+        d = denoise(x, sigma, label)
         scale = 1.0 if cls == "EDMPrecond" else 1 / (1 + sigma)[:, None, None, None]
-        return jnp.sum(jnp.square(d * scale)), d
+        return jnp.sum(jnp.square(d * scale)), (d, denoise.features(x, sigma, label, at="mid"))
 
-    (_, d), (g_params, g_x) = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(
-        variables["params"], x
-    )
+    # one compiled function for everything
+    run = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    (_, (d, mid)), (g_params, g_x) = run(variables["params"], x, sigma, label, augment)
     golden.assert_close("D_x", nchw(d))
     golden.assert_norms("grad_norms", norms(g_params, network))
     largest = np.max(np.abs(golden["grad_x"]))
@@ -77,25 +75,18 @@ def check_denoiser(golden: Golden):
         "grad_x", nchw(g_x), atol=2e-5 * largest if cls != "VPPrecond" else 2e-3 * largest
     )
 
-    # One compiled function for every variant: missing labels are zeros (that None is zeros, the
-    # embedding shows).
+    # Missing labels are zeros (that None is zeros, the embedding shows).
     n = len(golden["feature"])
-    x, sigma, label, augment = jax.tree.map(lambda a: a[:n], (x, sigma, label, augment))
+    golden.assert_close("feature", nchw(mid[:n]))
     nothing = lambda a: None if a is None else jnp.zeros_like(a)
+    few = [None if a is None else a[:n] for a in (x, sigma, label, augment)]
     emb = lambda label, augment: denoiser(variables["params"], augment).features(
-        x, sigma, label, at="emb"
+        *few[:2], label, at="emb"
     )
     np.testing.assert_allclose(
-        emb(label, augment), golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb")
+        emb(*few[2:]), golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb")
     )
-    np.testing.assert_array_equal(emb(None, None), emb(nothing(label), nothing(augment)))
-
-    @jit
-    def both(x, sigma, label, augment):
-        denoise = denoiser(variables["params"], augment)
-        return denoise(x, sigma, label), denoise.features(x, sigma, label, at="mid")
-
-    golden.assert_close("feature", nchw(both(x, sigma, label, augment)[1]))
+    np.testing.assert_array_equal(emb(None, None), emb(*map(nothing, few[2:])))
     variants = {
         "D_x_no_class": (x, sigma, nothing(label), augment),
         "D_x_no_augment": (x, sigma, label, nothing(augment)),
@@ -109,7 +100,7 @@ def check_denoiser(golden: Golden):
     for name, arguments in variants.items():
         if name in golden:
             stored = golden[name]
-            actual = nchw(both(*arguments)[0])[: len(stored)]
+            actual = nchw(run(variables["params"], *arguments)[0][1][0])[: len(stored)]
             np.testing.assert_allclose(
                 actual, stored, rtol=0, atol=golden.tolerance("D_x"), err_msg=name
             )

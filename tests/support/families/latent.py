@@ -16,6 +16,7 @@ from ogdm_jax.networks.sd_unet import UNet2DCondition
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import plain_step
 from tests.support.golden_support import Golden, family, nchw, nhwc
+from tests.support.networks import run
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -66,14 +67,14 @@ def check_dit(golden: Golden):
     found = norms(names_latent.flax_to_dit({"params": g_params}, network))
     truth = golden.json("grad_norms")
     golden.assert_norms("grad_norms", {name: found[name] for name in truth})
-    features = functools.partial(network.apply, variables, method="features")
     n = len(golden["feature"])
-    emb, mid = features(x[:n], t[:n].astype(jnp.float32), y[:n], at="emb,mid")
+    few = x[:n], t[:n].astype(jnp.float32), y[:n]
+    emb, mid = run(network, variables, *few, at="emb,mid", method="features")
     golden.assert_close("feature", mid)
     np.testing.assert_allclose(emb, golden.truth("emb")[:n], rtol=0, atol=golden.tolerance("emb"))
     t_float = jnp.asarray(golden["t_float"])
     m = len(t_float)
-    golden.assert_close("out_float_t", nchw(network.apply(variables, x[:m], t_float, y[:m])))
+    golden.assert_close("out_float_t", nchw(run(network, variables, x[:m], t_float, y[:m])))
     back = names_latent.flax_to_dit(variables, network)
     for name, value in golden.state_dict().items():
         if name != "pos_embed":
@@ -98,11 +99,10 @@ def check_vae(golden: Golden):
     variables = names_latent.vae_to_flax(golden.state_dict(), network)
     assert sum(v.size for v in jax.tree.leaves(variables)) == int(golden["param_count"])
     params, x, z = variables["params"], *(jnp.asarray(nhwc(golden[n])) for n in ("x", "z"))
-    run = lambda params, value, method: network.apply({"params": params}, value, method=method)
 
     def gradients(method, value):
         def objective(params, value):
-            out = run(params, value, method)
+            out = network.apply({"params": params}, value, method=method)
             return jnp.sum(jnp.square(out)), out
 
         grad = jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
@@ -127,7 +127,7 @@ def check_vae(golden: Golden):
     golden.assert_close("sample", nchw(drawn))
     golden.assert_close("scaled_latent", nchw(network.to_scaled(drawn)))
     again = network.from_scaled(network.to_scaled(drawn))
-    golden.assert_close("roundtrip", nchw(run(params, again, "decode")))
+    golden.assert_close("roundtrip", nchw(run(network, variables, again, method="decode")))
     odd = jnp.asarray(nhwc(golden["dist_moments"]))
     golden.assert_close("dist_std", nchw(vae.posterior(odd)[1]))
     golden.assert_close("dist_kl", vae.kl_divergence(odd))
@@ -189,12 +189,13 @@ def check_sd_unet(golden: Golden):
     x = jnp.asarray(nhwc(golden["sample"]))
     context, t = (jnp.asarray(golden[n]) for n in ("encoder_hidden_states", "timesteps"))
 
-    def objective(params, x, context):
-        out = network.apply({"params": params}, x, t.astype(jnp.float32), context)
+    def objective(params, x, context, t):
+        out = network.apply({"params": params}, x, t, context)
         return jnp.sum(jnp.square(out)), out
 
     grad = jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))
-    (_, out), (g_params, g_x, g_context) = grad(variables["params"], x, context)
+    at = t.astype(jnp.float32)
+    (_, out), (g_params, g_x, g_context) = grad(variables["params"], x, context, at)
     golden.assert_close("out", nchw(out))
     golden.assert_close("grad_sample", nchw(g_x), atol=2e-5 * np.abs(golden["grad_sample"]).max())
     largest = np.abs(golden["grad_context"]).max()
@@ -203,14 +204,14 @@ def check_sd_unet(golden: Golden):
     golden.assert_norms("grad_norms", norms(state))
 
     names = ("emb", "feature", "down0", "up0")
-    tapped = network.apply(
-        variables, x, t.astype(jnp.float32), context, at="emb,mid,down0,up0", method="features"
-    )
+    blocks = "emb,mid,down0,up0"
+    tapped = run(network, variables, x, at, context, at=blocks, method="features")
     for name, value in zip(names, tapped, strict=True):
         value = value if name == "emb" else nchw(value)
         golden.assert_close(name, value[: len(golden[name])])
-    times = jnp.asarray(golden["timesteps_float"])
-    golden.assert_close("out_float_t", nchw(network.apply(variables, x, times, context)))
+    times = jnp.asarray(golden["timesteps_float"], jnp.float32)
+    again = grad(variables["params"], x, context, times)[0][1]
+    golden.assert_close("out_float_t", nchw(again))
 
     state = golden.state_dict()
     ldm = {theirs: state[name] for name, theirs in golden.json("ldm_map").items()}
@@ -246,7 +247,7 @@ def check_clip_text(golden: Golden):
     (_, out), gradients = jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
     golden.assert_close("last_hidden_state", out)
     golden.assert_close("pooler_output", clip_text.pooled(out, ids, k["eos_token_id"]))
-    golden.assert_close("first5_last_hidden_state", network.apply(variables, ids[:1, :5]))
+    golden.assert_close("first5_last_hidden_state", run(network, variables, ids[:1, :5]))
     golden.assert_norms(
         "grad_norms", norms(names_latent.flax_to_clip({"params": gradients}, network))
     )
@@ -254,7 +255,7 @@ def check_clip_text(golden: Golden):
     # SD 2.x: the same file with its last layer left out
     shorter = network.clone(depth=network.depth - 1)
     cut = names_latent.clip_to_flax(state, shorter)
-    golden.assert_close("penultimate_final_ln", shorter.apply(cut, ids))
+    golden.assert_close("penultimate_final_ln", run(shorter, cut, ids))
 
     # the layouts of transformers 5 and of open_clip
     newer = {name.removeprefix("text_model."): value for name, value in state.items()}
@@ -318,45 +319,43 @@ def check_latent_dsg(golden: Golden):
     table = process.Discrete.make("scaled_linear", 1000)
     none, context = (jnp.asarray(golden[n]) for n in ("uncond_context", "context"))
     ref = jnp.asarray(nhwc(golden["ref"]))
-    denoise = precondition.adm(functools.partial(network.apply, params), table)
-    denoise = dataclasses.replace(denoise, unconditional=lambda label: none)
 
-    def decoded(x0_hat):
-        return coder.apply(decoder, coder.from_scaled(x0_hat), method="decode")
-
-    def gram(x0_hat):
+    def gram(image):
         of = lambda image: jnp.einsum("bhwc,bhwd->bcd", image, image)
-        return jnp.linalg.norm((of(decoded(x0_hat)) - of(ref)).reshape(1, -1), axis=1)
+        return jnp.linalg.norm((of(image) - of(ref)).reshape(1, -1), axis=1)
 
-    def pool(x0_hat):
-        gap = decoded(x0_hat) - ref
+    def pool(image):
+        gap = image - ref
         b, h, w, c = gap.shape
         return jnp.linalg.norm(
             gap.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1), axis=1
         )
+
+    @functools.partial(jit, static_argnums=(0, 1))
+    def step(weight, loss, params, decoder, x, noise, sigma, sigma_next, rate):
+        """A guided step, or without a loss a plain one."""
+        denoise = precondition.adm(functools.partial(network.apply, params), table)
+        denoise = dataclasses.replace(denoise, unconditional=lambda label: none)
+        guided = cfg.guide(denoise, weight)
+        decoded = lambda x0: coder.apply(decoder, coder.from_scaled(x0), method="decode")
+        evaluate = lambda x: guided(x, sigma, context)
+        moments = lambda x0, x: steps.ddim_moments(x, x0, sigma, sigma_next, 1.0)
+        owner = dsg.guidance(lambda x0_hat: loss(decoded(x0_hat)), rate)
+        rule = owner.transition if loss else plain_step
+        return rule(evaluate, moments, x, noise, Info(jnp.int32(0), 2, sigma, sigma_next, None))
 
     levels = np.sqrt(1 / golden["ddim_alpha_f64"] - 1)
     before = np.sqrt(1 / golden["ddim_alpha_prev_f64"] - 1)
     for name, s in golden.json("settings").items():
         i, repeats = s["index"], s["repeats"]
         sigma, sigma_next = (jnp.asarray(v[i : i + 1], jnp.float32) for v in (levels, before))
-        guided = cfg.guide(denoise, s["cfg"])
-        loss = gram if s["loss"] == "gram" else pool
-        owner = dsg.guidance(loss, s["guidance_rate"])
-
-        @jit
-        def step(x, noise, guided=guided, owner=owner, sigma=sigma, sigma_next=sigma_next, i=i):
-            evaluate = lambda x: guided(x, sigma, context)
-            moments = lambda x0, x: steps.ddim_moments(x, x0, sigma, sigma_next, 1.0)
-            info = Info(jnp.int32(0), 2, sigma, sigma_next, None)
-            rule = owner.transition if 30 <= i < 70 else plain_step
-            return rule(evaluate, moments, x, noise, info)
-
+        loss = {"gram": gram, "pool": pool}[s["loss"]] if 30 <= i < 70 else None
         vp = lambda level: jax.lax.rsqrt(1 + level**2)[:, None, None, None]
         x = jnp.asarray(nhwc(golden["x"])) / vp(sigma)
         for j in range(repeats):
             noise = jnp.asarray(nhwc(golden[f"noise_{name}"][j]))
-            x_next, x0_hat = step(x, noise)
+            given = params, decoder, x, noise, sigma, sigma_next, s["guidance_rate"]
+            x_next, x0_hat = step(s["cfg"], loss, *given)
             again = jnp.asarray(nhwc(golden[f"renoise_{name}"][j]))
             x = x_next + jnp.sqrt(sigma**2 - sigma_next**2)[:, None, None, None] * again
         golden.assert_close(f"x_{name}", nchw(x_next * vp(sigma_next)), atol=1e-4)
