@@ -84,9 +84,10 @@ lines = [json.loads(line) for line in Path("runs/digits/metrics.jsonl").read_tex
 levels = [name for name in lines[0] if name.startswith("level/")]
 figure, axis = plt.subplots(figsize=(6, 3), dpi=80, layout="constrained")
 for name in levels:
-    axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]), label=name)
-axis.set(xlabel="step", ylabel="loss", yscale="log")
-axis.legend(fontsize=7, ncols=2)
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    axis.plot(*zip(*points), label=name.removeprefix("level/"))
+axis.set(xlabel="step", ylabel="loss")
+axis.legend(title="noise level sigma", fontsize=7, title_fontsize=7, ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -130,7 +130,7 @@ show(np.clip(np.concatenate(rows), -1, 1), 8, captions)
 def figures(images):
     seen = np.sqrt(np.mean(np.square(images - y) * mask) / mask.mean())
     to_digits = np.square(np.asarray(images)[:, None] - means).sum((2, 3, 4))
-    return f"seen {seen:9.3f}   strange {to_digits.min(1).mean():7.2f}"
+    return f"seen {seen:8.2g}   strange {to_digits.min(1).mean():8.2g}"
 
 
 print("exact     ", figures(exact))
