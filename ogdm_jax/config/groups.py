@@ -31,8 +31,8 @@ class Data(Group):
 
     source: str = decided(
         "tfds:cifar10/train",
-        "digits, mnist5k, tfds:NAME/SPLIT, folder:DIR, zip:FILE, npz:FILE, cifar10:FILE, "
-        "latents:DIR (ogdm data encode)",
+        "digits, mnist5k, tfds:NAME/SPLIT, folder:DIR, wds:SHARDS, zip:FILE, npz:FILE, "
+        "cifar10:FILE, latents:DIR (ogdm data encode)",
     )
     vae: str = free(
         "",

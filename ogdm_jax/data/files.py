@@ -21,8 +21,8 @@ from ogdm_jax.data.pictures import HEAD, LARGE, PictureError, check_size, decode
 from ogdm_jax.places import files_below, is_local, local, place
 
 # What reading a file or a zip member raises.
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
-_UNREADABLE += (NotImplementedError, RuntimeError, struct.error, MemoryError, OverflowError)
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
+UNREADABLE += (NotImplementedError, RuntimeError, struct.error, MemoryError, OverflowError)
 # The header of a zip member ends with the lengths of its name and of its extra field.
 _HEADER = struct.Struct("<26xHH")
 _UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
@@ -50,7 +50,7 @@ class FolderReader:
         """A hash of the names, and of the sizes of some files: each has to be asked for."""
         some = self.names[:: max(1, len(self) // 256)]
         if self.captions:
-            some += [beside(name, self.captions) for name in some]
+            some += [self.beside(name) for name in some]
         root = place(self.root)
         try:
             with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket answers slowly
@@ -71,9 +71,13 @@ class FolderReader:
             check_size(head, size)
             return head + file.read()
 
-    def text(self, i: int) -> bytes:
+    def beside(self, name: str) -> str:
+        """The file of the same stem that holds a picture's caption."""
+        return beside(name, self.captions)
+
+    def text(self, i: int) -> bytes | str:
         """The bytes of the caption's file."""
-        return (place(self.root) / beside(self.names[i], self.captions)).read_bytes()
+        return (place(self.root) / self.beside(self.names[i])).read_bytes()
 
     def caption(self, i: int) -> str | None:
         """The caption of image i; None where none are read.
@@ -85,9 +89,9 @@ class FolderReader:
             return None
         try:
             return plain_caption(self.text(i))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
-            name = beside(self.names[i], self.captions)
+            name = self.beside(self.names[i])
             raise SourceError(
                 f"{self.source}: {self.names[i]} has a caption, {name}, that {why}; replace it, or "
                 f"remove both (ogdm data check {self.source} lists every such file)"
@@ -112,7 +116,7 @@ class FolderReader:
         """As `read`, without the label; facts takes what `decode` finds."""
         try:
             return decode(self.content(i), facts)
-        except (PictureError, *_UNREADABLE) as error:
+        except (PictureError, *UNREADABLE) as error:
             raise SourceError(
                 f"{self.source}: {self.names[i]} {reason(error)}; replace or remove it (ogdm data "
                 f"check {self.source} lists every such file)"
@@ -246,16 +250,16 @@ def open_folder(source: str, path: str) -> Stored:
         files = listing.Files(files_below(root), [], [])
 
     def head(name: str) -> bytes:
-        with suppress(*_UNREADABLE), (root / name).open("rb") as file:
+        with suppress(*UNREADABLE), (root / name).open("rb") as file:
             return file.read(64)
         return b""
 
     texts = {name for name in files.names if ending and name.endswith(f".{ending}")}
     names, notes = listing.pictures([n for n in files.names if n not in texts], head)
     if not names:
-        _nothing(source, "CLASS/NAME.png or NAME.png", (*files.notes, *notes))
+        nothing(source, "CLASS/NAME.png or NAME.png", (*files.notes, *notes))
     if ending:
-        notes += check_captions(source, names, texts, ending)
+        notes += check_beside(source, names, texts, [beside(name, ending) for name in names])
         return Stored(FolderReader(source, path, names, ending), notes=(*files.notes, *notes))
     tables = [name for name in files.names if name.split("/")[-1] == _TABLE]
     found = _classes(source, names, files.folders, tables, lambda name: (root / name).read_bytes())
@@ -273,16 +277,18 @@ def split_caption(path: str) -> tuple[str, str]:
     return (found[1], found[2].removeprefix(".")) if found else (path, "")
 
 
-def check_captions(source: str, names: list[str], texts: set[str], ending: str) -> list[str]:
-    """A note on texts without an image. SourceError for images without a text."""
-    lost = [name for name in names if beside(name, ending) not in texts]
-    alone = texts - {beside(name, ending) for name in names}
+def check_beside(
+    source: str, names: list[str], texts: set[str], wanted: list[str], what: str = "caption"
+) -> list[str]:
+    """A note on texts without an image. SourceError for images without the one that is wanted."""
+    lost = [pair for pair in zip(names, wanted) if pair[1] not in texts]
+    alone = texts - {*wanted}
     if lost:
         raise SourceError(
-            f"{source}: {len(lost)} of {len(names)} images have no caption ({lost[0]} first: "
-            f"expected {beside(lost[0], ending)}); write these files, or take the images away"
+            f"{source}: {len(lost)} of {len(names)} images have no {what} ({lost[0][0]} first: "
+            f"expected {lost[0][1]}); write these files, or take the images away"
         )
-    return [f"left out {len(alone)} captions without image ({min(alone)} first)"] if alone else []
+    return [f"left out {len(alone)} {what}s without image ({min(alone)} first)"] if alone else []
 
 
 def open_zip(source: str, path: str) -> Stored:
@@ -303,7 +309,7 @@ def open_zip(source: str, path: str) -> Stored:
             return _members(source, path, archive)
     except SourceError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         with place(path).open("rb") as file:
             kind = what_is(file.read(64))
         if kind in ("", "a zip archive"):
@@ -336,7 +342,7 @@ def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
         )
 
     def head(name: str) -> bytes:
-        with suppress(*_UNREADABLE), archive.open(members[name]) as file:
+        with suppress(*UNREADABLE), archive.open(members[name]) as file:
             return file.read(64)
         return b""
 
@@ -352,7 +358,7 @@ def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
     notes += [f"left out {links} links in the archive"] if links else []
     notes += [f"{twice} members lie twice in the archive: read once"] if twice else []
     if not names:
-        _nothing(source, "CLASS/NAME.png or 00000/img00000000.png", notes)
+        nothing(source, "CLASS/NAME.png or 00000/img00000000.png", notes)
     tables = [name for name in members if name.split("/")[-1] == _TABLE]
     found = _classes(source, names, folders, tables, table)
     stored = [members[name].filename for name in names]
@@ -361,7 +367,8 @@ def _members(source: str, path: str, archive: zipfile.ZipFile) -> Stored:
     return Stored(reader, found.labels, found.names, (*notes, *found.notes))
 
 
-def _nothing(source: str, expected: str, notes: tuple[str, ...] | list[str]) -> NoReturn:
+def nothing(source: str, expected: str, notes: tuple[str, ...] | list[str]) -> NoReturn:
+    """Raises the SourceError of a set without images."""
     left = f" ({'; '.join(notes)})" if notes else ""
     raise SourceError(f"{source}: has no images{left}; expected files such as {expected} in it")
 
@@ -384,7 +391,7 @@ def _classes(
         return found._replace(notes=(*found.notes, *ignored))
     try:
         content = read(at + _TABLE)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{source}: {at}{_TABLE} cannot be read ({error})") from None

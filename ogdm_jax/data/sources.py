@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from ogdm_jax import places
-from ogdm_jax.data import arrays, files, latents, prepared
+from ogdm_jax.data import arrays, files, latents, prepared, tars
 from ogdm_jax.data.base import Source, Stored, from_arrays, from_reader
 from ogdm_jax.data.labels import SourceError
 
@@ -15,6 +15,7 @@ KINDS = (
     "mnist5k",
     "tfds:NAME[/SPLIT][?caption=FIELD]",
     "folder:DIR[?caption=txt]",
+    "wds:SHARDS[?caption=txt]",
     "zip:FILE",
     "npz:FILE",
     "cifar10:FILE[?test]",
@@ -40,7 +41,8 @@ def open_source(
         `tfds:NAME[/SPLIT]` (prepared as array_record; SPLIT may be a slice such as train[:10%],
         default train; with ?caption=FIELD the images have texts, such as captions/text), `folder:
         DIR` (sub-folder names are the classes; with ?caption=txt each image has the text of a .txt
-        file of its stem instead), `zip:FILE` (EDM's format),
+        file of its stem instead), `wds:SHARDS` (webdataset's tar archives, see tars.py), `zip:FILE`
+        (EDM's format),
         `npz:FILE` (uint8 `image` [N,H,W,C], optional `label`, `label_names`; the file's own arrays
         select rows: npz:FILE?skin_tone=0&base<1700), `cifar10:FILE[?test]` (the authors'
         cifar-10-binary.tar.gz, or the folder unpacked from it), or `latents:DIR` (what `ogdm data
@@ -107,6 +109,7 @@ _OPENED: dict[str, Callable[[str, str], Stored | arrays.Arrays]] = {
     "npz": arrays.npz,
     "cifar10": arrays.cifar10,
     "folder": files.open_folder,
+    "wds": tars.open_tar,
     "zip": files.open_zip,
     "latents": _open_latents,
 }
@@ -160,7 +163,7 @@ def source_name(word: str) -> str:
     path = places.place(word.partition("?")[0])
     if path.is_dir():
         return f"folder:{word}"
-    kind = {".npz": "npz", ".zip": "zip"}.get(path.suffix.lower())
+    kind = {".npz": "npz", ".zip": "zip", ".tar": "wds"}.get(path.suffix.lower())
     return f"{kind}:{word}" if kind and (uri or ":" not in word) else word
 
 

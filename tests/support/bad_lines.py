@@ -269,6 +269,8 @@ SETTINGS = {
     "network.kind=sd --config.network.text_heads=7": "a divisor of the width 768",
     "data.source=folder:.?caption=txt": "images have no caption",
     "data.source=folder:.?caption=": "there is no folder",
+    "data.source=wds:none-{00..12}.tar": "there is no file",
+    "data.source=wds:none-*.tar?caption=txt": "there is no file",
     "init.workdir=run --config.init.weights=text": "which takes no text",
     "network.context=64": "network.kind=sd",
     "sample.start=vp": "sample.grid=respaced",
