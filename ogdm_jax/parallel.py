@@ -103,18 +103,22 @@ class Plan:
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.tree.map(place, state, self.state_shardings(state))
 
-    def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
-        """Runs create(key) compiled, each leaf made where it will live."""
-        shardings = self.state_shardings(jax.eval_shape(create, key))
+    def init(self, create: Callable[..., PyTree], *args: PyTree) -> PyTree:
+        """Runs create(*args) compiled, each leaf made where it will live; the memory of arguments
+        behind the first becomes the result's.
+        """
+        shardings = self.state_shardings(jax.eval_shape(create, *args))
         lowered = jax.jit(
-            platforms.traced_for(self.platform, create), out_shardings=shardings
-        ).lower(key)
+            platforms.traced_for(self.platform, create),
+            out_shardings=shardings,
+            donate_argnums=tuple(range(1, len(args))),
+        ).lower(*args)
         # It runs once: on a CPU, LLVM's passes over a hundred random draws would cost five times
         # what they save.
         quick: dict[str, Any] | None = None
         if self.platform == "cpu":
             quick = {"xla_backend_optimization_level": 0}
-        return lowered.compile(compiler_options=quick)(key)
+        return lowered.compile(compiler_options=quick)(*args)
 
     def place(self, tree: PyTree) -> PyTree:
         """Puts a host tree that every process holds in full on all devices."""

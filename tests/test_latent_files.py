@@ -222,6 +222,8 @@ def test_what_is_written_as_diffusers_has_it_is_read_back(name, tmp_path):
     found = load_pretrained(tmp_path / "folder")
     assert found.network == network
     assert all(map(np.array_equal, *map(jax.tree.leaves, (found.variables, variables))))
+    alone = load_pretrained(tmp_path / "folder", weights=False)
+    assert alone.network == network and not alone.variables
 
 
 def test_averages_of_a_single_file_are_taken_and_said(tmp_path):

@@ -1,5 +1,7 @@
 """What the step draws for an image, and the loss that it takes, against their formulas."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,17 @@ def test_the_loss_is_the_mean_over_images_of_a_weighted_sum_over_pixels():
     )  # 2206.00364, table 1
     _, metrics = run.compile(state)(state, run.constants(), run.plan.place_batch(given), run.key)
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)
+
+
+def test_a_state_of_given_weights_is_made_of_their_memory():
+    """As a fresh one but for them; the moving average has memory of its own."""
+    run = tiny.build("methods=ogdm", tiny.ONE_LEVEL)
+    fresh = run.init()
+    given = jax.tree.map(lambda leaf: leaf + 1, (fresh.params, fresh.buffers))
+    params, buffers = jax.tree.map(lambda leaf: leaf + 1, (fresh.params, fresh.buffers))
+    state = run.init(given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given[0]))
+    expected = dataclasses.replace(fresh, params=params, ema=params, buffers=buffers)
+    tiny.assert_trees(jax.device_get(state), jax.device_get(expected))
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.ema))]
+    assert len({*places}) == len(places)

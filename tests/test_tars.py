@@ -78,7 +78,7 @@ def test_classes_are_members(shards):
     assert report["readable"] == 5 and report["class_counts"] == [2, 2, 1] and not report["bad"]
     plain = open_source(f"wds:{shard(shards / 'deep.tar', {'./a/1.png': PICTURES[0]})}")
     assert not plain.num_classes and plain.reader is None
-    assert plain.notes == ("its folders are no classes: those are numbers in KEY.cls",)
+    assert plain.notes == ("has no KEY.cls: no classes",)
 
 
 def test_a_set_is_known_again_and_read_elsewhere(shards, tmp_path_factory):
@@ -122,7 +122,7 @@ def odd(name: str, kind: bytes = tarfile.SYMTYPE, target: str = "/etc/passwd") -
         ([odd("/1.png", tarfile.REGTYPE)], "holds '/1.png', a link"),
         ([odd("a/../../1.png", tarfile.REGTYPE)], r"holds 'a/../../1.png', a link"),
         ([odd("0000.png", tarfile.REGTYPE)], "two members 0000.png"),
-        ([odd("0000.jpg", tarfile.REGTYPE)], "0000.jpg and .*0000.png are two pictures of one key"),
+        ([odd("0000.jpg", tarfile.REGTYPE)], "x.tar/0000.jpg is one of two pictures of a key"),
         ([odd("0001.png", tarfile.REGTYPE)], "1 of 2 images have no caption .*expected x.tar/0001"),
     ],
 )
@@ -156,7 +156,7 @@ def test_damaged_archives_are_refused(tmp_path):
     [
         ("wds:train-{00000..00002}.tar", "there is no file .*train-00002.tar; expected shards"),
         ("wds:none-*.tar", "there is no file"),
-        ("wds:train-{3..2}.tar", "its range is empty"),
+        ("wds:train-{3..2}.tar", "there is no file .*train-{3..2}.tar"),
         ("wds:", "names no path"),
         ("wds:empty.tar", r"has no images; expected files such as KEY.jpg"),
         ("wds:word.tar", r"word.tar/0000.cls holds no class \(invalid literal"),

@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _folder(args: argparse.Namespace) -> str | None:
     """Where the set's relative path starts from, for whoever opens it from another folder."""
-    if args.data_dir or args.source.partition(":")[0] not in ("folder", "zip", "npz", "cifar10"):
+    at_a_path = ("folder", "wds", "zip", "npz", "cifar10")
+    if args.data_dir or args.source.partition(":")[0] not in at_a_path:
         return args.data_dir and str(places.absolute(places.place(args.data_dir)))
     return os.getcwd()
 

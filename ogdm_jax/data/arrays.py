@@ -19,38 +19,16 @@ from ogdm_jax.data.pictures import what_is
 from ogdm_jax.places import files_below, place
 
 DIGIT_NAMES = tuple("0123456789")
-CIFAR10_NAMES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CIFAR10_NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "arr_0"), ("label", "labels", "arr_1")
 _NAME_KEYS = ("label_names", "class_names")
 _NPY = b"\x93NUMPY"  # how an .npy begins
 _OURS = ("seeds", "about")  # what sample.py and the discriminator's training write beside images
 # What numpy raises for an .npz that is cut, altered, encrypted, of an unknown compression or of
 # impossible sizes.
-DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    MemoryError,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    AttributeError,
-    TypeError,  # an .npy where an .npz was expected
-)
-DAMAGED += (zipfile.BadZipFile,)
+DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, AttributeError)
+DAMAGED += (zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
+DAMAGED += (TypeError,)  # an .npy where an .npz was expected
 _COMPARE = {"=": operator.eq, "<": operator.lt, ">=": operator.ge}
 
 

@@ -75,9 +75,8 @@ def encode(
         try:
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for at in range(start, stop, batch):
-                rows = np.resize(
-                    np.arange(at, min(at + batch, stop)), batch
-                )  # one size is compiled
+                # one size is compiled
+                rows = np.resize(np.arange(at, min(at + batch, stop)), batch)
                 part = source.take(rows)
                 items = _items(encode, part["image"], source, rows)
                 for item, label in list(zip(items, part["label"]))[: stop - at]:

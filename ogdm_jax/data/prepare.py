@@ -274,7 +274,7 @@ def _default_name(source: str) -> str:
     kind, _, rest = source.partition(":")
     stem = (
         Path(rest.partition("?")[0].rstrip("/")).stem
-        if kind in ("folder", "zip", "npz")
+        if kind in ("folder", "wds", "zip", "npz")
         else rest or kind
     )
     name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")

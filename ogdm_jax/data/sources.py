@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from ogdm_jax import places
 from ogdm_jax.data import arrays, files, latents, prepared, tars
@@ -11,15 +12,8 @@ from ogdm_jax.data.base import Source, Stored, from_arrays, from_reader
 from ogdm_jax.data.labels import SourceError
 
 KINDS = (
-    "digits",
-    "mnist5k",
-    "tfds:NAME[/SPLIT][?caption=FIELD]",
-    "folder:DIR[?caption=txt]",
-    "wds:SHARDS[?caption=txt]",
-    "zip:FILE",
-    "npz:FILE",
-    "cifar10:FILE[?test]",
-    "latents:DIR",
+    *("digits", "mnist5k", "tfds:NAME[/SPLIT][?caption=FIELD]", "folder:DIR[?caption=txt]"),
+    *("wds:SHARDS[?caption=txt]", "zip:FILE", "npz:FILE", "cifar10:FILE[?test]", "latents:DIR"),
 )
 SHIPPED = [f"{name}{part}" for name in KINDS[:2] for part in ("", "/train", "/test")]
 MEMORY_LIMIT = 2 << 30
@@ -91,11 +85,16 @@ def stored(
     raise SourceError(f"data source {name!r} is unknown{hint}; expected one of {', '.join(KINDS)}")
 
 
-def _open_latents(name: str, path: str) -> Stored:
+def _local(name: str, path: str) -> Path:
+    """The path of what is read at places of its files, as array_record and shards are."""
     try:
-        folder = places.local(path, name)  # array_record maps its files
+        return places.local(path, name)
     except places.PlaceError as error:
         raise SourceError(str(error)) from None
+
+
+def _open_latents(name: str, path: str) -> Stored:
+    folder = _local(name, path)
     reader, labels, about = latents.read_folder(name, folder)
     names, captions = tuple(about.get("class_names", ())), latents.read_captions(name, folder)
     if len(captions) != (len(reader) if captions or about.get("captions") else 0):
@@ -109,7 +108,7 @@ _OPENED: dict[str, Callable[[str, str], Stored | arrays.Arrays]] = {
     "npz": arrays.npz,
     "cifar10": arrays.cifar10,
     "folder": files.open_folder,
-    "wds": tars.open_tar,
+    "wds": lambda name, path: tars.open_tar(name, str(_local(name, path))),
     "zip": files.open_zip,
     "latents": _open_latents,
 }

@@ -2,9 +2,10 @@
 image, its text, its class, and what else is known of it. They are read where they lie.
 """
 
+import functools
 import glob
-import itertools
 import json
+import operator
 import os
 import re
 import tarfile
@@ -17,11 +18,11 @@ from ogdm_jax.data import files, identity, listing
 from ogdm_jax.data.base import Stored
 from ogdm_jax.data.labels import SourceError, plain
 from ogdm_jax.data.pictures import HEAD, check_size, what_is
-from ogdm_jax.places import PlaceError, local
 
 _TEXT = 1 << 20  # bytes of a text, a class or a JSON: longer ones are mistakes
 _RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
-_Place = list[int]  # of a member: the number of its shard, its first byte, its number of bytes
+# {name: (number of its shard, first byte, number of bytes)} of members
+_Places = dict[str, tuple[int, int, int]]
 
 
 class TarReader(files.FolderReader):
@@ -30,21 +31,15 @@ class TarReader(files.FolderReader):
     Args:
       source, root, captions: as of a folder.
       shards: the archives, below root; the names of images begin with them.
-      images, texts: {name: its place} of members.
+      *members: the images and their texts.
     """
 
     def __init__(
-        self,
-        source: str,
-        root: str,
-        captions: str,
-        shards: list[str],
-        images: dict[str, _Place],
-        texts: dict[str, _Place],
+        self, source: str, root: str, captions: str, shards: list[str], *members: _Places
     ) -> None:
-        super().__init__(source, root, list(images), captions)
-        self.shards, self.images = shards, np.array(list(images.values()), np.int64)
-        self.texts = np.array(list(texts.values()), np.int64).reshape(-1, 3)
+        super().__init__(source, root, list(members[0]), captions)
+        places = [np.array(list(one.values()), np.int64).reshape(-1, 3) for one in members]
+        self.shards, (self.images, self.texts) = shards, places
 
     def beside(self, name: str) -> str:
         """The member that holds an image's caption."""
@@ -60,31 +55,32 @@ class TarReader(files.FolderReader):
 
     def text(self, i: int) -> bytes | str:
         """What the caption's member holds: all of it, or a field of its JSON."""
-        found, fields = self.member(self.texts[i], _TEXT), self.captions.split("/")[1:]
-        if not fields and self.captions != "json":
+        found, (first, *fields) = self.member(self.texts[i], _TEXT), self.captions.split("/")
+        if first != "json":
             return found
-        try:
-            whole = json.loads(found)
-            for field in fields:
-                whole = whole[field]
-        except (ValueError, LookupError, TypeError):
-            whole = None
-        if not isinstance(whole, str):
-            raise ValueError("is no text")
-        return whole
+        with suppress(ValueError, LookupError, TypeError):
+            value = functools.reduce(operator.getitem, fields, json.loads(found))
+            if isinstance(value, str):
+                return value
+        raise ValueError("is no text")
 
-    def member(self, at: np.ndarray | _Place, most: int = 0) -> bytes:
-        """The bytes at a place. ValueError, "is ...", where they are more than most or less."""
-        shard, start, size = map(int, at)
-        if most and size > most:
-            raise ValueError(f"is of {size} bytes")
-        with open(os.path.join(self.root, self.shards[shard]), "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), min(size, HEAD), start)
-            check_size(data, size)
-            data += os.pread(file.fileno(), max(size - HEAD, 0), start + HEAD)
-        if len(data) < size:
-            raise ValueError("is cut short")
-        return data
+    def member(self, at: np.ndarray, most: int = 0) -> bytes:
+        """The bytes at a place, see `_read`."""
+        shard, *place = at.tolist()
+        return _read(os.path.join(self.root, self.shards[shard]), *place, most=most)
+
+
+def _read(shard: str, start: int, size: int, most: int = 0) -> bytes:
+    """Bytes of an archive. ValueError, "is ...", where they are more than most or not there."""
+    if most and size > most:
+        raise ValueError(f"is of {size} bytes")
+    with open(shard, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), min(size, HEAD), start)
+        check_size(data, size)
+        data += os.pread(file.fileno(), max(size - HEAD, 0), start + HEAD)
+    if len(data) < size:
+        raise ValueError("is cut short")
+    return data
 
 
 def of_key(name: str, ending: str) -> str:
@@ -94,8 +90,8 @@ def of_key(name: str, ending: str) -> str:
 
 
 def open_tar(source: str, path: str) -> Stored:
-    """The images of shards: one .tar, those of train-{0000..0127}.tar or train-*.tar, or all of a
-    folder, sorted by their names.
+    """The images of local shards: one .tar, those of train-{0000..0127}.tar or train-*.tar, or all
+    of a folder, sorted by their names.
 
     The number in KEY.cls is the class of KEY.jpg; folders within an archive are none. With
     "?caption=txt" behind the path each image has the text of KEY.txt instead, with
@@ -109,60 +105,51 @@ def open_tar(source: str, path: str) -> Stored:
     path, ending = files.split_caption(path)
     shards = _shards(source, path)
     root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
-    below, members = [os.path.relpath(shard, root) for shard in shards], {}
+    below, members = [os.path.relpath(shard, root) for shard in shards], _Places()
     for k, shard in enumerate(shards):
         for name, start, size in _members(source, shard):
-            if members.setdefault(f"{below[k]}/{name}", found := [k, start, size]) is not found:
+            place = k, start, size
+            if members.setdefault(f"{below[k]}/{name}", place) is not place:
                 raise SourceError(f"{source}: {shard} has two members {name}; expected one")
-    look = TarReader(source, root, ending, below, {}, {})
 
     def head(name: str) -> bytes:
-        with suppress(OSError, ValueError):
-            shard, start, size = members[name]
-            return look.member([shard, start, min(64, size)])
-        return b""
+        shard, start, size = members[name]
+        return _read(shards[shard], start, min(size, 64))
 
     first = ending.partition("/")[0] or "cls"
     texts = {name for name in members if name.endswith(f".{first}")}
     names, notes = listing.pictures([name for name in members if name not in texts], head)
     if not names:
         files.nothing(source, "KEY.jpg, and KEY.txt or KEY.cls beside it,", notes)
-    _check_keys(source, names)
-    wanted = [of_key(name, first) for name in names] if texts or ending else []
-    notes += files.check_beside(source, names, texts, wanted, "caption" if ending else "label")
-    places = [{name: members[name] for name in some} for some in (names, wanted)]
+    wanted = [of_key(name, first) for name in names]
+    last = dict(zip(wanted, names))
+    if two := [name for name, key in zip(names, wanted) if last[key] is not name]:
+        raise SourceError(f"{source}: {two[0]} is one of two pictures of a key; expected one")
+    beside = wanted if texts or ending else []
+    notes += files.check_beside(source, names, texts, beside, "caption" if ending else "label")
+    notes += [] if beside else ["has no KEY.cls: no classes"]
+    places = [{name: members[name] for name in some} for some in (names, beside)]
     reader = TarReader(source, root, ending, below, *places)
-    if ending:
-        return Stored(reader, notes=tuple(notes))
-    deep = [name for name in names if name.count("/") > 1 + below[members[name][0]].count("/")]
-    notes += ["its folders are no classes: those are numbers in KEY.cls"] if deep else []
-    return Stored(reader, _classes(reader, wanted) if wanted else None, notes=tuple(notes))
+    found = _classes(reader, beside) if beside and not ending else None
+    return Stored(reader, found, notes=tuple(notes))
 
 
 def _shards(source: str, path: str) -> list[str]:
     """The archives that a pattern names. SourceError where a name of it is none."""
-    try:
-        path = str(local(path, source))
-    except PlaceError as error:
-        raise SourceError(str(error)) from None
-    parts, found = _RANGE.split(path), []
-    ranges = [
-        [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
-        for low, high in zip(parts[1::3], parts[2::3])
-    ]
-    for chosen in itertools.product(*ranges):
-        name = parts[0] + "".join(map("".join, zip(chosen, parts[3::3])))
-        name = os.path.join(name, "*.tar") if os.path.isdir(name) else name
-        some = sorted(glob.glob(name)) if "*" in name else [name] * os.path.isfile(name)
-        if not some:
-            raise SourceError(
-                f"{source}: there is no file {name}; expected shards, as FILE.tar, "
-                "train-{0000..0127}.tar, train-*.tar or a folder of them"
-            )
-        found += some
-    if not found:
-        raise SourceError(f"{source}: its range is empty; expected one such as {{0000..0127}}")
-    return found
+    if found := _RANGE.search(path):
+        low, high = found.groups()
+        numbers = [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
+        names = [f"{path[: found.start()]}{n}{path[found.end() :]}" for n in numbers]
+        shards = [shard for name in names for shard in _shards(source, name)]
+    else:
+        path = os.path.join(path, "*.tar") if os.path.isdir(path) else path
+        shards = sorted(glob.glob(path)) if "*" in path else [path] * os.path.isfile(path)
+    if not shards:
+        raise SourceError(
+            f"{source}: there is no file {path}; expected shards, as FILE.tar, "
+            "train-{0000..0127}.tar, train-*.tar or a folder of them"
+        )
+    return shards
 
 
 def _members(source: str, shard: str) -> Iterator[tuple[str, int, int]]:
@@ -198,22 +185,12 @@ def _members(source: str, shard: str) -> Iterator[tuple[str, int, int]]:
         ) from None
 
 
-def _check_keys(source: str, names: list[str]) -> None:
-    """SourceError for two pictures of one key."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(of_key(name, ""), name)) is not name:
-            raise SourceError(
-                f"{source}: {other} and {name} are two pictures of one key; expected one"
-            )
-
-
 def _classes(reader: TarReader, names: list[str]) -> np.ndarray:
-    """The numbers in the members of `reader.texts`. SourceError for what is none."""
+    """The numbers in the members `names`. SourceError for what is none."""
     numbers = []
-    for name, at in zip(names, reader.texts):
+    for i, name in enumerate(names):
         try:
-            numbers.append(int(reader.member(at, 32)))
+            numbers.append(int(reader.member(reader.texts[i], 32)))
         except (OSError, ValueError) as error:
             raise SourceError(
                 f"{reader.source}: {name} holds no class ({error}); expected a number, such as 7"

@@ -4,6 +4,7 @@ Our modules have the names of the files (`blocks.0.attn.qkv`, `down_blocks.0.res
 that a name map is a rule. DiT's blocks are stacked in ours and numbered in the files.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
@@ -43,18 +44,16 @@ def _entries(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> list[Entry]:
     return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
 
 
-def _numbered(path: tuple[str, ...], i: int) -> tuple[str, ...]:
-    return (*path[:2], str(i), *path[2:])
-
-
 def dit_entries(network: DiT) -> list[Entry]:
-    """Every tensor of the file but the table of positions, with one path a block."""
+    """Every tensor of the file but the table of positions; a block's are rows of ours."""
     found, label = [], jax.ShapeDtypeStruct((1,), jnp.int32)
     for path, shape in variable_shapes(network, *image_input(network), label).items():
-        if path[1] == "blocks":
-            found += [_entry(_numbered(path, i), shape[1:]) for i in range(shape[0])]
-        else:
+        if path[1] != "blocks":
             found.append(_entry(path, shape))
+            continue
+        for i in range(shape[0]):
+            one = _entry((*path[:2], str(i), *path[2:]), shape[1:])
+            found.append(dataclasses.replace(one, path=path, row=i, rows=shape[0]))
     return sorted(found, key=lambda e: e.name)
 
 
@@ -74,19 +73,12 @@ def dit_to_flax(state: Mapping[str, np.ndarray], network: DiT) -> PyTree:
                 f"state: {_POSITIONS} {stored.shape} is not DiT's table of sines for {side} x "
                 f"{side} patches; expected a DiT whose positions were not trained"
             )
-    variables = to_flax(state, dit_entries(network), "a DiT", [_POSITIONS])
-    blocks = variables["params"]["blocks"]
-    each = [blocks[str(i)] for i in range(network.depth)]
-    variables["params"]["blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-    return variables
+    return to_flax(state, dit_entries(network), "a DiT", [_POSITIONS])
 
 
 def flax_to_dit(variables: PyTree, network: DiT) -> dict[str, np.ndarray]:
     """The inverse of dit_to_flax, with the table of positions where whole parameters are given."""
-    params = dict(jax.device_get(variables["params"]))
-    take = lambda i: jax.tree.map(lambda leaf: leaf[i], params["blocks"])
-    params["blocks"] = {str(i): take(i) for i in range(network.depth)}
-    state = to_torch({"params": params}, dit_entries(network))
+    state = to_torch({"params": variables["params"]}, dit_entries(network))
     side = network.img_resolution // network.patch
     return {_POSITIONS: position_table(side, side, network.width)[None], **state}
 

@@ -24,13 +24,8 @@ Path = tuple[str, ...]
 # x = {q, k, v}. Ours is "xhc" everywhere, in which q, k and v are contiguous.
 EDM_ORDER, LEGACY_ORDER, NEW_ORDER = "hcx", "hxc", "xhc"
 # the last part of our paths -> that of PyTorch's names
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES |= {"mean": "running_mean", "var": "running_var"}
 _SIDE = 4  # pixels: the side of the image in front of a "chw" layer
 
 
@@ -48,6 +43,8 @@ class Entry:
         (h, w, c). "same": as ours.
       heads: attention heads of a qkv layer; 0 for every other layer.
       order: of a qkv layer: the order of the checkpoint's channels.
+      row, rows: of a tensor that is one row of our array: which one, and of how many; shape is a
+        row's.
     """
 
     name: str
@@ -56,6 +53,8 @@ class Entry:
     layout: str = "auto"
     heads: int = 0
     order: str = NEW_ORDER
+    row: int = 0
+    rows: int = 0
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -165,7 +164,14 @@ def to_flax(
             f"state: {extra[0]} has no place in the network ({len(extra)} such); expected {what} "
             "of this size"
         )
-    return traverse_util.unflatten_dict({e.path: e.to_flax(state[e.name]) for e in entries})
+    found: dict[Path, np.ndarray] = {}
+    for e in entries:
+        value = e.to_flax(state[e.name])
+        if e.rows:  # row by row, so that there are never two copies of a big network
+            whole = found.get(e.path, np.empty((e.rows, *e.shape), value.dtype))
+            whole[e.row], value = value, whole
+        found[e.path] = value
+    return traverse_util.unflatten_dict(found)
 
 
 def to_torch(variables: PyTree, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
@@ -174,4 +180,5 @@ def to_torch(variables: PyTree, entries: Iterable[Entry]) -> dict[str, np.ndarra
     {"params": gradients} gives the gradients under PyTorch's names.
     """
     flat = _flat(jax.device_get(variables))
-    return {e.name: e.to_torch(flat[e.path]) for e in entries if e.path[0] in variables}
+    there = (e for e in entries if e.path[0] in variables)
+    return {e.name: e.to_torch(flat[e.path][e.row] if e.rows else flat[e.path]) for e in there}

@@ -30,15 +30,8 @@ _LISTED = 6  # names of each kind of mismatch that a message shows
 # tensors of a network; the published ones have fewer than 1,000, and each layer is traced
 _MOST_TENSORS = 5000
 # errors of an impossible network, raised here or in JAX: names promise what shapes do not keep
-_MISFIT = (
-    LookupError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    flax.errors.FlaxError,
-)
+_MISFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)
+_MISFIT += (flax.errors.FlaxError,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +207,7 @@ def load_pretrained(
     kind: str | None = None,
     entry: str | None = None,
     allow_nan: bool = False,
+    weights: bool = True,
     **settings: Any,
 ) -> Pretrained:
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
@@ -230,6 +224,7 @@ def load_pretrained(
       entry: see read_torch.
       kind: see from_torch.
       allow_nan: see from_torch.
+      weights: False reads what the network is alone: its variables are {}.
       **settings: see from_torch; also precondition, sigma_data, schedule and the names of
         `settings.PROCESS`.
 
@@ -240,7 +235,7 @@ def load_pretrained(
     file = path if isinstance(path, TorchFile) else open_torch(path)
     about = export.read_about(file.path) or {}
     part, others = file.part(entry, kind or about.get("kind"))
-    about, state = about or describe(part), file.arrays(part)
+    about, state = about or describe(part), file.arrays(part, copy=False)
     for name in ("precondition", "sigma_data", "schedule", *PROCESS):
         about[name] = settings.pop(name, about.get(name))
     check_about(about)
@@ -249,7 +244,10 @@ def load_pretrained(
     kind = kind or about.get("kind") or part.kind
     more = (about.get("settings") or {}) | settings
     try:
-        network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
+        if weights:
+            network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
+        else:
+            network, variables = match(state, kind, **more)[0], {}
     except ValueError as error:
         if not str(error).startswith("state: "):
             raise

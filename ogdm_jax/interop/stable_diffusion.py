@@ -7,7 +7,7 @@ What a single file does not hold, or does not say, is asked for and never guesse
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,7 +94,7 @@ class StableDiffusion:
     """The parts of a model.
 
     Attributes:
-      unet, vae, text: networks with their weights.
+      unet, vae, text: networks with their weights, {} where these were not asked for.
       tokenizer: of the text encoder.
       settings: {"group.key": value} of the configuration: process and sampler.
       notes: what was taken and what was changed; one sentence each.
@@ -120,6 +120,7 @@ def open_model(
     tokenizer: str = "",
     prediction: str = "",
     field: str = "--workdir",
+    wanted: Sequence[str] = ("unet", "vae", "text_encoder"),
 ) -> StableDiffusion:
     """Reads a model.
 
@@ -129,6 +130,7 @@ def open_model(
       tokenizer: folder of the tokenizer's files, in place of the model's own.
       prediction: "epsilon" or "v_prediction", which a single file does not say.
       field: the option or setting that names the path, for messages.
+      wanted: the parts whose weights are read.
 
     Raises:
       ConfigError: something is missing, contradicts what is given, or is not offered.
@@ -156,7 +158,7 @@ def open_model(
     told = scheduler.get("prediction_type") if where.is_dir() else None
     if prediction and told and prediction != told:
         raise ConfigError(f"--prediction: {prediction} given, and the model says {told}")
-    unet = load_pretrained(parts["unet"], "sd_unet")
+    unet = load_pretrained(parts["unet"], "sd_unet", weights="unet" in wanted)
     context = cast(UNet2DCondition, unet.network).context_dim
     first = "epsilon" if context == recognise_latent.CONTEXT_1 else ""
     scheduler["prediction_type"] = prediction or told or first
@@ -165,14 +167,15 @@ def open_model(
             "--prediction: not given, and the file of a Stable Diffusion 2 does not say; expected "
             "epsilon (2.0-base, 2.1-base) or v_prediction (2.0, 2.1)"
         )
-    encoder = load_pretrained(parts["text_encoder"], "clip_text", **_depth(where, context))
+    how: dict[str, Any] = _depth(where, context) | {"weights": "text_encoder" in wanted}
+    encoder = load_pretrained(parts["text_encoder"], "clip_text", **how)
     text = cast(CLIPText, encoder.network)
     if text.width != context:
         raise ConfigError(
             f"{field}: the text encoder's tokens have {text.width} numbers, the U-Net takes "
             f"{context}; expected parts of one model"
         )
-    coder = load_pretrained(vae or parts["vae"], "autoencoder")
+    coder = load_pretrained(vae or parts["vae"], "autoencoder", weights="vae" in wanted)
     words = open_words(tokens, text.positions, context, of_text)
     settings, said = scheduler_settings(scheduler)
     network: Any = unet.network
@@ -389,14 +392,12 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "ddim": {"clip_sample": False, "set_alpha_to_one": end},
         "plms": {"skip_prk_steps": True, "set_alpha_to_one": end},
         "ancestral": {"clip_sample": False},
-        "euler": {},
-        "dpmpp_2m": {},
         "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
         "unipc": {"solver_order": sampler.order, "solver_type": sampler.bh},
     }
-    solver = sampler.solver if sampler.solver in own else "ddim"
-    solver = "ddim" if zero and solver == "plms" else solver  # PNDMScheduler has no such betas
     solvers = {ours: theirs for theirs, (ours, *_) in _SOLVERS.items()}
+    solver = sampler.solver if sampler.solver.removesuffix("_sde") in solvers else "ddim"
+    solver = "ddim" if zero and solver == "plms" else solver  # PNDMScheduler has no such betas
     made: dict[str, Any] = {
         "_class_name": solvers[solver.removesuffix("_sde")],
         "beta_schedule": name,
@@ -404,7 +405,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "prediction_type": predicts,
         "steps_offset": sampler.offset,
         "timestep_spacing": sampler.grid if sampler.grid in _GRIDS else "trailing",
-        **own[solver],
+        **own.get(solver, {}),
     }
     made |= {"rescale_betas_zero_snr": zero} if solver != "plms" else {}
     return made | (dict(zip(("beta_start", "beta_end"), ends)) if ends[0] is not None else {})
@@ -414,9 +415,8 @@ def unwritten(config: Config, scheduler: Mapping[str, Any]) -> str:
     """A sentence that names the settings of config.sample which `scheduler_settings` does not give
     back of a scheduler; "" where there are none.
     """
-    given, back = vars(config.sample), {**vars(Sample())}
-    for key, value in scheduler_settings(scheduler)[0].items():
-        back |= {key.removeprefix("sample."): value}
+    given, found = vars(config.sample), scheduler_settings(scheduler)[0]
+    back = vars(Sample()) | {key.removeprefix("sample."): value for key, value in found.items()}
     without = {key.removeprefix("sample.") for key in effects.idle(config, {})}
     without |= {"every", "num"}
     without |= {"sigma_min", "sigma_max"} if config.sample.grid in _GRIDS else set()

@@ -49,10 +49,10 @@ class TorchFile:
         with _naming(self.path):
             return parts.choose(self.root, Budget(self.left), entry, kind)
 
-    def arrays(self, part: Part) -> dict[str, np.ndarray]:
-        """The arrays of a part by name."""
+    def arrays(self, part: Part, copy: bool = True) -> dict[str, np.ndarray]:
+        """The arrays of a part by name; without copy views of the mapped file, in any order."""
         with _naming(self.path):
-            return _materialise(part.names, Budget(self.left))
+            return _materialise(part.names, Budget(self.left), copy)
 
 
 def read_torch(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
@@ -136,7 +136,7 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _materialise(names: Mapping[str, Leaf], budget: Budget) -> dict[str, np.ndarray]:
+def _materialise(names: Mapping[str, Leaf], budget: Budget, copy: bool) -> dict[str, np.ndarray]:
     made: dict[tuple, np.ndarray] = {}
     result: dict[str, np.ndarray] = {}
     for name, leaf in names.items():
@@ -150,6 +150,6 @@ def _materialise(names: Mapping[str, Leaf], budget: Budget) -> dict[str, np.ndar
             key = (id(leaf.storage), leaf.offset, leaf.shape, leaf.strides, leaf.dtype)
         if key not in made:
             budget.charge(leaf.nbytes, "tensors unfold", name)
-            made[key] = np.array(leaf.array(), order="C")
+            made[key] = np.array(leaf.array(), order="C") if copy else leaf.array()
         result[name] = made[key]
     return result

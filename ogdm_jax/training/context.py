@@ -86,7 +86,7 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
         if texts.is_folder(folder):
             expected = "ema and no step with a folder of diffusers"
             configs.require(which == "ema" and step is None, f"{field}_weights", which, expected)
-            return texts.open_folder(folder, config, named)[0], {}, 0
+            return texts.open_folder(folder, config, ("unet",), named)[0], {}, 0
         expected = f"a trained folder, here or as {field}"
         configs.require(bool(folder), "init.workdir", folder, expected)
         snapshot = checkpoint.find(folder, step, named)

@@ -5,7 +5,6 @@ import logging
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ogdm_jax import models
@@ -31,17 +30,21 @@ def open_model(path: str | os.PathLike, size: int = 0, **given: str) -> TrainedM
     found = stable_diffusion.open_model(path, **given)
     for note in found.notes:
         _LOG.warning("%s: %s", path, note)
-    unet, vae = (dict(vars(part)) for part in (found.unet, found.vae))
-    network, coder = unet["network"], vae["network"]
+    parts: list[Any] = [found.unet, found.vae, found.text]
+    network, coder, text = (part.network for part in parts)
     side = check_size(size or network.img_resolution * coder.factor, network, coder)
     config = replace(Config(), {"data.source": "", "data.augment": 0.0, **found.settings})
     model = models.build(config, (side, side, network.img_channels), 0)
-    model = dataclasses.replace(model, autoencoder=coder, text=found.text.network)
-    params, encoder, decoder = jax.tree.map(
-        jnp.asarray, (unet["variables"]["params"], found.text.variables, vae["variables"])
-    )
+    model = dataclasses.replace(model, autoencoder=coder, text=text)
+    params, decoder, encoder = (_moved(part.variables) for part in parts)
     buffers = {models.VAE: decoder, models.TEXT: encoder}
-    return TrainedModel(config, model, params, buffers, 0, tokenizer=found.tokenizer)
+    return TrainedModel(config, model, params["params"], buffers, 0, tokenizer=found.tokenizer)
+
+
+def _moved(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree on the device; it is emptied, so that one leaf at a time is there twice."""
+    move = lambda value: _moved(value) if isinstance(value, dict) else jnp.asarray(value)
+    return {key: move(tree.pop(key)) for key in [*tree]}
 
 
 def check_size(size: int, network: Any, coder: Any) -> int:

@@ -35,7 +35,8 @@ class HeldOut:
         config, trained = run.config, run.source
         found = open_images(config, trained, bool(run.model.label_dim))
         if run.tokenizer is not None:
-            found = texts.tokenised(found, run.tokenizer, "data.heldout")
+            texts.check_source(found, "data.heldout")
+            found = texts.tokenised(found, run.tokenizer)
         num = min(config.evaluate.heldout or len(found), len(found))
         self._sets = {"loss": _take(found, num), "train": _take(trained, num)}
         assert run.noise is not None, "a denoiser's run has a noise distribution"

@@ -241,13 +241,14 @@ def _first_state(
         state, position = saved.restore(found.step, shapes, run.plan)
         batches.set_state(position)
         return state
+    if initial is None:
+        return run.init()
+    # what does not fit is a shape still (init.partial)
+    shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    if not any(map(shape, jax.tree.leaves(initial[:2]))):
+        return run.init(initial[:2])  # of it alone: nothing is drawn that it replaces
     state = run.init()
-    if initial is not None:
-        # what does not fit is a shape still (init.partial)
-        params, buffers = jax.tree.map(
-            lambda new, fresh: fresh if isinstance(new, jax.ShapeDtypeStruct) else new,
-            initial[:2],
-            (state.params, state.buffers),
-        )
-        state = dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)
-    return state
+    params, buffers = jax.tree.map(
+        lambda new, fresh: fresh if shape(new) else new, initial[:2], (state.params, state.buffers)
+    )
+    return dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)

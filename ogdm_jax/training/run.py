@@ -60,13 +60,16 @@ class Run:
         """The run's key; every draw is folded from it."""
         return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
 
-    def create(self, key: jax.Array) -> state.TrainState:
-        """A fresh state; jit it or eval_shape it."""
-        return state.create(self.model, self.methods, self.tx, key, len(self.config.ema.stds))
+    def create(
+        self, key: jax.Array, weights: tuple[PyTree, PyTree] | None = None
+    ) -> state.TrainState:
+        """A fresh state, of given (params, buffers) or new ones; jit it or eval_shape it."""
+        init = self.model.init if weights is None else lambda key: weights
+        return state.create(init, self.methods, self.tx, key, len(self.config.ema.stds))
 
-    def init(self) -> state.TrainState:
-        """A fresh state, placed as the plan wants it."""
-        return self.plan.init(self.create, jax.random.key(self.config.seed))
+    def init(self, *weights: tuple[PyTree, PyTree]) -> state.TrainState:
+        """A fresh state, placed as the plan wants it, of given (params, buffers) or new ones."""
+        return self.plan.init(self.create, jax.random.key(self.config.seed), *weights)
 
     def constants(self) -> dict[str, PyTree]:
         """The step's constants: whole trees on all devices, divided ones each on its own."""

@@ -1,5 +1,7 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,8 +10,9 @@ from flax import struct
 from ogdm_jax import randomness
 from ogdm_jax.brief import brief
 from ogdm_jax.methods.contract import Methods
-from ogdm_jax.models import Model
 from ogdm_jax.typing import Array, PyTree
+
+Init = Callable[[Array], tuple[PyTree, PyTree]]
 
 
 @struct.dataclass
@@ -37,12 +40,12 @@ class TrainState:
 
 
 def create(
-    model: Model, methods: Methods, tx: optax.GradientTransformation, key: Array, averages: int = 0
+    init: Init, methods: Methods, tx: optax.GradientTransformation, key: Array, averages: int = 0
 ) -> TrainState:
-    """A fresh state; jit it or eval_shape it. The same key gives the same network whatever methods
-    are on.
+    """A fresh state of init(key) -> (params, buffers); jit it or eval_shape it. The same key gives
+    the same network whatever methods are on.
     """
-    params, buffers = model.init(randomness.fold_in_name(key, "network"))
+    params, buffers = init(randomness.fold_in_name(key, "network"))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -62,19 +62,14 @@ def check_source(source: Source, field: str = "data.source") -> None:
         )
 
 
-def tokenised(source: Source, tokenizer: Tokenizer, field: str = "data.source") -> Source:
+def tokenised(source: Source, tokenizer: Tokenizer) -> Source:
     """A source whose labels are the tokens int32 [N,M] of its captions: 308 bytes an image. What
     its fingerprint knows are the captions themselves.
 
     Args:
-      source: of latents.
+      source: of latents with captions (`check_source`).
       tokenizer: of the run.
-      field: the setting that names it, for messages.
-
-    Raises:
-      ConfigError: it has no captions.
     """
-    check_source(source, field)
     rows = np.empty((len(source), tokenizer.length), np.int32)
     cut: list[int] = []
     for start in range(0, len(source), _PART):
@@ -98,14 +93,19 @@ def of_rows(source: Source, seeds: Sequence[int] | np.ndarray) -> dict[str, np.n
 
 
 def open_folder(
-    path: str | os.PathLike, config: Config, field: str = _FIELD, partial: bool = False
+    path: str | os.PathLike,
+    config: Config,
+    wanted: Sequence[str] = ("unet", "text_encoder"),
+    field: str = _FIELD,
+    partial: bool = False,
 ) -> tuple[PyTree, PyTree, tuple[str, ...]]:
     """(parameters of the U-Net, variables of the text encoder, notes) of a folder of diffusers, on
-    the host.
+    the host; {} of a part that is not wanted.
 
     Args:
       path: of the folder.
       config: of the run that they are for.
+      wanted: the parts that are read.
       field: the setting that names the folder, for messages.
       partial: whether the run's process may be another one than the folder's scheduler says.
 
@@ -113,7 +113,7 @@ def open_folder(
       ConfigError: a network or a process that is not the configuration's; the sentence has the
         words that make it so.
     """
-    found = stable_diffusion.open_model(path, field=field)
+    found = stable_diffusion.open_model(path, field=field, wanted=wanted)
     here, groups = flatten(config), ("network",) if partial else ("network", "precondition")
     told = {k: v for k, v in found.settings.items() if k.partition(".")[0] in groups}
     words = [f"--config.{key}={value}" for key, value in told.items() if here[key] != value]
@@ -125,7 +125,7 @@ def open_folder(
         )
     text: Any = found.text.network
     require(text.positions == LENGTH, "init.workdir", path, f"texts of {LENGTH} tokens")
-    return cast(dict, found.unet.variables)["params"], found.text.variables, found.notes
+    return cast(dict, found.unet.variables).get("params", {}), found.text.variables, found.notes
 
 
 def initial(config: Config, placed: TrainState) -> tuple[PyTree, PyTree, str]:
@@ -139,7 +139,8 @@ def initial(config: Config, placed: TrainState) -> tuple[PyTree, PyTree, str]:
     whole = init.weights in ("ema", "text") and init.step < 0
     need = "ema or text, and no init.step, with a folder of diffusers"
     require(whole, "init.weights", init.weights, need)
-    params, text, notes = open_folder(init.workdir, config, partial=init.partial)
+    wanted = ("text_encoder",) if init.weights == "text" else ("unet", "text_encoder")
+    params, text, notes = open_folder(init.workdir, config, wanted, partial=init.partial)
     read = lambda like, value: jax.make_array_from_callback(
         like.shape, like.sharding, lambda index: np.asarray(value[index], like.dtype)
     )
