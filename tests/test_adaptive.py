@@ -93,6 +93,7 @@ def test_vp_is_score_sde_s_ode_in_its_own_time():
     assert abs(int(count[0]) - found.nfev) <= 12
 
 
+@pytest.mark.slow_cases("True")
 @pytest.mark.parametrize("trajectory", [False, True])
 def test_evaluations_are_counted(trajectory):
     calls, data = [], two_bumps()

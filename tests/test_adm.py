@@ -97,6 +97,7 @@ def test_orders_of_attention_channels():
                 )
 
 
+@pytest.mark.slow_cases("spatial*")
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
 def test_pools(pool):
     """Logits of every pool have their shape and names, and belong to their own example."""

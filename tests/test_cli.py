@@ -37,8 +37,10 @@ def workdir(tmp_path_factory):
         "log.tensorboard=true",
         "data.conditional=true",
         "methods=",
+        "parallel.devices=1",
     )
-    done = run("train.py", "--workdir", str(folder), *tiny.flags(tiny.ONE_LEVEL, *more))
+    words = ("--workdir", str(folder), *tiny.flags(tiny.ONE_LEVEL, *more))
+    done = entry(tiny.ROOT, "train.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -21,7 +21,15 @@ FAST += ("ogdm_edm_step", "precond_vp", "sampler_edm", "stf_targets_a")
 
 # Second files of a network or a loss: they differ from the first in widths, levels and labels.
 SLOW = ("edm_adm_b", "edm_ddpmpp_b", "edm_ncsnpp_b", "sd_unet_v1_b", "sd_unet_v2_b", "vae_b")
-SLOW += ("gd_unet_a", "gd_unet_d", "gd_classifier_a", "dit_b", "ogdm_disc_r8", "ogdm_disc_r8_b8")
+SLOW += (
+    "gd_unet_a",
+    "gd_unet_b",
+    "gd_unet_d",
+    "gd_classifier_a",
+    "dit_b",
+    "ogdm_disc_r8",
+    "ogdm_disc_r8_b8",
+)
 SLOW += ("dg_disc_uncond", "dg_disc_cosine64")  # the cosine clock: dg_vp_clock
 SLOW += ("ogdm_losses_heun_labels",)  # Heun: ogdm_edm_step; labels: ogdm_disc_r8_labels
 SLOW += ("sd_pipeline_v1", "latent_sp_eps")  # the ones of v and of zero terminal SNR do more

@@ -19,6 +19,7 @@ from tests.support.oracles import Gaussian, two_bumps
 BUMPS = two_bumps()
 
 
+@pytest.mark.slow_cases("2-bh1", "3-bh2")
 @pytest.mark.parametrize("order, bh", [(1, "bh2"), (2, "bh1"), (2, "bh2"), (3, "bh2")])
 def test_unipc_has_one_order_more_than_its_prediction(order, bh):
     """Read before the last three levels, whose order is lower by design."""

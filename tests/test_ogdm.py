@@ -450,6 +450,7 @@ def is_zero(tree):
     return all(not np.any(leaf) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow_cases("heun")
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_each_player_moves_only_itself(solver):
     params, generator, opponent = play(solver=solver)

@@ -411,19 +411,20 @@ def test_a_grid_outside_the_network_range_is_clipped(kind):
     np.testing.assert_allclose(x, sample(denoise, z, known), rtol=1e-5)
 
 
-def test_trajectory():
+@pytest.mark.slow_cases("ddim", "spndm", "plms", "dopri5", "pc", "dpmpp_2m_sde")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_trajectory(solver):
     z = jax.random.normal(jax.random.key(1), (2, 2, 2, 1))
-    for solver in SOLVERS:
-        run = functools.partial(sample, DATA.denoise, z, grids.edm(6), solver, jax.random.key(0))
-        x, path = run(trajectory=True)
-        assert path.states.shape == (7, *z.shape) and path.x0_hats.shape == (6, *z.shape)
-        np.testing.assert_array_equal(path.states[-1], x)
-        np.testing.assert_array_equal(path.states[0], z * 80)
-        np.testing.assert_allclose(x, run(), rtol=1e-5, atol=1e-6)
-        sigma = jnp.asarray(grids.edm(6)[3], jnp.float32)
-        np.testing.assert_allclose(
-            path.x0_hats[3], DATA.denoise(path.states[3], sigma[None]), rtol=1e-4, atol=1e-6
-        )
+    run = functools.partial(sample, DATA.denoise, z, grids.edm(6), solver, jax.random.key(0))
+    x, path = run(trajectory=True)
+    assert path.states.shape == (7, *z.shape) and path.x0_hats.shape == (6, *z.shape)
+    np.testing.assert_array_equal(path.states[-1], x)
+    np.testing.assert_array_equal(path.states[0], z * 80)
+    np.testing.assert_allclose(x, run(), rtol=1e-5, atol=1e-6)
+    sigma = jnp.asarray(grids.edm(6)[3], jnp.float32)
+    np.testing.assert_allclose(
+        path.x0_hats[3], DATA.denoise(path.states[3], sigma[None]), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.slow_cases("dopri5", "plms", "spndm", "ancestral")

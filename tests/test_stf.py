@@ -306,6 +306,7 @@ def test_no_gradient_passes():
         np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.slow_cases("1-pmap", "4-pmap", "8-pmap")
 @pytest.mark.parametrize(
     "devices,way", [(1, "pmap"), (2, "pmap"), (4, "pmap"), (8, "pmap"), (4, "shard_map")]
 )

@@ -139,6 +139,7 @@ def test_hidden_labels_meet_the_set_and_low_noise_is_the_image():
     np.testing.assert_allclose(fill(low, n=20)[0], low.x0, atol=1e-6)  # draws may repeat it
 
 
+@pytest.mark.slow_cases("True-resident", "False-divided")
 @pytest.mark.parametrize("bank", ["resident", "divided"])
 @pytest.mark.parametrize("xflip", [False, True])
 def test_banks_and_plans_agree(bank, xflip):

@@ -63,6 +63,7 @@ def test_low_noise_gives_the_latent_itself(source):
     np.testing.assert_allclose(target, example.x0, atol=1e-5)
 
 
+@pytest.mark.slow_cases("resident-True", "read-False")
 @pytest.mark.parametrize("xflip", [False, True])
 @pytest.mark.parametrize("bank", ["resident", "read"])
 def test_many_draws_have_the_posteriors_of_the_class(bank, xflip):
