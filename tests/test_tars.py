@@ -13,6 +13,7 @@ import pytest
 from ogdm_jax.data import SourceError, open_source
 from ogdm_jax.data.base import fingerprint
 from ogdm_jax.data.check import check
+from ogdm_jax.data.describe import describe
 from ogdm_jax.data.pictures import decode
 from ogdm_jax.data.sources import source_name
 from tests.support import captions, latents, sets
@@ -105,6 +106,7 @@ def test_encoding_carries_captions(shards, tmp_path):
     name = f"wds:{shard(tmp_path / 'grey.tar', members)}?caption=txt"
     source = open_source(captions.encoded(name, vae, tmp_path / "latents"))
     assert list(source.captions) == ["grey 0", "grey 1", "grey 2"]
+    assert describe(source)["captions"] == 3 and "captions" not in describe(open_source("digits"))
 
 
 def odd(name: str, kind: bytes = tarfile.SYMTYPE, target: str = "/etc/passwd") -> tarfile.TarInfo:

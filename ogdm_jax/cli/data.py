@@ -46,11 +46,9 @@ def _text(facts: dict[str, Any]) -> str:
     names = facts["class_names"] or [str(i) for i in range(len(facts["class_counts"]))]
     counts = ", ".join(f"{name}: {n}" for name, n in list(zip(names, facts["class_counts"]))[:20])
     more = ", ..." if len(names) > 20 else ""
-    partly = (
-        ""
-        if facts["measured"] == facts["images"]
-        else f" (measured on {facts['measured']} of them)"
-    )
+    partly = ", with captions" if facts.get("captions") else ""
+    if facts["measured"] != facts["images"]:
+        partly += f" (measured on {facts['measured']} of them)"
     low, high = facts["range"]
     latents: Any = facts.get("latents")
     dark = "   nearly black: are these numbers of another range?" if high < 64 else ""

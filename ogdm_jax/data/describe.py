@@ -20,7 +20,8 @@ def describe(source: Source) -> dict[str, Any]:
       read), measured (how many images were read), the range of the values (of 0 to 255; of
       latents' means), mean and std per channel, and sigma_data: the root of the mean of the
       channels' variances, the value at which EDM's preconditioning (arXiv 2206.00364, table 1)
-      gives the network inputs of unit variance. Of latents also what they are.
+      gives the network inputs of unit variance. Of latents also what they are; where images have
+      captions, their number.
     """
     height, width, channels = source.shape
     total, square, parts = np.zeros(channels), np.zeros(channels), []
@@ -55,6 +56,7 @@ def describe(source: Source) -> dict[str, Any]:
         "mean": mean.tolist(),
         "std": np.sqrt(variance).tolist(),
         "sigma_data": float(np.sqrt(variance.mean())),
+        **({"captions": len(source)} if source.captioned else {}),
     } | ({"latents": dataclasses.asdict(source.latents)} if source.latents else {})
 
 
