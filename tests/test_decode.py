@@ -52,7 +52,8 @@ def test_a_sampler_decodes(words):
         buffers={**buffers, models.VAE: variables},
         samplers={},
     )
-    latents, pictures = plain.sample(2), both.sample(2)
+    alone = jax.devices()[:1]
+    latents, pictures = plain.sample(2, devices=alone), both.sample(2, devices=alone)
     assert pictures.shape == (2, 16, 16, 3) == (2, *both.model.picture_shape)
     expected = jax.jit(decode, static_argnums=0)(NETWORK, variables, jnp.asarray(latents))
     np.testing.assert_allclose(pictures, expected, atol=2e-5 * float(jnp.abs(expected).max()))
