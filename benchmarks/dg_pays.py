@@ -78,11 +78,11 @@ def main() -> None:
     from ogdm_jax.discriminator import generated
     from ogdm_jax.discriminator.guidance import Use, open_guidance
     from ogdm_jax.discriminator.settings import of
-    from ogdm_jax.discriminator.train import train
+    from ogdm_jax.discriminator.train import TASK
     from ogdm_jax.metrics.features import distance_report
     from ogdm_jax.pixels import to_uint8
     from ogdm_jax.sampling import generate
-    from ogdm_jax.training import checkpoint
+    from ogdm_jax.training import checkpoint, loop
     from ogdm_jax.training.evaluate import references, space_of
     from ogdm_jax.training.workdir import open_source, open_workdir
 
@@ -128,7 +128,8 @@ def main() -> None:
                 )
                 if seed is not None:
                     workdir = out / f"{prior}-{solver}{steps}-{seed}"
-                    train(config, workdir, log=lambda line: print(line, flush=True))
+                    say = lambda line: print(line, flush=True)
+                    loop.train(config, workdir, log=say, task=TASK)
                     best = min(checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"])
                     chosen = {"variant": "guided", "weight": best["weight"], "step": best["step"]}
                     settings = of(config)

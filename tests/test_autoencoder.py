@@ -16,7 +16,7 @@ from ogdm_jax.interop import load_pretrained
 from ogdm_jax.networks import vae
 from ogdm_jax.pixels import to_float
 from ogdm_jax.planning import program
-from ogdm_jax.training import autoencoder
+from ogdm_jax.training import autoencoder, loop
 from tests.support import commands, tiny
 
 SMALL = (
@@ -91,7 +91,7 @@ def test_the_step_of_a_shipped_configuration_traces(name):
 def trained(tmp_path_factory):
     """(folder, state) of four steps without a pause."""
     folder = tmp_path_factory.mktemp("straight")
-    return folder, autoencoder.train(config("train.duration=4 steps"), folder, print)[1]
+    return folder, loop.train(config("train.duration=4 steps"), folder, print, autoencoder.TASK)[1]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
     shutil.copytree(trained[0], folder)
     shutil.rmtree(folder / "vae")
     again = config("train.duration=4 steps", "init.step=2", "evaluate.features=", "data.heldout=")
-    _, state = autoencoder.train(again, folder, lines.append)
+    _, state = loop.train(again, folder, lines.append, autoencoder.TASK)
     assert "resumed from step 2" in "\n".join(lines)
     tiny.assert_trees(state, trained[1])
     weights = [load_pretrained(f / "vae").variables for f in (folder, trained[0])]

@@ -24,7 +24,7 @@ from ogdm_jax.discriminator.loss import cross_entropy, training_loss
 from ogdm_jax.discriminator.network import SETTINGS, open_network, ratio_of
 from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.run import build as build_run
-from ogdm_jax.discriminator.train import train
+from ogdm_jax.discriminator.train import TASK
 from ogdm_jax.interop import export
 from ogdm_jax.methods import dg
 from ogdm_jax.networks import ADMEncoder
@@ -32,7 +32,7 @@ from ogdm_jax.networks.feature_discriminator import build
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.training import evaluate
+from ogdm_jax.training import evaluate, loop
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import tiny
@@ -116,7 +116,7 @@ def trained(prior, extractor, tmp_path_factory):
         "dg.weights=(50.0,)",
     )
     settings = config(prior, f"dg.extractor={extractor}", "data.conditional=true", *more)
-    run, state = train(settings, folder, lines.append)
+    run, state = loop.train(settings, folder, lines.append, TASK)
     return folder, run, state, lines
 
 
@@ -513,7 +513,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(trained, prior, extractor, tmp_path):
     shutil.rmtree(again / "checkpoints" / "4")  # as if it had been killed after step 2
     more = (f"dg.extractor={extractor}", "data.conditional=true", "dg.weights=(50.0,)")
     lines: list[str] = []
-    resumed, last = train(config(prior, *more), again, lines.append)
+    resumed, last = loop.train(config(prior, *more), again, lines.append, TASK)
     assert any("resumed from step 2" in line for line in lines) and not any(
         "drawing" in line for line in lines
     )

@@ -23,7 +23,7 @@ from ogdm_jax.data import batches, moments, open_source, pictures
 from ogdm_jax.data.latents import SIDECAR
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.run import build
-from ogdm_jax.discriminator.train import train
+from ogdm_jax.discriminator.train import TASK
 from ogdm_jax.interop import export, load_pretrained
 from ogdm_jax.methods.contract import Own
 from ogdm_jax.pixels import to_uint8
@@ -275,7 +275,7 @@ def discriminator(workdir):
     """A folder of two steps of DG on the run's latents, evaluated once, and its log."""
     place, lines = workdir.parent / "dg", []
     config = configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*DG, f"dg.prior={workdir}"))
-    run, state = train(config, place, lines.append)
+    run, state = loop.train(config, place, lines.append, TASK)
     assert int(state.step) == 2
     return place, run, lines
 

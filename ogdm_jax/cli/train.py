@@ -106,10 +106,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
 
         if vain and not args.process:
             print(vain, flush=True)
-        tasks = {"denoiser": loop, "discriminator": discriminator, "autoencoder": autoencoder}
-        tasks[config.task].train(
+        tasks = {"discriminator": discriminator.TASK, "autoencoder": autoencoder.TASK}
+        loop.train(
             config,
             workdir,
+            task=tasks.get(config.task),
             profile=steps,
             override=args.override,
             stopped_code=args.stopped_code,

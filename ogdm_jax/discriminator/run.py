@@ -23,7 +23,6 @@ from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import decoding, optim
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import step as steps
 from ogdm_jax.training.objective import Objective
 from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
 from ogdm_jax.typing import PyTree
@@ -108,8 +107,8 @@ def build(
         enough = f"a share that leaves {side} images"
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
     parts = _parts(config, plan, source, network, extractor, prior.config.data.xflip)
-    more = {"extractor": extractor, "prior": prior, "kept": kept, "held_out": held_out}
-    return decoding.with_decoder(DiscriminatorRun(**parts, **more), prior.config.data.vae)
+    run = DiscriminatorRun.of(**parts, prior=prior, kept=kept, held_out=held_out)
+    return decoding.with_decoder(run, prior.config.data.vae)
 
 
 def _check_source(source: Source, prior: TrainedModel) -> None:
@@ -139,7 +138,7 @@ def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> Plan
     """
     network, extractor = open_network(config, source.shape, source.num_classes, "")
     parts = _parts(config, plan, source, network, extractor, xflip=False)
-    return PlannedRun(**parts, extractor=extractor)
+    return PlannedRun.of(**parts)
 
 
 def open_prior(config: configs.Config) -> TrainedModel:
@@ -165,22 +164,17 @@ def _parts(
     extractor: PyTree,
     xflip: bool,
 ) -> dict[str, Any]:
-    """The fields of runs.Run."""
-    rate = optim.rate_of(config)
+    """The arguments of runs.Run.of; the loss has noise levels of its own."""
     # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
-    adam = optim.adam(rate, config.optim.betas, config.optim.eps)
-    tx = optax.chain(optax.add_decayed_weights(config.optim.weight_decay), adam)
-    methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
-    objective = Objective(training_loss(config, network, xflip, source.latents))
-    step = steps.make_step(config, objective, methods, tx, rate, plan)
+    settings = config.optim
+    adam = optax.adam(optim.rate_of(config), *settings.betas, eps=settings.eps)
     return {
         "config": config,
         "source": source,
         "model": network,
-        "noise": None,  # this loss has its own
-        "methods": methods,
-        "tx": tx,
+        "methods": combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))]),
+        "goal": Objective(training_loss(config, network, xflip, source.latents)),
         "plan": plan,
-        "step": step,
-        "steps": config.steps(config.train.duration),
+        "tx": optax.chain(optax.add_decayed_weights(settings.weight_decay), adam),
+        "extractor": extractor,
     }

@@ -27,11 +27,9 @@ from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.session import Session
-from ogdm_jax.sampling.guidance import Guidance, Memory, Preset
+from ogdm_jax.sampling.guidance import Guidance, Memory
 from ogdm_jax.sampling.schedule import Window, inside, window_setting
 from ogdm_jax.typing import Array, PyTree
-
-PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)

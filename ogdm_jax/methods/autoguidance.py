@@ -19,11 +19,9 @@ from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
-from ogdm_jax.sampling.guidance import Guidance, Preset
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.schedule import Window, inside, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
-
-PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)

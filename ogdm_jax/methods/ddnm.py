@@ -29,11 +29,10 @@ from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.inverse.operators import Operator, image_shape
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, Preset
+from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments
 from ogdm_jax.sampling.schedule import Schedule, scheduled
 from ogdm_jax.typing import Array
 
-PRESETS: dict[str, Preset] = {}
 SMALLEST = 1e-4  # singular value that counts as measured: below, y_i / s_i is rounding alone
 
 

@@ -14,11 +14,9 @@ from ogdm_jax.methods.dps import Descent
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance, Preset
+from ogdm_jax.sampling.guidance import Evaluate, Guidance
 from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
-
-PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)

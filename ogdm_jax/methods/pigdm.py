@@ -27,11 +27,9 @@ from ogdm_jax.inverse.operators import Operator, image_shape
 from ogdm_jax.methods.ddnm import SMALLEST
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, Preset
+from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments
 from ogdm_jax.sampling.schedule import Schedule, scheduled
 from ogdm_jax.typing import Array
-
-PRESETS: dict[str, Preset] = {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ WORKDIR/vae is a folder of diffusers, whose scaling_factor was measured here.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ogdm_jax import data, models, parallel, places, platforms, randomness
+from ogdm_jax import data, parallel, platforms, randomness
 from ogdm_jax.config import Config, Group, require, setting
 from ogdm_jax.data import augment, pictures
 from ogdm_jax.interop import autoencoder, diffusers, export
@@ -27,9 +26,8 @@ from ogdm_jax.metrics.distances import psnr
 from ogdm_jax.metrics.features import distance_report
 from ogdm_jax.networks import AutoencoderKL, vae
 from ogdm_jax.pixels import to_float, to_uint8
-from ogdm_jax.training import evaluate, heldout, logs, loop, optim, profile, task
+from ogdm_jax.training import evaluate, heldout, logs, task
 from ogdm_jax.training import run as runs
-from ogdm_jax.training import step as steps
 from ogdm_jax.training.gradients import Sums, sums
 from ogdm_jax.training.objective import Loss, Objective
 from ogdm_jax.training.state import TrainState
@@ -74,12 +72,8 @@ def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     """
     network = _network(config, source)
     parallel.check_batch(config.data.batch, config.optim.accumulate, len(plan.devices))
-    tx, rate = optim.optimiser(config)
-    methods, objective = combine([]), Objective(training_loss(config, network))
-    step = steps.make_step(config, objective, methods, tx, rate, plan)
-    model = cast(models.Model, Autoencoder(network, source.shape))
-    length = config.steps(config.train.duration)
-    return runs.Run(config, source, model, None, methods, tx, plan, step, length)
+    model, goal = Autoencoder(network, source.shape), Objective(training_loss(config, network))
+    return runs.Run.of(config, source, model, combine([]), goal, plan)
 
 
 def _network(config: Config, source: data.Source) -> AutoencoderKL:
@@ -266,25 +260,14 @@ def _build(
     return build(config, open_source(config), plan)
 
 
-TASK = task.Task(_build, task.DENOISER.batches, _watch, _evaluation, _held_out)
-
-
-def train(
-    config: Config,
-    workdir: str | os.PathLike,
-    log: Callable[[str], None] = print,
-    profile: profile.Steps | None = None,
-    override: bool = False,
-    stopped_code: int | None = None,
-) -> tuple[runs.Run, TrainState]:
-    """Trains the autoencoder of a configuration and writes WORKDIR/vae.
-
-    Arguments, what is returned and what is raised are those of `loop.train`.
-    """
-    run, state = loop.train(config, workdir, log, TASK, profile, override, stopped_code)
+def _finish(
+    run: runs.Run, state: TrainState, workdir: epath.Path, log: Callable[[str], None]
+) -> None:
+    """Writes WORKDIR/vae."""
     params = run.plan.local_copy(state.ema)
     if jax.process_index() == 0:
-        folder = places.place(workdir) / FOLDER
-        scale = write(run, params, folder).scale
-        log(f"{folder} is a folder of diffusers; its latents have std {1 / scale:.4g}")
-    return run, state
+        scale = write(run, params, workdir / FOLDER).scale
+        log(f"{workdir / FOLDER} is a folder of diffusers; its latents have std {1 / scale:.4g}")
+
+
+TASK = task.Task(_build, task.DENOISER.batches, _watch, _evaluation, _held_out, _finish)

@@ -171,7 +171,7 @@ def write_folder(
     """
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables)
     params, buffers = variables["params"], variables.get("buffers", {})
-    tx, _ = optim.optimiser(config)
+    tx = optim.optimiser(config)
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
     start = state.TrainState(jnp.int32(step), params, params, buffers, moments, {})

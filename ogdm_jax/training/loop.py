@@ -103,9 +103,11 @@ def train(
             resume.note(workdir, found.step, "override", changed=decided)
         words = opening.lines(run, shapes, workdir, _begins(found, initial))
         log("\n".join(words))
-        return run, _loop(
+        state = _loop(
             run, task, held_out, workdir, profile, stop, log, found, initial, shapes, still_ours
         )
+        task.finish(run, state, workdir, log)
+        return run, state
 
 
 def _loop(

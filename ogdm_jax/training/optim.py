@@ -69,22 +69,12 @@ def rate_of(config: Config) -> optax.Schedule:
     return learning_rate(settings.learning_rate, ramp, decay, shape)
 
 
-def optimiser(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The denoiser's Adam and its learning rate as a function of the step."""
-    settings, schedule = config.optim, rate_of(config)
-    return adam(schedule, settings.betas, settings.eps, settings.weight_decay), schedule
-
-
-def adam(
-    rate: float | optax.Schedule,
-    betas: tuple[float, float],
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
-    """Adam, or AdamW where weight_decay > 0."""
-    if weight_decay:
-        return optax.adamw(rate, *betas, eps=eps, weight_decay=weight_decay)
-    return optax.adam(rate, *betas, eps=eps)
+def optimiser(config: Config) -> optax.GradientTransformation:
+    """The denoiser's Adam, or AdamW where config.optim.weight_decay > 0."""
+    settings, rate = config.optim, rate_of(config)
+    if decay := settings.weight_decay:
+        return optax.adamw(rate, *settings.betas, eps=settings.eps, weight_decay=decay)
+    return optax.adam(rate, *settings.betas, eps=settings.eps)
 
 
 def sanitise(grads: PyTree) -> tuple[PyTree, Array]:

@@ -4,7 +4,7 @@ step; checked first.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,25 @@ class Run:
     decoder: Autoencoder | None = None
     tokenizer: Tokenizer | None = None
     __repr__ = brief
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        source: Source,
+        model: Any,
+        methods: Methods,
+        goal: objective.Objective,
+        plan: parallel.Plan,
+        tx: optax.GradientTransformation | None = None,
+        **more: Any,
+    ) -> Self:
+        """The run whose step minimises an objective; tx: the denoiser's Adam unless given."""
+        tx, rate = tx or optim.optimiser(config), optim.rate_of(config)
+        made = {"methods": methods, "tx": tx, "plan": plan, "noise": None}
+        made |= {"step": step.make_step(config, goal, methods, tx, rate, plan)}
+        length = config.steps(config.train.duration)
+        return cls(config=config, source=source, model=model, steps=length, **made | more)
 
     @property
     def key(self) -> jax.Array:
@@ -149,13 +168,10 @@ def build(
     require(known, "data.source", source.name, tokens)
     model = models.build(config, source.shape, source.num_classes, source.latents)
     levels = context.noise_distribution(config)
-    tx, rate = optim.optimiser(config)
     told = context.context(config, source, model, levels, plan, stand_in)
     methods = combine([_method(config, name, told) for name in config.methods])
     goal = objective.denoising(config, model, levels, methods, plan.gather)
-    pure = step.make_step(config, goal, methods, tx, rate, plan)
-    steps = config.steps(config.train.duration)
-    return Run(config, source, model, levels, methods, tx, plan, pure, steps)
+    return Run.of(config, source, model, methods, goal, plan, noise=levels)
 
 
 def _method(config: Config, name: str, told: context.Context) -> Any:

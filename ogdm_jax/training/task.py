@@ -53,6 +53,7 @@ class Task(Generic[RunT]):
         config.evaluate.every in all processes.
       held_out: run -> measure(state) -> {name: number}, called as often in all processes; None
         where nothing is held out.
+      finish: (run, last state, workdir, log), called in all processes when the run has ended.
     """
 
     build: Callable[[configs.Config, parallel.Plan, epath.Path, Log], RunT]
@@ -60,6 +61,7 @@ class Task(Generic[RunT]):
     watch: Callable[[RunT, epath.Path, logs.Writer], Callable[[int, TrainState], None]]
     evaluation: Callable[[RunT, epath.Path], Callable[[TrainState], dict[str, Any]]]
     held_out: Callable[[RunT], Callable[[TrainState], dict[str, float]] | None] = lambda run: None
+    finish: Callable[[RunT, TrainState, epath.Path, Log], None] = lambda *_: None
 
 
 def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
