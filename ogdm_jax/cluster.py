@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, require
 
 PERIOD = 1.0  # seconds between beats
 SILENCE = 40.0  # seconds without a beat after which a process is lost; JAX's own limit is 100
@@ -83,18 +83,12 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
             "finds the cluster by itself"
         )
     port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
-    if not port or not 0 < int(port[1]) < 65536:
-        raise ConfigError(
-            f"--coordinator: {coordinator!r} given; expected HOST:PORT of process 0, such as "
-            "10.0.0.2:1234"
-        )
-    if processes < 1:
-        raise ConfigError(f"--processes: {processes} given; expected their number, at least 1")
-    if not 0 <= process < processes:
-        raise ConfigError(
-            f"--process: {process} given; expected 0 to {processes - 1}, as --processes is "
-            f"{processes}"
-        )
+    known = port is not None and 0 < int(port[1]) < 65536
+    need = "HOST:PORT of process 0, such as 10.0.0.2:1234"
+    require(known, "--coordinator", coordinator, need)
+    require(processes >= 1, "--processes", processes, "their number, at least 1")
+    need = f"0 to {processes - 1}, as --processes is {processes}"
+    require(0 <= process < processes, "--process", process, need)
 
 
 def detected() -> bool:

@@ -46,8 +46,7 @@ def _widths(text: str) -> dict[str, float]:
         found = {f"{float(word):g}": float(word) for word in text.split(",") if word.strip()}
     except ValueError:
         found = {}
-    if not found:
-        raise configs.ConfigError(f"--std: {text!r} given; expected numbers such as 0.05,0.1")
+    configs.require(bool(found), "--std", text, "numbers such as 0.05,0.1")
     return found
 
 

@@ -72,20 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check_card(args: argparse.Namespace, folder: epath.Path) -> None:
     """Raises ValueError for words about a card that cannot be."""
-    if args.license and not args.card:
-        raise ValueError(f"--license: {args.license!r} given; expected --card with it")
-    if args.license and not re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", args.license):
-        raise ValueError(
-            f"--license: {args.license[:80]!r} given; expected an identifier such as apache-2.0"
-        )
-    if args.card and folder.suffix in export.SUFFIXES:
-        raise ValueError(f"--out: {args.out!r} given; expected a FOLDER with --card")
+    require(args.card or not args.license, "--license", args.license, "--card with it")
+    plain = not args.license or re.fullmatch(r"[A-Za-z0-9.+_-]{1,60}", args.license)
+    require(bool(plain), "--license", args.license, "an identifier such as apache-2.0")
+    file = args.card and folder.suffix in export.SUFFIXES
+    require(not file, "--out", args.out, "a FOLDER with --card")
 
 
 def _check_texts(args: argparse.Namespace, folder: epath.Path, texts: bool) -> None:
     """Raises ValueError for words that a model of texts, or another one, does not take."""
-    if args.vae and not (args.card or texts):
-        raise ValueError(f"--vae: {args.vae!r} given; expected --card with it")
+    require(args.card or texts or not args.vae, "--vae", args.vae, "--card with it")
     if texts and (folder.suffix or args.card):
         raise ValueError(
             f"--out, --card: {args.out!r} given for a model of texts; expected a FOLDER, without "

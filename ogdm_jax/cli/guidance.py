@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ogdm_jax.cli import options
-from ogdm_jax.config import ConfigError, Sample
+from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import process
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration, measure, taken
@@ -217,8 +217,7 @@ def _check_names(
     """Raises ConfigError for unknown methods, and for presets and options of others."""
     methods, given = discovery.sampling(), ",".join(names)
     for name in names:
-        if name not in methods:
-            raise ConfigError(f"--guidance: {name!r} given; expected some of {', '.join(methods)}")
+        require(name in methods, "--guidance", name, f"some of {', '.join(methods)}")
     if len(set(names)) < len(names):
         raise ConfigError(f"--guidance: {given!r} names a method twice; expected each once")
     for owner, (preset, _) in presets.items():
@@ -244,8 +243,7 @@ def _chosen_presets(text: str, methods: dict[str, ModuleType]) -> dict[str, tupl
     owners = {name: owner for owner, module in methods.items() for name in _presets(module)}
     chosen: dict[str, tuple[str, Preset]] = {}
     for name in (n.strip() for n in text.split(",") if n.strip()):
-        if name not in owners:
-            raise ConfigError(f"--preset: {name!r} given; expected one of {', '.join(owners)}")
+        require(name in owners, "--preset", name, f"one of {', '.join(owners)}")
         owner = owners[name]
         if owner in chosen:
             raise ConfigError(
@@ -257,8 +255,7 @@ def _chosen_presets(text: str, methods: dict[str, ModuleType]) -> dict[str, tupl
 
 def _task_settings(task: str, texts: dict[str, str]) -> tasks.Settings:
     """Settings of the task; raises ConfigError for those that it does not use."""
-    if task and task not in tasks.TASKS:
-        raise ConfigError(f"--task: {task!r} given; expected one of {', '.join(tasks.TASKS)}")
+    require(not task or task in tasks.TASKS, "--task", task, f"one of {', '.join(tasks.TASKS)}")
     own = options.values("task", tasks.Settings, texts)
     for name in own:
         if task not in tasks.users(name):

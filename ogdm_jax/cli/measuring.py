@@ -214,10 +214,7 @@ def drawing(
     how = {"batch": args.batch, "devices": parallel.make_plan("mesh", args.devices).local_devices}
 
     def draw(
-        settings: Sample,
-        seeds: Sequence[int],
-        title: str,
-        counts: list[np.ndarray] | None = None,
+        settings: Sample, seeds: Sequence[int], title: str, counts: list[np.ndarray] | None = None
     ) -> Iterator[np.ndarray]:
         quiet, drawn = not sys.stderr.isatty(), 0
         with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:

@@ -29,7 +29,7 @@ from ogdm_jax import models, parallel, records, startup
 from ogdm_jax.cli import animation, guidance, options, prompts
 from ogdm_jax.cli.parsing import parser_of, step, whole
 from ogdm_jax.cli.stopping import leaving
-from ogdm_jax.config import ConfigError, Sample, suggestion
+from ogdm_jax.config import ConfigError, Sample, require, suggestion
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
 from ogdm_jax.data.labels import class_words
@@ -378,10 +378,7 @@ def parse_seeds(text: str, num: int) -> np.ndarray:
       ConfigError: anything else, a seed twice, or more than MOST images.
     """
     if not text:
-        if not 1 <= num <= MOST:
-            raise ConfigError(
-                f"--num: {num} given; expected 1 to {MOST:,} images (further ones by --seeds)"
-            )
+        require(1 <= num <= MOST, "--num", num, f"1 to {MOST:,} images (further ones by --seeds)")
         return np.arange(num)
     bounds, count = [], 0
     for part in text.split(","):

@@ -14,7 +14,7 @@ from ogdm_jax.cli.parsing import new_parser, whole
 from ogdm_jax.cli.sample import parse_seeds
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.cli.train import read_settings
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, require
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import decoding, resume
@@ -213,11 +213,8 @@ def read_ways(args: argparse.Namespace, arms: Sequence[runs.Arm], seed: int) -> 
     averages = [word for word in args.ema.split(",") if word]
     for word in averages:
         width = float(word) if re.fullmatch(r"0?\.\d{1,6}", word) else 0.0
-        if word != runs.PLAIN and not 0 < width < 0.2886:
-            raise ConfigError(
-                f"--ema: {word!r} given; expected {runs.PLAIN}, or relative widths above 0 and "
-                "below 0.2886, such as 0.1"
-            )
+        need = f"{runs.PLAIN}, or relative widths above 0 and below 0.2886, such as 0.1"
+        require(word == runs.PLAIN or 0 < width < 0.2886, "--ema", word, need)
         for arm in arms if word != runs.PLAIN else ():
             if not arm.configs[seed].ema.stds:
                 raise ConfigError(
@@ -294,8 +291,7 @@ def open_ruler(
     space = measuring.open_space(args, source, source.shape, *known)
     real = references(source)
     num = args.num or min(len(real), measuring.MOST)
-    if last * runs.APART + num >= 2**32:
-        raise ConfigError(f"--seeds: {last} given; expected numbers below 4000")
+    require(last * runs.APART + num < 2**32, "--seeds", last, "numbers below 4000")
     return runs.Ruler(
         space, space(real), name, num, lambda model: measuring.drawing(args, model), args.vae
     )

@@ -342,9 +342,12 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
-    """Raises ConfigError "config.key: value ...; expected ..." unless the condition holds."""
+    """Raises ConfigError "config.key: value given; expected ..." unless the condition holds; of an
+    option, such as --num, the key is its name.
+    """
     if not condition:
-        raise ConfigError(f"config.{key}: {shown(value)} given; expected {expected}")
+        name = key if key.startswith("--") else f"config.{key}"
+        raise ConfigError(f"{name}: {shown(value)} given; expected {expected}")
 
 
 def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> Any:

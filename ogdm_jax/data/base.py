@@ -272,11 +272,7 @@ def from_arrays(
 
 
 def from_reader(
-    name: str,
-    stored: Stored,
-    resolution: int | None,
-    channels: int | None,
-    memory_limit: int,
+    name: str, stored: Stored, resolution: int | None, channels: int | None, memory_limit: int
 ) -> Source:
     """A source over a reader, of which the first image sets the size.
 

@@ -407,9 +407,7 @@ def save_png(path: str | os.PathLike, image: npt.ArrayLike) -> None:
 
 
 def save_animation(
-    path: str | os.PathLike,
-    frames: Sequence[npt.ArrayLike],
-    milliseconds: int | Sequence[int] = 80,
+    path: str | os.PathLike, frames: Sequence[npt.ArrayLike], milliseconds: int | Sequence[int] = 80
 ) -> None:
     """Writes frames [t] of equal shape as a looping animation: .webp, .gif or .png (APNG).
 

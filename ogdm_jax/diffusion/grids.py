@@ -204,9 +204,7 @@ def ddim(
 
 
 def respaced(
-    spacing: str | Sequence[int],
-    betas: process.Schedule = "linear",
-    steps: int = 1000,
+    spacing: str | Sequence[int], betas: process.Schedule = "linear", steps: int = 1000
 ) -> np.ndarray:
     """Noise levels of guided-diffusion's timestep_respacing, then 0: "ddim25", "250", "10,15,20" or
     "" (all steps). "1" is one step from the top, and not the published index 0.

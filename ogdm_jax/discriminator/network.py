@@ -25,10 +25,7 @@ SETTINGS = (  # what a discriminator has of config.network
 
 
 def open_network(
-    config: Config,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    workdir: str | os.PathLike,
+    config: Config, image_shape: tuple[int, int, int], num_classes: int, workdir: str | os.PathLike
 ) -> tuple[FeatureDiscriminator, PyTree]:
     """The network of a configuration and the parameters of its extractor.
 

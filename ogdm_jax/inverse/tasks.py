@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ogdm_jax import places
-from ogdm_jax.config import ConfigError, Group, setting
+from ogdm_jax.config import ConfigError, Group, require, setting
 from ogdm_jax.interop import perceptual
 from ogdm_jax.inverse import degradations, given, networks, operators
 from ogdm_jax.inverse.operators import Operator
@@ -114,8 +114,7 @@ def make_task(name: str, settings: Settings, shape: Shape) -> Task:
     Raises:
       ValueError: an unknown task, a setting out of range, or a network that cannot be loaded.
     """
-    if name not in _KINDS:
-        raise ValueError(f"--task: {name!r} given; expected one of {', '.join(TASKS)}")
+    require(name in _KINDS, "--task", name, f"one of {', '.join(TASKS)}")
     made = _KINDS[name].make(settings, shape)
     if isinstance(made, Task):
         return made
@@ -169,10 +168,7 @@ def _motion(settings: Settings, shape: Shape) -> np.ndarray:
             )
         return given.kernel(settings.kernel)
     wide = max(round(61 * shape[0] / 256), 7) if settings.blur is None else settings.blur
-    if wide < 2:
-        raise ConfigError(
-            f"--task.blur: {wide} given; expected a kernel's side of at least 2 pixels"
-        )
+    require(wide >= 2, "--task.blur", wide, "a kernel's side of at least 2 pixels")
     return degradations.motion_kernel(np.random.default_rng(0), int(wide) // 2 * 2 + 1)
 
 
@@ -216,11 +212,8 @@ def _inpaint(settings: Settings, shape: Shape) -> Task:
 
 def _mask_of(where: str, side: int) -> np.ndarray:
     """[side,side,1]: 0 where a picture or an array is black."""
-    if not places.place(where, "--task.mask").is_file():
-        raise ConfigError(
-            f"--task.mask: {where!r} given; expected random, box or a picture (or .npy) of which "
-            "black pixels are hidden"
-        )
+    need = "random, box or a picture (or .npy) of which black pixels are hidden"
+    require(places.place(where, "--task.mask").is_file(), "--task.mask", where, need)
     return given.mask(where, side)
 
 
@@ -231,11 +224,9 @@ def _rng(seed: int) -> np.random.Generator:
 def load_function(where: str) -> Callable[..., Any]:
     """The function of "FILE.py:NAME". Raises ValueError where there is none."""
     path, _, name = where.rpartition(":")
-    if not (path.endswith(".py") and name and Path(path).is_file()):
-        raise ValueError(
-            f"--task.network: {where!r} given; expected FILE.py:FUNCTION, images in [-1, 1] to "
-            "features"
-        )
+    there = path.endswith(".py") and bool(name) and Path(path).is_file()
+    need = "FILE.py:FUNCTION, images in [-1, 1] to features"
+    require(there, "--task.network", where, need)
     spec = importlib.util.spec_from_file_location("ogdm_jax_user_network", path)
     assert spec is not None and spec.loader is not None  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)

@@ -256,13 +256,7 @@ class Boost:
         )
 
     def evaluate(
-        self,
-        denoise: Denoiser,
-        carry: PyTree,
-        x: Array,
-        sigma: Array,
-        label: PyTree,
-        info: Info,
+        self, denoise: Denoiser, carry: PyTree, x: Array, sigma: Array, label: PyTree, info: Info
     ) -> tuple[Array, PyTree]:
         """(x0_hat, the log ratios)."""
         if not isinstance(guided := denoise.evaluate, _Guided):

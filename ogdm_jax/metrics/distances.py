@@ -134,10 +134,7 @@ def _root(cov: np.ndarray, name: str) -> np.ndarray:
 
 
 def frechet_distance(
-    mu1: Num[Any, " d"],
-    cov1: Num[Any, "d d"],
-    mu2: Num[Any, " d"],
-    cov2: Num[Any, "d d"],
+    mu1: Num[Any, " d"], cov1: Num[Any, "d d"], mu2: Num[Any, " d"], cov2: Num[Any, "d d"]
 ) -> float:
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), squared Wasserstein-2 distance of Gaussians.
 
@@ -207,11 +204,7 @@ def kernel_distance(x: Features, y: Num[Any, "m d"]) -> float:
 
 
 def kernel_distance_subsets(
-    x: Features,
-    y: Num[Any, "m d"],
-    subsets: int = 100,
-    size: int = 1000,
-    seed: int = 0,
+    x: Features, y: Num[Any, "m d"], subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """(mean, standard deviation) of KID over random subsets, as papers usually print it.
 

@@ -57,13 +57,7 @@ class ChurnRule(Protocol):
         ...
 
     def evaluate(
-        self,
-        denoise: Denoiser,
-        carry: PyTree,
-        x: Array,
-        sigma: Array,
-        label: PyTree,
-        info: Info,
+        self, denoise: Denoiser, carry: PyTree, x: Array, sigma: Array, label: PyTree, info: Info
     ) -> tuple[Array, PyTree]:
         """The predictor's evaluation at the raised sigma: (x0_hat, new carry)."""
         ...
@@ -98,13 +92,7 @@ class Churn:
         )
 
     def evaluate(
-        self,
-        denoise: Denoiser,
-        carry: PyTree,
-        x: Array,
-        sigma: Array,
-        label: PyTree,
-        info: Info,
+        self, denoise: Denoiser, carry: PyTree, x: Array, sigma: Array, label: PyTree, info: Info
     ) -> tuple[Array, PyTree]:
         """(x0_hat, carry)."""
         return denoise(x, sigma, label).astype(x.dtype), carry

@@ -99,10 +99,8 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
         raise ConfigError(
             f"--label: {label} given, but the model is unconditional; leave the option out"
         )
-    if not -1 <= label < num_classes:
-        raise ConfigError(
-            f"--label: {label} given; expected 0 to {num_classes - 1}, or -1 for no class"
-        )
+    need = f"0 to {num_classes - 1}, or -1 for no class"
+    require(-1 <= label < num_classes, "--label", label, need)
     return np.full(len(seeds), label, np.int32)
 
 

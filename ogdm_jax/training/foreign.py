@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ogdm_jax import models
-from ogdm_jax.config import Config, ConfigError
+from ogdm_jax.config import Config, require
 from ogdm_jax.config.whole import replace
 from ogdm_jax.interop import stable_diffusion
 from ogdm_jax.training.workdir import TrainedModel
@@ -50,9 +50,6 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
 def check_size(size: int, network: Any, coder: Any) -> int:
     """The side of the latents. Raises ConfigError for pictures that the networks do not halve."""
     unit = coder.factor * 2 ** (len(network.widths) - 1)
-    if size % unit:
-        raise ConfigError(
-            f"--size: {size} given; expected a multiple of {unit}, which autoencoder and U-Net "
-            "halve together"
-        )
+    need = f"a multiple of {unit}, which autoencoder and U-Net halve together"
+    require(size % unit == 0, "--size", size, need)
     return size // coder.factor

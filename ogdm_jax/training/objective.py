@@ -96,11 +96,7 @@ def denoising(
         return example, denoiser_of(model, params, buffers, example)
 
     def loss(
-        params: PyTree,
-        state: TrainState,
-        constants: Mapping[str, PyTree],
-        batch: Batch,
-        key: Array,
+        params: PyTree, state: TrainState, constants: Mapping[str, PyTree], batch: Batch, key: Array
     ) -> tuple[Array, Sums]:
         # Each method's own lookup: it sees its constants and carry, never another's.
         own = lambda name: Own(constants.get(name), gather(state.carry.get(name)))

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from ogdm_jax import places
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, require
 
 Steps = tuple[int, int]
 
@@ -28,20 +28,16 @@ def parse(text: str) -> Steps | None:
         return None
     numbers = re.fullmatch(r"(\d{1,12}),(\d{1,12})", text.replace(" ", ""))
     steps = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if not 1 <= steps[0] <= steps[1]:
-        raise ConfigError(
-            f"--profile: {text!r} given; expected FIRST,LAST with 1 <= FIRST <= LAST, such as 10,12"
-        )
+    need = "FIRST,LAST with 1 <= FIRST <= LAST, such as 10,12"
+    require(1 <= steps[0] <= steps[1], "--profile", text, need)
     return steps
 
 
 def check(steps: Steps | None, total: int) -> None:
     """Raises ConfigError for steps that the run does not reach."""
     if steps and steps[1] > total:
-        raise ConfigError(
-            f"--profile: {steps[0]},{steps[1]} given; expected steps up to {total}, where the run "
-            "ends"
-        )
+        given = f"--profile: {steps[0]},{steps[1]} given"
+        raise ConfigError(f"{given}; expected steps up to {total}, where the run ends")
 
 
 class Profiler:

@@ -144,10 +144,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def build(
-    config: Config,
-    source: Source,
-    plan: parallel.Plan,
-    stand_in: context.StandIn | None = None,
+    config: Config, source: Source, plan: parallel.Plan, stand_in: context.StandIn | None = None
 ) -> Run:
     """Builds and checks the run of a denoiser.
 
