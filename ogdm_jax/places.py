@@ -7,12 +7,14 @@ can only write local files one, and puts it where it belongs, whole or not at al
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import itertools
 import os
 import pathlib
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -291,6 +293,53 @@ def files_below(root: epath.Path) -> list[str]:
         top = at if top is None else top  # with or without gs://, as the library has it
         found += [f"{at}/{name}"[len(top) :].lstrip("/") for name in names]
     return found
+
+
+@contextmanager
+def stand_in(folder: epath.Path) -> Iterator[pathlib.Path]:
+    """Yields a local folder to write into: the folder itself, or one that is copied to the bucket
+    when the block ends.
+    """
+    if is_local(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            yield pathlib.Path(made)
+        finally:
+            mirror(pathlib.Path(made), folder)
+
+
+@contextmanager
+def held(folder: epath.Path, wait: float = 0.0) -> Iterator[bool]:
+    """Holds a folder against other processes of this machine while the block runs.
+
+    Yields whether it is held alone. A bucket and a file system without locks hold nothing, and say
+    that they do.
+
+    Args:
+      folder: that exists.
+      wait: seconds to wait for another process.
+    """
+    if not is_local(folder):
+        yield True
+        return
+    descriptor, end, alone = os.open(folder, os.O_RDONLY), time.monotonic() + wait, False
+    try:
+        while not alone:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.05)
+                continue
+            except OSError:  # the file system has no locks
+                pass
+            alone = True
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def mirror(folder: pathlib.Path, target: epath.Path) -> None:

@@ -6,12 +6,10 @@ asked for and which seeds gave no finite image: the same request goes on, anothe
 and nothing that was there before is replaced. No more than one batch is in memory, but for a grid.
 """
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -105,12 +103,21 @@ class Output:
           OutputError: something else is there, images of another request, or another process.
         """
         self.look()
-        with _alone(self.folder, self._field):
-            self.resume()
-            try:
-                yield self
-            finally:
-                self.clear()
+        made = places.make(self.folder)
+        try:
+            with places.held(self.folder) as alone:
+                if not alone:
+                    raise OutputError(
+                        f"{self._field}: another process is writing to '{self.folder}'; expected "
+                        "another name, or to wait until it has ended"
+                    )
+                self.resume()
+                try:
+                    yield self
+                finally:
+                    self.clear()
+        finally:
+            places.unmake(made)
 
     def look(self) -> dict[str, Any]:
         """The record of what is there, {} if nothing is.
@@ -362,35 +369,6 @@ class Output:
             else:  # a power cut, a flipped bit
                 file.unlink()
         return done
-
-
-@contextmanager
-def _alone(folder: epath.Path, field: str) -> Iterator[None]:
-    """Holds a folder, which is made where it is missing; the system lets go when this process ends.
-
-    A folder of a bucket, or of a file system without locks, is not held.
-    """
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not places.is_local(folder):
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"{field}: another process is writing to '{folder}'; expected another name, or "
-                    "to wait until it has ended"
-                ) from None
-        yield
-    finally:
-        os.close(handle)
-        with suppress(OSError):  # something was written
-            if new:
-                os.rmdir(folder)
 
 
 def _holds_something(path: epath.Path) -> bool:

@@ -10,7 +10,6 @@ compared. Reading commands never look at it.
 """
 
 import dataclasses
-import fcntl
 import os
 import socket
 import threading
@@ -101,7 +100,8 @@ class Lock:
             found = self._read()
             if found is not None and not self._gone(found, log):
                 raise LockError(self._refusal(found))
-            with _alone(self._folder):
+            # Not for long: the program around this one (flock DIR ogdm train ...) may hold it.
+            with places.held(self._folder, wait=2.0):
                 if self._read() == found:  # nobody came in between
                     self._write(0)
                     break
@@ -182,29 +182,6 @@ class Lock:
             f"{self._field}: {str(self._folder)!r} is in use by {found[0] or 'another run'}; wait "
             "until it ends, stop it, or give another folder"
         )
-
-
-@contextmanager
-def _alone(folder: epath.Path) -> Iterator[None]:
-    """Keeps other processes of this machine out for the moment in which a lock is taken."""
-    if not places.is_local(folder):
-        yield
-        return
-    descriptor, end = os.open(folder, os.O_RDONLY), time.monotonic() + 2
-    try:
-        # It stays without where the file system has no locks, and where the program around this one
-        # (flock DIR ogdm train ...) holds the same one.
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _machine() -> str:

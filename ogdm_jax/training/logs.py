@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -155,25 +154,25 @@ class Writer:
           step: where the run goes on; lines of later steps are moved to REPLACED.
           tracker: gets the numbers, too.
         """
-        self._tracker = tracker
-        self._target, self._copied = workdir, time.monotonic()
-        self._file = self._events = self._local = None
+        self._target, self._copied, self._tracker = workdir, time.monotonic(), tracker
+        self._file = self._events = None
+        self._open = contextlib.ExitStack()
         if not lead:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(workdir)
-        if not places.is_local(workdir):
-            self._local = tempfile.TemporaryDirectory()
-            folder = pathlib.Path(self._local.name)
-            for name in (METRICS, REPLACED):
-                if (workdir / name).exists():
-                    (workdir / name).copy(epath.Path(folder) / name)
+        self._folder = self._open.enter_context(places.stand_in(workdir))
+        for name in (METRICS, REPLACED):
+            if not places.is_local(workdir) and (workdir / name).exists():
+                (workdir / name).copy(epath.Path(self._folder) / name)
         with self._told():
-            if (folder / METRICS).exists():
-                mend(folder / METRICS, step)
-            self._file = open(folder / METRICS, "a", buffering=1)  # noqa: SIM115 - closed by close()
+            if (self._folder / METRICS).exists():
+                mend(self._folder / METRICS, step)
+            self._file = self._open.enter_context(open(self._folder / METRICS, "a", buffering=1))
             if tensorboard:
-                self._events = _Events(folder / "events")
+                self._events = _Events(self._folder / "events")
+                self._open.callback(self._events.close)
+            if tracker is not None:
+                self._open.callback(tracker.close)
 
     def __enter__(self) -> "Writer":
         return self
@@ -199,8 +198,9 @@ class Writer:
                 self._events.scalars(step, values)
             if self._tracker is not None:
                 self._tracker.write(step, values)
-            if time.monotonic() - self._copied > UPLOAD:
-                self._copy()
+            if time.monotonic() - self._copied > UPLOAD and not places.is_local(self._target):
+                places.mirror(self._folder, self._target)
+                self._copied = time.monotonic()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [h,w,c] picture for TensorBoard and the tracker."""
@@ -212,15 +212,9 @@ class Writer:
 
     def close(self) -> None:
         """Ends the files, and copies them to a bucket. Raises LogError as `write`."""
-        file, events, local = self._file, self._events, self._local
         self._file = self._events = None
-        with self._told(), contextlib.ExitStack() as ends:  # all of them, whatever fails
-            self._local = None
-            if local is not None:
-                ends.callback(local.cleanup)
-                ends.callback(places.mirror, pathlib.Path(local.name), self._target)
-            for part in filter(None, (file, events, self._tracker)):
-                ends.callback(part.close)
+        with self._told():
+            self._open.close()  # all of them, whatever fails
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -230,14 +224,6 @@ class Writer:
         except OSError as error:
             place = OSError(error.errno, error.strerror, str(self._target))
             raise LogError(f"the log cannot be written: {startup.sentence_of(place)}") from error
-
-    def _copy(self) -> None:
-        """Copies the files to a bucket, if they are meant for one."""
-        self._copied = time.monotonic()
-        if self._local is None:
-            return
-        places.mirror(pathlib.Path(self._local.name), self._target)
-        self._copied = time.monotonic()
 
 
 class _Events:

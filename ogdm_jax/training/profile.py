@@ -3,9 +3,7 @@ Perfetto.
 """
 
 import contextlib
-import pathlib
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -48,31 +46,29 @@ class Profiler:
     ) -> None:
         """Traces nothing where steps is None."""
         self._steps, self._target, self._log = steps, workdir / "profile", log
-        self._folder: pathlib.Path | None = None  # of the trace that is being made
-        self._open = contextlib.ExitStack()
+        self._tracing, self._open = False, contextlib.ExitStack()
 
     def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._stop()  # a run that is stopped between the steps keeps what it has
+        self._open.close()  # a run that is stopped between the steps keeps what it has
 
     def before(self, step: int) -> None:
         """Call it before the step that makes the count `step`."""
         traced = self._steps and self._steps[0] <= step <= self._steps[1]
-        if not traced or self._folder:
-            return
-        folder = pathlib.Path(self._target)
-        if not places.is_local(self._target):
-            folder = pathlib.Path(self._open.enter_context(tempfile.TemporaryDirectory()))
-        jax.profiler.start_trace(str(folder))
-        self._folder = folder
+        if traced and not self._tracing:
+            folder = self._open.enter_context(places.stand_in(self._target))
+            jax.profiler.start_trace(str(folder))
+            self._open.callback(jax.profiler.stop_trace)
+            self._tracing = True
 
     def after(self, step: int, outputs: Any) -> None:
         """Call it after that step, with arrays that are ready when it has run."""
-        if self._steps and self._folder and step >= self._steps[1]:
+        if self._steps and self._tracing and step >= self._steps[1]:
             jax.block_until_ready(outputs)
-            self._stop()
+            self._open.close()
+            self._tracing = False
             self._log(f"profiled steps {self._steps[0]} to {self._steps[1]}: {self._target}")
 
     def skipped(self, start: int) -> None:
@@ -84,12 +80,3 @@ class Profiler:
                 f"--profile: steps {self._steps[0]} to {self._steps[1]} lie before step {start}; "
                 "none is traced"
             )
-
-    def _stop(self) -> None:
-        if self._folder is None:
-            return
-        folder, self._folder = self._folder, None
-        jax.profiler.stop_trace()
-        if not places.is_local(self._target):
-            places.mirror(folder, self._target)
-        self._open.close()
