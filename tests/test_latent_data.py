@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.cli import data as command
-from ogdm_jax.data import SourceError, batches, encode, moments, open_source
+from ogdm_jax.data import SourceError, batches, encode, moments, open_source, prepare
 from ogdm_jax.data.check import check
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.latents import SIDECAR
@@ -56,7 +56,7 @@ def test_moments_are_the_autoencoders(vae, encoded):
 @pytest.mark.default
 def test_an_interrupted_call_goes_on(tmp_path, vae, encoded, monkeypatch, capsys):
     """Byte for byte what a call without interruption writes; not with another autoencoder."""
-    monkeypatch.setattr(encode, "SHARD_BYTES", 128 * 64)
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 128 * 64)
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("digits/test", "--vae", vae, "--out", one, "--batch", 48) == 0
     calls = []

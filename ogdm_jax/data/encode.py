@@ -13,7 +13,7 @@ from etils import epath
 from ogdm_jax import places, records
 from ogdm_jax.data.base import Source, SourceError, fingerprint
 from ogdm_jax.data.latents import SIDECAR
-from ogdm_jax.data.prepare import SHARD_BYTES, write_shards
+from ogdm_jax.data.prepare import bounds_of, write_shards
 from ogdm_jax.latents import Latents
 
 # uint8 images [n,H,W,C] -> (mean, std) [n,h,w,C] each, float32, unscaled
@@ -56,8 +56,7 @@ def encode(
         final = places.local(out, "--out")
     except places.PlaceError as error:
         raise SourceError(f"{error}: encode there, then copy it") from None
-    size = shard_images or max(1, SHARD_BYTES // (2 * int(np.prod(latents.item_shape))))
-    bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    bounds = bounds_of(source, 2 * int(np.prod(latents.item_shape)), shard_images)
     shards = [f"latents-{k:05d}-of-{len(bounds):05d}.array_record" for k in range(len(bounds))]
     parts = final.with_name(final.name + ".parts")
     about = {
@@ -72,24 +71,17 @@ def encode(
 
     def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
         labels, captions = [], []
-        try:
-            writer = ArrayRecordWriter(str(path), "group_size:1")
-            for at in range(start, stop, batch):
-                # one size is compiled
-                rows = np.resize(np.arange(at, min(at + batch, stop)), batch)
-                part = source.take(rows)
-                items = _items(encode, part["image"], source, rows)
-                for item, label in list(zip(items, part["label"]))[: stop - at]:
-                    writer.write(item.tobytes())
-                    labels.append(label)
-                    tick()
-                captions += list(part.get("caption", ()))[: stop - at]
-            writer.close()
-        except RuntimeError as error:  # how the library says what the operating system said
-            raise SourceError(
-                f"{source.name}: {path} cannot be written ({str(error).partition(';')[0]}); make "
-                "room or choose another --out, then give the same command again"
-            ) from None
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for at in range(start, stop, batch):
+            rows = np.resize(np.arange(at, min(at + batch, stop)), batch)  # one size is compiled
+            part = source.take(rows)
+            items = _items(encode, part["image"], source, rows)
+            for item, label in list(zip(items, part["label"]))[: stop - at]:
+                writer.write(item.tobytes())
+                labels.append(label)
+                tick()
+            captions += list(part.get("caption", ()))[: stop - at]
+        writer.close()
         name = shards[bounds.index((start, stop))].removeprefix("latents")
         if captions:
             records.write(epath.Path(parts / f"captions{name}").with_suffix(".json"), captions)

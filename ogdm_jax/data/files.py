@@ -379,7 +379,7 @@ def _classes(
     folders: list[str],
     tables: list[str],
     read: Callable[[str], bytes],
-) -> listing.Classes:
+) -> labels.Classes:
     """What a dataset.json says, at the top or in the one folder that all images lie in; else what
     the folders do.
     """
@@ -395,8 +395,7 @@ def _classes(
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{source}: {at}{_TABLE} cannot be read ({error})") from None
-    table = labels.of_json(source, content, [name[len(at) :] for name in names])
-    return listing.Classes(table.labels, table.class_names, table.notes)
+    return labels.of_json(source, content, [name[len(at) :] for name in names])
 
 
 def _plain(path: str) -> str:

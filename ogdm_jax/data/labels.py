@@ -29,11 +29,11 @@ class Labels(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Table(NamedTuple):
-    """What a dataset.json says: labels as it has them or None, names of classes, notes."""
+class Classes(NamedTuple):
+    """What dataset.json or folders say: labels [N] or [N,k] or None, names of classes, notes."""
 
-    labels: np.ndarray | None
-    class_names: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -154,7 +154,7 @@ def key(name: str) -> str:
     return unicodedata.normalize("NFC", plain(name))
 
 
-def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
+def of_json(source: str, content: bytes, names: Sequence[str]) -> Classes:
     """The labels of files in EDM's dataset.json.
 
     That is {"labels": [[name, integer or vector], ...]}, or null for the list; {name: label} is
@@ -177,7 +177,7 @@ def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
             'expected {"labels": [[name, label], ...]} or null'
         )
     if rows is None:
-        return Table(None)
+        return Classes()
     known, wanted = {}, [key(name) for name in names]
     for name, label in rows:
         other = known.setdefault(key(name), label)
@@ -198,7 +198,7 @@ def of_json(source: str, content: bytes, names: Sequence[str]) -> Table:
             f"({extra[0]} first)"
         )
     try:
-        return Table(np.array([known[k] for k in wanted]), tuple(classes), tuple(notes))
+        return Classes(np.array([known[k] for k in wanted]), tuple(classes), tuple(notes))
     except ValueError:
         raise SourceError(
             f"{source}: dataset.json mixes kinds of labels; expected all integers or all vectors "

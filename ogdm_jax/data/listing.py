@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ogdm_jax.data.labels import SourceError
+from ogdm_jax.data.labels import Classes, SourceError
 from ogdm_jax.data.pictures import endings, is_picture
 
 # What systems and programs leave beside people's files; names that begin with a dot count too.
@@ -31,14 +31,6 @@ class Files(NamedTuple):
     names: list[str]
     folders: list[str]
     notes: list[str]
-
-
-class Classes(NamedTuple):
-    """Classes [N] of files or None, their names, and notes."""
-
-    labels: np.ndarray | None = None
-    names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def walk(source: str, root: str) -> Files:

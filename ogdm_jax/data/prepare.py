@@ -55,8 +55,7 @@ def prepare(
             f"{source.name}: has captions, which this does not write; expected it without "
             "?caption=, or ogdm data encode"
         )
-    size = shard_images or max(1, SHARD_BYTES // int(np.prod(source.shape)))
-    bounds = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    bounds = bounds_of(source, int(np.prod(source.shape)), shard_images)
     try:
         path = places.local(out, "--out")
     except places.PlaceError as error:
@@ -113,22 +112,15 @@ def _records(source: Source, features: Any) -> WriteShard:
     """What writes images of the source as one array_record file."""
 
     def write(path: Path, start: int, stop: int, tick: Callable[[], object]) -> None:
-        try:
-            writer = ArrayRecordWriter(str(path), "group_size:1")
-            for i in range(start, stop):
-                item = source[i]
-                record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
-                if "label" in features:
-                    record["label"] = int(item["label"])
-                writer.write(features.serialize_example(features.encode_example(record)))
-                tick()
-            writer.close()
-        except RuntimeError as error:  # how the library says what the operating system said
-            reason = str(error).partition(";")[0]
-            raise SourceError(
-                f"{source.name}: {path} cannot be written ({reason}); make room or choose another "
-                "--out, then give the same command again"
-            ) from None
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for i in range(start, stop):
+            item = source[i]
+            record: dict[str, Any] = {"image": io.BytesIO(encode(item["image"]))}
+            if "label" in features:
+                record["label"] = int(item["label"])
+            writer.write(features.serialize_example(features.encode_example(record)))
+            tick()
+        writer.close()
 
     return write
 
@@ -200,6 +192,12 @@ def _zip_labels(source: Source, labels: np.ndarray) -> list | None:
     return labels.tolist()
 
 
+def bounds_of(source: Source, image_bytes: int, shard_images: int | None) -> Bounds:
+    """Shards of `shard_images` images, or of about SHARD_BYTES."""
+    size = shard_images or max(1, SHARD_BYTES // image_bytes)
+    return [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+
+
 def write_shards(
     source: Source,
     final: Path,
@@ -265,7 +263,14 @@ def write_shards(
                 bar.update(stop - start)
                 continue
             unfinished = parts / f"{shard}.unfinished"
-            write(unfinished, start, stop, bar.update)
+            try:
+                write(unfinished, start, stop, bar.update)
+            except RuntimeError as error:  # how array_record says what the operating system said
+                reason = str(error).partition(";")[0]
+                raise SourceError(
+                    f"{source.name}: {unfinished} cannot be written ({reason}); make room or "
+                    "choose another --out, then give the same command again"
+                ) from None
             os.replace(unfinished, parts / shard)
 
 
