@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax.cli import data as command
-from ogdm_jax.data import SourceError, batches, encode, moments, open_source, prepare
+from ogdm_jax.data import SourceError, batches, moments, open_source, prepare
 from ogdm_jax.data.check import check
 from ogdm_jax.data.describe import describe
 from ogdm_jax.data.latents import SIDECAR

@@ -15,12 +15,7 @@ from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
-from ogdm_jax.metrics.statistics import (
-    Statistics,
-    is_statistics,
-    load_statistics,
-    save_statistics,
-)
+from ogdm_jax.metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
 
 EXAMPLES = """\
 --samples samples.npz --reference digits

@@ -27,13 +27,7 @@ from ogdm_jax.config.files import (
     spelled,
     to_json,
 )
-from ogdm_jax.config.groups import (
-    Data,
-    Evaluate,
-    Optim,
-    Parallel,
-    Sample,
-)
+from ogdm_jax.config.groups import Data, Evaluate, Optim, Parallel, Sample
 from ogdm_jax.config.network import Network
 from ogdm_jax.config.whole import Config, flatten, make, replace, resolve
 

@@ -112,9 +112,7 @@ class Optim(Group):
         only="schedule=linear|cosine|inverse_sqrt",
     )
     clip: float = decided(
-        0.0,
-        "largest norm of the whole gradient, which is scaled down to it; 0 = off",
-        least=0,
+        0.0, "largest norm of the whole gradient, which is scaled down to it; 0 = off", least=0
     )
     betas: tuple[float, float] = decided(
         (0.9, 0.999), "of Adam", least=0, below=1, expected="two numbers in [0, 1)"
@@ -148,9 +146,7 @@ class Ema(Group):
         expected="different numbers above 0 and below 0.2886, such as 0.05,0.1",
     )
     snapshots: str = free(
-        "0 steps",
-        "from one snapshot of these averages to the next; 0 = 32 in a run",
-        only="stds",
+        "0 steps", "from one snapshot of these averages to the next; 0 = 32 in a run", only="stds"
     )
 
     def _check_together(self) -> None:

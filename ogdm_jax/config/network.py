@@ -81,9 +81,7 @@ class Network(Group):
     )
     resblock_updown: bool = setting(False, "openai: residual blocks resample", only="kind=openai")
     dtype: str = decided(
-        "float32",
-        "compute type; parameters stay float32",
-        choices=("float32", "bfloat16"),
+        "float32", "compute type; parameters stay float32", choices=("float32", "bfloat16")
     )
     remat: bool = free(False, "recompute activations in the backward pass")
 

@@ -7,17 +7,7 @@ from typing import Any, TypeVar
 from ogdm_jax.brief import brief
 from ogdm_jax.config.diffusion import Noise, Precondition
 from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, shown, suggestion
-from ogdm_jax.config.groups import (
-    Data,
-    Ema,
-    Evaluate,
-    Init,
-    Log,
-    Optim,
-    Parallel,
-    Sample,
-    Train,
-)
+from ogdm_jax.config.groups import Data, Ema, Evaluate, Init, Log, Optim, Parallel, Sample, Train
 from ogdm_jax.config.network import Network
 
 Settings = TypeVar("Settings")

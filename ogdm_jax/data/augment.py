@@ -334,12 +334,7 @@ def _translate(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part
 
 
 _FLIPS = {"xflip": 2, "yflip": 1}  # the axis that is mirrored
-_PARTS = {
-    "scale": _scale,
-    "rotate_frac": _rotate,
-    "aniso": _aniso,
-    "translate_frac": _translate,
-}
+_PARTS = {"scale": _scale, "rotate_frac": _rotate, "aniso": _aniso, "translate_frac": _translate}
 _LABELS = {"xflip": 1, "yflip": 1, "scale": 1, "rotate_frac": 2, "aniso": 2, "translate_frac": 2}
 _DRAWS = {
     "xflip": ("xflip_w", "xflip_u"),

@@ -38,10 +38,7 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "settings": (lambda value: isinstance(value, dict), "a JSON object"),
     "precondition": (lambda value: value in PRECONDITIONS, f"one of {', '.join(PRECONDITIONS)}"),
     "schedule": (lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "sigma_data": (
-        _number(float(_POSITIVE.tiny), float(_POSITIVE.max)),
-        "a positive number",
-    ),
+    "sigma_data": (_number(float(_POSITIVE.tiny), float(_POSITIVE.max)), "a positive number"),
     "sigma_max": (_number(0.021, float(_POSITIVE.max)), "a number above 0.02"),
     "dropout": (_number(0, 1), "a number from 0 to below 1"),
     "diffusion_steps": (

@@ -297,9 +297,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "embedding": _steering(networks.embedding),
     "segmentation": _measured_by(
-        "segmentation",
-        networks.segmentation,
-        lambda s: perceptual.segmentation_network(s.weights),
+        "segmentation", networks.segmentation, lambda s: perceptual.segmentation_network(s.weights)
     ),
 }
 TASKS = tuple(_KINDS)

@@ -30,15 +30,7 @@ from ogdm_jax.data.augment import flip, isometric
 from ogdm_jax.diffusion.posterior import OnDemand, stable_target
 from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks made by hand
 from ogdm_jax.methods import stf_classes
-from ogdm_jax.methods.contract import (
-    Constants,
-    Context,
-    Example,
-    Metrics,
-    Own,
-    Slots,
-    noise_bins,
-)
+from ogdm_jax.methods.contract import Constants, Context, Example, Metrics, Own, Slots, noise_bins
 from ogdm_jax.pixels import to_float
 from ogdm_jax.typing import Array, PyTree
 
@@ -85,9 +77,7 @@ class Settings(Group):
         0, "references worked on at once; 0 = chosen so that temporaries stay near 10 MB", least=0
     )
     class_mask: bool = setting(
-        True,
-        "conditional models: only references of the same class count",
-        only="data.conditional",
+        True, "conditional models: only references of the same class count", only="data.conditional"
     )
     augment: str = setting(
         "matched",

@@ -12,11 +12,7 @@ from ogdm_jax.networks.convolution import conv2d, depthwise
 from ogdm_jax.typing import Array
 
 VALID = 1  # of the file's paddings; 0 is SAME
-ACTIVATIONS: dict[int, Callable[[Array], Array]] = {
-    0: lambda x: x,
-    1: jax.nn.relu,
-    3: nn.relu6,
-}
+ACTIVATIONS: dict[int, Callable[[Array], Array]] = {0: lambda x: x, 1: jax.nn.relu, 3: nn.relu6}
 
 
 class Op(NamedTuple):

@@ -222,11 +222,7 @@ def items_of(state: TrainState) -> dict[str, PyTree]:
     return {
         "params": state.params,
         "ema": {"params": state.ema, "buffers": state.buffers},
-        "state": {
-            "step": state.step,
-            "opt_state": state.opt_state,
-            "carry": state.carry,
-        }
+        "state": {"step": state.step, "opt_state": state.opt_state, "carry": state.carry}
         | averages,
     }
 

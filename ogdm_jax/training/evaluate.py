@@ -223,10 +223,7 @@ def describe_sampler(settings: Sample, counts: Sequence[np.ndarray] = ()) -> dic
 
 def evaluations_of(counts: np.ndarray) -> dict[str, Any]:
     """{"nfe", "nfe_range"} of the network evaluations of each image, see `describe_sampler`."""
-    return {
-        "nfe": round(float(counts.mean())),
-        "nfe_range": [int(counts.min()), int(counts.max())],
-    }
+    return {"nfe": round(float(counts.mean())), "nfe_range": [int(counts.min()), int(counts.max())]}
 
 
 def words_of(settings: Sample, counts: Sequence[np.ndarray] = ()) -> str:

@@ -20,13 +20,7 @@ from ogdm_jax.methods import discovery
 from ogdm_jax.training import logs, opening, resume, snapshots, steps, texts, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import (
-    Checkpoints,
-    Snapshot,
-    find,
-    load_weights,
-    resumable,
-)
+from ogdm_jax.training.checkpoint import Checkpoints, Snapshot, find, load_weights, resumable
 from ogdm_jax.training.evaluate import check_evaluation
 from ogdm_jax.training.inner import Loop, NotFinite, no_log
 from ogdm_jax.training.partial import fitting_weights

@@ -85,11 +85,7 @@ def make_step(
         )
         state = replace(state, step=seen + 1, ema=ema, carry=carry, averages=averages)
         norm = optax.tree.norm(grads)
-        return state, metrics | {
-            "grad_norm": norm,
-            "learning_rate": rate(seen),
-            "ema_beta": beta,
-        }
+        return state, metrics | {"grad_norm": norm, "learning_rate": rate(seen), "ema_beta": beta}
 
     return step
 
