@@ -74,6 +74,14 @@ def one_sentence() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+@contextmanager
+def command() -> Iterator[None]:
+    """What every command runs in: `one_sentence`, after `prepare`."""
+    with one_sentence():
+        prepare()
+        yield
+
+
 def end_on_interrupt() -> None:
     """From now on Ctrl-C ends the process without a word: it is on its way out."""
     with suppress(ValueError):  # another thread than the main one has no signals

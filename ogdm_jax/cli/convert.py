@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="settings beside the network's (default: configs/base.py)",
     )
     args, rest = parser.parse_known_args(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         _convert(args, startup.split_overrides(rest))
 
 

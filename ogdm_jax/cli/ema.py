@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--out", default="", metavar="OUT", help="folder of the models' (default: DIR)")
     args = parser.parse_args(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         _write(args, _widths(args.std))
 
 

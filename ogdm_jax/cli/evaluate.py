@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--likelihood" in words:
         return likelihood.main(words)
     args = parse(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         for option, file in (("--out", args.out), ("--save-statistics", args.save_statistics)):
             if file:
                 places.writable(places.place(file, option), option, file=True)

@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = "autoencoder of the card's samples, or of a pipeline (default: that of the data)"
     parser.add_argument("--vae", default="", metavar="FILE", help=words)
     args = parser.parse_args(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         folder = places.place(args.out, "--out")
         _check_card(args, folder)
         if folder.suffix and not args.card:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ogdm_jax.cli import options
+from ogdm_jax.cli.parsing import listed
 from ogdm_jax.config import ConfigError, Sample, require
 from ogdm_jax.diffusion import process
 from ogdm_jax.inverse import files, tasks
@@ -91,7 +92,7 @@ def read(args: argparse.Namespace) -> Request:
     """
     methods, texts = discovery.sampling(), options.given(args)
     presets = _chosen_presets(args.preset, methods)
-    names = [n.strip() for n in args.guidance.split(",") if n.strip()] or list(presets)
+    names = listed(args.guidance) or list(presets)
     _check_names(names, presets, texts)
     sampling: dict[str, Any] = {}
     settings: dict[str, Any] = {}
@@ -242,7 +243,7 @@ def _chosen_presets(text: str, methods: dict[str, ModuleType]) -> dict[str, tupl
     """{method: (name, preset)} of a comma-separated list."""
     owners = {name: owner for owner, module in methods.items() for name in _presets(module)}
     chosen: dict[str, tuple[str, Preset]] = {}
-    for name in (n.strip() for n in text.split(",") if n.strip()):
+    for name in listed(text):
         require(name in owners, "--preset", name, f"one of {', '.join(owners)}")
         owner = owners[name]
         if owner in chosen:

@@ -63,8 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         request = guidance.read(args)
         if request.task:
             raise ConfigError("--task: given with --likelihood; expected guidance without a task")

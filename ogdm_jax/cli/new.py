@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--resolution", type=whole(8, 8192), help="pixels a side (default: proposed)")
     add("--channels", type=whole(1, 3), help="3 turns grey images of a mixed set into RGB")
     args = parser.parse_args(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         _write(args)
 
 

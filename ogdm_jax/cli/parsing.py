@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from ogdm_jax.config import suggestion
+from ogdm_jax.config import require, suggestion
 from ogdm_jax.config.fields import shown
 
 _LARGEST = 2**31 - 1
@@ -37,6 +37,19 @@ def whole(least: int = 0, most: int = _LARGEST) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def listed(text: str) -> list[str]:
+    """The words of a list with commas; [] of ""."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list of steps with commas. Raises ConfigError for other words."""
+    found = listed(text)
+    good = all(word.isdecimal() and len(word) < 10 for word in found)
+    require(good, option, text, "numbers such as 3,5,9,18")
+    return [int(word) for word in found]
 
 
 def step(text: str) -> int | str:

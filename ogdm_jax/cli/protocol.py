@@ -56,20 +56,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     args = parse(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         ranges = protocol.seed_ranges(args.num, args.ranges, args.first)
         if args.out:
             places.writable(places.place(args.out, "--out"), "--out", file=True)
         trained = measuring.open_model(args)
-        settings = trained.settings(
-            solver=args.solver,
-            steps=args.steps,
-            num=args.num,
-            eta=args.eta,
-            rtol=args.rtol,
-            atol=args.atol,
-        )
+        names = ("solver", "steps", "num", "eta", "rtol", "atol")
+        settings = trained.settings(**{name: getattr(args, name) for name in names})
         churn = churning.parse(args.churn)
         generate.check_guidance(settings, (), churn)
         counts: list[np.ndarray] = []

@@ -8,7 +8,7 @@ import numpy as np
 
 from ogdm_jax import places, records, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.parsing import listed, new_parser, numbers, whole
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html, inputs
 from ogdm_jax.training.evaluate import measure_samplers, references
@@ -43,8 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     args = parse(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         distances = inputs.distances(args.distances) if args.distances else None
         folder = places.workdir(args.workdir)
         out = places.place(args.out, "--out") if args.out else folder / "report.html"
@@ -78,13 +77,7 @@ def sampler_choices(args: argparse.Namespace, trained: TrainedModel) -> list[Sam
     """The settings of every solver of --solvers at every number of --steps.
 
     Raises:
-      ValueError: --steps are no numbers, or a setting is out of range.
+      ConfigError: --steps are no numbers, or a setting is out of range.
     """
-    try:
-        steps = [int(word) for word in args.steps.split(",") if word]
-    except ValueError:
-        raise ValueError(
-            f"--steps: {args.steps!r} given; expected numbers such as 3,5,9,18"
-        ) from None
-    solvers = [word for word in args.solvers.split(",") if word]
+    steps, solvers = numbers("--steps", args.steps), listed(args.solvers)
     return [trained.settings(solver=solver, steps=n) for solver in solvers for n in steps]

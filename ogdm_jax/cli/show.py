@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--tensors", action="store_true", help="one line per tensor")
     args = parser.parse_args(argv)
-    with startup.one_sentence():
-        startup.prepare()
+    with startup.command():
         _show(args)
 
 

@@ -10,7 +10,7 @@ from etils import epath
 from ogdm_jax import cluster, models, places, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.parsing import listed, new_parser, numbers, whole
 from ogdm_jax.cli.sample import parse_seeds
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.cli.train import read_settings
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     args, rest = parse(argv)
     try:
-        with startup.one_sentence():
-            startup.prepare()
+        with startup.command():
             run(args, rest)
     except cluster.Stopped:
         startup.end_on_interrupt()
@@ -201,16 +200,13 @@ def read_ways(args: argparse.Namespace, arms: Sequence[runs.Arm], seed: int) -> 
       ConfigError: one that cannot be.
     """
     default = arms[0].configs[seed].sample
-    texts = [word for word in args.steps.split(",") if word]
-    if not all(word.isdecimal() and len(word) < 10 for word in texts):
-        raise ConfigError(f"--steps: {args.steps!r} given; expected numbers such as 3,5,9,18")
-    steps = [int(word) for word in texts] or [default.steps]
-    solvers = [word for word in args.solvers.split(",") if word] or [default.solver]
-    checkpoints = [word for word in args.step.split(",") if word]
+    steps = numbers("--steps", args.steps) or [default.steps]
+    solvers = listed(args.solvers) or [default.solver]
+    checkpoints = listed(args.step)
     for word in checkpoints:
         if not (word in ("newest", "best") or word.isdecimal() and len(word) < 10):
             raise ConfigError(f"--step: {word!r} given; expected numbers, newest or best")
-    averages = [word for word in args.ema.split(",") if word]
+    averages = listed(args.ema)
     for word in averages:
         width = float(word) if re.fullmatch(r"0?\.\d{1,6}", word) else 0.0
         need = f"{runs.PLAIN}, or relative widths above 0 and below 0.2886, such as 0.1"

@@ -86,8 +86,7 @@ def plan(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
     """What `main` does after parsing."""
-    with cluster.ending_together(), startup.one_sentence():
-        startup.prepare()
+    with cluster.ending_together(), startup.command():
         planning.check(args)
         spelled, config, vain = read_settings(args.config, startup.split_overrides(rest))
         workdir = args.workdir or str(Path("runs") / Path(args.config).stem)

@@ -95,7 +95,9 @@ def train(
         cluster.compare({"where the run goes on": found.step if found else None})
         if found and decided and jax.process_index() == 0:
             resume.note(workdir, found.step, "override", changed=decided)
-        words = opening.lines(run, shapes, workdir, _begins(found, initial))
+        begins = initial[-1] if initial else "a new run"
+        begins = f"resumed from step {found.step}" if found else begins
+        words = opening.lines(run, shapes, workdir, begins)
         log("\n".join(words))
         state = _loop(
             run, task, held_out, workdir, profile, stop, log, found, initial, shapes, still_ours
@@ -171,13 +173,6 @@ def _check_resumed(
     if other:
         decided["data.source"] = (dict(found.data_set), data_set)
         log(f"--override: another data set ({other}), from step {found.step} on")
-
-
-def _begins(found: Snapshot | None, initial: Initial | None) -> str:
-    """How a run begins."""
-    if found:
-        return f"resumed from step {found.step}"
-    return initial[-1] if initial else "a new run"
 
 
 def _checkpoints(config: configs.Config, workdir: epath.Path) -> Checkpoints:
