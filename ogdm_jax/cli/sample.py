@@ -178,8 +178,7 @@ def run(args: argparse.Namespace) -> None:
                 figures = _restored(plan, task, out, seconds)
             print(
                 f"wrote {out.good.sum():,} images of step {plan.trained.step} "
-                f"({words_of(plan.settings, counts)}{_class_of(plan)}) to "
-                f"{plan.out}"
+                f"({words_of(plan.settings, counts)}{_class_of(plan)}) to {plan.out}"
             )
             if plan.animate is not None:
                 frames = animation.write(plan.animate, _path(plan))

@@ -149,8 +149,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     except DAMAGED as error:
         raise ConfigError(
             f"config.dg.samples: {path} holds no samples of a discriminator's run "
-            f"({type(error).__name__}); "
-            "expected a file that such a run wrote, or none"
+            f"({type(error).__name__}); expected a file that such a run wrote, or none"
         ) from None
     fits = (
         images.dtype in (np.uint8, np.float32)

@@ -113,8 +113,7 @@ def choose(
     if unmatched and not averaged and entry is None:
         raise UnsafeFileError(
             f"its average {quote(unmatched[0])} is a list that does not fit the order of the "
-            "parameters; choose the weights as trained with entry=... (--entry): "
-            f"{_entries(pool)}"
+            f"parameters; choose the weights as trained with entry=... (--entry): {_entries(pool)}"
         )
     pool = averaged or pool
     if not pool:

@@ -361,9 +361,8 @@ def _reader(package: Package, where: str) -> Callable[[str], bytes]:
         folder = installed(package)
         if folder is None:
             raise ValueError(
-                f"{FIELD}: not given, and {package.title} is not installed; run "
-                f"{package.install} {'' if package.python else 'in this folder '}or give "
-                f"{FIELD} (docs/tasks.md)"
+                f"{FIELD}: not given, and {package.title} is not installed; run {package.install} "
+                f"{'' if package.python else 'in this folder '}or give {FIELD} (docs/tasks.md)"
             )
         return lambda name: (folder / name).read_bytes()
     path = places.local(where, FIELD)

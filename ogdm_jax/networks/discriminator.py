@@ -195,8 +195,7 @@ def minibatch_deviation(x: Array, group: int = 4, batch: int | None = None) -> A
     if size % chunk or chunk % members:
         raise ValueError(
             f"discriminator batch: {size} examples given; expected a multiple of "
-            f"{chunk if size % chunk else members} "
-            "for the minibatch statistics"
+            f"{chunk if size % chunk else members} for the minibatch statistics"
         )
     y = x.reshape(size // chunk, members, chunk // members, h, w, c)
     variance = jnp.var(y, axis=1, keepdims=True)
