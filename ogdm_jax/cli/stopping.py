@@ -5,7 +5,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+from ogdm_jax.cluster import end_at_once
 
 
 @contextmanager
@@ -30,9 +32,7 @@ def leaving(say: Callable[[], str]) -> Iterator[None]:
             if number[0] in ours:
                 name = "Ctrl-C" if number[0] == signal.SIGINT else "SIGTERM"
                 print(f"stopped by {name}: {say()}", file=sys.stderr, flush=True)
-                with suppress(Exception):  # the reader may have gone
-                    sys.stdout.flush()
-                os._exit(128 + number[0])
+                end_at_once(128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
