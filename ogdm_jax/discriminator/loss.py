@@ -18,6 +18,7 @@ from ogdm_jax.latents import Latents
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.pixels import to_float
+from ogdm_jax.sampling import generate
 from ogdm_jax.training.example import Batch
 from ogdm_jax.training.gradients import sums
 from ogdm_jax.typing import Array, LogRatio, PyTree
@@ -126,7 +127,7 @@ class HeldOut:
         totals = []
         count = min(map(len, self._sides))
         for start in range(0, count, self._batch):
-            rows = np.resize(np.arange(start, min(start + self._batch, count)), self._batch)
+            rows = generate.batch_rows(start, self._batch, count)
             real, generated = (source.take(rows) for source in self._sides)
             index = (start + np.arange(self._batch)).astype(np.int32)
             sides = real | {"index": index}, generated | {"index": index}

@@ -41,19 +41,10 @@ class Pairs:
         workers: int = 0,
     ) -> None:
         """Arguments are those of `data.batches`; half of the batch comes from either source."""
-
-        def make(source: Source, seed: int) -> data.Batches:
-            return data.batches(
-                source,
-                batch // 2,
-                seed,
-                process_index=process_index,
-                process_count=process_count,
-                workers=workers,
-            )
-
+        how = {"process_index": process_index, "process_count": process_count, "workers": workers}
+        self._real = data.batches(real, batch // 2, seed, **how)
+        self._generated = data.batches(generated, batch // 2, seed + 2**32, **how)
         self._latents = real.latents
-        self._real, self._generated = make(real, seed), make(generated, seed + 2**32)
 
     def __iter__(self) -> "Pairs":
         return self
