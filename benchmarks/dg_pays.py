@@ -82,7 +82,7 @@ def main() -> None:
     from ogdm_jax.metrics.features import distance_report
     from ogdm_jax.pixels import to_uint8
     from ogdm_jax.sampling import generate
-    from ogdm_jax.training import checkpoint, loop
+    from ogdm_jax.training import evaluations, loop
     from ogdm_jax.training.evaluate import references, space_of
     from ogdm_jax.training.workdir import open_source, open_workdir
 
@@ -130,7 +130,7 @@ def main() -> None:
                     workdir = out / f"{prior}-{solver}{steps}-{seed}"
                     say = lambda line: print(line, flush=True)
                     loop.train(config, workdir, log=say, task=TASK)
-                    best = min(checkpoint.evaluations(workdir).values(), key=lambda r: r["fd"])
+                    best = min(evaluations.read(workdir).values(), key=lambda r: r["fd"])
                     chosen = {"variant": "guided", "weight": best["weight"], "step": best["step"]}
                     settings = of(config)
                     use = Use(model, config.sample, settings.sampler_churn(), settings.cfg)
