@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -263,15 +264,22 @@ def write_shards(
                 bar.update(stop - start)
                 continue
             unfinished = parts / f"{shard}.unfinished"
-            try:
+            with _told(source, unfinished):
                 write(unfinished, start, stop, bar.update)
-            except RuntimeError as error:  # how array_record says what the operating system said
-                reason = str(error).partition(";")[0]
-                raise SourceError(
-                    f"{source.name}: {unfinished} cannot be written ({reason}); make room or "
-                    "choose another --out, then give the same command again"
-                ) from None
             os.replace(unfinished, parts / shard)
+
+
+@contextmanager
+def _told(source: Source, path: Path) -> Iterator[None]:
+    """Errors of the disk, as array_record has them, become one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition(";")[0]
+        raise SourceError(
+            f"{source.name}: {path} cannot be written ({reason}); make room or choose another "
+            "--out, then give the same command again"
+        ) from None
 
 
 def _default_name(source: str) -> str:
