@@ -12,6 +12,7 @@ tuple of tuples that share memory takes exponential time).
 
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -73,7 +74,9 @@ def load(
     """
     machine = _Machine(data, start, admit, budget, persistent)
     try:
-        return machine.run(), machine.at
+        with warnings.catch_warnings():  # of an escape in a text that means nothing, and stays
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return machine.run(), machine.at
     except UnsafeFileError:
         raise
     except (IndexError, KeyError) as error:  # a pop from an empty stack, a memo entry never written
