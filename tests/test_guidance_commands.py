@@ -129,8 +129,8 @@ def test_a_method_restores_and_reports(command, pictures, tmp_path, method):
         said["solver"] == "ddim"
         and np.isfinite([said["psnr"], said["residual_ratio"], said["residual"]]).all()
     )
-    # three triples, each pixel 10 x 10, with space between, headings and the PSNR
-    assert picture_size(out) == (9 * 81 - 1 + 2 * 14, 18 + 80 + 18)
+    # three triples, each pixel 16 x 16, with space between, headings and the PSNR
+    assert picture_size(out) == (9 * 129 - 1 + 2 * 14, 18 + 128 + 18)
     each = json.loads(out.with_suffix(".json").read_text())
     np.testing.assert_allclose(np.mean(each["psnr"]), said["psnr"], atol=1e-3)
 

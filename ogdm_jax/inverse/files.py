@@ -13,6 +13,8 @@ from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.inverse.tasks import Task
 from ogdm_jax.pixels import check_range, to_float, to_uint8
 
+_SIDE = 128  # pixels that small images are enlarged to, so that a figure fits below
+
 
 class Inputs(NamedTuple):
     """What a command measures, or what was measured elsewhere.
@@ -172,12 +174,12 @@ def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> N
             np.savez_compressed(new, seeds=restoration.seeds, **arrays)
     elif path.suffix == ".png":
         abreast = min(n, 4)
-        how = {"headings": headings * abreast, "group": parts, "side": 80}
+        how = {"headings": headings * abreast, "group": parts, "side": _SIDE}
         pictures.save_png(path, pictures.sheet(images, parts * abreast, captions, **how))
     else:
         for i, seed in enumerate(restoration.seeds):
             at = slice(i * parts, (i + 1) * parts)
-            one = pictures.sheet(images[at], parts, captions[at], headings, side=80)
+            one = pictures.sheet(images[at], parts, captions[at], headings, side=_SIDE)
             pictures.save_png(path / f"img{int(seed):08d}.png", one)
     about: dict[str, Any] = {"seeds": restoration.seeds}
     if restoration.names is not None:
