@@ -36,8 +36,8 @@ def made(pair):
     return pair[1]
 
 
-def test_there_are_five():
-    assert [path.stem[0] for path in SOURCES] == list("12345")
+def test_there_are_six():
+    assert [path.stem[0] for path in SOURCES] == list("123456")
 
 
 def test_both_files_have_the_same_cells(pair):
