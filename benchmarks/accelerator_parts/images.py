@@ -93,7 +93,7 @@ def prepare(name: str, options: Options, report: Callable[[dict], None]) -> dict
     weights = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((_sample_batch(options),), np.uint32)
     return programs.save(
-        name, options, images, (*weights, seeds, None, {}, {}), steps=settings.steps
+        name, options, images, (*weights, seeds, None, [], []), steps=settings.steps
     )
 
 
