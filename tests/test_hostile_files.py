@@ -2,7 +2,6 @@
 the file's size.
 """
 
-import pickletools
 import resource
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 
 from ogdm_jax.interop import UnsafeFileError, read_torch
-from ogdm_jax.interop.inert import Budget
-from ogdm_jax.interop.restricted_pickle import _INSTRUCTIONS, load
 from tests.support import hostile
 
 CASES = hostile.table()
@@ -145,20 +142,15 @@ def test_fuzz(name, tmp_path):
 
 def test_pickles_of_random_instructions(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.pkl"
-    known = [ord(one.code) for one in pickletools.opcodes if one.name in _INSTRUCTIONS]
-    codes, start = np.array(sorted(known)), time.monotonic()
+    from ogdm_jax.interop.restricted_pickle import _INSTRUCTIONS
+
+    codes, start = np.array(sorted(_INSTRUCTIONS)), time.monotonic()
     for _ in range(3000):
         if time.monotonic() - start > 2.0:
             break
         path.write_bytes(b"\x80\x04" + bytes(rng.choice(codes, 60).astype(np.uint8)) + b".")
         with pytest.raises(UnsafeFileError):
             read_torch(path)
-
-
-def test_an_escape_that_means_nothing_stays():
-    """The standard library warns of it, which would be an error here."""
-    told = (memoryview(b"S'\\q\\n'\n."), 0, lambda *_: None, Budget(1000))
-    assert load(*told) == ("\\q\n", 9)
 
 
 def test_a_process_with_little_memory_survives(tmp_path):

@@ -1,21 +1,18 @@
 """A pickle reader that can only build inert data.
 
 The standard unpickler is a small machine whose GLOBAL and REDUCE instructions import and call
-whatever the file names. Here the standard library's pickletools takes the instructions apart, which
-acts on none of them, and this machine carries them out: it imports nothing, and calls only
-functions that its caller listed (`Admit`), so a file cannot run code by construction. Memory is
-bounded by the file's size: declared lengths are compared with the bytes that are left before
-anything is allocated, byte strings are views into the file, one Budget for the whole file limits
-the instructions and what calls may copy, and only plain scalars may be dictionary keys (hashing a
-tuple of tuples that share memory takes exponential time).
+whatever the file names. This one is written out instruction by instruction, imports nothing, and
+calls only functions that its caller listed (`Admit`), so a file cannot run code by construction.
+Memory is bounded by the file's size: declared lengths are compared with the bytes that are left
+before anything is allocated, byte strings are views into the file, one Budget for the whole file
+limits the instructions and what calls may copy, and only plain scalars may be dictionary keys
+(hashing a tuple of tuples that share memory takes exponential time).
 """
 
-import pickletools
 import struct
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import Any
 
 from ogdm_jax.interop.inert import (
     MAX_INSTRUCTIONS,
@@ -36,7 +33,6 @@ MAX_MEMO = 2**32
 _PER_ITEM = 100  # bytes of an item of a dictionary or set, about
 _PER_REFERENCE = 8  # bytes
 _PER_LETTER = 2  # bytes of a long line: texts of protocol 0 hold bytes
-_VIEWED = b"BC\x8e"  # instructions whose argument is a byte string
 _MARK = object()
 
 Admit = Callable[[str, str], Any]
@@ -74,9 +70,7 @@ def load(
     """
     machine = _Machine(data, start, admit, budget, persistent)
     try:
-        with warnings.catch_warnings():  # of an escape in a text that means nothing, and stays
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return machine.run(), machine.at
+        return machine.run(), machine.at
     except UnsafeFileError:
         raise
     except (IndexError, KeyError) as error:  # a pop from an empty stack, a memo entry never written
@@ -104,49 +98,49 @@ class _Machine:
     persistent: Persistent | None
     stack: list = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
-    code: bytes = b""
 
     def run(self) -> Any:
-        for instruction, argument, _ in pickletools.genops(cast(IO[bytes], self)):
+        while self.budget.instructions > 0:
             self.budget.instructions -= 1
-            if self.budget.instructions < 0:
-                raise UnsafeFileError(f"its pickle has more than {MAX_INSTRUCTIONS} instructions")
-            if instruction.name == "STOP":
+            code = self.take(1)[0]
+            if code == 0x2E:  # STOP
                 return self.stack.pop()
-            if instruction.name not in _INSTRUCTIONS:
+            instruction = _INSTRUCTIONS.get(code)
+            if instruction is None:
                 raise UnsafeFileError(
-                    f"its pickle holds the instruction {instruction.name}, which is not admitted"
+                    f"its pickle holds the instruction {_FORBIDDEN.get(code, hex(code))}, which is "
+                    "not admitted"
                 )
-            _INSTRUCTIONS[instruction.name](self, argument)
+            instruction(self)
+        raise UnsafeFileError(f"its pickle has more than {MAX_INSTRUCTIONS} instructions")
 
-    # reading, as pickletools asks for it
+    # reading
 
-    def tell(self) -> int:
-        self.code = self.data[self.at : self.at + 1].tobytes()  # of the instruction that begins
-        return self.at
-
-    def read(self, count: int) -> bytes | memoryview:
+    def take(self, count: int) -> memoryview:
         if count > len(self.data) - self.at:
             raise UnsafeFileError(
                 f"it is truncated or lies about a length ({count} bytes declared, "
                 f"{len(self.data) - self.at} left)"
             )
         self.at += count
-        part = self.data[self.at - count : self.at]
-        # of at most 8 bytes are a length and the instruction itself
-        return part if self.code in _VIEWED and count > 8 else part.tobytes()
+        return self.data[self.at - count : self.at]
 
-    def readline(self) -> bytes:
-        start, longest = self.at, len(self.data) - self.at
-        longest = longest if self.code == b"V" else min(longest, MAX_LINE)
+    def number(self, layout: str) -> Any:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def line(self, longest: int = MAX_LINE, codec: str = "utf-8") -> str:
+        start, longest = self.at, min(longest, len(self.data) - self.at)
         for at in range(start, start + longest, MAX_LINE):
-            end = self.data[at : at + MAX_LINE].tobytes().find(b"\n")
+            end = bytes(self.data[at : at + MAX_LINE]).find(b"\n")
             if end >= 0:
                 self.at = at + end + 1
                 if at > start:  # bytes and their text, at most
                     self.budget.charge(_PER_LETTER * (at - start))
-                return self.data[start : self.at].tobytes()
+                return bytes(self.data[start : at + end]).decode(codec)
         raise UnsafeFileError("its pickle has a text line without an end")
+
+    def text(self, layout: str) -> str:
+        return str(self.take(self.number(layout)), "utf-8", "surrogatepass")
 
     # stack
 
@@ -185,9 +179,6 @@ class _Machine:
             raise UnsafeFileError("its pickle is corrupt: a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[scalar(key)] = value
-
-    def add_items(self, items: list) -> None:
-        self.set_items(self.stack[-1], items)
 
     def find(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
@@ -234,22 +225,39 @@ class _Machine:
             raise UnsafeFileError("it refers to data outside its pickle")
         self.push(self.persistent(self.pop()))
 
-    def literal(self, value: Any) -> None:
-        if isinstance(value, int) and value.bit_length() > 8 * MAX_INT_BYTES:
-            raise UnsafeFileError(f"its pickle holds an integer of {value.bit_length()} bits")
-        self.push(value)
+    def integer_line(self) -> None:
+        text = self.line()
+        self.push({"00": False, "01": True}[text] if text in ("00", "01") else _int(text))
+
+    def long(self, layout: str) -> None:
+        size = self.number(layout)
+        if not 0 <= size <= MAX_INT_BYTES:
+            raise UnsafeFileError(f"its pickle holds an integer of {size} bytes")
+        self.push(int.from_bytes(self.take(size), "little", signed=True))
+
+    def quoted_line(self) -> None:
+        text = self.line()
+        if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or "\\" in text:
+            raise UnsafeFileError("its pickle holds a text line that is not plainly quoted")
+        self.push(text[1:-1])
 
     def store(self, index: int) -> None:
         if not 0 <= index < MAX_MEMO or self.stack[-1] is _MARK:
             raise UnsafeFileError("its pickle is corrupt: a wrong memo entry")
         self.memo[index] = self.stack[-1]
 
-    def protocol(self, version: int) -> None:
-        if version > 5:
+    def protocol(self) -> None:
+        if (version := self.take(1)[0]) > 5:
             raise UnsafeFileError(f"its pickle protocol {version} is unknown")
 
     def add_to_set(self, target: set, items: list) -> None:
         target.update(scalar(item) for item in items)
+
+
+def _int(text: str) -> int:
+    if len(text) > 2 * MAX_INT_BYTES:
+        raise UnsafeFileError(f"its pickle holds an integer of {len(text)} digits")
+    return int(text.removesuffix("L"))
 
 
 def _two(m: _Machine) -> list:
@@ -257,11 +265,15 @@ def _two(m: _Machine) -> list:
     return [m.pop(), last]
 
 
-def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
-    return lambda m, _: m.push(tuple([m.pop() for _ in range(count)][::-1]))
+def _tuple_of(count: int) -> Callable[[_Machine], None]:
+    return lambda m: m.push(tuple([m.pop() for _ in range(count)][::-1]))
 
 
-def _dict_of(m: _Machine, _: Any) -> None:
+def _pair(method: Callable[[_Machine, Any, Any], None]) -> Callable[[_Machine], None]:
+    return lambda m: method(m, *_two(m))
+
+
+def _dict_of(m: _Machine) -> None:
     items, target = m.since_mark(), {}
     m.set_items(target, items)
     m.push(target)
@@ -272,59 +284,92 @@ def _extend(m: _Machine, kind: type, add: Callable[[Any, list], Any]) -> None:
     add(m.top(kind), items)
 
 
-def _append(m: _Machine, _: Any) -> None:
+def _set_items(m: _Machine, items: list) -> None:
+    m.set_items(m.stack[-1], items)
+
+
+def _append(m: _Machine) -> None:
     item = m.pop()
     m.top(list).append(item)
 
 
-def _new_object_with_names(m: _Machine, _: Any) -> None:
+def _new_object_with_names(m: _Machine) -> None:
     names, args, cls = m.pop(), m.pop(), m.pop()
     if names != {} and isinstance(args, tuple):
         args = (*args, names)
     m.new_object(args, cls)
 
 
-_Action = Callable[[_Machine, Any], Any]  # of the machine and the instruction's argument
-_LITERALS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING"
-_LITERALS += " SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE SHORT_BINUNICODE"
-_LITERALS += " BINUNICODE BINUNICODE8"
-# the instructions that are admitted, by pickletools' names
-_INSTRUCTIONS: dict[str, _Action] = {
-    **dict.fromkeys(_LITERALS.split(), _Machine.literal),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.store),
-    "BYTEARRAY8": lambda m, content: m.push(memoryview(content)),
-    "NONE": lambda m, _: m.push(None),
-    "NEWTRUE": lambda m, _: m.push(True),
-    "NEWFALSE": lambda m, _: m.push(False),
-    "EMPTY_LIST": lambda m, _: m.push([]),
-    "APPEND": _append,
-    "APPENDS": lambda m, _: _extend(m, list, list.extend),
-    "LIST": lambda m, _: m.push(m.since_mark()),
-    "EMPTY_TUPLE": lambda m, _: m.push(()),
-    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
-    "TUPLE1": _tuple_of(1),
-    "TUPLE2": _tuple_of(2),
-    "TUPLE3": _tuple_of(3),
-    "EMPTY_DICT": lambda m, _: m.push({}),
-    "DICT": _dict_of,
-    "SETITEM": lambda m, _: m.add_items(_two(m)),
-    "SETITEMS": lambda m, _: m.add_items(m.since_mark()),
-    "EMPTY_SET": lambda m, _: m.push(set()),
-    "ADDITEMS": lambda m, _: _extend(m, set, m.add_to_set),
-    "FROZENSET": lambda m, _: m.push(frozenset(scalar(item) for item in m.since_mark())),
-    "POP": lambda m, _: m.stack.pop(),
-    "POP_MARK": lambda m, _: m.since_mark(),
-    "DUP": lambda m, _: m.push(m.stack[-1]),
-    "MARK": lambda m, _: m.push(_MARK),
-    "MEMOIZE": lambda m, _: m.store(len(m.memo)),
-    "GLOBAL": lambda m, names: m.find(*names.split(" ", 1)),
-    "STACK_GLOBAL": lambda m, _: m.find(*_two(m)),
-    "REDUCE": lambda m, _: m.reduce(),
-    "BUILD": lambda m, _: m.build(),
-    "NEWOBJ": lambda m, _: m.new_object(*_two(m)[::-1]),
-    "NEWOBJ_EX": _new_object_with_names,
-    "PROTO": _Machine.protocol,
-    "FRAME": lambda m, _: None,  # a hint for buffers; lengths are checked where they are used
-    "BINPERSID": lambda m, _: m.persist(),
+# instruction byte -> action, in the order of the standard library's pickletools
+_INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
+    ord("I"): _Machine.integer_line,
+    ord("J"): lambda m: m.push(m.number("<i")),
+    ord("K"): lambda m: m.push(m.number("<B")),
+    ord("M"): lambda m: m.push(m.number("<H")),
+    ord("L"): lambda m: m.push(_int(m.line())),
+    0x8A: lambda m: m.long("<B"),
+    0x8B: lambda m: m.long("<i"),
+    ord("F"): lambda m: m.push(float(m.line())),
+    ord("G"): lambda m: m.push(m.number(">d")),
+    ord("S"): _Machine.quoted_line,
+    ord("T"): lambda m: m.push(str(m.take(m.number("<I")), "latin1")),
+    ord("U"): lambda m: m.push(str(m.take(m.number("<B")), "latin1")),
+    ord("B"): lambda m: m.push(m.take(m.number("<I"))),
+    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
+    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+    0x96: lambda m: m.push(m.take(m.number("<Q"))),
+    ord("N"): lambda m: m.push(None),
+    0x88: lambda m: m.push(True),
+    0x89: lambda m: m.push(False),
+    ord("V"): lambda m: m.push(m.line(len(m.data), "raw-unicode-escape")),
+    0x8C: lambda m: m.push(m.text("<B")),
+    ord("X"): lambda m: m.push(m.text("<I")),
+    0x8D: lambda m: m.push(m.text("<Q")),
+    ord("]"): lambda m: m.push([]),
+    ord("a"): _append,
+    ord("e"): lambda m: _extend(m, list, list.extend),
+    ord("l"): lambda m: m.push(m.since_mark()),
+    ord(")"): lambda m: m.push(()),
+    ord("t"): lambda m: m.push(tuple(m.since_mark())),
+    0x85: _tuple_of(1),
+    0x86: _tuple_of(2),
+    0x87: _tuple_of(3),
+    ord("}"): lambda m: m.push({}),
+    ord("d"): _dict_of,
+    ord("s"): lambda m: _set_items(m, _two(m)),
+    ord("u"): lambda m: _set_items(m, m.since_mark()),
+    0x8F: lambda m: m.push(set()),
+    0x90: lambda m: _extend(m, set, m.add_to_set),
+    0x91: lambda m: m.push(frozenset(scalar(item) for item in m.since_mark())),
+    ord("0"): lambda m: m.stack.pop(),
+    ord("1"): lambda m: m.since_mark(),
+    ord("2"): lambda m: m.push(m.stack[-1]),
+    ord("("): lambda m: m.push(_MARK),
+    ord("g"): lambda m: m.push(m.memo[_int(m.line())]),
+    ord("h"): lambda m: m.push(m.memo[m.number("<B")]),
+    ord("j"): lambda m: m.push(m.memo[m.number("<I")]),
+    ord("p"): lambda m: m.store(_int(m.line())),
+    ord("q"): lambda m: m.store(m.number("<B")),
+    ord("r"): lambda m: m.store(m.number("<I")),
+    0x94: lambda m: m.store(len(m.memo)),
+    ord("c"): lambda m: m.find(m.line(), m.line()),
+    0x93: _pair(_Machine.find),
+    ord("R"): _Machine.reduce,
+    ord("b"): _Machine.build,
+    0x81: lambda m: m.new_object(*_two(m)[::-1]),
+    0x92: _new_object_with_names,
+    0x80: _Machine.protocol,
+    # FRAME: a hint for buffers; lengths are checked where they are used
+    0x95: lambda m: m.take(8),
+    ord("Q"): _Machine.persist,
+}
+_FORBIDDEN = {
+    ord("i"): "INST (make an object by a class name)",
+    ord("o"): "OBJ (make an object of a class)",
+    ord("P"): "PERSID (a text reference)",
+    0x82: "EXT1 (a registered extension)",
+    0x83: "EXT2 (a registered extension)",
+    0x84: "EXT4 (a registered extension)",
+    0x97: "NEXT_BUFFER (data outside the file)",
+    0x98: "READONLY_BUFFER (data outside the file)",
 }
