@@ -167,10 +167,12 @@ def to_flax(
     found: dict[Path, np.ndarray] = {}
     for e in entries:
         value = e.to_flax(state[e.name])
-        if e.rows:  # row by row, so that there are never two copies of a big network
-            whole = found.get(e.path, np.empty((e.rows, *e.shape), value.dtype))
-            whole[e.row], value = value, whole
-        found[e.path] = value
+        if not e.rows:
+            found[e.path] = value
+            continue
+        if e.path not in found:
+            found[e.path] = np.empty((e.rows, *e.shape), value.dtype)
+        found[e.path][e.row] = value  # so that there are never two copies of a big network
     return traverse_util.unflatten_dict(found)
 
 
