@@ -13,7 +13,6 @@ from tests.support.commands import ogdm
 
 SHORT = (
     "data.batch=8",
-    "methods=",
     "parallel.devices=1",
     "train.duration=1 steps",
     "log.tensorboard=false",

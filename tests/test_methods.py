@@ -243,6 +243,14 @@ def test_all_methods_together_are_the_same_on_every_plan(pretrained):
             )
 
 
+def test_draws_of_one_method_do_not_change_when_another_is_switched_on():
+    """The denoising loss of the first step depends on noise levels and noise alone: it must be the
+    same number.
+    """
+    plain, ogdm = (trained(f"methods={on!r}")[2][0]["loss/denoise"] for on in ((), ("ogdm",)))
+    np.testing.assert_allclose(ogdm, plain, rtol=1e-6)
+
+
 @pytest.mark.slow_cases("ogdm")
 @pytest.mark.parametrize(
     "on,flags",
@@ -288,13 +296,13 @@ def test_a_method_of_another_package_is_trained_by_the_command(quiet, tmp_path):
     flags = tiny.flags(
         tiny.ONE_LEVEL, "data.batch=8", "train.duration=2 steps", "log.every=1 steps"
     )
-    more = ["--config.methods=quiet", "--config.quiet.weight=0.5", "--config.parallel.devices=1"]
+    more = ["--config.methods=quiet,ogdm", "--config.quiet.weight=0.5"]
     train.main(["--workdir", str(tmp_path / "w"), *flags, *more])
     logged = [json.loads(t) for t in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     assert [line["quiet/steps"] for line in logged] == [1, 2]
     for line in logged:
         np.testing.assert_allclose(
-            line["loss"], line["loss/denoise"] + line["loss/quiet"], rtol=1e-5
+            line["loss"], line["loss/denoise"] + line["loss/ogdm"] + line["loss/quiet"], rtol=1e-5
         )
 
 
