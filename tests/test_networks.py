@@ -27,26 +27,54 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 # Convolution and resampling
 
 
-@pytest.mark.parametrize("pads", [((1, 1), (1, 1)), ((0, 2), (1, 3)), ((0, 0), (3, 3))])
-def test_convolution_gradients_of_both_orders(pads):
-    """The CPU's own rule equals autodiff, and so does the gradient of a gradient (an R1
-    penalty).
+def equal_in_both_orders(custom, plain, *operands):
+    """The CPU's own rule gives the value and the gradient that autodiff gives, and the gradient of
+    a gradient (an R1 penalty).
     """
-    x, kernel = normal(2, 6, 5, 3), normal(3, 3, 3, 4, seed=1)
+    every = tuple(range(len(operands)))
+    value = lambda f, *operands: f(*operands)
+    score = lambda f, *operands: jnp.sum(jnp.sin(f(*operands)))
+    penalty = lambda f, *operands: sum(
+        jnp.sum(g**2) for g in jax.grad(lambda *o: jnp.sum(jnp.tanh(f(*o))), every)(*operands)
+    )
+    for objective in (
+        value,
+        jax.grad(score, [i + 1 for i in every]),
+        jax.grad(penalty, [i + 1 for i in every]),
+    ):
+        actual, truth = (jit(functools.partial(objective, f))(*operands) for f in (custom, plain))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(b)))),
+            actual,
+            truth,
+        )
+
+
+@pytest.mark.parametrize("outputs", [2, 4])  # either side of three inputs
+@pytest.mark.parametrize(
+    ("pads", "sides"),
+    [
+        (((1, 1), (1, 1)), (3, 3)),
+        (((0, 2), (1, 3)), (3, 3)),
+        (((0, 0), (3, 3)), (3, 3)),
+        (((1, 0), (0, 1)), (2, 2)),
+        (((0, 0), (0, 0)), (1, 1)),
+        (((1, 1), (0, 0)), (1, 1)),
+    ],
+)
+def test_convolution_of_both_orders(pads, sides, outputs):
     plain = functools.partial(convolution._convolve, pads=pads)
     custom = functools.partial(convolution.conv2d, padding=pads)
+    equal_in_both_orders(custom, plain, normal(2, 6, 5, 3), normal(*sides, 3, outputs, seed=1))
 
-    def penalty(conv, x, kernel):
-        gx, gk = jax.grad(lambda x, k: jnp.sum(jnp.tanh(conv(x, k))), (0, 1))(x, kernel)
-        return jnp.sum(gx**2) + jnp.sum(gk**2)
 
-    for objective in (lambda conv, x, k: jnp.sum(jnp.sin(conv(x, k))), penalty):
-        truth, actual = (
-            jit(jax.grad(functools.partial(objective, conv), (0, 1)))(x, kernel)
-            for conv in (plain, custom)
-        )
-        for a, b in zip(actual, truth, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(b))))
+def test_convolution_of_doubled_pixels():
+    operands = normal(2, 3, 4, 3), normal(3, 3, 3, 2, seed=1)
+    equal_in_both_orders(cpu.convolve_doubled, convolution._convolve_doubled, *operands)
+    by_hand = convolution.conv2d(jnp.repeat(jnp.repeat(operands[0], 2, 1), 2, 2), operands[1])
+    np.testing.assert_allclose(convolution.conv2d_upsampled(*operands), by_hand, atol=1e-5)
+    with pytest.raises(ValueError, match="conv2d"):
+        convolution.conv2d_upsampled(operands[0], operands[1][:, :, :1])
 
 
 def test_convolution_in_loops_and_batches():
@@ -269,6 +297,19 @@ def test_embeddings():
     assert set(variables) == {"buffers"} and float(
         jnp.std(variables["buffers"]["freqs"])
     ) == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("general", [layers._attend, layers._attend_tokens])
+def test_attention_on_cpu_is_the_general_one(general):
+    q, k, v = normal(2, 5, 2, 3), normal(2, 4, 2, 3, seed=1), normal(2, 4, 2, 3, seed=2)
+    equal_in_both_orders(cpu.attend, general, q, k, v)
+    half = [t.astype(jnp.bfloat16) for t in (q, k, v)]
+    assert cpu.attend(*half).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        cpu.attend(*half).astype(jnp.float32), general(*half).astype(jnp.float32), atol=0.03
+    )
+    gradients = jax.grad(lambda *o: jnp.sum(cpu.attend(*o).astype(jnp.float32)), (0, 1, 2))(*half)
+    assert all(g.dtype == jnp.bfloat16 for g in gradients)
 
 
 def test_attention_mixes_values_by_similarity():

@@ -156,3 +156,21 @@ def upsample(x: Array, taps: Sequence[float] = (1, 1)) -> Array:
     values = np.asarray(taps, np.float64)
     pad = len(values) - 1 - (len(values) - 1) // 2
     return fir(x, 2 * values / values.sum(), up=2, padding=(pad, pad - 1))
+
+
+def _convolve_doubled(x: Array, kernel: Array) -> Array:
+    return _convolve(upsample(x), kernel, ((1, 1), (1, 1)))
+
+
+_convolve_doubled_chosen = cpu.choose(_convolve_doubled, cpu.convolve_doubled)
+
+
+def conv2d_upsampled(x: Array, kernel: Array, taps: Sequence[float] = (1, 1)) -> Array:
+    """conv2d(upsample(x, taps), kernel): x [B,H,W,I], kernel [k,k,I,O] -> [B,2H,2W,O].
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if kernel.shape[:3] == (3, 3, x.shape[-1]) and tuple(taps) == (1, 1):
+        return _convolve_doubled_chosen(x, kernel)
+    return conv2d(upsample(x, taps), kernel)

@@ -83,20 +83,48 @@ def convolve(x: Array, kernel: Array, pads: Pads) -> Array:
     return _plain(x, kernel, pads)
 
 
+def _around(kernel_sides: Sequence[int], pads: Pads) -> Pads:
+    """The zeros around the result of a convolution with these pads when its kernel, flipped, runs
+    over it and shall reach every pixel of the input.
+    """
+    (ky, kx), ((top, bottom), (left, right)) = kernel_sides, pads
+    return ((ky - 1 - top, ky - 1 - bottom), (kx - 1 - left, kx - 1 - right))
+
+
 def _transpose(y: Array, kernel: Array, pads: Pads) -> Array:
     """The transpose of `convolve` with this kernel: a convolution with the kernel flipped in space
     and its inputs and outputs exchanged.
     """
-    (ky, kx), ((top, bottom), (left, right)) = kernel.shape[:2], pads
-    around = ((ky - 1 - top, ky - 1 - bottom), (kx - 1 - left, kx - 1 - right))
+    around = _around(kernel.shape[:2], pads)
     return convolve(y, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), around)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
-    """dL/dkernel: the convolution of x, read as [C,H,W,B], with dy, read as a kernel [H,W,B,O]."""
-    gradient = _plain(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(dy, (1, 2, 0, 3)), pads)
-    return jnp.transpose(gradient, (1, 2, 0, 3))
+    """dL/dkernel: the convolution of x, read as [C,H,W,B], with dy, read as a kernel [H,W,B,O].
+
+    Of x and dy the one with fewer channels is the input, whose patches are copied and whose
+    channels must come to the front: in a step that takes up to two fifths off the time. The kernel
+    of a single pixel is a product of two matrices, in a third of the time.
+    """
+    sides = [
+        size + sum(pad) - moves + 1
+        for size, pad, moves in zip(x.shape[1:3], pads, dy.shape[1:3], strict=True)
+    ]
+    if sides == [1, 1] and x.shape[:3] == dy.shape[:3]:
+        rows = [v.reshape(-1, v.shape[-1]) for v in (x, dy)]
+        return lax.dot_general(*rows, (((0,), (0,)), ((), ())))[None, None]
+    if x.shape[-1] > dy.shape[-1]:
+        flipped = _correlate(dy, x, _around(sides, pads))
+        return jnp.transpose(flipped, (1, 2, 3, 0))[::-1, ::-1]
+    return jnp.transpose(_correlate(x, dy, pads), (1, 2, 0, 3))
+
+
+def _correlate(x: Array, y: Array, pads: Pads) -> Array:
+    """The sums over images and pixels of x [B,H,W,C] times y [B,H',W',O] at every shift of y that
+    fits into x with its pads: [C,shifts,shifts,O].
+    """
+    return _plain(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(y, (1, 2, 0, 3)), pads)
 
 
 def _convolve_backward(pads: Pads, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -117,6 +145,76 @@ convolve.defvjp(lambda x, kernel, pads: (_plain(x, kernel, pads), (x, kernel)), 
 _kernel_gradient.defvjp(
     lambda x, dy, pads: (_kernel_gradient(x, dy, pads), (x, dy)), _kernel_gradient_backward
 )
+
+
+def convolve_doubled(x: Array, kernel: Array) -> Array:
+    """`convolve` of x with every pixel repeated to a square of two, by a 3x3 kernel and a zero
+    around: [B,H,W,I] -> [B,2H,2W,O].
+
+    Of the three rows under the kernel two are the same row of x, so the sum of their weights is
+    enough: four kernels of 2x2 on x give the four pixels of each square for 4/9 of the products.
+    """
+
+    def merged(kernel: Array, parity: int, axis: int) -> Array:
+        first, second, third = jnp.split(kernel, 3, axis)
+        pair = (first + second, third) if parity else (first, second + third)
+        return jnp.concatenate(pair, axis)
+
+    def pixels(i: int, j: int) -> Array:
+        return convolve(x, merged(merged(kernel, i, 0), j, 1), ((1 - i, i), (1 - j, j)))
+
+    b, h, w, _ = x.shape
+    rows = [jnp.stack([pixels(i, 0), pixels(i, 1)], axis=3) for i in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+# Attention
+
+
+@jax.custom_vjp
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(c)) v of each head, q [B,N,heads,c], k and v [B,M,heads,c] -> like q.
+
+    The numbers of a head are brought together first, so that all products are plain ones of
+    matrices; and the gradient is written out. From the einsums of the general form the compiler
+    makes products with transposed results, at up to four times the cost.
+    """
+    return _attended(q, k, v)[0]
+
+
+def _heads_first(x: Array) -> Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    """The value of `attend`, and what its gradient needs: all [B,heads,...]."""
+    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    k = k * np.asarray(1 / np.sqrt(q.shape[-1]), k.dtype)
+    logits = q @ jnp.swapaxes(k, 2, 3)
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    weights = jax.nn.softmax(logits.astype(wide), axis=-1).astype(v.dtype)
+    out = weights @ v
+    return _heads_first(out), (q, k, v, weights, out)
+
+
+def _attend_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array]:
+    """With P the weights: dv = P^T dout, and dlogits = P (dout v^T - <dout, out>)."""
+    q, k, v, weights, out = saved
+    dout = _heads_first(dout)
+    wide = jnp.promote_types(dout.dtype, jnp.float32)
+    along = jnp.sum((dout * out).astype(wide), axis=-1, keepdims=True)
+    dweights = (dout @ jnp.swapaxes(v, 2, 3)).astype(wide)
+    dlogits = (weights.astype(wide) * (dweights - along)).astype(q.dtype)
+    dq = dlogits @ k
+    dk = (jnp.swapaxes(dlogits, 2, 3) @ q) * np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
+    dv = jnp.swapaxes(weights, 2, 3) @ dout
+    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
+
+
+attend.defvjp(_attended, _attend_backward)
+
+
+# Filters of one channel
 
 
 def depthwise(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:

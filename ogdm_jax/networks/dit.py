@@ -80,7 +80,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaptive, 6, axis=-1)
         qkv = dense(3 * width, name="attn.qkv")(_normalised(h, shift1, scale1))
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, -1), 2, 0)
-        attended = jax.nn.dot_product_attention(q, k, v).reshape(h.shape)
+        attended = layers.attend(q, k, v).reshape(h.shape)
         h = h + gate1[:, None] * dense(width, name="attn.proj")(attended)
         inside = dense(self.hidden, name="mlp.fc1")(_normalised(h, shift2, scale2))
         return h + gate2[:, None] * dense(width, name="mlp.fc2")(nn.gelu(inside, approximate=True))

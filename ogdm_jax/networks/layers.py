@@ -17,7 +17,14 @@ from jax.typing import DTypeLike
 
 from ogdm_jax import randomness
 from ogdm_jax.networks import cpu
-from ogdm_jax.networks.convolution import Pads, conv2d, downsample, fir, upsample
+from ogdm_jax.networks.convolution import (
+    Pads,
+    conv2d,
+    conv2d_upsampled,
+    downsample,
+    fir,
+    upsample,
+)
 from ogdm_jax.networks.groupnorm import group_norm, wide
 from ogdm_jax.typing import Array
 
@@ -92,8 +99,8 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """Resampling by 2 where up or down is set, then a k x k convolution, zero padding k // 2.
 
-    A 1x1 kernel is a convolution as well: the gradient of the equivalent matrix product is slow on
-    a CPU.
+    A 1x1 kernel is a convolution as well: the gradient that autodiff makes of the equivalent matrix
+    product is slow on a CPU.
 
     Attributes:
       features: channels of the output.
@@ -127,7 +134,7 @@ class Conv(nn.Module):
         """Maps x [B,H,W,C] to [B,H',W',features]."""
         x = x.astype(self.dtype)
         fused = self.fused and self.down
-        if self.up:
+        if self.up and not self.kernel:
             x = upsample(x, self.taps)
         if self.down and not fused:
             x = downsample(x, self.taps)
@@ -137,10 +144,12 @@ class Conv(nn.Module):
         kernel = self.param(
             "kernel", self.kernel_init, (self.kernel, self.kernel, inputs, self.features)
         )
+        kernel = kernel.astype(self.dtype)
         margin = (len(self.taps) - 1) // 2 if fused else 0
-        x = conv2d(
-            x, kernel.astype(self.dtype), self.pads or self.kernel // 2 + margin, self.stride
-        )
+        if self.up:
+            x = conv2d_upsampled(x, kernel, self.taps)
+        else:
+            x = conv2d(x, kernel, self.pads or self.kernel // 2 + margin, self.stride)
         if fused:
             taps = np.asarray(self.taps, np.float64)
             x = fir(x, taps / taps.sum(), down=2)
@@ -286,6 +295,23 @@ def one_hot(label: Array | None, batch: int, classes: int) -> Array:
     return label
 
 
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    k = k * np.asarray(1 / math.sqrt(q.shape[-1]), k.dtype)
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k)
+    weights = jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
+
+
+_attend_chosen = cpu.choose(_attend, cpu.attend)
+
+
+def _attend_tokens(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+attend = cpu.choose(_attend_tokens, cpu.attend)
+
+
 def attention(qkv: Array, heads: int) -> Array:
     """softmax(q k^T / sqrt(c)) v of each head over the pixels, the weights in float32.
 
@@ -300,6 +326,4 @@ def attention(qkv: Array, heads: int) -> Array:
     b, h, w, width = qkv.shape
     c = width // 3 // heads
     q, k, v = (part.reshape(b, h * w, heads, c) for part in jnp.split(qkv, 3, axis=-1))
-    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k * np.asarray(1 / math.sqrt(c), k.dtype))
-    weights = jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(b, h, w, heads * c)
+    return _attend_chosen(q, k, v).reshape(b, h, w, heads * c)

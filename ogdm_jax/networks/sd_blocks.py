@@ -65,7 +65,11 @@ def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Ar
       [B,N,C].
     """
     split = lambda t: t.reshape(*t.shape[:2], heads, -1)
-    found = jax.nn.dot_product_attention(split(q), split(k), split(v), is_causal=causal)
+    q_heads, k_heads, v_heads = split(q), split(k), split(v)
+    if causal:
+        found = jax.nn.dot_product_attention(q_heads, k_heads, v_heads, is_causal=True)
+    else:
+        found = layers.attend(q_heads, k_heads, v_heads)
     return found.reshape(q.shape)
 
 
