@@ -168,9 +168,14 @@ _convolve_doubled_chosen = cpu.choose(_convolve_doubled, cpu.convolve_doubled)
 def conv2d_upsampled(x: Array, kernel: Array, taps: Sequence[float] = (1, 1)) -> Array:
     """conv2d(upsample(x, taps), kernel): x [B,H,W,I], kernel [k,k,I,O] -> [B,2H,2W,O].
 
+    A kernel of one pixel comes before the doubling: the same numbers from a quarter of the products.
+
     Raises:
       ValueError: the shapes do not fit.
     """
-    if kernel.shape[:3] == (3, 3, x.shape[-1]) and tuple(taps) == (1, 1):
-        return _convolve_doubled_chosen(x, kernel)
+    if tuple(taps) == (1, 1):
+        if kernel.shape[:2] == (1, 1):
+            return upsample(conv2d(x, kernel))
+        if kernel.shape[:3] == (3, 3, x.shape[-1]):
+            return _convolve_doubled_chosen(x, kernel)
     return conv2d(upsample(x, taps), kernel)
