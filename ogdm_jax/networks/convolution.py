@@ -168,7 +168,7 @@ _convolve_doubled_chosen = cpu.choose(_convolve_doubled, cpu.convolve_doubled)
 def conv2d_upsampled(x: Array, kernel: Array, taps: Sequence[float] = (1, 1)) -> Array:
     """conv2d(upsample(x, taps), kernel): x [B,H,W,I], kernel [k,k,I,O] -> [B,2H,2W,O].
 
-    A kernel of one pixel comes before the doubling: the same numbers from a quarter of the products.
+    A kernel of one pixel comes before the doubling: the same numbers for a quarter of the work.
 
     Raises:
       ValueError: the shapes do not fit.

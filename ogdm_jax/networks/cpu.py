@@ -104,16 +104,16 @@ def _kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
     """dL/dkernel: the convolution of x, read as [C,H,W,B], with dy, read as a kernel [H,W,B,O].
 
     Of x and dy the one with fewer channels is the input, whose patches are copied and whose
-    channels must come to the front: in a step that takes up to two fifths off the time. The kernel
-    of a single pixel is a product of two matrices, in a third of the time.
+    channels come to the front: that takes up to two fifths off the time. The gradient of a kernel
+    of one pixel is a product of two matrices, in a third of the time.
     """
     sides = [
         size + sum(pad) - moves + 1
         for size, pad, moves in zip(x.shape[1:3], pads, dy.shape[1:3], strict=True)
     ]
-    if sides == [1, 1] and x.shape[:3] == dy.shape[:3]:
-        rows = [v.reshape(-1, v.shape[-1]) for v in (x, dy)]
-        return lax.dot_general(*rows, (((0,), (0,)), ((), ())))[None, None]
+    if sides == [1, 1] and not np.any(pads):
+        x_rows, dy_rows = (v.reshape(-1, v.shape[-1]) for v in (x, dy))
+        return lax.dot_general(x_rows, dy_rows, (((0,), (0,)), ((), ())))[None, None]
     if x.shape[-1] > dy.shape[-1]:
         flipped = _correlate(dy, x, _around(sides, pads))
         return jnp.transpose(flipped, (1, 2, 3, 0))[::-1, ::-1]
