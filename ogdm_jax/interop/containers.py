@@ -23,7 +23,16 @@ from ogdm_jax.interop.inert import Budget, Module, UnsafeFileError, quote
 from ogdm_jax.interop.parts import MAX_NAME
 from ogdm_jax.interop.restricted_pickle import Persistent, load
 from ogdm_jax.interop.torch_globals import admit_with
-from ogdm_jax.interop.torch_records import DTYPES, Storage, Tensor, is_count, shape_of, strides_of
+from ogdm_jax.interop.torch_records import (
+    DTYPES,
+    NumpyType,
+    Storage,
+    Tensor,
+    is_count,
+    numpy_array,
+    shape_of,
+    strides_of,
+)
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
@@ -89,15 +98,7 @@ def _read_npy(data: memoryview, budget: Budget) -> Any:
         return _load_all(content, budget)
     if dtype.kind not in "biufc":
         return Module(f"an array of the type {dtype}")
-    count = math.prod(shape_of(list(shape)))
-    if count * dtype.itemsize != len(content):
-        raise UnsafeFileError(
-            f"a numpy array of shape {shape} and type {dtype} has {len(content)} bytes"
-        )
-    order = ">" if dtype.byteorder == ">" else "<"
-    storage = Storage(dtype.newbyteorder("="), count, content, order)
-    strides = strides_of(shape[::-1])[::-1] if fortran else strides_of(shape)
-    return Tensor(storage, 0, shape, strides, storage.dtype)
+    return numpy_array(content, NumpyType(dtype), shape, fortran)
 
 
 # zip archives

@@ -34,22 +34,18 @@ def _prefixes(network: AdmNetwork) -> dict[str, str]:
 
     An up-sampling is the last child of the block in front of it: a.b.child.
     """
-    sides, depth, attended = network.sides, network.num_blocks, network.attn_resolutions
-    encoder = [f"enc_{sides[0]}x{sides[0]}_conv"]
-    for level, side in enumerate(sides):
-        encoder += [f"enc_{side}x{side}_down"] if level else []
-        encoder += [f"enc_{side}x{side}_block{i}" for i in range(depth)]
-    found = {name: f"input_blocks.{i}" for i, name in enumerate(encoder)}
-    last = sides[-1]
-    found |= {f"dec_{last}x{last}_in0": "middle_block", f"dec_{last}x{last}_in1": "middle_block.2"}
-    j = 0
-    for side, next_side in zip(sides[::-1], [*sides[-2::-1], None], strict=True):
-        for i in range(depth + 1):
-            found[f"dec_{side}x{side}_block{i}"] = f"output_blocks.{j}"
-            j += 1
-        if next_side:
-            child = 2 if side in attended else 1
-            found[f"dec_{next_side}x{next_side}_up"] = f"output_blocks.{j - 1}.{child}"
+    found = {network.layer_names[0]: "input_blocks.0"}
+    outputs, children = 0, 1
+    for step in network.plan():
+        if step.stores_skip:
+            found[step.name] = f"input_blocks.{len(found)}"
+        elif step.takes_skip:
+            found[step.name] = f"output_blocks.{outputs}"
+            outputs, children = outputs + 1, 2 if step.attend else 1
+        elif step.up:
+            found[step.name] = f"output_blocks.{outputs - 1}.{children}"
+        else:
+            found[step.name] = "middle_block" if step.attend else "middle_block.2"
     return found
 
 

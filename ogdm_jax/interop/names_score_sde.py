@@ -16,7 +16,6 @@ import numpy as np
 from ogdm_jax.interop import names_edm
 from ogdm_jax.interop.names_shared import Entry
 from ogdm_jax.interop.recognise import Shapes, UnrecognisedError
-from ogdm_jax.networks.trunk import plan_decoder, plan_encoder
 from ogdm_jax.networks.unet import SongUNet
 from ogdm_jax.typing import PyTree
 
@@ -118,8 +117,7 @@ def _layers(network: SongUNet) -> Iterator[dict[str, str]]:
     if network.embedding_type == "fourier":
         yield {"map_noise": ""}
     yield from ({"map_layer0": ""}, {"map_layer1": ""}, {f"enc.{top}_conv": ""})
-    shape = (network.sides, network.widths, network.num_blocks, network.attn_resolutions)
-    for step in plan_encoder(*shape) + plan_decoder(*shape, network.only_last_attends):
+    for step in network.plan():
         block = step.name.replace("_", ".", 1)
         yield {f"{block}.{ours}": theirs for ours, theirs in _BLOCK.items()}
         if step.attend:

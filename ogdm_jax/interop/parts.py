@@ -34,7 +34,7 @@ _PER_CHILD = 100  # bytes, about
 _MOST_PARTS = 500  # that are looked at closely, those with the most tensors
 _MOST_PREFIXES = 64  # of a part, with a known network under each
 _SHARDS = ("ShardedTensor", "DTensor")
-Leaf = Tensor | NumpyArray | Odd
+Leaf = Tensor | Odd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +259,7 @@ def _leaf(value: Any) -> Leaf | None:
     """The tensor that a value is."""
     if isinstance(value, Module) and value.name in _SHARDS:
         return Odd(PARTIAL.format(value.name))
-    if isinstance(value, NumpyArray) and value.value is None:
-        return None
+    value = value.value if isinstance(value, NumpyArray) else value
     return value if isinstance(value, Leaf) else None
 
 

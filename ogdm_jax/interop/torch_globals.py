@@ -155,7 +155,7 @@ def _numpy_dtype(code: Any, *_: Any) -> NumpyType:
 def _numpy_scalar(dtype: Any, data: Any) -> float | int | str | Module:
     if isinstance(dtype, NumpyType) and dtype.dtype is None:
         return Module("a text, date or object of numpy")
-    value = numpy_array(data, dtype, (), "C").item()
+    value = numpy_array(data, dtype, (), False).array().item()
     return value if isinstance(value, int | float) else str(value)
 
 
@@ -164,7 +164,7 @@ def _numpy_reconstruct(*_: Any) -> NumpyArray:
 
 
 def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
-    return NumpyArray(numpy_array(data, dtype, shape, "F" if order == "F" else "C"))
+    return NumpyArray(numpy_array(data, dtype, shape, order == "F"))
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -150,14 +150,14 @@ class NumpyType(Inert):
 
 @dataclass
 class NumpyArray(Inert):
-    """A numpy array in the two steps of its pickle; also a 0-d one for scalars.
+    """A numpy array in the two steps of its pickle.
 
     Attributes:
       value: the numbers; None where it holds none.
       items: the objects that it holds instead.
     """
 
-    value: np.ndarray | None = None
+    value: Tensor | None = None
     items: list = field(default_factory=list)
 
     def build(self, state: Any) -> None:
@@ -168,32 +168,24 @@ class NumpyArray(Inert):
         if isinstance(dtype, NumpyType) and dtype.dtype is None:
             self.items = data if isinstance(data, list) else []
         else:
-            self.value = numpy_array(data, dtype, shape, "F" if fortran else "C")
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the array that `array` gives."""
-        return 0 if self.value is None else self.value.nbytes
-
-    def array(self) -> np.ndarray:
-        """The numbers. Raises UnsafeFileError where the file gave none."""
-        if self.value is None:
-            raise UnsafeFileError("a numpy array has no content")
-        return self.value
+            self.value = numpy_array(data, dtype, shape, bool(fortran))
 
 
-def numpy_array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
-    """An array of the bytes of a pickle, in native byte order."""
-    numbers = isinstance(dtype, NumpyType) and isinstance(data, memoryview | bytes)
-    if not numbers or dtype.dtype is None:
+def numpy_array(data: Any, kind: Any, shape: Any, fortran: bool) -> Tensor:
+    """The tensor that a numpy array is; fortran: its first dimension changes fastest."""
+    dtype = kind.dtype if isinstance(kind, NumpyType) else None
+    if dtype is None or not isinstance(data, memoryview | bytes):
         raise UnsafeFileError("a numpy array is not stored as plain numbers")
     shape = shape_of(shape)
-    if math.prod(shape) * dtype.dtype.itemsize != len(data):
+    count = math.prod(shape)
+    if count * dtype.itemsize != len(data):
         raise UnsafeFileError(
-            f"a numpy array of shape {shape} and type {dtype.dtype} has {len(data)} bytes"
+            f"a numpy array of shape {shape} and type {dtype} has {len(data)} bytes"
         )
-    numbers = np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("="))
-    return numbers.reshape(shape, order=order)
+    order = ">" if dtype.byteorder == ">" else "<"
+    storage = Storage(dtype.newbyteorder("="), count, memoryview(data), order)
+    strides = strides_of(shape[::-1])[::-1] if fortran else strides_of(shape)
+    return Tensor(storage, 0, shape, strides, storage.dtype)
 
 
 def is_count(value: Any) -> bool:

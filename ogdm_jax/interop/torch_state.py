@@ -21,7 +21,6 @@ from ogdm_jax import places, records
 from ogdm_jax.interop import containers, diffusers, parts, strangers
 from ogdm_jax.interop.inert import Budget, Odd, UnsafeFileError, quote
 from ogdm_jax.interop.parts import MAX_ENTRIES, Leaf, Part
-from ogdm_jax.interop.torch_records import Tensor
 
 
 class MissingFileError(UnsafeFileError, FileNotFoundError):
@@ -145,9 +144,7 @@ def _materialise(names: Mapping[str, Leaf], budget: Budget, copy: bool) -> dict[
         if isinstance(leaf, Odd):
             raise UnsafeFileError(f"its tensor {quote(name)} is {leaf.what}")
         budget.charge(len(name), "names unfold")
-        key = (id(leaf),)
-        if isinstance(leaf, Tensor):
-            key = (id(leaf.storage), leaf.offset, leaf.shape, leaf.strides, leaf.dtype)
+        key = (id(leaf.storage), leaf.offset, leaf.shape, leaf.strides, leaf.dtype)
         if key not in made:
             budget.charge(leaf.nbytes, "tensors unfold", name)
             made[key] = np.array(leaf.array(), order="C") if copy else leaf.array()

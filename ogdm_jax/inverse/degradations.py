@@ -125,38 +125,18 @@ def resize_matrix(factor: int, size: int) -> np.ndarray:
         raise ValueError(
             f"factor={factor}, size={size}; expected a factor of at least 1 that divides the size"
         )
-    centre = (np.arange(size // factor)[:, None] + 0.5) * factor - 0.5
-    taps = np.floor(centre - 2 * factor).astype(int) + np.arange(1, 4 * factor + 2)[None]
-    weights = _cubic((centre - taps) / factor)
-    weights /= weights.sum(1, keepdims=True)
-    folded = np.mod(taps, 2 * size)
-    folded = np.where(folded < size, folded, 2 * size - 1 - folded)
-    matrix = np.zeros((size // factor, size))
-    np.add.at(matrix, (np.arange(size // factor)[:, None], folded), weights)
-    return matrix
-
-
-@functools.cache
-def blur_matrix(taps: tuple[float, ...], size: int) -> np.ndarray:
-    """[size, size] float64: correlation with the taps, borders mirrored without repetition (.. 2 1
-    | 0 1 2 ..).
-    """
-    radius = len(taps) // 2
-    at = np.abs(np.arange(size)[:, None] + np.arange(-radius, radius + 1)[None])
-    if size > 1:
-        at = np.mod(at, 2 * (size - 1))
-        at = np.where(at < size, at, 2 * (size - 1) - at)
-    else:
-        at = np.zeros_like(at)
-    matrix = np.zeros((size, size))
-    np.add.at(matrix, (np.arange(size)[:, None], at), np.asarray(taps)[None])
-    return matrix
+    start, half = divmod(factor - 1, 2)  # the first centre is at pixel start + half / 2
+    taps = _cubic((half / 2 - np.arange(-2 * factor, 2 * factor + 1)) / factor)
+    rows = ndimage.correlate1d(np.eye(size), taps / taps.sum(), axis=0, mode="reflect")
+    return rows[start::factor].copy()
 
 
 @functools.cache
 def gaussian_matrix(size: int, std: float, side: int) -> np.ndarray:
-    """[side, side]: one axis of the Gaussian blur with a kernel of `size`."""
-    return blur_matrix(tuple(gaussian_taps(size, std)), side)
+    """[side, side] float64: one axis of the Gaussian blur with a kernel of `size`, borders mirrored
+    without repetition (.. 2 1 | 0 1 2 ..).
+    """
+    return ndimage.correlate1d(np.eye(side), gaussian_taps(size, std), axis=0, mode="mirror")
 
 
 def gaussian_noise(keys: Array, y: Array, std: float) -> Array:

@@ -33,6 +33,11 @@ class ADM(UNet):
     Attributes: as UNet's.
     """
 
+    model_channels: int = 192
+    channel_mult: Sequence[float] = (1, 2, 3, 4)
+    num_blocks: int = 3
+    attn_resolutions: Sequence[int] = (32, 16, 8)
+
     time_scale = 1.0  # factor of the noise input
 
     @property
@@ -71,10 +76,6 @@ class DhariwalUNet(ADM):
       augment_dim: augmentation labels (9), 0 = none.
     """
 
-    model_channels: int = 192
-    channel_mult: Sequence[float] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attn_resolutions: Sequence[int] = (32, 16, 8)
     augment_dim: int = 0
 
     def heads(self, channels: int) -> int:

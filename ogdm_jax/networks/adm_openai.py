@@ -7,8 +7,6 @@ kinds.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 from ogdm_jax.networks import layers
 from ogdm_jax.networks.adm import ADM, INIT, STYLE
 from ogdm_jax.networks.blocks import Style
-from ogdm_jax.networks.trunk import Step, plan_encoder
+from ogdm_jax.networks.trunk import Step
 from ogdm_jax.typing import Array
 
 _SPATIAL_WIDTH = 2048
@@ -36,10 +34,6 @@ class OpenAIADM(ADM):
       time_scale: factor of the time input.
     """
 
-    model_channels: int = 192
-    channel_mult: Sequence[float] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attn_resolutions: Sequence[int] = (32, 16, 8)
     dropout: float = 0.0
     num_heads: int = 1
     head_channels: int = 0
@@ -105,11 +99,8 @@ class AttentionPool(nn.Module):
         place = self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c))
         tokens = tokens + place[None].astype(x.dtype)
         qkv = layers.Dense(3 * c, INIT, INIT, name="qkv_proj", dtype=x.dtype)(tokens)
-        width = c // self.heads
-        q, k, v = (part.reshape(b, -1, self.heads, width) for part in jnp.split(qkv, 3, axis=-1))
-        logits = jnp.einsum("bhc,bthc->bht", q[:, 0], k) / math.sqrt(width)
-        weights = jax.nn.softmax(logits.astype(layers.wide(logits.dtype)), axis=-1).astype(v.dtype)
-        pooled = jnp.einsum("bht,bthc->bhc", weights, v).reshape(b, c)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, self.heads, c // self.heads), 2, 0)
+        pooled = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(b, c)
         return layers.Dense(self.features, INIT, INIT, name="c_proj", dtype=x.dtype)(pooled)
 
 
@@ -140,8 +131,9 @@ class ADMEncoder(OpenAIADM):
             )
         super().__post_init__()
 
-    def _plan(self) -> list[Step]:
-        return plan_encoder(self.sides, self.widths, self.num_blocks, self.attn_resolutions)
+    def plan(self) -> list[Step]:
+        """The encoder's blocks and the two behind them."""
+        return self._encoder()
 
     def _head(self, h: Array, skips: list[Array]) -> Array:
         if self.pool.startswith("spatial"):

@@ -1,8 +1,8 @@
 """The trunk that all U-Nets here share: encoder, two middle blocks, decoder with skip connections.
 
-`plan_encoder` and `plan_decoder` say which blocks there are and how they are wired; `UNet` applies
-them. What distinguishes the published networks is data: the blocks' `Style`, and the attributes and
-small methods that a network overrides (first convolution, attention, embedding, output layer).
+`UNet.plan` says which blocks there are and how they are wired, and they are applied in that order.
+What distinguishes the published networks is data: the blocks' `Style`, and the attributes and small
+methods that a network overrides (first convolution, attention, embedding, output layer).
 Parameters have EDM's names: enc_64x64_block0, dec_8x8_in0, ...
 """
 
@@ -41,49 +41,6 @@ class Step:
     down: bool = False
     stores_skip: bool = False
     takes_skip: bool = False
-
-
-def plan_encoder(
-    sides: Sequence[int], widths: Sequence[int], depth: int, attend_at: Sequence[int]
-) -> list[Step]:
-    """The blocks behind the first convolution up to the middle of the network.
-
-    Args:
-      sides: resolution of each level.
-      widths: channels of each level.
-      depth: blocks of a level, beside the one that halves the resolution.
-      attend_at: resolutions whose blocks attend; the first of the two middle blocks always does.
-    """
-    steps = []
-    for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
-        at = f"enc_{side}x{side}_"
-        if level:
-            steps.append(Step(at + "down", down=True, stores_skip=True))
-        for i in range(depth):
-            steps.append(Step(f"{at}block{i}", width, side in attend_at, stores_skip=True))
-    at = f"dec_{sides[-1]}x{sides[-1]}_"
-    return [*steps, Step(at + "in0", attend=True), Step(at + "in1")]
-
-
-def plan_decoder(
-    sides: Sequence[int],
-    widths: Sequence[int],
-    depth: int,
-    attend_at: Sequence[int],
-    only_last_attends: bool,
-) -> list[Step]:
-    """The blocks behind the middle. Arguments as plan_encoder's; only_last_attends: of the blocks
-    of a level at a resolution named, only the last attends.
-    """
-    steps = []
-    for side, width in zip(reversed(sides), reversed(widths), strict=True):
-        at = f"dec_{side}x{side}_"
-        if side != sides[-1]:
-            steps.append(Step(at + "up", up=True))
-        for i in range(depth + 1):
-            attend = side in attend_at and (i == depth or not only_last_attends)
-            steps.append(Step(f"{at}block{i}", width, attend, takes_skip=True))
-    return steps
 
 
 class UNet(Tapped):
@@ -126,7 +83,7 @@ class UNet(Tapped):
         h = self._conv(self._first_name, self._first_width)(image)
         yield self._first_name, h
         skips = [h]
-        for step in self._plan():
+        for step in self.plan():
             if step.takes_skip:
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = self._block(step, h, emb, asked.dropout_keys)
@@ -168,14 +125,14 @@ class UNet(Tapped):
     @property
     def layer_names(self) -> list[str]:
         """The first convolution and the blocks."""
-        return [self._first_name, *(step.name for step in self._plan())]
+        return [self._first_name, *(step.name for step in self.plan())]
 
     def check_widths(self) -> None:
         """Raises ValueError where the channels of a block do not divide into its norms' groups or
         its attention's heads.
         """
         h, skips = self._first_width, [self._first_width]
-        for step in self._plan():
+        for step in self.plan():
             h += skips.pop() if step.takes_skip else 0
             width = h if step.width is None else step.width
             heads = self.heads(width) if step.attend else 0
@@ -238,9 +195,32 @@ class UNet(Tapped):
         """Attention heads of a block with this many channels."""
         raise NotImplementedError
 
-    def _plan(self) -> list[Step]:
-        shape = (self.sides, self.widths, self.num_blocks, self.attn_resolutions)
-        return plan_encoder(*shape) + plan_decoder(*shape, self.only_last_attends)
+    def plan(self) -> list[Step]:
+        """The blocks behind the first convolution, in their order."""
+        return self._encoder() + self._decoder()
+
+    def _encoder(self) -> list[Step]:
+        """Up to the two middle blocks, of which the first attends whatever its resolution."""
+        steps = []
+        for level, (side, width) in enumerate(zip(self.sides, self.widths, strict=True)):
+            at, attend = f"enc_{side}x{side}_", side in self.attn_resolutions
+            if level:
+                steps.append(Step(at + "down", down=True, stores_skip=True))
+            for i in range(self.num_blocks):
+                steps.append(Step(f"{at}block{i}", width, attend, stores_skip=True))
+        at = f"dec_{self.sides[-1]}x{self.sides[-1]}_"
+        return [*steps, Step(at + "in0", attend=True), Step(at + "in1")]
+
+    def _decoder(self) -> list[Step]:
+        steps, last = [], self.num_blocks
+        for side, width in zip(reversed(self.sides), reversed(self.widths), strict=True):
+            at, attends = f"dec_{side}x{side}_", side in self.attn_resolutions
+            if side != self.sides[-1]:
+                steps.append(Step(at + "up", up=True))
+            for i in range(last + 1):
+                attend = attends and (i == last or not self.only_last_attends)
+                steps.append(Step(f"{at}block{i}", width, attend, takes_skip=True))
+        return steps
 
     def _join_image(self, step: Step, h: Array, image: Array) -> tuple[Array, Array]:
         """Behind a halving: what goes on, and the image that travels beside the blocks."""
