@@ -11,11 +11,9 @@ uses, the names inside them the graph's, and every shape is checked.
 import re
 from collections.abc import Iterable, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ogdm_jax.interop.names_shared import LEAVES, Entry, to_flax, to_torch, variable_shapes
+from ogdm_jax.interop.names_shared import Entry, image, path_entries, to_flax, to_torch
 from ogdm_jax.networks import inception
 from ogdm_jax.networks.inception import InceptionV3
 from ogdm_jax.networks.lite0 import EfficientNetLite0
@@ -79,18 +77,9 @@ def _nvidia_name(name: str) -> str:
     return f"{_MIXED[block]}.{_LAYERS[block][layer]}.{_TENSORS[tensor]}" if known else name
 
 
-def _torch_name(path: tuple[str, ...]) -> str:
-    modules, leaf = path[1:-1], path[-1]
-    return "fc.bias" if leaf == "fc_bias" else ".".join([*modules, LEAVES[leaf]])
-
-
 def inception_entries(network: InceptionV3) -> list[Entry]:
     """Every tensor under both names, in the order of the checkpoint's names."""
-    shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32))
-    return sorted(
-        (Entry(_torch_name(path), path, shape) for path, shape in shapes.items()),
-        key=lambda e: e.name,
-    )
+    return path_entries(network, image(75))
 
 
 def raw_name(name: str) -> str:
@@ -140,12 +129,7 @@ def flax_to_inception(variables: PyTree, network: InceptionV3) -> dict[str, np.n
 
 def lite0_entries(network: EfficientNetLite0) -> list[Entry]:
     """Every tensor under both names."""
-    shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-    names = {
-        path: ".".join([*path[1:-1], LEAVES[path[-1]]]).replace("_blocks_", "_blocks.")
-        for path in shapes
-    }
-    return [Entry(names[path], path, shape) for path, shape in shapes.items()]
+    return path_entries(network, image(64), rename=lambda n: n.replace("_blocks_", "_blocks."))
 
 
 def lite0_to_flax(state: Mapping[str, np.ndarray], network: EfficientNetLite0) -> PyTree:

@@ -8,15 +8,16 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.interop.names_shared import (
-    LEAVES,
     Entry,
+    image,
     image_input,
+    path_entries,
+    path_entry,
     to_flax,
     to_torch,
     variable_shapes,
@@ -30,29 +31,15 @@ from ogdm_jax.typing import PyTree
 _POSITIONS = "pos_embed"
 
 
-def _entry(path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:
-    """A tensor whose name is its path."""
-    *modules, last = [part for name in path[1:] for part in name.split(".")]
-    if last == "embedding":  # a table: [rows, width] in both
-        return Entry(".".join([*modules, "weight"]), path, shape, layout="same")
-    return Entry(".".join([*modules, LEAVES[last]]), path, shape)
-
-
-def _entries(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> list[Entry]:
-    """Every tensor of a network whose names are its paths."""
-    shapes = variable_shapes(network, *inputs)
-    return sorted((_entry(path, shape) for path, shape in shapes.items()), key=lambda e: e.name)
-
-
 def dit_entries(network: DiT) -> list[Entry]:
     """Every tensor of the file but the table of positions; a block's are rows of ours."""
     found, label = [], jax.ShapeDtypeStruct((1,), jnp.int32)
     for path, shape in variable_shapes(network, *image_input(network), label).items():
         if path[1] != "blocks":
-            found.append(_entry(path, shape))
+            found.append(path_entry(path, shape))
             continue
         for i in range(shape[0]):
-            one = _entry((*path[:2], str(i), *path[2:]), shape[1:])
+            one = path_entry((*path[:2], str(i), *path[2:]), shape[1:])
             found.append(dataclasses.replace(one, path=path, row=i, rows=shape[0]))
     return sorted(found, key=lambda e: e.name)
 
@@ -151,9 +138,7 @@ def dit_to_diffusers(state: Mapping[str, np.ndarray], depth: int) -> dict[str, n
 
 def vae_entries(network: AutoencoderKL) -> list[Entry]:
     """Every tensor under diffusers' name."""
-    side = network.factor * 2
-    image = jax.ShapeDtypeStruct((1, side, side, network.img_channels), jnp.float32)
-    return _entries(network, image)
+    return path_entries(network, image(network.factor * 2, network.img_channels))
 
 
 # diffusers' older files -> today's
@@ -222,7 +207,7 @@ _FLAT = re.compile(r"\.attentions\.\d+\.proj_(in|out)\.weight$")
 def sd_unet_entries(network: UNet2DCondition) -> list[Entry]:
     """Every tensor under diffusers' name, proj_in and proj_out as matrices."""
     text = jax.ShapeDtypeStruct((1, 1, network.context_dim), jnp.float32)
-    return _entries(network, *image_input(network), text)
+    return path_entries(network, *image_input(network), text)
 
 
 _LDM_RES = {
@@ -305,7 +290,7 @@ def flax_to_sd_unet(variables: PyTree, network: UNet2DCondition) -> dict[str, np
 
 def clip_entries(network: CLIPText) -> list[Entry]:
     """Every tensor under the name that transformers before version 5 gives it."""
-    return _entries(network, jax.ShapeDtypeStruct((1, network.positions), jnp.int32))
+    return path_entries(network, jax.ShapeDtypeStruct((1, network.positions), jnp.int32))
 
 
 _OPEN_CLIP = {

@@ -6,6 +6,7 @@ in our variables.
 
 import dataclasses
 import functools
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -25,7 +26,7 @@ Path = tuple[str, ...]
 EDM_ORDER, LEGACY_ORDER, NEW_ORDER = "hcx", "hxc", "xhc"
 # the last part of our paths -> that of PyTorch's names
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-LEAVES |= {"mean": "running_mean", "var": "running_var"}
+LEAVES |= {"mean": "running_mean", "var": "running_var", "embedding": "weight"}
 _SIDE = 4  # pixels: the side of the image in front of a "chw" layer
 
 
@@ -129,11 +130,32 @@ def _flat(variables: PyTree) -> dict[Path, Any]:
     return cast(dict[Path, Any], traverse_util.flatten_dict(dict(variables)))
 
 
+def image(side: int, channels: int = 3) -> jax.ShapeDtypeStruct:
+    """A batch of one image for `variable_shapes`."""
+    return jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+
+
 def image_input(network: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one for `variable_shapes`: x and c_noise."""
-    side, channels = network.img_resolution, network.img_channels
-    struct = jax.ShapeDtypeStruct
-    return struct((1, side, side, channels), jnp.float32), struct((1,), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return image(network.img_resolution, network.img_channels), noise
+
+
+def path_entry(path: Path, shape: tuple[int, ...]) -> Entry:
+    """A tensor whose name is its path; "fc_bias" is the bias of fc."""
+    module, _, leaf = re.sub("_bias$", ".bias", ".".join(path[1:])).rpartition(".")
+    layout = "same" if leaf == "embedding" else "auto"  # a table: [rows, width] in both
+    return Entry(f"{module}.{LEAVES[leaf]}", path, shape, layout)
+
+
+def path_entries(
+    network: nn.Module, *inputs: jax.ShapeDtypeStruct, rename: Callable[[str], str] = str
+) -> list[Entry]:
+    """Every tensor of a network whose names are its paths, renamed, in the names' order."""
+    shapes = variable_shapes(network, *inputs)
+    found = [path_entry(path, shape) for path, shape in shapes.items()]
+    found = [dataclasses.replace(entry, name=rename(entry.name)) for entry in found]
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def to_flax(

@@ -25,7 +25,7 @@ import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.interop.litert import read_litert
-from ogdm_jax.interop.names_shared import LEAVES, Entry, to_flax, variable_shapes
+from ogdm_jax.interop.names_shared import image, path_entries, to_flax
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.networks import faces, lite_graph, vgg
 from ogdm_jax.networks.lite0 import MEAN, STD
@@ -257,13 +257,7 @@ def ir_se50(state: Mapping[str, np.ndarray]) -> PyTree:
     state = dict(state)
     if dense in state and state[dense].shape == (512, 512 * 49):
         state[dense] = state[dense].reshape(512, 512, 7, 7)
-    shapes = variable_shapes(faces.IRSE50(), jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32))
-    entries = []
-    for path, shape in shapes.items():
-        parts, leaf = path[1:-1], LEAVES.get(path[-1], "bias")
-        if path[-1].endswith("_bias"):
-            parts = (path[-1].removesuffix("_bias"),)
-        entries.append(Entry(faces.torch_name(parts, leaf), path, shape))
+    entries = path_entries(faces.IRSE50(), image(112), rename=faces.torch_name)
     ignore = [name for name in state if name.endswith("num_batches_tracked")]
     return to_flax(state, entries, "IR-SE50", ignore)
 

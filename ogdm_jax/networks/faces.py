@@ -124,9 +124,11 @@ class IRSE50(nn.Module):
             return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def torch_name(path: tuple[str, ...], leaf: str) -> str:
-    """A tensor of IRSE50 as PyTorch names it, such as body.0.res_layer.5.fc1.weight."""
-    return re.sub(r"_(\d+)(_|\.|$)", r".\1.", ".".join(path)).rstrip(".") + f".{leaf}"
+def torch_name(name: str) -> str:
+    """A tensor of IRSE50 as PyTorch names it: body_0.res_layer_5_fc1.weight is
+    body.0.res_layer.5.fc1.weight.
+    """
+    return re.sub(r"_(\d+)[_.]", r".\1.", name)
 
 
 def crop_face(images: Array) -> Array:
