@@ -159,10 +159,6 @@ def _numpy_scalar(dtype: Any, data: Any) -> float | int | str | Module:
     return value if isinstance(value, int | float) else str(value)
 
 
-def _numpy_reconstruct(*_: Any) -> NumpyArray:
-    return NumpyArray()
-
-
 def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
     return NumpyArray(numpy_array(data, dtype, shape, order == "F"))
 
@@ -179,11 +175,9 @@ def _device(*parts: Any) -> str:
     return ":".join(str(part)[:16] for part in parts)
 
 
-def _calls(
-    load_nested: Callable[[Any], Storage],
-) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
-    """Full name -> (what stands for the call, whether the name is a class)."""
-    plain: dict[str, Callable[..., Any] | None] = {
+def _functions(load_nested: Callable[[Any], Storage]) -> dict[str, Callable[..., Any] | None]:
+    """Full name of a function -> what stands for its call."""
+    found: dict[str, Callable[..., Any] | None] = {
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_tensor_v3": _tensor_v3,
@@ -201,27 +195,25 @@ def _calls(
         "numpy.ndarray": None,
     } | {f"torch._utils._rebuild_{name}": _odd(what) for name, what in _ODD.items()}
     for home in ("numpy.core", "numpy._core"):
-        plain[f"{home}.multiarray.scalar"] = _numpy_scalar
-        plain[f"{home}.multiarray._reconstruct"] = _numpy_reconstruct
-        plain[f"{home}.numeric._frombuffer"] = _numpy_frombuffer
-    classes: dict[str, Callable[..., Any]] = {
-        "collections.OrderedDict": _ordered_dict,
-        "collections.Counter": lambda items=None: need(items or {}, dict, "the counts"),
-        "collections.defaultdict": lambda *_: {},
-        "builtins.set": _set_of,
-        "builtins.frozenset": _set_of,
-        "builtins.dict": lambda: {},
-        "dnnlib.util.EasyDict": _ordered_dict,
-        "numpy.dtype": _numpy_dtype,
-        "torch.Size": lambda sizes=(): dims(sizes, "torch.Size"),
-        "torch.device": _device,
-        "torch.ScriptObject": lambda *_: Module("ScriptObject"),
-    }
-    return {name: (call, False) for name, call in plain.items()} | {
-        name: (call, True) for name, call in classes.items()
-    }
+        found[f"{home}.multiarray.scalar"] = _numpy_scalar
+        found[f"{home}.multiarray._reconstruct"] = lambda *_: NumpyArray()
+        found[f"{home}.numeric._frombuffer"] = _numpy_frombuffer
+    return found
 
 
+_CLASSES: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": lambda items=None: need(items or {}, dict, "the counts"),
+    "collections.defaultdict": lambda *_: {},
+    "builtins.set": _set_of,
+    "builtins.frozenset": _set_of,
+    "builtins.dict": lambda: {},
+    "dnnlib.util.EasyDict": _ordered_dict,
+    "numpy.dtype": _numpy_dtype,
+    "torch.Size": lambda sizes=(): dims(sizes, "torch.Size"),
+    "torch.device": _device,
+    "torch.ScriptObject": lambda *_: Module("ScriptObject"),
+}
 _LIST = re.compile(r"torch\.jit\._pickle\.(build_(int|double|bool|tensor)list|restore_type_tag)")
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # What acts on a machine or makes code; files of people name none of it.
@@ -256,10 +248,6 @@ def _refusal(full: str) -> UnsafeFileError:
     )
 
 
-def _list(values: Any, *_: Any) -> Any:
-    return values
-
-
 def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) -> Admit:
     """The `admit` of restricted_pickle.load.
 
@@ -267,13 +255,14 @@ def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) ->
       load_nested: reads the torch file that a call of `_load_from_bytes` holds.
       scripted: the file is a TorchScript archive, whose modules keep their attributes otherwise.
     """
-    calls = _calls(load_nested)
+    functions = _functions(load_nested)
 
     def admit(module: str, name: str) -> Global | np.dtype | Storage:
         full = f"{_RENAMED.get(module, module)}.{name}"
-        if full in calls:
-            call, is_class = calls[full]
-            return Global(full, call, is_class)
+        if full in functions:
+            return Global(full, functions[full])
+        if full in _CLASSES:
+            return Global(full, _CLASSES[full], is_class=True)
         home, _, leaf = full.rpartition(".")
         if home in ("torch", "torch.cuda", "torch.storage") and leaf in STORAGES:
             return Storage(DTYPES[STORAGES[leaf]], 0)
@@ -282,7 +271,7 @@ def admit_with(load_nested: Callable[[Any], Storage], scripted: bool = False) ->
         if full.startswith("__torch__.") and not scripted:
             raise _refusal(full)
         if scripted and _LIST.fullmatch(full):
-            return Global(full, _list, False)
+            return Global(full, lambda values, *_: values)
         acting = _ACTING.fullmatch(home) or home == "builtins"
         if acting and not _HARMLESS.fullmatch(full):
             raise _refusal(full)

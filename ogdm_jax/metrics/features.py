@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import PurePath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Num, Shaped
@@ -20,30 +21,13 @@ from ogdm_jax.metrics.distances import (
     manifolds,
 )
 from ogdm_jax.metrics.networks import NetworkFeatures, inception_features, lite0_features
-from ogdm_jax.metrics.statistics import Statistics
+from ogdm_jax.metrics.statistics import FeatureSpace, Statistics
 from ogdm_jax.metrics.trained import TrainedFeatures, train_features
 from ogdm_jax.pixels import check_range, to_uint8, which
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
 Images = Shaped[np.ndarray, "n h w c"]
-
-
-@runtime_checkable
-class FeatureSpace(Protocol):
-    """A function uint8 images [n,h,w,c] -> float32 features [n, dim].
-
-    Attributes:
-      name: of the Frechet distance taken in it.
-      dim: features of an image.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def dim(self) -> int: ...  # noqa: D102
-
-    def __call__(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean and covariance
 
 
 def feature_space(
@@ -141,8 +125,17 @@ def _extracted(space: FeatureSpace, data: Images | Features, name: str) -> np.nd
     return checked_features(data, name)
 
 
-def _frechet(x: np.ndarray, y: np.ndarray) -> float:
-    return frechet_distance(*Moments().update(x).finalize(), *Moments().update(y).finalize())
+def _gaussian(x: np.ndarray) -> Gaussian:
+    return Moments().update(x).finalize()
+
+
+def over_floor(splits: Iterable[tuple[Gaussian, Gaussian, Gaussian]]) -> dict[str, float]:
+    """The mean distances of samples to A ("fd") and of B to A ("floor") over splits (samples, A, B)
+    and their ratio ("fd_over_floor").
+    """
+    pairs = [(frechet_distance(*s, *a), frechet_distance(*b, *a)) for s, a, b in splits]
+    fd, floor = np.mean(pairs, axis=0).tolist()
+    return {"fd": fd, "floor": floor, "fd_over_floor": fd / floor if floor > 0 else float("inf")}
 
 
 def statistics_report(
@@ -236,19 +229,16 @@ def distance_report(
     for _ in range(splits):
         order, chosen = rng.permutation(len(x)), rng.permutation(len(y))[:n]
         a, b = order[:n], order[n : 2 * n]
-        parts.append((a, b, b if paired else chosen))
-    fd = float(np.mean([_frechet(y[chosen], x[a]) for a, _, chosen in parts]))
-    floor = float(np.mean([_frechet(x[b], x[a]) for a, b, _ in parts]))
-    a, b, generated = x[parts[0][0]], x[parts[0][1]], y[parts[0][2]]
+        parts.append((b if paired else chosen, a, b))
+    moments = ((_gaussian(y[rows]), _gaussian(x[a]), _gaussian(x[b])) for rows, a, b in parts)
+    generated, a, b = y[parts[0][0]], x[parts[0][1]], x[parts[0][2]]
     result = {
         "features": space.name,
         "n": n,
         "n_samples": len(y),
         "n_reference": len(x),
-        "fd": fd,
-        "floor": floor,
-        "fd_over_floor": fd / floor if floor > 0 else float("inf"),
-        "fd_all": _frechet(y, x),
+        **over_floor(moments),
+        "fd_all": frechet_distance(*_gaussian(y), *_gaussian(x)),
         "kid": kernel_distance(x, y),
         "kid_floor": kernel_distance(a, b),
         "n_neighbours": min(n, MOST_NEIGHBOURS),

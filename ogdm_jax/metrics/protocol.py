@@ -17,11 +17,10 @@ from ogdm_jax.brief import brief
 from ogdm_jax.data import Source
 from ogdm_jax.metrics import features
 from ogdm_jax.metrics.distances import Moments, frechet_distance, inception_score, psnr, ssim
+from ogdm_jax.metrics.features import Gaussian
 from ogdm_jax.metrics.networks import NetworkFeatures
 from ogdm_jax.metrics.statistics import Statistics
 from ogdm_jax.metrics.trained import TrainedFeatures
-
-Gaussian = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,10 +136,8 @@ def score(
     result |= dict.fromkeys(("n", "fd", "floor", "fd_over_floor"))
     if reference.halves:
         samples = first.finalize()
-        fd = float(np.mean([frechet_distance(*samples, *a) for a, _ in reference.halves]))
-        floor = float(np.mean([frechet_distance(*b, *a) for a, b in reference.halves]))
-        ratio = fd / floor if floor > 0 else float("inf")
-        result |= {"n": first.count, "fd": fd, "floor": floor, "fd_over_floor": ratio}
+        splits = [(samples, a, b) for a, b in reference.halves]
+        result |= {"n": first.count} | features.over_floor(splits)
     return result | features.singular(space, min(everything.count, reference.n or everything.count))
 
 

@@ -15,14 +15,21 @@ from ogdm_jax.metrics.distances import Moments
 
 
 @runtime_checkable
-class Named(Protocol):
-    """What statistics are compared with: the name and the size of a feature space."""
+class FeatureSpace(Protocol):
+    """A function uint8 images [n,h,w,c] -> float32 features [n, dim].
+
+    Attributes:
+      name: of the Frechet distance taken in it.
+      dim: features of an image.
+    """
 
     @property
     def name(self) -> str: ...  # noqa: D102
 
     @property
     def dim(self) -> int: ...  # noqa: D102
+
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +54,7 @@ class Statistics:
         """Features of an image."""
         return len(self.mu)
 
-    def require(self, space: Named, where: str) -> None:
+    def require(self, space: FeatureSpace, where: str) -> None:
         """Checks that these can be of a feature space.
 
         Raises:
