@@ -1,7 +1,7 @@
 """What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import numpy as np
@@ -17,12 +17,11 @@ from ogdm_jax.interop import (
     recognise,
     recognise_latent,
 )
-from ogdm_jax.interop.names_shared import Entry
+from ogdm_jax.interop.names_shared import Entry, make
 from ogdm_jax.typing import PyTree
 
 _State = Mapping[str, np.ndarray]
 _Settings = dict[str, Any]
-_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class Match(NamedTuple):
@@ -61,7 +60,7 @@ def _adm_encoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
 
 def _openai(cls: type[networks.ADMUNet | networks.ADMEncoder], settings: _Settings) -> Match:
     order = settings.pop("qkv_order")
-    network = _make(cls, settings)
+    network = make(cls, settings)
     needed = _shapes_of(names_adm.adm_entries(network, order))
     return Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
 
@@ -77,7 +76,7 @@ def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
 
 def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     found = names_discriminator.discriminator_settings(state, settings.get("t_dim", 2))
-    network = _make(networks.StyleGAN2Discriminator, found | settings)
+    network = make(networks.StyleGAN2Discriminator, found | settings)
     return Match(
         network,
         _shapes_of(names_discriminator.discriminator_entries(network)),
@@ -91,7 +90,7 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     raw_names = {name: names_inception.raw_name(name) for name in shapes}
     theirs = {raw: name for name, raw in raw_names.items()}
     classes = shapes.get(theirs.get("fc.bias", ""), (1008,))[0]
-    network = _make(networks.InceptionV3, {"num_classes": classes} | settings)
+    network = make(networks.InceptionV3, {"num_classes": classes} | settings)
     implied = set(names_inception.scales_left_out(theirs))
     implied |= set() if {"fc.weight", "fc.bias"} & set(theirs) else {"fc.weight", "fc.bias"}
     needed = _shapes_of(names_inception.inception_entries(network)).items()
@@ -112,7 +111,7 @@ def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     """In the authors' names or diffusers'."""
     theirs = "x_embedder.proj.weight" not in shapes
     known = recognise_latent.dit_shapes(shapes) if theirs else shapes
-    network = _make(networks.DiT, recognise_latent.dit_settings(known, settings))
+    network = make(networks.DiT, recognise_latent.dit_settings(known, settings))
     needed = _shapes_of(names_latent.dit_entries(network))
     if not theirs:
         convert = lambda s: names_latent.dit_to_flax(s, network)
@@ -131,7 +130,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
     levels = recognise_latent.vae_levels(shapes)
     named = {names_latent.vae_name(name, levels): name for name in shapes}
     known = {name: shapes[theirs] for name, theirs in named.items()}
-    network = _make(networks.AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
+    network = make(networks.AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
     needed = _stored(_shapes_of(names_latent.vae_entries(network)), named, shapes)
     beside = names_latent.vae_beside(shapes)
     return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
@@ -139,7 +138,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
 
 def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     """In diffusers' names or LDM's."""
-    network = _make(networks.UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
+    network = make(networks.UNet2DCondition, recognise_latent.sd_unet_settings(shapes, settings))
     ldm = names_latent.ldm_unet_names(network) if "time_embed.0.weight" in shapes else {}
     named = {ours: theirs for theirs, ours in ldm.items()}
     needed = _stored(_shapes_of(names_latent.sd_unet_entries(network)), named, shapes)
@@ -150,7 +149,7 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     """In transformers' names, of before and from version 5 on, or open_clip's, whose tensors are
     stacked: those the conversion checks.
     """
-    network = _make(networks.CLIPText, recognise_latent.clip_settings(shapes, settings))
+    network = make(networks.CLIPText, recognise_latent.clip_settings(shapes, settings))
     convert = lambda s: names_latent.clip_to_flax(s, network)
     if "ln_final.weight" in shapes:
         return Match(network, {}, set(shapes), convert)
@@ -169,14 +168,6 @@ def _stored(
         squared = (*shape, 1, 1)
         found[theirs] = squared if shapes.get(theirs) == squared else shape
     return found
-
-
-def _make(cls: type[_Network], settings: _Settings) -> _Network:
-    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
-    # export's JSON has lists where a hashable module needs tuples.
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 
 
 # With the class whose attributes the settings are; SongUNet's include DhariwalUNet's.

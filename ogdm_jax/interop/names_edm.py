@@ -3,6 +3,7 @@
 Their code is NVlabs/edm; stf and OGDM_edm use it.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,18 +37,11 @@ def edm_network(settings: Mapping[str, Any], cls: str = "EDMPrecond", **more: An
     model_type = settings.pop("model_type", default)
     if model_type not in kinds:
         raise ValueError(f"model_type: {model_type!r} given; expected one of {', '.join(kinds)}")
-    kind = kinds[model_type]
     for name in _PRECONDITIONING:
         settings.pop(name, None)
-    unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"{model_type}: unknown setting {unknown[0]!r}")
-    for name in ("channel_mult", "attn_resolutions", "resample_filter"):
-        if name in settings:
-            settings[name] = tuple(settings[name])
     if cls == "iDDPMPrecond":
         settings["out_channels"] = 2 * settings.get("img_channels", 3)
-    return kind(**settings, **more)
+    return shared.make(kinds[model_type], settings | more)
 
 
 def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
@@ -58,13 +52,9 @@ def edm_entries(network: EdmNetwork) -> list[shared.Entry]:
     entries = []
     for path, shape in shared.variable_shapes(network, *shared.image_input(network)).items():
         *modules, leaf = path[1:]
-        first = modules[0]
-        for part in ("enc_", "dec_"):
-            first = part[:-1] + "." + first[len(part) :] if first.startswith(part) else first
-        heads = 0
-        if modules[-1] == "qkv":
-            heads = 1 if isinstance(network, SongUNet) else shape[-1] // 3 // 64
-        name = ".".join(["model", first, *modules[1:], shared.LEAVES.get(leaf, leaf)])
+        heads = network.heads(shape[-1] // 3) if modules[-1] == "qkv" else 0
+        name = ".".join(["model", *modules, shared.LEAVES.get(leaf, leaf)])
+        name = re.sub(r"\.(enc|dec)_", r".\1.", name)
         entries.append(shared.Entry(name, path, shape, heads=heads, order=shared.EDM_ORDER))
     return entries
 

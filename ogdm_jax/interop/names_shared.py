@@ -9,7 +9,7 @@ import functools
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from flax import traverse_util
 from ogdm_jax.typing import PyTree
 
 Path = tuple[str, ...]
+Network = TypeVar("Network", bound=nn.Module)
 
 # Axes of the first dimension of a qkv kernel in a checkpoint: h heads, c channels of a head,
 # x = {q, k, v}. Ours is "xhc" everywhere, in which q, k and v are contiguous.
@@ -139,6 +140,18 @@ def image_input(network: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruc
     """A batch of one for `variable_shapes`: x and c_noise."""
     noise = jax.ShapeDtypeStruct((1,), jnp.float32)
     return image(network.img_resolution, network.img_channels), noise
+
+
+def make(cls: type[Network], settings: Mapping[str, Any]) -> Network:
+    """The network with these attributes; lists, which JSON has, become tuples.
+
+    Raises:
+      ValueError: an attribute that it does not have.
+    """
+    unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown setting {unknown[0]!r}")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 
 
 def path_entry(path: Path, shape: tuple[int, ...]) -> Entry:

@@ -51,7 +51,6 @@ class Operator:
       forward: x0 [B,H,W,C] -> y [B,...].
       transpose: y -> A^T y of a linear operator, else None.
       spectrum: (h, w, c) -> Spectrum where it is known, else None.
-      observed: y -> [B], how many numbers of each measurement carry information; None: all of them.
       hide: y -> y, clears the numbers that carry none (hidden pixels); None: there are none.
     """
 
@@ -59,7 +58,6 @@ class Operator:
     forward: Function
     transpose: Function | None = None
     spectrum: Callable[[tuple[int, int, int]], Spectrum] | None = None
-    observed: Callable[[Array], Array] | None = None
     hide: Function | None = None
     __repr__ = brief
 
@@ -76,7 +74,7 @@ class Operator:
     def after(self, function: Function) -> "Operator":
         """The operator of function(z), such as of decoded latents: no adjoint, no spectrum."""
         forward = lambda z: self.forward(function(z))
-        return Operator(self.name, forward, observed=self.observed, hide=self.hide)
+        return Operator(self.name, forward, hide=self.hide)
 
     @property
     def linear(self) -> bool:
@@ -109,9 +107,9 @@ class Operator:
 
     def count(self, y: Array) -> Array:
         """[B] how many numbers of y are measured (m of the residual ratio)."""
-        if self.observed is not None:
-            return self.observed(y)
-        return jnp.full(y.shape[:1], np.prod(y.shape[1:]), y.dtype)
+        ones = jnp.ones_like(y)
+        seen = ones if self.hide is None else self.hide(ones)
+        return jnp.sum(seen.reshape(len(y), -1), axis=1)
 
 
 def image_shape(x: Array) -> tuple[int, int, int]:
@@ -147,11 +145,7 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
     def spectrum(shape: tuple[int, int, int]) -> Spectrum:
         return Spectrum(lambda x: x, lambda x: x, cover, jnp.asarray(mask, jnp.float32))
 
-    def observed(y: Array) -> Array:
-        seen = jnp.broadcast_to(jnp.asarray(mask, y.dtype), y.shape)
-        return jnp.sum(seen, axis=(1, 2, 3))
-
-    return Operator("inpaint", cover, cover, spectrum, observed, cover)
+    return Operator("inpaint", cover, cover, spectrum, cover)
 
 
 def _both_axes(rows: np.ndarray, columns: np.ndarray, x: Array) -> Array:

@@ -3,7 +3,8 @@ trained on the features of an encoder with constant weights.
 """
 
 import dataclasses
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -11,6 +12,14 @@ from ogdm_jax.networks.adm_openai import ADMEncoder
 from ogdm_jax.typing import Array, PyTree
 
 TIME_SCALE = 999.0  # encoders are asked at times in [0, 1] and embed 999 times them
+# the head on 8x8 features
+AUTHORS_HEAD: Mapping[str, Any] = {
+    "model_channels": 128,
+    "channel_mult": (1,),
+    "num_blocks": 2,
+    "attn_resolutions": (8,),
+    "head_channels": 64,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +97,20 @@ def build(
     channels: int,
     label_dim: int = 0,
     extractor: ADMEncoder | None = None,
-    model_channels: int = 128,
-    channel_mult: tuple[int, ...] = (1,),
-    num_blocks: int = 2,
-    attn_resolutions: tuple[int, ...] = (8,),
-    head_channels: int = 64,
-    dropout: float = 0.0,
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
+    **settings: Any,
 ) -> FeatureDiscriminator:
-    """The discriminator of images of this size; the defaults are the authors' head on 8x8 features.
+    """The discriminator of images of this size.
+
+    Args:
+      side: of the images.
+      channels: of the images.
+      label_dim: classes of the head, 0 if it is unconditional.
+      extractor: see FeatureDiscriminator.
+      dtype: compute type.
+      remat: recompute the blocks' activations in the backward pass.
+      **settings: attributes of the head that differ from AUTHORS_HEAD.
 
     Raises:
       ValueError: an extractor of other images, or a side that the levels cannot halve.
@@ -111,23 +124,18 @@ def build(
             )
         extractor = extractor.clone(time_scale=TIME_SCALE, dtype=dtype, remat=remat)
         side, channels = extractor.sides[-1], extractor.widths[-1]
-    if side % 2 ** (len(channel_mult) - 1):
-        raise ValueError(
-            f"channel_mult: {tuple(channel_mult)} given; its levels do not halve a side of {side}"
-        )
+    settings = AUTHORS_HEAD | settings
+    mult = tuple(settings["channel_mult"])
+    if side % 2 ** (len(mult) - 1):
+        raise ValueError(f"channel_mult: {mult} given; its levels do not halve a side of {side}")
     head = ADMEncoder(
         img_resolution=side,
         img_channels=channels,
         out_channels=1,
         label_dim=label_dim,
-        model_channels=model_channels,
-        channel_mult=tuple(channel_mult),
-        num_blocks=num_blocks,
-        attn_resolutions=tuple(attn_resolutions),
-        head_channels=head_channels,
-        dropout=dropout,
         time_scale=TIME_SCALE,
         dtype=dtype,
         remat=remat,
+        **settings,
     )
     return FeatureDiscriminator(head, extractor)
