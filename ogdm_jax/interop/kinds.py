@@ -1,5 +1,6 @@
 """What network a state dict is: one function a kind, (state, shapes, settings given) -> Match."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -25,12 +26,12 @@ _Settings = dict[str, Any]
 
 
 class Match(NamedTuple):
-    """The network of a state dict, the tensors it needs, and how they become its variables."""
+    """The network of a state dict, the tensors it needs, and what makes its variables of them."""
 
     network: nn.Module
     needed: Mapping[str, tuple[int, ...]]
     optional: set[str]  # names that the state may have beside them
-    convert: Callable[[Mapping[str, np.ndarray]], PyTree]
+    convert: Callable[[Mapping[str, np.ndarray], Any], PyTree]  # (state, network)
 
 
 def _shapes_of(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
@@ -46,7 +47,7 @@ def _edm(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
         network,
         {name.removeprefix(prefix): shape for name, shape in needed},
         set(filter(names_edm.is_constant, shapes)),
-        lambda s: names_edm.edm_to_flax(s, network),
+        names_edm.edm_to_flax,
     )
 
 
@@ -62,7 +63,8 @@ def _openai(cls: type[networks.ADMUNet | networks.ADMEncoder], settings: _Settin
     order = settings.pop("qkv_order")
     network = make(cls, settings)
     needed = _shapes_of(names_adm.adm_entries(network, order))
-    return Match(network, needed, set(), lambda s: names_adm.adm_to_flax(s, network, order))
+    convert = functools.partial(names_adm.adm_to_flax, qkv_order=order)
+    return Match(network, needed, set(), convert)
 
 
 def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
@@ -70,8 +72,7 @@ def _score_sde(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     network = names_edm.edm_network({"dropout": 0.0, "model_type": "SongUNet"} | found | settings)
     network = cast(networks.SongUNet, network)
     needed = names_score_sde.score_sde_shapes(network)
-    convert = lambda s: names_score_sde.score_sde_to_flax(s, network)
-    return Match(network, needed, {"sigmas"}, convert)
+    return Match(network, needed, {"sigmas"}, names_score_sde.score_sde_to_flax)
 
 
 def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
@@ -81,7 +82,7 @@ def _discriminator(state: _State, shapes: recognise.Shapes, settings: _Settings)
         network,
         _shapes_of(names_discriminator.discriminator_entries(network)),
         set(filter(names_discriminator.is_constant, shapes)),
-        lambda s: names_discriminator.discriminator_to_flax(s, network),
+        names_discriminator.discriminator_to_flax,
     )
 
 
@@ -103,7 +104,7 @@ def _inception(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
             for name, raw in raw_names.items()
             if raw.endswith("num_batches_tracked") or raw.startswith(unused)
         },
-        lambda s: names_inception.inception_to_flax(s, network),
+        names_inception.inception_to_flax,
     )
 
 
@@ -114,15 +115,14 @@ def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     network = make(networks.DiT, recognise_latent.dit_settings(known, settings))
     needed = _shapes_of(names_latent.dit_entries(network))
     if not theirs:
-        convert = lambda s: names_latent.dit_to_flax(s, network)
-        return Match(network, needed, {"pos_embed"}, convert)
+        return Match(network, needed, {"pos_embed"}, names_latent.dit_to_flax)
     split = {}
     for name, (rows, *rest) in needed.items():
         thirds = 3 if "attn.qkv." in name else 1
         parts = names_latent.diffusers_dit(name, network.depth)
         split |= dict.fromkeys(parts, (rows // thirds, *rest))
-    ours = lambda s: names_latent.dit_from_diffusers(s, network)
-    return Match(network, split, set(), lambda s: names_latent.dit_to_flax(ours(s), network))
+    ours = names_latent.dit_from_diffusers
+    return Match(network, split, set(), lambda s, net: names_latent.dit_to_flax(ours(s, net), net))
 
 
 def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
@@ -132,8 +132,7 @@ def _autoencoder(state: _State, shapes: recognise.Shapes, settings: _Settings) -
     known = {name: shapes[theirs] for name, theirs in named.items()}
     network = make(networks.AutoencoderKL, recognise_latent.autoencoder_settings(known, settings))
     needed = _stored(_shapes_of(names_latent.vae_entries(network)), named, shapes)
-    beside = names_latent.vae_beside(shapes)
-    return Match(network, needed, beside, lambda s: names_latent.vae_to_flax(s, network))
+    return Match(network, needed, names_latent.vae_beside(shapes), names_latent.vae_to_flax)
 
 
 def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
@@ -142,7 +141,7 @@ def _sd_unet(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Ma
     ldm = names_latent.ldm_unet_names(network) if "time_embed.0.weight" in shapes else {}
     named = {ours: theirs for theirs, ours in ldm.items()}
     needed = _stored(_shapes_of(names_latent.sd_unet_entries(network)), named, shapes)
-    return Match(network, needed, set(), lambda s: names_latent.sd_unet_to_flax(s, network))
+    return Match(network, needed, set(), names_latent.sd_unet_to_flax)
 
 
 def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
@@ -150,12 +149,12 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     stacked: those the conversion checks.
     """
     network = make(networks.CLIPText, recognise_latent.clip_settings(shapes, settings))
-    convert = lambda s: names_latent.clip_to_flax(s, network)
     if "ln_final.weight" in shapes:
-        return Match(network, {}, set(shapes), convert)
+        return Match(network, {}, set(shapes), names_latent.clip_to_flax)
     named = names_latent.clip_names(shapes)
     needed = _stored(_shapes_of(names_latent.clip_entries(network)), named, shapes)
-    return Match(network, needed, names_latent.clip_beside(shapes, network.depth), convert)
+    beside = names_latent.clip_beside(shapes, network.depth)
+    return Match(network, needed, beside, names_latent.clip_to_flax)
 
 
 def _stored(

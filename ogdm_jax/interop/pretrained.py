@@ -198,7 +198,7 @@ def match(
         ) from error
     extra = _compare(kind, shapes, found.needed, found.optional)
     return found.network, lambda full: found.convert(
-        {name: value for name, value in full.items() if name not in extra}
+        {name: value for name, value in full.items() if name not in extra}, found.network
     )
 
 

@@ -312,32 +312,23 @@ def _fits(shapes: Shapes, depth: int) -> bool:
         down = blocks[start + depth : start + depth + 1]
         if any("op" in parts for parts in inside) or len({"qkv" in parts for parts in inside}) > 1:
             return False
-        if any("skip" in parts for parts in inside[1:] + down) or any(
-            "qkv" in parts for parts in down
-        ):
+        if any("skip_connection" in parts for parts in inside[1:] + down):
+            return False
+        if any("qkv" in parts for parts in down):
             return False
     return True
 
 
 def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
-    """What each numbered entry contains.
-
-    Of "res", "qkv" (attention), "op" (strided convolution), "conv" (upsampling), "up", "skip".
+    """The layers that each numbered entry contains: "qkv" (attention), "op" (strided convolution),
+    "conv" (upsampling), "up" (upsampling by a block), "skip_connection", and others.
     """
     found: dict[int, set[str]] = {}
     for name in shapes:
-        match = re.fullmatch(rf"{group}\.(\d+)\.(\d+)\.(.+)", name)
-        if match:
-            index, part, rest = int(match[1]), int(match[2]), match[3]
-            head = rest.split(".")[0]
-            kinds = {
-                "in_layers": "up" if part else "res",
-                "qkv": "qkv",
-                "op": "op",
-                "conv": "conv",
-                "skip_connection": "skip",
-            }
-            found.setdefault(index, set()).update({kinds[head]} if head in kinds else set())
+        if match := re.fullmatch(rf"{group}\.(\d+)\.(\d+)\.(\w+).*", name):
+            inside = found.setdefault(int(match[1]), set())
+            upwards = match[3] == "in_layers" and match[2] != "0"  # behind the block itself
+            inside.add("up" if upwards else match[3])
     if sorted(found) != list(range(len(found))):
         raise UnrecognisedError(
             f"state: {group} has the entries {sorted(found)}; expected 0, 1, 2, ... without a gap"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ogdm_jax.interop.names_latent import diffusers_dit
 from ogdm_jax.interop.recognise import Shapes, UnrecognisedError
 from ogdm_jax.networks.dit import SIZES
 
@@ -65,15 +66,9 @@ def dit_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 def dit_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """What `dit_settings` reads, by the authors' names, of a DiT in diffusers'."""
     blocks = _numbers(shapes, r"transformer_blocks\.(\d{1,4})\.")
-    at = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    return {
-        "x_embedder.proj.weight": shapes["pos_embed.proj.weight"],
-        "y_embedder.embedding_table.weight": shapes[at],
-        "final_layer.linear.weight": shapes["proj_out_2.weight"],
-    } | {
-        f"blocks.{i}.mlp.fc1.weight": shapes[f"transformer_blocks.{i}.ff.net.0.proj.weight"]
-        for i in blocks
-    }
+    modules = ["x_embedder.proj", "y_embedder.embedding_table", "final_layer.linear"]
+    read = [f"{module}.weight" for module in (*modules, *(f"blocks.{i}.mlp.fc1" for i in blocks))]
+    return {name: shapes[diffusers_dit(name, 1)[0]] for name in read}
 
 
 def vae_levels(shapes: Shapes) -> int:

@@ -8,7 +8,6 @@ condition, the minibatch statistics and the logit stay float32.
 """
 
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -27,10 +26,6 @@ def _leaky(x: Array, gain: float = math.sqrt(2.0)) -> Array:
 def _to_unit(x: Array) -> Array:
     """Rows of mean square 1."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-8)
-
-
-def _normal(scale: float = 1.0) -> Callable[..., Array]:
-    return nn.initializers.normal(scale)
 
 
 class EqualConv(nn.Module):
@@ -58,7 +53,8 @@ class EqualConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps x [B,H,W,C] to [B,H',W',features]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", _normal(), shape) * (1.0 / math.sqrt(math.prod(shape[:3])))
+        kernel = self.param("kernel", nn.initializers.normal(1.0), shape)
+        kernel = kernel * (1.0 / math.sqrt(math.prod(shape[:3])))
         x = conv2d(x, kernel.astype(x.dtype), self.padding, self.stride)
         if not self.bias:
             return x
@@ -83,9 +79,8 @@ class EqualDense(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps x [B,C] to [B,features]."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", _normal(1.0 / self.multiplier), shape) * (
-            self.multiplier / math.sqrt(shape[0])
-        )
+        kernel = self.param("kernel", nn.initializers.normal(1.0 / self.multiplier), shape)
+        kernel = kernel * (self.multiplier / math.sqrt(shape[0]))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) * self.multiplier
         return jnp.dot(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)[None, :]
 
