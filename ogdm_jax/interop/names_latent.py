@@ -210,60 +210,53 @@ def sd_unet_entries(network: UNet2DCondition) -> list[Entry]:
     return path_entries(network, *image_input(network), text)
 
 
+# diffusers' modules -> LDM's: in a residual block, and outside the levels
 _LDM_RES = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 _LDM_OUTSIDE = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
 }
-_MIDDLE = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.conv(?=\.))?")
 
 
 def ldm_unet_names(network: UNet2DCondition) -> dict[str, str]:
     """{LDM's name: diffusers' name} of the U-Net's tensors."""
-    places = dict(_LDM_OUTSIDE) | {f"middle_block.{i}": ours for i, ours in enumerate(_MIDDLE)}
-    levels, depth = len(network.widths), network.num_blocks
-    for level in range(levels):
-        down, first = f"down_blocks.{level}", 1 + level * (depth + 1)
-        for i in range(depth):
-            places[f"input_blocks.{first + i}.0"] = f"{down}.resnets.{i}"
-            places[f"input_blocks.{first + i}.1"] = f"{down}.attentions.{i}"
-        places[f"input_blocks.{first + depth}.0.op"] = f"{down}.downsamplers.0.conv"
-        up = f"up_blocks.{level}"
-        for i in range(depth + 1):
-            place = f"output_blocks.{level * (depth + 1) + i}"
-            places[f"{place}.0"] = f"{up}.resnets.{i}"
-            places[f"{place}.1"] = f"{up}.attentions.{i}"
-        child = 2 if network.attends[levels - 1 - level] else 1
-        end = f"output_blocks.{level * (depth + 1) + depth}"
-        places[f"{end}.{child}.conv"] = f"{up}.upsamplers.0.conv"
-    inside = {ours: theirs for theirs, ours in _LDM_RES.items()}
-    back = {ours: theirs for theirs, ours in places.items()}
+    depth, attends_up = network.num_blocks, network.attends[::-1]
+
+    def place(match: re.Match[str]) -> str:
+        level, part, i = int(match[2]), match[3], int(match[4])
+        first = level * (depth + 1)  # of the level; input_blocks.0 is the first convolution
+        if part == "downsamplers":
+            return f"input_blocks.{1 + first + depth}.0.op"
+        if part == "upsamplers":
+            return f"output_blocks.{first + depth}.{2 if attends_up[level] else 1}.conv"
+        block = (
+            f"input_blocks.{1 + first + i}" if match[1] == "down" else f"output_blocks.{first + i}"
+        )
+        return f"{block}.1" if part == "attentions" else f"{block}.0"
+
     found = {}
     for entry in sd_unet_entries(network):
-        place, rest = _longest(entry.name, back)
-        part, _, leaf = rest.rpartition(".")
-        part = inside.get(part, part) if ".resnets." in place else part
-        found[".".join(filter(None, (back[place], part, leaf)))] = entry.name
+        name = _LEVEL.sub(place, entry.name)
+        for ours, theirs in _LDM_OUTSIDE.items():
+            name = theirs + name.removeprefix(ours) if name.startswith(f"{ours}.") else name
+        for ours, theirs in _LDM_RES.items() if ".resnets." in entry.name else ():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        found[name] = entry.name
     return found
-
-
-def _longest(name: str, places: Mapping[str, str]) -> tuple[str, str]:
-    """(place, rest) of a name: the longest place that stands in front of it."""
-    parts = name.split(".")
-    for n in range(len(parts) - 1, 0, -1):
-        if ".".join(parts[:n]) in places:
-            return ".".join(parts[:n]), ".".join(parts[n:])
-    raise KeyError(name)
 
 
 def sd_unet_to_flax(state: Mapping[str, np.ndarray], network: UNet2DCondition) -> PyTree:
