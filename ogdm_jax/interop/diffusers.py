@@ -130,10 +130,8 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
             raise ValueError(
                 f"{path}: {field} {value!r} given; expected {' or '.join(map(repr, allowed))}"
             )
-    told: dict[str, Any] = {}
-    for theirs, (ours, default) in fields.items():
-        value = config.get(theirs)
-        told[ours] = default if value is None else value
+    given = {theirs: value for theirs, value in config.items() if value is not None}
+    told = {ours: given.get(theirs, default) for theirs, (ours, default) in fields.items()}
     if kind == "sd_unet":
         heads, widths = config.get("num_attention_heads"), config.get("block_out_channels")
         heads = told["heads"] if heads is None else heads

@@ -34,6 +34,7 @@ _PER_CHILD = 100  # bytes, about
 _MOST_PARTS = 500  # that are looked at closely, those with the most tensors
 _MOST_PREFIXES = 64  # of a part, with a known network under each
 _SHARDS = ("ShardedTensor", "DTensor")
+_GROUPS = ("_parameters", "_buffers", "_modules")  # attributes of an nn.Module
 Leaf = Tensor | Odd
 
 
@@ -264,8 +265,7 @@ def _leaf(value: Any) -> Leaf | None:
 
 
 def _is_network(node: Module) -> bool:
-    groups = ("_parameters", "_buffers", "_modules")
-    return any(node.state.get(group) for group in groups)
+    return any(node.state.get(group) for group in _GROUPS)
 
 
 def _module_leaves(part: Module) -> Iterator[tuple[str, Leaf]]:
@@ -275,10 +275,7 @@ def _module_leaves(part: Module) -> Iterator[tuple[str, Leaf]]:
     while pending:
         parent, own, module, depth = pending.pop()
         prefix = f"{parent}{own}." if depth else ""
-        groups = {
-            group: _named(module, group, MAX_NAME - len(prefix))
-            for group in ("_parameters", "_buffers", "_modules")
-        }
+        groups = {group: _named(module, group, MAX_NAME - len(prefix)) for group in _GROUPS}
         seen += 1 + sum(map(len, groups.values()))
         if seen > MAX_ENTRIES or depth > MAX_DEPTH:
             raise UnsafeFileError(

@@ -236,7 +236,8 @@ def torchvision_vgg(state: Mapping[str, np.ndarray]) -> PyTree:
         if kernel.shape != (width, inside, 3, 3) or bias.shape != (width,):
             depths = ()
             break
-        found[ours] = {"kernel": _hwio(kernel), "bias": np.asarray(bias, np.float32)}
+        kernel = np.asarray(kernel, np.float32).transpose(2, 3, 1, 0)
+        found[ours] = {"kernel": kernel, "bias": np.asarray(bias, np.float32)}
         inside = width
     if not depths:
         raise ValueError(
@@ -290,10 +291,6 @@ def read_tfjs(manifest: bytes, content: bytes) -> dict[str, np.ndarray]:
     if at != len(content):
         raise ValueError(f"its manifest describes {at} of {len(content)} bytes")
     return found
-
-
-def _hwio(kernel: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(kernel, np.float32).transpose(2, 3, 1, 0))
 
 
 def _on_device(weights: PyTree) -> PyTree:

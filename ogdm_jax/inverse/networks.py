@@ -12,18 +12,13 @@ from ogdm_jax.inverse.operators import HIGHEST, Function, Loss, Operator
 from ogdm_jax.typing import Array
 
 
-def style(
-    features: Callable[[Array], Array | Sequence[Array]], normalise: bool = False
-) -> Operator:
+def style(features: Callable[[Array], Array | Sequence[Array]]) -> Operator:
     """Gram matrices G = F^T F of features F [B,n,d] or [B,h,w,d] -> [B,d,d]; DSG's style loss
     compares them.
 
     Of several features at once (a list: the layers of a VGG) the matrices lie side by side, each
     divided by n d, [B, sum of d^2]: their squared distance is then the style loss of Gatys et al.
     (arXiv 1508.06576) with equal weights of the layers, but for a factor.
-
-    normalise divides by the number of positions n; the published loss does not (the direction is
-    the same).
     """
 
     def gram(f: Array) -> Array:
@@ -35,21 +30,17 @@ def style(
         if isinstance(found, Sequence):
             each = [(gram(f) / np.prod(f.shape[1:])).reshape(len(f), -1) for f in found]
             return jnp.concatenate(each, axis=1)
-        return gram(found) / np.prod(found.shape[1:-1]) if normalise else gram(found)
+        return gram(found)
 
     return Operator("style", forward)
 
 
-def embedding(network: Function, normalise: bool = True) -> Operator:
-    """What a network says of the image (identity, class, CLIP): [B,d], of unit length if
-    normalise.
-    """
+def embedding(network: Function) -> Operator:
+    """What a network says of the image (identity, class, CLIP): [B,d], of unit length."""
 
     def forward(x: Array) -> Array:
         e = network(x)
         e = e.reshape(e.shape[0], -1)
-        if not normalise:
-            return e
         square = jnp.sum(e**2, axis=1, keepdims=True)
         positive = square != 0  # of nan too, which stays
         return jnp.where(positive, e / jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import scipy.special
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from ogdm_jax import places
@@ -22,6 +22,7 @@ from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.networks.inception import prepare
 from ogdm_jax.networks.lite0 import EfficientNetLite0, prepare_lite0
+from ogdm_jax.sampling.generate import shardings
 from ogdm_jax.typing import Array, PyTree
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -69,10 +70,8 @@ class NetworkFeatures:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Callable, PyTree, NamedSharding, int]:
-        devices = np.array(jax.local_devices())
-        mesh = Mesh(devices, ("data",))
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        devices = jax.local_devices()
+        everywhere, rows = shardings(devices)
         run = jax.jit(self.forward, in_shardings=(everywhere, rows), out_shardings=rows)
         return run, jax.device_put(self.variables, everywhere), rows, len(devices)
 

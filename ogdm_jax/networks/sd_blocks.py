@@ -73,11 +73,6 @@ def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Ar
     return found.reshape(q.shape)
 
 
-def upsampled(x: Array, name: str, dtype: DTypeLike) -> Array:
-    """Nearest neighbours to twice the sides, then a 3x3 convolution."""
-    return Conv(x.shape[-1], 3, up=True, dtype=dtype, name=name)(x)
-
-
 def as_tokens(x: Array) -> Array:
     """[B,h,w,C] -> [B,hw,C]."""
     return jnp.reshape(x, (x.shape[0], -1, x.shape[-1]))

@@ -14,15 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
-from ogdm_jax.networks.sd_blocks import (
-    Conv,
-    Dense,
-    LayerNorm,
-    ResBlock,
-    as_tokens,
-    attend,
-    upsampled,
-)
+from ogdm_jax.networks.sd_blocks import Conv, Dense, LayerNorm, ResBlock, as_tokens, attend
 from ogdm_jax.networks.tapped import Asked, Tapped
 from ogdm_jax.typing import Array
 
@@ -176,7 +168,8 @@ class UNet2DCondition(Tapped):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self._pair(h, emb, context, level, at, j)
             if level:
-                h = upsampled(h, f"{at}.upsamplers.0.conv", dtype)
+                width, name = self.widths[level], f"{at}.upsamplers.0.conv"
+                h = Conv(width, 3, up=True, dtype=dtype, name=name)(h)
             yield f"up{i}", h
         h = nn.silu(layers.GroupNorm(_EPS, self.groups, name="conv_norm_out")(h))
         h = Conv(self.out_channels or self.img_channels, 3, dtype=dtype, name="conv_out")(h)

@@ -88,7 +88,7 @@ class UNet(Tapped):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = self._block(step, h, emb, asked.dropout_keys)
             yield step.name, h
-            if step.name == self._middle_name:
+            if step.name.endswith("_in1"):
                 yield "mid", h
             if step.down:
                 h, image = self._join_image(step, h, image)
@@ -169,10 +169,6 @@ class UNet(Tapped):
     @property
     def _first_name(self) -> str:
         return f"enc_{self.img_resolution}x{self.img_resolution}_conv"
-
-    @property
-    def _middle_name(self) -> str:
-        return f"dec_{self.sides[-1]}x{self.sides[-1]}_in1"
 
     # What a network overrides
 

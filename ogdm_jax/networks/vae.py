@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ogdm_jax.networks import layers
-from ogdm_jax.networks.sd_blocks import Conv, Dense, ResBlock, as_tokens, attend, upsampled
+from ogdm_jax.networks.sd_blocks import Conv, Dense, ResBlock, as_tokens, attend
 from ogdm_jax.typing import Array
 
 _EPS = 1e-6  # of every norm
@@ -111,7 +111,8 @@ class Decoder(_Coder):
             for i in range(self.num_blocks + 1):
                 h = self._block(h, width, f"{at}.resnets.{i}")
             if level < len(self.widths) - 1:
-                h = upsampled(h, f"{at}.upsamplers.0.conv", self.dtype)
+                name = f"{at}.upsamplers.0.conv"
+                h = Conv(width, 3, up=True, dtype=self.dtype, name=name)(h)
         return self._last(h, self.channels)
 
 
