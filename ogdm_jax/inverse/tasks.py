@@ -204,17 +204,13 @@ def _inpaint(settings: Settings, shape: Shape) -> Task:
     elif settings.mask == "box":
         one = lambda seed: degradations.box_mask(_rng(seed), side, side // 2, side // 16)
     else:
-        fixed = _mask_of(settings.mask, side)
+        need = "random, box or a picture (or .npy) of which black pixels are hidden"
+        there = places.place(settings.mask, "--task.mask").is_file()
+        require(there, "--task.mask", settings.mask, need)
+        fixed = given.mask(settings.mask, side)
         one = lambda seed: fixed
     draw = lambda seeds: {"mask": np.stack([one(seed) for seed in seeds])}
     return Task("inpaint", lambda drawn: operators.inpaint(drawn["mask"]), draw)
-
-
-def _mask_of(where: str, side: int) -> np.ndarray:
-    """[side,side,1]: 0 where a picture or an array is black."""
-    need = "random, box or a picture (or .npy) of which black pixels are hidden"
-    require(places.place(where, "--task.mask").is_file(), "--task.mask", where, need)
-    return given.mask(where, side)
 
 
 def _rng(seed: int) -> np.random.Generator:
@@ -234,10 +230,6 @@ def load_function(where: str) -> Callable[..., Any]:
     if not callable(getattr(module, name, None)):
         raise ValueError(f"--task.network: {path} has no function {name!r}")
     return getattr(module, name)
-
-
-def _steering(make: Callable[[Callable[..., Any]], Operator]) -> _Kind:
-    return _Kind(lambda settings, _: make(load_function(settings.network)), ("network",), False)
 
 
 def _measured_by(
@@ -295,7 +287,9 @@ _KINDS: dict[str, _Kind] = {
     "face_id": _measured_by(
         "face_id", networks.embedding, lambda s: perceptual.face_network(s.weights)
     ),
-    "embedding": _steering(networks.embedding),
+    "embedding": _Kind(
+        lambda s, _: networks.embedding(load_function(s.network)), ("network",), restores=False
+    ),
     "segmentation": _measured_by(
         "segmentation", networks.segmentation, lambda s: perceptual.segmentation_network(s.weights)
     ),
