@@ -25,27 +25,26 @@ _BLOCK = {
     "qkv": (1, "qkv"),
     "proj": (1, "proj_out"),
 }
-# what stands between block and tensor where a resampling is not a residual block
-_ALONE = {"up": ".conv", "down": ".0.op"}
+# what stands behind the entry where a resampling is not a residual block
+_ALONE = {"up": ".conv", "down": ".op"}
 
 
 def _prefixes(network: AdmNetwork) -> dict[str, str]:
-    """Our block -> OpenAI's entry.
-
-    An up-sampling is the last child of the block in front of it: a.b.child.
+    """Our block -> OpenAI's entry, with {} where the child comes; an up-sampling and the second
+    middle block are the last child of the entry in front of them.
     """
-    found = {network.layer_names[0]: "input_blocks.0"}
+    found = {network.layer_names[0]: "input_blocks.0.{}"}
     outputs, children = 0, 1
     for step in network.plan():
         if step.stores_skip:
-            found[step.name] = f"input_blocks.{len(found)}"
+            found[step.name] = f"input_blocks.{len(found)}.{{}}"
         elif step.takes_skip:
-            found[step.name] = f"output_blocks.{outputs}"
+            found[step.name] = f"output_blocks.{outputs}.{{}}"
             outputs, children = outputs + 1, 2 if step.attend else 1
         elif step.up:
             found[step.name] = f"output_blocks.{outputs - 1}.{children}"
         else:
-            found[step.name] = "middle_block" if step.attend else "middle_block.2"
+            found[step.name] = "middle_block.{}" if step.attend else "middle_block.2"
     return found
 
 
@@ -91,15 +90,12 @@ def adm_entries(network: AdmNetwork, qkv_order: str = "legacy") -> list[shared.E
             attention = bool(inner)  # of the pool, which alone has layers of its own
         elif inner:
             child, layer = _BLOCK[inner[0]]
-            prefix = prefixes[first]
-            # An up-sampling block and middle_block.2 name their only child already.
-            alone = prefix.count(".") == 2 or prefix == "middle_block.2"
-            name = f"{prefix}.{layer}.{weight}" if alone else f"{prefix}.{child}.{layer}.{weight}"
+            name = f"{prefixes[first].format(child)}.{layer}.{weight}"
             attention = child == 1
             heads = network.heads(shape[-1] // 3) if inner[0] == "qkv" else 0
         else:  # a convolution by itself: the first one, or resampling without a residual block
             kind = first.rpartition("_")[2]
-            name = f"{prefixes[first]}{_ALONE.get(kind, '.0')}.{weight}"
+            name = f"{prefixes[first].format(0)}{_ALONE.get(kind, '')}.{weight}"
         layout = "conv1d" if attention and leaf == "kernel" else "auto"
         layout = "same" if first == "map_label" else layout
         entries.append(shared.Entry(name, path, shape, layout, heads, _ORDERS[qkv_order]))

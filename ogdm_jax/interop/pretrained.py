@@ -313,13 +313,15 @@ def notes(file: TorchFile, part: Part, others: list[Part], state: _State) -> tup
     extra = [n for n in shapes if n not in used and recognise.is_extra(n, shapes[n])]
     ignored = [*extra, *part.beside]
     if ignored:
-        some = ", ".join(map(quote, ignored[:_LISTED]))
-        more = ", ..." if len(ignored) > _LISTED else ""
-        said.append(f"ignored: {len(ignored)} tensors ({some}{more})")
+        said.append(f"ignored: {len(ignored)} tensors ({_some([*map(quote, ignored)])})")
     types = sorted({str(value.dtype) for name, value in state.items() if name not in extra})
     if types not in ([], ["float32"]):
         said.append(f"stored as {', '.join(types)}; computed with float32")
     return tuple(said)
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:_LISTED]) + (", ..." if len(items) > _LISTED else "")
 
 
 def _plain(state: _State, kind: str | None = None) -> dict[str, np.ndarray]:
@@ -352,13 +354,8 @@ def _compare(
         for n, e in expected.items()
         if n in shapes and tuple(shapes[n]) != tuple(e)
     ]
-    found = [
-        f"{len(items)} {what} ({', '.join(items[:_LISTED])}"
-        f"{', ...' if len(items) > _LISTED else ''})"
-        for what, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
-        if items
-    ]
-    if found:
+    misfits = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
+    if found := [f"{len(items)} {k} ({_some(items)})" for k, items in misfits.items() if items]:
         raise ValueError(
             f"state: does not fit the {kind} network that it seems to be: {'; '.join(found)}"
         )
