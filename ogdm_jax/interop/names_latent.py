@@ -141,10 +141,9 @@ def vae_entries(network: AutoencoderKL) -> list[Entry]:
     return path_entries(network, image(network.factor * 2, network.img_channels))
 
 
-# diffusers' older files -> today's
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# LDM's modules -> diffusers', after the numbers of levels and blocks
-_LDM_VAE = {
+# LDM's modules -> diffusers', after the numbers of levels and blocks; and those of diffusers' older
+# files -> today's
+_OLD_VAE = {
     "norm_out": "conv_norm_out",
     "nin_shortcut": "conv_shortcut",
     "mid.block_1": "mid_block.resnets.0",
@@ -152,6 +151,10 @@ _LDM_VAE = {
     "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
     "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
     **{f"mid.attn_1.{part}": f"mid_block.attentions.0.to_{part}" for part in "qkv"},
+    "attentions.0.query": "attentions.0.to_q",
+    "attentions.0.key": "attentions.0.to_k",
+    "attentions.0.value": "attentions.0.to_v",
+    "attentions.0.proj_attn": "attentions.0.to_out.0",
 }
 _LDM_LEVEL = re.compile(r"\.(down|up)\.(\d+)\.(?:block\.(\d+)|(?:down|up)sample)\.")
 
@@ -166,9 +169,7 @@ def vae_name(name: str, levels: int) -> str:
         return at + (f"resnets.{block}." if block is not None else f"{way}samplers.0.")
 
     name = _LDM_LEVEL.sub(level, name)
-    for theirs, ours in (
-        _LDM_VAE | {f"attentions.0.{k}": f"attentions.0.{v}" for k, v in _OLD_ATTENTION.items()}
-    ).items():
+    for theirs, ours in _OLD_VAE.items():
         name = re.sub(rf"\.{re.escape(theirs)}\.", f".{ours}.", name)
     return name
 
