@@ -327,7 +327,7 @@ def _blocks(shapes: Shapes, group: str) -> list[set[str]]:
     for name in shapes:
         if match := re.fullmatch(rf"{group}\.(\d+)\.(\d+)\.(\w+).*", name):
             inside = found.setdefault(int(match[1]), set())
-            upwards = match[3] == "in_layers" and match[2] != "0"  # behind the block itself
+            upwards = match[3] == "in_layers" and int(match[2]) > 0  # behind the block itself
             inside.add("up" if upwards else match[3])
     if sorted(found) != list(range(len(found))):
         raise UnrecognisedError(
