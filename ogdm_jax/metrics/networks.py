@@ -91,9 +91,7 @@ class NetworkFeatures:
         quiet = len(images) <= 4 * batch or not sys.stderr.isatty()
         for i in tqdm(range(0, len(images), batch), desc=self.name, disable=quiet):
             part = images[i : i + batch]
-            padded = np.concatenate(
-                [part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)]
-            )
+            padded = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])
             queued.append(run(variables, jax.device_put(padded, rows)))
             if i:  # fetched while the devices are busy with the next batch
                 parts.append(jax.device_get(queued.pop(0)))

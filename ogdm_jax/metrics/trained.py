@@ -234,8 +234,7 @@ def _extract(params: PyTree, images: np.ndarray, batch: int = 512) -> tuple[np.n
     with jax.default_device(_cpu()):
         for i in range(0, len(images), batch):
             rows = images[i : i + batch]
-            missing = np.zeros((batch - len(rows), *rows.shape[1:]), np.uint8)
-            padded = np.concatenate([rows, missing])
+            padded = np.pad(rows, [(0, batch - len(rows)), (0, 0), (0, 0), (0, 0)])
             parts.append(jax.device_get(_features_and_probabilities(params, padded)))
     features, probabilities = (np.concatenate(a)[: len(images)] for a in zip(*parts))
     return features, probabilities
