@@ -124,7 +124,7 @@ def build(
             )
         extractor = extractor.clone(time_scale=TIME_SCALE, dtype=dtype, remat=remat)
         side, channels = extractor.sides[-1], extractor.widths[-1]
-    settings = AUTHORS_HEAD | settings
+    settings = {**AUTHORS_HEAD, **settings}
     mult = tuple(settings["channel_mult"])
     if side % 2 ** (len(mult) - 1):
         raise ValueError(f"channel_mult: {mult} given; its levels do not halve a side of {side}")
