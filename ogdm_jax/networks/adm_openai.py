@@ -7,6 +7,7 @@ kinds.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -99,8 +100,11 @@ class AttentionPool(nn.Module):
         place = self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c))
         tokens = tokens + place[None].astype(x.dtype)
         qkv = layers.Dense(3 * c, INIT, INIT, name="qkv_proj", dtype=x.dtype)(tokens)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, self.heads, c // self.heads), 2, 0)
-        pooled = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(b, c)
+        width = c // self.heads
+        q, k, v = (part.reshape(b, -1, self.heads, width) for part in jnp.split(qkv, 3, axis=-1))
+        logits = jnp.einsum("bhc,bthc->bht", q[:, 0], k) / math.sqrt(width)
+        weights = jax.nn.softmax(logits.astype(layers.wide(logits.dtype)), axis=-1).astype(v.dtype)
+        pooled = jnp.einsum("bht,bthc->bhc", weights, v).reshape(b, c)
         return layers.Dense(self.features, INIT, INIT, name="c_proj", dtype=x.dtype)(pooled)
 
 
