@@ -73,14 +73,18 @@ def _group_mean(v: Array, groups: int) -> Array:
     channels lie along the lanes of its registers, three copies for every mean. Of many channels two
     narrow products, as the C x C numbers of one are 26 MB for each norm of 2,560 channels.
     """
-    size = v.shape[-1] // groups
+    for factor in _factors(v.shape[-1], groups, v.dtype):
+        v = jnp.einsum("bhwc,cd->bhwd", v, factor, precision=lax.Precision.HIGHEST)
+    return v
+
+
+@functools.lru_cache(maxsize=64)  # a network has a norm for each block, of few widths
+def _factors(channels: int, groups: int, dtype: jnp.dtype) -> tuple[np.ndarray, ...]:
+    size = channels // groups
     member = np.repeat(np.eye(groups), size, axis=0)  # [C, groups]
     share = member / size
-    for factor in [share @ member.T] if len(member) <= _ONE_PRODUCT else [share, member.T]:
-        v = jnp.einsum(
-            "bhwc,cd->bhwd", v, jnp.asarray(factor, v.dtype), precision=lax.Precision.HIGHEST
-        )
-    return v
+    factors = (share @ member.T,) if channels <= _ONE_PRODUCT else (share, member.T)
+    return tuple(factor.astype(dtype) for factor in factors)
 
 
 def _backward(groups: int, eps: float, saved: _Saved, dy: Array) -> tuple[Array, Array, Array]:
