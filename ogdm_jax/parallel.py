@@ -107,9 +107,10 @@ class Plan:
         """Runs create(*args) compiled, each leaf made where it will live; the memory of arguments
         behind the first becomes the result's.
         """
+        create = platforms.traced_for(self.platform, create)  # of one function JAX keeps the trace
         shardings = self.state_shardings(jax.eval_shape(create, *args))
         lowered = jax.jit(
-            platforms.traced_for(self.platform, create),
+            create,
             out_shardings=shardings,
             donate_argnums=tuple(range(1, len(args))),
         ).lower(*args)
