@@ -77,17 +77,20 @@ def test_vp_is_score_sde_s_ode_in_its_own_time():
     vp, data, z = process.VP(), two_bumps(), latents(1)
     top, low = float(vp.sigma(1.0)), float(vp.sigma(1e-3))
 
+    score_at = jax.jit(data.score)
+
     def drift(t, x):
         beta, scale, sigma = 0.1 + 19.9 * t, float(vp.scale(t)), jnp.full(1, float(vp.sigma(t)))
-        score = data.score(jnp.asarray(x, jnp.float32).reshape(z.shape) / scale, sigma) / scale
+        score = score_at(jnp.asarray(x, jnp.float32).reshape(z.shape) / scale, sigma) / scale
         return -0.5 * beta * (x + np.asarray(score).ravel())
 
     start = np.asarray(z).ravel() * top * vp.scale(1.0)
     found = integrate.solve_ivp(drift, (1.0, 1e-3), start, "RK45", rtol=1e-5, atol=1e-5)
     end = jnp.asarray(found.y[:, -1].reshape(z.shape) / vp.scale(1e-3), jnp.float32)
-    x, count = sample(
-        data.denoise, z, np.array([top, low, 0.0]), "dopri5", variable="vp", with_nfe=True
-    )
+    ends = np.array([top, low, 0.0])
+    x, count = jax.jit(
+        lambda z: sample(data.denoise, z, ends, "dopri5", variable="vp", with_nfe=True)
+    )(z)
     np.testing.assert_allclose(x, data.denoise(end, jnp.full(1, low)), atol=2e-4)
     # Two steps more or less: the first step is chosen in another way, and float32.
     assert abs(int(count[0]) - found.nfev) <= 12
@@ -102,7 +105,9 @@ def test_evaluations_are_counted(trajectory):
         jax.debug.callback(lambda s: calls.append(float(s[0])), sigma)
         return data.denoise(x, sigma)
 
-    found = sample(denoise, latents(1), GRID, "dopri5", trajectory=trajectory, with_nfe=True)
+    found = jax.jit(
+        lambda z: sample(denoise, z, GRID, "dopri5", trajectory=trajectory, with_nfe=True)
+    )(latents(1))
     jax.effects_barrier()
     read = len(GRID) - 2 if trajectory else 0  # x0_hats that only the trajectory needs
     assert len(calls) == int(found[-1][0]) + read and min(calls) > 0
@@ -145,15 +150,14 @@ def test_transforms_of_the_denoiser_work():
     """Classifier-free guidance, and DG with the exact ratio of two Gaussians gives the other."""
     model, z = Gaussian(-0.3, 0.5), latents(64)
     ratio = lambda x, s, label=None: DATA.log_density(x, s) - model.log_density(x, s)
-    guided = sample(model.denoise, z, GRID, "dopri5", guidance=dg.guidance(ratio))
-    np.testing.assert_allclose(guided, sample(DATA.denoise, z, GRID, "dopri5"), atol=3e-4)
+    drawn = lambda denoise, **more: jax.jit(lambda z: sample(denoise, z, GRID, "dopri5", **more))(z)
+    guided = drawn(model.denoise, guidance=dg.guidance(ratio))
+    np.testing.assert_allclose(guided, drawn(DATA.denoise), atol=3e-4)
 
     def labelled(x, sigma, label):
         return jnp.where(column(label, x) >= 0, 1.0, 0.0) + 0 * x
 
-    x = sample(
-        labelled, z, GRID, "dopri5", label=jnp.zeros(64, jnp.int32), guidance=cfg.guidance(2.0)
-    )
+    x = drawn(labelled, label=jnp.zeros(64, jnp.int32), guidance=cfg.guidance(2.0))
     np.testing.assert_allclose(x, 2.0, atol=1e-4)
 
 

@@ -61,7 +61,8 @@ def test_every_configuration_builds_and_its_step_traces(name, monkeypatch):
     ]
     references = "stf.per_image=2" if name == "cifar10_stf_paper" else "stf.n=16"
     shrink += ["ogdm.channel_max=8", references, "network.head_channels=0"]
-    shrink += [] if "dit" in name or "sd21" in name else ["network.channel_mult=(1,2)"]
+    levels = "(1.0,2.0)" if "sd21" in name else "(1,2)"
+    shrink += [] if "dit" in name else [f"network.channel_mult={levels}"]
     config = configs.load(tiny.ROOT / "configs" / f"{name}.py", shrink)
     channels = 1 if side == 8 else 4 if "dit" in name or "sd21" in name else 3
     empty = np.zeros(77, np.int32) if "sd21" in name else None
