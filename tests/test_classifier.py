@@ -29,7 +29,7 @@ from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 from ogdm_jax.training.workdir import open_workdir
 from tests.reference.gaussian import Chain
-from tests.support import golden_support, tiny
+from tests.support import golden_support, networks, tiny
 from tests.support.commands import ogdm
 from tests.support.oracles import column, two_bumps
 
@@ -157,7 +157,7 @@ def save(folder, *more):
 def _saved(folder, run):
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, run.init(), about, {"step": 0})
+        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
     return folder
 
 
@@ -168,7 +168,8 @@ def write_classifier(path, classes=10, side=8, label_dim=0):
     )
     label = jnp.zeros(1, jnp.int32) if label_dim else None
     image = jnp.zeros((1, side, side, 1))
-    variables = jax.jit(network.init)(jax.random.key(0), image, jnp.zeros(1), label)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image, jnp.zeros(1), label)
+    variables = networks.born(shapes)
     save_file({n: np.asarray(v) for n, v in export.to_torch(network, variables).items()}, path)
     return path
 

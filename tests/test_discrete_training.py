@@ -16,7 +16,7 @@ from ogdm_jax.methods import ogdm
 from ogdm_jax.training import logs
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_source
-from tests.support import tiny
+from tests.support import networks, tiny
 
 ADM = (
     "network.kind=openai",
@@ -43,7 +43,7 @@ def test_loss_is_the_mean_squared_error_of_eps_times_the_pixels(run):
     """
     chain, t = Discrete.make(), np.array([0, 40, 500, 999])
     rng = np.random.default_rng(1)
-    params, _ = jax.jit(run.model.init)(jax.random.key(0))
+    params, _ = networks.born(jax.eval_shape(run.model.init, jax.random.key(0)))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(p.dtype), params)
     x0, eps = jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 1))
     sigma = jnp.asarray(chain.sigma[t], jnp.float32)

@@ -55,7 +55,7 @@ def test_every_process_gathers_the_weights(run, monkeypatch):
     measure, gathered = task.DENOISER.held_out(run), []
     monkeypatch.setattr(type(run.plan), "local_copy", lambda plan, tree: gathered.append(tree))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    state = run.init()
+    state = tiny.fresh(run)
     assert measure(state) == {} and gathered == [state.ema, state.buffers]
 
 

@@ -10,7 +10,7 @@ from ogdm_jax.cli import animation
 from ogdm_jax.config import ConfigError
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.training.workdir import Path, TrainedModel
-from tests.support import tiny
+from tests.support import networks, tiny
 
 pytestmark = pytest.mark.fast
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 def trained() -> TrainedModel:
     config = tiny.config("methods=", tiny.ONE_LEVEL, "sample.solver=euler", "sample.steps=2")
     model = models.build(config, (8, 8, 1), 10)
-    params, buffers = jax.jit(model.init)(jax.random.key(0))
+    params, buffers = networks.born(jax.eval_shape(model.init, jax.random.key(0)))
     return TrainedModel(config, model, params, buffers, 1200)
 
 

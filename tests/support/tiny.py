@@ -10,6 +10,7 @@ import numpy as np
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
+from tests.support import networks
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -48,6 +49,15 @@ def config(*more: str, name: str = "digits"):
 
 def build(*more: str, plan: str = "pmap", devices: int = 1) -> runs.Run:
     return runs.build(config(*more), data.open_source("digits"), parallel.make_plan(plan, devices))
+
+
+def fresh(run: runs.Run):
+    """The state of a run that has not begun, by `networks.born`: where only a folder is wanted."""
+    state = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run.create, run.key)
+    )
+    params, buffers = networks.born((state.params, state.buffers))
+    return run.plan.place(state.replace(params=params, ema=params, buffers=buffers))
 
 
 def train(run: runs.Run, steps: int):
