@@ -148,7 +148,8 @@ def test_no_file_but_two_knows_of_rules_for_the_cpu():
     knowing = [p for p in package.rglob("*.py") if re.search(r"\bcpu\.[a-zA-Z]", p.read_text())]
     assert sorted(p.name for p in knowing) == ["convolution.py", "layers.py"]
     used = re.findall(r"\bcpu\.\w+", "".join(p.read_text() for p in knowing))
-    assert set(used) == {"cpu.choose", "cpu.compute_once", "cpu.convolve", "cpu.depthwise"}
+    rules = ("attend", "choose", "compute_once", "convolve", "convolve_doubled", "depthwise")
+    assert set(used) == {f"cpu.{name}" for name in rules}
 
 
 @pytest.mark.fast
