@@ -3,7 +3,7 @@ diffusion.py, together in whole.py), which have an effect (effects.py), and how 
 Python file and the command line (files.py).
 """
 
-from ogdm_jax.config.diffusion import Noise, Precondition
+from ogdm_jax.config.diffusion import Precondition
 from ogdm_jax.config.effects import check_sense, check_typed
 from ogdm_jax.config.fields import (
     ConfigError,
@@ -27,7 +27,7 @@ from ogdm_jax.config.files import (
     spelled,
     to_json,
 )
-from ogdm_jax.config.groups import Data, Evaluate, Optim, Parallel, Sample
+from ogdm_jax.config.groups import Parallel, Sample
 from ogdm_jax.config.network import Network
 from ogdm_jax.config.whole import Config, flatten, make, replace, resolve
 
@@ -35,12 +35,8 @@ __all__ = [
     "SHIPPED",
     "Config",
     "ConfigError",
-    "Data",
-    "Evaluate",
     "Group",
     "Network",
-    "Noise",
-    "Optim",
     "Parallel",
     "Precondition",
     "Sample",

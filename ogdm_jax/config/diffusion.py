@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ogdm_jax.config.fields import Group, decided, require, setting
+from ogdm_jax.config.fields import Group, decided, setting
 
 _DISCRETE = ("precondition.kind=adm|v", "noise.distribution=ddpm|v")
 _NORMAL = "distribution=edm|logit_normal"
@@ -64,10 +64,9 @@ class Precondition(Group):
 
     def _check_together(self) -> None:
         least = {"linear": 20, "scaled_linear": 12}.get(self.schedule, 1)
-        steps, few = self.diffusion_steps, self.diffusion_steps <= least
         name = self.schedule
         more = f"more than {least} with the {name} schedule, whose betas are above 1 otherwise"
-        require(not few, "precondition.diffusion_steps", steps, more)
+        self._require(self.diffusion_steps > least, "diffusion_steps", more)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import difflib
 import functools
 import itertools
 import math
+import operator
 import types
 import typing
 import unicodedata
@@ -28,6 +29,7 @@ from ogdm_jax.brief import brief
 _UNITS = {"steps": None, "step": None, "images": 1, "kimg": 1_000, "Mimg": 1_000_000}
 _FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest that a device can hold
 _WHOLE = 2**31 - 1
+_WITHIN = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 
 
 class ConfigError(ValueError):
@@ -139,11 +141,21 @@ class Group:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting out of range."""
-        check(self, self.GROUP or type(self).__name__.lower(), self.PREFIX)
+        check(self, self._name, self.PREFIX)
         self._check_together()
+
+    @property
+    def _name(self) -> str:
+        return self.GROUP or type(self).__name__.lower()
 
     def _check_together(self) -> None:
         """Checks what concerns several fields of the group."""
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        """Raises ConfigError with the name and value of a field unless the condition holds."""
+        if not condition:
+            given = f"{self.PREFIX}{self._name}.{name}: {shown(getattr(self, name))} given"
+            raise ConfigError(f"{given}; expected {expected}")
 
 
 @functools.cache
@@ -251,17 +263,8 @@ def _wrong(value: Any, field: dataclasses.Field[Any]) -> str:
             return "0 or a number from 1.2e-38 to 3.4e38, which float32 can hold"
     elif abs(value) > (largest := max(_WHOLE, limits.get("most", 0))):
         return f"a whole number of at most {largest}"
-    return "" if _within(value, limits) else expected(field)
-
-
-def _within(value: float, limits: Mapping[str, float]) -> bool:
-    """Whether a number is inside the limits."""
-    return (
-        value >= limits.get("least", -math.inf)
-        and value <= limits.get("most", math.inf)
-        and ("above" not in limits or value > limits["above"])
-        and ("below" not in limits or value < limits["below"])
-    )
+    within = all(_WITHIN[name](value, limit) for name, limit in limits.items())
+    return "" if within else expected(field)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

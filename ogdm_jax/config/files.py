@@ -138,19 +138,18 @@ def override(config: ConfigDict, text: str) -> None:
 
 def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """The group in which a key lies, and its last name."""
-    node: Any = config
-    *groups, leaf = parts = key.split(".")
+    group = node = config
+    parts = key.split(".")
     for i, part in enumerate(parts):
-        if not isinstance(node, ConfigDict) or part not in node:
-            known = sorted(node) if isinstance(node, ConfigDict) else []
-            where = ".".join(groups[:i]) or "the configuration"
+        group, known = node, sorted(node) if isinstance(node, ConfigDict) else []
+        if part not in known:
+            where = ".".join(parts[:i]) or "the configuration"
             raise ConfigError(
                 f"--config.{key}: unknown key {part!r}{_meant(where, part, known)}; {where} has "
                 f"{', '.join(known) or 'no sub-keys'}"
             )
-        if i < len(groups):
-            node = node[part]
-    return node, leaf
+        node = group[part]
+    return group, parts[-1]
 
 
 def _meant(group: str, name: str, known: list[str]) -> str:
@@ -160,13 +159,12 @@ def _meant(group: str, name: str, known: list[str]) -> str:
     return f"; it is now {new[0]}" if new else suggestion(name, known)
 
 
-def spelled(config: ConfigDict | Config) -> list[str]:
+def spelled(config: ConfigDict) -> list[str]:
     """Every setting as one could type it: ["--config.seed=0", ...]."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else plain(config)
     text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return [
         f"--config.{k}={shlex.quote(text(v)) if v != '' else ''}"
-        for k, v in flatten(values).items()
+        for k, v in flatten(config.to_dict()).items()
     ]
 
 

@@ -8,7 +8,7 @@ Durations are "N steps", "N images", "N kimg" or "N Mimg"; images are counted ov
 import dataclasses
 from typing import Any
 
-from ogdm_jax.config.fields import Group, decided, free, require, setting
+from ogdm_jax.config.fields import Group, decided, free, setting
 
 # What `sampling.sampler` and `sampling.generate` have under these names.
 SOLVERS = (
@@ -90,8 +90,7 @@ class Data(Group):
     )
 
     def _check_together(self) -> None:
-        stored = "1, 3, or 0 for images as stored"
-        require(self.channels in (0, 1, 3), "data.channels", self.channels, stored)
+        self._require(self.channels in (0, 1, 3), "channels", "1, 3, or 0 for images as stored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +149,7 @@ class Ema(Group):
     )
 
     def _check_together(self) -> None:
-        different = "each width once"
-        require(len(set(self.stds)) == len(self.stds), "ema.stds", self.stds, different)
+        self._require(len(set(self.stds)) == len(self.stds), "stds", "each width once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,25 +302,19 @@ class Sample(Group):
     def _check_together(self) -> None:
         stochastic = self.solver in ("ddim", "heun", "dpmpp_2m_sde")
         expected = "0 but with dpmpp_2m_sde, ddim or heun"
-        require(self.eta == 0 or stochastic, "sample.eta", self.eta, expected)
+        self._require(self.eta == 0 or stochastic, "eta", expected)
         chosen = self.variance == "auto" or self.solver == "ancestral"
-        require(chosen, "sample.variance", self.variance, "auto but with ancestral")
+        self._require(chosen, "variance", "auto but with ancestral")
         below = f"less than sample.sigma_max, {self.sigma_max}"
-        require(self.sigma_min < self.sigma_max, "sample.sigma_min", self.sigma_min, below)
+        self._require(self.sigma_min < self.sigma_max, "sigma_min", below)
         if self.grid == "pndm":
-            require(
-                self.solver in ("spndm", "fpndm"),
-                "sample.solver",
-                self.solver,
-                "spndm or fpndm with the grid 'pndm'",
-            )
-            require(
-                not self.clip,
-                "sample.clip",
-                self.clip,
+            solvers = "spndm or fpndm with the grid 'pndm'"
+            self._require(self.solver in ("spndm", "fpndm"), "solver", solvers)
+            unclipped = (
                 "False with the grid 'pndm', whose released code does not clip; the grids ddim and "
-                "respaced do",
+                "respaced do"
             )
+            self._require(not self.clip, "clip", unclipped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ogdm_jax.config.fields import Group, decided, free, require, setting
+from ogdm_jax.config.fields import Group, decided, free, setting
 
 _UNETS = "kind=song|dhariwal|openai"
 
@@ -86,15 +86,12 @@ class Network(Group):
     remat: bool = free(False, "recompute activations in the backward pass")
 
     def _check_together(self) -> None:
-        width, taps = self.model_channels, self.resample_filter
         even = "an even number of channels, at least 4"
-        require(width % 2 == 0, "network.model_channels", width, even)
+        self._require(self.model_channels % 2 == 0, "model_channels", even)
         levels = "1 to 14 positive numbers"
-        require(
-            1 <= len(self.channel_mult) <= 14, "network.channel_mult", self.channel_mult, levels
-        )
+        self._require(1 <= len(self.channel_mult) <= 14, "channel_mult", levels)
         filters = "an even number of taps with a positive sum, such as (1, 1) or (1, 3, 3, 1)"
-        good = len(taps) % 2 == 0 and sum(taps) > 0
-        require(good, "network.resample_filter", taps, filters)
+        taps = self.resample_filter
+        self._require(len(taps) % 2 == 0 and sum(taps) > 0, "resample_filter", filters)
         fits, parts = self.context % self.text_heads == 0, f"a divisor of the width {self.context}"
-        require(self.kind != "sd" or fits, "network.text_heads", self.text_heads, parts)
+        self._require(self.kind != "sd" or fits, "text_heads", parts)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from ogdm_jax.brief import brief
 from ogdm_jax.config.diffusion import Noise, Precondition
-from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, shown, suggestion
+from ogdm_jax.config.fields import ConfigError, check, duration, require, setting, suggestion
 from ogdm_jax.config.groups import Data, Ema, Evaluate, Init, Log, Optim, Parallel, Sample, Train
 from ogdm_jax.config.network import Network
 
@@ -115,9 +115,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     top: dict[str, Any] = {}
     others: dict[str, Mapping[str, Any]] = {}
     for name, value in values.items():
-        if name in GROUPS and not isinstance(value, Mapping):
-            raise ConfigError(f"config.{name}: {shown(value)} given; expected a group of settings")
         if name in GROUPS:
+            require(isinstance(value, Mapping), name, value, "a group of settings")
             top[name] = make(GROUPS[name], value, name)
         elif isinstance(value, Mapping):
             if name != "others":  # folders of before have an empty group of this name

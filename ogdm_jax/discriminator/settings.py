@@ -68,7 +68,7 @@ class Settings(Group):
 
     def _check_together(self) -> None:
         before = f"less than dg.time_max, {self.time_max}"
-        require(self.time_min < self.time_max, "dg.time_min", self.time_min, before)
+        self._require(self.time_min < self.time_max, "time_min", before)
 
     def weight_with(self, solver: str) -> float:
         """`weight`, or its default under a solver."""
