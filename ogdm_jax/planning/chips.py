@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ogdm_jax.config import ConfigError
+from ogdm_jax.config import ConfigError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +59,18 @@ def topology(words: str) -> tuple[str, tuple[Any, ...]]:
     """
     chip, colon, shape = words.partition(":")
     sides = shape.split("x")
-    if chip not in TPUS or not colon or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ConfigError(
-            f"--plan-for: {words!r} given; expected a chip ({', '.join(TPUS)}) and a shape, such "
-            "as v5e:4x4, v5p:2x2x1"
-        )
+    known = chip in TPUS and colon and all(side.isdigit() and int(side) > 0 for side in sides)
+    need = f"a chip ({', '.join(TPUS)}) and a shape, such as v5e:4x4, v5p:2x2x1"
+    require(bool(known), "--plan-for", words, need)
     chips = math.prod(map(int, sides))
-    known = {
+    variables = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{_ACCELERATOR[chip]}-{chips * _CORES.get(chip, 1)}",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so nothing is shared
     }
-    for name, value in known.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ogdm_jax import data, parallel
-from ogdm_jax.config import Config, ConfigError
+from ogdm_jax.config import Config, ConfigError, require
 from ogdm_jax.discriminator.run import planned
 from ogdm_jax.latents import Latents
 from ogdm_jax.planning import flops
@@ -87,10 +87,8 @@ def source_like(
     shape, labels, count = known or (None, 0, 50_000)
     if image_shape:
         sides = image_shape.split(",")
-        if len(sides) != 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
-            raise ConfigError(
-                f"--image-shape: {image_shape!r} given; expected H,W,C such as 32,32,3"
-            )
+        three = len(sides) == 3 and all(side.strip().isdigit() and int(side) for side in sides)
+        require(three, "--image-shape", image_shape, "H,W,C such as 32,32,3")
         shape = tuple(int(side) for side in sides)
     if shape is None:
         raise ConfigError(

@@ -17,13 +17,11 @@ from ogdm_jax.data.pictures import encode, grid
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.report import charts
 from ogdm_jax.report.findings import Findings, Path
+from ogdm_jax.report.inputs import NUMBERS, SHARES
 from ogdm_jax.report.numbers import nice
 from ogdm_jax.report.templates import environment
 
 _STEPS = 12  # of a trajectory, at most
-_PLAIN = ("solver", "steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
-_PLAIN += ("n_samples", "n_reference")
-_FLOORED = ("kid", "precision", "recall", "density", "coverage")
 
 
 def page(found: Findings) -> str:
@@ -58,10 +56,10 @@ def _distances(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Chart and table of the distances."""
     space = reports[0]["features"]
     headings = ["solver", "steps", "NFE", "n", space, "floor", "ratio", "all"]
-    headings += ["samples", "reference", *_FLOORED]
+    headings += ["samples", "reference", *SHARES]
     rows = [
-        [r[name] for name in _PLAIN]
-        + [f"{_share(r.get(name))} ({_share(r.get(name + '_floor'))})" for name in _FLOORED]
+        [r[name] for name in ("solver", *NUMBERS)]
+        + [f"{_share(r.get(name))} ({_share(r.get(name + '_floor'))})" for name in SHARES]
         for r in sorted(reports, key=lambda r: (r["solver"], r["nfe"]))
     ]
     chart = _svgs([charts.distance_chart(reports)])
@@ -110,9 +108,9 @@ def _png(image: np.ndarray | bytes, alt: str, width: int | None = None) -> Marku
     return Markup('<img alt="{}"{} src="data:image/png;base64,{}">').format(alt, size, data)
 
 
-def _grid(images: np.ndarray, alt: str, columns: int = 8, most: int = 64) -> Markup:
+def _grid(images: np.ndarray, alt: str) -> Markup:
     """A grid about 450 pixels wide on the screen, by whole pixels where that can be."""
-    images = to_uint8(images)[:most]
-    picture = grid(images, columns=min(columns, len(images)), padding=1)
+    images = to_uint8(images)[:64]
+    picture = grid(images, columns=min(8, len(images)), padding=1)
     whole = picture.shape[1] * (480 // picture.shape[1])
     return _png(picture, alt, whole if whole >= 400 else 480)

@@ -15,10 +15,10 @@ from ogdm_jax.training import evaluations, logs
 
 CURVES = 100  # names of numbers whose curves a page shows
 _TEXTS = ("features", "solver")
-_NUMBERS = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
-_NUMBERS += ("n_samples", "n_reference")
+NUMBERS = ("steps", "nfe", "n", "fd", "floor", "fd_over_floor", "fd_all")
+NUMBERS += ("n_samples", "n_reference")
 _WHOLE = ("steps", "nfe", "n", "n_samples", "n_reference")
-_SHARES = ("kid", "precision", "recall", "density", "coverage")
+SHARES = ("kid", "precision", "recall", "density", "coverage")
 
 
 class Found(NamedTuple):
@@ -153,13 +153,13 @@ def _distance(report: Any, path: str, known: str) -> dict[str, Any]:
         if not isinstance(report.get(name), str):
             raise ValueError(f"--distances: {path} has no {name} of the right type; {known}")
         report[name] = printable(report[name])
-    for name in _NUMBERS:
+    for name in NUMBERS:
         value = number(report.get(name))
         word = report.get(name) == "nan"
         if not word and math.isnan(value) or name in _WHOLE and not 0 < value < 2**53:
             raise ValueError(f"--distances: {path} has no {name} of the right type; {known}")
         report[name] = int(value) if name in _WHOLE else value
-    for name in (*_SHARES, *(f"{share}_floor" for share in _SHARES)):
+    for name in (*SHARES, *(f"{share}_floor" for share in SHARES)):
         if name in report:
             report[name] = number(report[name])
     return report
