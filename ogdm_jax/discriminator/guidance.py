@@ -82,7 +82,7 @@ def open_guidance(
     Raises:
       CheckpointError: no discriminator there.
       ConfigError: an unknown preset.
-      ValueError: a conditional discriminator and images without a class; see `guidance_of`.
+      ValueError: a conditional discriminator and images without a class.
     """
     if step is None and evaluations.ranked(evaluations.read(workdir), steps.complete(workdir)):
         step = "best"
@@ -175,15 +175,8 @@ def guidance_of(
       extractor: params of its extractor, or None.
       boost_churn: S_churn of boosted images, see `dg.Boost`.
       rule: of `dg.guidance`.
-
-    Raises:
-      ValueError: an empty window.
     """
     times = settings.time_min, settings.time_max
-    if not 0 <= times[0] < times[1]:
-        raise ValueError(
-            f"time_min={times[0]}, time_max={times[1]}; expected 0 <= time_min < time_max"
-        )
     low, high = (float(dg.vp_sigma(np.float64(time))) for time in times)
     boost = None
     if settings.boost:

@@ -23,6 +23,8 @@ from ogdm_jax.training.example import Batch
 from ogdm_jax.training.gradients import sums
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
+_BATCH = 256  # held-out images of either side at a time
+
 
 def cross_entropy(logit: Array, real: Array) -> tuple[Array, Array]:
     """Binary cross entropy of each example, d = sigmoid(logit).
@@ -106,10 +108,9 @@ class HeldOut:
         network: FeatureDiscriminator,
         extractor: PyTree,
         sides: tuple[Source, Source],
-        batch: int = 256,
     ) -> None:
         """Takes the params of the extractor (or None), and the real and the generated images."""
-        self._extractor, self._sides, self._batch = extractor, sides, batch
+        self._extractor, self._sides = extractor, sides
 
         def values(params: PyTree, extractor: PyTree, batch: Batch) -> tuple[Array, Array]:
             ratio = ratio_of(network, of(config).clock, 0.0)
@@ -126,13 +127,13 @@ class HeldOut:
         """{"held_out/loss", "held_out/accuracy"} of the head's parameters."""
         totals = []
         count = min(map(len, self._sides))
-        for start in range(0, count, self._batch):
-            rows = generate.batch_rows(start, self._batch, count)
+        for start in range(0, count, _BATCH):
+            rows = generate.batch_rows(start, _BATCH, count)
             real, generated = (source.take(rows) for source in self._sides)
-            index = (start + np.arange(self._batch)).astype(np.int32)
+            index = (start + np.arange(_BATCH)).astype(np.int32)
             sides = real | {"index": index}, generated | {"index": index}
             pair = paired(*sides, self._sides[0].latents)
             values = self._values(params, self._extractor, pair)
-            totals.append([np.asarray(v)[: 2 * min(self._batch, count - start)] for v in values])
+            totals.append([np.asarray(v)[: 2 * min(_BATCH, count - start)] for v in values])
         loss, right = (np.concatenate(parts).mean() for parts in zip(*totals, strict=True))
         return {"held_out/loss": float(loss), "held_out/accuracy": float(right)}

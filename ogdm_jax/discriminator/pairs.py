@@ -46,9 +46,6 @@ class Pairs:
         self._generated = data.batches(generated, batch // 2, seed + 2**32, **how)
         self._latents = real.latents
 
-    def __iter__(self) -> "Pairs":
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
         return paired(next(self._real), next(self._generated), self._latents)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import jax.numpy as jnp
 import optax
@@ -37,6 +37,26 @@ class PlannedRun(runs.Run):
     """
 
     extractor: PyTree
+
+    @classmethod
+    def of_network(
+        cls,
+        network: FeatureDiscriminator,
+        extractor: PyTree,
+        config: configs.Config,
+        source: Source,
+        plan: parallel.Plan,
+        xflip: bool,
+        **more: Any,
+    ) -> Self:
+        """The run of a network; its loss has noise levels of its own."""
+        # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
+        settings = config.optim
+        adam = optax.adam(optim.rate_of(config), *settings.betas, eps=settings.eps)
+        tx = optax.chain(optax.add_decayed_weights(settings.weight_decay), adam)
+        methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
+        goal = Objective(training_loss(config, network, xflip, source.latents))
+        return cls.of(config, source, network, methods, goal, plan, tx, extractor=extractor, **more)
 
     @property
     def network(self) -> FeatureDiscriminator:
@@ -92,10 +112,8 @@ def build(
     source = open_source(config if config.data.source else prior.config)
     _check_source(source, prior)
     network, extractor = open_network(config, source.shape, source.num_classes, workdir)
-    if network.label_dim and not prior.model.label_dim:
-        raise configs.ConfigError(
-            "config.data.conditional: True given; expected a prior with classes for it"
-        )
+    known = bool(prior.model.label_dim) or not network.label_dim
+    configs.require(known, "data.conditional", True, "a prior with classes for it")
     keep_extractor(network, extractor, workdir)
     num, path = settings.num or len(source), settings.samples_path(workdir)
     drawn = generated.draw_or_read(
@@ -106,8 +124,9 @@ def build(
     for side, images in zip(sides, kept):
         enough = f"a share that leaves {side} images"
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
-    parts = _parts(config, plan, source, network, extractor, prior.config.data.xflip)
-    run = DiscriminatorRun.of(**parts, prior=prior, kept=kept, held_out=held_out)
+    more = {"prior": prior, "kept": kept, "held_out": held_out}
+    xflip = prior.config.data.xflip
+    run = DiscriminatorRun.of_network(network, extractor, config, source, plan, xflip, **more)
     return decoding.with_decoder(run, prior.config.data.vae)
 
 
@@ -137,8 +156,7 @@ def planned(config: configs.Config, source: Source, plan: parallel.Plan) -> Plan
     Nothing is read but an extractor.
     """
     network, extractor = open_network(config, source.shape, source.num_classes, "")
-    parts = _parts(config, plan, source, network, extractor, xflip=False)
-    return PlannedRun.of(**parts)
+    return PlannedRun.of_network(network, extractor, config, source, plan, xflip=False)
 
 
 def open_prior(config: configs.Config) -> TrainedModel:
@@ -154,27 +172,3 @@ def open_prior(config: configs.Config) -> TrainedModel:
             "see any; expected a model of classes, or of no condition"
         )
     return prior
-
-
-def _parts(
-    config: configs.Config,
-    plan: parallel.Plan,
-    source: Source,
-    network: FeatureDiscriminator,
-    extractor: PyTree,
-    xflip: bool,
-) -> dict[str, Any]:
-    """The arguments of runs.Run.of; the loss has noise levels of its own."""
-    # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
-    settings = config.optim
-    adam = optax.adam(optim.rate_of(config), *settings.betas, eps=settings.eps)
-    return {
-        "config": config,
-        "source": source,
-        "model": network,
-        "methods": combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))]),
-        "goal": Objective(training_loss(config, network, xflip, source.latents)),
-        "plan": plan,
-        "tx": optax.chain(optax.add_decayed_weights(settings.weight_decay), adam),
-        "extractor": extractor,
-    }
