@@ -48,7 +48,6 @@ LATER = {
     "sklearn.datasets": "slow to start; only the digits need it",
     "tensorboardX": "slow to start; only runs that log to TensorBoard need it",
     "tensorflow_datasets": "slow to start; only prepared sets need it",
-    "tqdm": "only a terminal shows a bar",
 }
 # Modules of ours that a command imports once it is known to need them.
 LATER_HERE = {

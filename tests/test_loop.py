@@ -238,7 +238,7 @@ def test_a_full_disk_in_the_log_is_one_sentence(tmp_path, plan, monkeypatch, ten
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if tensorboard == "true":
-        monkeypatch.setattr(logs._Events, "scalars", full)
+        monkeypatch.setattr(logs._Events, "write", full)
     else:
         real = logs.records.dumps
 
@@ -381,8 +381,10 @@ def test_a_signal_in_something_long_saves_and_leaves(tmp_path, plan, monkeypatch
 
 
 def test_saved_is_said_after_the_save_is_closed(tmp_path, plan, monkeypatch):
-    order, wait = [], loop.Checkpoints.wait
-    monkeypatch.setattr(loop.Checkpoints, "wait", lambda self: (wait(self), order.append("closed")))
+    order, wait = [], inner.Checkpoints.wait
+    monkeypatch.setattr(
+        inner.Checkpoints, "wait", lambda self: (wait(self), order.append("closed"))
+    )
     plan.at[6] = kill
 
     def log(line):

@@ -165,7 +165,7 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
 
     with Checkpoints(tmp_path) as saved:
         restored, position = saved.restore(1, jax.eval_shape(run.create, run.key), run.plan)
-    run.check(restored.carry, constants)
+    run.methods.check(restored.carry, constants)
     resumed, _ = proceed(run, compiled, constants, restored, 2, first=position["step"])
     tiny.assert_trees(resumed, straight)
     teacher = jax.tree.map(np.asarray, constants["whole"]["sp"])

@@ -17,7 +17,7 @@ from ogdm_jax.cli.train import read_settings
 from ogdm_jax.config import ConfigError, require
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
-from ogdm_jax.training import decoding, resume
+from ogdm_jax.training import decoding, lock
 from ogdm_jax.training.evaluate import references
 from ogdm_jax.training.workdir import open_pixels, open_source
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         print(describe(arms, seeds, ways, out, done))
         return
     ruler = open_ruler(args, arms, seeds, ways)
-    with resume.held(out, print):
+    with lock.hold(out, print):
         results.head = {
             "configurations": dict(word.split("=", 1) for word in args.config),
             "changes": rest,

@@ -42,7 +42,7 @@ def _aloud(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-class Checkpoints:
+class Checkpoints(saving.Closing):
     """The checkpoints of one training folder; `lock.hold` keeps other runs away from it.
 
     Close it, or use it in a `with`: the last save is finished then.
@@ -75,16 +75,6 @@ class Checkpoints:
         self._saving: int | None = None  # the step whose save has not been waited for
         saving.quiet()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(CheckpointError):  # the first error is the one to be read
-                self.close()
 
     def close(self) -> None:
         """Waits until the last save is finished. Raises CheckpointError as `wait`."""

@@ -24,7 +24,7 @@ from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training import checkpoint, decoding, logs, texts
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import TrainedModel, open_pixels
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.typing import PyTree
 
 Draw = Callable[..., Iterable[np.ndarray]]  # (settings, seeds, title, counts=None) -> batches
 MOST_KEPT = 50_000  # samples whose features are in memory at a time
@@ -175,20 +175,11 @@ class Evaluator:
         if self._sampler is None:
             settings = self._run.config.sample
             self._sampler = generate.sampler(model, settings, devices, self._churn, guidance)
-        compiled = self._sampler
-
-        def sampler(
-            params: PyTree,
-            buffers: PyTree,
-            seeds: Array,
-            labels: Array | None,
-            constants: PyTree,
-            rows: PyTree,
-        ) -> Array:
-            # Rows are placed here: between processes jit puts no host array on several devices.
-            seeds, labels, rows = jax.device_put((seeds, labels, rows), divided)
-            return compiled(params, buffers, seeds, labels, constants, rows)
-
+        # Rows are placed here: between processes jit puts no host array on several devices.
+        compiled, placed = self._sampler, lambda tree: jax.device_put(tree, divided)
+        sampler = lambda params, buffers, seeds, labels, constants, rows: compiled(
+            params, buffers, placed(seeds), placed(labels), constants, placed(rows)
+        )
         labels = generate.labels_for(seeds, self._model.label_dim, None)
         if self._model.text is not None:
             labels = texts.of_rows(self._run.source, seeds)

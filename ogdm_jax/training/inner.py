@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from tqdm import tqdm
 
-from ogdm_jax import cluster, data
-from ogdm_jax.training import logs, snapshots, steps
+from ogdm_jax import cluster, data, places
+from ogdm_jax import config as configs
+from ogdm_jax.training import logs, snapshots, steps, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, Snapshot, describe
 from ogdm_jax.training.evaluate import note
 from ogdm_jax.training.lock import LockError
 from ogdm_jax.training.signals import StopSignals
-from ogdm_jax.training.state import TrainState
-from ogdm_jax.training.task import Batches, Log
+from ogdm_jax.training.state import TrainState, copy
+from ogdm_jax.training.task import Log, Task
 from ogdm_jax.typing import Array, PyTree
+
+Initial = tuple[PyTree, PyTree, str]  # (params, buffers) of a checkpoint, and what to say of them
 
 
 class NotFinite(RuntimeError):
@@ -61,78 +64,110 @@ def _is_sound(state: TrainState, together: int) -> Array:
 
 @dataclasses.dataclass
 class Loop:
-    """One pass over the steps of a run, and what it needs for that.
+    """One pass over the steps of a run.
 
     Attributes:
       run: the fixed parts.
-      batches: of this process.
-      watch: `Task.watch`'s function.
-      evaluate: `Task.evaluation`'s function.
+      task: what kind of run it is.
       held_out: `Task.held_out`'s function.
-      saved: the checkpoints.
-      writer: of the numbers.
-      profiler: of the steps that are traced.
-      stop: the signals.
       workdir: the training folder.
+      profile: the steps that are traced; None: none.
+      stop: the signals.
       log: of lines.
-      state: the newest one.
-      kept: the step that was saved last; None: none was.
+      found: the checkpoint that it goes on from; None: it is a fresh run.
+      initial: the weights that a fresh run starts from; None: those of a fresh network.
+      shapes: of the state.
       still_ours: raises LockError where another run has taken the folder over.
     """
 
     run: runs.Run
-    batches: Batches
-    watch: Callable[[int, TrainState], None]
-    evaluate: Callable[[TrainState], dict[str, Any]]
+    task: Task[Any]
     held_out: Callable[[TrainState], dict[str, float]] | None
-    saved: Checkpoints
-    writer: logs.Writer
-    profiler: profiles.Profiler
-    stop: StopSignals
     workdir: epath.Path
+    profile: profiles.Steps | None
+    stop: StopSignals
     log: Log
-    state: TrainState
-    kept: int | None
+    found: Snapshot | None
+    initial: Initial | None
+    shapes: TrainState
     still_ours: Callable[[], None]
 
-    def __post_init__(self) -> None:
-        self.first = self.step = int(self.state.step)
-        self.position = self.batches.get_state()  # of the batch that follows the state
-        self.interval, self.told = logs.Interval(), False
-        self.stop.farewell = self._farewell
-
     def run_to_end(self) -> TrainState:
-        """Trains from the first state to the end of the run; returns the last state."""
-        try:
-            self._run()
-        except cluster.Stopped:
-            self.stop.leave_once()
-            raise
-        except (NotFinite, CheckpointError, LockError):
-            raise
-        except Exception:
-            self._rescue()
-            raise
+        """Opens what is written to, trains to the end of the run, and returns the last state."""
+        run, config, workdir, found = self.run, self.run.config, self.workdir, self.found
+        lead, step = jax.process_index() == 0, found.step if found else 0
+        tracker = trackers.Tracker(config, workdir) if lead and config.log.tracker else None
+        keep = config.train.keep, config.steps(config.train.keep_every), config.evaluate.keep_best
+        with (
+            Checkpoints(workdir, *keep) as self.saved,
+            logs.Writer(workdir, config.log.tensorboard, lead, step, tracker) as self.writer,
+            profiles.Profiler(self.profile if lead else None, workdir, self.log) as self.profiler,
+        ):
+            self.batches = self.task.batches(run)
+            self.state = self._first_state()
+            if lead:
+                snapshots.remove_after(workdir, step, self.log)
+                with places.written(workdir / "config.json") as new:
+                    new.write_text(configs.to_json(config))
+            self.watch = self.task.watch(run, workdir, self.writer)
+            self.evaluate = self.task.evaluation(run, workdir)
+            self.first = self.step = int(self.state.step)
+            self.kept = found.step if found else None  # the step that was saved last
+            self.position = self.batches.get_state()  # of the batch that follows the state
+            self.interval, self.told = logs.Interval(), False
+            self.stop.farewell = self._farewell
+            try:
+                self._run()
+            except cluster.Stopped:
+                self.stop.leave_once()
+                raise
+            except (NotFinite, CheckpointError, LockError):
+                raise
+            except Exception:
+                self._rescue()
+                raise
         return self.state
+
+    def _first_state(self) -> TrainState:
+        """The checkpoint's state, else a fresh one, of the initial weights if there are any."""
+        run, initial = self.run, self.initial
+        if self.found:
+            state, position = self.saved.restore(self.found.step, self.shapes, run.plan)
+            self.batches.set_state(position)
+            return state
+        if initial is None:
+            return run.init()
+        # what does not fit is a shape still (init.partial)
+        shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+        if not any(map(shape, jax.tree.leaves(initial[:2]))):
+            return run.init(initial[:2])  # of it alone: nothing is drawn that it replaces
+        state = run.init()
+        params, buffers = jax.tree.map(
+            lambda new, fresh: fresh if shape(new) else new,
+            initial[:2],
+            (state.params, state.buffers),
+        )
+        return dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)
 
     def _run(self) -> None:
         run, first = self.run, self.first
         constants = run.constants()
-        run.check(self.state.carry, constants)
+        run.methods.check(self.state.carry, constants)
         compiled = run.compile(self.state)
         self.profiler.skipped(first)
         if first < run.steps:
             self._between_steps()
             self._first_step(compiled, constants)
         with self.stop.may_leave(None):
-            advance = _progress_bar(self.step, run.steps, self.log)
+            silent = True if self.log is no_log else None  # None: where there is no terminal
+            bar = tqdm(total=run.steps, initial=self.step, unit="step", leave=False, disable=silent)
             while True:
                 self._between_steps()
                 if self.step >= run.steps:
                     break
                 self._advance(compiled, constants)
                 self._tell_time()
-                advance(self.step)
+                bar.update()
             self.saved.wait()
         if self.saved.latest() is not None:
             self.log(f"trained to step {self.step}; saved in {self.workdir}")
@@ -325,17 +360,3 @@ class Loop:
             f"step {good[-1]} in {self.workdir} is good: go back to it by the same command with "
             f"--config.init.step={good[-1]} {lower}, or another weight of the method"
         )
-
-
-def _progress_bar(first: int, total: int, log: Log) -> Callable[[int], None]:
-    """A progress bar on a terminal of the lead process; nothing elsewhere."""
-    if log is no_log or not sys.stderr.isatty():
-        return lambda step: None
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, initial=first, unit="step", leave=False)
-
-    def advance(step: int) -> None:
-        bar.update(step - bar.n)
-
-    return advance

@@ -39,7 +39,8 @@ class LockError(ValueError):
 def hold(
     workdir: str | os.PathLike, log: Callable[[str], None] = print, field: str = "--workdir"
 ) -> Iterator["Lock"]:
-    """Keeps other runs out of a training folder, which is made where needed, while the block runs.
+    """Keeps other runs out of a training folder, which is made where needed, while the block runs;
+    a folder in which nothing was written goes again.
 
     Process 0 does it for all processes of a run.
 
@@ -51,7 +52,10 @@ def hold(
     Raises:
       LockError: another run is at work there.
     """
-    lock = Lock(places.place(workdir), field)
+    folder = places.place(workdir)
+    made = places.make(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # in a bucket, too
+    lock = Lock(folder, field)
     try:
         if jax.process_index() == 0:
             lock.take(log)
@@ -59,6 +63,7 @@ def hold(
         yield lock
     finally:
         lock.release()
+        places.unmake(made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +99,14 @@ class Lock:
 
     def take(self, log: Callable[[str], None]) -> None:
         """Takes the lock, or raises LockError."""
-        if places.is_local(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             found = self._read()
             if found is not None and not self._gone(found, log):
-                raise LockError(self._refusal(found))
+                raise LockError(
+                    f"{self._field}: {str(self._folder)!r} is in use by "
+                    f"{found[0] or 'another run'}; wait until it ends, stop it, or give another "
+                    "folder"
+                )
             # Not for long: the program around this one (flock DIR ogdm train ...) may hold it.
             with places.held(self._folder, wait=2.0):
                 if self._read() == found:  # nobody came in between
@@ -176,12 +183,6 @@ class Lock:
             if now != found:
                 return now is None
         return True
-
-    def _refusal(self, found: tuple[_Owner | None, Any]) -> str:
-        return (
-            f"{self._field}: {str(self._folder)!r} is in use by {found[0] or 'another run'}; wait "
-            "until it ends, stop it, or give another folder"
-        )
 
 
 def _machine() -> str:

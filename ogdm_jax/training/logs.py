@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from ogdm_jax import places, records, startup
+from ogdm_jax.training import saving
 from ogdm_jax.training.trackers import Tracker
 from ogdm_jax.typing import PyTree
 
@@ -130,7 +131,7 @@ def _is_loss(name: str) -> bool:
     return name.partition("/")[0] == "loss"
 
 
-class Writer:
+class Writer(saving.Closing):
     """Writes numbers and pictures of a run. Use it in a `with`, or close it.
 
     A bucket's files grow on this machine; they are copied there every UPLOAD seconds and when the
@@ -154,8 +155,8 @@ class Writer:
           step: where the run goes on; lines of later steps are moved to REPLACED.
           tracker: gets the numbers, too.
         """
-        self._target, self._copied, self._tracker = workdir, time.monotonic(), tracker
-        self._file = self._events = None
+        self._target, self._copied = workdir, time.monotonic()
+        self._file, self._others = None, []
         self._open = contextlib.ExitStack()
         if not lead:
             return
@@ -168,21 +169,10 @@ class Writer:
             if (self._folder / METRICS).exists():
                 mend(self._folder / METRICS, step)
             self._file = self._open.enter_context(open(self._folder / METRICS, "a", buffering=1))
-            if tensorboard:
-                self._events = _Events(self._folder / "events")
-                self._open.callback(self._events.close)
-            if tracker is not None:
-                self._open.callback(tracker.close)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(LogError):  # the first error is the one to be read
-                self.close()
+            events = _Events(self._folder / "events") if tensorboard else None
+            self._others = [other for other in (events, tracker) if other is not None]
+            for other in self._others:
+                self._open.callback(other.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of a step to metrics.jsonl and to TensorBoard.
@@ -194,25 +184,21 @@ class Writer:
             return
         with self._told():
             self._file.write(records.dumps({"step": step, **values}) + "\n")
-            if self._events is not None:
-                self._events.scalars(step, values)
-            if self._tracker is not None:
-                self._tracker.write(step, values)
+            for other in self._others:
+                other.write(step, values)
             if time.monotonic() - self._copied > UPLOAD and not places.is_local(self._target):
                 places.mirror(self._folder, self._target)
                 self._copied = time.monotonic()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [h,w,c] picture for TensorBoard and the tracker."""
-        if self._tracker is not None:
-            self._tracker.image(step, name, image)
-        if self._events is not None:
-            with self._told():
-                self._events.image(step, name, image)
+        with self._told():
+            for other in self._others:
+                other.image(step, name, image)
 
     def close(self) -> None:
         """Ends the files, and copies them to a bucket. Raises LogError as `write`."""
-        self._file = self._events = None
+        self._file, self._others = None, []
         with self._told():
             self._open.close()  # all of them, whatever fails
 
@@ -240,7 +226,7 @@ class _Events:
         self._file = event_file_writer.EventsWriter(str(folder / "events"))
         self._file.flush()
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._add(step, self._summary.scalar(name, value))
         self._file.flush()

@@ -5,9 +5,7 @@ exactly what an uninterrupted one sees. A run starts from the workdir's own chec
 config.init.workdir, else fresh.
 """
 
-import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,20 +15,18 @@ import ogdm_jax
 from ogdm_jax import cluster, data, parallel, places
 from ogdm_jax import config as configs
 from ogdm_jax.methods import discovery
-from ogdm_jax.training import logs, opening, resume, snapshots, steps, texts, trackers
+from ogdm_jax.training import lock, opening, resume, steps, texts, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, Snapshot, find, load_weights, resumable
+from ogdm_jax.training.checkpoint import Snapshot, find, load_weights, resumable
 from ogdm_jax.training.evaluate import check_evaluation
-from ogdm_jax.training.inner import Loop, NotFinite, no_log
+from ogdm_jax.training.inner import Initial, Loop, NotFinite, no_log
 from ogdm_jax.training.partial import fitting_weights
 from ogdm_jax.training.signals import StopSignals
-from ogdm_jax.training.state import TrainState, copy
-from ogdm_jax.training.task import DENOISER, Batches, Log, Task
-from ogdm_jax.typing import PyTree
+from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.task import DENOISER, Log, Task
 
 __all__ = ["NotFinite", "train"]
-Initial = tuple[PyTree, PyTree, str]  # (params, buffers) of a checkpoint, and what to say of them
 
 
 def train(
@@ -72,7 +68,7 @@ def train(
     with (
         StopSignals(log, stopped_code) as stop,
         stop.may_leave("nothing has been trained since the last save, leaving"),
-        resume.held(workdir, log) as still_ours,
+        lock.hold(workdir, log) as held,
     ):
         stop.farewell = lambda: log(f"stopped; {_how_to_go_on(workdir)}")
         plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
@@ -99,58 +95,11 @@ def train(
         begins = f"resumed from step {found.step}" if found else begins
         words = opening.lines(run, shapes, workdir, begins)
         log("\n".join(words))
-        state = _loop(
-            run, task, held_out, workdir, profile, stop, log, found, initial, shapes, still_ours
-        )
+        state = Loop(
+            run, task, held_out, workdir, profile, stop, log, found, initial, shapes, held.check
+        ).run_to_end()
         task.finish(run, state, workdir, log)
         return run, state
-
-
-def _loop(
-    run: runs.Run,
-    task: Task[Any],
-    held_out: Callable[[TrainState], dict[str, float]] | None,
-    workdir: epath.Path,
-    profile: profiles.Steps | None,
-    stop: StopSignals,
-    log: Log,
-    found: Snapshot | None,
-    initial: Initial | None,
-    shapes: TrainState,
-    still_ours: Callable[[], None],
-) -> TrainState:
-    """Opens what the loop writes to, and runs it."""
-    config, lead = run.config, jax.process_index() == 0
-    step = found.step if found else 0
-    tracker = trackers.Tracker(config, workdir) if lead and config.log.tracker else None
-    with (
-        _checkpoints(config, workdir) as saved,
-        logs.Writer(workdir, config.log.tensorboard, lead, step, tracker) as writer,
-        profiles.Profiler(profile if lead else None, workdir, log) as profiler,
-    ):
-        batches = task.batches(run)
-        state = _first_state(run, saved, batches, found, initial, shapes)
-        if lead:
-            snapshots.remove_after(workdir, step, log)
-            with places.written(workdir / "config.json") as new:
-                new.write_text(configs.to_json(config))
-        loop = Loop(
-            run=run,
-            batches=batches,
-            watch=task.watch(run, workdir, writer),
-            evaluate=task.evaluation(run, workdir),
-            held_out=held_out,
-            saved=saved,
-            writer=writer,
-            profiler=profiler,
-            stop=stop,
-            workdir=workdir,
-            log=log,
-            state=state,
-            kept=found.step if found else None,
-            still_ours=still_ours,
-        )
-        return loop.run_to_end()
 
 
 def _check_resumed(
@@ -173,12 +122,6 @@ def _check_resumed(
     if other:
         decided["data.source"] = (dict(found.data_set), data_set)
         log(f"--override: another data set ({other}), from step {found.step} on")
-
-
-def _checkpoints(config: configs.Config, workdir: epath.Path) -> Checkpoints:
-    settings = config.train
-    every = config.steps(settings.keep_every)
-    return Checkpoints(workdir, settings.keep, every, config.evaluate.keep_best)
 
 
 def _shared_settings(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
@@ -217,29 +160,3 @@ def _initial_weights(run: runs.Run, shapes: TrainState) -> Initial:
         return placed.params, buffers, f"the text encoder is that of {snapshot.path}"
     weights = load_weights(snapshot, placed.params, placed.buffers, init.weights)
     return *weights, f"fine-tuning the {init.weights} weights of {snapshot.path}"
-
-
-def _first_state(
-    run: runs.Run,
-    saved: Checkpoints,
-    batches: Batches,
-    found: Snapshot | None,
-    initial: Initial | None,
-    shapes: TrainState,
-) -> TrainState:
-    """The checkpoint's state, else a fresh one, of the initial weights if there are any."""
-    if found:
-        state, position = saved.restore(found.step, shapes, run.plan)
-        batches.set_state(position)
-        return state
-    if initial is None:
-        return run.init()
-    # what does not fit is a shape still (init.partial)
-    shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    if not any(map(shape, jax.tree.leaves(initial[:2]))):
-        return run.init(initial[:2])  # of it alone: nothing is drawn that it replaces
-    state = run.init()
-    params, buffers = jax.tree.map(
-        lambda new, fresh: fresh if shape(new) else new, initial[:2], (state.params, state.buffers)
-    )
-    return dataclasses.replace(state, params=params, ema=copy(params), buffers=buffers)

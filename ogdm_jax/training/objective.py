@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +26,12 @@ from ogdm_jax.training.gradients import Sums, sums
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.typing import Array, PyTree
 
-
-class Loss(Protocol):
-    """(params, state, {method: its constants}, batch, step's key) -> (mean loss, sums of metrics).
-
-    params are differentiated; the state tells what else the loss needs (buffers, carries).
-    """
-
-    def __call__(
-        self,
-        params: PyTree,
-        state: TrainState,
-        constants: Mapping[str, PyTree],
-        batch: Batch,
-        key: Array,
-    ) -> tuple[Array, Sums]:
-        """See above."""
-        ...
-
-
-class See(Protocol):
-    """(params, buffers, batch, key, noise_key) -> (example, its denoiser): what a method's own
-    network is trained on.
-    """
-
-    def __call__(
-        self, params: PyTree, buffers: PyTree, batch: Batch, key: Array, noise_key: Array
-    ) -> tuple[Example, DenoiserOf]:
-        """See above."""
-        ...
+# (params, state, {method: its constants}, batch, step's key) -> (mean loss, sums of metrics):
+# params are differentiated; the state tells what else the loss needs (buffers, carries).
+Loss = Callable[[PyTree, TrainState, Mapping[str, PyTree], Batch, Array], tuple[Array, Sums]]
+# (params, buffers, batch, key, noise_key) -> (example, its denoiser): what a method's own network
+# is trained on.
+See = Callable[[PyTree, PyTree, Batch, Array, Array], tuple[Example, DenoiserOf]]
 
 
 @dataclasses.dataclass(frozen=True)

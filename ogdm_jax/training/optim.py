@@ -50,22 +50,17 @@ def rate_of(config: Config) -> optax.Schedule:
     Raises:
       ConfigError: the rate would be 0 before the run ends, or a schedule has no length.
     """
-    settings, length = config.optim, config.train.duration
-    ramp, decay, shape = (
-        config.steps(settings.ramp),
-        config.steps(settings.decay),
-        settings.schedule,
-    )
+    settings, length, shape = config.optim, config.train.duration, config.optim.schedule
+    ramp, decay = config.steps(settings.ramp), config.steps(settings.decay)
     need = f"a length with optim.schedule={shape}, such as train.duration"
     require(decay > 0 or shape in ("constant", "linear"), "optim.decay", settings.decay, need)
     falls_to_zero = decay > 0 and shape in ("linear", "cosine")
-    require(
-        not falls_to_zero or decay >= config.steps(length),
-        "optim.decay",
-        settings.decay,
+    need = (
         f"a length of at least train.duration ({length}), after which the learning rate is 0; "
-        "train.duration to follow it, or 0 steps for a constant rate",
+        "train.duration to follow it, or 0 steps for a constant rate"
     )
+    lasts = not falls_to_zero or decay >= config.steps(length)
+    require(lasts, "optim.decay", settings.decay, need)
     return learning_rate(settings.learning_rate, ramp, decay, shape)
 
 

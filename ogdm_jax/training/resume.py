@@ -5,9 +5,8 @@ decide (declared `decided`, and those of methods) differ with --override; so doe
 makes another network stays as it was. WORKDIR/history.jsonl keeps what was decided, one line each.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -21,7 +20,6 @@ from ogdm_jax.training import (
     checkpoint,
     checksums,
     evaluations,
-    lock,
     older,
     snapshots,
     steps,
@@ -32,26 +30,6 @@ HISTORY = "history.jsonl"
 SET_ASIDE = "set_aside"  # where the checkpoints go that lie behind init.step
 _OVERRIDE = "expected them as they were, or --override to go on with the new ones"
 Changes = dict[str, tuple[Any, Any]]  # {"group.key": (before, now)}
-
-
-@contextlib.contextmanager
-def held(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Makes a training folder and keeps other runs out of it; a folder in which nothing was written
-    goes again.
-
-    Yields:
-      A function that raises LockError where another run has taken over.
-
-    Raises:
-      LockError: another run is at work there.
-    """
-    made = places.make(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)  # in a bucket, too
-    try:
-        with lock.hold(workdir, log) as mine:
-            yield mine.check
-    finally:
-        places.unmake(made)
 
 
 def goes_on_from(

@@ -3,7 +3,7 @@ step; checked first.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -32,12 +32,12 @@ class Run:
       config: all settings.
       source: the data.
       model: the network that is trained.
-      noise: the distribution of noise levels; None where the objective has its own.
       methods: the training methods that are on.
       tx: the optimiser.
       plan: which devices hold what.
       step: the pure step, not compiled.
       steps: how many there will be.
+      noise: the distribution of noise levels; None where the objective has its own.
       decoder: of a run on latents, what makes images of them; None where there is none.
       tokenizer: of a run on captions.
     """
@@ -45,12 +45,12 @@ class Run:
     config: Config
     source: Source
     model: models.Model
-    noise: NoiseDistribution | None
     methods: Methods
     tx: optax.GradientTransformation
     plan: parallel.Plan
     step: step.Step
     steps: int
+    noise: NoiseDistribution | None = None
     decoder: Autoencoder | None = None
     tokenizer: Tokenizer | None = None
     __repr__ = brief
@@ -69,10 +69,9 @@ class Run:
     ) -> Self:
         """The run whose step minimises an objective; tx: the denoiser's Adam unless given."""
         tx, rate = tx or optim.optimiser(config), optim.rate_of(config)
-        made = {"methods": methods, "tx": tx, "plan": plan, "noise": None}
-        made |= {"step": step.make_step(config, goal, methods, tx, rate, plan)}
+        made = step.make_step(config, goal, methods, tx, rate, plan)
         length = config.steps(config.train.duration)
-        return cls(config=config, source=source, model=model, steps=length, **made | more)
+        return cls(config, source, model, methods, tx, plan, made, length, **more)
 
     @property
     def key(self) -> jax.Array:
@@ -82,9 +81,19 @@ class Run:
     def create(
         self, key: jax.Array, weights: tuple[PyTree, PyTree] | None = None
     ) -> state.TrainState:
-        """A fresh state, of given (params, buffers) or new ones; jit it or eval_shape it."""
-        init = self.model.init if weights is None else lambda key: weights
-        return state.create(init, self.methods, self.tx, key, len(self.config.ema.stds))
+        """A fresh state, of given (params, buffers) or new ones; jit it or eval_shape it. The same
+        key gives the same network whatever methods are on.
+        """
+        params, buffers = weights or self.model.init(randomness.fold_in_name(key, "network"))
+        return state.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=state.copy(params),
+            buffers=buffers,
+            opt_state=self.tx.init(params),
+            carry=self.methods.init(key),
+            averages=tuple(state.copy(params) for _ in self.config.ema.stds),
+        )
 
     def init(self, *weights: tuple[PyTree, PyTree]) -> state.TrainState:
         """A fresh state, placed as the plan wants it, of given (params, buffers) or new ones."""
@@ -133,10 +142,6 @@ class Run:
     def compile(self, like: state.TrainState) -> Callable[..., Any]:
         """The step, compiled for the plan's devices; `like` is a state or its shapes."""
         return self.plan.compile(self.step, like)
-
-    def check(self, carry: Mapping[str, PyTree], constants: Mapping[str, PyTree]) -> None:
-        """Raises ValueError where a method's constants are not those that its carry began with."""
-        self.methods.check(carry, constants)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -2,6 +2,7 @@
 threads.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -9,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from etils import epath
 
@@ -17,6 +18,20 @@ from ogdm_jax import startup
 
 _CODES = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EIO")
 _CODES += ("ESTALE", "EMFILE", "ENFILE", "ENAMETOOLONG")
+
+
+class Closing:
+    """What is closed at the end of a `with`; of two errors the first is the one to be read."""
+
+    def close(self) -> None:
+        """Ends what is open; raises where that cannot be."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with contextlib.suppress(ValueError) if kind else contextlib.nullcontext():
+            self.close()
 
 
 def quiet() -> None:

@@ -1,18 +1,11 @@
 """What a training run carries from step to step."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
-from ogdm_jax import randomness
 from ogdm_jax.brief import brief
-from ogdm_jax.methods.contract import Methods
 from ogdm_jax.typing import Array, PyTree
-
-Init = Callable[[Array], tuple[PyTree, PyTree]]
 
 
 @struct.dataclass
@@ -37,24 +30,6 @@ class TrainState:
     carry: dict[str, PyTree]
     averages: tuple[PyTree, ...] = ()
     __repr__ = brief
-
-
-def create(
-    init: Init, methods: Methods, tx: optax.GradientTransformation, key: Array, averages: int = 0
-) -> TrainState:
-    """A fresh state of init(key) -> (params, buffers); jit it or eval_shape it. The same key gives
-    the same network whatever methods are on.
-    """
-    params, buffers = init(randomness.fold_in_name(key, "network"))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema=copy(params),
-        buffers=buffers,
-        opt_state=tx.init(params),
-        carry=methods.init(key),
-        averages=tuple(copy(params) for _ in range(averages)),
-    )
 
 
 def copy(tree: PyTree) -> PyTree:

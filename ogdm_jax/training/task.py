@@ -1,7 +1,8 @@
 """What the loop trains: `Task` is what it asks of a kind of run, DENOISER the ordinary kind."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -25,9 +26,7 @@ Log = Callable[[str], None]
 
 
 class Batches(Protocol):
-    """An endless iterator of one process's batches, which can go on from a saved position."""
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+    """The batches of one process, without an end; they can go on from a saved position."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
@@ -103,14 +102,13 @@ def _watch(
     model, more = decoding.attach(run.model, {}, run.decoder)
     if run.model.latents is not None and run.decoder is None:
         return lambda step, state: None  # `decoding.with_decoder` has said it
-    compiled: list[generate.Images] = []
+    devices = run.plan.local_devices[:1]
+    compiled = functools.cache(lambda: generate.sampler(model, settings, devices))
 
     def write(step: int, state: TrainState) -> None:
         params, buffers = (run.plan.local_copy(tree) for tree in (state.ema, state.buffers))
         if jax.process_index() != 0:
             return
-        if not compiled:
-            compiled.append(generate.sampler(model, settings, run.plan.local_devices[:1]))
         seeds = np.arange(settings.num)
         classes = run.model.label_dim
         labels: Any = seeds % classes if classes else None
@@ -119,7 +117,7 @@ def _watch(
             labels = texts.of_rows(run.source, seeds)
             captions = [run.source.captions[int(i) % len(run.source)] for i in seeds]
         buffers = {**buffers, **more}
-        parts = generate.generate(compiled[0], params, buffers, seeds, labels, settings.num)
+        parts = generate.generate(compiled(), params, buffers, seeds, labels, settings.num)
         picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)
         pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)

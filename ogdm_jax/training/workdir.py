@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -153,7 +153,10 @@ class TrainedModel:
             only = f"it only with sample.grid={'|'.join(grids)}"
             unused = name in changes and settings.grid not in grids
             require(not unused, f"sample.{name}", changes.get(name), only)
-        _check_steps(settings, changes)
+        chooses = settings.solver == adaptive.NAME
+        need = f"sample.rtol and sample.atol: the solver {adaptive.NAME} chooses its steps"
+        unused = chooses and "steps" in changes
+        require(not unused, "sample.steps", changes.get("steps"), need)
         generate.check_settings(settings, self.model)
         return settings
 
@@ -305,13 +308,6 @@ class TrainedModel:
         if key not in self.samplers:
             self.samplers[key] = generate.sampler(self.model, settings, devices)
         return self.samplers[key]
-
-
-def _check_steps(settings: Sample, changes: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a number of steps where the solver chooses them."""
-    chooses = settings.solver == adaptive.NAME
-    need = f"sample.rtol and sample.atol: the solver {adaptive.NAME} chooses its steps"
-    require(not (chooses and "steps" in changes), "sample.steps", changes.get("steps"), need)
 
 
 def open_workdir(
