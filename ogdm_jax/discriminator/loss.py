@@ -61,9 +61,6 @@ def training_loss(
     ) -> tuple[Array, Any]:
         keys = lambda purpose: randomness.example_keys(key, purpose, batch["index"])
         image = _images(latents, batch, keys, xflip)
-        if xflip and latents is None:
-            mirrored = augment.xflip(keys("xflip"), image)
-            image = jnp.where((batch["real"] == 1)[:, None, None, None], mirrored, image)
         ratio = ratio_of(network, of(config).clock, 0.0, keys("dropout"))
         ratio = ratio({"params": params, "extractor": constants["dg"]["extractor"]})
         value, right = _noisy_cross_entropy(config, ratio, image, batch, key)
@@ -75,11 +72,14 @@ def training_loss(
 def _images(
     latents: Latents | None, batch: Batch, keys: Callable[[str], Array], xflip: bool
 ) -> Array:
-    """Images in [-1, 1], or samples of latents, real ones of either view where xflip says so."""
-    if latents is None:
-        return to_float(batch["image"])
+    """Images in [-1, 1], or samples of latents; real ones are mirrored, or of the mirrored view, at
+    random where xflip says so.
+    """
     flip = augment.flipped(keys("xflip")) & (batch["real"] == 1) if xflip else None
-    return moments.draw(latents, batch["image"], keys("latent"), flip)
+    if latents is not None:
+        return moments.draw(latents, batch["image"], keys("latent"), flip)
+    image = to_float(batch["image"])
+    return image if flip is None else jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
 
 
 def _noisy_cross_entropy(
