@@ -184,14 +184,10 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The configuration of to_json's text, also of an older version of this package."""
-    return resolve(_upgraded(_decoded(json.loads(text))))
-
-
-def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """The nested values of a saved configuration of any age; `make` knows the older names."""
+    values = _decoded(json.loads(text))  # `make` knows older names
     if "task" not in values and "precondition" not in values:
         values["task"] = "discriminator"  # only a denoiser's configuration had that group
-    return values
+    return resolve(values)
 
 
 def _encoded(value: Any) -> Any:
