@@ -48,13 +48,9 @@ def metrics(workdir: str) -> Found:
         if not (step == step // 1 and 0 <= step < 2**53):
             torn += 1
             continue
-        kept = {}
-        for name, value in line.items():
-            name = printable(name, 60)
-            names[name] += 1
-            kept[name] = number(value)
-            if not math.isfinite(kept[name]):
-                odd[name] += 1
+        kept = {printable(name, 60): number(value) for name, value in line.items()}
+        names.update(kept.keys())
+        odd.update(name for name, value in kept.items() if not math.isfinite(value))
         lines.append({"step": int(step), **kept})
     notes, whole = [], torn + len(lines)
     if torn:
