@@ -138,7 +138,8 @@ def override(config: ConfigDict, text: str) -> None:
 
 def _walk(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """The group in which a key lies, and its last name."""
-    group = node = config
+    node: Any = config
+    group = config
     parts = key.split(".")
     for i, part in enumerate(parts):
         group, known = node, sorted(node) if isinstance(node, ConfigDict) else []

@@ -156,7 +156,8 @@ class Writer(saving.Closing):
           tracker: gets the numbers, too.
         """
         self._target, self._copied = workdir, time.monotonic()
-        self._file, self._others = None, []
+        self._file = None
+        self._others: list[_Events | Tracker] = []
         self._open = contextlib.ExitStack()
         if not lead:
             return
