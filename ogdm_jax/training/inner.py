@@ -1,4 +1,4 @@
-"""The loop itself: what `loop.train` does when all is opened and checked."""
+"""The loop itself: what `loop.train` does when all is checked. It opens what it writes to."""
 
 import contextlib
 import dataclasses
