@@ -121,27 +121,30 @@ class Plan:
             quick = {"xla_backend_optimization_level": 0}
         return lowered.compile(compiler_options=quick)(*args)
 
-    def place(self, tree: PyTree) -> PyTree:
-        """Puts a host tree that every process holds in full on all devices."""
-        return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), tree)
+    def place(self, tree: PyTree, *spec: str | None) -> PyTree:
+        """Puts a host tree that every process holds in full on all devices; spec: of `sharding`."""
+        sharding = self.sharding(*spec)
+
+        def put(leaf: Any) -> jax.Array:
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+        return jax.tree.map(put, tree)
 
     def place_rows(self, tree: PyTree) -> PyTree:
         """Divides arrays of rows, which every process holds in full, over the devices."""
         if self.kind != "pmap":
-            return jax.tree.map(
-                lambda leaf: self._global(np.asarray(leaf), self.sharding(AXIS)), tree
-            )
+            return self.place(tree, AXIS)
         share = lambda leaf: np.split(np.asarray(leaf), self.processes)[jax.process_index()]
         return self._per_device(jax.tree.map(share, tree))
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices; pmap's have a device axis first."""
-        if self.kind != "pmap":
-            return {
-                k: jax.make_array_from_process_local_data(self.sharding(AXIS), v)
-                for k, v in batch.items()
-            }
-        return self._per_device(batch)
+        if self.kind == "pmap":
+            return self._per_device(batch)
+        sharding = self.sharding(AXIS)
+        place = lambda rows: jax.make_array_from_process_local_data(sharding, rows)
+        return jax.tree.map(place, batch)
 
     def row_shapes(self, tree: PyTree) -> PyTree:
         """Shapes of what place_rows and place_batch make of the rows of all processes.
@@ -180,9 +183,7 @@ class Plan:
 
         pmap over several processes returns arrays of this host alone.
         """
-        if not self.ravel:
-            return state
-        return jax.tree.map(lambda leaf: self._global(np.asarray(leaf), self.sharding()), state)
+        return self.place(state) if self.ravel else state
 
     def local_copy(self, tree: PyTree) -> PyTree:
         """The whole tree on this process's first device. Every process of the run must call it."""
@@ -196,9 +197,6 @@ class Plan:
         sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
         split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])
         return jax.tree.map(lambda v: jax.device_put(split(v), sharding), tree)
-
-    def _global(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def make_plan(kind: str, devices: int = 0) -> Plan:

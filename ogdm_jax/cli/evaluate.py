@@ -1,4 +1,14 @@
-"""ogdm evaluate: how far sets of images are from real ones."""
+"""Scores samples and prints one JSON object. Samples are an npz, a folder or a zip of images;
+several are scored one by one, with the minimum (EDM's protocol: three sets of 50,000 images from
+seeds 0-49999, 50000-99999 and 100000-149999). The reference is the same, any source name of the
+data package, or an npz of published mu and sigma.
+
+    ogdm evaluate --samples samples.npz --reference digits
+    ogdm evaluate --samples a.npz b.npz c.npz --reference STATISTICS.npz
+        --features inception --weights FILE
+    ogdm evaluate protocol --workdir DIR          (see protocol --help)
+    ogdm evaluate --likelihood --workdir DIR      (see --likelihood --help)
+"""
 
 import argparse
 import hashlib
@@ -10,29 +20,17 @@ import numpy as np
 from ogdm_jax import places, startup
 from ogdm_jax.cli import likelihood, measuring
 from ogdm_jax.cli import protocol as protocol_command
-from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
 
-EXAMPLES = """\
---samples samples.npz --reference digits
---samples a.npz b.npz c.npz --reference STATISTICS.npz --features inception --weights FILE
-protocol --workdir DIR          (see protocol --help)
---likelihood --workdir DIR      (see --likelihood --help)"""
-ABOUT = """\
-Scores samples and prints one JSON object. Samples are an npz, a folder or a zip of images; several
-are scored one by one, with the minimum (EDM's protocol: three sets of 50,000 images from seeds
-0-49999, 50000-99999 and 100000-149999). The reference is the same, any source name of the data
-package, or an npz of published mu and sigma.
-"""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = new_parser("evaluate", ABOUT, EXAMPLES)
+    parser = parser_of("evaluate", __doc__)
     add = parser.add_argument
     add("--samples", required=True, nargs="+", metavar="X", help="npz, folder or zip of images")
     images = "images, a source name, or mu and sigma (npz)"

@@ -1,7 +1,15 @@
-"""ogdm evaluate --likelihood: bits a dimension of real images under a trained model."""
+"""Measures the likelihood of real images by the probability-flow ODE (Song et al., arXiv
+2011.13456) and prints one JSON object: bits a dimension of uniformly dequantised images of 256
+levels, their mean and its standard error, and the network evaluations of an image. The images are
+the first of the data, those that were trained on unless --reference names others.
+
+    ogdm evaluate --likelihood --workdir DIR --num 1000
+    ogdm evaluate --likelihood --workdir DIR --reference tfds:cifar10/test --num 10000
+        --out nll.json
+    ogdm evaluate --likelihood --workdir DIR --guidance cfg --cfg.weight 1.5
+"""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +20,7 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, places, platforms, startup
 from ogdm_jax.cli import guidance, measuring
-from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import Source
 from ogdm_jax.diffusion import grids
@@ -22,21 +30,10 @@ from ogdm_jax.training.evaluate import evaluations_of
 from ogdm_jax.training.workdir import TrainedModel
 from ogdm_jax.typing import Array, PyTree
 
-EXAMPLES = """\
---likelihood --workdir DIR --num 1000
---likelihood --workdir DIR --reference tfds:cifar10/test --num 10000 --out nll.json
---likelihood --workdir DIR --guidance cfg --cfg.weight 1.5"""
-ABOUT = """\
-Measures the likelihood of real images by the probability-flow ODE (Song et al., arXiv 2011.13456)
-and prints one JSON object: bits a dimension of uniformly dequantised images of 256 levels, their
-mean and its standard error, and the network evaluations of an image. The images are the first of
-the data, those that were trained on unless --reference names others.
-"""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = new_parser("evaluate", ABOUT, EXAMPLES)
+    parser = parser_of("evaluate", __doc__)
     measuring.add_model_options(parser)
     add = parser.add_argument
     add("--likelihood", action="store_true", required=True, help="this command")
@@ -113,8 +110,7 @@ def _measure(
         run_key = jax.random.key(args.seed)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(run_key, numbers)
         x0 = likelihood.dequantised(images, keys)
-        pairs = zip(methods, constants, strict=True)
-        guided = [dataclasses.replace(method, constants=own) for method, own in pairs]
+        guided = generate.bound(methods, constants, [None] * len(methods))
         denoise = trained.model.denoiser(*weights)
         found = likelihood.log_likelihood(denoise, x0, keys, labels, guided, **how)
         return found.bits, found.nfe

@@ -59,26 +59,16 @@ def step(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{shown(text)} given; expected a number or best")
 
 
-def new_parser(command: str, about: str, examples: str) -> Parser:
-    """A parser whose help begins with the examples, one a line: the words after the command."""
-    lines = [f"ogdm {command} {words}" for words in examples.splitlines()]
-    return _parser(command, about, lines)
-
-
 def parser_of(command: str, doc: str | None) -> Parser:
     """A parser whose help is a module's docstring, the lines that show commands first."""
     lines = (doc or "").splitlines()
     shown = [line.startswith(("    ", "ogdm ")) for line in lines]
     examples = [line.removeprefix("    ") for line, is_example in zip(lines, shown) if is_example]
     about = "\n".join(line for line, is_example in zip(lines, shown) if not is_example)
-    return _parser(command, about.replace("\n\n\n", "\n\n"), examples)
-
-
-def _parser(command: str, about: str, lines: list[str]) -> Parser:
     return Parser(
         prog=f"ogdm {command}",
-        usage="\n" + "\n".join(f"  {line}" for line in lines),
-        description=about,
+        usage="\n" + "\n".join(f"  {line}" for line in examples),
+        description=about.replace("\n\n\n", "\n\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

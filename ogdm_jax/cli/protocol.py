@@ -1,4 +1,12 @@
-"""ogdm evaluate protocol: EDM's figure of a training folder."""
+"""Draws 50,000 images three times, measures each set while it is drawn, and prints the smallest
+distance to the whole data as one JSON object (Karras et al., arXiv 2206.00364, appendix F.1).
+With --out, sets that were measured are kept beside it while others are drawn, and the same command
+goes on with the rest.
+
+    ogdm evaluate protocol --workdir DIR --num 10000 --ranges 1
+    ogdm evaluate protocol --workdir DIR --features inception --weights FILE
+        --reference STATISTICS.npz
+"""
 
 import argparse
 import functools
@@ -11,7 +19,7 @@ import numpy as np
 
 from ogdm_jax import models, places, records, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import new_parser, whole
+from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
@@ -23,20 +31,10 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.training.evaluate import describe_sampler
 from ogdm_jax.training.workdir import TrainedModel
 
-EXAMPLES = """\
-protocol --workdir DIR --num 10000 --ranges 1
-protocol --workdir DIR --features inception --weights FILE --reference STATISTICS.npz"""
-ABOUT = """\
-Draws 50,000 images three times, measures each set while it is drawn, and prints the smallest
-distance to the whole data as one JSON object (Karras et al., arXiv 2206.00364, appendix F.1).
-With --out, sets that were measured are kept beside it while others are drawn, and the same command
-goes on with the rest.
-"""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = new_parser("evaluate", ABOUT, EXAMPLES)
+    parser = parser_of("evaluate", __doc__)
     measuring.add_model_options(parser)
     add = parser.add_argument
     add("--num", type=whole(1), default=50_000, help="images of each set")

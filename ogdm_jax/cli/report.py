@@ -1,4 +1,10 @@
-"""ogdm report: a training folder as one HTML page."""
+"""Writes one HTML page that opens without a network: distance against network evaluations, samples
+beside real images and their nearest training images, trajectories, the curves of training, the
+configuration.
+
+    ogdm report --workdir DIR
+    ogdm report --workdir DIR --solvers heun,dpmpp_2m --steps 5,9,18 --num 10000 --out report.html
+"""
 
 import argparse
 import dataclasses
@@ -8,25 +14,16 @@ import numpy as np
 
 from ogdm_jax import places, records, startup
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import listed, new_parser, numbers, whole
+from ogdm_jax.cli.parsing import listed, numbers, parser_of, whole
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html, inputs
 from ogdm_jax.training.evaluate import measure_samplers, references
 from ogdm_jax.training.workdir import TrainedModel
 
-EXAMPLES = """\
---workdir DIR
---workdir DIR --solvers heun,dpmpp_2m --steps 5,9,18 --num 10000 --out report.html"""
-ABOUT = """\
-Writes one HTML page that opens without a network: distance against network evaluations, samples
-beside real images and their nearest training images, trajectories, the curves of training, the
-configuration.
-"""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = new_parser("report", ABOUT, EXAMPLES)
+    parser = parser_of("report", __doc__)
     measuring.add_model_options(parser)
     add = parser.add_argument
     most = f"images of a distance (default: the data's, at most {measuring.MOST})"

@@ -1,4 +1,17 @@
-"""ogdm study: configurations compared over seeds."""
+"""Trains every configuration with every seed (in DIR/NAME-seedK), measures samples of each, and
+compares: mean and standard deviation over seeds, and of each configuration's difference to the
+first, seed by seed, the mean with its 95 % interval, Student's paired t-test and the exact
+permutation test. The same command goes on where it stopped: runs that are finished are not trained
+again, nor measured twice. Writes DIR/study.json and the table, DIR/study.md.
+
+    ogdm study --config baseline=digits --config ogdm=digits --baseline.methods= --seeds 0-4
+        --steps 5,9,18 --out runs/study
+    ogdm study --config a=configs/A.py --config b=configs/B.py --seeds 0,1,2
+        --config.data.batch=64 --out DIR --dry-run
+
+--config.KEY=VALUE changes all configurations, --NAME.KEY=VALUE that one; {seed} in a value is the
+seed, as in --tuned.init.workdir=DIR/baseline-seed{seed}.
+"""
 
 import argparse
 import re
@@ -10,7 +23,7 @@ from etils import epath
 from ogdm_jax import cluster, models, places, startup
 from ogdm_jax import config as configs
 from ogdm_jax.cli import measuring
-from ogdm_jax.cli.parsing import listed, new_parser, numbers, whole
+from ogdm_jax.cli.parsing import listed, numbers, parser_of, whole
 from ogdm_jax.cli.sample import parse_seeds
 from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.cli.train import read_settings
@@ -21,26 +34,10 @@ from ogdm_jax.training import decoding, lock
 from ogdm_jax.training.evaluate import references
 from ogdm_jax.training.workdir import open_pixels, open_source
 
-EXAMPLES = """\
---config baseline=digits --config ogdm=digits --baseline.methods= --seeds 0-4 \
---steps 5,9,18 --out runs/study
---config a=configs/A.py --config b=configs/B.py --seeds 0,1,2 --config.data.batch=64 --out DIR \
---dry-run"""
-ABOUT = """\
-Trains every configuration with every seed (in DIR/NAME-seedK), measures samples of each, and
-compares: mean and standard deviation over seeds, and of each configuration's difference to the
-first, seed by seed, the mean with its 95 % interval, Student's paired t-test and the exact
-permutation test. The same command goes on where it stopped: runs that are finished are not trained
-again, nor measured twice. Writes DIR/study.json and the table, DIR/study.md.
-
---config.KEY=VALUE changes all configurations, --NAME.KEY=VALUE that one; {seed} in a value is the
-seed, as in --tuned.init.workdir=DIR/baseline-seed{seed}.
-"""
-
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what they leave over: --config.KEY=VALUE and --NAME.KEY=VALUE."""
-    parser = new_parser("study", ABOUT, EXAMPLES)
+    parser = parser_of("study", __doc__)
     add = parser.add_argument
     form = "a configuration under a name; the first is what others are compared with"
     add("--config", action="append", required=True, metavar="NAME=FILE", help=form)

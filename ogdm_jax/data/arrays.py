@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from ogdm_jax.data.labels import SourceError
+from ogdm_jax.data.npz import header
 from ogdm_jax.data.pictures import what_is
 from ogdm_jax.places import files_below, place
 
@@ -177,10 +178,9 @@ def _check_member(archive: zipfile.ZipFile, key: str) -> None:
 
 
 def _check_header(file: IO[bytes], size: int) -> None:
-    """As `_check_member`, of an .npy file of `size` bytes read as far as its first six."""
-    version = tuple(file.read(2))
-    header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    shape, _, dtype = header[min(max(version[0], 1), 2)](file)
+    """As `_check_member`, of an .npy file of `size` bytes."""
+    file.seek(0)
+    shape, dtype = header(file)
     if dtype.hasobject:
         raise ValueError("holds Python objects, which are not read: save numbers or texts")
     if math.prod(shape) * dtype.itemsize > size:

@@ -25,7 +25,7 @@ class Reader(Protocol):
 
     A reader that is faster at many items than one by one also has `read_many(rows)`, an iterator
     over what `read` returns for each of them; one that knows which files it reads, `contents()`, a
-    hash of them, and `remarks()`, what is to be said of those it has read.
+    hash of them; one that has something to say of those it has read, `remarks()`, sentences.
     """
 
     def __len__(self) -> int:
@@ -39,15 +39,6 @@ class Reader(Protocol):
     def where(self, i: int) -> str:
         """Words that name item i in a message."""
         ...
-
-
-@runtime_checkable
-class _Known(Protocol):
-    """A reader that knows which files it reads, and what is to be said of those it has read."""
-
-    def contents(self) -> str: ...
-
-    def remarks(self) -> tuple[str, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,17 +156,8 @@ class Source:
         """{"image": uint8 [H,W,C], "label": int32 (-1 = no class) or float32 [num_classes]}."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name}: image {i} of {len(self)}")
-        if self.images is not None:
-            image, label = self.images[i], None
-        else:
-            image, label = self._stored.read(i)
-            image = self._checked(image, i)
-        if self.labels is not None:
-            label = self.labels[i]
-        label = None if isinstance(label, str) else label
-        if self.label_size:
-            return {"image": image, "label": np.asarray(label, np.float32)}
-        return {"image": image, "label": np.asarray(-1 if label is None else label, np.int32)}
+        rows = self.take(np.array([i]))
+        return {name: rows[name][0] for name in ("image", "label")}
 
     def take(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The images and labels of rows [n].
@@ -247,28 +229,25 @@ def from_arrays(
     Raises:
       SourceError: other types or shapes, no images, or colour where channels is 1.
     """
-    if latents is not None:
-        hashes = {"contents": identity.of_array(images)}
-        made = Source(name, latents.shape, images=images, hashes=hashes, latents=latents)
-        return _with_labels(made, labels)
-    images = images[..., None] if images.ndim == 3 and images.shape[-1] not in (1, 3) else images
-    _check_array(name, images)
-    if resolution is not None and images.shape[1:3] != (resolution, resolution):
-        images = np.stack([fit(image, resolution) for image in images])
-    if channels not in (None, images.shape[-1]):
-        images = np.stack([_with_channels(image, channels, name) for image in images])
-    height, width, depth = images.shape[1:]
-    return _with_labels(
-        Source(
-            name,
-            (height, width, depth),
-            class_names=tuple(class_names),
-            images=images,
-            hashes={"contents": identity.of_array(images)},
-            notes=tuple(notes),
-        ),
-        labels,
+    if latents is None:
+        alone = images.ndim == 3 and images.shape[-1] not in (1, 3)
+        images = images[..., None] if alone else images
+        _check_array(name, images)
+        if resolution is not None and images.shape[1:3] != (resolution, resolution):
+            images = np.stack([fit(image, resolution) for image in images])
+        if channels not in (None, images.shape[-1]):
+            images = np.stack([_with_channels(image, channels, name) for image in images])
+    height, width, depth = images.shape[1:] if latents is None else latents.shape
+    source = Source(
+        name,
+        (height, width, depth),
+        class_names=tuple(class_names),
+        images=images,
+        hashes={"contents": identity.of_array(images)},
+        notes=tuple(notes),
+        latents=latents,
     )
+    return _with_labels(source, labels)
 
 
 def from_reader(
@@ -292,7 +271,7 @@ def from_reader(
         class_names=class_names,
         reader=reader,
         resolution=resolution,
-        hashes={"contents": reader.contents()} if isinstance(reader, _Known) else {},
+        hashes={"contents": getattr(reader, "contents", lambda: "")()},
         notes=notes,
         latents=latents,
         captions=captions,
@@ -303,7 +282,7 @@ def from_reader(
     within = len(reader) * first.nbytes <= memory_limit
     if within and (latents is not None or not source.captioned):
         source = _in_memory(source)
-    remarks = reader.remarks() if isinstance(reader, _Known) else ()
+    remarks = getattr(reader, "remarks", lambda: ())()
     return dataclasses.replace(source, notes=source.notes + remarks)
 
 

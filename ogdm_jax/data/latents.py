@@ -50,10 +50,6 @@ class LatentReader:
         """A hash of what latents.json says, and of the names and sizes of the files."""
         return self._mark
 
-    def remarks(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
-
     def _checked(self, item: np.ndarray, i: int) -> np.ndarray:
         if item.shape != self.latents.item_shape:
             raise SourceError(

@@ -44,6 +44,7 @@ def read(path: epath.Path, name: str, batch: int = 1024) -> Iterator[np.ndarray]
 
 def header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of an array of an .npy file, which is read as far as the numbers."""
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    version, _ = np.lib.format.read_magic(file)
+    first, later = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    shape, _, dtype = (first if version < 2 else later)(file)
     return shape, dtype

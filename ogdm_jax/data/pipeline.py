@@ -48,14 +48,7 @@ def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
     Raises:
       ValueError: n or size below 1, or a negative seed or step.
     """
-    for what, value, least in (
-        ("n", n, 1),
-        ("size", size, 1),
-        ("seed", seed, 0),
-        ("step", step, 0),
-    ):
-        if value < least:
-            raise ValueError(f"indices: {what} is {value}; expected an integer >= {least}")
+    _check_least("indices", n=(n, 1), size=(size, 1), seed=(seed, 0), step=(step, 0))
     position, stop = step * size, (step + 1) * size
     pieces: list[np.ndarray] = []
     while position < stop:
@@ -63,6 +56,13 @@ def indices(n: int, size: int, seed: int, step: int) -> np.ndarray:
         pieces.append(_permutation(n, seed, epoch)[offset : offset + stop - position])
         position += len(pieces[-1])
     return np.concatenate(pieces)
+
+
+def _check_least(who: str, **numbers: tuple[int, int]) -> None:
+    """Raises ValueError for the first of the numbers, each with its least value, below that."""
+    for what, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{who}: {what} is {value}; expected an integer >= {least}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -171,10 +171,8 @@ class Batches:
     mates: int = 0
 
     def __post_init__(self) -> None:
-        for what, least in _LEAST.items():
-            value = getattr(self, what)
-            if value < least:
-                raise ValueError(f"batches: {what} is {value}; expected an integer >= {least}")
+        settings = {what: (getattr(self, what), least) for what, least in _LEAST.items()}
+        _check_least("batches", **settings)
         if self.workers < -1:
             raise ValueError(
                 f"batches: workers is {self.workers}; expected a number of processes, 0 for "
@@ -277,23 +275,9 @@ def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]
     Raises:
       ValueError: batch_size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"in_order: batch_size is {batch_size}; expected an integer >= 1")
+    _check_least("in_order", batch_size=(batch_size, 1))
     for start in range(0, len(source), batch_size):
         yield source.take(np.arange(start, min(start + batch_size, len(source))))
-
-
-class _Steps:
-    """A grain source whose item s is the whole batch of step s."""
-
-    def __init__(self, owner: Batches) -> None:
-        self._owner = owner
-
-    def __len__(self) -> int:
-        return _STEPS
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._owner.at(int(index))
 
 
 def _read_ahead(owner: Batches, step: int) -> _ReadAhead:
@@ -303,6 +287,6 @@ def _read_ahead(owner: Batches, step: int) -> _ReadAhead:
     import grain  # only here: the processes that read images, and sets in memory, need none of it
 
     options = grain.ReadOptions(num_threads=owner.threads, prefetch_buffer_size=2 * owner.threads)
-    iterator = iter(grain.MapDataset.source(_Steps(owner)).to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.range(_STEPS).map(owner.at).to_iter_dataset(options))
     iterator.set_state({"next_index": step})
     return iterator

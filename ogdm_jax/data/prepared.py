@@ -40,10 +40,6 @@ class TfdsReader:
         """A hash of the records' files and of the parts that are read of them."""
         return self.hash
 
-    def remarks(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
-
     def read(self, i: int) -> tuple[np.ndarray, Label]:
         """(uint8 [h,w,1 or 3], label, caption or None)."""
         try:

@@ -20,7 +20,7 @@ from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decor
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.sampling.schedule import Window, inside, window_setting
+from ogdm_jax.sampling.schedule import Window, check_levels, inside, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 
@@ -53,10 +53,7 @@ def guide(
     Raises:
       ValueError: an empty interval; at the call, no labels.
     """
-    if not sigma_min <= sigma_max:
-        raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
-        )
+    check_levels(sigma_min, sigma_max)
     denoise = as_denoiser(denoise)
     if isinstance(weight, int | float) and weight == 1:
         return denoise

@@ -63,9 +63,34 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
       ConfigError: a setting out of range.
       ValueError: an operator without singular values; when sampling, churn or Heun's solver.
     """
-    operator.need_spectrum("ddnm")
-    chosen = Settings(**settings)
-    rule = Replace(operator, y, std, chosen.eta)
+    basis_of, chosen = operator.need_spectrum("ddnm"), Settings(**settings)
+
+    def rule(
+        evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
+    ) -> tuple[Array, Array]:
+        """(x_next, the x0_hat with what was measured)."""
+        basis = basis_of(image_shape(x))
+        s = jnp.asarray(basis.values, x.dtype)
+        seen = s > SMALLEST
+        inverse = jnp.where(seen, 1 / jnp.where(seen, s, 1.0), 0.0)
+        x0_hat = evaluate(x)
+        d, clean = basis.to(x0_hat), inverse * basis.measured(y)
+        if std == 0:
+            rectified = basis.back(d + jnp.where(seen, clean - d, 0.0))
+            mean, step_std = transition(rectified, x)
+            return mean + spread(step_std, x) * noise, rectified
+        level = per_example(info.sigma_next, x)
+        of_y = std * inverse  # y's noise in the coordinates of the image
+        below = level < of_y
+        kept = math.sqrt(1 - chosen.eta**2) * level / jnp.where(below, of_y, 1.0)
+        rectified = d + jnp.where(below, kept, 1.0) * (clean - d)
+        left = jnp.sqrt(jnp.maximum((level - of_y) * (level + of_y), 0.0))
+        moved = rectified + jnp.where(below, chosen.eta * level, left) * basis.to(noise)
+        mean, step_std = transition(x0_hat, x)
+        plain = basis.to(mean + spread(step_std, x) * noise)
+        rectified = jnp.where(seen, rectified, d)
+        return basis.back(jnp.where(seen, moved, plain)), basis.back(rectified)
+
     return Guidance("ddnm", transition=scheduled(rule, chosen), replaces_x0=True)
 
 
@@ -82,39 +107,3 @@ def build(settings: Settings, session: Session) -> Guidance:
             "expected it only with noise"
         )
     return guidance(measured.operator, measured.y, measured.noise, **vars(settings))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Replace:
-    """The transition rule of DDNM+; fields as the arguments of `guidance`."""
-
-    operator: Operator
-    y: Array
-    std: float
-    eta: float = Settings.eta
-
-    def __call__(
-        self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
-    ) -> tuple[Array, Array]:
-        """(x_next, the x0_hat with what was measured)."""
-        basis = self.operator.need_spectrum("ddnm")(image_shape(x))
-        s = jnp.asarray(basis.values, x.dtype)
-        seen = s > SMALLEST
-        inverse = jnp.where(seen, 1 / jnp.where(seen, s, 1.0), 0.0)
-        x0_hat = evaluate(x)
-        d, clean = basis.to(x0_hat), inverse * basis.measured(self.y)
-        if self.std == 0:
-            rectified = basis.back(d + jnp.where(seen, clean - d, 0.0))
-            mean, std = transition(rectified, x)
-            return mean + spread(std, x) * noise, rectified
-        level = per_example(info.sigma_next, x)
-        of_y = self.std * inverse  # y's noise in the coordinates of the image
-        below = level < of_y
-        kept = math.sqrt(1 - self.eta**2) * level / jnp.where(below, of_y, 1.0)
-        rectified = d + jnp.where(below, kept, 1.0) * (clean - d)
-        left = jnp.sqrt(jnp.maximum((level - of_y) * (level + of_y), 0.0))
-        moved = rectified + jnp.where(below, self.eta * level, left) * basis.to(noise)
-        mean, std = transition(x0_hat, x)
-        plain = basis.to(mean + spread(std, x) * noise)
-        rectified = jnp.where(seen, rectified, d)
-        return basis.back(jnp.where(seen, moved, plain)), basis.back(rectified)

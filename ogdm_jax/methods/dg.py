@@ -38,7 +38,7 @@ from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Churn, Info
 from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, window_setting
+from ogdm_jax.sampling.schedule import Window, check_levels, window_setting
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
 CLOCKS = ("vp", "cosine")
@@ -131,7 +131,7 @@ def guide(
     Raises:
       ValueError: an empty window or an unknown gating.
     """
-    _check_levels(sigma_min, sigma_max)
+    check_levels(sigma_min, sigma_max)
     if gating not in ("example", "batch"):
         raise ValueError(f"gating={gating!r}; expected 'example' or 'batch'")
     denoise = as_denoiser(denoise)
@@ -147,13 +147,6 @@ def guide(
     if not _is_zero(second):
         corrector = _decorate(base, _Guided(base, log_ratio, second, *window))
     return dataclasses.replace(guided, corrector=corrector)
-
-
-def _check_levels(sigma_min: float, sigma_max: float) -> None:
-    if not sigma_min <= sigma_max:
-        raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
-        )
 
 
 def _is_zero(weight: Any) -> bool:
@@ -401,7 +394,7 @@ def guidance(
     Raises:
       ValueError: an empty window, an unknown rule, or boosting beside the rule "mean".
     """
-    _check_levels(sigma_min, sigma_max)
+    check_levels(sigma_min, sigma_max)
     if rule not in ("score", "mean") or (rule == "mean" and boost is not None):
         raise ValueError(
             f"rule={rule!r}{' with boost' if boost else ''}; expected 'score', or 'mean' without "

@@ -87,19 +87,17 @@ class Descent:
     Attributes:
       gradient: (evaluate, x, info) -> (x0_hat, loss [B], grad like x), see gradients.py.
       size: (grad, x, x0_hat, info) -> step size, a number or [B].
-      clip_mean: the transition sees x0_hat clipped to [-1, 1].
     """
 
     gradient: Callable[[Evaluate, Array, Info], tuple[Array, Array, Array]]
     size: Callable[[Array, Array, Array, Info], float | Array]
-    clip_mean: bool = False
 
     def __call__(
         self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
     ) -> tuple[Array, Array]:
         """(x_next, x0_hat)."""
         x0_hat, _, grad = self.gradient(evaluate, x, info)
-        mean, std = transition(gradients.clipped(x0_hat, self.clip_mean), x)
+        mean, std = transition(x0_hat, x)
         return dps_step(mean, std, noise, grad, self.size(grad, x, x0_hat, info)), x0_hat
 
 
@@ -122,15 +120,16 @@ def guidance(
     if coordinate not in ("ve", "vp"):
         raise ValueError(f"coordinate={coordinate!r}; expected 've' or 'vp'")
     chosen = Settings(**numbers(scale=scale), **settings)
+    seen = gradients.of_clipped(loss, chosen.clip_loss)
 
     def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.through_network(loss, evaluate, x, chosen.clip_loss)
+        return gradients.through_network(seen, evaluate, x)
 
     def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> Array:
         of_image = jnp.broadcast_to(jnp.asarray(scale, info.sigma.dtype), info.sigma.shape)
         return of_image * gradients.vp_factor(info) if coordinate == "vp" else of_image
 
-    rule = Descent(gradient, size, chosen.clip_mean)
+    rule = Descent(gradient, size)
     return Guidance("dps", transition=scheduled(rule, chosen, chosen.clip_mean))
 
 

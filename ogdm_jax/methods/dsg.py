@@ -32,7 +32,7 @@ from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, Preset
+from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, Preset, plain_step
 from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
 
@@ -271,7 +271,7 @@ class Spherical:
         return jax.lax.cond(
             info.sigma_next[0] > 0,
             lambda x, noise: self._guided(evaluate, transition, x, noise, info),
-            lambda x, noise: self._last(evaluate, transition, x),
+            lambda x, noise: plain_step(evaluate, transition, x, noise, info),
             x,
             noise,
         )
@@ -281,7 +281,7 @@ class Spherical:
     ) -> tuple[Array, Array]:
         settings, rate = self.settings, self.rate
         x0_hat, values, grad = self._gradient(evaluate, x, info)
-        mean, std = transition(gradients.clipped(x0_hat, settings.clip_mean), x)
+        mean, std = transition(x0_hat, x)
         if settings.strength is not None:
             rate = rate_of_strength(settings.strength, info.steps, settings.interval)
         x_next = spherical_step(mean, std, noise, grad, rate)
@@ -290,14 +290,10 @@ class Spherical:
             x_next = jnp.where(per_example(values <= self.stop, x) > 0, plain, x_next)
         return x_next, x0_hat
 
-    def _last(self, evaluate: Evaluate, transition: Moments, x: Array) -> tuple[Array, Array]:
-        x0_hat = evaluate(x)
-        return transition(gradients.clipped(x0_hat, self.settings.clip_mean), x)[0], x0_hat
-
     def _gradient(self, evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
         settings = self.settings
+        loss = gradients.of_clipped(self.loss, settings.clip_loss)
         if settings.samples:
-            loss = gradients.smoothed(self.loss, settings.samples, info, settings.clip_loss)
-            return gradients.through_network(loss, evaluate, x)
+            loss = gradients.smoothed(loss, settings.samples, info)
         take = gradients.through_network if settings.backward else gradients.at_x0
-        return take(self.loss, evaluate, x, settings.clip_loss)
+        return take(loss, evaluate, x)

@@ -56,9 +56,10 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
       ConfigError: a setting out of range.
     """
     chosen = Settings(**numbers(scale=scale), **settings)
+    seen = gradients.of_clipped(loss, chosen.clip_loss)
 
     def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.at_x0(loss, evaluate, x, chosen.clip_loss)
+        return gradients.at_x0(seen, evaluate, x)
 
     def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> float | Array:
         return scale * jnp.sqrt(1 + info.sigma_next**2) if chosen.rule == "released" else scale

@@ -59,9 +59,25 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
       ConfigError: a setting out of range.
       ValueError: an operator without singular values; when sampling, churn or Heun's solver.
     """
-    operator.need_spectrum("pigdm")
-    chosen = Settings(**settings)
-    rule = Pseudoinverse(operator, y, std, chosen.data_std)
+    basis_of, chosen = operator.need_spectrum("pigdm"), Settings(**settings)
+
+    def rule(
+        evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
+    ) -> tuple[Array, Array]:
+        """(x_next, the mean of the clean image given x and y)."""
+        basis = basis_of(image_shape(x))
+        s = jnp.asarray(basis.values, x.dtype)
+        x0_hat, pull = jax.vjp(evaluate, x)
+        # sigma^2 (r^2 s^2 + std^2)^-1 with r^2 = sigma^2 / share: no square that could vanish
+        share = per_example(1 + (info.sigma / chosen.data_std) ** 2, x)
+        level = std / per_example(info.sigma, x)
+        seen = s > SMALLEST
+        inverse = jnp.where(seen, s / jnp.where(seen, s**2 / share + level**2, 1.0), 0.0)
+        residual = basis.measured(y) - s * basis.to(x0_hat)
+        x0 = x0_hat + pull(basis.back(inverse * residual))[0]
+        mean, step_std = transition(x0, x)
+        return mean + spread(step_std, x) * noise, x0
+
     return Guidance("pigdm", transition=scheduled(rule, chosen), replaces_x0=True)
 
 
@@ -73,30 +89,3 @@ def build(settings: Settings, session: Session) -> Guidance:
     """
     measured = session.need_gaussian("pigdm")
     return guidance(measured.operator, measured.y, measured.noise, **vars(settings))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pseudoinverse:
-    """The transition rule of Pi-GDM; fields as the arguments of `guidance`."""
-
-    operator: Operator
-    y: Array
-    std: float
-    data_std: float
-
-    def __call__(
-        self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
-    ) -> tuple[Array, Array]:
-        """(x_next, the mean of the clean image given x and y)."""
-        basis = self.operator.need_spectrum("pigdm")(image_shape(x))
-        s = jnp.asarray(basis.values, x.dtype)
-        x0_hat, pull = jax.vjp(evaluate, x)
-        # sigma^2 (r^2 s^2 + std^2)^-1 with r^2 = sigma^2 / share: no square that could vanish
-        share = per_example(1 + (info.sigma / self.data_std) ** 2, x)
-        level = self.std / per_example(info.sigma, x)
-        seen = s > SMALLEST
-        inverse = jnp.where(seen, s / jnp.where(seen, s**2 / share + level**2, 1.0), 0.0)
-        residual = basis.measured(self.y) - s * basis.to(x0_hat)
-        x0 = x0_hat + pull(basis.back(inverse * residual))[0]
-        mean, std = transition(x0, x)
-        return mean + spread(std, x) * noise, x0

@@ -8,6 +8,7 @@ float64 before anything is traced.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -161,23 +162,17 @@ def ablation(
         x0_hat = denoise(x / at["scale"], sigma, label)
         return at["linear"] * x - at["pull"] * x0_hat.astype(x.dtype)
 
-    def churned(x: Array, step: Array, row: dict[str, Any]) -> Array:
-        if noise is None:
-            return x
-        return row["rescale"] * x + row["noise"] * noise(step)
-
-    def euler_step(x: Array, xs: Any) -> tuple[Array, None]:
+    def one_step(x: Array, xs: Any, heun: bool) -> tuple[Array, None]:
         step, row = xs
-        x = churned(x, step, row)
-        return x + row["h"] * slope(x, row["start"]), None
-
-    def heun_step(x: Array, xs: Any) -> tuple[Array, None]:
-        step, row = xs
-        x = churned(x, step, row)
+        if noise is not None:
+            x = row["rescale"] * x + row["noise"] * noise(step)
         d = slope(x, row["start"])
-        d2 = slope(x + alpha * row["h"] * d, row["second"])
-        return x + row["h"] * ((1 - 1 / (2 * alpha)) * d + d2 / (2 * alpha)), None
+        if heun:
+            d2 = slope(x + alpha * row["h"] * d, row["second"])
+            d = (1 - 1 / (2 * alpha)) * d + d2 / (2 * alpha)
+        return x + row["h"] * d, None
 
+    euler_step, heun_step = (functools.partial(one_step, heun=heun) for heun in (False, True))
     x = latents * table.pop("first")
     n = len(table["h"])
     rows = (jnp.arange(n, dtype=jnp.int32), table)

@@ -235,7 +235,7 @@ def sampler(
             key=key,
             churn=churn,
             label=labels,
-            guidance=_bound(guidance, constants, rows),
+            guidance=bound(guidance, constants, rows),
             eta=settings.eta,
             clip=settings.clip,
             variance=None if settings.variance == "auto" else settings.variance,
@@ -265,7 +265,7 @@ def _pndm(eps: Any, latents: Array, labels: PyTree, settings: Sample, table: Any
     return discrete.pndm(noise, latents, settings.steps, table, ORDERS[settings.solver])
 
 
-def _bound(guidance: Sequence[Guidance], constants: PyTree, rows: PyTree) -> list[Guidance]:
+def bound(guidance: Sequence[Guidance], constants: PyTree, rows: PyTree) -> list[Guidance]:
     """Guidance with the arrays of a call."""
     found = zip(guidance, constants, rows, strict=True)
     return [dataclasses.replace(method, constants=c, rows=r) for method, c, r in found]

@@ -24,9 +24,14 @@ def clipped(x0_hat: Array, clip: bool) -> Array:
     return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
 
 
-def through_network(
-    loss: Loss, evaluate: Evaluate, x: Array, clip: bool = False
-) -> tuple[Array, Array, Array]:
+def of_clipped(loss: Loss, clip: bool) -> Loss:
+    """The loss; with clip, of x0_hat clipped to [-1, 1], as in DPS's and DSG's code for linear
+    problems: the gradient of clipped pixels is 0.
+    """
+    return (lambda x0_hat: loss(clipped(x0_hat, clip))) if clip else loss
+
+
+def through_network(loss: Loss, evaluate: Evaluate, x: Array) -> tuple[Array, Array, Array]:
     """The gradient of loss(D(x)) with respect to x: one evaluation and one backward pass of the
     network.
 
@@ -34,8 +39,6 @@ def through_network(
       loss: x0_hat [B,H,W,C] -> [B].
       evaluate: x -> x0_hat.
       x: [B,H,W,C].
-      clip: the loss sees x0_hat clipped to [-1, 1], as in DPS's and DSG's code for linear problems;
-        the gradient of clipped pixels is 0.
 
     Returns:
       (x0_hat like x, loss [B], gradient like x).
@@ -46,7 +49,7 @@ def through_network(
 
     def value(x: Array) -> tuple[Array, Array]:
         x0_hat = evaluate(x)
-        return loss(clipped(x0_hat, clip)), x0_hat
+        return loss(x0_hat), x0_hat
 
     # A pull-back of ones and not the gradient of a sum: no sum over images, which may lie on
     # several devices.
@@ -58,14 +61,12 @@ def through_network(
     return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
 
 
-def at_x0(
-    loss: Loss, evaluate: Evaluate, x: Array, clip: bool = False
-) -> tuple[Array, Array, Array]:
+def at_x0(loss: Loss, evaluate: Evaluate, x: Array) -> tuple[Array, Array, Array]:
     """The gradient at x0_hat, without a backward pass through the network (MPGD, arXiv 2311.16424);
     arguments and results of `through_network`.
     """
     x0_hat = evaluate(x)
-    values, pull = jax.vjp(lambda x0: loss(clipped(x0, clip)), x0_hat)
+    values, pull = jax.vjp(loss, x0_hat)
     return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
 
 
@@ -74,7 +75,7 @@ def known(values: Array, grad: Array) -> Array:
     return jnp.where(per_example(jnp.isnan(values), grad) > 0, jnp.nan, grad)
 
 
-def smoothed(loss: Loss, samples: int, info: Info, clip: bool = False) -> Loss:
+def smoothed(loss: Loss, samples: int, info: Info) -> Loss:
     """LGD-MC's loss (Song et al., ICML 2023): -log mean_j exp(-loss(x0_hat + r z_j)), with
     z_j ~ N(0, I) and r = sigma / sqrt(1 + sigma^2).
 
@@ -85,7 +86,6 @@ def smoothed(loss: Loss, samples: int, info: Info, clip: bool = False) -> Loss:
       loss: of one x0_hat.
       samples: number of draws, at least 1.
       info: of the step: its sigma and its key.
-      clip: the loss sees its argument clipped to [-1, 1].
 
     Raises:
       ValueError: no key.
@@ -101,7 +101,7 @@ def smoothed(loss: Loss, samples: int, info: Info, clip: bool = False) -> Loss:
                 randomness.fold_in_each(keys_of_step, "lgd"), sample
             )
             z = randomness.normal(keys, x0_hat.shape[1:], x0_hat.dtype)
-            return loss(clipped(x0_hat + per_example(width, x0_hat) * z, clip))
+            return loss(x0_hat + per_example(width, x0_hat) * z)
 
         values = jax.vmap(one)(jnp.arange(samples))
         return jnp.log(float(samples)) - jax.nn.logsumexp(-values, axis=0)

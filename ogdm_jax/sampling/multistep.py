@@ -1,5 +1,5 @@
-"""Multistep solvers in lambda = -log sigma that predict x0: DPM-Solver++(2M) of the reverse SDE,
-and UniPC.
+"""Multistep solvers in lambda = -log sigma that predict x0: DPM-Solver++(2M) of the ODE and of the
+reverse SDE, and UniPC.
 """
 
 import math
@@ -10,30 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.diffusion import steps
-from ogdm_jax.sampling import solvers
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.solvers import Phase, Problem, Step
+from ogdm_jax.sampling.solvers import Phase, Problem, Step, random_body
 from ogdm_jax.typing import Array, PyTree
 
 TERMS = 18  # of the series below: 1 / 18! is float64's rounding
 
 
-def dpmpp_2m_sde(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
-    """N steps of `steps.dpmpp_2m_moments`, each a transition that guidance may own (but not by
-    another x0_hat, which the next step would extrapolate). eta = 0 is dpmpp_2m.
+def dpmpp_2m(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
+    """DPM-Solver++(2M) (arXiv 2211.01095) of the ODE; with eta of the SDE, where each step is a
+    transition that guidance may own (but not by another x0_hat, which the next step would
+    extrapolate). sigma_before = sigma makes the first step first order.
     """
-    if not p.noisy:
-        return solvers.dpmpp_2m(p, x, n)
 
     def body(x: Array, carry: PyTree, info: Info) -> Step:
         x0_before, sigma_before = carry
-        sigma_before = jnp.where(info.step == 0, info.sigma, sigma_before)
+        levels = info.sigma, info.sigma_next, jnp.where(info.step == 0, info.sigma, sigma_before)
+        if p.noisy:
 
-        def moments(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
-            levels = info.sigma, info.sigma_next, sigma_before
-            return steps.dpmpp_2m_moments(x, x0, x0_before, *levels, p.eta)
+            def moments(x0: Array, x: Array, info: Info) -> tuple[Array, Array]:
+                return steps.dpmpp_2m_moments(x, x0, x0_before, *levels, p.eta)
 
-        x, _, x0_hat = solvers.random_body(p, moments, x, (), info)
+            x, _, x0_hat = random_body(p, moments, x, (), info)
+        else:
+            x0_hat = p.x0(x, info.sigma)
+            x = steps.dpmpp_2m(x, x0_hat, x0_before, *levels)
         return x, (x0_hat, info.sigma), x0_hat
 
     return [Phase(body, 0, n)], (jnp.zeros_like(x), jnp.zeros((x.shape[0],), x.dtype))

@@ -49,9 +49,9 @@ SOLVERS = {
     "ancestral": solvers.ancestral,
     "spndm": solvers.spndm,
     "fpndm": solvers.fpndm,
-    "dpmpp_2m": solvers.dpmpp_2m,
+    "dpmpp_2m": multistep.dpmpp_2m,
     "plms": solvers.plms,
-    "dpmpp_2m_sde": multistep.dpmpp_2m_sde,
+    "dpmpp_2m_sde": multistep.dpmpp_2m,
     "unipc": multistep.unipc,
     "pc": langevin.pc,
     adaptive.NAME: adaptive.dopri5,
@@ -147,7 +147,8 @@ def sample(
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
         does not use.
     """
-    options, eta = _options(solver, options, variable), _eta(solver, eta)
+    options = _options(solver, options, variable)
+    eta = float(solver == "dpmpp_2m_sde") if eta is None else eta
     check_start(solver, sigmas, variance)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
@@ -286,11 +287,6 @@ def _variance(denoise: Denoiser, variance: str | float | Array | None) -> str | 
     return variance
 
 
-def _check_solver(solver: str) -> None:
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
-
-
 def check_start(solver: str, sigmas: Array | np.ndarray, variance: Any = None) -> None:
     """Raises ValueError for a solver, or a variance of ancestral steps, that means nothing from
     pure noise, on such a grid.
@@ -318,7 +314,8 @@ def _options(solver: str, given: dict[str, Any], variable: str | None = None) ->
     Raises:
       ValueError: unknown solver; an option that it does not have, or that is out of range.
     """
-    _check_solver(solver)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}; expected one of {', '.join(SOLVERS)}")
     if variable is not None and solver != adaptive.NAME:
         raise ValueError(
             f"variable={variable!r} with solver {solver!r}; expected {adaptive.NAME!r}"
@@ -332,11 +329,6 @@ def _options(solver: str, given: dict[str, Any], variable: str | None = None) ->
                 + (f"solver {owners[0]!r} with it" if owners else f"one of {', '.join(known)}")
             )
     return Sample(solver=solver, **given).options
-
-
-def _eta(solver: str, eta: float | Array | None) -> float | Array:
-    """`eta` of sample, with None replaced by the solver's own."""
-    return float(solver == "dpmpp_2m_sde") if eta is None else eta
 
 
 def _check_grid(solver: str, sigmas: Array | np.ndarray) -> Array | np.ndarray:

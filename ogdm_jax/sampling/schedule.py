@@ -70,7 +70,7 @@ def scheduled(rule: TransitionRule, schedule: Schedule, clip: bool = False) -> T
     Args:
       rule: of the guided steps.
       schedule: see there.
-      clip: the plain steps' transitions see x0_hat clipped to [-1, 1].
+      clip: the transition of every step sees x0_hat clipped to [-1, 1].
     """
     return Scheduled(rule, schedule, clip)
 
@@ -89,17 +89,16 @@ class Scheduled:
         """One step: guided where the schedule says so. A real branch, so that the other steps cost
         no gradient.
         """
-        interval, window = self.schedule.interval, self.schedule.window
+        moments = lambda x0_hat, x: transition(clipped(x0_hat, self.clip), x)
         if self.schedule.everywhere:
-            return self._passes(evaluate, transition, x, noise, info)
-        guided = (info.steps - 1 - info.step) % interval == 0
-        if window is not None:
-            guided &= _inside(window, info)
-        plain = lambda x0_hat, x: transition(clipped(x0_hat, self.clip), x)
+            return self._passes(evaluate, moments, x, noise, info)
+        guided = (info.steps - 1 - info.step) % self.schedule.interval == 0
+        # A sampler's step is at one level, so the first image speaks for all.
+        guided &= inside(self.schedule.window, info.sigma[0])
         return jax.lax.cond(
             guided,
-            lambda x, noise: self._passes(evaluate, transition, x, noise, info),
-            lambda x, noise: plain_step(evaluate, plain, x, noise, info),
+            lambda x, noise: self._passes(evaluate, moments, x, noise, info),
+            lambda x, noise: plain_step(evaluate, moments, x, noise, info),
             x,
             noise,
         )
@@ -112,7 +111,7 @@ class Scheduled:
         One pass where sigma lies outside the window, and where churn raises the level. Noise of
         later passes comes from the step's key.
         """
-        repeats, window = self.schedule.repeats, self.schedule.repeat_window
+        repeats = self.schedule.repeats
         if repeats == 1:
             return self.rule(evaluate, transition, x, noise, info)
         keys_of_step = info.key
@@ -131,17 +130,17 @@ class Scheduled:
             return self.rule(evaluate, transition, x_again, fresh, info._replace(key=keys))
 
         more = info.sigma_next[0] < info.sigma[0]
-        if window is not None:
-            more &= _inside(window, info)
+        more &= inside(self.schedule.repeat_window, info.sigma[0])
         first = self.rule(evaluate, transition, x, noise, info)
         return jax.lax.fori_loop(1, jnp.where(more, repeats, 1), again, first)
 
 
-def _inside(window: Window, info: Info) -> Array:
-    """Scalar: low <= sigma <= high. A sampler's step is at one level, so the first image speaks for
-    all.
-    """
-    return inside(window, info.sigma[0])
+def check_levels(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError for levels between which there is none."""
+    if not sigma_min <= sigma_max:
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected sigma_min <= sigma_max"
+        )
 
 
 def inside(window: Window | None, sigma: Array) -> Array:

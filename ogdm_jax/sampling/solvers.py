@@ -292,21 +292,6 @@ def plms(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     return [Phase(start, 0, 1), *rest], (jnp.zeros_like(x),) * 3
 
 
-def dpmpp_2m(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
-    """DPM-Solver++(2M); sigma_before = sigma makes the first step first order (arXiv
-    2211.01095).
-    """
-
-    def body(x: Array, carry: PyTree, info: Info) -> Step:
-        before, sigma_before = carry
-        x0_hat = p.x0(x, info.sigma)
-        sigma_before = jnp.where(info.step == 0, info.sigma, sigma_before)
-        x = steps.dpmpp_2m(x, x0_hat, before, info.sigma, info.sigma_next, sigma_before)
-        return x, (x0_hat, info.sigma), x0_hat
-
-    return [Phase(body, 0, n)], (jnp.zeros_like(x), jnp.zeros((x.shape[0],), x.dtype))
-
-
 def run(
     phases: Sequence[Phase],
     carry: PyTree,
