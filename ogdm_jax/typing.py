@@ -3,12 +3,14 @@
 b h w c name dimensions; images are NHWC float32 in [-1, 1].
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 Array = jax.Array
 PyTree = Any
+Features = Callable[[Array, Array], Array]  # of a noisy image: (x [b,h,w,c], sigma [b]) -> [b, ...]
 
 
 class NetworkFn(Protocol):
@@ -28,14 +30,6 @@ class Denoise(Protocol):
 
     def __call__(self, x: Array, sigma: Array, label: PyTree = None, /) -> Array:
         """x0_hat [b,h,w,c]."""
-        ...
-
-
-class Features(Protocol):
-    """Features of a noisy image: (x [b,h,w,c], sigma [b]) -> [b, ...]."""
-
-    def __call__(self, x: Array, sigma: Array) -> Array:
-        """Features [b, ...]."""
         ...
 
 

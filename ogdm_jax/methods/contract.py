@@ -131,24 +131,16 @@ class Constants:
     divided: bool = False
 
 
-class Gradient(Protocol):
-    """Trains a method's own network on the step's batch: (gradient, metrics) of the mean loss.
-
-    loss: (params, example, denoiser) -> ([b], metrics); the denoiser is the one that the step has
-      just updated, and no gradient goes to it.
-    params: what is differentiated.
-    key, noise_key: of the example's draws, and of its noise; with `Update.key` for both they are
-      those that the denoiser was trained on.
-
-    The gradient is that of all rounds and devices, with what is not finite replaced; metrics are
-    means, with "grad_nonfinite", the number of replaced entries.
-    """
-
-    def __call__(
-        self, loss: OwnLoss, params: PyTree, key: Array, noise_key: Array
-    ) -> tuple[PyTree, dict[str, Array]]:
-        """See above."""
-        ...
+# Trains a method's own network on the step's batch: (loss, params, key, noise_key) -> (gradient,
+# metrics) of the mean loss.
+#   loss: (params, example, denoiser) -> ([b], metrics); the denoiser is the one that the step has
+#     just updated, and no gradient goes to it.
+#   params: what is differentiated.
+#   key, noise_key: of the example's draws, and of its noise; with `Update.key` for both they are
+#     those that the denoiser was trained on.
+# The gradient is that of all rounds and devices, with what is not finite replaced; metrics are
+# means, with "grad_nonfinite", the number of replaced entries.
+Gradient = Callable[[OwnLoss, PyTree, Array, Array], tuple[PyTree, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,21 +178,12 @@ class Carry:
     check: Callable[[PyTree, PyTree], None] | None = None
 
 
-class Weights(Protocol):
-    """Reads weights of the run's network from a training folder, as host arrays.
-
-    folder: a training folder; "" for the one that the run is fine-tuned from.
-    which: "ema" or "params".   step: of its checkpoint, None for the newest.
-    field: the setting that names the folder, for messages.
-
-    Returns (params, buffers, step).
-    """
-
-    def __call__(
-        self, folder: str, which: str, step: int | None, field: str
-    ) -> tuple[PyTree, PyTree, int]:
-        """See above."""
-        ...
+# Reads weights of the run's network from a training folder, as host arrays: (folder, which, step,
+# field) -> (params, buffers, step).
+#   folder: a training folder; "" for the one that the run is fine-tuned from.
+#   which: "ema" or "params".   step: of its checkpoint, None for the newest.
+#   field: the setting that names the folder, for messages.
+Weights = Callable[[str, str, int | None, str], tuple[PyTree, PyTree, int]]
 
 
 @dataclasses.dataclass(frozen=True)

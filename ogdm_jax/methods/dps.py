@@ -9,6 +9,7 @@ in the coordinate x_vp = x / sqrt(1 + sigma^2): with coordinate="vp" its scales 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ class Descent:
     """The transition rule x' = mean + std noise - size grad.
 
     Attributes:
-      gradient: (evaluate, x, info) -> (x0_hat, loss [B], grad like x), see gradients.py.
+      gradient: (evaluate, x, info) -> (x0_hat, loss [B], grad like x), see `gradients.of_step`.
       size: (grad, x, x0_hat, info) -> step size, a number or [B].
     """
 
@@ -120,16 +121,12 @@ def guidance(
     if coordinate not in ("ve", "vp"):
         raise ValueError(f"coordinate={coordinate!r}; expected 've' or 'vp'")
     chosen = Settings(**numbers(scale=scale), **settings)
-    seen = gradients.of_clipped(loss, chosen.clip_loss)
-
-    def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.through_network(seen, evaluate, x)
 
     def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> Array:
         of_image = jnp.broadcast_to(jnp.asarray(scale, info.sigma.dtype), info.sigma.shape)
         return of_image * gradients.vp_factor(info) if coordinate == "vp" else of_image
 
-    rule = Descent(gradient, size)
+    rule = Descent(functools.partial(gradients.of_step, loss, clip=chosen.clip_loss), size)
     return Guidance("dps", transition=scheduled(rule, chosen, chosen.clip_mean))
 
 

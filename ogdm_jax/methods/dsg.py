@@ -280,7 +280,8 @@ class Spherical:
         self, evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
     ) -> tuple[Array, Array]:
         settings, rate = self.settings, self.rate
-        x0_hat, values, grad = self._gradient(evaluate, x, info)
+        how = settings.clip_loss, settings.samples, settings.backward
+        x0_hat, values, grad = gradients.of_step(self.loss, evaluate, x, info, *how)
         mean, std = transition(x0_hat, x)
         if settings.strength is not None:
             rate = rate_of_strength(settings.strength, info.steps, settings.interval)
@@ -289,11 +290,3 @@ class Spherical:
             plain = mean + spread(std, x) * noise
             x_next = jnp.where(per_example(values <= self.stop, x) > 0, plain, x_next)
         return x_next, x0_hat
-
-    def _gradient(self, evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        settings = self.settings
-        loss = gradients.of_clipped(self.loss, settings.clip_loss)
-        if settings.samples:
-            loss = gradients.smoothed(loss, settings.samples, info)
-        take = gradients.through_network if settings.backward else gradients.at_x0
-        return take(loss, evaluate, x)

@@ -9,6 +9,7 @@ line takes there). Time travel is `Schedule.repeats`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ogdm_jax.methods.dps import Descent
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
 
@@ -50,9 +51,6 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
     """
     chosen = Settings(**numbers(scale=scale), **settings)
 
-    def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.through_network(loss, evaluate, x)
-
     def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> Array:
         if chosen.rule == "time":
             return scale * jnp.sqrt(1 + info.sigma_next**2)
@@ -62,7 +60,8 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
         weight = scale * jnp.abs((1 - ratio) * (1 + ratio)) * rms(x - x0_hat)
         return jnp.where(moves, weight / jnp.where(moves, length, 1.0), 0.0)
 
-    return Guidance("freedom", transition=scheduled(Descent(gradient, size), chosen))
+    rule = Descent(functools.partial(gradients.of_step, loss), size)
+    return Guidance("freedom", transition=scheduled(rule, chosen))
 
 
 def rms(v: Array) -> Array:

@@ -7,14 +7,14 @@ in VP coordinates (`gradients.smoothed`, `gradients.vp_factor`).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from ogdm_jax.config import setting
 from ogdm_jax.methods.dps import Descent
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
-from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
 
@@ -45,13 +45,8 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
       ConfigError: a setting out of range.
     """
     chosen = Settings(**numbers(scale=scale), **settings)
-
-    def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.through_network(
-            gradients.smoothed(loss, chosen.samples, info), evaluate, x
-        )
-
-    rule = Descent(gradient, lambda grad, x, x0_hat, info: scale * gradients.vp_factor(info))
+    size = lambda grad, x, x0_hat, info: scale * gradients.vp_factor(info)
+    rule = Descent(functools.partial(gradients.of_step, loss, samples=chosen.samples), size)
     return Guidance("lgd", transition=scheduled(rule, chosen))
 
 

@@ -14,6 +14,7 @@ configurations have 0.3 for super-resolution and 10 for Gaussian deblurring of 2
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ogdm_jax.methods.dps import Descent
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Info
-from ogdm_jax.sampling.guidance import Evaluate, Guidance
+from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.schedule import Schedule, numbers, scheduled
 from ogdm_jax.typing import Array
 
@@ -56,15 +57,12 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
       ConfigError: a setting out of range.
     """
     chosen = Settings(**numbers(scale=scale), **settings)
-    seen = gradients.of_clipped(loss, chosen.clip_loss)
-
-    def gradient(evaluate: Evaluate, x: Array, info: Info) -> tuple[Array, Array, Array]:
-        return gradients.at_x0(seen, evaluate, x)
 
     def size(grad: Array, x: Array, x0_hat: Array, info: Info) -> float | Array:
         return scale * jnp.sqrt(1 + info.sigma_next**2) if chosen.rule == "released" else scale
 
-    rule = Descent(gradient, size)
+    how = {"clip": chosen.clip_loss, "backward": False}
+    rule = Descent(functools.partial(gradients.of_step, loss, **how), size)
     return Guidance("mpgd", transition=scheduled(rule, chosen))
 
 

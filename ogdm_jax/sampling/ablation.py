@@ -86,12 +86,8 @@ class Design:
     def levels(self, n: int, low: float, high: float) -> np.ndarray:
         """[n] levels of the grid between two levels, without the final 0."""
         if isinstance(self.grid, str):
-            return {
-                "vp": lambda: grids.vp(n, low, high, self.t_min),
-                "ve": lambda: grids.ve(n, low, high),
-                "iddpm": lambda: grids.iddpm(n, low, high),
-                "edm": lambda: grids.edm(n, low, high, self.rho),
-            }[self.grid]()[:-1]
+            own = {"vp": (self.t_min,), "edm": (self.rho,)}.get(self.grid, ())
+            return getattr(grids, self.grid)(n, low, high, *own)[:-1]
         levels = np.asarray(self.grid, np.float64)
         decreasing = levels.ndim == 1 and levels.size > 0 and (np.diff(levels) < 0).all()
         if not (decreasing and levels[-1] > 0):

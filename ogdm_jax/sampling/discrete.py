@@ -101,10 +101,8 @@ def pndm(
 
     def node(t: np.ndarray) -> Node:
         sigma = _one_above(table, t)
-        return {
-            k: jnp.asarray(v, latents.dtype)
-            for k, v in (("t", t), ("sigma", sigma), ("scale", vp_scale(sigma)))
-        }
+        found = {"t": t, "sigma": sigma, "scale": vp_scale(sigma)}
+        return jax.tree.map(lambda v: jnp.asarray(v, latents.dtype), found)
 
     def slope(x: Array, at: Node) -> Array:
         return eps_model(at["scale"] * x, jnp.broadcast_to(at["t"], x.shape[:1])).astype(x.dtype)
@@ -132,10 +130,8 @@ def pndm(
     starts, middles, ends = node(t[:-1]), node(middle), node(t[1:])
     x, earlier = latents / starts["scale"][0], ()
     for i in range(order - 1):
-        x, d = starter(
-            x, *({k: v[i] for k, v in nodes.items()} for nodes in (starts, middles, ends))
-        )
+        x, d = starter(x, *jax.tree.map(lambda v, i=i: v[i], (starts, middles, ends)))
         earlier = (d, *earlier)
-    rest = tuple({k: v[order - 1 :] for k, v in nodes.items()} for nodes in (starts, ends))
+    rest = jax.tree.map(lambda v: v[order - 1 :], (starts, ends))
     (x, _), _ = jax.lax.scan(cast(Any, multistep), (x, earlier), rest)
     return (x * ends["scale"][-1]).astype(given)

@@ -24,11 +24,30 @@ def clipped(x0_hat: Array, clip: bool) -> Array:
     return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
 
 
-def of_clipped(loss: Loss, clip: bool) -> Loss:
-    """The loss; with clip, of x0_hat clipped to [-1, 1], as in DPS's and DSG's code for linear
-    problems: the gradient of clipped pixels is 0.
+def of_step(
+    loss: Loss,
+    evaluate: Evaluate,
+    x: Array,
+    info: Info,
+    clip: bool = False,
+    samples: int = 0,
+    backward: bool = True,
+) -> tuple[Array, Array, Array]:
+    """(x0_hat like x, loss [B], gradient like x) of one step.
+
+    Args:
+      loss: x0_hat [B,H,W,C] -> [B].
+      evaluate: x -> x0_hat.
+      x: [B,H,W,C].
+      info: of the step.
+      clip: the loss sees x0_hat clipped to [-1, 1], as in DPS's and DSG's code for linear problems;
+        the gradient of clipped pixels is 0.
+      samples: above 0, the loss is `smoothed` by so many draws.
+      backward: take the gradient `through_network`, else `at_x0`.
     """
-    return (lambda x0_hat: loss(clipped(x0_hat, clip))) if clip else loss
+    seen = (lambda x0_hat: loss(clipped(x0_hat, clip))) if clip else loss
+    seen = smoothed(seen, samples, info) if samples else seen
+    return (through_network if backward else at_x0)(seen, evaluate, x)
 
 
 def through_network(loss: Loss, evaluate: Evaluate, x: Array) -> tuple[Array, Array, Array]:
