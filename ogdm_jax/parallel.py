@@ -209,7 +209,6 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
     Raises:
       ConfigError: unknown kind, or more devices wanted than there are.
     """
-    require(kind in PLANS, "parallel.plan", kind, f"one of {', '.join(PLANS)}")
     found = jax.devices()
     require(
         0 <= devices <= len(found),
@@ -223,8 +222,7 @@ def make_plan(kind: str, devices: int = 0) -> Plan:
         devices,
         "0 with several processes",
     )
-    chosen = found[: devices or len(found)]
-    return Plan(kind=kind, devices=tuple(chosen), processes=jax.process_count())
+    return plan_of(kind, found[: devices or len(found)])
 
 
 def plan_of(kind: str, devices: Sequence[Any]) -> Plan:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, places, records
 from ogdm_jax.cli.parsing import step, whole
-from ogdm_jax.config import ConfigError, Sample, replace
+from ogdm_jax.config import ConfigError, Evaluate, Sample, replace
 from ogdm_jax.data import Source, SourceError, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
@@ -24,6 +24,7 @@ from ogdm_jax.training.evaluate import Draw
 from ogdm_jax.training.workdir import TrainedModel
 
 MOST = 5000  # samples of each distance, unless --num says otherwise
+DEFAULTS = Evaluate()
 OF_TEXTS = (
     "expected another one: draw those by ogdm sample --prompts FILE --out samples.npz, and measure "
     "them by ogdm evaluate --samples samples.npz --reference IMAGES"
@@ -84,8 +85,7 @@ def open_space(
     args: argparse.Namespace,
     reference: Source | Statistics,
     shape: tuple[int, int, int],
-    default: str = "auto",
-    weights: str = "",
+    settings: Evaluate = DEFAULTS,
 ) -> TrainedFeatures | NetworkFeatures:
     """The feature space that --features names.
 
@@ -93,13 +93,12 @@ def open_space(
       args: with the options of `add_space_options`.
       reference: on whose labels "auto" trains a classifier.
       shape: of the images.
-      default: the name without --features.
-      weights: Inception's file without --weights.
+      settings: what --features and --weights are without these options.
 
     Raises:
       ValueError: "auto" without images, or a space that cannot be opened.
     """
-    name = args.features or default
+    name = args.features or settings.features or "auto"
     for option, given, owner in (
         ("--weights", args.weights, "inception"),
         ("--route", args.route != "tf", "inception"),
@@ -110,7 +109,8 @@ def open_space(
                 f"{option}: given, but the feature space is {name}; expected --features {owner}"
             )
     if name in ("lite0", "inception"):
-        return feature_space(name, args.weights or weights or None, args.route, args.size)
+        weights = args.weights or settings.weights or None
+        return feature_space(name, weights, args.route, args.size)
     if name != "auto":
         return feature_space(open_images("--features", name, args, shape))
     if isinstance(reference, Statistics):
@@ -181,9 +181,7 @@ def open_model_space(
     args: argparse.Namespace, trained: TrainedModel, reference: Source | Statistics
 ) -> FeatureSpace:
     """The feature space that --features names, or that the model's configuration does."""
-    settings = trained.config.evaluate
-    known = settings.features or "auto", settings.weights
-    return open_space(args, reference, trained.model.picture_shape, *known)
+    return open_space(args, reference, trained.model.picture_shape, trained.config.evaluate)
 
 
 def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:

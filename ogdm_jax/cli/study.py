@@ -279,9 +279,7 @@ def open_ruler(
     if args.reference:
         name = args.reference
         source = measuring.open_images("--reference", name, args, source.shape)
-    told = config.evaluate
-    known = told.features or "auto", told.weights
-    space = measuring.open_space(args, source, source.shape, *known)
+    space = measuring.open_space(args, source, source.shape, config.evaluate)
     real = references(source)
     num = args.num or min(len(real), measuring.MOST)
     require(last * runs.APART + num < 2**32, "--seeds", last, "numbers below 4000")

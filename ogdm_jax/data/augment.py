@@ -14,7 +14,7 @@ bilinear gather and two matrix products.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +40,8 @@ Images = Float[Array, "b h w c"]
 Labels = Float[Array, "b k"]
 Maps = Float[Array, "b 2 3"]
 Flags = Bool[Array, " b"]
-
-
-class Part(NamedTuple):
-    """One resampling operation.
-
-    Attributes:
-      matrix: [B,2,3], output to input, pixels about the centre.
-      labels: [B,k].
-    """
-
-    matrix: Array
-    labels: Array
+# of a resampling: its matrix [B,2,3], output to input in pixels about the centre; its labels [B,k]
+Part = tuple[Array, Array]
 
 
 def xflip(keys: Keys, images: Pixels) -> Pixels:
@@ -132,20 +122,12 @@ class AugmentPipe:
         or 1, other `w` are standard normal, `v` are uniform angles, `aniso_ur` < 0.5 keeps the
         stretch's direction. Shapes [B] except trans_w [2,B] and trans_u [1,B].
         """
-        draws, keys = {}, randomness.quick(keys)
-        for name in (name for op in self.ops for name in _DRAWS[op]):
-            own = randomness.fold_in_each(keys, f"augment_{name}")
-            if name == "trans_w":
-                draws[name] = randomness.normal(own, (2,)).T
-            elif name == "trans_u":
-                draws[name] = randomness.uniform(own)[None]
-            elif name.endswith("flip_w"):
-                draws[name] = jnp.floor(2 * randomness.uniform(own))
-            else:
-                draws[name] = (
-                    randomness.normal(own) if name.endswith("_w") else randomness.uniform(own)
-                )
-        return draws
+        keys = randomness.quick(keys)
+        return {
+            name: draw(randomness.fold_in_each(keys, f"augment_{name}"))
+            for op in self.ops
+            for name, draw in _DRAWS[op].items()
+        }
 
     def apply(self, draws: Draws, images: Images) -> tuple[Images, Labels]:
         """Transforms images by draws of `draw`.
@@ -175,11 +157,9 @@ class AugmentPipe:
             labels.append(w[:, None])
         parts = [_PARTS[name](self, draws, height, width) for name in self.ops if name in _PARTS]
         if parts:
-            images = warp(
-                images,
-                functools.reduce(_compose, [part.matrix for part in parts]).astype(images.dtype),
-            )
-        labels += [part.labels.astype(images.dtype) for part in parts]
+            matrix = functools.reduce(_compose, [matrix for matrix, _ in parts])
+            images = warp(images, matrix.astype(images.dtype))
+        labels += [own.astype(images.dtype) for _, own in parts]
         return images, jnp.concatenate(labels, axis=1)
 
     def augment(self, keys: Keys, images: Images) -> tuple[Images, Labels]:
@@ -309,13 +289,13 @@ def _acts(value: Array, u: Array, probability: float) -> Array:
 def _scale(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part:
     w = _acts(draws["scale_w"], draws["scale_u"], pipe.scale * pipe.p)
     inverse = jnp.exp2(-pipe.scale_std * w)
-    return Part(_affine(inverse, 0.0, 0.0, 0.0, inverse, 0.0), w[:, None])
+    return _affine(inverse, 0.0, 0.0, 0.0, inverse, 0.0), w[:, None]
 
 
 def _rotate(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part:
     angle = (2 * draws["rot_v"] - 1) * (np.pi * pipe.rotate_frac_max)
     angle = _acts(angle, draws["rot_u"], pipe.rotate_frac * pipe.p)
-    return Part(_rotation(angle), jnp.stack([jnp.cos(angle) - 1, jnp.sin(angle)], axis=1))
+    return _rotation(angle), jnp.stack([jnp.cos(angle) - 1, jnp.sin(angle)], axis=1)
 
 
 def _aniso(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part:
@@ -324,23 +304,28 @@ def _aniso(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part:
     stretch = jnp.exp2(pipe.aniso_std * w)
     inverse = _affine(1 / stretch, 0.0, 0.0, 0.0, stretch, 0.0)
     matrix = _compose(_compose(_rotation(-angle), inverse), _rotation(angle))
-    return Part(matrix, jnp.stack([w * jnp.cos(angle), w * jnp.sin(angle)], axis=1))
+    return matrix, jnp.stack([w * jnp.cos(angle), w * jnp.sin(angle)], axis=1)
 
 
 def _translate(pipe: AugmentPipe, draws: Draws, height: int, width: int) -> Part:
     w = _acts(draws["trans_w"], draws["trans_u"], pipe.translate_frac * pipe.p)
     shift = pipe.translate_frac_std * w
-    return Part(_affine(1.0, 0.0, -shift[0] * width, 0.0, 1.0, -shift[1] * height), w.T)
+    return _affine(1.0, 0.0, -shift[0] * width, 0.0, 1.0, -shift[1] * height), w.T
 
 
 _FLIPS = {"xflip": 2, "yflip": 1}  # the axis that is mirrored
 _PARTS = {"scale": _scale, "rotate_frac": _rotate, "aniso": _aniso, "translate_frac": _translate}
 _LABELS = {"xflip": 1, "yflip": 1, "scale": 1, "rotate_frac": 2, "aniso": 2, "translate_frac": 2}
-_DRAWS = {
-    "xflip": ("xflip_w", "xflip_u"),
-    "yflip": ("yflip_w", "yflip_u"),
-    "scale": ("scale_w", "scale_u"),
-    "rotate_frac": ("rot_v", "rot_u"),
-    "aniso": ("aniso_w", "aniso_v", "aniso_u", "aniso_ur"),
-    "translate_frac": ("trans_w", "trans_u"),
+_uniform, _normal = randomness.uniform, randomness.normal
+_coin = lambda keys: jnp.floor(2 * _uniform(keys))
+_DRAWS: dict[str, dict[str, Callable[[Array], Array]]] = {
+    "xflip": {"xflip_w": _coin, "xflip_u": _uniform},
+    "yflip": {"yflip_w": _coin, "yflip_u": _uniform},
+    "scale": {"scale_w": _normal, "scale_u": _uniform},
+    "rotate_frac": {"rot_v": _uniform, "rot_u": _uniform},
+    "aniso": dict.fromkeys(("aniso_v", "aniso_u", "aniso_ur"), _uniform) | {"aniso_w": _normal},
+    "translate_frac": {
+        "trans_w": lambda keys: _normal(keys, (2,)).T,
+        "trans_u": lambda keys: _uniform(keys)[None],
+    },
 }

@@ -137,27 +137,22 @@ def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) 
         words = str(error).partition(f"{reader.where(i)} ")[2] or str(error)
         return _Seen(words.partition("; replace")[0])
     mode = facts.get("mode", "L" if image.shape[-1] == 1 else "RGB")
-    odd = []
-    if facts.get("frames"):
-        odd.append("of several frames: the first is read")
-    if mode not in _PLAIN:
-        wider = "of 16 bits: scaled to 8" if mode.startswith("I") else "transparent: laid on white"
-        odd.append(_MODES.get(mode, wider))
-    if (wide, high) != (width, height):
-        odd.append("turned by their EXIF data")
-    if max(width, height) > _HUGE:
-        odd.append(f"larger than {_HUGE} pixels")
-    if resolution and min(width, height) < resolution:
-        odd.append(f"smaller than {resolution} pixels: enlarged")
-    if resolution and width != height:
-        odd.append("not square: cropped")
-    if image.min() == image.max():
-        odd.append("of one colour")
+    wider = "of 16 bits: scaled to 8" if mode.startswith("I") else "transparent: laid on white"
+    odd = {
+        "of several frames: the first is read": facts.get("frames"),
+        _MODES.get(mode, wider): mode not in _PLAIN,
+        "turned by their EXIF data": (wide, high) != (width, height),
+        f"larger than {_HUGE} pixels": max(width, height) > _HUGE,
+        f"smaller than {resolution} pixels: enlarged": min(width, height) < (resolution or 0),
+        "not square: cropped": resolution and width != height,
+        "of one colour": image.min() == image.max(),
+    }
     if image.ndim == 4:
         mode = f"latents, {image.dtype}"
     mark = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=12).digest()
     kind = f"{facts['format']} {mode}" if facts else _PLAIN.get(mode, mode)
-    return _Seen("", size, kind, tuple(odd), mark, None if isinstance(label, str) else label)
+    found = tuple(words for words, is_so in odd.items() if is_so)
+    return _Seen("", size, kind, found, mark, None if isinstance(label, str) else label)
 
 
 def _odd(

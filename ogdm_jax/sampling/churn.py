@@ -14,7 +14,6 @@ import numpy as np
 
 from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion.denoiser import Denoiser
-from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -168,12 +167,3 @@ def added_std(sigma: Array, sigma_hat: Array, noise_scale: Array) -> Array:
     is visible noise.
     """
     return jnp.sqrt(jnp.maximum((sigma_hat - sigma) * (sigma_hat + sigma), 0.0)) * noise_scale
-
-
-def raise_noise(
-    x: Array, sigma: Array, sigma_hat: Array, noise_scale: Array, noise: Array
-) -> Array:
-    """State x at sigma_hat >= sigma: x + sqrt(sigma_hat^2 - sigma^2) noise_scale noise; sigmas and
-    noise_scale are [B].
-    """
-    return x + per_example(added_std(sigma, sigma_hat, noise_scale), x) * noise

@@ -18,7 +18,7 @@ from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.denoiser import Denoiser
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.sampling import adaptive
-from ogdm_jax.sampling.churn import Info, added_std, raise_noise
+from ogdm_jax.sampling.churn import Info, added_std
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments, plain_step
 from ogdm_jax.typing import Array, PyTree
 
@@ -112,27 +112,27 @@ def _churned(p: Problem, x: Array, carry: PyTree, info: Info) -> tuple[Array, Ar
     rule, seen = p.churn.churn, p.churn.about(info)
     gamma, noise_scale = rule.amounts(carry, seen)
     sigma_hat = p.round_sigma(info.sigma * (1 + gamma)).astype(info.sigma.dtype)
+    added = added_std(info.sigma, sigma_hat, noise_scale)
     if p.guidance is None:
-        x = raise_noise(x, info.sigma, sigma_hat, noise_scale, p.noise(info.step))
+        x = x + per_example(added, x) * p.noise(info.step)
     else:
-        x = _guided_churn(p, x, sigma_hat, noise_scale, info)
+        x = _guided_churn(p, x, sigma_hat, added, info)
     x0_hat, carry = rule.evaluate(p.denoise, carry, x, sigma_hat, p.label, seen)
     return x, sigma_hat, x0_hat.astype(x.dtype), carry
 
 
-def _guided_churn(p: Problem, x: Array, sigma_hat: Array, noise_scale: Array, info: Info) -> Array:
+def _guided_churn(p: Problem, x: Array, sigma_hat: Array, added: Array, info: Info) -> Array:
     """Churn's noise under guidance: x -> x_hat is N(x, std^2 I), a transition as good as another.
 
     One more evaluation, at sigma, on those steps that add noise. Images to which the rule adds none
     stay where they are, whatever the other images of the batch do.
     """
-    added = added_std(info.sigma, sigma_hat, noise_scale)
 
     def up(x: Array) -> Array:
         raised = info._replace(sigma_next=sigma_hat, churned=True)
         evaluate = partial(p.x0, sigma=info.sigma)
         guided, _ = random_step(p, evaluate, lambda x0, x: (x, added), x, raised)
-        return jnp.where(steps.per_example(added, x) > 0, guided, x)
+        return jnp.where(per_example(added, x) > 0, guided, x)
 
     return jax.lax.cond(jnp.any(added > 0), up, lambda x: x, x)
 
