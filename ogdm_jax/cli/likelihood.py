@@ -121,7 +121,7 @@ def _measure(
     )
     constants, weights = generate.arrays(methods)[0], (trained.params, trained.buffers)
     each = []
-    with tqdm(total=args.num, unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=args.num, unit="image", disable=None) as bar:
         for start in range(0, args.num, size):
             at = generate.batch_rows(start, size, args.num)
             rows = source.take(at)

@@ -214,8 +214,8 @@ def drawing(
     def draw(
         settings: Sample, seeds: Sequence[int], title: str, counts: list[np.ndarray] | None = None
     ) -> Iterator[np.ndarray]:
-        quiet, drawn = not sys.stderr.isatty(), 0
-        with tqdm(total=len(seeds), unit="image", desc=title, disable=quiet) as bar:
+        drawn = 0
+        with tqdm(total=len(seeds), unit="image", desc=title, disable=None) as bar:
             for part in trained.batches(settings, seeds, churn=churn, counts=counts, **how):
                 bad = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3)))
                 if len(bad):

@@ -309,8 +309,7 @@ def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
         done=done,
         counts=counts,
     )
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=len(done), initial=before, unit="image", disable=quiet) as bar:
+    with tqdm(total=len(done), initial=before, unit="image", disable=None) as bar:
         for start, images in zip(starts, drawn, strict=True):
             out.add(start, images)
             count += len(images)

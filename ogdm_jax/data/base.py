@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -315,6 +315,15 @@ def _with_labels(source: Source, labels: np.ndarray | None) -> Source:
     )
 
 
+def by_threads(work: Callable[[int], Any], numbers: range) -> Iterator[Any]:
+    """work(i) for each number in order, by eight threads: decoding leaves Python's lock. Parts of
+    the numbers keep the queue of pending work short.
+    """
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for at in range(0, len(numbers), 1024):
+            yield from pool.map(work, numbers[at : at + 1024])
+
+
 def _in_memory(source: Source) -> Source:
     """The same source with all its images read, by eight threads."""
     images = np.empty((len(source), *source.item_shape), source.dtype)
@@ -327,11 +336,10 @@ def _in_memory(source: Source) -> Source:
         if source.labels is None:
             read_labels[rows] = part["label"]
 
-    # Decoding leaves Python's lock; blocks keep the queue of pending reads short.
-    blocks = range(0, len(source), 1024)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for start in tqdm(blocks, desc=source.name, unit="block", leave=False, disable=None):
-            list(pool.map(load, range(start, min(start + 1024, len(source)), 128)))
+    count = -(-len(source) // 128)
+    loaded = by_threads(load, range(0, len(source), 128))
+    for _ in tqdm(loaded, source.name, count, unit="block", leave=False, disable=None):
+        pass
     source = dataclasses.replace(source, images=images, reader=None)
     if source.labels is None and (source.class_names or np.any(read_labels >= 0)):
         known = source.hashes

@@ -1,15 +1,13 @@
 """`data check`: reads every picture of a set and says what is bad, odd or left out."""
 
 import collections
-import concurrent.futures
 import hashlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from ogdm_jax.data.base import Label, Reader, Stored, from_arrays
+from ogdm_jax.data.base import Label, Reader, Stored, by_threads, from_arrays
 from ogdm_jax.data.files import FolderReader
 from ogdm_jax.data.labels import SourceError, normal
 from ogdm_jax.data.pictures import PictureError, fit, with_channels
@@ -61,7 +59,9 @@ def check(
         assert source.images is not None, "made of arrays"
         found = Stored(_Array(source.images), source.labels, source.class_names, source.notes)
     reader = found.reader
-    seen = list(tqdm(_all(reader, resolution, channels), total=len(reader), disable=None))
+    look = lambda i: _look(reader, i, resolution, channels)
+    pictures = by_threads(look, range(len(reader)))
+    seen = list(tqdm(pictures, total=len(reader), disable=None))
     bad = [{"file": reader.where(i), "reason": one.bad} for i, one in enumerate(seen) if one.bad]
     labels = found.labels
     if labels is None and any(one.label is not None for one in seen):
@@ -108,17 +108,6 @@ class _Array(Reader):
 
     def where(self, i: int) -> str:
         return f"image {i}"
-
-
-def _all(reader: Reader, resolution: int | None, channels: int | None) -> Iterator[_Seen]:
-    """Every picture in order, read by eight threads."""
-
-    def look(i: int) -> _Seen:
-        return _look(reader, i, resolution, channels)
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(reader), 1024):
-            yield from pool.map(look, range(start, min(start + 1024, len(reader))))
 
 
 def _look(reader: Reader, i: int, resolution: int | None, channels: int | None) -> _Seen:
