@@ -14,7 +14,7 @@ bilinear gather and two matrix products.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -318,7 +318,7 @@ _PARTS = {"scale": _scale, "rotate_frac": _rotate, "aniso": _aniso, "translate_f
 _LABELS = {"xflip": 1, "yflip": 1, "scale": 1, "rotate_frac": 2, "aniso": 2, "translate_frac": 2}
 _uniform, _normal = randomness.uniform, randomness.normal
 _coin = lambda keys: jnp.floor(2 * _uniform(keys))
-_DRAWS: dict[str, dict[str, Callable[[Array], Array]]] = {
+_DRAWS: Mapping[str, Mapping[str, Callable[[Array], Array]]] = {
     "xflip": {"xflip_w": _coin, "xflip_u": _uniform},
     "yflip": {"yflip_w": _coin, "yflip_u": _uniform},
     "scale": {"scale_w": _normal, "scale_u": _uniform},
