@@ -147,8 +147,7 @@ def sample(
       ValueError: unknown solver; a bad grid; a random setting without key; a setting the solver
         does not use.
     """
-    options = _options(solver, options, variable)
-    eta = float(solver == "dpmpp_2m_sde") if eta is None else eta
+    options, eta = _options(solver, options, variable), _eta(solver, eta)
     check_start(solver, sigmas, variance)
     given, latents = latents.dtype, widened(latents)
     parts = combine(guidance, churn)
@@ -329,6 +328,11 @@ def _options(solver: str, given: dict[str, Any], variable: str | None = None) ->
                 + (f"solver {owners[0]!r} with it" if owners else f"one of {', '.join(known)}")
             )
     return Sample(solver=solver, **given).options
+
+
+def _eta(solver: str, eta: float | Array | None) -> float | Array:
+    """`eta` of sample, with None replaced by the solver's own."""
+    return float(solver == "dpmpp_2m_sde") if eta is None else eta
 
 
 def _check_grid(solver: str, sigmas: Array | np.ndarray) -> Array | np.ndarray:
