@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from ogdm_jax import parallel, places, records
 from ogdm_jax.cli.parsing import step, whole
-from ogdm_jax.config import ConfigError, Evaluate, Sample, replace
+from ogdm_jax.config import ConfigError, Sample, replace
+from ogdm_jax.config.groups import Evaluate
 from ogdm_jax.data import Source, SourceError, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics.features import FeatureSpace, feature_space
