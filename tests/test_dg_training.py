@@ -35,7 +35,7 @@ from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import evaluate, loop
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
 from ogdm_jax.training.workdir import open_workdir
-from tests.support import tiny
+from tests.support import networks, tiny
 from tests.support.oracles import Mixture
 
 SMALL = (
@@ -71,7 +71,7 @@ def prior(tmp_path_factory):
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(
             0,
-            run.init(),
+            tiny.fresh(run),
             describe(run.config, run.source.shape, run.source.num_classes),
             {"step": 0},
         )
@@ -91,7 +91,8 @@ def extractor(tmp_path_factory):
         attn_resolutions=(4,),
         head_channels=32,
     )
-    variables = jax.jit(network.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+    variables = networks.born(shapes, 5)
     path = tmp_path_factory.mktemp("extractor") / "classifier.safetensors"
     about = {"kind": "adm_encoder", "settings": export.network_settings(network)}
     return export.write(path, export.to_torch(network, variables), about)
