@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, rest: list[str]) -> None:
     """What `main` does after parsing."""
     seeds = [int(seed) for seed in parse_seeds(args.seeds, 0)]
+    last = max(seeds)
+    few = last * runs.APART + (args.num or measuring.MOST) < 2**32  # seeds of images have 32 bits
+    require(few, "--seeds", last, "numbers below 4000")
     arms = read_arms(args.config, rest, seeds)
     out = places.place(args.out, "--out")
     ways = read_ways(args, arms, seeds[0])
@@ -256,7 +259,7 @@ def open_ruler(
     Raises:
       ConfigError: configurations of different data; a sampler that one of their models cannot have.
     """
-    seed, last = seeds[0], max(seeds)
+    seed = seeds[0]
     config = arms[0].configs[seed]
     keys = ("source", "resolution", "channels")
     for arm in arms[1:]:
@@ -282,7 +285,6 @@ def open_ruler(
     space = measuring.open_space(args, source, source.shape, config.evaluate)
     real = references(source)
     num = args.num or min(len(real), measuring.MOST)
-    require(last * runs.APART + num < 2**32, "--seeds", last, "numbers below 4000")
     return runs.Ruler(
         space, space(real), name, num, lambda model: measuring.drawing(args, model), args.vae
     )
