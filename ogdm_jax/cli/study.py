@@ -87,8 +87,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     if args.dry_run:
         print(describe(arms, seeds, ways, out, done))
         return
-    ruler = open_ruler(args, arms, seeds, ways)
-    with lock.hold(out, print):
+    with lock.hold(out, print, "--out"):
+        ruler = open_ruler(args, arms, seeds, ways)
         results.head = {
             "configurations": dict(word.split("=", 1) for word in args.config),
             "changes": rest,
