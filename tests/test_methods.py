@@ -182,8 +182,8 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
     assert began["sp"]["teacher_step"] == 0 and now["sp"]["teacher_step"] == 1
     constants = newest.methods.constants()
     with pytest.raises(ValueError, match="other weights at step 1 .* config.sp.teacher_step=0"):
-        newest.check(began, constants)
-    newest.check(now, constants)
+        newest.methods.check(began, constants)
+    newest.methods.check(now, constants)
 
 
 @pytest.mark.slow
