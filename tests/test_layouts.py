@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ogdm_jax.data import SourceError, open_source
+from ogdm_jax.data import SourceError, listing, open_source
 from ogdm_jax.data.prepare import prepare
 from tests.support.sets import archive, encoded, folder, pixels
 
@@ -172,6 +172,16 @@ def test_one_folder_around_everything_is_no_class(tmp_path):
         assert source.labels.tolist() == [0, 1, 1]
         assert "everything lies in 'top/set/'" in _notes(source)
         assert "1 pictures lie deeper" in _notes(source)
+
+
+@pytest.mark.parametrize("above", ["a//", "/a/"])
+def test_names_that_only_an_archive_has(above):
+    """What all lie in is cut off by its own letters; an absolute name has no first folder."""
+    names = [f"{above}{name}/1.png" for name in ("cat", "dog")]
+    labels, found, _ = listing.classes("zip:x.zip", names, ())
+    assert found == ("cat", "dog") and labels.tolist() == [0, 1]
+    with pytest.raises(SourceError, match="both at its top"):
+        listing.classes("zip:x.zip", ["/a/1.png", "b/2.png"], ())
 
 
 def test_an_archive_gives_what_its_folder_gives(tmp_path):

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
@@ -186,8 +185,13 @@ def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:
 
 def _shared(names: Sequence[str]) -> str:
     """The folders that all pictures lie in, with a slash, as far as folders lie in them."""
-    folders = {posixpath.dirname(name) for name in names}
-    shared = posixpath.commonpath(folders)
-    if folders == {shared}:  # they lie in it, and may be of a class
-        shared = posixpath.dirname(shared)
-    return f"{shared}/" if shared else ""
+    shared = ""
+    while True:
+        start = len(shared)
+        first, slash, rest = names[0][start:].partition("/")
+        more = f"{shared}{first}/"
+        if not slash or not all(name.startswith(more) for name in names):
+            return shared
+        if not any("/" in name[len(more) :] for name in names):
+            return shared
+        shared = more
