@@ -75,6 +75,10 @@ def test_convolution_of_doubled_pixels():
     np.testing.assert_allclose(convolution.conv2d_upsampled(*operands), by_hand, atol=1e-5)
     with pytest.raises(ValueError, match="conv2d"):
         convolution.conv2d_upsampled(operands[0], operands[1][:, :, :1])
+    for odd in ({"stride": 2}, {"pads": ((0, 1), (0, 1))}):
+        layer = layers.Conv(2, 3, jax.nn.initializers.zeros, up=True, **odd)
+        with pytest.raises(ValueError, match="Conv: up with"):
+            layer.init(jax.random.key(0), operands[0])
 
 
 def test_convolution_in_loops_and_batches():

@@ -119,9 +119,9 @@ def check(settings: Any, group: str, prefix: str = "config.") -> None:
             )
         for part in value if isinstance(value, tuple) else (value,):
             if wrong := _wrong(part, field):
-                raise ConfigError(f"{key}: {shown(value)} given; expected {wrong}")
+                raise refusal(key, value, wrong)
         if field.metadata["rising"] and not all(a < b for a, b in itertools.pairwise(value or ())):
-            raise ConfigError(f"{key}: {shown(value)} given; expected {expected(field)}")
+            raise refusal(key, value, expected(field))
 
 
 class Group:
@@ -154,8 +154,7 @@ class Group:
     def _require(self, condition: bool, name: str, expected: str) -> None:
         """Raises ConfigError with the name and value of a field unless the condition holds."""
         if not condition:
-            given = f"{self.PREFIX}{self._name}.{name}: {shown(getattr(self, name))} given"
-            raise ConfigError(f"{given}; expected {expected}")
+            raise refusal(f"{self.PREFIX}{self._name}.{name}", getattr(self, name), expected)
 
 
 @functools.cache
@@ -230,7 +229,7 @@ def _entries(
         raise ConfigError(f"{key}: {shown(value)} is of another type; expected {example}")
     endless = len(kinds) < 2 or kinds[1] is Ellipsis
     if not endless and len(value) != len(kinds):
-        raise ConfigError(f"{key}: {shown(value)} given; expected {expected(field)}")
+        raise refusal(key, value, expected(field))
     kind = kinds[0] if kinds else object
     fits = {float: is_number, int: lambda v: is_number(v) and isinstance(v, int)}
     is_fit = fits.get(kind, lambda v: isinstance(v, kind))
@@ -344,13 +343,18 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
     return math.ceil(steps)
 
 
+def refusal(name: str, value: Any, expected: str) -> ConfigError:
+    """The error "name: value given; expected ..."."""
+    return ConfigError(f"{name}: {shown(value)} given; expected {expected}")
+
+
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
     """Raises ConfigError "config.key: value given; expected ..." unless the condition holds; of an
     option, such as --num, the key is its name.
     """
     if not condition:
         name = key if key.startswith("--") else f"config.{key}"
-        raise ConfigError(f"{name}: {shown(value)} given; expected {expected}")
+        raise refusal(name, value, expected)
 
 
 def choose(key: str, value: str, options: Mapping[str, Any] | Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import platforms
+from ogdm_jax.networks.groupnorm import wide
 from ogdm_jax.typing import Array
 
 CPU_RULE = "cpu_rule"  # the scope of every operation made here: tests look for it in programs
@@ -182,6 +183,10 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     return _attended(q, k, v)[0]
 
 
+def _scale(x: Array) -> np.ndarray:
+    return np.asarray(1 / np.sqrt(x.shape[-1]), x.dtype)
+
+
 def _heads_first(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
@@ -189,10 +194,9 @@ def _heads_first(x: Array) -> Array:
 def _attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
     """The value of `attend`, and what its gradient needs: all [B,heads,...]."""
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    k = k * np.asarray(1 / np.sqrt(q.shape[-1]), k.dtype)
+    k = k * _scale(k)
     logits = q @ jnp.swapaxes(k, 2, 3)
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    weights = jax.nn.softmax(logits.astype(wide), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1).astype(v.dtype)
     out = weights @ v
     return _heads_first(out), (q, k, v, weights, out)
 
@@ -201,12 +205,12 @@ def _attend_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Arra
     """With P the weights: dv = P^T dout, and dlogits = P (dout v^T - <dout, out>)."""
     q, k, v, weights, out = saved
     dout = _heads_first(dout)
-    wide = jnp.promote_types(dout.dtype, jnp.float32)
-    along = jnp.sum((dout * out).astype(wide), axis=-1, keepdims=True)
-    dweights = (dout @ jnp.swapaxes(v, 2, 3)).astype(wide)
-    dlogits = (weights.astype(wide) * (dweights - along)).astype(q.dtype)
+    type_ = wide(dout.dtype)
+    along = jnp.sum((dout * out).astype(type_), axis=-1, keepdims=True)
+    dweights = (dout @ jnp.swapaxes(v, 2, 3)).astype(type_)
+    dlogits = (weights.astype(type_) * (dweights - along)).astype(q.dtype)
     dq = dlogits @ k
-    dk = (jnp.swapaxes(dlogits, 2, 3) @ q) * np.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)
+    dk = (jnp.swapaxes(dlogits, 2, 3) @ q) * _scale(q)
     dv = jnp.swapaxes(weights, 2, 3) @ dout
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)
 

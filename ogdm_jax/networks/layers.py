@@ -107,7 +107,7 @@ class Conv(nn.Module):
       kernel: side k of the kernel [k, k, in, features]; 0 only resamples.
       kernel_init: initialiser of the kernel.
       bias_init: initialiser of the bias; None = zeros.
-      up: double the resolution.
+      up: double the resolution; not with pads or a stride.
       down: halve the resolution.
       taps: low-pass filter of the resampling.
       fused: with down, as in NCSN++'s residual input: the kernel comes first, then the low-pass and
@@ -132,6 +132,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [B,H,W,C] to [B,H',W',features]."""
+        if self.up and (self.pads is not None or self.stride != 1):
+            raise ValueError(
+                f"Conv: up with pads={self.pads} and stride={self.stride}; expected neither with it"
+            )
         x = x.astype(self.dtype)
         fused = self.fused and self.down
         if self.up and not self.kernel:

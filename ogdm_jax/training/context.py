@@ -99,16 +99,17 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
 
 def noise_distribution(config: Config) -> NoiseDistribution:
     """The distribution of a configuration's training noise levels."""
-    settings, precondition = config.noise, config.precondition
-    limits = (config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None
-    normal = {"mean": settings.mean, "std": settings.std, "clip": limits}
-    discrete = {"betas": models.discrete_table(precondition)}
-    own: dict[str, dict[str, Any]] = {
-        "edm": normal | {"sigma_data": precondition.sigma_data},
-        "logit_normal": normal,
-        "ve": {"sigma_max": precondition.sigma_max},
-        "ddpm": discrete | {"min_snr": settings.min_snr},
-        "v": discrete,
-    }
-    kind = settings.distribution
-    return getattr(noise, kind)(stratified=settings.stratified, **own.get(kind, {}))
+    settings, kind = config.noise, config.noise.distribution
+    how: dict[str, Any] = {"stratified": settings.stratified}
+    if kind in ("ddpm", "v"):
+        how["betas"] = models.discrete_table(config.precondition)
+    if kind == "ve":
+        how["sigma_max"] = config.precondition.sigma_max
+    if kind == "ddpm":
+        how["min_snr"] = settings.min_snr
+    if kind in ("edm", "logit_normal"):
+        limits = (config.sample.sigma_min, config.sample.sigma_max) if settings.clip else None
+        how |= {"mean": settings.mean, "std": settings.std, "clip": limits}
+    if kind == "edm":
+        how["sigma_data"] = config.precondition.sigma_data
+    return getattr(noise, kind)(**how)

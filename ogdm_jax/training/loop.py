@@ -95,9 +95,20 @@ def train(
         begins = f"resumed from step {found.step}" if found else begins
         words = opening.lines(run, shapes, workdir, begins)
         log("\n".join(words))
-        state = Loop(
-            run, task, held_out, workdir, profile, stop, log, found, initial, shapes, held.check
-        ).run_to_end()
+        loop = Loop(
+            run=run,
+            task=task,
+            held_out=held_out,
+            workdir=workdir,
+            profile=profile,
+            stop=stop,
+            log=log,
+            found=found,
+            initial=initial,
+            shapes=shapes,
+            still_ours=held.check,
+        )
+        state = loop.run_to_end()
         task.finish(run, state, workdir, log)
         return run, state
 
