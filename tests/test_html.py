@@ -206,6 +206,19 @@ def test_training_charts_name_what_they_show():
     assert len(shown[3].lines[0].y) == 19  # one of the 20 was no number
 
 
+def test_evaluations_between_logged_steps_lie_at_the_images_seen_by_then():
+    """Batches of 64: 0.064 thousand images a step, also before the first log line and behind the
+    last.
+    """
+    lines = [{"step": step, "kimg": 0.064 * step, "loss": 1.0} for step in (300, 100, 200)]
+    lines += [{"step": step, "evaluate/fd_x": 9.0} for step in (50, 100, 250, 400)]
+    lines += [{"step": 260, "kimg": "nan", "heldout/loss": 1.0}]
+    shown = {line.name: line.x for chart in charts.training_charts(lines) for line in chart.lines}
+    np.testing.assert_allclose(shown["samples"], [3.2, 6.4, 16, 25.6])
+    np.testing.assert_allclose(shown["held-out"], [16.64])
+    assert charts.training_charts(lines[3:6])[0].lines[0].x == [50, 100, 250]  # nothing logged
+
+
 def test_pictures_come_back_from_the_page():
     image = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
     for picture in (image, image[..., :1]):

@@ -244,6 +244,13 @@ _NOT_SHOWN, _OTHERS = ("step", "kimg", "grad_nonfinite"), ("loss/", "evaluate/",
 _OTHERS += (LEVELS,)
 
 
+def _images_at(steps: Sequence[float], logged: Mapping[float, float]) -> list[float]:
+    """Thousand images seen at steps; evaluations may be at others than the logged ones."""
+    known, images = np.array(sorted({0: 0.0, **logged}.items()), float).T
+    beyond = np.maximum(np.array(steps) / max(known[-1], 1), 1)  # the last line: in proportion
+    return (np.interp(steps, known, images) * beyond).tolist()
+
+
 def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Small charts of what training logged, over thousands of images.
 
@@ -254,12 +261,13 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
       Evaluations with their floor, then losses, those of held-out images beside them, that by noise
       level, then the rest.
     """
-    images = {line["step"]: line["kimg"] for line in metrics if "kimg" in line}
+    numbers = [m for m in metrics if isinstance(m.get("kimg"), int | float)]
+    images = {line["step"]: line["kimg"] for line in numbers}
     label = "thousand images seen" if images else "steps"
 
     def curve(name: str, title: str, dashed: bool = False) -> Line:
         points = {m["step"]: m[name] for m in metrics if name in m and not isinstance(m[name], str)}
-        x = [images.get(step, step) for step in points]
+        x = _images_at(list(points), images) if images else list(points)
         return Line(title, x, list(points.values()), dashed)
 
     names = [n for n in dict.fromkeys(n for m in metrics for n in m) if n not in _NOT_SHOWN]
