@@ -6,6 +6,7 @@ import pytest
 
 from ogdm_jax import records
 from ogdm_jax.data import tokens
+from ogdm_jax.interop import stable_diffusion
 
 pytestmark = pytest.mark.fast
 WORDS = {tokens.START: 0, tokens.END: 1, "a</w>": 2}
@@ -39,3 +40,24 @@ def test_merges_that_the_vocabulary_does_not_have(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\nq u\n")
     with pytest.raises(tokens.TokenizerError, match="expected CLIP's vocabulary and merges"):
         tokens.open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config,special,pad",
+    [
+        ({"pad_token": tokens.END}, {"pad_token": "!"}, "!"),  # Stable Diffusion 2.1
+        ({"pad_token": tokens.END}, {"bos_token": tokens.START}, tokens.END),
+        ({}, {"pad_token": {"content": "!", "lstrip": False}}, "!"),
+        ({"pad_token": "!", "added_tokens_decoder": {}}, {"pad_token": tokens.END}, "!"),
+        ({}, {}, "!"),
+    ],
+)
+def test_the_token_that_fills_rows_is_that_of_transformers(config, special, pad, tmp_path):
+    """Of a text encoder of Stable Diffusion 2 whose folder's two files disagree, or are silent."""
+    pytest.importorskip("tokenizers")
+    files = {"vocab.json": WORDS | {"!": 3}, "tokenizer_config.json": config}
+    for name, content in (files | {"special_tokens_map.json": special}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    words = stable_diffusion.open_words(tmp_path, 5, 1024)
+    assert words.pad == files["vocab.json"][pad]

@@ -75,8 +75,8 @@ _HERE: dict[str, tuple[Any, ...]] = {
 }
 _ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
-_WORDS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-_WORDS += ("special_tokens_map.json",)
+_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
+_WORDS = ("vocab.json", "merges.txt", "tokenizer.json", *_SPECIAL)
 # model_index.json: part -> (library, class)
 _PARTS: dict[str, tuple[str | None, str | None]] = {
     "feature_extractor": (None, None),
@@ -204,9 +204,16 @@ def _depth(where: Path, context: int) -> dict[str, Any]:
 
 
 def _pad(folder: Path | epath.Path) -> str:
-    """The token that fills rows, as a folder's tokenizer says it; "" where it does not."""
-    config = folder / "tokenizer_config.json"
-    token = records.read(config, dict, "tokenizer").get("pad_token") if config.is_file() else ""
+    """The token that fills rows, as a folder's tokenizer says it; "" where it does not.
+
+    As in transformers, special_tokens_map.json overrides a tokenizer_config.json that lists no
+    added tokens: of Stable Diffusion 2.1 it alone says "!", as the model was trained.
+    """
+    config, special = (
+        records.read(file, dict, "tokenizer") if file.is_file() else {}
+        for file in (folder / name for name in _SPECIAL)
+    )
+    token = (config if "added_tokens_decoder" in config else config | special).get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and token != START else ""
 
