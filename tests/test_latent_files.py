@@ -73,6 +73,19 @@ def test_a_training_checkpoint_of_dit_is_read_without_running_its_arguments(dit,
     assert "taken: the averaged weights at ema" in found.notes[0]
 
 
+@pytest.mark.parametrize("stored", [np.float16, jnp.bfloat16, np.float64])
+def test_a_table_of_positions_is_rounded_to_the_type_of_the_file(dit, stored):
+    file, state = dit
+    known = {"heads": 4, "img_resolution": 8}
+    low = {name: value.astype(stored) for name, value in state.items()}
+    assert from_torch(low, **known)[0] == from_torch(state, **known)[0]
+    trained = {"pos_embed": (state["pos_embed"] + 0.01).astype(stored)}
+    for table, said in ((trained["pos_embed"], "is not DiT's table"), (low["pos_embed"], None)):
+        change = {"pos_embed": table if said else np.full_like(table, np.nan)}
+        with pytest.raises(ValueError, match=said or "pos_embed holds numbers that are not"):
+            from_torch(low | change, **known)
+
+
 def test_dit_of_no_published_width_needs_its_heads(dit, tmp_path):
     with pytest.raises(ValueError, match=r"heads: .* none of the published sizes; give it as a"):
         load_pretrained(written(tmp_path / "dit.safetensors", dit[1]))
@@ -115,6 +128,30 @@ def test_the_networks_of_a_single_file(kind, name, settings, tmp_path):
     found = load_pretrained(path, kind=kind, **settings)
     assert found.kind == kind
     equal(found, golden(name).state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "cond_stage_model.transformer."])
+def test_what_a_text_encoder_does_not_compute_with_is_left_out(prefix, tmp_path):
+    """sd-v1-4.ckpt and its folder hold the positions' numbers as whole numbers."""
+    ids = "text_model.embeddings.position_ids"
+    state = golden("clip_text_sd1").state_dict()
+    kept = {f"{prefix}{n}": v for n, v in (state | {ids: np.arange(77)[None]}).items()}
+    path = written(tmp_path / "text.safetensors", kept)
+    found = load_pretrained(path, "clip_text", **TEXT)
+    equal(found, state)
+    assert f"ignored: 1 tensors ({ids})" in found.notes and "int64" not in str(found.notes)
+    assert load_pretrained(path, "clip_text", weights=False, **TEXT).network == found.network
+
+
+def test_open_clips_mask_and_left_out_layers_may_be_infinite():
+    """Older files of it keep the mask, and Stable Diffusion 2 leaves out the last layer."""
+    state = latent.open_clip(golden("clip_text_sd2"))
+    bias = "transformer.resblocks.{}.ln_1.bias".format
+    infinite = {name: np.full_like(state[name], np.inf) for name in (bias(2), bias(3))}
+    aside = {"attn_mask": np.full((77, 77), -np.inf, np.float32), bias(3): infinite[bias(3)]}
+    from_torch(state | aside, depth=3, heads=4)
+    with pytest.raises(ValueError, match=f"{bias(2)} holds numbers that are not finite"):
+        from_torch(state | infinite, depth=3, heads=4)
 
 
 def test_stable_diffusion_2_must_say_what_it_predicts(tmp_path):

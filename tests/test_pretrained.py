@@ -77,7 +77,7 @@ def same_adm(seen, told) -> bool:
 def test_published_lists_are_recognised_with_nothing_left_over(path):
     listed, state = load_list(path)
     ((_, kind),) = recognise.places(state)
-    network, _ = pretrained.match(state)
+    network = pretrained.match(state).network
     if kind.startswith("adm"):  # against the network that the authors' flags name
         told, _ = adm.published(listed["constructor"]["cls"], listed["constructor"]["kwargs"])
         assert same_adm(network, told)
@@ -248,7 +248,7 @@ def test_snapshots_of_the_authors_give_their_numbers(name, tmp_path):
 
 def test_inception_in_both_layouts():
     _, state = load_list(GOLDEN / "fullsize" / "inception-fid-2015-12-05.json.gz")
-    network, _ = pretrained.match(state)
+    network = pretrained.match(state).network
     assert network.num_classes == 1008
     wrapped = {}
     for i, block in enumerate(names_inception._BLOCKS):
@@ -258,7 +258,7 @@ def test_inception_in_both_layouts():
                 for n, v in state.items()
                 if n.startswith(f"{module}.")
             }
-    assert len(wrapped) == len(state) - 2 and pretrained.match(wrapped)[0] == network
+    assert len(wrapped) == len(state) - 2 and pretrained.match(wrapped).network == network
     with pytest.raises(ValueError, match=r"1 missing \(Mixed_7c"):
         pretrained.match({n: v for n, v in state.items() if n != "Mixed_7c.branch1x1.bn.weight"})
 
@@ -294,7 +294,7 @@ def test_inception_in_nvidias_layout():
         assert theirs[name].shape == shape, name
     assert len(theirs) == 94 * 4 + 2
     assert recognise.kind_of({name: value.shape for name, value in theirs.items()}) == "inception"
-    network, _ = pretrained.match(theirs)
+    network = pretrained.match(theirs).network
     assert network.num_classes == 1008
     theirs["layers.mixed.tower.conv_1.weight"] = np.zeros((64, 48, 3, 3))
     with pytest.raises(ValueError, match="1 misshapen .layers.mixed.tower.conv_1.weight"):

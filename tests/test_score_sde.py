@@ -149,7 +149,7 @@ def test_sizes_are_read_from_the_shapes_and_asked_for_where_they_hide():
             network = network.clone(encoder_type="standard", resample_filter=(1, 1))
         shapes = names_score_sde.score_sde_shapes(network)
         state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-        assert pretrained.match(state, img_resolution=32)[0] == network
+        assert pretrained.match(state, img_resolution=32).network == network
         if len(attend) != 1:
             with pytest.raises(UnrecognisedError, match="img_resolution: the tensors of this"):
                 pretrained.match(state)

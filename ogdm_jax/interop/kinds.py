@@ -114,8 +114,9 @@ def _dit(state: _State, shapes: recognise.Shapes, settings: _Settings) -> Match:
     known = recognise_latent.dit_shapes(shapes) if theirs else shapes
     network = make(networks.DiT, recognise_latent.dit_settings(known, settings))
     needed = _shapes_of(names_latent.dit_entries(network))
-    if not theirs:
-        return Match(network, needed, {"pos_embed"}, names_latent.dit_to_flax)
+    if not theirs:  # the conversion compares the table of positions
+        needed |= {name: shapes[name] for name in ("pos_embed",) if name in shapes}
+        return Match(network, needed, set(), names_latent.dit_to_flax)
     split = {}
     for name, (rows, *rest) in needed.items():
         thirds = 3 if "attn.qkv." in name else 1
@@ -150,7 +151,9 @@ def _clip_text(state: _State, shapes: recognise.Shapes, settings: _Settings) -> 
     """
     network = make(networks.CLIPText, recognise_latent.clip_settings(shapes, settings))
     if "ln_final.weight" in shapes:
-        return Match(network, {}, set(shapes), names_latent.clip_to_flax)
+        beside = names_latent.open_clip_beside(shapes, network.depth)
+        needed = {name: shape for name, shape in shapes.items() if name not in beside}
+        return Match(network, needed, beside, names_latent.clip_to_flax)
     named = names_latent.clip_names(shapes)
     needed = _stored(_shapes_of(names_latent.clip_entries(network)), named, shapes)
     beside = names_latent.clip_beside(shapes, network.depth)

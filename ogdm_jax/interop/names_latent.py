@@ -55,7 +55,8 @@ def dit_to_flax(state: Mapping[str, np.ndarray], network: DiT) -> PyTree:
     if stored is not None:
         side = network.img_resolution // network.patch
         ours = position_table(side, side, network.width)[None]
-        if stored.shape != ours.shape or np.abs(stored - ours).max() > 1e-3:
+        rounding = max(1e-3, float(jnp.finfo(stored.dtype).eps) / 2)  # of a stored sine, at most
+        if stored.shape != ours.shape or np.abs(stored - ours).max() > rounding:
             raise ValueError(
                 f"state: {_POSITIONS} {stored.shape} is not DiT's table of sines for {side} x "
                 f"{side} patches; expected a DiT whose positions were not trained"
@@ -303,14 +304,23 @@ _OPEN_OUTSIDE = {
 _OPEN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)$")
 
 
+def open_clip_beside(names: Iterable[str], depth: int) -> set[str]:
+    """What files of open_clip have beside a network's tensors: the head, a mask, and layers behind
+    depth.
+    """
+    inside = lambda name: (match := _OPEN_LAYER.fullmatch(name)) and int(match[1]) < depth
+    return {name for name in names if name not in _OPEN_OUTSIDE and not inside(name)}
+
+
 def _from_open_clip(state: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
     """Transformers' names of open_clip's tensors; layers behind `depth` and the head are left
     out.
     """
     found = {ours: state[theirs] for theirs, ours in _OPEN_OUTSIDE.items() if theirs in state}
+    beside = open_clip_beside(state, depth)
     for name, value in state.items():
         match = _OPEN_LAYER.fullmatch(name)
-        if match is None or int(match[1]) >= depth:
+        if match is None or name in beside:
             continue
         at, part, leaf = f"encoder.layers.{match[1]}.", match[2], match[3]
         if part == "attn.in_proj":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import flax.errors
@@ -140,14 +140,13 @@ def from_torch(
         not finite or no floating-point numbers.
     """
     state = _plain(state, kind)
-    network, convert = match(state, kind, **settings)
-    _check_numbers(state, allow_nan)
-    return network, convert(state)
+    found = match(state, kind, **settings)
+    _check_numbers({name: state[name] for name in found.needed}, allow_nan)
+    return found.network, found.convert(state, found.network)
 
 
 def _check_numbers(state: _State, allow_nan: bool) -> None:
-    """Raises ValueError naming the first tensors that no network can compute with."""
-    state = {n: v for n, v in state.items() if not recognise.is_extra(n, v.shape)}
+    """Raises ValueError naming the first of a network's tensors that it cannot compute with."""
     for name, value in state.items():
         inexact = jnp.issubdtype(value.dtype, jnp.floating)
         if value.size > 1 and not inexact:
@@ -168,9 +167,7 @@ def _check_numbers(state: _State, allow_nan: bool) -> None:
         )
 
 
-def match(
-    state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any
-) -> tuple[nn.Module, Callable[[Mapping[str, np.ndarray]], PyTree]]:
+def match(state: Mapping[str, np.ndarray], kind: str | None = None, **settings: Any) -> kinds.Match:
     """A state dict's network and the function that converts it, from names and shapes alone.
 
     Arguments and errors are those of from_torch.
@@ -197,9 +194,8 @@ def match(
             f"({type(error).__name__})"
         ) from error
     extra = _compare(kind, shapes, found.needed, found.optional)
-    return found.network, lambda full: found.convert(
-        {name: value for name, value in full.items() if name not in extra}, found.network
-    )
+    kept = lambda full: {name: value for name, value in full.items() if name not in extra}
+    return found._replace(convert=lambda full, network: found.convert(kept(full), network))
 
 
 def load_pretrained(
@@ -247,7 +243,7 @@ def load_pretrained(
         if weights:
             network, variables = from_torch(state, kind, allow_nan=allow_nan, **more)
         else:
-            network, variables = match(state, kind, **more)[0], {}
+            network, variables = match(state, kind, **more).network, {}
     except ValueError as error:
         if not str(error).startswith("state: "):
             raise

@@ -52,6 +52,7 @@ _BUFFERS = ("resample_filter", "freqs", "running_mean", "running_var", "num_batc
 _EXTRA = re.compile(
     r"total_(ops|params)|num_batches_tracked|n_averaged|num_updates|decay|initted|logvar|snr|"
     r"((global|num)_)?(step|epoch|iter|iteration)s?|lvlb_weights|timesteps|(p2_)?loss_weights?|"
+    r"position_ids|"  # counts from 0, in text encoders
     r"(\w+_)?(alphas|betas|sigmas)(_\w+)?|(\w+_)?alpha_(cumprod|bar)\w*|posterior_\w+"
 )
 _WEIGHTS = ("weight", "bias", "scale", "gamma", "beta", "mean", "var")
