@@ -148,6 +148,12 @@ def test_durations(text, steps):
 
 
 @pytest.mark.fast
+def test_a_duration_is_of_the_digits_that_were_written():
+    """As a float, 4.03 kimg are 4030.0000000000005 images, and 8.06 kimg no multiple of 10."""
+    assert configs.duration("4.03 kimg", 1) == 4030 and configs.duration("8.06 kimg", 10) == 806
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["ten steps", "10 parsecs", "-1 steps", "nan kimg"])
 def test_wrong_durations(text):
     with pytest.raises(configs.ConfigError, match="train.duration.*no duration"):

@@ -9,6 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ogdm_jax.data import open_source
+from ogdm_jax.data.base import Stored, from_reader
 from ogdm_jax.metrics import (
     Moments,
     distance_report,
@@ -16,6 +17,8 @@ from ogdm_jax.metrics import (
     frechet_distance,
     train_features,
 )
+from ogdm_jax.metrics import features as features_of
+from ogdm_jax.metrics import trained
 from ogdm_jax.metrics.features import short_name
 
 
@@ -142,6 +145,41 @@ def test_other_sizes_and_colour_take_the_same_construction():
     space = feature_space(source)
     assert feature_space(source) is space  # trained once
     assert space.name == "fd_digits" and space(source.images[:7]).shape == (7, space.dim)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["labels known ahead", "labels in the images"])
+def test_of_a_large_set_only_the_images_that_are_trained_on_are_read(monkeypatch, known):
+    """They are those that `train_features` would draw from the whole set, with what it draws next."""
+    monkeypatch.setattr(trained, "MOST_IMAGES", 300)
+    digits, seen, told = open_source("digits"), [], []
+    labels = (
+        np.where(np.arange(len(digits)) % 7 == 0, -1, digits.labels) if known else digits.labels
+    )
+
+    class Reader:
+        def __len__(self):
+            return len(digits)
+
+        def read(self, i):
+            seen.append(i)
+            return digits.images[i], None if known else digits.labels[i]
+
+        def where(self, i):
+            return str(i)
+
+    source = from_reader("big", Stored(Reader(), labels if known else None), None, None, 0)
+    monkeypatch.setattr(features_of, "_TRAINED", {})
+    stop = lambda *words: told.append(words) or 1 / 0
+    monkeypatch.setattr(features_of, "train_features", stop)
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):
+        feature_space(source)
+    rng = np.random.default_rng(0)
+    images, classes, _ = trained._labelled(digits.images, labels, rng)
+    assert len(seen) == 300 and told[0][0] == "fd_big"
+    np.testing.assert_array_equal(told[0][1], images)
+    np.testing.assert_array_equal(told[0][2], classes)
+    assert told[0][3].random() == rng.random()
 
 
 def test_short_names():

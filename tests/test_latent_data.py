@@ -1,6 +1,7 @@
 """Sets of latents: encoded, resumed, refused, read as others wrote them, drawn in the step."""
 
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -147,6 +148,21 @@ def test_one_file_for_each_image(tmp_path, stored):
     np.testing.assert_allclose(source.images[:, 0, ..., :2], mean, rtol=1e-6)
     np.testing.assert_allclose(source.images[:, 0, ..., 2:], std, rtol=1e-5)
     np.testing.assert_array_equal(source.labels, np.arange(12) % 3)
+
+
+@pytest.mark.parametrize("name", ["all.npy", "all.npz"])
+def test_a_reading_process_opens_the_one_file_itself(tmp_path, name):
+    samples = np.random.default_rng(0).normal(size=(64, 8, 8, 2)).astype(np.float32)
+    write = np.save if name.endswith("npy") else np.savez
+    write(tmp_path / name, **{"arr" if write is np.save else "samples": samples})
+    told = {"layout": "hwc", "stored": "samples", "scaled": True, "scale": 1}
+    (tmp_path / SIDECAR).write_text(json.dumps(told))
+    reader = open_source(f"latents:{tmp_path}", memory_limit=0).reader
+    handed_over = pickle.dumps(reader)
+    assert len(handed_over) < samples.nbytes / 10
+    other = pickle.loads(handed_over)
+    assert len(other) == 64 and isinstance(other._all, np.memmap) == name.endswith("npy")
+    np.testing.assert_array_equal(other.read(5)[0], samples[5:6])
 
 
 def test_a_file_of_several_latents_is_no_image_of_several_files(tmp_path):

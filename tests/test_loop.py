@@ -156,6 +156,37 @@ def test_a_bad_loss_names_the_step_that_is_good_and_advice_that_works(tmp_path, 
     assert "resumed from step 4" in "".join(said) and saved(tmp_path) == [4, 8, 12]
 
 
+def test_the_step_that_a_fine_tuned_run_began_with_is_no_way_back(tmp_path, plan):
+    """Its init.step names a step of the other folder, whichever its own steps are."""
+    train(tmp_path / "from", 8)
+    tuned = (f"init.workdir={tmp_path}/from", "init.step=4")
+    own = tmp_path / "own"
+    train(own, 8, *tuned, "train.save_every=2 steps")
+    rate = "optim.learning_rate=1e-4"
+    with pytest.raises(ConfigError, match="optim.learning_rate .*--override"):
+        train(own, 10, *tuned, rate)
+    assert "resumed from step 8" in "".join(train(own, 10, *tuned, rate, override=True))
+    assert not (own / "set_aside").exists()
+    said = train(own, 10, tuned[0], "init.step=6", rate, override=True)
+    assert "went back to step 6" in "".join(said) and saved(own) == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("bad", [3, 7])
+def test_advice_for_a_fine_tuned_run_can_be_followed(tmp_path, plan, bad):
+    """Without a good save, or where the good step's number is the one that it began with."""
+    train(tmp_path / "from", 4)
+    more = (f"init.workdir={tmp_path}/from", "init.step=4")
+    plan.losses[bad] = float("nan")
+    with pytest.raises(inner.NotFinite) as error:
+        train(tmp_path / "own", 8, *more)
+    text = str(error.value)
+    assert "; start again by the same command with another --workdir and --config.optim" in text
+    assert "init.step" not in text
+    plan.losses.clear()
+    said = train(tmp_path / "other", 8, *more, "optim.learning_rate=1e-4")
+    assert "fine-tuning" in "".join(said) and saved(tmp_path / "other") == [4, 8]
+
+
 # every part with one of the numbers; all numbers: test_soundness_is_the_same_in_any_grouping
 @pytest.mark.slow_cases(
     "params-inf", "params-1e+38", "ema-nan", "ema-1e+38", "opt_state-nan", "opt_state-inf"

@@ -22,6 +22,7 @@ import typing
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, TypeGuard
 
 from ogdm_jax.brief import brief
@@ -337,7 +338,8 @@ def duration(text: str | int, batch: int, key: str = "duration") -> int:
         raise ConfigError(
             f"{key}: {shown(text)} is no duration; expected a number and one of {', '.join(_UNITS)}"
         )
-    steps = amount if (per_unit := _UNITS[unit]) is None else amount * per_unit / batch
+    exact = Fraction(repr(amount))  # of the digits that were written: 4.03 kimg are 4030 images
+    steps = exact if (per_unit := _UNITS[unit]) is None else exact * per_unit / batch
     if steps > _WHOLE:
         raise ConfigError(f"{key}: {shown(text)} given; expected at most {_WHOLE} steps")
     return math.ceil(steps)

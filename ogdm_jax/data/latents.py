@@ -109,6 +109,16 @@ class FileReader(LatentReader):
         super().__init__(source, latents, mark)
         self._files, self._about, self._all = list(files), about, whole
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a reading process gets: not the numbers, which it reads from the file itself."""
+        return self.__dict__ | {"_all": None, "_is_whole": self._all is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        whole = state.pop("_is_whole")
+        self.__dict__.update(state)
+        if whole:
+            self._all = load(self.source, self._files[0], self._about)[0]
+
     def __len__(self) -> int:
         return len(self._files) if self._all is None else len(self._all)
 

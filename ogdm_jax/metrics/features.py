@@ -22,7 +22,7 @@ from ogdm_jax.metrics.distances import (
 )
 from ogdm_jax.metrics.networks import NetworkFeatures, inception_features, lite0_features
 from ogdm_jax.metrics.statistics import FeatureSpace, Statistics
-from ogdm_jax.metrics.trained import TrainedFeatures, train_features
+from ogdm_jax.metrics.trained import TrainedFeatures, some_rows, train_features
 from ogdm_jax.pixels import check_range, to_uint8, which
 
 MOST_NEIGHBOURS = 10_000  # precision, recall, density and coverage need all pairs of distances
@@ -65,16 +65,16 @@ _TRAINED: dict[tuple[str, str], TrainedFeatures] = {}
 
 
 def _trained_on(source: Source) -> TrainedFeatures:
-    """The space of a source's labels."""
-    images, labels = source.images, source.labels
-    if images is None:
-        everything = source.take(np.arange(len(source)))
-        images, labels = everything["image"], everything["label"]
-    if labels is None or np.asarray(labels).ndim != 1 or np.max(labels, initial=-1) < 1:
-        raise ValueError(
-            f"{source.name}: no class labels; a trained feature space needs a source with two or "
-            "more classes; expected such a one as --features, or lite0, or inception with --weights"
-        )
+    """The space of a source's labels. No other images are read than those that it is trained on."""
+    rng, labels = np.random.default_rng(0), source.labels
+    if labels is None:  # not known before images are read
+        found = source.take(some_rows(np.arange(len(source)), rng))
+        images, labels = found["image"], found["label"]
+        _check_labels(source, labels)
+    else:
+        _check_labels(source, labels)
+        rows = some_rows(np.flatnonzero(labels >= 0), rng)
+        images, labels = source.take(rows)["image"], labels[rows]
     name = f"fd_{short_name(source.name)}"
     content = hashlib.sha256(repr(images.shape).encode())
     content.update(np.ascontiguousarray(images).data)
@@ -82,9 +82,17 @@ def _trained_on(source: Source) -> TrainedFeatures:
     content.update(repr(source.class_names).encode())
     key = name, content.hexdigest()
     if key not in _TRAINED:
-        trained = train_features(name, images, labels)
+        trained = train_features(name, images, labels, rng)
         _TRAINED[key] = dataclasses.replace(trained, class_names=source.class_names)
     return _TRAINED[key]
+
+
+def _check_labels(source: Source, labels: np.ndarray) -> None:
+    if labels.ndim != 1 or np.max(labels, initial=-1) < 1:
+        raise ValueError(
+            f"{source.name}: no class labels; a trained feature space needs a source with two or "
+            "more classes; expected such a one as --features, or lite0, or inception with --weights"
+        )
 
 
 def short_name(source: str) -> str:

@@ -79,7 +79,11 @@ class TrainedFeatures:
 
 
 def train_features(
-    name: str, images: np.ndarray, labels: np.ndarray, seed: int = 0, steps: int | None = None
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    seed: int | np.random.Generator = 0,
+    steps: int | None = None,
 ) -> TrainedFeatures:
     """Trains the classifier.
 
@@ -92,7 +96,7 @@ def train_features(
       name: of the space.
       images: uint8 [n,h,w,c].
       labels: integers [n]; images with -1 are left out.
-      seed: of the weights and the batches.
+      seed: of the weights and the batches; a generator goes on where it stands.
       steps: of training; None takes about 20 passes, 200 to 400 steps.
 
     Raises:
@@ -127,6 +131,13 @@ def train_features(
     )
 
 
+def some_rows(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows, in order; of more than MOST_IMAGES so many at random."""
+    if len(rows) <= MOST_IMAGES:
+        return rows
+    return np.sort(rng.choice(rows, MOST_IMAGES, replace=False))
+
+
 def _labelled(
     images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -141,9 +152,7 @@ def _labelled(
             f"labels: {labels.dtype} {labels.shape}; expected integers [{len(images)}], one an "
             "image."
         )
-    rows = np.flatnonzero(labels >= 0)
-    if len(rows) > MOST_IMAGES:
-        rows = np.sort(rng.choice(rows, MOST_IMAGES, replace=False))
+    rows = some_rows(np.flatnonzero(labels >= 0), rng)
     known, numbers = np.unique(labels[rows], return_inverse=True)
     return images[rows], numbers.astype(np.int32), known
 

@@ -76,8 +76,7 @@ def train(
         trackers.check(config)
         newest = resumable(workdir, log)
         types = discovery.settings_types()
-        same = not newest or not any(resume.differences(newest.config, config, types))
-        found = resume.goes_on_from(workdir, newest, config.init.step, same)
+        found = resume.goes_on_from(workdir, newest, config, types)
         decided = resume.check(workdir, found, config, types, override) if found else {}
         run = task.build(config, plan, workdir, log)
         held_out = task.held_out(run)

@@ -33,25 +33,34 @@ Changes = dict[str, tuple[Any, Any]]  # {"group.key": (before, now)}
 
 
 def goes_on_from(
-    workdir: epath.Path, newest: checkpoint.Snapshot | None, step: int, same: bool = True
+    workdir: epath.Path,
+    newest: checkpoint.Snapshot | None,
+    config: Config,
+    methods: Mapping[str, type],
 ) -> checkpoint.Snapshot | None:
     """The checkpoint that init.step asks for; the newest one where it asks for none, or where the
-    run has been there already (its newest checkpoint was made with the same init.step).
+    run has been there already (its newest checkpoint was made with the same init.step and the same
+    settings; with others, going back once more is meant).
+
+    The init.step that a fine-tuned run began with is a step of init.workdir, whatever else differs;
+    another one is a step of the run itself.
 
     Args:
       workdir: the training folder.
       newest: its newest checkpoint.
-      step: of init.step.
-      same: whether the newest checkpoint was made with the settings that are given now; with
-        others, going back to a step once more is meant.
+      config: the settings now.
+      methods: as of `check`.
 
     Raises:
       CheckpointError: there is no such step.
     """
+    step = config.init.step
     if newest is None or step < 0 or step == newest.step:
         return newest
-    if same and newest.config.init.step == step:
-        return newest
+    if newest.config.init.step == step:
+        tuned = config.init.workdir and newest.config.init.workdir
+        if tuned or not any(differences(newest.config, config, methods)):
+            return newest
     if step == 0 and 0 not in steps.complete(workdir):
         return None
     found = checkpoint.find(workdir, step, "config.init.workdir", checksums.ITEMS)
