@@ -16,9 +16,9 @@ from ogdm_jax.metrics import (
     feature_space,
     frechet_distance,
     train_features,
+    trained,
 )
 from ogdm_jax.metrics import features as features_of
-from ogdm_jax.metrics import trained
 from ogdm_jax.metrics.features import short_name
 
 

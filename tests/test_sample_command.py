@@ -196,7 +196,10 @@ def test_the_evaluation_of_what_is_on_disk(model, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         reports.append(json.loads(done.stdout.splitlines()[-1]))
     assert all(report == reports[0] for report in reports) and reports[0]["n"] == 30
-    images = arrays(tmp_path / "file.npz")["images"]
+    images, labels = (arrays(tmp_path / "file.npz")[name] for name in ("images", "labels"))
+    order = np.random.default_rng(0).permutation(1797)[:30]
+    np.testing.assert_array_equal(labels, open_source("digits").labels[order])
+    assert reports[0].pop("conditions") == "as frequent as in the reference"
     config = tiny.config("evaluate.features=digits")
     space = evaluate.space_of(config)
     data = evaluate.references(evaluate.open_pixels(config))

@@ -21,7 +21,7 @@ from ogdm_jax.metrics.trained import TrainedFeatures
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.sampler import ChurnRule
 from ogdm_jax.training import workdir
-from ogdm_jax.training.evaluate import Draw
+from ogdm_jax.training.evaluate import Draw, conditions
 from ogdm_jax.training.workdir import TrainedModel
 
 MOST = 5000  # samples of each distance, unless --num says otherwise
@@ -197,7 +197,10 @@ def open_model_data(args: argparse.Namespace, trained: TrainedModel) -> Source:
 
 
 def drawing(
-    args: argparse.Namespace, trained: TrainedModel, churn: ChurnRule | None = None
+    args: argparse.Namespace,
+    trained: TrainedModel,
+    churn: ChurnRule | None = None,
+    reference: Source | None = None,
 ) -> Draw:
     """A function (settings, seeds, title, counts=None) -> batches of uint8 images, with a progress
     bar; counts as in `TrainedModel.batches`.
@@ -206,6 +209,8 @@ def drawing(
       args: with the options of `add_model_options`.
       trained: the model.
       churn: EDM's stochasticity, see `sampling.sample`.
+      reference: the images that samples are compared with, whose labels they have
+        (`training.evaluate.conditions`); None: classes are uniform.
 
     Raises:
       ConfigError: there are not so many --devices.
@@ -215,9 +220,12 @@ def drawing(
     def draw(
         settings: Sample, seeds: Sequence[int], title: str, counts: list[np.ndarray] | None = None
     ) -> Iterator[np.ndarray]:
-        drawn = 0
+        drawn, labels = 0, None
+        if reference is not None:
+            labels = conditions(reference, trained.model, seeds, trained.class_names)
         with tqdm(total=len(seeds), unit="image", desc=title, disable=None) as bar:
-            for part in trained.batches(settings, seeds, churn=churn, counts=counts, **how):
+            words = {"labels": labels, "churn": churn, "counts": counts}
+            for part in trained.batches(settings, seeds, **words, **how):
                 bad = np.flatnonzero(~np.isfinite(part).all(axis=(1, 2, 3)))
                 if len(bad):
                     raise ConfigError(

@@ -28,7 +28,7 @@ from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
-from ogdm_jax.training.evaluate import describe_sampler
+from ogdm_jax.training.evaluate import describe_sampler, shared_conditions
 from ogdm_jax.training.workdir import TrainedModel
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         churn = churning.parse(args.churn)
         generate.check_guidance(settings, (), churn)
         counts: list[np.ndarray] = []
-        draw = functools.partial(measuring.drawing(args, trained, churn), settings, counts=counts)
+        source = None
         if args.reference.endswith(".npz") and is_statistics(args.reference):
             published = load_statistics(args.reference)
             space = measuring.open_model_space(args, trained, published)
@@ -73,9 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = measuring.open_model_data(args, trained)
             space = measuring.open_model_space(args, trained, source)
             reference = protocol.of_source(space, source, args.num)
+        draw = measuring.drawing(args, trained, churn, source)
+        draw = functools.partial(draw, settings, counts=counts)
         tell = functools.partial(print, file=sys.stderr)
         how = describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
         how |= weights_of(space) | measuring.resized(args)
+        if source is not None:
+            how |= shared_conditions(source, trained.model, trained.class_names)
         sets = Sets(args, how | _origin(args, trained, settings, space.name))
         with leaving(lambda: sets.safe(len(ranges))):
             result = protocol.score_ranges(

@@ -17,7 +17,13 @@ from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import listed, numbers, parser_of, whole
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html, inputs
-from ogdm_jax.training.evaluate import measure_samplers, references
+from ogdm_jax.training.evaluate import (
+    check_number,
+    measure_samplers,
+    reference_part,
+    references,
+    shared_conditions,
+)
 from ogdm_jax.training.workdir import TrainedModel
 
 
@@ -41,28 +47,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     args = parse(argv)
     with startup.command():
+        check_number(args.num, "--num")
         distances = inputs.distances(args.distances) if args.distances else None
         folder = places.workdir(args.workdir)
         out = places.place(args.out, "--out") if args.out else folder / "report.html"
         if args.out or folder.is_dir():  # a missing training folder has a sentence of its own
             places.writable(out, "--out" if args.out else "--workdir", file=True)
         trained = measuring.open_model(args)
-        draw = measuring.drawing(args, trained)
         choices = sampler_choices(args, trained) if distances is None else []
         source = measuring.open_model_data(args, trained)
+        draw = measuring.drawing(args, trained, reference=source)
         space = measuring.open_model_space(args, trained, source)
         real = references(source)
         features = space(real)
         if distances is None:
             num = args.num or min(len(real), measuring.MOST)
-            distances = measure_samplers(trained, choices, space, features, range(num), draw)
+            measured = measure_samplers(trained, choices, space, features, range(num), draw)
+            about = shared_conditions(source, trained.model, trained.class_names)
+            distances = [report | reference_part(source) | about for report in measured]
             if distances:
                 records.write(folder / "distances.json", distances, indent=1)
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)
         changed = [f"{option} {how}" for option, how in args.resized.items()]
-        found = dataclasses.replace(found, notes=[*changed, *found.notes])
+        part = [f"compared with {words}" for words in reference_part(source).values()]
+        found = dataclasses.replace(found, notes=[*part, *changed, *found.notes])
         page = html.page(found).encode()
         with places.written(out) as new:
             new.write_bytes(page)

@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,8 +39,8 @@ from ogdm_jax.inverse.measured import Restoration
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
-from ogdm_jax.training.evaluate import describe_sampler, distance, words_of
-from ogdm_jax.training.workdir import Path, TrainedModel
+from ogdm_jax.training import evaluate
+from ogdm_jax.training.workdir import Path, TrainedModel, open_source
 
 _OF_SOLVERS = sum(SOLVER_OPTIONS.values(), ())
 OPTIONS = [f for f in dataclasses.fields(Sample) if f.name in {*_OF_SOLVERS, *GRID_OPTIONS}]
@@ -105,7 +105,11 @@ def parser() -> argparse.ArgumentParser:
     add("--devices", type=whole(0), default=0, help="0 = all")
     add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
     add("--overwrite", action="store_true", help="replace what this command drew with other words")
-    add("--evaluate", action="store_true", help="print the distance to the training data as JSON")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="draw the data's classes and print the distance to it",
+    )
     add("--animate", default="", metavar="FILE.webp", help="also show how the first 16 come about")
     prompts.add_options(made)
     guidance.add_options(made)
@@ -139,6 +143,7 @@ class Plan:
       batch: images at a time, on all devices.
       texts: the conditions, where they are texts.
       animate: where an animation goes, None for none.
+      shared: whose labels images have, where they are those of the data (--evaluate).
     """
 
     request: guidance.Request
@@ -153,6 +158,7 @@ class Plan:
     batch: int
     texts: prompts.Texts
     animate: epath.Path | None = None
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -178,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
                 figures = _restored(plan, task, out, seconds)
             print(
                 f"wrote {out.good.sum():,} images of step {plan.trained.step} "
-                f"({words_of(plan.settings, counts)}{_class_of(plan)}) to {plan.out}"
+                f"({evaluate.words_of(plan.settings, counts)}{_class_of(plan)}) to {plan.out}"
             )
             if plan.animate is not None:
                 frames = animation.write(plan.animate, _path(plan))
@@ -186,9 +192,9 @@ def run(args: argparse.Namespace) -> None:
             if figures is not None:
                 print(records.dumps(figures))
             if args.evaluate:
-                report = distance(plan.trained.config, out.uint8(), args.vae)
-                how = describe_sampler(plan.settings, counts) if counts else {}
-                print(records.dumps(report | how | _lost(out)))
+                report = evaluate.distance(plan.trained.config, out.uint8(), args.vae)
+                how = evaluate.describe_sampler(plan.settings, counts) if counts else {}
+                print(records.dumps(report | how | plan.shared | _lost(out)))
     if len(out.not_finite):
         raise output.OutputError(out.missing())
 
@@ -250,7 +256,13 @@ def read(args: argparse.Namespace) -> Plan:
     guidance.check_effect(request, trained, settings, churn)
     for text in texts.cut(trained):
         print(f"--prompt: too long, its end is left out: {text!r}", file=sys.stderr)
-    rows = texts.rows(trained, len(seeds)) if texts.texts else None
+    rows, shared = texts.rows(trained, len(seeds)) if texts.texts else None, {}
+    if args.evaluate:
+        evaluate.check_number(len(seeds), "--num")
+        if label is None and trained.model.label_dim and not request.task:
+            source, names = open_source(trained.config), trained.class_names
+            rows = evaluate.conditions(source, trained.model, seeds, names)
+            shared = evaluate.shared_conditions(source, trained.model, names)
     how = {"label": label, "churn": churn, "texts": rows}
     guided = guidance.build(request, trained, settings, seeds, **how)
     if guided.restoration is not None:
@@ -258,7 +270,7 @@ def read(args: argparse.Namespace) -> Plan:
     batch = generate.batch_size(len(seeds), len(devices), args.batch)
     animate = animation.check(args.animate, trained, settings)
     plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
-    return Plan(*plan, texts, animate)
+    return Plan(*plan, texts, animate, shared)
 
 
 def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -272,7 +284,8 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     found |= {f"--{name}": value for name, value in settings.options.items()}
     if plan.texts.texts:
         found |= {**plan.texts.origin, "--size": trained.model.picture_shape[0]}
-    found |= {"--churn": args.churn, "--label": plan.label, "--variance": settings.variance}
+    label = plan.shared.get("conditions", plan.label)
+    found |= {"--churn": args.churn, "--label": label, "--variance": settings.variance}
     found["--guidance"] = ",".join(plan.request.settings)
     for name, chosen in plan.request.settings.items():
         found |= {f"--{name}.{field}": value for field, value in vars(chosen).items()}

@@ -31,7 +31,7 @@ from ogdm_jax.config import ConfigError, require
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import decoding, lock
-from ogdm_jax.training.evaluate import references
+from ogdm_jax.training.evaluate import check_number, reference_part, references, shared_conditions
 from ogdm_jax.training.workdir import open_pixels, open_source
 
 
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     last = max(seeds)
     few = last * runs.APART + (args.num or measuring.MOST) < 2**32  # seeds of images have 32 bits
     require(few, "--seeds", last, "numbers below 4000")
+    check_number(args.num, "--num")
     arms = read_arms(args.config, rest, seeds)
     out = places.place(args.out, "--out")
     ways = read_ways(args, arms, seeds[0])
@@ -285,9 +286,10 @@ def open_ruler(
     space = measuring.open_space(args, source, source.shape, config.evaluate)
     real = references(source)
     num = args.num or min(len(real), measuring.MOST)
-    return runs.Ruler(
-        space, space(real), name, num, lambda model: measuring.drawing(args, model), args.vae
-    )
+    drawing = lambda model: measuring.drawing(args, model, reference=source)
+    part = reference_part(source)
+    about = lambda model: part | shared_conditions(source, model.model, model.class_names)
+    return runs.Ruler(space, space(real), name, num, drawing, about, args.vae)
 
 
 def spelled(report: dict[str, Any], metric: str) -> str:

@@ -4,7 +4,7 @@ Augmentation (ogdm_jax.data.augment) is not imported here: it needs JAX, which t
 read images (workers.py) never import.
 """
 
-from ogdm_jax.data.base import Rows, Source, SourceError, fingerprint, from_arrays
+from ogdm_jax.data.base import Rows, Source, SourceError, fingerprint, from_arrays, spread
 from ogdm_jax.data.pipeline import Batches, batches, in_order, indices
 from ogdm_jax.data.sources import open_pictures, open_source
 
@@ -20,4 +20,5 @@ __all__ = [
     "indices",
     "open_pictures",
     "open_source",
+    "spread",
 ]

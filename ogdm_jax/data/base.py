@@ -204,6 +204,13 @@ class Source:
         return image
 
 
+def spread(count: int, most: int) -> np.ndarray:
+    """The rows of a set of `count` images; where it has more than `most`, so many of them, spread
+    evenly: sets are often stored in the order of their classes.
+    """
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int32)
+
+
 def from_arrays(
     name: str,
     images: np.ndarray,

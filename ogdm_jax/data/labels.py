@@ -39,10 +39,11 @@ class Classes(NamedTuple):
 
 def class_words(labels: np.ndarray | None, names: Sequence[str] = ()) -> list[str]:
     """What people call the classes of images [n]: names where they are known, else numbers; []
-    without classes.
+    without classes, as with labels that are vectors [n,k].
     """
     called = {k: name for k, name in enumerate(names)} | {-1: "no class"}
-    return [] if labels is None else [called.get(int(k), str(int(k))) for k in labels]
+    without = labels is None or labels.ndim > 1
+    return [] if without else [called.get(int(k), str(int(k))) for k in labels]
 
 
 def normal(name: str, labels: np.ndarray, count: int, names: Sequence[str] = ()) -> Labels:

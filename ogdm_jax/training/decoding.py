@@ -121,8 +121,9 @@ def pixels(source: Source, opened: Callable[[], Autoencoder | None]) -> Source:
     decoder = opened()
     if decoder is None:
         raise ConfigError(f"{source.name}: {why}, and there is no autoencoder: expected data.vae")
-    _LOG.warning("%s: compared with decoded latents, as %s", source.name, why)
-    rows = np.arange(min(len(source), _MOST))
+    rows = data.spread(len(source), _MOST)
+    part = f" ({len(rows):,} of {len(source):,})" if len(rows) < len(source) else ""
+    _LOG.warning("%s: compared with decoded latents%s, as %s", source.name, part, why)
     labels = None if source.labels is None or source.captions else source.labels[rows]
     parts = [_decoded(source, decoder, rows[i : i + _BATCH]) for i in rows[::_BATCH]]
     images = np.concatenate(parts)

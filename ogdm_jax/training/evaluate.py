@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from ogdm_jax import data, models, places, records
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.data import Source, pictures
+from ogdm_jax.metrics import networks
 from ogdm_jax.metrics.distances import Moments, frechet_distance
 from ogdm_jax.metrics.features import FeatureSpace, distance_report, feature_space
 from ogdm_jax.pixels import to_uint8
@@ -23,26 +24,89 @@ from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training import checkpoint, decoding, logs, texts
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.workdir import TrainedModel, open_pixels
+from ogdm_jax.training.workdir import TrainedModel, open_pixels, open_source
 from ogdm_jax.typing import PyTree
 
 Draw = Callable[..., Iterable[np.ndarray]]  # (settings, seeds, title, counts=None) -> batches
 MOST_KEPT = 50_000  # samples whose features are in memory at a time
 SHOWN = 64  # images of an evaluation's samples.png
+FEWEST = 6  # samples of a distance: more than the neighbours that precision and recall look at
+NETWORKS = ("lite0", "inception")  # feature spaces that are no labelled source
+_PART = 4096  # images that are read at a time for their labels
 
 
 def space_of(config: Config, images: Source | None = None) -> FeatureSpace:
     """The feature space in which a configuration measures distances; without a name of one that of
     the images' labels (None: of config.data.source).
     """
-    settings = config.evaluate
-    labelled = settings.features or images or config.data.source
-    return feature_space(labelled, settings.weights or None)
+    name, weights = config.evaluate.features, config.evaluate.weights or None
+    if name in NETWORKS:
+        return feature_space(name, weights)
+    return feature_space(_labelled(config) if name else images or open_source(config))
+
+
+def _labelled(config: Config, **how: Any) -> Source:
+    """The set that config.evaluate.features names, from the folder and in the size of the data."""
+    settings = config.data
+    size = (settings.resolution or None, settings.channels or None)
+    return data.open_source(config.evaluate.features, settings.data_dir or None, *size, **how)
 
 
 def references(source: Source) -> np.ndarray:
-    """uint8 images that samples are compared with: all of a source, at most 50,000 of them."""
-    return source.take(np.arange(min(len(source), 50_000)))["image"]
+    """uint8 images that samples are compared with: all of a source, or MOST_KEPT of them, spread
+    evenly over it.
+    """
+    return source.take(data.spread(len(source), MOST_KEPT))["image"]
+
+
+def reference_part(source: Source) -> dict[str, str]:
+    """What a report says where samples are compared with a part of a source; {} where with all."""
+    if len(source) <= MOST_KEPT:
+        return {}
+    return {"reference": f"{MOST_KEPT:,} of {len(source):,} images, spread evenly"}
+
+
+def shared_conditions(
+    source: Source, model: models.Model, names: Sequence[str] = ()
+) -> dict[str, str]:
+    """What a report says where samples have labels of a source, see `conditions`; else {}."""
+    if model.text is None and not _same_labels(source, model, names):
+        return {}
+    return {"conditions": "as frequent as in the reference"}
+
+
+def _same_labels(source: Source, model: models.Model, names: Sequence[str]) -> bool:
+    """Whether the labels of a source are conditions of a model; names: of the model's classes."""
+    alike = not (names and source.class_names) or tuple(names) == tuple(source.class_names)
+    return 0 < model.label_dim == source.num_classes and alike
+
+
+def conditions(
+    source: Source,
+    model: models.Model,
+    seeds: Sequence[int] | np.ndarray,
+    names: Sequence[str] = (),
+) -> PyTree:
+    """Conditions of samples that are compared with a source: seed i has the label of one of its
+    images, so that classes are as frequent in both. Which image that is depends on the seed and on
+    the size of the source alone, and as many consecutive seeds have each image once.
+
+    Args:
+      source: the images; of a model of texts, tokenised.
+      model: of the samples.
+      seeds: [n].
+      names: of the model's classes, where known. Where a source has others, classes are uniform.
+    """
+    seeds = np.asarray(seeds)
+    rows = np.random.default_rng(0).permutation(len(source))[seeds % len(source)]
+    if model.text is not None:
+        return texts.of_rows(source, rows)
+    if not _same_labels(source, model, names):
+        return generate.labels_for(seeds, model.label_dim, None)
+    if source.labels is not None:
+        return source.labels[rows]
+    parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+    return np.concatenate([source.take(part)["label"] for part in parts])
 
 
 def distance(config: Config, samples: Iterable[np.ndarray], vae: str = "") -> dict[str, Any]:
@@ -59,7 +123,7 @@ def distance(config: Config, samples: Iterable[np.ndarray], vae: str = "") -> di
         kept.append(values[: max(0, MOST_KEPT - everything.count + len(values))])
         beyond = everything.count - MOST_KEPT
     reference = space(references(source))
-    report = distance_report(space, np.concatenate(kept), reference)
+    report = distance_report(space, np.concatenate(kept), reference) | reference_part(source)
     if beyond > 0:
         whole = Moments().update(reference).finalize()
         fd_all = frechet_distance(*everything.finalize(), *whole)
@@ -67,25 +131,59 @@ def distance(config: Config, samples: Iterable[np.ndarray], vae: str = "") -> di
     return report
 
 
-def check_evaluation(config: Config) -> None:
-    """Raises ConfigError where the feature space cannot be: no such source, one without classes,
-    no weights.
+def check_number(num: int, field: str) -> None:
+    """Raises ConfigError for a number of samples (0: as many as there are images) of which no
+    distance can be measured; field: the setting or option that it is of.
+    """
+    require(num == 0 or num >= FEWEST, field, num, f"at least {FEWEST} images of a distance")
+
+
+def check_evaluation(config: Config) -> tuple[int, int, int] | None:
+    """The shape of the images that the feature space takes; None where it takes any.
+
+    Raises:
+      ConfigError: the feature space cannot be (no such source, one without classes, no weights), or
+        too few samples.
     """
     settings = config.evaluate
-    if settings.features not in ("", "lite0", "inception"):
+    if not settings.features:
+        return None
+    check_number(settings.num, "evaluate.num")
+    if settings.features == "lite0":
         try:
-            source = data.open_source(settings.features, memory_limit=0)
-        except data.SourceError as error:
-            raise ConfigError(
-                f"config.evaluate.features: {error}, or lite0, or inception"
-            ) from None
-        labelled = source.num_classes > 1 and not source.label_size and source.latents is None
-        spaces = "a source of images with two or more classes, lite0 or inception"
-        require(labelled, "evaluate.features", settings.features, spaces)
+            networks.lite0_file()
+        except ValueError as error:
+            raise ConfigError(f"config.evaluate.features: {error}") from None
     if settings.features == "inception":
         found = places.local(settings.weights, "config.evaluate.weights").is_file()
         file = "the weights file of Inception, which evaluate.features names"
         require(found, "evaluate.weights", settings.weights, file)
+    if settings.features in NETWORKS:
+        return None
+    try:
+        source = _labelled(config, memory_limit=0)
+    except data.SourceError as error:
+        raise ConfigError(f"config.evaluate.features: {error}, or lite0, or inception") from None
+    labelled = source.num_classes > 1 and not source.label_size and source.latents is None
+    spaces = "a source of images with two or more classes, lite0 or inception"
+    require(labelled, "evaluate.features", settings.features, spaces)
+    return source.shape
+
+
+def check_images(run: runs.Run, shape: tuple[int, int, int] | None) -> None:
+    """Raises ConfigError where the images of a run cannot be measured: too few of them, or of
+    another shape than the one that `check_evaluation` gave.
+    """
+    name, model = run.config.evaluate.features, run.model
+    if not name:
+        return
+    few = f"'' with the {len(run.source)} images of data.source, or at least {2 * FEWEST} of them"
+    require(len(run.source) >= 2 * FEWEST, "evaluate.features", name, few)
+    own = run.source.shape
+    if run.source.latents is not None and run.decoder is not None:
+        own = decoding.attach(model, {}, run.decoder)[0].picture_shape
+    words = f"images of {own} (height, width, channels), as this run makes, and not of {shape}"
+    require(shape in (None, own), "evaluate.features", name, words)
 
 
 class Evaluator:
@@ -128,6 +226,8 @@ class Evaluator:
         report = {}
         if jax.process_index() == 0:
             report = {"step": step} | distance_report(self._space, images, self._reference)
+            report |= reference_part(self._run.source)
+            report |= shared_conditions(self._run.source, self._model)
             report |= describe_sampler(self._run.config.sample, self._counts)
         if jax.process_count() == 1:
             return report, shown
@@ -180,9 +280,7 @@ class Evaluator:
         sampler = lambda params, buffers, seeds, labels, constants, rows: compiled(
             params, buffers, placed(seeds), placed(labels), constants, placed(rows)
         )
-        labels = generate.labels_for(seeds, self._model.label_dim, None)
-        if self._model.text is not None:
-            labels = texts.of_rows(self._run.source, seeds)
+        labels = conditions(self._run.source, self._model, seeds)
         batch = generate.batch_size(len(seeds), len(devices))
         weights, self._counts = (params, buffers), []
         counts = self._counts
@@ -243,6 +341,8 @@ def note(report: Mapping[str, Any], saved: checkpoint.Checkpoints, writer: logs.
         f"{report['features']} {report['fd']:.3f} (real against real {report['floor']:.3f}; "
         f"n = {report['n']}, {report['solver']}, {report['nfe']} network evaluations)"
     )
+    if "reference" in report:
+        sentence += f"; against {report['reference']}"
     if not best:
         sentence += ", not the best"
     if "unguided" in report:

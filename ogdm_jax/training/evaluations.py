@@ -14,7 +14,7 @@ from ogdm_jax import places, records
 
 NAME = "evaluations.json"
 # distances can be compared where these are equal
-_PROTOCOL = ("features", "n", "n_samples", "solver", "steps")
+_PROTOCOL = ("features", "n", "n_samples", "solver", "steps", "reference", "conditions")
 _NUMBERS = ("fd", "floor", "weight", "unguided")
 
 

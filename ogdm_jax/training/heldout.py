@@ -98,7 +98,7 @@ def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
 
 def _take(source: data.Source, num: int) -> dict[str, np.ndarray]:
     """So many images, spread evenly over a set, with their rows."""
-    rows = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int32)
+    rows = data.spread(len(source), num)
     return source.take(rows) | {"row": rows}
 
 

@@ -19,7 +19,7 @@ from ogdm_jax.training import lock, opening, resume, steps, texts, trackers
 from ogdm_jax.training import profile as profiles
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Snapshot, find, load_weights, resumable
-from ogdm_jax.training.evaluate import check_evaluation
+from ogdm_jax.training.evaluate import check_evaluation, check_images
 from ogdm_jax.training.inner import Initial, Loop, NotFinite, no_log
 from ogdm_jax.training.partial import fitting_weights
 from ogdm_jax.training.signals import StopSignals
@@ -72,13 +72,14 @@ def train(
     ):
         stop.farewell = lambda: log(f"stopped; {_how_to_go_on(workdir)}")
         plan = parallel.make_plan(config.parallel.plan, config.parallel.devices)
-        check_evaluation(config)
+        measured = check_evaluation(config)
         trackers.check(config)
         newest = resumable(workdir, log)
         types = discovery.settings_types()
         found = resume.goes_on_from(workdir, newest, config, types)
         decided = resume.check(workdir, found, config, types, override) if found else {}
         run = task.build(config, plan, workdir, log)
+        check_images(run, measured)
         held_out = task.held_out(run)
         profiles.check(profile, run.steps)
         shapes = jax.eval_shape(run.create, run.key)
