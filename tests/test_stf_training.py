@@ -270,6 +270,27 @@ def test_dropped_labels_see_every_class():
     assert_target(target, ex, as_image(SET), mask)
 
 
+@pytest.mark.parametrize("source", ["full", "cache", "stream", "gather", "class"])
+def test_images_that_have_no_class_meet_their_like(source):
+    """Images without class are all black, the others white: at any noise their mean is black."""
+    labels = np.where(np.arange(50) % 2 == 0, -1, CLASSES).astype(np.int32)
+    images = np.where(labels < 0, 0, 255).astype(np.uint8)[:, None, None, None]
+    images = np.broadcast_to(images, SET.shape)
+    more = {"reference": jnp.asarray(images[8:16]), "reference_label": jnp.asarray(labels[8:16])}
+    ex = example(references=more, low=3).replace(label=jnp.asarray(labels[:8]))
+    clean = as_image(images[:8])
+    ex = ex.replace(x0=jnp.asarray(clean), image=jnp.asarray(clean))
+    settings = {"source": source} | ({} if source in ("full", "gather") else {"n": 16})
+    told = {"source": from_arrays("half", images, labels), "label_dropout": 0.0}
+    target, numbers = fill(settings, ex, context(**told))
+    np.testing.assert_allclose(target, clean, atol=1e-5)
+    assert max(float(jnp.max(v)) for v, _ in (numbers[k] for k in numbers if "ess" in k)) > 1.5
+    # Hidden classes besides: which images a model sees without label is no part of the set.
+    mixed = ex.replace(x0=-ex.x0)  # as if all had the other colour
+    target, _ = fill(settings, mixed, context(**told | {"label_dropout": 0.5}))
+    np.testing.assert_array_equal(target[::2], mixed.x0[::2])
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

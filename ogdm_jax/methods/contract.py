@@ -216,6 +216,7 @@ class Context:
       steps: optimiser steps of the whole run.
       layers: the layers of the network whose features can be asked for, beside "mid" and "emb".
       text: whether the model's condition is a text.
+      label_dropout: probability with which a label is hidden from the model.
     """
 
     image_shape: tuple[int, int, int]
@@ -239,6 +240,7 @@ class Context:
     steps: int = 0
     layers: Sequence[str] = ()
     text: bool = False
+    label_dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

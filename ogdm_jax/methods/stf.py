@@ -128,6 +128,11 @@ def training(settings: Settings, context: Context) -> Slots:
     "official" weighs references augmented at random, whatever their
     labels: a leak that the authors accept.
 
+    With classes, a reference has the class of its query. A class that label dropout hides is of the
+    whole set; images that have none are of a class of their own. Where the set has such images (or
+    does not say before they are read) and labels are hidden, too, an image without label keeps the
+    clean image: the two kinds are not equally frequent among those that a model sees without one.
+
     In all of them the source is a reference exactly once, and exchangeable with the others: only
     then is the target without bias. (A stream batch that runs over the end of an epoch may hold an
     image twice, as two examples.)
@@ -238,8 +243,12 @@ def _target(
         settings, context, example, own.constants, unflip(example.xt), clean, plain
     )
     mean = unflip(mean)
+    kept = []
     if plain and augment is not None:
-        keep = isometric(augment) if mode == "matched" else jnp.all(augment == 0, axis=1)
+        kept += [isometric(augment) if mode == "matched" else jnp.all(augment == 0, axis=1)]
+    if example.label is not None and settings.class_mask and stf_classes.has_unlabelled(context):
+        kept += [example.label >= 0] if context.label_dropout > 0 else []
+    for keep in kept:
         mean = jnp.where(keep[:, None, None, None], mean, example.x0)
         ess = jnp.where(keep, ess, 1.0)
     mean = jax.lax.stop_gradient(mean)
@@ -266,7 +275,9 @@ def _posterior(
     reference batch.
     """
     kind, chunk = settings.source, settings.chunk or None
-    label = example.label if settings.class_mask else None
+    label = None
+    if settings.class_mask and example.label is not None:
+        label = stf_classes.compared(context, example.label)
     if kind == "gather":
         return stable_target(
             xt, example.sigma, clean, None, chunk, context.axis, label=label, reference_label=label
@@ -360,9 +371,8 @@ def _against_rows(
     """The target against a set of which every device holds its rows: queries travel, references
     never. Latents are the samples of this step, that of a query's own row among them.
     """
-    labels, images, latents = rows["label"], rows["image"], context.source.latents
-    if label is None:
-        labels = None
+    images, latents = rows["image"], context.source.latents
+    labels = None if label is None else stf_classes.compared(context, rows["label"])
     if latents is not None:
         keys = randomness.example_keys(key, "latent", rows["row"])
         sampled = lambda k: moments.draw(latents, rows["image"][k], keys[k])
@@ -401,8 +411,8 @@ def _references(
     if context.source.latents is not None:
         bits = lambda k: jax.random.bits(k, (next(iter(made_of.values())).shape[1],))
         made_of["seed"] = jax.vmap(bits)(randomness.fold_in_each(keys, "latent"))
-    if example.label is None or not settings.class_mask:
-        labels = None
+    given = settings.class_mask and example.label is not None
+    labels = stf_classes.compared(context, labels) if given else None
     count = jnp.arange(next(iter(made_of.values())).shape[1])
     each = lambda purpose: jax.vmap(lambda k: randomness.example_keys(k, purpose, count))(keys)
     if context.xflip:

@@ -3,7 +3,8 @@
 One reference batch for all images of a device holds few images of each of a thousand classes. Here
 image i has references of its own: itself and n - 1 independent draws from the images of its class,
 so that the set is exchangeable and the target E[x0 given xt, class, set] without bias, as in
-methods/stf.py. An image whose label was hidden meets draws from the whole set.
+methods/stf.py. An image whose label was hidden meets draws from the whole set; one that has none,
+from those that have none.
 """
 
 import functools
@@ -24,6 +25,21 @@ _Queries = tuple[Array, Array, Array, PyTree]  # xt, sigma, clean, what referenc
 Take = Callable[[PyTree, dict[str, Array], Array], Array]  # images k of one query's references
 
 
+def has_unlabelled(context: Context) -> bool:
+    """Whether images of the set may have no class."""
+    labels = context.source.labels
+    return labels is None or bool((np.asarray(labels) < 0).any())
+
+
+def compared(context: Context, labels: Array) -> Array:
+    """Classes as queries and references are compared: -1 stays, and meets all, where it is a hidden
+    class; an image that has none is of a class of its own.
+    """
+    if not has_unlabelled(context):
+        return labels
+    return jnp.where(labels < 0, context.label_dim, labels)
+
+
 def bank(context: Context, divided: bool) -> dict[str, np.ndarray]:
     """The set in the order of its classes; divided: filled up to a multiple of the devices."""
     images, labels = np.asarray(context.source.images), np.asarray(context.source.labels)
@@ -42,9 +58,9 @@ def rows(context: Context, example: Example, count: int) -> Array:
     edges = np.searchsorted(ordered, np.arange(context.label_dim + 1)).astype(np.int32)
     label = example.label
     assert label is not None  # of a conditional model
-    hidden = label < 0
+    hidden, unlabelled = label < 0, int(edges[0])  # which are the first
     first = jnp.where(hidden, 0, jnp.asarray(edges)[label])
-    stop = jnp.where(hidden, len(ordered), jnp.asarray(edges)[label + 1])
+    stop = jnp.where(hidden, unlabelled or len(ordered), jnp.asarray(edges)[label + 1])
     draw = lambda key, first, stop: jax.random.randint(key, (count,), first, stop)
     return jax.vmap(draw)(example.keys("stf/class"), first, stop)
 

@@ -62,6 +62,7 @@ def context(
         denoiser=model.denoiser,
         layers=model.layer_names,
         text=model.text is not None,
+        label_dropout=config.data.label_dropout,
         dtype=model.network.dtype,
         learning_rate=config.optim.learning_rate,
         steps=config.steps(config.train.duration),
