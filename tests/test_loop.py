@@ -108,7 +108,7 @@ def test_what_a_run_says(tmp_path, plan):
 
 
 def _state(config):
-    run = loop.DENOISER.build(config, loop.parallel.make_plan("mesh", 1), None, print)
+    run = loop.DENOISER.build(config, loop.parallel.make_plan("mesh", 1), None, print, None)
     return jax.eval_shape(run.create, run.key)
 
 

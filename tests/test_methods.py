@@ -14,12 +14,13 @@ import pytest
 
 from ogdm_jax import data, models, parallel
 from ogdm_jax.cli import train
+from ogdm_jax.config import replace
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import discovery, sp
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import logs
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, describe
+from ogdm_jax.training.checkpoint import Checkpoints, describe, find
 from tests.support import foreign, tiny
 
 TRAINING = list(discovery.training())
@@ -184,6 +185,25 @@ def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
     with pytest.raises(ValueError, match="other weights at step 1 .* config.sp.teacher_step=0"):
         newest.methods.check(began, constants)
     newest.methods.check(now, constants)
+
+
+def test_the_teacher_is_the_model_that_the_run_began_with(pretrained, tmp_path):
+    """Also when it goes on, whatever init.step says then; a run of before has the newest."""
+    config = tiny.config("methods=('sp',)", *SMALL, f"init.workdir={pretrained}", "init.step=0")
+    source, plan = data.open_source("digits"), parallel.make_plan("pmap", 1)
+    build = lambda step, began: runs.build(
+        replace(config, {"init.step": step}), source, plan, began=began
+    )
+    step = lambda run: int(run.methods.constants()["whole"]["sp"]["step"])
+    fresh = build(0, None)
+    assert step(fresh) == 0 and step(build(-1, None)) == 1
+    assert fresh.weights_read == {"config.sp.teacher": 0}
+    about = describe(config, source.shape, 10, None, fresh.weights_read)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, tiny.fresh(fresh), about, {"step": 2})
+    began = find(tmp_path).weights_read
+    assert step(build(2, began)) == 0 and step(build(-1, began)) == 0
+    assert step(build(0, find(pretrained).weights_read)) == 1
 
 
 @pytest.mark.slow

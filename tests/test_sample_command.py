@@ -188,9 +188,11 @@ def test_a_full_disk_names_what_is_safe(model, tmp_path, monkeypatch):
     assert contents(tmp_path / "x.npz") == contents(tmp_path / "whole.npz")
 
 
-def test_the_evaluation_of_what_is_on_disk(model, tmp_path, monkeypatch):
-    """All kinds of output give one report, that of the images as a whole array."""
-    reports = []
+def test_the_evaluation_of_what_is_on_disk(tmp_path, monkeypatch):
+    """All kinds of output give one report, that of the images as a whole array, which have the
+    classes of the data.
+    """
+    reports, model = [], made(tmp_path / "model", "data.conditional=true")
     for name in ("folder", "file.npz", "file.png", "file.npz"):
         done = sample(tmp_path, model, "--num", "30", "--out", name, "--evaluate")
         assert done.returncode == 0, done.stderr

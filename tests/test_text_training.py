@@ -42,7 +42,7 @@ def config(place, *more):
 def build(place, *more, plan=None):
     workdir = epath.Path(place / "nothing")
     return DENOISER.build(
-        config(place, *more), plan or parallel.make_plan("mesh", 1), workdir, print
+        config(place, *more), plan or parallel.make_plan("mesh", 1), workdir, print, None
     )
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_is_refused(place, tmp_path):
     tiny.assert_trees(buffers[TEXT], texts.open_folder(place / "sd", run.config)[1])
     noted = tiny.config("network.kind=dit", "data.augment=0", "network.num_heads=1", latents)
     plan = parallel.make_plan("mesh", 1)
-    told = DENOISER.build(replace(noted, {"methods": ()}), plan, epath.Path(tmp_path), print)
+    told = DENOISER.build(replace(noted, {"methods": ()}), plan, epath.Path(tmp_path), print, None)
     assert any("its captions are not used" in note for note in told.source.notes)
 
 

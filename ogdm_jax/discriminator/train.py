@@ -34,4 +34,9 @@ def _watch(
     return write
 
 
-TASK = Task(build=build, batches=_batches, watch=_watch, evaluation=GuidedEvaluation)
+TASK = Task(
+    build=lambda config, plan, workdir, log, _: build(config, plan, workdir, log),
+    batches=_batches,
+    watch=_watch,
+    evaluation=GuidedEvaluation,
+)

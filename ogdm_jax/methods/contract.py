@@ -181,7 +181,8 @@ class Carry:
 # Reads weights of the run's network from a training folder, as host arrays: (folder, which, step,
 # field) -> (params, buffers, step).
 #   folder: a training folder; "" for the one that the run is fine-tuned from.
-#   which: "ema" or "params".   step: of its checkpoint, None for the newest.
+#   which: "ema" or "params".   step: of its checkpoint; None for that which the run began with:
+#     the one that it is fine-tuned from, of another folder the newest.
 #   field: the setting that names the folder, for messages.
 Weights = Callable[[str, str, int | None, str], tuple[PyTree, PyTree, int]]
 

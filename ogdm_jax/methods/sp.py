@@ -67,7 +67,7 @@ class Settings(Group):
     )
     teacher: str = setting("", "training folder of the teacher; '' = init.workdir", free=True)
     teacher_step: int | None = setting(
-        None, "its step; None = the newest (a resumed run may have to name it)", least=0, free=True
+        None, "its step; None = init.step, of another folder the newest", least=0, free=True
     )
     teacher_weights: str = setting("ema", "ema or params", choices=("ema", "params"), free=True)
     tap: str = setting(

@@ -254,7 +254,7 @@ def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
 
 
 def _build(
-    config: Config, plan: parallel.Plan, workdir: epath.Path, log: Callable[[str], None]
+    config: Config, plan: parallel.Plan, workdir: epath.Path, log: task.Log, began: task.Began
 ) -> runs.Run:
     return build(config, open_source(config), plan)
 

@@ -222,6 +222,7 @@ def describe(
     image_shape: tuple[int, int, int],
     num_classes: int,
     data_set: Mapping[str, Any] | None = None,
+    weights_read: Mapping[str, int] | None = None,
 ) -> dict:
     """What a checkpoint says about its model, so that sampling needs no data set.
 
@@ -230,12 +231,14 @@ def describe(
       image_shape: (height, width, channels).
       num_classes: 0 where there are none.
       data_set: `data.fingerprint`'s dict, with "class_names" where they are known.
+      weights_read: of `Run`.
     """
+    more = {"data_set": data_set, "weights_read": weights_read}
     return {
         "config": json.loads(configs.to_json(config)),
         "image_shape": list(image_shape),
         "num_classes": num_classes,
-    } | ({"data_set": dict(data_set)} if data_set else {})
+    } | {name: dict(value) for name, value in more.items() if value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +253,7 @@ class Snapshot:
       path: of the checkpoint.
       field: the setting that named the folder, for messages.
       data_set: the fingerprint of the data; {} in folders of before.
+      weights_read: of the `Run`; {} in folders of before.
     """
 
     config: configs.Config
@@ -259,6 +263,7 @@ class Snapshot:
     path: epath.Path
     field: str = "--workdir"
     data_set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -351,6 +356,9 @@ def _opened(path: epath.Path, field: str) -> Snapshot:
             raise ValueError(f"image_shape is {shape!r}, num_classes {classes!r}")
         if not isinstance(data_set or {}, dict):
             raise ValueError(f"data_set is {data_set!r}")
+        read = saved.get("weights_read", {})
+        if not isinstance(read, dict) or any(type(step) is not int for step in read.values()):
+            raise ValueError(f"weights_read is {read!r}")
         config = configs.from_json(json.dumps(saved["config"]))
     except records.RecordError:
         raise
@@ -359,7 +367,8 @@ def _opened(path: epath.Path, field: str) -> Snapshot:
         raise CheckpointError(
             f"{field}: {str(file)!r} describes no model ({reason}); expected what training wrote"
         ) from error
-    return Snapshot(config, tuple(shape), classes, int(path.name), path, field, data_set or {})
+    known = data_set or {}, read
+    return Snapshot(config, tuple(shape), classes, int(path.name), path, field, *known)
 
 
 def _beside(field: str, what: str) -> str:

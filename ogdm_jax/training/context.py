@@ -20,6 +20,19 @@ from ogdm_jax.typing import PyTree
 StandIn = Callable[[PyTree], PyTree]
 
 
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """Which checkpoints of other runs the methods of a run read their weights from.
+
+    Attributes:
+      steps: {the setting that names the folder: the step}; what is read is added.
+      fresh: whether the run begins now. A run that goes on reads the same steps again.
+    """
+
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    fresh: bool = True
+
+
 def context(
     config: Config,
     source: Source,
@@ -27,6 +40,7 @@ def context(
     levels: NoiseDistribution,
     plan: parallel.Plan,
     stand_in: StandIn | None = None,
+    read: Read | None = None,
 ) -> Context:
     """The context of a run's methods.
 
@@ -37,6 +51,7 @@ def context(
       levels: the distribution of its noise levels.
       plan: its devices.
       stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint.
+      read: what the run's methods have read before, and read now.
 
     Raises:
       ConfigError: a batch that the devices and rounds do not divide.
@@ -67,13 +82,13 @@ def context(
         learning_rate=config.optim.learning_rate,
         steps=config.steps(config.train.duration),
         source=source,
-        weights=_weights(config, model, stand_in),
+        weights=_weights(config, model, stand_in, read or Read()),
         xflip=config.data.xflip,
         augment=pipe and (lambda keys, images: pipe.augment(keys, images)[0]),
     )
 
 
-def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> Weights:
+def _weights(config: Config, model: models.Model, stand_in: StandIn | None, read: Read) -> Weights:
     """Reads checkpoints of the run's network for methods."""
 
     def weights(
@@ -83,6 +98,7 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
         if stand_in is not None:
             return *stand_in((params, models.own_buffers(buffers))), 0
         named = field if folder else "config.init.workdir"
+        of_init = not folder and read.fresh and config.init.step >= 0
         folder = folder or config.init.workdir
         if texts.is_folder(folder):
             expected = "ema and no step with a folder of diffusers"
@@ -90,7 +106,10 @@ def _weights(config: Config, model: models.Model, stand_in: StandIn | None) -> W
             return texts.open_folder(folder, config, ("unet",), named)[0], {}, 0
         expected = f"a trained folder, here or as {field}"
         configs.require(bool(folder), "init.workdir", folder, expected)
+        if step is None:
+            step = read.steps.get(field, config.init.step if of_init else None)
         snapshot = checkpoint.find(folder, step, named)
+        read.steps[field] = snapshot.step
         params, buffers = checkpoint.load_weights(snapshot, params, buffers, which)
         found = params, models.own_buffers(buffers)
         return *jax.tree.map(np.asarray, found), snapshot.step

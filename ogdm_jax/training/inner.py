@@ -267,7 +267,8 @@ class Loop:
             return
         self._check_state()
         shape, classes = run.source.shape, run.source.num_classes
-        about = describe(run.config, shape, classes, data.fingerprint(run.source))
+        known = data.fingerprint(run.source)
+        about = describe(run.config, shape, classes, known, run.weights_read)
         with self.stop.may_leave(None):
             self.saved.save(step, run.plan.globalise(self.state), about, self.position)
         self.kept = step

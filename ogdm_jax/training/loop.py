@@ -78,7 +78,7 @@ def train(
         types = discovery.settings_types()
         found = resume.goes_on_from(workdir, newest, config, types)
         decided = resume.check(workdir, found, config, types, override) if found else {}
-        run = task.build(config, plan, workdir, log)
+        run = task.build(config, plan, workdir, log, found.weights_read if found else None)
         check_images(run, measured)
         held_out = task.held_out(run)
         profiles.check(profile, run.steps)

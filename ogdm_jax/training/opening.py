@@ -48,6 +48,8 @@ def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) ->
             f"of stds {', '.join(map(str, stds))}; every {every:,} steps a snapshot of "
             f"{_bytes(bytes_each)}, {run.steps // every} in the run (ogdm ema)"
         )
+    if read := run.weights_read:
+        said["weights"] = ", ".join(f"{field} is of step {step:,}" for field, step in read.items())
     notes = [*run.source.notes]
     if run.source.images is not None and config.data.workers > 0:
         workers = config.data.workers

@@ -3,7 +3,7 @@ step; checked first.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -40,6 +40,8 @@ class Run:
       noise: the distribution of noise levels; None where the objective has its own.
       decoder: of a run on latents, what makes images of them; None where there is none.
       tokenizer: of a run on captions.
+      weights_read: {the setting that names a folder: the step} of the checkpoints that its methods
+        have read, see `context.Read`.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Run:
     noise: NoiseDistribution | None = None
     decoder: Autoencoder | None = None
     tokenizer: Tokenizer | None = None
+    weights_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
     __repr__ = brief
 
     @classmethod
@@ -149,7 +152,11 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def build(
-    config: Config, source: Source, plan: parallel.Plan, stand_in: context.StandIn | None = None
+    config: Config,
+    source: Source,
+    plan: parallel.Plan,
+    stand_in: context.StandIn | None = None,
+    began: Mapping[str, int] | None = None,
 ) -> Run:
     """Builds and checks the run of a denoiser.
 
@@ -159,6 +166,7 @@ def build(
       plan: its devices.
       stand_in: shapes -> arrays in place of weights that a method reads from a checkpoint: for
         whoever only compiles.
+      began: `weights_read` of the run that this one goes on with; None: it begins.
 
     Raises:
       ConfigError: any setting that is unknown, out of range, or does not fit the data, the devices
@@ -170,10 +178,11 @@ def build(
     require(known, "data.source", source.name, tokens)
     model = models.build(config, source.shape, source.num_classes, source.latents)
     levels = context.noise_distribution(config)
-    told = context.context(config, source, model, levels, plan, stand_in)
+    read = context.Read(dict(began or {}), fresh=began is None)
+    told = context.context(config, source, model, levels, plan, stand_in, read)
     methods = combine([_method(config, name, told) for name in config.methods])
     goal = objective.denoising(config, model, levels, methods, plan.gather)
-    return Run.of(config, source, model, methods, goal, plan, noise=levels)
+    return Run.of(config, source, model, methods, goal, plan, noise=levels, weights_read=read.steps)
 
 
 def _method(config: Config, name: str, told: context.Context) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from ogdm_jax.training.workdir import open_source
 
 RunT = TypeVar("RunT", bound=runs.Run)
 Log = Callable[[str], None]
+Began = Mapping[str, int] | None
 
 
 class Batches(Protocol):
@@ -44,7 +45,7 @@ class Task(Generic[RunT]):
     """What differs between kinds of runs; everything else is the same for every network.
 
     Attributes:
-      build: (config, plan, workdir, log) -> the run.
+      build: (config, plan, workdir, log, began) -> the run; began: as of `run.build`.
       batches: run -> this process's batches.
       watch: (run, workdir, writer) -> write(step, state), called every config.sample.every in all
         processes.
@@ -55,7 +56,7 @@ class Task(Generic[RunT]):
       finish: (run, last state, workdir, log), called in all processes when the run has ended.
     """
 
-    build: Callable[[configs.Config, parallel.Plan, epath.Path, Log], RunT]
+    build: Callable[[configs.Config, parallel.Plan, epath.Path, Log, Began], RunT]
     batches: Callable[[RunT], Batches]
     watch: Callable[[RunT, epath.Path, logs.Writer], Callable[[int, TrainState], None]]
     evaluation: Callable[[RunT, epath.Path], Callable[[TrainState], dict[str, Any]]]
@@ -63,7 +64,13 @@ class Task(Generic[RunT]):
     finish: Callable[[RunT, TrainState, epath.Path, Log], None] = lambda *_: None
 
 
-def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log: Log) -> runs.Run:
+def _build(
+    config: configs.Config,
+    plan: parallel.Plan,
+    workdir: epath.Path,
+    log: Log,
+    began: Began,
+) -> runs.Run:
     source, tokenizer = open_source(config), None
     if config.network.kind == "sd":
         texts.check_source(source)
@@ -72,7 +79,8 @@ def _build(config: configs.Config, plan: parallel.Plan, workdir: epath.Path, log
     elif source.captioned:
         notes = (*source.notes, f"its captions are not used, as network.kind={config.network.kind}")
         source = dataclasses.replace(source, notes=notes)
-    run = dataclasses.replace(runs.build(config, source, plan), tokenizer=tokenizer)
+    run = runs.build(config, source, plan, began=began)
+    run = dataclasses.replace(run, tokenizer=tokenizer)
     generate.check_settings(config.sample, run.model)
     return decoding.with_decoder(run)
 
