@@ -10,7 +10,7 @@ from ogdm_jax import data
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.base import Stored, from_reader
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import evaluate
+from ogdm_jax.training import decoding, evaluate
 from tests.support import tiny
 
 
@@ -42,7 +42,7 @@ def sorted_set(counts):
 
 @pytest.mark.fast
 def test_a_part_of_a_set_has_all_its_classes(monkeypatch):
-    monkeypatch.setattr(evaluate, "MOST_KEPT", 500)
+    monkeypatch.setattr(decoding, "MOST", 500)
     whole = sorted_set([5] * 100)
     np.testing.assert_array_equal(evaluate.references(whole), whole.images)
     assert evaluate.reference_part(whole) == {}

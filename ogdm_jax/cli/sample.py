@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -158,7 +158,7 @@ class Plan:
     batch: int
     texts: prompts.Texts
     animate: epath.Path | None = None
-    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shared: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run(args: argparse.Namespace) -> None:

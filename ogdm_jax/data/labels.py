@@ -42,8 +42,9 @@ def class_words(labels: np.ndarray | None, names: Sequence[str] = ()) -> list[st
     without classes, as with labels that are vectors [n,k].
     """
     called = {k: name for k, name in enumerate(names)} | {-1: "no class"}
-    without = labels is None or labels.ndim > 1
-    return [] if without else [called.get(int(k), str(int(k))) for k in labels]
+    if labels is None or labels.ndim > 1:
+        return []
+    return [called.get(int(k), str(int(k))) for k in labels]
 
 
 def normal(name: str, labels: np.ndarray, count: int, names: Sequence[str] = ()) -> Labels:

@@ -22,7 +22,7 @@ from ogdm_jax.typing import PyTree
 
 RunT = TypeVar("RunT", bound=Run)
 _LOG = logging.getLogger("ogdm_jax")
-_MOST = 50_000  # images that samples are compared with
+MOST = 50_000  # images that samples are compared with
 _BATCH = 64
 _HOW = ("data_dir", "resolution", "channels")
 
@@ -121,7 +121,7 @@ def pixels(source: Source, opened: Callable[[], Autoencoder | None]) -> Source:
     decoder = opened()
     if decoder is None:
         raise ConfigError(f"{source.name}: {why}, and there is no autoencoder: expected data.vae")
-    rows = data.spread(len(source), _MOST)
+    rows = data.spread(len(source), MOST)
     part = f" ({len(rows):,} of {len(source):,})" if len(rows) < len(source) else ""
     _LOG.warning("%s: compared with decoded latents%s, as %s", source.name, part, why)
     labels = None if source.labels is None or source.captions else source.labels[rows]

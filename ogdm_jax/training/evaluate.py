@@ -53,17 +53,17 @@ def _labelled(config: Config, **how: Any) -> Source:
 
 
 def references(source: Source) -> np.ndarray:
-    """uint8 images that samples are compared with: all of a source, or MOST_KEPT of them, spread
-    evenly over it.
+    """uint8 images that samples are compared with: all of a source, of a large one 50,000 that are
+    spread evenly over it.
     """
-    return source.take(data.spread(len(source), MOST_KEPT))["image"]
+    return source.take(data.spread(len(source), decoding.MOST))["image"]
 
 
 def reference_part(source: Source) -> dict[str, str]:
     """What a report says where samples are compared with a part of a source; {} where with all."""
-    if len(source) <= MOST_KEPT:
+    if len(source) <= decoding.MOST:
         return {}
-    return {"reference": f"{MOST_KEPT:,} of {len(source):,} images, spread evenly"}
+    return {"reference": f"{decoding.MOST:,} of {len(source):,} images, spread evenly"}
 
 
 def shared_conditions(
