@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ogdm_jax import data
+from ogdm_jax.cli import likelihood
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.base import Stored, from_reader
 from ogdm_jax.sampling import generate
@@ -89,6 +90,20 @@ def test_labels_of_every_kind_and_those_that_are_not_the_models():
         np.testing.assert_array_equal(evaluate.conditions(source, made, seeds, names), uniform)
         assert evaluate.shared_conditions(source, made, names) == {}
     assert evaluate.conditions(unlabelled, model(0), seeds) is None
+
+
+def test_a_likelihood_is_of_images_of_all_classes(monkeypatch):
+    """The images stand in for their own likelihoods."""
+    bits = lambda denoise, x0, *_, **__: types.SimpleNamespace(
+        bits=x0.mean((1, 2, 3)), nfe=x0[:, 0, 0, 0]
+    )
+    monkeypatch.setattr(likelihood.likelihood, "log_likelihood", bits)
+    monkeypatch.setattr(likelihood.likelihood, "dequantised", lambda images, keys: images / 1.0)
+    made = types.SimpleNamespace(label_dim=0, denoiser=lambda *weights: None)
+    trained = types.SimpleNamespace(model=made, params={}, buffers={})
+    args = types.SimpleNamespace(devices=1, num=10, batch=4, seed=0)
+    found = likelihood._measure(args, trained, sorted_set([10] * 11), (), {})
+    assert found["bits_per_dim"] == (np.linspace(0, 109, 10).round() // 10).mean()
 
 
 def test_an_evaluation_draws_the_datas_classes(monkeypatch):

@@ -1,7 +1,7 @@
 """Measures the likelihood of real images by the probability-flow ODE (Song et al., arXiv
 2011.13456) and prints one JSON object: bits a dimension of uniformly dequantised images of 256
 levels, their mean and its standard error, and the network evaluations of an image. The images are
-the first of the data, those that were trained on unless --reference names others.
+spread evenly over the data, those that were trained on unless --reference names others.
 
     ogdm evaluate --likelihood --workdir DIR --num 1000
     ogdm evaluate --likelihood --workdir DIR --reference tfds:cifar10/test --num 10000
@@ -22,7 +22,7 @@ from ogdm_jax import parallel, places, platforms, startup
 from ogdm_jax.cli import guidance, measuring
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import ConfigError
-from ogdm_jax.data import Source
+from ogdm_jax.data import Source, spread
 from ogdm_jax.diffusion import grids
 from ogdm_jax.sampling import adaptive, generate, likelihood
 from ogdm_jax.sampling.guidance import Guidance
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reference", default="", metavar="Y", help="source of the images (default: the model's)")
     add("--resize", action="store_true", help="crop and resize --reference to the model's size")
     add("--data-dir", default="", metavar="DIR", help="folder of prepared tfds sets")
-    add("--num", type=whole(1), default=1000, help="images, the first of the source")
+    add("--num", type=whole(1), default=1000, help="images, spread over the source")
     add("--seed", type=whole(0), default=0, help="of probes and dequantisation")
     add("--probes", type=whole(1), default=1, help="random vectors of an image's trace")
     kinds = ", ".join(likelihood.PROBES)
@@ -99,7 +99,7 @@ def _measure(
     methods: Sequence[Guidance],
     how: dict[str, Any],
 ) -> dict[str, Any]:
-    """The likelihood of the first images of a source: means, and what they are worth."""
+    """The likelihood of images that are spread over a source: means, and what they are worth."""
     devices = parallel.make_plan("mesh", args.devices).local_devices
     size = generate.batch_size(args.num, len(devices), args.batch)
     whole, divided = generate.shardings(devices)
@@ -120,11 +120,11 @@ def _measure(
         in_shardings=(whole, divided, divided, divided, whole),
     )
     constants, weights = generate.arrays(methods)[0], (trained.params, trained.buffers)
-    each = []
+    each, chosen = [], spread(len(source), args.num)
     with tqdm(total=args.num, unit="image", disable=None) as bar:
         for start in range(0, args.num, size):
             at = generate.batch_rows(start, size, args.num)
-            rows = source.take(at)
+            rows = source.take(chosen[at])
             labels = rows["label"] if trained.model.label_dim else None
             part = compiled(weights, rows["image"], labels, at.astype(np.uint32), constants)
             each.append(np.asarray(part)[:, : args.num - start])
