@@ -44,7 +44,7 @@ def save(folder, *more: str):
 def _saved(folder, run):
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, run.init(), about, {"step": 0})
+        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
     return folder
 
 

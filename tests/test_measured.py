@@ -28,7 +28,7 @@ def workdir(tmp_path_factory):
     run = tiny.build("methods=()", *small)
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, run.init(), about, {"step": 0})
+        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
     return folder
 
 

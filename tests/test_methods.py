@@ -75,7 +75,7 @@ def pretrained(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("pretrained")
     run = tiny.build("methods=()", tiny.ONE_LEVEL)
-    state = run.init()
+    state = tiny.fresh(run)
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
         checkpoints.save(

@@ -35,7 +35,7 @@ def made(folder, *words, names=(), source="digits"):
     shape, classes = run.source.shape, run.source.num_classes
     with Checkpoints(folder) as checkpoints:
         description = describe(run.config, shape, classes, data_set=about)
-        checkpoints.save(0, run.init(), description, {"step": 0})
+        checkpoints.save(0, tiny.fresh(run), description, {"step": 0})
     return folder
 
 

@@ -16,6 +16,7 @@ from ogdm_jax.interop import stable_diffusion
 from ogdm_jax.latents import Latents
 from tests.support import latents
 from tests.support.golden_support import FOLDER, Golden
+from tests.support.networks import born
 from tests.support.tiny import ROOT
 
 TEXTS = ("a photo of a cat", "the dog", "red car", "a cat and the dog")
@@ -51,7 +52,7 @@ def pipeline(place: Path) -> Path:
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
         (params, buffers[models.TEXT]),
     )
-    vae = jax.jit(latents.NETWORK.init)(key, jnp.zeros((1, 8, 8, 1)))
+    vae = born(jax.eval_shape(latents.NETWORK.init, key, jnp.zeros((1, 8, 8, 1))))
     networks = {
         "unet": (model.network, {"params": params}),
         "text_encoder": (model.text, text),

@@ -9,6 +9,7 @@ import numpy as np
 from ogdm_jax.interop import diffusers, export
 from ogdm_jax.latents import Latents
 from ogdm_jax.networks import AutoencoderKL
+from tests.support import networks
 
 NETWORK = AutoencoderKL(
     img_channels=1, widths=(4, 4), num_blocks=1, groups=2, latent_channels=2, scale=0.6, shift=0.2
@@ -18,7 +19,7 @@ NETWORK = AutoencoderKL(
 def autoencoder(folder: Path, seed: int = 0, network: AutoencoderKL = NETWORK) -> Path:
     """A diffusers folder of it."""
     image = jnp.zeros((1, 8, 8, network.img_channels))
-    variables = jax.jit(network.init)(jax.random.key(seed), image)
+    variables = networks.born(jax.eval_shape(network.init, jax.random.key(0), image), seed)
     state = export.to_torch(network, variables)
     diffusers.write(folder, network, state, sample_size=8)
     return folder
