@@ -5,8 +5,9 @@ devices, pmap and mesh therefore see the same noise, and switching a method on d
 draws of another purpose.
 
 Keys are threefry's, whose numbers pass every statistical test but cost over a hundred integer
-operations each. `quick` turns an example's keys into keys of a hash that costs eighteen, for what
-is drawn in bulk and needs no more: dropout masks and augmentation.
+operations each, and a loop of their own in the compiled program for each draw. `quick` turns keys
+into keys of a hash that costs eighteen, for what needs no more: dropout masks and augmentation,
+which are drawn in bulk, and the first weights, a draw for each tensor.
 """
 
 import math

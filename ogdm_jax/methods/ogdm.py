@@ -310,7 +310,7 @@ class Players:
         """A fresh discriminator with its Adam."""
         label = jnp.zeros((1,), jnp.int32) if self.context.label_dim else None
         image, pair = jnp.zeros((1, *self.context.image_shape)), jnp.ones((1, 2))
-        key = randomness.fold_in_name(key, "ogdm/companion")
+        key = randomness.quick(randomness.fold_in_name(key, "ogdm/companion"))
         params = self.network.init(key, image, pair, label)["params"]
         lead = {"lead": jnp.zeros(())} if self.settings.adaptive else {}
         return {"params": params, "opt_state": self.adam.init(params), **lead}

@@ -87,7 +87,9 @@ class Run:
         """A fresh state, of given (params, buffers) or new ones; jit it or eval_shape it. The same
         key gives the same network whatever methods are on.
         """
-        params, buffers = weights or self.model.init(randomness.fold_in_name(key, "network"))
+        # quick: a draw for each tensor, of which threefry takes four times as long to compile
+        key_of_network = randomness.quick(randomness.fold_in_name(key, "network"))
+        params, buffers = weights or self.model.init(key_of_network)
         return state.TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
