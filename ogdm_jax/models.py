@@ -25,7 +25,7 @@ from ogdm_jax.networks import (
     SongUNet,
     UNet2DCondition,
 )
-from ogdm_jax.networks.tapped import Tapped
+from ogdm_jax.networks.tapped import Tapped, apply_compiled
 from ogdm_jax.typing import Array, NetworkFn, PyTree
 
 _NETWORKS = {
@@ -109,6 +109,7 @@ class Model:
         buffers: PyTree | None = None,
         augment: Array | None = None,
         dropout_keys: Array | None = None,
+        compiled: bool = False,
     ) -> Denoiser:
         """The denoiser of these parameters.
 
@@ -122,10 +123,11 @@ class Model:
           augment: [B,9] augmentation labels of the batch that it will be asked about; None: not
             augmented.
           dropout_keys: [B] typed keys, one per image; None switches dropout off.
+          compiled: the network is a program of its own, for calls outside of jit.
         """
         bound = {"augment": augment, "dropout_keys": dropout_keys}
         bound = {name: value for name, value in bound.items() if value is not None}
-        apply = functools.partial(self._apply(params, buffers), **bound)
+        apply = functools.partial(self._apply(params, buffers, compiled), **bound)
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
             return apply(x, c_noise, self._seen(label))
@@ -161,8 +163,12 @@ class Model:
         """What the network sees of a condition."""
         return label if self.text is None else label["prompt"]
 
-    def _apply(self, params: PyTree, buffers: PyTree | None) -> Callable[..., Any]:
+    def _apply(
+        self, params: PyTree, buffers: PyTree | None, compiled: bool = False
+    ) -> Callable[..., Any]:
         variables = {"params": params, **({"buffers": buffers} if buffers else {})}
+        if compiled:
+            return functools.partial(apply_compiled, self.network, variables)
         return cast(Callable[..., Any], functools.partial(self.network.apply, variables))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from ogdm_jax import cli, models, parallel
 from ogdm_jax.sampling import generate
+from ogdm_jax.training import arrays, checkpoint
 from tests.support import bad_lines, commands
 
 INIT = models.Model.init
@@ -33,9 +34,24 @@ def shapes(network, text, image_shape, label_dim):
     return jax.eval_shape(functools.partial(INIT, model), jax.random.key(0))
 
 
+READ: dict = {}
+
+
 @pytest.fixture
 def nothing_built(monkeypatch):
-    """Whoever initialises, compiles or trains fails. The shapes of a network are found once."""
+    """Whoever initialises, compiles or trains fails. The shapes of a network are found once, and the
+    weights of a folder are read once.
+    """
+    load = checkpoint.load_weights
+
+    def load_weights(snapshot, params, buffers, which="ema"):
+        asked = arrays.tensors({"params": params, "buffers": buffers})
+        key = (str(snapshot.path), which, tuple(asked.items()))
+        if key not in READ:
+            READ[key] = load(snapshot, params, buffers, which)
+        return READ[key]
+
+    monkeypatch.setattr(checkpoint, "load_weights", load_weights)
 
     def init(model, key):
         known = shapes(model.network, model.text, model.image_shape, model.label_dim)

@@ -31,8 +31,15 @@ def test_every_configuration_loads_and_survives_json(name):
 
 
 # Discriminators of DG are built from a prior: test_dg_training.py; autoencoders: test_autoencoder.py.
-# networks and methods that another one of the same kind has; all are loaded above
+# networks and methods that another one of the same kind has, or that other tests train; all are loaded above
 @pytest.mark.slow_cases(
+    "celeba64_ogdm",
+    "emoji32",
+    "digits",
+    "digits_sp",
+    "digits_stf",
+    "cifar10_flow",
+    "imagenet256_dit_s*",
     "lsun256_adm",
     "imagenet256_adm",
     "cifar10_adm_ogdm",

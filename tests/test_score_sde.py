@@ -102,7 +102,7 @@ def test_released_files_are_converted_and_sampled(name, tmp_path):
         **({"precondition": word} if word else {}),
     )
     x = golden_support.hash_values(2 * 16 * 16 * 3, 1).reshape(2, 16, 16, 3).astype(np.float32)
-    ours = run.model.denoiser(run.params, run.buffers)
+    ours = run.denoiser
     np.testing.assert_allclose(ours(x, 0.5), found.denoiser()(x, 0.5), rtol=1e-5, atol=1e-5)
     if kind != "ve":
         return

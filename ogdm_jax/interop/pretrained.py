@@ -1,12 +1,14 @@
 """Networks with the weights of checkpoints that other programs wrote."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import flax.errors
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +23,7 @@ from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
 from ogdm_jax.networks import SongUNet, UNet2DCondition
+from ogdm_jax.networks.tapped import apply_compiled
 from ogdm_jax.startup import raised_here
 from ogdm_jax.typing import Array, PyTree
 
@@ -75,14 +78,14 @@ class Pretrained:
           that were trained with them.
         """
         bound: dict[str, Any] = {} if augment is None else {"augment": augment}
+        on_device = jax.tree.map(jnp.asarray, self.variables)  # once, not at each call
+        apply = functools.partial(apply_compiled, self.network, on_device)
 
         def network_fn(x: Array, c_noise: Array, label: PyTree = None) -> Array:
-            return cast(Array, self.network.apply(self.variables, x, c_noise, label, **bound))
+            return cast(Array, apply(x, c_noise, label, **bound))
 
         def taps(x: Array, c_noise: Array, label: PyTree, at: str) -> PyTree:
-            return self.network.apply(
-                self.variables, x, c_noise, label, at=at, method="features", **bound
-            )
+            return apply(x, c_noise, label, at=at, method="features", **bound)
 
         kind = self.preconditioning()
         if kind == "edm":

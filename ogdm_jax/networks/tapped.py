@@ -1,11 +1,21 @@
 """What every denoiser's network is asked, however it is built: its output, and features."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 
-from ogdm_jax.typing import Array
+from ogdm_jax.typing import Array, PyTree
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("at", "method"))
+def apply_compiled(network: nn.Module, variables: PyTree, *args: Any, **more: Any) -> Any:
+    """network.apply as one program, for who calls it outside of jit, as in a notebook: operation by
+    operation, a first call compiles hundreds of small programs.
+    """
+    return network.apply(variables, *args, **more)
 
 
 class Asked(NamedTuple):

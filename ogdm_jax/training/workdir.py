@@ -128,8 +128,10 @@ class TrainedModel:
 
     @functools.cached_property
     def denoiser(self) -> Denoise:
-        """denoise(x [b,h,w,c], sigma [b], label=None) -> x0_hat, with these parameters."""
-        return self.model.denoiser(self.params, self.buffers)
+        """denoise(x [b,h,w,c], sigma [b], label=None) -> x0_hat, with these parameters; compiled at
+        its first call with each shape.
+        """
+        return self.model.denoiser(self.params, self.buffers, compiled=True)
 
     def settings(self, **words: Unpack[SamplerWords]) -> Sample:
         """config.sample with some entries replaced.
