@@ -13,7 +13,7 @@ from etils import epath
 from ogdm_jax import cli, parallel, randomness
 from ogdm_jax.config import ConfigError, replace
 from ogdm_jax.data import batches, open_source
-from ogdm_jax.interop import stable_diffusion
+from ogdm_jax.interop import export, stable_diffusion
 from ogdm_jax.models import TEXT
 from ogdm_jax.training import example, loop, objective, texts
 from ogdm_jax.training.state import TrainState
@@ -209,6 +209,14 @@ def test_what_a_scheduler_cannot_hold_is_said(more, said):
     with pytest.raises(ConfigError, match="rescale_timesteps: True given; expected false"):
         odd = {"precondition.rescale_timesteps": True, "precondition.diffusion_steps": 500}
         stable_diffusion.scheduler_config(replace(given, odd))
+
+
+def test_a_pipeline_of_ours_is_known_again(place):
+    """It may be written anew; that of others, whose index says no such thing, may not."""
+    folder, index = epath.Path(place / "sd"), epath.Path(place / "sd" / stable_diffusion.INDEX)
+    there = {path.name for path in folder.iterdir()}
+    assert there == {path.name for path in stable_diffusion.written(folder)}
+    export.check_free(stable_diffusion.written(folder), index)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from ogdm_jax.training import checkpoint, evaluations
 from ogdm_jax.training.evaluate import words_of
 from ogdm_jax.training.workdir import TrainedModel
 
-WEIGHTS, CONFIG, PICTURE = "model.safetensors", "config.json", "samples.png"
+WEIGHTS, CONFIG, PICTURE, PAGE = "model.safetensors", "config.json", "samples.png", "README.md"
+FILES = (WEIGHTS, CONFIG, PICTURE, PAGE)  # of the folder
 SHOWN = 32  # images of the picture
 _COLUMNS = ("features", "solver", "steps", "nfe", "n", "fd", "floor")
 
@@ -37,7 +38,7 @@ def write(folder: epath.Path, run: TrainedModel, workdir: str, licence: str) -> 
     save_png(folder / PICTURE, sheet(drawn, 8, captions=class_words(labels, run.class_names)))
     snapshot = checkpoint.find(workdir, run.step)
     measured = distances(workdir, run.step)
-    with places.written(folder / "README.md") as new:
+    with places.written(folder / PAGE) as new:
         new.write_text(text(folder.name, run, snapshot.data_set, measured, licence))
 
 

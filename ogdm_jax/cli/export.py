@@ -12,7 +12,9 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from etils import epath
 
 from ogdm_jax import config as configs
@@ -49,24 +51,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             places.writable(folder, "--out")
         texts = checkpoint.find(args.workdir, args.step).config.network.kind == "sd"
         _check_texts(args, folder, texts)
+        _check_free(args, folder, texts)
         vae = args.vae if args.card or texts else None
         run = workdir.open_workdir(args.workdir, args.step, args.weights, vae=vae)
-        network, config = run.model.network, run.config.network
         if texts:
             path = _export_texts(run, folder, args.workdir)
         elif args.card:
-            path = _export(run, args, folder / card.WEIGHTS, folder / card.CONFIG)
+            path, beside = folder / card.WEIGHTS, folder / card.CONFIG
+            export.write(path, _state(run), _about(run, args.weights), beside)
             card.write(folder, run, args.workdir, args.license or "unknown")
-        elif not folder.suffix:
-            dit = "FILE.safetensors or FILE.pt; diffusers has no such network as a folder"
-            require(config.kind == "dit", "network.kind", config.kind, dit)
-            state = export.to_torch(network, {"params": run.params})
-            path = diffusers.write(folder, network, state)
+        elif folder.suffix:
+            path = export.write(folder, _state(run), _about(run, args.weights))
         else:
-            path = _export(run, args, folder, export.about_path(folder))
-    beside = export.about_path(path) if folder.suffix else folder / diffusers.CONFIG
-    beside = path.parent / "unet" if texts else beside
-    print(f"wrote {path} and {folder / 'README.md' if args.card else beside} ({args.weights})")
+            path = _export_dit(run, folder, args.weights)
+    beside = folder / card.PAGE if args.card else export.about_path(path)
+    print(f"wrote {path} and {path.parent / 'unet' if texts else beside} ({args.weights})")
 
 
 def _check_card(args: argparse.Namespace, folder: epath.Path) -> None:
@@ -88,6 +87,19 @@ def _check_texts(args: argparse.Namespace, folder: epath.Path, texts: bool) -> N
         )
 
 
+def _check_free(args: argparse.Namespace, folder: epath.Path, texts: bool) -> None:
+    """Raises ValueError where anything but an earlier export would be replaced."""
+    if (folder / "checkpoints").exists():
+        raise ValueError(f"--out: {args.out!r} is a training folder; expected another one")
+    if texts:
+        return export.check_free(stable_diffusion.written(folder), folder / stable_diffusion.INDEX)
+    if args.card:
+        return export.check_free([folder / name for name in card.FILES], folder / card.CONFIG)
+    file = folder if folder.suffix else folder / diffusers.WEIGHTS
+    files = [file, export.about_path(file), *([] if folder.suffix else [folder / diffusers.CONFIG])]
+    return export.check_free(files, export.about_path(file))
+
+
 def _export_texts(run: workdir.TrainedModel, folder: epath.Path, source: str) -> epath.Path:
     model, buffers = run.model, run.buffers
     networks = {
@@ -100,12 +112,25 @@ def _export_texts(run: workdir.TrainedModel, folder: epath.Path, source: str) ->
     return folder / stable_diffusion.INDEX
 
 
-def _export(
-    run: workdir.TrainedModel, args: argparse.Namespace, out: epath.Path, beside: epath.Path
-) -> epath.Path:
-    config, network = run.config, run.model.network
+def _export_dit(run: workdir.TrainedModel, folder: epath.Path, weights: str) -> epath.Path:
+    """A folder as diffusers has it; what its config.json has no place for is in a file beside."""
+    kind = run.config.network.kind
+    dit = "FILE.safetensors or FILE.pt; diffusers has no such network as a folder"
+    require(kind == "dit", "network.kind", kind, dit)
+    path = diffusers.write(folder, run.model.network, _state(run))
+    export.write_about(export.about_path(path), _about(run, weights))
+    return path
+
+
+def _state(run: workdir.TrainedModel) -> dict[str, np.ndarray]:
     buffers = models.own_buffers(run.buffers)
     variables = {"params": run.params, **({"buffers": buffers} if buffers else {})}
+    return export.to_torch(run.model.network, variables)
+
+
+def _about(run: workdir.TrainedModel, weights: str) -> dict[str, Any]:
+    """What the tensors do not show."""
+    config, network = run.config, run.model.network
     settings = export.network_settings(network)
     dropout = settings.pop("dropout", 0.0)  # it matters in training alone, and stands below
     kind = {"openai": "adm", "dit": "dit"}.get(config.network.kind, "edm")
@@ -113,19 +138,17 @@ def _export(
         settings["model_type"] = type(network).__name__
     elif kind == "adm":  # as to_torch writes it; published networks of these sizes may be "new"
         settings["qkv_order"] = "legacy"
-    chain = ("schedule", *PROCESS[:3])
-    kinds = {"adm": chain[:-1], "v": chain, "flow": PROCESS[3:4]}
-    kinds |= dict.fromkeys(("ve", "smld"), PROCESS[4:])
-    told = kinds.get(config.precondition.kind, ())
-    about = {
+    process = config.precondition
+    told = ["schedule"] if process.kind in ("adm", "v") else []
+    told += [name for name, kinds in PROCESS.items() if process.kind in kinds]
+    return {
         "kind": kind,
         "settings": settings,
-        "precondition": config.precondition.kind,
-        **{name: getattr(config.precondition, name) for name in told},
-        "sigma_data": config.precondition.sigma_data,
+        "precondition": process.kind,
+        **{name: getattr(process, name) for name in told},
+        "sigma_data": process.sigma_data,
         "dropout": dropout,
         "step": run.step,
-        "weights": args.weights,
+        "weights": weights,
         "config": json.loads(configs.to_json(config)),
     }
-    return export.write(out, export.to_torch(network, variables), about, beside)

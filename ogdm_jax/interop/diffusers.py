@@ -20,6 +20,7 @@ from ogdm_jax.interop import names_latent
 from ogdm_jax.networks import AutoencoderKL, CLIPText, DiT, UNet2DCondition
 
 CONFIG, OURS = "config.json", 1
+MARK = "_ogdm_jax"  # of an index that export writes; the library ignores keys that begin so
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 # a file of weights, whole or the list of its shards, plain or of a variant such as fp16

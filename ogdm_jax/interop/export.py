@@ -7,7 +7,7 @@ load_state_dict takes them as they are.
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -76,8 +76,36 @@ def write(
             torch_writer.write(new, state)
         else:
             save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, new)
-    records.write(beside or about_path(path), _sorted({"format": FORMAT, **about}), indent=1)
+    write_about(beside or about_path(path), about)
     return path
+
+
+def write_about(path: epath.Path, about: Mapping[str, Any]) -> None:
+    """Writes the JSON file that says what tensors do not show."""
+    records.write(path, _sorted({"format": FORMAT, **about}), indent=1)
+
+
+def check_free(files: Iterable[epath.Path], note: epath.Path) -> None:
+    """Checks that nothing but an earlier export is replaced.
+
+    Args:
+      files: that will be written.
+      note: the JSON file among them that says whether the others are of an export.
+
+    Raises:
+      ValueError: one of the files is there and the note is not of an export.
+    """
+    there = [file for file in files if file.exists()]
+    try:
+        about = records.read(note, dict) if there else {}
+    except records.RecordError:
+        about = {}
+    ours = about.get("format") == FORMAT and "config" in about
+    if there and not ours and about.get(diffusers.MARK) != FORMAT:
+        raise ValueError(
+            f"--out: {str(there[0])!r} is there already, and no export wrote it; expected a new "
+            "place, or that of an earlier export"
+        )
 
 
 def _sorted(value: Any) -> Any:

@@ -15,8 +15,14 @@ from ogdm_jax.interop.inert import quote
 from ogdm_jax.interop.recognise import KINDS
 
 PRECONDITIONS = Precondition.__dataclass_fields__["kind"].metadata["choices"]
-# What a file may say of a process beside its betas: names and defaults of config.precondition's.
-PROCESS = ("diffusion_steps", "rescale_timesteps", "zero_terminal", "time_scale", "sigma_max")
+# What a file may say of a process beside its betas: the setting of config.precondition, and of
+# which kinds it is one.
+PROCESS = {
+    **dict.fromkeys(("diffusion_steps", "rescale_timesteps", "interpolate"), ("adm", "v")),
+    "zero_terminal": ("v",),
+    "time_scale": ("flow",),
+    "sigma_max": ("ve", "smld"),
+}
 _LARGEST = 2**20  # no width (channels), side (pixels) or count of a real network is larger
 _LONGEST = 16  # entries of a list
 _MOST_BLOCKS = 64  # of a level: every block is traced
@@ -45,8 +51,10 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, int) and _number(2, 10**5 + 1)(value),
         "a whole number from 2 to 100000",
     ),
-    "rescale_timesteps": (lambda value: isinstance(value, bool), "true or false"),
-    "zero_terminal": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(
+        ("rescale_timesteps", "interpolate", "zero_terminal"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
     "time_scale": (_number(float(_POSITIVE.tiny), 1e6), "a positive number below 1e6"),
 }
 

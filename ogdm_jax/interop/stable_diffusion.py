@@ -336,6 +336,12 @@ def _left_out(theirs: str, scheduler: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def written(folder: epath.Path) -> list[epath.Path]:
+    """What `write` makes in a folder."""
+    parts = [name for name, (library, _) in _PARTS.items() if library]
+    return [folder / name for name in (INDEX, "scheduler", *parts)]
+
+
 def copy_words(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies the tokenizer's files of a folder to another one."""
     for name in _WORDS:
@@ -372,6 +378,7 @@ def write(
     copy_words(words, folder)
     parts = _PARTS | {"scheduler": ("diffusers", scheduler["_class_name"])}
     index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
+    index[diffusers.MARK] = diffusers.OURS
     about = {"scheduler/scheduler_config.json": scheduler, INDEX: index}
     for name, content in about.items():  # the index comes last: it makes a model of the folder
         records.write(places.place(folder) / name, content, indent=1)
