@@ -366,7 +366,7 @@ def test_what_was_trained_guides_the_prior(trained, prior):
     )
     np.testing.assert_allclose(draw(0.0, 1), expected, rtol=0, atol=1e-5)
     assert np.abs(draw(50.0, 1) - expected).max() > 1e-4
-    ratio = ratio_of(run.model, "vp")(method.constants["params"])
+    ratio = jax.jit(ratio_of(run.model, "vp")(method.constants["params"]))
     x, sigma = jnp.ones((1, 8, 8, 1)), jnp.ones((1,))
     assert ratio(x, sigma, jnp.asarray([1])) != ratio(
         x, sigma, jnp.asarray([7])
