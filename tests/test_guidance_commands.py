@@ -21,6 +21,7 @@ from ogdm_jax.cli import sample as command_line
 from ogdm_jax.diffusion import steps
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator import guidance as guide
 from ogdm_jax.discriminator import run as discriminator
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import measure
@@ -590,6 +591,22 @@ def test_cfg_is_inside_dg_whatever_comes_first(monkeypatch, names):
     np.testing.assert_allclose(
         out[:, 0, 0, 0], 3 * (1 + label) - 2, rtol=1e-6
     )  # and the ratio adds -2 sigma^2 x
+
+
+@pytest.mark.parametrize("said", [{}, {"weight": 2.0}, {"weight": 1.5, "time_min": 0.01}])
+def test_options_of_dg_are_taken_as_said_where_they_equal_the_presets(said, monkeypatch):
+    """cifar10's weight is 2, of Heun; under another solver it is followed, unless it was given."""
+    heard, plain = [], dg.guidance(lambda x, sigma, label: x.sum((1, 2, 3)))
+    monkeypatch.setattr(
+        guide, "open_guidance", lambda folder, use, labels, **words: heard.append(words) or plain
+    )
+    options = [word for name, value in said.items() for word in (f"--dg.{name}", str(value))]
+    words = ("--guidance", "dg", "--preset", "cifar10", "--dg.discriminator", "x", *options)
+    run = types.SimpleNamespace(
+        model=models.Model(None, None, (8, 8, 1), 0), buffers={}, config=None
+    )
+    guidance.build(_request(*words), run, configs.Sample(solver="euler"), np.arange(2))
+    assert heard == [{"preset": "cifar10", **said}]
 
 
 def test_stopping_knows_the_size_of_poisson_noise():

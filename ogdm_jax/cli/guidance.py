@@ -328,7 +328,7 @@ def build(
         settings=request.settings,
         churn=churn,
         labels=labels,
-        open_discriminator=lambda chosen: _open_discriminator(chosen, run, session, request.preset),
+        open_discriminator=lambda chosen: _open_discriminator(chosen, run, session, request),
         open_model=lambda workdir, step, field: open_workdir(workdir, step, field=field, vae=None),
     )
     methods = discovery.sampling()
@@ -411,10 +411,10 @@ def _measure(
 
 
 def _open_discriminator(
-    chosen: dg.Settings, run: TrainedModel, session: Session, preset: str
+    chosen: dg.Settings, run: TrainedModel, session: Session, request: Request
 ) -> Guidance:
-    """DG's guidance by the discriminator of a training folder. What the preset says is not in the
-    words: its weights are those of its solver.
+    """DG's guidance by the discriminator of a training folder. Only options that were given are
+    words: the preset's weights are those of its solver, also where they are equal.
     """
     from ogdm_jax.discriminator.guidance import Use, open_guidance  # only where it is needed
 
@@ -423,11 +423,9 @@ def _open_discriminator(
     if other is not None:  # samples that are trained on have no window
         weight = None if other.window else other.weight
     use = Use(run, session.sampling, session.churn, weight)
-    published = dg.PRESETS[preset].settings if preset else {}
-    said = vars(chosen).items()
-    words = {name: value for name, value in said if published.get(name, ...) != value}
-    folder, window = words.pop("discriminator"), words.pop("window", None)
+    words = {name: value for name, value in vars(chosen).items() if f"dg.{name}" in request.said}
+    folder, window = words.pop("discriminator", ""), words.pop("window", None)
     if window is not None:
         times = dg.vp_time(np.minimum(np.asarray(window, np.float64), dg.vp_sigma(np.float64(1))))
         words |= {"time_min": float(times[0]), "time_max": float(times[1])}
-    return open_guidance(folder, use=use, labels=session.labels, preset=preset, **words)
+    return open_guidance(folder, use=use, labels=session.labels, preset=request.preset, **words)
