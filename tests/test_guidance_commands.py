@@ -420,9 +420,16 @@ INPAINT = ("--guidance", "dsg", "--task", "inpaint")
         (
             (
                 *("--guidance", "dsg", "--task", "motion_deblur", "--input", "digits"),
-                *("--task.blur", "1"),
+                *("--task.blur", "3"),
             ),
-            "--task.blur: 1.0 given",
+            "--task.blur: 3.0 given",
+        ),
+        (
+            (
+                *("--guidance", "dsg", "--task", "phase_retrieval", "--input", "digits"),
+                *("--task.poisson", "1"),
+            ),
+            "--task.poisson: 1 given, but --task phase_retrieval does not use it",
         ),
         (("--rate", "0.5"), "--rate: is spelled --dsg.rate now"),
         (("--scale=2",), "--scale: is spelled --METHOD.scale such as --dps.scale"),

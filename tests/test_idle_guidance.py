@@ -3,6 +3,8 @@
 import dataclasses
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,12 +13,16 @@ from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command
 from ogdm_jax.config import Sample
 from ogdm_jax.inverse import operators
-from ogdm_jax.inverse.measured import Measured
-from ogdm_jax.methods import cfg, ddnm, diffpir, freedom, mpgd
+from ogdm_jax.inverse.measured import Measured, measure
+from ogdm_jax.inverse.tasks import Settings, Task
+from ogdm_jax.latents import Latents
+from ogdm_jax.methods import cfg, ddnm, diffpir, dsg, freedom, mpgd, pigdm
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import churn as churning
+from ogdm_jax.sampling import gradients
 from ogdm_jax.training.workdir import TrainedModel
 from tests.support import tiny
+from tests.support.guidance_cases import info_at, norms
 
 pytestmark = pytest.mark.fast
 
@@ -96,10 +102,13 @@ def test_what_has_an_effect_is_accepted(trained, words, settings):
     [
         ("--guidance", "pigdm", "--task", "inpaint", "--input", "digits"),
         ("--guidance", "classifier", "--classifier.checkpoint", "x"),
+        ("--guidance", "freedom", "--task", "inpaint", "--input", "digits"),
     ],
 )
 def test_guidance_without_a_bound_from_pure_noise(words):
-    """With 0.1 % of error in the velocity, Pi-GDM's first x0_hat was 8,000 here."""
+    """With 0.1 % of error in the velocity, Pi-GDM's first x0_hat was 8,000 here; FreeDoM's first
+    step has the size of x.
+    """
     config = tiny.config(tiny.ONE_LEVEL, "precondition.kind=flow", "noise.distribution=flow")
     flow = TrainedModel(config, models.build(config, (8, 8, 1), 0), {}, {}, 0)
     with pytest.raises(ValueError, match="window: not given, and the grid 'flow'") as error:
@@ -109,6 +118,8 @@ def test_guidance_without_a_bound_from_pure_noise(words):
     check(flow, words)
     if words[1] == "classifier":  # the mean's shift has the step's own variance
         check(flow, words, grid="flow", solver="ancestral", eta=0.0)
+    if words[1] == "freedom":
+        check(flow, (*words, "--freedom.rule", "time"), grid="flow")
 
 
 def session(trained, noise=0.0, eta=1.0, labels=None, config=None):
@@ -139,6 +150,46 @@ def test_options_of_methods_that_do_nothing(trained):
     cfg.build(cfg.Settings(), session(trained, labels=np.array([1, -1]), config=labels))
 
 
+def test_methods_of_singular_values_name_what_latents_have_instead(trained):
+    at = session(trained, 0.1)
+    operator = at.measured.operator.after(lambda z: z)
+    latent = dataclasses.replace(at.model, latents=Latents((8, 8, 1)))
+    measured = dataclasses.replace(at.measured, operator=operator)
+    at = dataclasses.replace(at, model=latent, measured=measured)
+    for build, settings in ((ddnm.build, ddnm.Settings()), (pigdm.build, pigdm.Settings())):
+        with pytest.raises(ValueError, match="latents .* expected a model of pixels, or .* dsg or"):
+            build(settings, at)
+
+
+def test_an_example_has_no_noise_to_stop_at(trained):
+    follows = Task("style", lambda drawn: operators.identity(), restores=False)
+    made = measure(follows, Settings(), np.zeros((1, 8, 8, 1)), np.arange(1))
+    at = dataclasses.replace(session(trained), measured=made.measured(made.rows))
+    with pytest.raises(ValueError, match="--dsg.stop_ratio: 1 given; expected a task with meas"):
+        dsg.build(dsg.Settings(stop_ratio=1.0), at)
+    assert at.measured.std == Settings.noise  # the unit of LGD's energy stays
+
+
+def test_smoothed_steps_of_dsg_are_those_of_the_likelihood_and_stop_by_the_residual(trained):
+    noise, info = 0.05, info_at(4, 20, 10.0)
+    x, y, eps = (np.float32(v) for v in np.random.default_rng(0).normal(size=(3, 3, 8, 8, 1)))
+    y = x + noise * np.sign(y)  # at x the residual ratio is 1
+    at = dataclasses.replace(
+        session(trained), measured=Measured("denoise", operators.identity(), y, noise)
+    )
+
+    def step(ratio):
+        rule = dsg.build(dsg.Settings(rate=1.0, samples=4, stop_ratio=ratio), at).transition.rule
+        transition = lambda x0_hat, x: (x0_hat, jnp.full(3, 0.5))
+        return jax.jit(lambda: rule(lambda x: x, transition, x, eps, info)[0])()
+
+    energy = lambda x0: ((x0 - y) ** 2).sum((1, 2, 3)) / (2 * noise**2)
+    grad = jax.jit(jax.grad(lambda x0: gradients.smoothed(energy, 4, info)(x0).sum()))(x)
+    want = x - 0.5 * 8 * grad / norms(grad)[:, None, None, None]
+    np.testing.assert_allclose(step(0.9), want, atol=1e-5)
+    np.testing.assert_allclose(step(1.1), x + 0.5 * eps, atol=1e-6)
+
+
 def test_the_released_strength_of_a_task(trained):
     for task, strength in (("inpaint", 1.0), ("deblur", 8.0), ("super_resolution", 8.0)):
         at = session(trained, 0.1)
@@ -159,7 +210,7 @@ def test_published_scales_meet_the_loss_that_they_were_published_for(
     trained, monkeypatch, module, rule, squared
 ):
     seen, real = [], Measured.loss
-    spy = lambda self, squared=True, whitened=False: seen.append(squared) or real(self, squared)
+    spy = lambda self, squared=True: seen.append(squared) or real(self, squared)
     monkeypatch.setattr(Measured, "loss", spy)
     module.build(module.Settings(rule=rule), session(trained, 0.1))
     assert seen == [squared]

@@ -133,6 +133,14 @@ def test_amplitudes_are_an_array(tmp_path):
     picture(tmp_path / "y.png")
     with pytest.raises(ValueError, match="phase_retrieval measures no picture; expected a .npy"):
         restoration(f"--task phase_retrieval --measured {tmp_path / 'y.png'}")
+    np.save(tmp_path / "y.npy", y.astype(np.uint8))
+    with pytest.raises(ValueError, match="is uint8, the numbers of a picture; phase_retrieval"):
+        restoration(f"--task phase_retrieval --measured {tmp_path / 'y.npy'}")
+
+
+def test_photons_are_counted_of_pictures():
+    with pytest.raises(ConfigError, match="^--task.poisson: 1.0 given; expected --task inpaint or"):
+        tasks.make_task("phase_retrieval", tasks.Settings(poisson=1.0), SHAPE)
 
 
 def test_three_samples_of_one_measurement(cases, tmp_path):

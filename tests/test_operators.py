@@ -251,6 +251,7 @@ def test_noise_has_its_moments_and_explains_its_residual():
         (lambda: operators.phase_retrieval(-1.0), "oversample=-1.0"),
         (lambda: degrade.random_mask(RNG, 8, 0.7, 0.3), "low=0.7"),
         (lambda: degrade.box_mask(RNG, 16, 16), "box=16"),
+        (lambda: degrade.motion_kernel(RNG, 3), "size=3"),  # one point: no blur
         (lambda: degrade.motion_kernel(RNG, 4), "size=4"),
         (
             lambda: degrade.poisson_noise(

@@ -194,21 +194,22 @@ def check_effect(
 
 
 def _check_bounded(request: Request, settings: Sample, levels: np.ndarray) -> None:
-    """Refuses guidance from pure noise whose step multiplies a network's error by that level."""
+    """Refuses guidance from pure noise whose step grows with that level."""
     if levels[0] < process.PURE_NOISE:
         return
-    shifts = lambda rule: rule == "mean" or (rule == "auto" and settings.solver == "ancestral")
-    for name in ("pigdm", "classifier"):
+    bounded = {"freedom": ["time"], "classifier": ["mean"]}  # rules with a step of the next level
+    if settings.solver == "ancestral":
+        bounded["classifier"].append("auto")
+    for name in ("pigdm", "classifier", "freedom"):
         chosen = request.settings.get(name)
-        if chosen is None or shifts(getattr(chosen, "rule", "")):
+        if chosen is None or getattr(chosen, "rule", "") in bounded.get(name, ()):
             continue
         if chosen.window is None or chosen.window[1] >= process.PURE_NOISE:
             below = 2 * levels[1] if len(levels) > 1 else 80.0
             raise ConfigError(
                 f"--{name}.window: {'not given' if chosen.window is None else chosen.window}, and "
-                f"the grid {settings.grid!r} starts from pure noise, where the network's error "
-                f"would be multiplied by an infinite level; expected lower levels, such as "
-                f"0,{below:.3g}"
+                f"the grid {settings.grid!r} starts from pure noise, with whose infinite level "
+                f"{name}'s step would grow; expected lower levels, such as 0,{below:.3g}"
             )
 
 

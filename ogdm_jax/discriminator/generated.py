@@ -17,7 +17,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ogdm_jax import places, records
-from ogdm_jax.config import Config, ConfigError, require
+from ogdm_jax.config import Config, ConfigError, Sample, require
+from ogdm_jax.config.groups import GRID_OPTIONS
 from ogdm_jax.data import Source, from_arrays, npz, output
 from ogdm_jax.data.arrays import DAMAGED
 from ogdm_jax.discriminator.settings import of
@@ -34,7 +35,7 @@ FIRST_SEED = 2**31
 # of config.sample
 SAMPLER = (
     *("solver", "steps", "eta", "grid", "sigma_min", "sigma_max", "rho", "shift", "clip"),
-    *("variance", "options"),
+    *("variance", "options", *GRID_OPTIONS),
 )
 
 
@@ -141,7 +142,7 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(images, labels, origin) of a file."""
     # what older files, which do not say, were drawn with
     older = {"eta": 0.0, "grid": "edm", "clip": False, "variance": "auto", "options": {}}
-    older["shift"] = 1.0
+    older |= {name: getattr(Sample, name) for name in ("shift", *GRID_OPTIONS)}
     try:
         with path.open("rb") as file, np.load(file) as archive:
             found = older | json.loads(str(archive["about"]))

@@ -8,11 +8,12 @@ from typing import Any, TypedDict, Unpack
 import jax
 import numpy as np
 
-from ogdm_jax.config import ConfigError, Sample, choose
+from ogdm_jax.config import Config, ConfigError, Sample, choose
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.network import open_network, ratio_of
 from ogdm_jax.discriminator.settings import Settings
 from ogdm_jax.discriminator.settings import of as settings_of
+from ogdm_jax.latents import difference
 from ogdm_jax.methods import dg
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import churn as churning
@@ -81,7 +82,7 @@ def open_guidance(
 
     Raises:
       CheckpointError: no discriminator there.
-      ConfigError: an unknown preset.
+      ConfigError: an unknown preset, or a discriminator of other images than the model's.
       ValueError: a conditional discriminator and images without a class.
     """
     if step is None and evaluations.ranked(evaluations.read(workdir), steps.complete(workdir)):
@@ -93,25 +94,13 @@ def open_guidance(
             f"--dg.discriminator: {str(workdir)!r} holds no discriminator; expected a folder of "
             "configs/*_dg.py"
         )
-    if labels is not None and (labels < 0).any() and config.data.conditional:
-        raise ValueError(  # its head knows no "no class"
-            "--label: no class given, but the discriminator is conditional; expected the images' "
-            "class"
-        )
+    _check_fits(workdir, snapshot, use, labels)
     network, extractor = open_network(config, snapshot.image_shape, snapshot.num_classes, workdir)
     params, _ = checkpoint.load_weights(snapshot, *jax.eval_shape(network.init, jax.random.key(0)))
-    report = evaluations.read(workdir).get(snapshot.step, {})
-    given = {name: value for name, value in words.items() if value is not None}
-    own, chosen = settings_of(config), dict[str, Any]()
-    if preset:
-        chosen = dict(choose("dg.preset", preset, dg.PRESETS).settings)
-    elif (own.weight is None or own.weights) and "weight" in report:
-        chosen = {"weight": report["weight"]}
+    own, given = settings_of(config), {name: v for name, v in words.items() if v is not None}
     solver = config.sample.solver if use is None else use.sampling.solver
-    if "weight" in chosen and "weight" not in given:
-        was = "heun" if preset else config.sample.solver
-        chosen["weight"] = _followed(chosen, own.corrector_weight, was, solver, log)
-    chosen |= given
+    report = evaluations.read(workdir).get(snapshot.step, {})
+    chosen = _chosen(config, report, preset, given, solver, log)
     boost_churn, rule = chosen.pop("boost_churn", dg.Boost.churn), chosen.pop("rule", "score")
     settings = dataclasses.replace(own, **chosen)
     settings = dataclasses.replace(settings, weight=settings.weight_with(solver))
@@ -144,18 +133,68 @@ def _check_reach(settings: Settings, levels: np.ndarray) -> None:
         )
 
 
-def _followed(
-    chosen: dict[str, Any], corrector: float, was: str, solver: str, log: Callable[[str], None]
-) -> float:
-    """The weight that was chosen for one solver, or what acts alike under another."""
-    weight = chosen["weight"]
-    found = dg.weight_under(weight, chosen.get("corrector_weight", corrector), was, solver)
+def _check_fits(
+    workdir: str | os.PathLike,
+    snapshot: checkpoint.Snapshot,
+    use: Use | None,
+    labels: np.ndarray | None,
+) -> None:
+    """Raises ValueError for a discriminator of other images than those that it is to guide."""
+    conditional, classes = snapshot.config.data.conditional, snapshot.num_classes
+    if labels is not None and (labels < 0).any() and conditional:
+        raise ValueError(  # its head knows no "no class"
+            "--label: no class given, but the discriminator is conditional; expected the images' "
+            "class"
+        )
+    if use is None:
+        return
+    model, differs = use.model.model, ""
+    if snapshot.image_shape != model.image_shape:
+        differs = f"images {snapshot.image_shape}, the model's are {model.image_shape}"
+    elif conditional and classes != model.label_dim and (model.label_dim or labels is None):
+        differs = f"{classes} classes, the model has {model.label_dim}"
+    elif snapshot.data_set and (other := difference(snapshot.latents, model.latents)):
+        differs = f"other numbers than the model's ({other})"
+    if differs:
+        raise ConfigError(
+            f"--dg.discriminator: {str(workdir)!r} is for {differs}; expected a "
+            "discriminator of the model's images"
+        )
+
+
+def _chosen(
+    config: Config,
+    report: Mapping[str, Any],
+    preset: str,
+    given: Mapping[str, Any],
+    solver: str,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """What replaces the settings of a discriminator's run: those of the preset, or the weight that
+    its evaluation (report) found, made to act alike under the solver; and what is given.
+    """
+    own, was, chosen = settings_of(config), config.sample.solver, dict[str, Any]()
+    if preset:
+        chosen, was = dict(choose("dg.preset", preset, dg.PRESETS).settings), "heun"
+    elif (own.weight is None or own.weights) and "weight" in report:
+        chosen = {"weight": report["weight"]}
+    elif own.weight is not None and "weight" not in given and (was == "heun") != (solver == "heun"):
+        log(
+            f"note: config.dg.weight {own.weight:g} was given for {was!r}; with {solver!r} it is "
+            "taken as it stands"
+        )
+    if "weight" not in chosen or "weight" in given:
+        return chosen | given
+    weight, second = chosen["weight"], chosen.get("corrector_weight", own.corrector_weight)
+    if was != "heun":  # the second weight is that of the steps to come
+        second = given.get("corrector_weight", second)
+    found = dg.weight_under(weight, second, was, solver)
     if found != weight:
         log(
             f"note: the discriminator's weight {weight:g} is for {was!r}; with {solver!r} it is "
             f"{found:g}, which acts alike"
         )
-    return found
+    return chosen | {"weight": found} | given
 
 
 def guidance_of(

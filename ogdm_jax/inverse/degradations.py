@@ -79,11 +79,12 @@ def motion_kernel(rng: np.random.Generator, size: int = 61, intensity: float = 0
     packages may be given to the operator.
 
     Raises:
-      ValueError: size below 3 or even, or an intensity outside [0, 1].
+      ValueError: size even or below 5, which has no room for a path, or an intensity outside
+        [0, 1].
     """
-    if size < 3 or size % 2 == 0 or not 0 <= intensity <= 1:
+    if size < 5 or size % 2 == 0 or not 0 <= intensity <= 1:
         raise ValueError(
-            f"size={size}, intensity={intensity}; expected an odd size of 3 or more and 0 <= "
+            f"size={size}, intensity={intensity}; expected an odd size of 5 or more and 0 <= "
             "intensity <= 1"
         )
     steps = 16 * size

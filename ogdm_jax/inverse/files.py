@@ -73,8 +73,8 @@ def read_measured(
     """At most so many measurements, as they are: pictures, or an array of NumPy.
 
     Args:
-      where: pictures as of `open_input`, or .npy [h,w], [h,w,c] or [n,h,w,c]: uint8, or floats in
-        the units of y (images in [-1, 1]).
+      where: pictures as of `open_input`, or .npy [h,w], [h,w,c] or [n,h,w,c]: uint8 of pictures,
+        or floats in the units of y (images in [-1, 1]).
       task: what was measured.
       shape: of the model's images.
       most: measurements that are read.
@@ -84,10 +84,15 @@ def read_measured(
       ValueError: unreadable, or of another size than the task's measurements.
     """
     wanted = tasks.measured_shape(task, shape)
-    picture = wanted[-1] in (1, 3) and task.name != "phase_retrieval"
+    picture = wanted[-1] in (1, 3) and task.name in tasks.PICTURES
     path = places.place(where, "--measured")
     if path.suffix == ".npy" and path.is_file():
         y = given.array(path, "--measured")
+        if y.dtype == np.uint8 and not picture:
+            raise ValueError(
+                f"--measured: {where!r} is uint8, the numbers of a picture; {task.name} measures "
+                "none; expected floats in the units of y"
+            )
         y = y.reshape(1, *y.shape, 1) if y.ndim == 2 else y.reshape(-1, *y.shape[-3:])
         y = to_float(y)
         if picture:

@@ -31,8 +31,9 @@ class Measured:
       task: its name.
       operator: A of y = A(x0) + noise.
       y: [B,...] measurements.
-      noise: standard deviation of the Gaussian noise on y, images in [-1, 1].
+      noise: standard deviation of the Gaussian noise on y, images in [-1, 1]; 0 of an example.
       poisson: counts per grey level of Poisson noise instead; 0: none.
+      least: smallest `std`; of an example, which has no noise, the unit of its `energy`.
     """
 
     task: str
@@ -40,29 +41,32 @@ class Measured:
     y: Array
     noise: float
     poisson: float = 0.0
+    least: float = 1e-3
     __repr__ = brief
 
     @property
     def std(self) -> Array | float:
-        """Noise of y's numbers: a number, or like y for Poisson noise; at least a thousandth."""
+        """Noise of y's numbers: a number, or like y for Poisson noise; at least `least`."""
         if self.poisson:
             return degradations.poisson_std(self.y, self.poisson)
-        return max(self.noise, 1e-3)
+        return max(self.noise, self.least)
 
     @property
     def loss_unit(self) -> float:
         """Noise of the residuals in `loss`, which for Poisson noise are divided by it; 0: none."""
         return 1.0 if self.poisson else self.noise
 
-    def loss(self, squared: bool = True, whitened: bool = False) -> Loss:
-        """`operators.measurement_loss`: x0_hat -> ||y - A(x0_hat)||^2 [B].
-
-        Args:
-          squared: False for the norm.
-          whitened: residuals are divided by their noise (those of Poisson noise always are).
+    def loss(self, squared: bool = True) -> Loss:
+        """`operators.measurement_loss`: x0_hat -> ||y - A(x0_hat)||^2 [B]; residuals of Poisson
+        noise are divided by it. squared: False for the norm.
         """
-        std = self.std if whitened or self.poisson else None
+        std = self.std if self.poisson else None
         return operators.measurement_loss(self.operator, self.y, squared, std)
+
+    def energy(self) -> Loss:
+        """x0_hat -> ||(y - A(x0_hat)) / std||^2 / 2 [B]: -log p(y | x0_hat) but for a constant."""
+        loss = operators.measurement_loss(self.operator, self.y, True, self.std)
+        return lambda x0_hat: loss(x0_hat) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Restoration:
         """The measurements of a batch: some of `rows`; weights: of `Task.made`."""
         operator = self.task.made(rows["drawn"], weights)
         noise, poisson = self.settings.noise, self.settings.poisson
+        if not self.task.restores:
+            return Measured(self.task.name, operator, rows["y"], 0.0, least=noise)
         return Measured(self.task.name, operator, rows["y"], noise, poisson)
 
     @property

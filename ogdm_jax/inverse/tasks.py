@@ -101,20 +101,30 @@ class Task:
 
 
 class _Kind(NamedTuple):
-    """How a task is made, and the settings that it uses beside the noise."""
+    """How a task is made, the settings that it uses beside the noise, and what it measures.
+
+    Attributes:
+      restores: as in `Task`.
+      picture: whether y is a picture, numbers from -1 to 1; else no photons can be counted.
+    """
 
     make: Callable[[Settings, Shape], Operator | Task]
     uses: tuple[str, ...] = ()
     restores: bool = True
+    picture: bool = True
 
 
 def make_task(name: str, settings: Settings, shape: Shape) -> Task:
     """The task for images of this shape.
 
     Raises:
-      ValueError: an unknown task, a setting out of range, or a network that cannot be loaded.
+      ValueError: an unknown task, a setting out of range, Poisson noise of no picture, or a network
+        that cannot be loaded.
     """
     require(name in _KINDS, "--task", name, f"one of {', '.join(TASKS)}")
+    photons = settings.poisson == 0 or name in PICTURES
+    expected = f"--task {' or '.join(PICTURES)} with it, or --task.noise"
+    require(photons, "--task.poisson", settings.poisson, expected)
     made = _KINDS[name].make(settings, shape)
     if isinstance(made, Task):
         return made
@@ -149,8 +159,10 @@ def check_known(name: str, settings: Settings) -> None:
 
 def users(field: str) -> tuple[str, ...]:
     """The tasks that use a setting."""
-    if field in ("noise", "poisson"):
+    if field == "noise":
         return RESTORING
+    if field == "poisson":
+        return PICTURES
     return tuple(name for name, kind in _KINDS.items() if field in kind.uses)
 
 
@@ -168,7 +180,8 @@ def _motion(settings: Settings, shape: Shape) -> np.ndarray:
             )
         return given.kernel(settings.kernel)
     wide = max(round(61 * shape[0] / 256), 7) if settings.blur is None else settings.blur
-    require(wide >= 2, "--task.blur", wide, "a kernel's side of at least 2 pixels")
+    # a kernel of 3 has no room for a path, see `degradations.motion_kernel`
+    require(wide >= 4, "--task.blur", wide, "a kernel's side of at least 4 pixels, made odd")
     return degradations.motion_kernel(np.random.default_rng(0), int(wide) // 2 * 2 + 1)
 
 
@@ -275,7 +288,7 @@ _KINDS: dict[str, _Kind] = {
         lambda s, shape: _blur("motion_deblur", operators.motion_blur, s, shape), ("blur", "kernel")
     ),
     "nonlinear_deblur": _Kind(_nonlinear_deblur, ("blur", "kernel", "network")),
-    "phase_retrieval": _Kind(lambda settings, shape: operators.phase_retrieval()),
+    "phase_retrieval": _Kind(lambda settings, shape: operators.phase_retrieval(), picture=False),
     "high_dynamic_range": _Kind(lambda settings, shape: operators.high_dynamic_range()),
     "denoise": _Kind(lambda settings, shape: operators.identity()),
     "style": _measured_by(
@@ -296,3 +309,4 @@ _KINDS: dict[str, _Kind] = {
 }
 TASKS = tuple(_KINDS)
 RESTORING = tuple(name for name, kind in _KINDS.items() if kind.restores)
+PICTURES = tuple(name for name in RESTORING if _KINDS[name].picture)

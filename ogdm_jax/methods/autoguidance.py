@@ -18,6 +18,7 @@ import numpy as np
 from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
+from ogdm_jax.latents import difference
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.schedule import Window, inside, window_setting
@@ -102,7 +103,7 @@ def build(settings: Settings, session: Session) -> Guidance:
     """Autoguidance by the model of a training folder.
 
     Raises:
-      ValueError: no folder, or a model of other images or classes.
+      ValueError: no folder, or a model of other images, classes or latents.
     """
     if not settings.workdir:
         raise ConfigError(
@@ -117,6 +118,11 @@ def build(settings: Settings, session: Session) -> Guidance:
                 f"--autoguidance.workdir: {settings.workdir!r} has {what} {there}; expected {here} "
                 "as the model that it guides"
             )
+    if differs := difference(session.model.latents, weak.model.latents):
+        raise ConfigError(
+            f"--autoguidance.workdir: {settings.workdir!r} was trained on other numbers than the "
+            f"model that it guides ({differs}); expected both alike"
+        )
     return guidance(
         lambda params: weak.model.denoiser(*params),
         settings.weight,

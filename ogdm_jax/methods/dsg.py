@@ -47,7 +47,8 @@ class Settings(Schedule):
       stop_ratio: of the command line: images whose residual ratio ||y - A x0|| / (noise sqrt(m)) is
         at most this take the plain step (the discrepancy principle: 1).
       backward: False takes the gradient at x0_hat, without a backward pass through the network.
-      samples: above 0, the gradient is smoothed by so many draws (`gradients.smoothed`).
+      samples: above 0, the gradient is smoothed by so many draws, for which the loss has to be a
+        negative log-likelihood (`gradients.smoothed`).
       clip_loss: the loss sees x0_hat clipped to [-1, 1] (released code: yes, where linear).
       clip_mean: so does the transition of every step, guided or not (released code: likewise).
     """
@@ -230,14 +231,17 @@ def build(settings: Settings, session: Session) -> Guidance:
       ValueError: no measurements, or stop_ratio without measurement noise.
     """
     measured, stop = session.need_measurement("dsg"), settings.stop_ratio
+    loss, unit = measured.loss(), measured.loss_unit
+    if stop is not None and not unit:
+        raise ValueError(
+            f"--dsg.stop_ratio: {stop:g} given; expected a task with measurement noise"
+        )
+    if settings.samples:  # `gradients.smoothed` wants a likelihood
+        loss = measured.energy()
+        unit /= math.sqrt(2) * (1.0 if measured.poisson else measured.std)
     if stop is not None:
-        noise = measured.loss_unit
-        if not noise:
-            raise ValueError(
-                f"--dsg.stop_ratio: {stop:g} given; expected a task with measurement noise"
-            )
-        stop = (stop * noise) ** 2 * measured.operator.count(measured.y)
-    return _of(measured.loss(), settings.rate, stop, settings)
+        stop = (stop * unit) ** 2 * measured.operator.count(measured.y)
+    return _of(loss, settings.rate, stop, settings)
 
 
 def _of(
@@ -287,6 +291,8 @@ class Spherical:
             rate = rate_of_strength(settings.strength, info.steps, settings.interval)
         x_next = spherical_step(mean, std, noise, grad, rate)
         if self.stop is not None:
+            if settings.samples:  # values are of the smoothed loss
+                values = self.loss(gradients.clipped(x0_hat, settings.clip_loss))
             plain = mean + spread(std, x) * noise
             x_next = jnp.where(per_example(values <= self.stop, x) > 0, plain, x_next)
         return x_next, x0_hat

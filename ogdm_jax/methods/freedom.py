@@ -2,10 +2,11 @@
 travel.
 
 Rule "rms", its text and style guidance: |move| is scale times the weight 1 - sigma'^2 / sigma^2
-that x0_hat has in the transition, times rms(x - x0_hat); so the loss's scale cancels. Rule "time",
-its face guidance: scale sqrt(abar) on the gradient in VP coordinates (published scale: 100 face
-identity, 20 sketch, 0.2 segmentation, 500 landmarks, all on the unsquared norm, which the command
-line takes there). Time travel is `Schedule.repeats`.
+that x0_hat has in the transition, times rms(x - x0_hat); so the loss's scale cancels. From pure
+noise that has no bound: leave that level out by the window. Rule "time", its face guidance: scale
+sqrt(abar) on the gradient in VP coordinates (published scale: 100 face identity, 20 sketch, 0.2
+segmentation, 500 landmarks, all on the unsquared norm, which the command line takes there). Time
+travel is `Schedule.repeats`.
 """
 
 import dataclasses

@@ -52,5 +52,4 @@ def guidance(loss: gradients.Loss, scale: float | Array, **settings: Any) -> Gui
 
 def build(settings: Settings, session: Session) -> Guidance:
     """LGD-MC for the measurements of a command. Raises ValueError where there are none."""
-    loss = session.need_measurement("lgd").loss(whitened=True)
-    return guidance(lambda x0: loss(x0) / 2, **vars(settings))
+    return guidance(session.need_measurement("lgd").energy(), **vars(settings))

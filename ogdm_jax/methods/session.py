@@ -64,8 +64,12 @@ class Session:
                 "--solver ddim with --eta 1, or --solver ancestral"
             )
         if measured.operator.spectrum is None:
+            why, expected = "", "inpaint, super_resolution, deblur or denoise, or --guidance dsg"
+            if not self.model.pixels:
+                why = ", which a decoder of latents does not have"
+                expected = "a model of pixels, or --guidance dsg or dps"
             raise ValueError(
-                f"--guidance {method} with --task {measured.task}: needs known singular values; "
-                "expected inpaint, super_resolution, deblur or denoise, or --guidance dsg"
+                f"--guidance {method} with --task {measured.task}: needs known singular values"
+                f"{why}; expected {expected}"
             )
         return measured

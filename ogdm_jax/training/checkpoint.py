@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ogdm_jax import config as configs
 from ogdm_jax import places, records
+from ogdm_jax.latents import Latents, from_json
 from ogdm_jax.parallel import Plan
 from ogdm_jax.training import arrays, checksums, evaluations, older, saving, steps
 from ogdm_jax.training.checksums import ITEMS
@@ -264,6 +265,12 @@ class Snapshot:
     field: str = "--workdir"
     data_set: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights_read: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def latents(self) -> Latents | None:
+        """What the numbers of the data are; None of pixels."""
+        told = self.data_set.get("latents")
+        return from_json(told) if told else None
 
     @property
     def class_names(self) -> tuple[str, ...]:

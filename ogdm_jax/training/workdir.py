@@ -16,7 +16,7 @@ from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
 from ogdm_jax.data.tokens import Tokenizer
-from ogdm_jax.latents import Latents, from_json
+from ogdm_jax.latents import Latents
 from ogdm_jax.sampling import adaptive, generate
 from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.training import checkpoint, decoding, snapshots, texts
@@ -344,8 +344,7 @@ def open_workdir(
         raise checkpoint.CheckpointError(
             f"{field}: {str(workdir)!r} holds {held}; expected the folder of a denoiser"
         )
-    told = snapshot.data_set.get("latents")
-    latents = from_json(told) if told else None
+    latents = snapshot.latents
     decoder = None
     if vae and latents is None:
         raise ConfigError(f"--vae: {vae} given, but {str(workdir)!r} is no run on latents")
