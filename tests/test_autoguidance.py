@@ -10,6 +10,7 @@ import pytest
 from ogdm_jax.config import ConfigError
 from ogdm_jax.diffusion import grids
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.latents import Latents
 from ogdm_jax.methods import autoguidance, cfg, dsg
 from ogdm_jax.sampling.sampler import sample
 from tests.support.oracles import Gaussian
@@ -90,7 +91,7 @@ def test_it_composes_with_an_owner_of_transitions():
 
 def test_what_is_refused():
     session = types.SimpleNamespace(
-        model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0),
+        model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0, latents=None),
         open_model=lambda *words: types.SimpleNamespace(
             model=types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=3)
         ),
@@ -98,6 +99,15 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match="--autoguidance.workdir: not given"):
         autoguidance.build(autoguidance.Settings(), session)
     with pytest.raises(ConfigError, match="'weak' has label_dim 3; expected 0"):
+        autoguidance.build(autoguidance.Settings(workdir="weak"), session)
+    latents = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=0, latents=Latents((8, 8, 1)))
+    session.open_model = lambda *words: types.SimpleNamespace(model=latents)
+    with pytest.raises(ConfigError, match="'weak' was trained on other numbers .*latents in the"):
+        autoguidance.build(autoguidance.Settings(workdir="weak"), session)
+    session.model = types.SimpleNamespace(
+        **vars(latents) | {"latents": Latents((8, 8, 1), scale=1)}
+    )
+    with pytest.raises(ConfigError, match="scale 1 and 0.18215"):
         autoguidance.build(autoguidance.Settings(workdir="weak"), session)
     with pytest.raises(ConfigError, match="autoguidance.window: .* expected LOW,HIGH"):
         autoguidance.guidance(WEAK.denoise, window=(5.0, 1.0))

@@ -69,6 +69,15 @@ def test_an_exact_classifier_makes_the_unconditional_denoiser_conditional():
         np.testing.assert_allclose(windowed, jnp.where(inside, once, plain), atol=1e-6)
 
 
+@pytest.mark.fast
+def test_no_class_has_no_gradient():
+    logits = lambda x, t: jnp.stack([x.sum((1, 2, 3)), -x.sum((1, 2, 3))], -1)
+    log_prob = classifier.log_probability(logits, Discrete.make())
+    x, label = jnp.zeros((3, 2, 2, 1)), jnp.asarray([0, 1, -1])
+    grad = jax.grad(lambda x: log_prob(x, jnp.full(3, 1e-3), label).sum())(x)
+    np.testing.assert_allclose(grad[:, 0, 0, 0], [1, -1, 0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule,solver", [("score", "heun"), ("mean", "ancestral")])
 def test_samples_are_of_the_class(rule, solver):
     grid = grids.edm(200, 0.01, 20.0)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from PIL import Image
 
 from ogdm_jax import config as configs
 from ogdm_jax import parallel
+from ogdm_jax.config import Sample
 from ogdm_jax.data import open_source, output
 from ogdm_jax.diffusion import grids
 from ogdm_jax.discriminator import generated
+from ogdm_jax.discriminator import guidance as guiding
 from ogdm_jax.discriminator.evaluation import GuidedEvaluation
 from ogdm_jax.discriminator.guidance import Use, open_guidance
 from ogdm_jax.discriminator.loss import cross_entropy, training_loss
@@ -26,6 +29,7 @@ from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.run import build as build_run
 from ogdm_jax.discriminator.train import TASK
 from ogdm_jax.interop import export
+from ogdm_jax.latents import Latents
 from ogdm_jax.methods import dg
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.networks.feature_discriminator import build
@@ -33,7 +37,7 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import evaluate, loop
-from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, describe
+from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, Snapshot, describe
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import networks, tiny
 from tests.support.oracles import Mixture
@@ -389,6 +393,7 @@ def test_what_was_trained_guides_the_prior(trained, prior):
         (("dg.num=50",), "drawn with num 60, now it is 50"),
         (("dg.cfg=2.0",), "drawn with cfg 1.0, now it is 2.0"),
         (("sample.shift=3.0",), "drawn with shift 1.0, now it is 3.0"),
+        (("sample.start=vp",), "drawn with start 've', now it is 'vp'"),
     ],
 )
 def test_samples_of_another_sampler_are_refused(trained, prior, more, words):
@@ -448,6 +453,66 @@ def test_wrong_settings_are_one_sentence(tmp_path, prior, text, words):
     with pytest.raises(ValueError, match=words) as error:
         build_run(config(prior, text), parallel.make_plan("pmap", 1), tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "trained_with,settings,report,given,solver,weight,said",
+    [
+        ("euler", (), 2.0, {"corrector_weight": 1.0}, "heun", 3.0, "is 3, which acts alike"),
+        ("euler", (), 2.0, {}, "heun", 4.0, "is 4, which acts alike"),
+        (
+            "heun",
+            ("dg.corrector_weight=1.0", "dg.weights=(9.0,)"),
+            2.0,
+            {},
+            "euler",
+            1.5,
+            "is 1.5, which acts alike",
+        ),
+        ("ddim", ("dg.weight=1.0",), None, {}, "heun", None, "weight 1 was given for 'ddim'"),
+        ("ddim", ("dg.weight=1.0",), None, {}, "euler", None, ""),
+        ("ddim", ("dg.weight=1.0",), None, {"weight": 3.0}, "heun", 3.0, ""),
+    ],
+)
+def test_weights_follow_the_solver(trained_with, settings, report, given, solver, weight, said):
+    """What acts is the mean of Heun's two weights: of 3 and 1 it is the 2 that was found."""
+    settings = settings or ("dg.weights=(9.0,)",)
+    words, heard = config("x", f"sample.solver={trained_with}", *settings), []
+    report = {} if report is None else {"weight": report}
+    found = guiding._chosen(words, report, "", given, solver, heard.append)
+    assert found.get("weight") == weight and len(heard) == bool(said)
+    assert all(said in line for line in heard)
+
+
+@pytest.mark.fast
+def test_a_discriminator_of_other_images_is_refused():
+    config_ = config("x", "data.conditional=true")
+    of_latents = {"latents": dataclasses.asdict(Latents((8, 8, 1)))}
+    snapshot = lambda shape, classes, data: Snapshot(
+        config_, shape, classes, 0, epath.Path(), "", data
+    )
+    model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10, latents=None)
+    check = lambda *about, labels=None, **more: guiding._check_fits(
+        "w",
+        snapshot(*about),
+        Use(types.SimpleNamespace(model=types.SimpleNamespace(**vars(model) | more)), Sample()),
+        labels,
+    )
+    for about, more, sentence in (
+        (
+            ((16, 16, 1), 10, {}),
+            {},
+            r"'w' is for images \(16, 16, 1\), the model's are \(8, 8, 1\)",
+        ),
+        (((8, 8, 1), 13, {}), {}, "is for 13 classes, the model has 10"),
+        (((8, 8, 1), 10, {}), {"label_dim": 0}, "is for 10 classes, the model has 0"),
+        (((8, 8, 1), 10, of_latents), {}, r"\(latents in one and pixels|pixels in one and latents"),
+    ):
+        with pytest.raises(configs.ConfigError, match=sentence):
+            check(*about, **more)
+    check((8, 8, 1), 10, {})
+    check((8, 8, 1), 10, {}, label_dim=0, labels=np.zeros(2, np.int32))  # a classifier's classes
 
 
 def test_evaluations_choose_checkpoint_and_weight_by_distance(trained, prior):

@@ -18,7 +18,8 @@ from ogdm_jax import config as configs
 from ogdm_jax import models, parallel, startup
 from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command_line
-from ogdm_jax.diffusion import steps
+from ogdm_jax.config import Sample
+from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator import guidance as guide
@@ -283,9 +284,12 @@ def test_presets_are_the_published_settings():
     low, high = settings.window
     assert abs(low - 0.343) < 0.03 and high == float("inf") and settings.rate == 0.05  # t > 100
     assert (request.task, request.sampling["grid"]) == ("face_id", "ddim")
-    _, settings, _ = read("--preset", "style")
-    for low, high in (settings.window, settings.repeat_window):
-        assert 0.3 < low < high < 6
+    _, settings, request = read("--preset", "style")
+    spacing = request.sampling["grid"]
+    levels = np.float32(grids.ddim(100, "scaled_linear", spacing, offset=Sample.offset)[:-1])
+    for window, count in ((settings.window, 40), (settings.repeat_window, 30)):
+        low, high = np.float32(window)
+        assert ((levels >= low) & (levels <= high)).sum() == count
     assert settings.repeats == 3 and not settings.clip_loss
     with pytest.raises(ValueError, match="--preset: 'best' given; expected one of adm64"):
         read("--preset", "best")

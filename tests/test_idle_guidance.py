@@ -65,6 +65,9 @@ def check(trained, words, **settings):
             "--churn: 100 to 200 given, where no step",
         ),
         ((*DSG, "--dsg.rate", "0.5", "--dsg.strength", "1"), {}, "--dsg.strength, which replaces"),
+        (DSG, {"steps": 1}, "--guidance: dsg given for 1 steps, where it would guide at most the"),
+        ((*DSG, "--dsg.window", "0,0.003"), {}, "higher levels in --dsg.window"),
+        ((*DSG, "--dsg.interval", "10"), {}, "--guidance: dsg given for 10 steps"),
         (
             (*DG, "--dg.corrector_weight", "0"),
             {"solver": "euler", "eta": 0.0},
@@ -89,6 +92,7 @@ def test_guidance_that_no_step_would_see(trained, words, settings, sentence):
         ),  # a preset's rate is not said
         ((*DG, "--dg.corrector_weight", "1"), {"solver": "heun", "eta": 0.0}),
         ((*DG, "--preset", "second"), {"solver": "euler", "eta": 0.0}),
+        ((*DSG, "--churn", "4,0,50,1", "--dsg.window", "0,0.003"), {"solver": "heun", "eta": 0.0}),
         (("--churn", "4,0.05,50,1"), {"solver": "heun", "eta": 0.0}),
         (("--churn", "0,100,200,1"), {"solver": "heun", "eta": 0.0}),  # no churn is asked for
     ],
@@ -134,10 +138,14 @@ def test_options_of_methods_that_do_nothing(trained):
     labels = types.SimpleNamespace(data=types.SimpleNamespace(label_dropout=0.1))
     unconditional = session(trained, labels=np.full(3, -1), config=labels)
     conditional = session(trained, labels=np.zeros(3), config=labels)
+    ancestral = session(trained, 0.1)
+    sampling = Sample(solver="ancestral", variance="large")
+    ancestral = dataclasses.replace(ancestral, sampling=sampling)
     for build, settings, at, sentence in (
         (ddnm.build, ddnm.Settings(eta=0.5), session(trained), "--ddnm.eta: 0.5 given with --task"),
         (diffpir.build, diffpir.Settings(strength=3.0), session(trained), "--diffpir.strength: 3"),
         (diffpir.build, diffpir.Settings(), session(trained, 0.1, 0.4), "--eta: 0.4 with diffpir"),
+        (diffpir.build, diffpir.Settings(), ancestral, "--variance: large with diffpir, whose"),
         (cfg.build, cfg.Settings(), unconditional, "the images have no class"),
         (cfg.build, cfg.Settings(channels=3), conditional, "--cfg.channels: 3 given, the images"),
     ):

@@ -1,6 +1,7 @@
 """Likelihoods by the flow against closed densities; probes, dequantisation, guidance."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from ogdm_jax.cli import likelihood as command
+from ogdm_jax.config import ConfigError
+from ogdm_jax.data import Source
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.methods import apg, cfg, dg
 from ogdm_jax.sampling import adaptive
@@ -151,3 +155,26 @@ def test_what_cannot_be_is_one_sentence(settings, words):
     given = {"denoise": DATA.denoise, "x0": jnp.zeros((1, 2, 2, 1)), "keys": keys(1)} | settings
     with pytest.raises(ValueError, match=words):
         log_likelihood(**given)
+
+
+@pytest.mark.parametrize(
+    "classes,first,dropout,sentence",
+    [
+        (13, 0, 0.1, "'x' has 13 classes, the model 10; expected"),
+        (0, -1, 0.0, "'x' has images without a class"),
+        (10, -1, 0.0, "'x' has images without a class"),
+        (0, -1, 0.1, ""),
+        (10, -1, 0.1, ""),
+        (10, 3, 0.0, ""),
+    ],
+)
+def test_images_have_the_models_classes(classes, first, dropout, sentence):
+    labels = np.array([first, 9 if classes else -1], np.int32)
+    source = Source("x", (8, 8, 1), classes, images=np.zeros((2, 8, 8, 1)), labels=labels)
+    told = {"model": types.SimpleNamespace(label_dim=10), "class_names": ()}
+    data = types.SimpleNamespace(label_dropout=dropout)
+    trained = types.SimpleNamespace(config=types.SimpleNamespace(data=data), **told)
+    if not sentence:
+        return command._check_classes(source, trained, 2)
+    with pytest.raises(ConfigError, match=f"^--reference: {sentence}"):
+        command._check_classes(source, trained, 2)

@@ -10,7 +10,7 @@ from ogdm_jax import models, startup
 from ogdm_jax.cli import guidance
 from ogdm_jax.cli import sample as command_line
 from ogdm_jax.config import ConfigError
-from ogdm_jax.inverse import files, operators, tasks
+from ogdm_jax.inverse import files, measured, operators, tasks
 from ogdm_jax.inverse.measured import measure, taken
 from ogdm_jax.pixels import to_float, to_uint8
 from ogdm_jax.training.checkpoint import Checkpoints, describe
@@ -136,6 +136,27 @@ def test_amplitudes_are_an_array(tmp_path):
     np.save(tmp_path / "y.npy", y.astype(np.uint8))
     with pytest.raises(ValueError, match="is uint8, the numbers of a picture; phase_retrieval"):
         restoration(f"--task phase_retrieval --measured {tmp_path / 'y.npy'}")
+
+
+@pytest.mark.fast
+def test_images_are_measured_and_judged_some_at_a_time(monkeypatch):
+    x = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4, 1)).astype(np.float32)
+    sizes = []
+
+    def forward(x):
+        sizes.append(len(x))
+        return 0.5 * x
+
+    task = tasks.Task("denoise", lambda drawn: operators.Operator("half", forward))
+    whole = measure(task, tasks.Settings(), x, np.arange(5))
+    figures = whole.judge(0.9 * x)
+    monkeypatch.setattr(measured, "_AT_A_TIME", 2)
+    sizes.clear()
+    parts = measure(task, tasks.Settings(), x, np.arange(5))
+    np.testing.assert_allclose(parts.y, whole.y, atol=1e-6)
+    for name, values in parts.judge(0.9 * x).items():
+        np.testing.assert_allclose(values, figures[name], rtol=1e-5, err_msg=name)
+    assert max(sizes) == 2 and {len(values) for values in figures.values()} == {5}
 
 
 def test_photons_are_counted_of_pictures():

@@ -159,7 +159,8 @@ def check_effect(
       ConfigError: noise levels that no step has; an option that another one replaces, or that the
         solver has no use for.
     """
-    levels = generate.noise_levels(run.model, settings)[:-1]
+    grid = generate.noise_levels(run.model, settings)
+    levels = grid[:-1]
 
     def reached(field: str, low: float, high: float, every: int = 1) -> None:
         if not any(low <= level <= high for level in levels[::-1][::every]):
@@ -178,6 +179,8 @@ def check_effect(
         if f"{name}.repeat_window" in request.said:
             reached(f"{name}.repeat_window", *chosen.repeat_window)
     _check_bounded(request, settings, levels)
+    if churn is None and "dg" not in request.settings:  # whose boosting churns
+        _check_noise_left(request, grid)
     if churn is not None and churn.S_churn:
         reached("churn", churn.S_min, churn.S_max)
     if {"dsg.rate", "dsg.strength"} <= request.said:
@@ -190,6 +193,20 @@ def check_effect(
         raise ConfigError(
             f"--dg.corrector_weight: given with the solver {settings.solver!r}, which evaluates "
             "once a step; expected --solver heun, or --dg.weight alone"
+        )
+
+
+def _check_noise_left(request: Request, grid: np.ndarray) -> None:
+    """Refuses DSG where it guides at most the last step, which has no noise."""
+    chosen = request.settings.get("dsg")
+    if chosen is None or grid[-1] > 0:
+        return
+    low, high = chosen.window or (0.0, np.inf)
+    counted = grid[-2 :: -chosen.interval]  # from the last step's level up
+    if not ((low <= counted[1:]) & (counted[1:] <= high)).any():
+        raise ConfigError(
+            f"--guidance: dsg given for {len(grid) - 1} steps, where it would guide at most the "
+            "last, which has no noise; expected more --steps, or higher levels in --dsg.window"
         )
 
 

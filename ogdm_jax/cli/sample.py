@@ -349,10 +349,11 @@ def _restored(plan: Plan, task: Restoration, out: output.Output, seconds: float)
     """Writes restored images beside their inputs; returns their figures."""
     images = np.concatenate(list(out.images()))
     task = task.take(np.flatnonzero(out.good))
-    out.finish(lambda path: files.write(path, task, images))
+    figures = task.judge(images)
+    out.finish(lambda path: files.write(path, task, images, figures))
     names = {"task": plan.request.task, "guidance": ",".join(plan.request.settings), **task.about}
     how = {name: getattr(plan.settings, name) for name in ("solver", "steps", "grid")}
-    means = {name: round(float(np.mean(values)), 4) for name, values in task.judge(images).items()}
+    means = {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
     count = {"seconds_per_image": round(seconds, 4), "images": len(images)}
     return {**names, **how, **count, **means, **_lost(out)}
 

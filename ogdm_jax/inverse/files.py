@@ -1,5 +1,6 @@
 """Images to measure, read from wherever they are, and results, written for people and programs."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,7 +156,12 @@ def side_by_side(restoration: Restoration, restored: np.ndarray) -> dict[str, np
     return {k: to_uint8(np.clip(v, -1, 1)) for k, v in parts.items() if v is not None}
 
 
-def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> None:
+def write(
+    path: epath.Path,
+    restoration: Restoration,
+    restored: np.ndarray,
+    figures: Mapping[str, np.ndarray],
+) -> None:
     """Input (where it is known), measurement and result side by side, with PSNR and headings.
 
     Args:
@@ -163,8 +169,9 @@ def write(path: epath.Path, restoration: Restoration, restored: np.ndarray) -> N
         seeds; else a folder for one picture an image. Figures per image go beside it as JSON.
       restoration: what was measured.
       restored: [n,H,W,C] in [-1, 1].
+      figures: what `restoration.judge` says of them.
     """
-    rows, figures = side_by_side(restoration, restored), restoration.judge(restored)
+    rows = side_by_side(restoration, restored)
     n, parts, headings = len(restored), len(rows), [*rows]
     images = np.stack([*rows.values()], axis=1).reshape(-1, *restored.shape[1:])
     captions = [""] * (n * parts)

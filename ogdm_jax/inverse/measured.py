@@ -22,6 +22,8 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.decode import decode
 from ogdm_jax.typing import Array, PyTree
 
+_AT_A_TIME = 32  # images that are measured or judged in one call
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
@@ -140,6 +142,10 @@ class Restoration:
         noise (absent without noise); residual = ||y - A x0|| / sqrt(m). Where the input is an
         example: distance = ||y - A x0|| / ||y||.
         """
+        parts = [self.take(at)._judge(np.asarray(restored)[at]) for at in _parts(len(restored))]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _judge(self, restored: np.ndarray) -> dict[str, np.ndarray]:
         measured, y = self.measured(self.rows), jnp.asarray(self.y)
         x0 = jnp.asarray(restored, jnp.float32)
         if not self.task.restores:
@@ -163,6 +169,12 @@ class Restoration:
         return figures
 
 
+def _parts(n: int) -> list[np.ndarray]:
+    """The rows of n images, so many at a time that a network's activations have room."""
+    starts = range(0, max(n, 1), _AT_A_TIME)
+    return [np.arange(start, min(start + _AT_A_TIME, n)) for start in starts]
+
+
 def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarray) -> Restoration:
     """Measures images [n,H,W,C] in [-1, 1]: one draw of masks and noise, each from its image's
     seed.
@@ -173,18 +185,22 @@ def measure(task: Task, settings: Settings, images: np.ndarray, seeds: np.ndarra
     images = np.asarray(images)
     check_floats(images.dtype)
     check_range(images)
-    images, drawn = images.astype(np.float32), task.draw(seeds)
-    operator = task.made(drawn)
-    keys = randomness.fold_in_each(
-        generate.seed_keys(jnp.asarray(seeds, jnp.uint32)), "measurement"
-    )
-    y = operator.forward(jnp.asarray(images))
-    if task.restores and settings.poisson:
-        y = degradations.poisson_noise(keys, y, settings.poisson)
-    elif task.restores and settings.noise:
-        y = degradations.gaussian_noise(keys, y, settings.noise)
-    y = y if operator.hide is None else operator.hide(y)
-    return Restoration(task, settings, np.asarray(seeds), images, drawn, np.asarray(y))
+    images, seeds, drawn = images.astype(np.float32), np.asarray(seeds), task.draw(seeds)
+
+    def noisy(at: np.ndarray) -> np.ndarray:
+        operator = task.made(jax.tree.map(lambda leaf: leaf[at], drawn))
+        keys = randomness.fold_in_each(
+            generate.seed_keys(jnp.asarray(seeds[at], jnp.uint32)), "measurement"
+        )
+        y = operator.forward(jnp.asarray(images[at]))
+        if task.restores and settings.poisson:
+            y = degradations.poisson_noise(keys, y, settings.poisson)
+        elif task.restores and settings.noise:
+            y = degradations.gaussian_noise(keys, y, settings.noise)
+        return np.asarray(y if operator.hide is None else operator.hide(y))
+
+    y = np.concatenate([noisy(at) for at in _parts(len(images))])
+    return Restoration(task, settings, seeds, images, drawn, y)
 
 
 def taken(task: Task, settings: Settings, y: np.ndarray, seeds: np.ndarray) -> Restoration:

@@ -85,7 +85,7 @@ class Settings(Group):
 def log_probability(
     logits: Callable[[Array, Array], Array], table: Discrete, time_scale: float = 1.0
 ) -> LogRatio:
-    """The classifier's log p(label | x) [B] in x = x0 + sigma eps.
+    """The classifier's log p(label | x) [B] in x = x0 + sigma eps; 0 of no class, -1.
 
     Args:
       logits: (x_vp [B,H,W,C], t [B]) -> [B,K].
@@ -100,7 +100,8 @@ def log_probability(
         x_vp = x * per_example(jax.lax.rsqrt(1 + sigma**2), x)
         logs = logits(x_vp, jnp.asarray(times, x.dtype)[table.index(sigma)])
         logs = jax.nn.log_softmax(logs.astype(jnp.promote_types(logs.dtype, jnp.float32)))
-        return jnp.take_along_axis(logs, label[:, None], axis=-1)[:, 0]
+        found = jnp.take_along_axis(logs, jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
+        return jnp.where(label >= 0, found, 0.0)
 
     return log_prob
 

@@ -74,13 +74,15 @@ def build(settings: Settings, session: Session) -> Guidance:
     """DiffPIR for the measurements of a command.
 
     Raises:
-      ValueError: no measurements, or such that DiffPIR has no answer to; an eta that no step uses.
+      ValueError: no measurements, or such that DiffPIR has no answer to; an eta or a variance that
+        no step uses.
     """
-    measured, eta = session.need_gaussian("diffpir"), session.sampling.eta
-    if session.sampling.solver == "ddim" and eta < 1 and settings.everywhere:
-        raise ConfigError(
-            f"--eta: {eta:g} with diffpir, whose noise is that of --diffpir.share; expected --eta 1"
-        )
+    measured, sampling = session.need_gaussian("diffpir"), session.sampling
+    own = "with diffpir, whose noise is that of --diffpir.share; expected"
+    if sampling.solver == "ddim" and sampling.eta < 1 and settings.everywhere:
+        raise ConfigError(f"--eta: {sampling.eta:g} {own} --eta 1")
+    if sampling.solver == "ancestral" and sampling.variance != "auto" and settings.everywhere:
+        raise ConfigError(f"--variance: {sampling.variance} {own} --variance auto")
     if settings.strength is not None and not measured.noise:
         raise ConfigError(
             f"--diffpir.strength: {settings.strength:g} given with --task.noise 0, where x0 is an "

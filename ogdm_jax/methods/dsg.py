@@ -85,8 +85,8 @@ def _linear(task: str, steps: int, rate: float, interval: int = 1) -> Preset:
     )
 
 
-def _steering(task: str, rate: float, **settings: Any) -> Preset:
-    sampling = {"task": task, "steps": 100, "solver": "ddim", "eta": 1.0, "grid": "ddim"}
+def _steering(task: str, rate: float, grid: str = "ddim", **settings: Any) -> Preset:
+    sampling = {"task": task, "steps": 100, "solver": "ddim", "eta": 1.0, "grid": grid}
     return Preset({"rate": rate, "interval": 1} | settings, sampling)
 
 
@@ -98,7 +98,7 @@ def _levels(low: int, high: int) -> tuple[float, float]:
 
 # Table 3 of the appendix (arXiv 2402.03201); the row of deblurring in 20 steps is not known to us:
 # 0.1 as for 50. Face identity is guided while t > 100 of the linear schedule; style at the indices
-# 30 to 69, of which 40 to 69 are repeated.
+# 30 to 69 of Stable Diffusion's grid, of which 40 to 69 are repeated.
 PRESETS: dict[str, Preset] = {
     "inpaint_1000": _linear("inpaint", 1000, 0.2, 5),
     "super_resolution_1000": _linear("super_resolution", 1000, 0.2, 20),
@@ -114,7 +114,8 @@ PRESETS: dict[str, Preset] = {
     "deblur_20": _linear("deblur", 20, 0.1),
     "face_id": _steering("face_id", 0.05, window=(float(Discrete.make().sigma[101]), float("inf"))),
     "style": _steering(
-        "style", 0.1, window=_levels(30, 69), repeats=3, repeat_window=_levels(40, 69)
+        *("style", 0.1, "leading"),
+        **{"window": _levels(30, 69), "repeats": 3, "repeat_window": _levels(40, 69)},
     ),
 }
 
