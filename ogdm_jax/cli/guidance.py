@@ -214,12 +214,11 @@ def _check_bounded(request: Request, settings: Sample, levels: np.ndarray) -> No
     """Refuses guidance from pure noise whose step grows with that level."""
     if levels[0] < process.PURE_NOISE:
         return
-    bounded = {"freedom": ["time"], "classifier": ["mean"]}  # rules with a step of the next level
-    if settings.solver == "ancestral":
-        bounded["classifier"].append("auto")
-    for name in ("pigdm", "classifier", "freedom"):
+    mean = ("mean", "auto") if settings.solver == "ancestral" else ("mean",)
+    bounded = {"pigdm": (), "classifier": mean, "freedom": ("time",)}  # rules
+    for name, rules in bounded.items():
         chosen = request.settings.get(name)
-        if chosen is None or getattr(chosen, "rule", "") in bounded.get(name, ()):
+        if chosen is None or getattr(chosen, "rule", "") in rules:
             continue
         if chosen.window is None or chosen.window[1] >= process.PURE_NOISE:
             below = 2 * levels[1] if len(levels) > 1 else 80.0

@@ -166,7 +166,7 @@ def _chosen(
     config: Config,
     report: Mapping[str, Any],
     preset: str,
-    given: Mapping[str, Any],
+    given: dict[str, Any],
     solver: str,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
