@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = measuring.open_model_data(args, trained)
         if args.num > len(source):
             raise ConfigError(f"--num: {args.num} given; {source.name} has {len(source)} images")
-        _check_classes(source, trained, args.num)
+        if args.reference:
+            _check_classes(source, trained, args.num)
         built = guidance.build(request, trained, settings, np.arange(args.num)).guidance
         low, high = grids.clip_range(trained.denoiser, settings.sigma_min, settings.sigma_max)
         control = adaptive.Control(
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_classes(source: Source, trained: TrainedModel, num: int) -> None:
-    """Raises ConfigError where the first images of a source have no classes of a conditional model;
+    """Raises ConfigError where so many images of a source have no classes of a conditional model;
     none at all are fine where it was trained on hidden ones.
     """
     here, there = trained.model.label_dim, source.num_classes
@@ -105,8 +106,10 @@ def _check_classes(source: Source, trained: TrainedModel, num: int) -> None:
     if there and (there != here or (all(names) and tuple(names[0]) != tuple(names[1]))):
         what = f"{there} classes, the model {here}" if there != here else "other class names"
         raise ConfigError(f"{field} has {what}; expected images with the model's classes")
-    known = source.labels is None or source.label_size or (source.labels[:num] >= 0).all()
-    if not (there and known) and not trained.config.data.label_dropout:
+    hidden = not there
+    if source.labels is not None and not source.label_size:
+        hidden = (source.labels[spread(len(source), num)] < 0).any()
+    if hidden and not trained.config.data.label_dropout:
         raise ConfigError(
             f"{field} has images without a class, and the model was trained on none such "
             "(data.label_dropout 0); expected images with its classes"
