@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax import platforms
 from ogdm_jax.config import ConfigError
 from ogdm_jax.training import optim
 from tests.support import tiny
@@ -43,12 +44,19 @@ def test_ema_ramp_is_a_share_of_the_images_seen():
     np.testing.assert_allclose(optim.ema_beta(jnp.int32(100), 64, 1e9, 0.05), expected, rtol=1e-6)
 
 
-def test_sanitise_replaces_and_counts():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_sanitise_replaces_and_counts(platform):
     grads = {"a": jnp.array([1.0, jnp.nan, jnp.inf]), "b": jnp.array([-jnp.inf, 2.0])}
-    clean, bad = optim.sanitise(grads)
+    clean, bad = platforms.traced_for(platform, optim.sanitise)(grads)
     np.testing.assert_array_equal(clean["a"], [1.0, 0.0, 1e5])
     np.testing.assert_array_equal(clean["b"], [-1e5, 2.0])
     assert int(bad) == 3
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_norm_is_over_all_numbers(platform):
+    grads = {"a": jnp.array([[1.0, 2.0], [4.0, -2.0]]), "b": jnp.array(12.0)}
+    np.testing.assert_allclose(platforms.traced_for(platform, optim.norm)(grads), 13, rtol=1e-6)
 
 
 def test_schedules_against_their_formulas():

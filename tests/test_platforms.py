@@ -142,13 +142,21 @@ def test_bfloat16_reaches_every_network(name):
 
 
 @pytest.mark.fast
-def test_no_file_but_two_knows_of_rules_for_the_cpu():
-    """convolution.py and layers.py choose through one function; the others call layers."""
+def test_no_file_but_three_knows_of_rules_for_the_cpu():
+    """They choose through one function; the networks call layers.py, the step calls optim.py."""
     package = Path(program.__file__).parent.parent
     knowing = [p for p in package.rglob("*.py") if re.search(r"\bcpu\.[a-zA-Z]", p.read_text())]
-    assert sorted(p.name for p in knowing) == ["convolution.py", "layers.py"]
+    assert sorted(p.name for p in knowing) == ["convolution.py", "layers.py", "optim.py"]
     used = re.findall(r"\bcpu\.\w+", "".join(p.read_text() for p in knowing))
-    rules = ("attend", "choose", "compute_once", "convolve", "convolve_doubled", "depthwise")
+    rules = (
+        "attend",
+        "choose",
+        "compute_once",
+        "convolve",
+        "convolve_doubled",
+        "depthwise",
+        "total",
+    )
     assert set(used) == {f"cpu.{name}" for name in rules}
 
 

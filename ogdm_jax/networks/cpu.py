@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ogdm_jax import platforms
 from ogdm_jax.networks.groupnorm import wide
-from ogdm_jax.typing import Array
+from ogdm_jax.typing import Array, PyTree
 
 CPU_RULE = "cpu_rule"  # the scope of every operation made here: tests look for it in programs
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -239,3 +240,13 @@ def depthwise(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, in
         )
 
     return functools.reduce(jnp.add, (shifted(i, j) for i, j in np.ndindex(*kernel_sides)))
+
+
+# Sums over all tensors of a network
+
+
+def total(number: Callable[[Array], Array], tree: PyTree) -> Array:
+    """Sum of `number` over all numbers of all tensors, laid out as one vector: one loop to compile
+    in place of one for each tensor, which are a seventh of the loops of a small network's step.
+    """
+    return jnp.sum(number(jax.flatten_util.ravel_pytree(tree)[0]))

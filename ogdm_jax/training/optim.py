@@ -3,12 +3,15 @@
 arXiv 2206.00364, appendix F.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from ogdm_jax.config import Config, require
+from ogdm_jax.networks import cpu
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -72,13 +75,25 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.adam(rate, *settings.betas, eps=settings.eps)
 
 
+def _total(number: Callable[[Array], Array], tree: PyTree) -> Array:
+    return jnp.sum(jnp.stack([jnp.sum(number(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+total = cpu.choose(_total, cpu.total)  # the sum of number(leaf) over all numbers of a tree
+
+
+def norm(grads: PyTree) -> Array:
+    """Square root of the sum of the squares of all numbers."""
+    return jnp.sqrt(total(jnp.square, grads))
+
+
 def sanitise(grads: PyTree) -> tuple[PyTree, Array]:
     """Replaces nan by 0 and +-inf by +-1e5 (EDM's rule). Call it after averaging over devices.
 
     Returns:
       (gradients, how many numbers were replaced: int32 scalar).
     """
-    bad = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+    bad = total(lambda g: ~jnp.isfinite(g), grads)
     clean = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
     return clean, jnp.asarray(bad, jnp.int32)
 

@@ -84,7 +84,7 @@ def make_step(
             for average, exponent in zip(state.averages, exponents, strict=True)
         )
         state = replace(state, step=seen + 1, ema=ema, carry=carry, averages=averages)
-        norm = optax.tree.norm(grads)
+        norm = optim.norm(grads)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate(seen), "ema_beta": beta}
 
     return step
