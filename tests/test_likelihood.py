@@ -175,6 +175,24 @@ def test_images_have_the_models_classes(classes, first, dropout, sentence):
     data = types.SimpleNamespace(label_dropout=dropout)
     trained = types.SimpleNamespace(config=types.SimpleNamespace(data=data), **told)
     if not sentence:
-        return command._check_classes(source, trained, 2)
+        assert command._model_classes(source, trained, 2) is None
+        return
     with pytest.raises(ConfigError, match=f"^--reference: {sentence}"):
-        command._check_classes(source, trained, 2)
+        command._model_classes(source, trained, 2)
+
+
+def test_classes_are_matched_by_their_names():
+    """A folder of some of the classes numbers them anew."""
+    model = types.SimpleNamespace(label_dim=3)
+    data = types.SimpleNamespace(label_dropout=0.0)
+    trained = types.SimpleNamespace(
+        model=model, class_names=("cat", "dog", "emu"), config=types.SimpleNamespace(data=data)
+    )
+    images, labels = np.zeros((2, 8, 8, 1)), np.array([1, 0], np.int32)
+    of = lambda *names: Source(
+        "x", (8, 8, 1), len(names), images=images, labels=labels, class_names=names
+    )
+    found = command._model_classes(of("dog", "emu"), trained, 2)
+    assert found is not None and found[[0, 1, -1]].tolist() == [1, 2, -1]
+    with pytest.raises(ConfigError, match="'x' has a class 'fox', the model has none of that name"):
+        command._model_classes(of("cat", "fox", "emu"), trained, 2)

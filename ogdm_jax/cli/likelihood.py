@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = measuring.open_model_data(args, trained)
         if args.num > len(source):
             raise ConfigError(f"--num: {args.num} given; {source.name} has {len(source)} images")
-        if args.reference:
-            _check_classes(source, trained, args.num)
+        classes = _model_classes(source, trained, args.num) if args.reference else None
         built = guidance.build(request, trained, settings, np.arange(args.num)).guidance
         low, high = grids.clip_range(trained.denoiser, settings.sigma_min, settings.sigma_max)
         control = adaptive.Control(
@@ -89,23 +88,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"workdir": str(args.workdir), "step": trained.step, "data": source.name}
         about |= {"guidance": ",".join(request.settings), "dequantisation": "uniform"}
         about |= how | control._asdict() | {"seed": args.seed}
-        found = _measure(args, trained, source, built, how | {"control": control})
+        found = _measure(args, trained, source, classes, built, how | {"control": control})
         measuring.print_json(about | found | measuring.resized(args), args.out)
     return 0
 
 
-def _check_classes(source: Source, trained: TrainedModel, num: int) -> None:
-    """Raises ConfigError where so many images of a source have no classes of a conditional model;
-    none at all are fine where it was trained on hidden ones.
+def _model_classes(source: Source, trained: TrainedModel, num: int) -> np.ndarray | None:
+    """[classes + 1] a conditional model's class of each class of a source, by name, with -1 behind;
+    None where not both have names: then numbers are the same.
+
+    Raises:
+      ConfigError: the source has other classes, or so many of its images have none, which is fine
+        where the model was trained on hidden ones.
     """
     here, there = trained.model.label_dim, source.num_classes
     if not here:
-        return
-    field = f"--reference: {source.name!r}"
-    names = source.class_names, trained.class_names
-    if there and (there != here or (all(names) and tuple(names[0]) != tuple(names[1]))):
-        what = f"{there} classes, the model {here}" if there != here else "other class names"
-        raise ConfigError(f"{field} has {what}; expected images with the model's classes")
+        return None
+    field, number = f"--reference: {source.name!r}", None
+    if source.class_names and trained.class_names:
+        known = {name: k for k, name in enumerate(trained.class_names)}
+        if other := [name for name in source.class_names if name not in known]:
+            raise ConfigError(
+                f"{field} has a class {other[0]!r}, the model has none of that name; expected "
+                "images with the model's classes"
+            )
+        number = np.array([*(known[name] for name in source.class_names), -1], np.int32)
+    elif there and there != here:
+        raise ConfigError(
+            f"{field} has {there} classes, the model {here}; expected images with the model's "
+            "classes"
+        )
     hidden = not there
     if source.labels is not None and not source.label_size:
         hidden = (source.labels[spread(len(source), num)] < 0).any()
@@ -114,12 +126,14 @@ def _check_classes(source: Source, trained: TrainedModel, num: int) -> None:
             f"{field} has images without a class, and the model was trained on none such "
             "(data.label_dropout 0); expected images with its classes"
         )
+    return number
 
 
 def _measure(
     args: argparse.Namespace,
     trained: TrainedModel,
     source: Source,
+    classes: np.ndarray | None,
     methods: Sequence[Guidance],
     how: dict[str, Any],
 ) -> dict[str, Any]:
@@ -150,6 +164,7 @@ def _measure(
             at = generate.batch_rows(start, size, args.num)
             rows = source.take(chosen[at])
             labels = rows["label"] if trained.model.label_dim else None
+            labels = labels if classes is None else classes[labels]
             part = compiled(weights, rows["image"], labels, at.astype(np.uint32), constants)
             each.append(np.asarray(part)[:, : args.num - start])
             bar.update(each[-1].shape[1])
