@@ -56,7 +56,7 @@ def fresh(run: runs.Run):
     state = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run.create, run.key)
     )
-    params, buffers = networks.born((state.params, state.buffers))
+    params, buffers = networks.born((state.params, state.buffers), run.config.seed)
     return run.plan.place(state.replace(params=params, ema=params, buffers=buffers))
 
 
