@@ -64,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         churn = churning.parse(args.churn)
         generate.check_guidance(settings, (), churn)
         counts: list[np.ndarray] = []
-        source = None
-        if args.reference.endswith(".npz") and is_statistics(args.reference):
+        statistics = args.reference.endswith(".npz") and is_statistics(args.reference)
+        source = None if statistics else measuring.open_model_data(args, trained)
+        draw = measuring.drawing(args, trained, churn, source)
+        draw = functools.partial(draw, settings, counts=counts)
+        if source is None:
             published = load_statistics(args.reference)
             space = measuring.open_model_space(args, trained, published)
             reference = protocol.of_statistics(space, published)
         else:
-            source = measuring.open_model_data(args, trained)
             space = measuring.open_model_space(args, trained, source)
             reference = protocol.of_source(space, source, args.num)
-        draw = measuring.drawing(args, trained, churn, source)
-        draw = functools.partial(draw, settings, counts=counts)
         tell = functools.partial(print, file=sys.stderr)
         how = describe_sampler(settings) | {"step": trained.step, "workdir": str(args.workdir)}
         how |= weights_of(space) | measuring.resized(args)

@@ -31,7 +31,7 @@ from ogdm_jax.config import ConfigError, require
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import decoding, lock
-from ogdm_jax.training.evaluate import check_number, reference_part, references, shared_conditions
+from ogdm_jax.training.evaluate import reference_part, references, shared_conditions
 from ogdm_jax.training.workdir import open_pixels, open_source
 
 
@@ -79,7 +79,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     last = max(seeds)
     few = last * runs.APART + (args.num or measuring.MOST) < 2**32  # seeds of images have 32 bits
     require(few, "--seeds", last, "numbers below 4000")
-    check_number(args.num, "--num")
     arms = read_arms(args.config, rest, seeds)
     out = places.place(args.out, "--out")
     ways = read_ways(args, arms, seeds[0])
