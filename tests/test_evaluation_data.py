@@ -102,7 +102,7 @@ def test_a_likelihood_is_of_images_of_all_classes(monkeypatch):
     made = types.SimpleNamespace(label_dim=0, denoiser=lambda *weights: None)
     trained = types.SimpleNamespace(model=made, params={}, buffers={})
     args = types.SimpleNamespace(devices=1, num=10, batch=4, seed=0)
-    found = likelihood._measure(args, trained, sorted_set([10] * 11), (), {})
+    found = likelihood._measure(args, trained, sorted_set([10] * 11), None, (), {})
     assert found["bits_per_dim"] == (np.linspace(0, 109, 10).round() // 10).mean()
 
 

@@ -316,13 +316,13 @@ def test_a_method_of_another_package_is_trained_by_the_command(quiet, tmp_path):
     flags = tiny.flags(
         tiny.ONE_LEVEL, "data.batch=8", "train.duration=2 steps", "log.every=1 steps"
     )
-    more = ["--config.methods=quiet,ogdm", "--config.quiet.weight=0.5"]
+    more = ["--config.methods=quiet,stf", "--config.quiet.weight=0.5"]
     train.main(["--workdir", str(tmp_path / "w"), *flags, *more])
     logged = [json.loads(t) for t in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     assert [line["quiet/steps"] for line in logged] == [1, 2]
     for line in logged:
         np.testing.assert_allclose(
-            line["loss"], line["loss/denoise"] + line["loss/ogdm"] + line["loss/quiet"], rtol=1e-5
+            line["loss"], line["loss/denoise"] + line["loss/quiet"], rtol=1e-5
         )
 
 

@@ -55,7 +55,10 @@ SESSION = Session(
     open_discriminator=lambda settings: dg.guidance(ratio),
     open_model=lambda *words: types.SimpleNamespace(
         model=types.SimpleNamespace(
-            label_dim=3, image_shape=SHAPE[1:], denoiser=lambda params, buffers: weak
+            label_dim=3,
+            image_shape=SHAPE[1:],
+            latents=None,
+            denoiser=lambda params, buffers: weak,
         ),
         params={},
         buffers={},

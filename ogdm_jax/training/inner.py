@@ -348,16 +348,16 @@ class Loop:
     def _advice(self, bad: int) -> str:
         """What to do where the state after `bad` steps is no good."""
         config = self.run.config
-        rate = f"--config.optim.learning_rate={config.optim.learning_rate / 10:g}"
-        lower = f"--override {rate}"
+        rate = f"{config.optim.learning_rate / 10:g}"
+        lower = f"--override --config.optim.learning_rate={rate}"
         with contextlib.suppress(CheckpointError):  # what is under way counts when it is closed
             self.saved.wait()
         good = [step for step in steps.complete(self.workdir) if step < bad]
         # With init.workdir, what the run began with is a step of that folder, and so is 0.
         if config.init.workdir and (not good or good[-1] == config.init.step):
             return (
-                f"start again by the same command with another --workdir and {rate}, or another "
-                "weight of the method"
+                "start again by the same command with another --workdir and "
+                f"--config.optim.learning_rate={rate}, or another weight of the method"
             )
         if not good:
             return (

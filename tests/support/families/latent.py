@@ -331,7 +331,7 @@ def check_latent_dsg(golden: Golden):
             gap.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4)).reshape(b, -1), axis=1
         )
 
-    @functools.partial(jit, static_argnums=(0, 1))
+    @functools.partial(jit, static_argnums=1)
     def step(weight, loss, params, decoder, x, noise, sigma, sigma_next, rate):
         """A guided step, or without a loss a plain one."""
         denoise = precondition.adm(functools.partial(network.apply, params), table)
