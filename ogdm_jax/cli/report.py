@@ -19,10 +19,10 @@ from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html, inputs
 from ogdm_jax.training.evaluate import (
     check_number,
+    compared,
     measure_samplers,
     reference_part,
     references,
-    shared_conditions,
 )
 from ogdm_jax.training.workdir import TrainedModel
 
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distances is None:
             num = args.num or min(len(real), measuring.MOST)
             measured = measure_samplers(trained, choices, space, features, range(num), draw)
-            about = shared_conditions(source, trained.model, trained.class_names)
-            distances = [report | reference_part(source) | about for report in measured]
+            about = compared(source, trained.model, trained.class_names)
+            distances = [report | about for report in measured]
             if distances:
                 records.write(folder / "distances.json", distances, indent=1)
         seeds = range(findings.SHOWN)

@@ -31,7 +31,7 @@ from ogdm_jax.config import ConfigError, require
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.study import figures, runs
 from ogdm_jax.training import decoding, lock
-from ogdm_jax.training.evaluate import reference_part, references, shared_conditions
+from ogdm_jax.training.evaluate import compared, references
 from ogdm_jax.training.workdir import open_pixels, open_source
 
 
@@ -286,8 +286,7 @@ def open_ruler(
     real = references(source)
     num = args.num or min(len(real), measuring.MOST)
     drawing = lambda model: measuring.drawing(args, model, reference=source)
-    part = reference_part(source)
-    about = lambda model: part | shared_conditions(source, model.model, model.class_names)
+    about = lambda model: compared(source, model.model, model.class_names)
     return runs.Ruler(space, space(real), name, num, drawing, about, args.vae)
 
 

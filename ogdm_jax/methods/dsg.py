@@ -114,8 +114,12 @@ PRESETS: dict[str, Preset] = {
     "deblur_20": _linear("deblur", 20, 0.1),
     "face_id": _steering("face_id", 0.05, window=(float(Discrete.make().sigma[101]), float("inf"))),
     "style": _steering(
-        *("style", 0.1, "leading"),
-        **{"window": _levels(30, 69), "repeats": 3, "repeat_window": _levels(40, 69)},
+        "style",
+        0.1,
+        "leading",
+        window=_levels(30, 69),
+        repeats=3,
+        repeat_window=_levels(40, 69),
     ),
 }
 

@@ -114,7 +114,7 @@ class Ruler:
       reference: name of it.
       num: images of a distance.
       draw: model -> its `Draw`.
-      about: model -> how its samples are compared (`training.evaluate.shared_conditions`).
+      about: model -> how its samples are compared (`training.evaluate.compared`).
       vae: of `open_workdir`, for all runs.
     """
 

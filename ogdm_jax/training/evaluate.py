@@ -75,6 +75,11 @@ def shared_conditions(
     return {"conditions": "as frequent as in the reference"}
 
 
+def compared(source: Source, model: models.Model, names: Sequence[str] = ()) -> dict[str, str]:
+    """Both: what a report says of how samples are compared with a source."""
+    return reference_part(source) | shared_conditions(source, model, names)
+
+
 def _same_labels(source: Source, model: models.Model, names: Sequence[str]) -> bool:
     """Whether the labels of a source are conditions of a model; names: of the model's classes."""
     alike = not (names and source.class_names) or tuple(names) == tuple(source.class_names)
@@ -226,8 +231,7 @@ class Evaluator:
         report = {}
         if jax.process_index() == 0:
             report = {"step": step} | distance_report(self._space, images, self._reference)
-            report |= reference_part(self._run.source)
-            report |= shared_conditions(self._run.source, self._model)
+            report |= compared(self._run.source, self._model)
             report |= describe_sampler(self._run.config.sample, self._counts)
         if jax.process_count() == 1:
             return report, shown

@@ -76,7 +76,7 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 
 def _total(number: Callable[[Array], Array], tree: PyTree) -> Array:
-    return jnp.sum(jnp.stack([jnp.sum(number(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return jnp.asarray(sum(jnp.sum(number(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 total = cpu.choose(_total, cpu.total)  # the sum of number(leaf) over all numbers of a tree
