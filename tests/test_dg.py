@@ -489,6 +489,18 @@ def test_dg_and_dsg_run_in_one_scan():
     np.testing.assert_allclose(compiled(4)(1.0, latents, keys), both, rtol=0, atol=2e-5)
 
 
+def test_the_second_weight_is_heuns_alone():
+    """S-PNDM's first step evaluates twice, too: with the default weights (1, 0) it was half guided."""
+    draw = lambda second: sample(
+        MODEL.denoise,
+        jnp.zeros((1, 1, 1, 1)),
+        grids.edm(3),
+        "spndm",
+        guidance=dg.guidance(ratio, 1.0, corrector_weight=second),
+    )
+    np.testing.assert_allclose(draw(0.0), draw(None), rtol=1e-6)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_default_weight_follows_the_solver(solver):
     """A model whose mean is .5 off, a discriminator that knows: the corrected mean is the data's.

@@ -17,7 +17,7 @@ from PIL import Image
 from ogdm_jax import config as configs
 from ogdm_jax import parallel
 from ogdm_jax.config import Sample
-from ogdm_jax.data import open_source, output
+from ogdm_jax.data import from_arrays, open_source, output
 from ogdm_jax.diffusion import grids
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator import guidance as guiding
@@ -38,7 +38,7 @@ from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import evaluate, loop
 from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, Snapshot, describe
-from ogdm_jax.training.workdir import open_workdir
+from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from tests.support import networks, tiny
 from tests.support.oracles import Mixture
 
@@ -492,7 +492,7 @@ def test_a_discriminator_of_other_images_is_refused():
     snapshot = lambda shape, classes, data: Snapshot(
         config_, shape, classes, 0, epath.Path(), "", data
     )
-    model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10, latents=None)
+    model = types.SimpleNamespace(image_shape=(8, 8, 1), label_dim=10, latents=None, text=None)
     check = lambda *about, labels=None, **more: guiding._check_fits(
         "w",
         snapshot(*about),
@@ -511,6 +511,8 @@ def test_a_discriminator_of_other_images_is_refused():
     ):
         with pytest.raises(configs.ConfigError, match=sentence):
             check(*about, **more)
+    with pytest.raises(configs.ConfigError, match="--guidance: dg given for a model of texts"):
+        check((8, 8, 1), 10, {}, text="CLIP", labels={"prompt": np.zeros((2, 77), np.int32)})
     check((8, 8, 1), 10, {})
     check((8, 8, 1), 10, {}, label_dim=0, labels=np.zeros(2, np.int32))  # a classifier's classes
 
@@ -622,19 +624,19 @@ def test_four_devices_train_as_one(trained, prior, plan):
 @pytest.mark.parametrize("stop", [1, 2])
 def test_samples_of_a_run_that_was_stopped_are_kept(prior, tmp_path, monkeypatch, stop):
     """Drawn once, whenever it was stopped: the file is that of a run that was not."""
-    settings, model = config(prior, "dg.num=600"), open_workdir(prior)
+    settings, model, real = config(prior, "dg.num=600"), open_workdir(prior), open_source("digits")
     devices = jax.devices()[:1]
     draw = lambda name: generated.draw_or_read(
-        settings, model, 600, epath.Path(tmp_path / name), devices, lambda line: None
+        settings, model, real, 600, epath.Path(tmp_path / name), devices, lambda line: None
     )
     draw("whole.npz")
-    real, added = output.Output.add, []
+    whole, added = output.Output.add, []
 
     def add(self, start, images):
         if len(added) == stop:
             raise KeyboardInterrupt
         added.append(start)
-        real(self, start, images)
+        whole(self, start, images)
 
     with monkeypatch.context() as patch:
         patch.setattr(output.Output, "add", add)
@@ -643,13 +645,39 @@ def test_samples_of_a_run_that_was_stopped_are_kept(prior, tmp_path, monkeypatch
     other = configs.replace(settings, {"sample.steps": 4})
     with pytest.raises(output.OutputError, match="drawn with steps 3, now it is 4; .*that .*parts"):
         path = epath.Path(tmp_path / "parted.npz")
-        generated.draw_or_read(other, model, 600, path, devices, lambda line: None)
+        generated.draw_or_read(other, model, real, 600, path, devices, lambda line: None)
     added.clear()
-    monkeypatch.setattr(output.Output, "add", lambda self, *a: (added.append(a[0]), real(self, *a)))
+    add = lambda self, *a: (added.append(a[0]), whole(self, *a))
+    monkeypatch.setattr(output.Output, "add", add)
     draw("parted.npz")
     assert added == [0, 256, 512][stop:]
     assert (tmp_path / "parted.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"parted.npz", "whole.npz"}
+
+
+def test_samples_have_the_classes_of_the_real_images_as_often(prior, tmp_path, monkeypatch):
+    """A discriminator without labels must not learn how often a class is; files that do not say
+    whose labels they have are taken, as runs have begun with them.
+    """
+    images = np.zeros((60, 8, 8, 1), np.uint8)
+    labels = np.array([0] * 50 + [3] * 9 + [9])
+    real, path = from_arrays("rare", images, labels), epath.Path(tmp_path / "x.npz")
+    seen = []
+
+    def batches(self, settings, seeds, labels, **more):
+        seen.append(labels)
+        yield np.zeros((len(seeds), 8, 8, 1), np.float32)
+
+    monkeypatch.setattr(TrainedModel, "batches", batches)
+    how = config(prior), open_workdir(prior), real, 120, path, jax.devices()[:1], lambda line: None
+    drawn = generated.draw_or_read(*how)
+    np.testing.assert_array_equal(drawn.labels, seen[0])
+    assert np.bincount(drawn.labels).tolist() == [100, 0, 0, 18, 0, 0, 0, 0, 0, 2]
+    columns = dict(np.load(path))
+    about = json.loads(str(columns.pop("about")))
+    assert about.pop("conditions")
+    np.savez(path, about=json.dumps(about), **columns)
+    assert len(generated.draw_or_read(*how)) == 120
 
 
 def test_samples_that_are_not_finite_are_refused(prior, tmp_path):
@@ -657,10 +685,10 @@ def test_samples_that_are_not_finite_are_refused(prior, tmp_path):
     broken = dataclasses.replace(
         model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params)
     )
-    path = epath.Path(tmp_path / "x.npz")
+    path, real = epath.Path(tmp_path / "x.npz"), open_source("digits")
     for _ in range(2):  # and so the second time
         with pytest.raises(output.OutputError, match="^config.dg.samples: 60 of 60 images are not"):
-            generated.draw_or_read(config(prior), broken, 60, path, jax.devices()[:1])
+            generated.draw_or_read(config(prior), broken, real, 60, path, jax.devices()[:1])
         assert not path.exists()
 
 

@@ -27,7 +27,12 @@ from ogdm_jax.methods import cfg
 from ogdm_jax.models import fingerprint, own_buffers
 from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.training.evaluate import describe_sampler, words_of
+from ogdm_jax.training.evaluate import (
+    conditions,
+    describe_sampler,
+    shared_conditions,
+    words_of,
+)
 from ogdm_jax.training.workdir import TrainedModel
 
 # Far from the seeds of sample.py and of evaluations: no sample that is judged was trained on.
@@ -70,11 +75,11 @@ def base_guidance(config: Config) -> tuple[Guidance, ...]:
 def draw_or_read(
     config: Config,
     prior: TrainedModel,
+    source: Source,
     num: int,
     path: epath.Path,
     devices: Sequence[Any],
     log: Callable[[str], None] = print,
-    latents: Latents | None = None,
 ) -> Source:
     """The samples of a run: read from the file if it is there, else drawn and stored.
 
@@ -83,27 +88,29 @@ def draw_or_read(
     Args:
       config: of a discriminator: groups sample, dg and data.
       prior: the model to guide.
+      source: the real images. Samples have their labels, as frequent as there: else a discriminator
+        that sees no labels would learn what is frequent. Of latents samples are floats.
       num: how many samples.
       path: the .npz file.
       devices: of this process.
       log: gets one line where samples are drawn.
-      latents: what the data are, where they are no pixels: samples are floats then, and stay so.
 
     Raises:
       ConfigError: the file is of another checkpoint, sampler or number, or is no such file.
       OutputError: samples that are not finite, or that cannot be written.
     """
     wanted = origin(config, prior, num)
+    wanted |= shared_conditions(source, prior.model, prior.class_names)
     if jax.process_index() == 0 and not path.exists():
         places.writable(path, "config.dg.samples", file=True)
         knows = bool(prior.model.label_dim and prior.config.data.label_dropout)
         hidden = "1, for the prior never saw hidden labels (data.label_dropout)"
         require(of(config).cfg == 1 or knows, "dg.cfg", of(config).cfg, hidden)
         log(f"drawing {num} samples of step {prior.step} ({words_of(config.sample)})")
-        _draw(config, prior, wanted, path, devices)
+        _draw(config, prior, source, wanted, path, devices)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples for the discriminator")
-    return read(path, wanted, latents)
+    return read(path, wanted, source.latents)
 
 
 def read(
@@ -114,13 +121,15 @@ def read(
     Args:
       path: the .npz file.
       wanted: the `origin` that they should have; None takes any.
-      latents: as in `draw_or_read`; here items are samples, which `pairs.paired` makes like those.
+      latents: what the real images are, where they are no pixels; here items are samples, which
+        `pairs.paired` makes like those.
 
     Raises:
       ConfigError: the file is no such file, or its samples have another origin.
     """
     images, labels, found = _load(path)
-    wanted = wanted or {}
+    # files of before do not say which labels they have: a run that has begun goes on with them
+    wanted = {k: v for k, v in (wanted or {}).items() if k != "conditions" or k in found}
     if differs := output.difference({name: found.get(name) for name in wanted}, wanted):
         raise ConfigError(
             f"config.dg.samples: {path} was drawn with {differs}; a discriminator fits one "
@@ -170,13 +179,14 @@ def _load(path: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 def _draw(
     config: Config,
     prior: TrainedModel,
+    source: Source,
     wanted: Mapping[str, Any],
     path: epath.Path,
     devices: Sequence[Any],
 ) -> None:
     """Writes the npz: uint8 images [num,h,w,c], int32 labels [num] (-1 without classes), origin."""
     seeds = FIRST_SEED + np.arange(wanted["num"])
-    labels = generate.labels_for(seeds, prior.model.label_dim, None)
+    labels = conditions(source, prior.model, seeds, prior.class_names)
     field, remedy = "config.dg.samples", f"that {path}.parts is removed"
     floats = prior.model.latents is not None
     with output.Output(path, wanted, seeds, floats, field, remedy=remedy).opened() as out:

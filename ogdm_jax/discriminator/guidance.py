@@ -141,6 +141,11 @@ def _check_fits(
 ) -> None:
     """Raises ValueError for a discriminator of other images than those that it is to guide."""
     conditional, classes = snapshot.config.data.conditional, snapshot.num_classes
+    if use is not None and use.model.model.text is not None:
+        raise ConfigError(
+            "--guidance: dg given for a model of texts, which DG's discriminator does not see; "
+            "expected a model of classes, or of no condition"
+        )
     if labels is not None and (labels < 0).any() and conditional:
         raise ValueError(  # its head knows no "no class"
             "--label: no class given, but the discriminator is conditional; expected the images' "

@@ -116,9 +116,7 @@ def build(
     configs.require(known, "data.conditional", True, "a prior with classes for it")
     keep_extractor(network, extractor, workdir)
     num, path = settings.num or len(source), settings.samples_path(workdir)
-    drawn = generated.draw_or_read(
-        config, prior, num, path, plan.local_devices, log, source.latents
-    )
+    drawn = generated.draw_or_read(config, prior, source, num, path, plan.local_devices, log)
     sides = {"real": source, "generated": drawn}
     kept, held_out = zip(*(split(side, settings.held_out) for side in sides.values()))
     for side, images in zip(sides, kept):

@@ -240,8 +240,9 @@ def spndm(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     """
 
     def start(x: Array, carry: PyTree, info: Info) -> Step:
-        x0_hat = p.x0(x, info.sigma)
-        x_next = steps.heun(p.denoise, x, info.sigma, info.sigma_next, p.label, x0_hat)
+        x0_hat, levels = p.x0(x, info.sigma), (info.sigma, info.sigma_next)
+        # `corrector` is Heun's: of a discriminator's weights the first acts in all steps here
+        x_next = steps.heun(p.denoise.evaluate, x, *levels, p.label, x0_hat)
         return x_next, (steps.slope(x, x0_hat, info.sigma),), x0_hat
 
     return [Phase(start, 0, 1), Phase(partial(_multistep, p), 1, n)], (jnp.zeros_like(x),)
