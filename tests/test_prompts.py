@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 from ogdm_jax.cli import sample
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.pictures import save_png
+from ogdm_jax.diffusion.process import betas
 from ogdm_jax.interop import export, names_latent, stable_diffusion
 from ogdm_jax.methods import cfg
 from ogdm_jax.networks import AutoencoderKL, CLIPText, UNet2DCondition
 from ogdm_jax.sampling.generate import seed_noise
 from ogdm_jax.training import foreign
-from tests.support import sd_folder
+from tests.support import sd_folder, tiny
 from tests.support.golden_support import FOLDER, Golden
 
 WORDS = ("--guidance", "cfg", "--cfg.weight", "7.5", "--steps", "3", "--size", "16")
@@ -93,6 +94,26 @@ def test_every_field_of_a_scheduler_is_followed_or_said():
     ):
         with pytest.raises(ConfigError, match=said):
             stable_diffusion.scheduler_settings(told | change)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+def test_betas_of_other_numbers_of_steps_are_those_of_the_file(name):
+    """Ours are times 1000 / T, as guided-diffusion's; diffusers' ends hold whatever T is."""
+    power, (first, last) = {"linear": (1, (1e-4, 0.02)), "scaled_linear": (2, (85e-5, 0.012))}[name]
+    told = {"beta_schedule": name, "num_train_timesteps": 500}
+    ends = {"beta_start": 2 * first, "beta_end": 2 * last}
+    settings, _ = stable_diffusion.scheduler_settings(told | ends)
+    theirs = np.linspace((2 * first) ** (1 / power), (2 * last) ** (1 / power), 500) ** power
+    found = betas(*(settings[f"precondition.{key}"] for key in ("schedule", "diffusion_steps")))
+    np.testing.assert_allclose(found, theirs, rtol=1e-12)
+    for steps in (500, 0):  # those of 1,000 steps
+        with pytest.raises(ConfigError, match=f"of {steps} steps given; expected scaled_linear"):
+            told |= {"beta_start": first, "beta_end": last, "num_train_timesteps": steps}
+            stable_diffusion.scheduler_settings(told)
+    words = ("precondition.kind=adm", f"precondition.schedule={name}")
+    config = tiny.config("network.kind=openai", *words, "precondition.diffusion_steps=500")
+    written = stable_diffusion.scheduler_config(config)
+    assert (written["beta_start"], written["beta_end"]) == tuple(ends.values())
 
 
 def test_half_precision_variants_are_found_and_named(folder, tmp_path):

@@ -263,11 +263,13 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
     ends = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
     name = scheduler.get("beta_schedule", "linear")
     ends = (None, None) if name == "squaredcos_cap_v2" else ends
-    schedule, predicts = _SCHEDULES.get((name, *ends)), scheduler.get("prediction_type", "epsilon")
-    if schedule is None or scheduler.get("trained_betas") is not None:
+    steps = scheduler.get("num_train_timesteps", 1000)
+    known, predicts = _schedules(steps), scheduler.get("prediction_type", "epsilon")
+    if (schedule := known.get((name, *ends))) is None or scheduler.get("trained_betas") is not None:
         raise ConfigError(
-            f"scheduler_config.json: betas {name} from {ends[0]} to {ends[1]} given; expected "
-            "scaled_linear from 0.00085 to 0.012, linear from 0.0001 to 0.02 or squaredcos_cap_v2"
+            f"scheduler_config.json: betas {name} from {ends[0]} to {ends[1]} of {steps} steps "
+            "given; expected scaled_linear from 0.00085 to 0.012 or linear from 0.0001 to 0.02, "
+            "both times 1000 / steps, or squaredcos_cap_v2"
         )
     if predicts not in PREDICTIONS:
         raise ConfigError(
@@ -289,22 +291,27 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
             "given: at pure noise such a model has no first step; expected false, or v_prediction"
         )
     first = not scheduler.get("set_alpha_to_one", to_zero) and solver in ("ddim", "plms")
-    euler = solver == "euler" and spacing != "leading"
     own, left = _of_solver(solver, scheduler)
     return {
         "precondition.kind": PREDICTIONS[predicts],
         "precondition.schedule": schedule,
-        "precondition.diffusion_steps": scheduler.get("num_train_timesteps", 1000),
+        "precondition.diffusion_steps": steps,
         "precondition.interpolate": True,
         "precondition.zero_terminal": zero,
         "sample.solver": solver,
         "sample.steps": _STEPS,
         "sample.grid": spacing,
         "sample.offset": 1,
-        "sample.start": "ve" if euler else "vp",
+        "sample.start": "ve" if solver == "euler" and spacing != "leading" else "vp",
         "sample.end": "first" if first else "zero",
         **own,
     }, _left_out(theirs, left)
+
+
+def _schedules(steps: Any) -> dict[tuple[Any, ...], str]:
+    """_SCHEDULES of T steps: ours are times 1000 / T, diffusers' are as its files say."""
+    of = lambda end: end and round(end * 1000 / float(steps or math.nan), 12)
+    return {(name, of(a), of(b)): ours for (name, a, b), ours in _SCHEDULES.items()}
 
 
 def _of_solver(solver: str, scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -400,7 +407,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     scaled, steps = process.rescale_timesteps, process.diffusion_steps
     plain, field = not scaled or steps == 1000, "precondition.rescale_timesteps"
     require(plain, field, scaled, "false for a folder of diffusers, whose networks are told t")
-    name, *ends = next(key for key, ours in _SCHEDULES.items() if ours == process.schedule)
+    name, *ends = next(key for key, ours in _schedules(steps).items() if ours == process.schedule)
     zero, end = process.zero_terminal and process.kind == "v", sampler.end == "zero"
     own: dict[str, dict[str, Any]] = {
         "ddim": {"clip_sample": False, "set_alpha_to_one": end},
