@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from ogdm_jax import config as configs
-from ogdm_jax import parallel
+from ogdm_jax import parallel, randomness
 from ogdm_jax.config import Sample
 from ogdm_jax.data import from_arrays, open_source, output
 from ogdm_jax.diffusion import grids
@@ -23,7 +23,7 @@ from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator import guidance as guiding
 from ogdm_jax.discriminator.evaluation import GuidedEvaluation
 from ogdm_jax.discriminator.guidance import Use, open_guidance
-from ogdm_jax.discriminator.loss import cross_entropy, training_loss
+from ogdm_jax.discriminator.loss import _images, cross_entropy, training_loss
 from ogdm_jax.discriminator.network import SETTINGS, open_network, ratio_of
 from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.run import build as build_run
@@ -135,6 +135,22 @@ def test_cross_entropy_is_that_of_the_sigmoid():
     value, right = cross_entropy(logit, real)
     np.testing.assert_allclose(value, -jnp.where(real == 1, jnp.log(d), jnp.log(1 - d)), rtol=1e-6)
     assert right.tolist() == [0, 0, 1]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("latents", [None, Latents((1, 2, 1), moments=False, scaled=True)])
+def test_real_images_alone_are_mirrored(latents):
+    """A prior that saw mirrored images makes such by itself: the real side has them half of the
+    time, and the generated one stays as it is.
+    """
+    plain = np.array([[[0.0], [1.0]]], np.float32)
+    items = np.stack([plain, plain[:, ::-1]]) if latents else (255 * plain).astype(np.uint8)
+    batch = {"image": jnp.asarray(np.stack([items] * 400)), "real": jnp.arange(400) % 2}
+    keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, jnp.arange(400))
+    for xflip, share in ((False, 0.0), (True, 0.5)):
+        x = np.asarray(_images(latents, batch, keys, xflip))
+        mirrored = x[:, 0, 0, 0] > x[:, 0, 1, 0]
+        assert not mirrored[::2].any() and abs(mirrored[1::2].mean() - share) < 0.15
 
 
 def test_logistic_regression_finds_the_ratio_of_gaussians():
