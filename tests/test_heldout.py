@@ -1,6 +1,7 @@
 """The loss of held-out images and the loss by noise level, against independent routes."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -25,6 +26,20 @@ def run():
         data.open_source("digits/train"),
         heldout.runs.parallel.make_plan("mesh", 1),
     )
+
+
+def test_it_is_the_weighted_error_at_a_level_of_the_images_own():
+    """Of a network that gives black images: lambda(sigma) |x0|^2, sigma by the image's row."""
+    black = lambda params, buffers: lambda x, sigma, label: 0 * x
+    model = types.SimpleNamespace(latents=None, label_dim=0, text=None, denoiser=black)
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 1), dtype=np.uint8)
+    rows = np.array([5, 0, 1700], np.int32)
+    found = heldout._loss_of(model, noise.edm())({}, {}, {"image": images, "row": rows})
+    for row, image, value in zip(rows, images, found, strict=True):
+        key = randomness.fold_in_name(jax.random.key(0), "heldout sigma")
+        sigma = np.exp(-1.2 + 1.2 * jax.random.normal(jax.random.fold_in(key, int(row))))
+        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        assert value == pytest.approx(weight * np.square(image / 127.5 - 1).sum(), rel=1e-5)
 
 
 @pytest.mark.slow
