@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ogdm_jax import cli, startup
-from ogdm_jax.cli import guidance, options, study, train
+from ogdm_jax.cli import guidance, options, sample, study, train
 from ogdm_jax.cli import plan as planning
 from ogdm_jax.config import ConfigError
 from ogdm_jax.planning import program
@@ -120,6 +120,17 @@ def test_a_command_parses_to_the_end(line, only_parsed, capsys):
     except (SystemExit, ConfigError) as error:
         said = capsys.readouterr().err or str(error)
         assert words[1] == "convert" and "there is no such file" in said, said  # a file of others
+
+
+def test_no_command_draws_over_its_input_or_over_what_the_page_drew_before():
+    """It would be refused."""
+    drawn, parser = {}, sample.parser()
+    for page, _, line in (*ALL, *documents.papers()):
+        if (words := documents.words(line))[1:] and words[1] in ("sample", "sample.py"):
+            args = parser.parse_args(words[2:])
+            assert args.out not in (args.input, args.measured), line
+            if page != "docs/papers.md":  # its rows are apart
+                assert drawn.setdefault((page, args.out), words) == words, (page, line)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """What sampling measures and hides is read by the one reader of pictures, from files as they are."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from ogdm_jax.data import open_source
 from ogdm_jax.inverse import tasks
-from ogdm_jax.inverse.files import open_input, read_input
+from ogdm_jax.inverse.files import Classes, open_input, read_input
 
 pytestmark = pytest.mark.fast
 
@@ -49,13 +51,28 @@ def test_a_mask_lies_as_its_picture_does(tmp_path):
         mask[: len(mask) // 2] = 0
         Image.fromarray(mask).save(tmp_path / "mask.png")
         read = lambda: read_input(
-            str(tmp_path / "wide.png"), (8, 8, 1), 4, 0, str(tmp_path / "mask.png")
+            str(tmp_path / "wide.png"), (8, 8, 1), 4, Classes(0), str(tmp_path / "mask.png")
         )
         if fits:
             assert len(read().values) == 1
         else:
             with pytest.raises(ValueError, match="mask.png' is 16 x 8 where a picture is 8 x 16"):
                 read()
+
+
+def test_classes_of_pictures_are_the_models_by_name(tmp_path):
+    """The same number of classes, or fewer, says nothing of which they are."""
+    model = Classes(3, ("ant", "bee", "cat"))
+    for folders, expected in ((("bee", "cat"), [1, 2]), (("bee", "dog", "eel"), None)):
+        for name in folders:
+            (tmp_path / "x" / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 9).save(tmp_path / "x" / name / "1.png")
+        labels = read_input(str(tmp_path / "x"), (8, 8, 1), 4, model).labels
+        assert (None if labels is None else labels.tolist()) == expected
+        shutil.rmtree(tmp_path / "x")
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8, 1), np.uint8), labels=np.arange(3))
+    numbered = read_input(str(tmp_path / "x.npz"), (8, 8, 1), 4, model).labels
+    assert numbered is not None and numbered.tolist() == [0, 1, 2]  # nameless: by number
 
 
 def _exif(orientation: int) -> Image.Exif:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ogdm_jax.data import SourceError, listing, open_source
+from ogdm_jax.data import SourceError, identity, listing, open_source
 from ogdm_jax.data.prepare import prepare
 from tests.support.sets import archive, encoded, folder, pixels
 
@@ -182,6 +182,17 @@ def test_names_that_only_an_archive_has(above):
     assert found == ("cat", "dog") and labels.tolist() == [0, 1]
     with pytest.raises(SourceError, match="both at its top"):
         listing.classes("zip:x.zip", ["/a/1.png", "b/2.png"], ())
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_classes_are_the_same_in_every_form_of_unicode(form):
+    """Sorted as they are spelled, "kä" is behind "kz" in one form and before it in the other."""
+    names = [unicodedata.normalize(form, f"{name}/1.png") for name in ("kz", "k\u00e4")]
+    labels, found, notes = listing.classes("folder:x", names, [n.split("/")[0] for n in names])
+    assert found == ("kz", "k\u00e4") and labels.tolist() == [0, 1] and not notes
+    other = [unicodedata.normalize("NFD", name) for name in found]
+    then, now = ({"images": 2, "class_names": [*names]} for names in (found, other))
+    assert not identity.difference(then, now)
 
 
 def test_an_archive_gives_what_its_folder_gives(tmp_path):

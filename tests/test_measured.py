@@ -90,7 +90,7 @@ def restoration(words: str):
 
     class Run:
         model = models.Model(None, None, SHAPE, 0)
-        buffers = {}
+        buffers, class_names = {}, ()
 
     seeds = command_line.parse_seeds(args.seeds, 64 if args.num is None else args.num)
     return guidance._measure(request, Run, seeds, None, 0)[0]
@@ -116,7 +116,7 @@ def test_the_truth_explains_its_own_measurement(tmp_path):
     task = tasks.make_task("super_resolution", settings, SHAPE)
     made = measure(task, settings, x, np.arange(1))
     Image.fromarray(to_uint8(np.clip(made.y, -1, 1))[0, ..., 0]).save(tmp_path / "y.png")
-    found = files.read_measured(str(tmp_path / "y.png"), task, SHAPE, 4, 0)
+    found = files.read_measured(str(tmp_path / "y.png"), task, SHAPE, 4, files.Classes(0))
     np.testing.assert_allclose(found.values, np.clip(made.y, -1, 1), atol=1 / 127.5)
     again = taken(task, settings, found.values, np.arange(1))
     clipped = abs(np.clip(made.y, -1, 1) - made.y).max()

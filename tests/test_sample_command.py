@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -375,6 +376,7 @@ def test_seeds_that_are_none(text):
 def test_labels_by_number_and_name():
     read = lambda text, classes=10, names=NAMES: command_line.parse_label(text, classes, names)
     assert [read(t) for t in ("", "3", "-1", "drei", "fünf", "7 sieben")] == [None, 3, -1, 3, 5, 7]
+    assert read(unicodedata.normalize("NFD", "fünf")) == 5
     assert read("8") == 8 and read("5") == 5  # a number is the class's number, also where named
     assert read("12", 2, ("11", "12")) == 1 and read("12", 2, ()) == 12  # no number: a name
     for text, classes, names, words in (

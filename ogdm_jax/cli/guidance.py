@@ -394,12 +394,13 @@ def _measure(
     """
     shape, classes = run.model.picture_shape, run.model.label_dim
     task = tasks.make_task(request.task, request.task_settings, shape)
+    known = files.Classes(classes, run.class_names)
     if request.measured:
-        found = files.read_measured(request.measured, task, shape, len(seeds), classes)
+        found = files.read_measured(request.measured, task, shape, len(seeds), known)
     else:
         mask = request.task_settings.mask if request.task == "inpaint" else ""
         mask = "" if mask in tasks.DRAWN else mask
-        found = files.read_input(request.input, shape, len(seeds), classes, mask)
+        found = files.read_input(request.input, shape, len(seeds), known, mask)
     count = len(found.values)
     seeds = seeds if request.several else seeds[:count]
     rows = np.arange(len(seeds)) % count

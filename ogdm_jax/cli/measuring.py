@@ -137,16 +137,19 @@ def open_images(
       ValueError: another shape without --resize, or one that it cannot have.
     """
     name, data_dir = source_name(word), args.data_dir or data_dir or None
+    remedy = "give --resize to crop and resize them, and to have it said in the JSON"
     try:
         source = open_source(name, data_dir)
         found = _size(source.shape)
-    except SourceError:
+    except SourceError as error:
+        reason, several, _ = str(error).partition("; crop and resize them")
+        if several and not args.resize:
+            raise SourceError(f"{option}: {reason}; {remedy}") from None
         if not args.resize:
             raise
         source, found = None, "several sizes"
     if source is not None and source.shape == shape:
         return source
-    remedy = "give --resize to crop and resize them, and to have it said in the JSON"
     if args.resize:
         source = open_source(name, data_dir, shape[0], shape[2])
         if source.shape == shape:

@@ -32,7 +32,7 @@ from ogdm_jax.cli.stopping import leaving
 from ogdm_jax.config import ConfigError, Sample, require, suggestion
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import npz, output
-from ogdm_jax.data.labels import class_words
+from ogdm_jax.data.labels import class_words, one_form
 from ogdm_jax.data.pictures import save_png, sheet
 from ogdm_jax.inverse import files, tasks
 from ogdm_jax.inverse.measured import Restoration
@@ -428,6 +428,7 @@ def parse_label(text: str, num_classes: int, names: Sequence[str]) -> int | None
     """
     if not text:
         return None
+    text, *names = one_form([text, *names])
     if text.removeprefix("-").isdecimal() and len(text) < 10:
         number = int(text)
         if -1 <= number < num_classes or text not in names:
@@ -437,7 +438,7 @@ def parse_label(text: str, num_classes: int, names: Sequence[str]) -> int | None
             f"--label: {text!r} given, but the model is unconditional; leave the option out"
         )
     if text in names:
-        return list(names).index(text)
+        return names.index(text)
     if not names:
         raise ConfigError(
             f"--label: {text!r} given, but the checkpoint does not say what its classes are "

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ogdm_jax.data.labels import one_form
+
 _BYTES = 32 << 20  # of an array: what is looked at, in images that are spread evenly
 
 
@@ -42,7 +44,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     parts = []
     if "images" in before and before["images"] != now["images"]:
         parts.append(f"{before['images']} images, now {now['images']}")
-    then, names = before.get("class_names"), now["class_names"]
+    then, names = (one_form(about.get("class_names") or ()) for about in (before, now))
     if then and names and then != names:
         changed = [(k, a, b) for k, (a, b) in enumerate(zip(then, names)) if a != b]
         which = [f"class {k} was {a!r} and is {b!r}" for k, a, b in changed[:2]]

@@ -156,6 +156,13 @@ def key(name: str) -> str:
     return unicodedata.normalize("NFC", plain(name))
 
 
+def one_form(names: Sequence[str]) -> list[str]:
+    """Names of classes in one form of Unicode: a Mac's files have another one, which also has
+    another order.
+    """
+    return [unicodedata.normalize("NFC", str(name)) for name in names]
+
+
 def of_json(source: str, content: bytes, names: Sequence[str]) -> Classes:
     """The labels of files in EDM's dataset.json.
 

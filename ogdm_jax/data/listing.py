@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ogdm_jax.data.labels import Classes, SourceError
+from ogdm_jax.data.labels import Classes, SourceError, one_form
 from ogdm_jax.data.pictures import endings, is_picture
 
 # What systems and programs leave beside people's files; names that begin with a dot count too.
@@ -142,6 +142,7 @@ def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:
     if start:
         notes.append(f"everything lies in {names[0][:start]!r}: its sub-folders are the classes")
     tops = [name[start:].partition("/")[0] if "/" in name[start:] else "" for name in names]
+    tops = one_form(tops)
     found = sorted(set(tops))
     if found == [""]:
         return Classes(notes=tuple(notes))
@@ -168,7 +169,7 @@ def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:
         found.sort(key=lambda top: (int(top), top))
         if other := [f"{top!r} is class {k}" for k, top in enumerate(found) if int(top) != k]:
             notes.append(f"its folders are not numbered from 0 without gaps: folder {other[0]}")
-    inside = {folder[start:].split("/")[0] for folder in folders if len(folder) > start}
+    inside = {*one_form([f[start:].split("/")[0] for f in folders if len(f) > start])}
     notes += _left_out(sorted(inside - {*found, ""}), "sub-folders without pictures: no classes")
     if len(found) == 1:
         notes.append(f"has one class only, the folder {found[0]!r}")

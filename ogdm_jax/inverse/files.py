@@ -1,6 +1,6 @@
 """Images to measure, read from wherever they are, and results, written for people and programs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,13 @@ class Inputs(NamedTuple):
     total: int
 
 
+class Classes(NamedTuple):
+    """Those of a model: their number, and their names where known."""
+
+    number: int
+    names: Sequence[str] = ()
+
+
 def open_input(where: str, shape: tuple[int, int, int], memory_limit: int = MEMORY_LIMIT) -> Source:
     """Images to measure: a picture, a folder or archive of pictures, or a data source by name.
 
@@ -53,9 +60,9 @@ def open_input(where: str, shape: tuple[int, int, int], memory_limit: int = MEMO
 
 
 def read_input(
-    where: str, shape: tuple[int, int, int], most: int, classes: int, mask: str = ""
+    where: str, shape: tuple[int, int, int], most: int, classes: Classes, mask: str = ""
 ) -> Inputs:
-    """At most so many images of `open_input`, for a model of so many classes.
+    """At most so many images of `open_input`, for a model of these classes.
 
     Raises:
       ValueError: as `open_input`; a mask of other proportions than the pictures.
@@ -69,7 +76,7 @@ def read_input(
 
 
 def read_measured(
-    where: str, task: Task, shape: tuple[int, int, int], most: int, classes: int
+    where: str, task: Task, shape: tuple[int, int, int], most: int, classes: Classes
 ) -> Inputs:
     """At most so many measurements, as they are: pictures, or an array of NumPy.
 
@@ -134,15 +141,27 @@ def _check_size(
     )
 
 
-def _first(source: Source, most: int, classes: int) -> Inputs:
+def _first(source: Source, most: int, classes: Classes) -> Inputs:
     count = min(most, len(source))
     found = source.take(np.arange(count))
-    known = classes and source.num_classes == classes and not source.label_size
-    labels = found["label"] if known else None
+    labels = None
+    if classes.number and not source.label_size:
+        labels = _of_model(source, found["label"], classes)
     where = (lambda i: f"{source.name}[{i}]") if source.reader is None else source.reader.where
     return Inputs(
         to_float(found["image"]), labels, np.array([where(i) for i in range(count)]), len(source)
     )
+
+
+def _of_model(source: Source, labels: np.ndarray, classes: Classes) -> np.ndarray | None:
+    """The model's class of each label of a source: by name, else by number where there are as many.
+    None where the model lacks one.
+    """
+    if not (source.class_names and classes.names):
+        return labels if source.num_classes == classes.number else None
+    known = {name: k for k, name in enumerate(classes.names)} | {"": -1}
+    called = [source.class_names[k] if k >= 0 else "" for k in labels]
+    return np.array([known[c] for c in called], np.int32) if known.keys() >= {*called} else None
 
 
 def side_by_side(restoration: Restoration, restored: np.ndarray) -> dict[str, np.ndarray]:

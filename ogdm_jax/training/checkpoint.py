@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ogdm_jax import config as configs
 from ogdm_jax import places, records
+from ogdm_jax.data.labels import one_form
 from ogdm_jax.latents import Latents, from_json
 from ogdm_jax.parallel import Plan
 from ogdm_jax.training import arrays, checksums, evaluations, older, saving, steps
@@ -276,7 +277,7 @@ class Snapshot:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes in order; () where they are not known."""
         names = self.data_set.get("class_names")
-        return tuple(map(str, names)) if isinstance(names, list) else ()
+        return tuple(one_form(names)) if isinstance(names, list) else ()
 
 
 def find(
