@@ -225,13 +225,7 @@ def build(
         remat=net.remat,
         **_settings(net, augmented),
     )
-    try:
-        network.check_widths()
-    except ValueError as error:
-        raise ConfigError(
-            f"config.network.model_channels: {net.model_channels} given{_levels(net)}; {error}; "
-            "expected other widths"
-        ) from None
+    check_widths(network, net)
     told = config.precondition
     table = discrete_table(told) if kind in ("adm", "v") else None
     scale = precondition.time_scale(told.diffusion_steps, told.rescale_timesteps)
@@ -241,8 +235,16 @@ def build(
     return Model(network, wrap(told), image_shape, *shape, latents=latents, text=text)
 
 
-def _levels(net: Any) -> str:
-    return "" if net.kind == "dit" else f" with channel_mult {tuple(net.channel_mult)}"
+def check_widths(network: Any, net: Any) -> None:
+    """Raises ConfigError where a network's widths do not fit together; net: its settings."""
+    try:
+        network.check_widths()
+    except ValueError as error:
+        levels = "" if net.kind == "dit" else f" with channel_mult {tuple(net.channel_mult)}"
+        raise ConfigError(
+            f"config.network.model_channels: {net.model_channels} given{levels}; {error}; "
+            "expected other widths"
+        ) from None
 
 
 def _check_size(config: Config, image_shape: tuple[int, int, int]) -> None:

@@ -463,12 +463,14 @@ def test_a_conditional_discriminator_asks_for_classes(trained):
         ("dg.samples=x.txt", "dg.samples: 'x.txt' given; expected FILE.npz"),
         ("dg.samples=folder", "dg.samples: 'folder' given; expected FILE.npz"),
         ("dg.samples=/proc/x.npz", "^config.dg.samples: '/proc/x.npz' "),
+        ("network.model_channels=8", "network.model_channels: 8 given .* divide into 32 groups"),
+        ("evaluate.features=digits data.channels=3", "evaluate.features: 'digits' given; expected"),
     ],
 )
 def test_wrong_settings_are_one_sentence(tmp_path, prior, text, words):
     with pytest.raises(ValueError, match=words) as error:
-        build_run(config(prior, text), parallel.make_plan("pmap", 1), tmp_path)
-    assert "\n" not in str(error.value)
+        build_run(config(prior, *text.split()), parallel.make_plan("pmap", 1), tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "samples.npz").exists()
 
 
 @pytest.mark.fast

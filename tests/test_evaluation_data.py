@@ -144,6 +144,18 @@ def test_the_features_source_is_opened_as_the_data_are(pictures):
 
 
 @pytest.mark.fast
+def test_what_measures_samples_is_opened_before_any_is_drawn(pictures):
+    words = f"data.data_dir={pictures}", "data.resolution=8"
+    plain = tiny.config("data.source=folder:imgs/a", "evaluate.features=", *words)
+    with pytest.raises(
+        ValueError, match=r"no class labels; .*--features \(of ogdm evaluate and re"
+    ):
+        evaluate.ruler(plain, 6)
+    with pytest.raises(ConfigError, match="--num: 5 given; expected at least 6"):
+        evaluate.ruler(plain, 5)
+
+
+@pytest.mark.fast
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     for num in (1, 5):
         few = tiny.config("evaluate.features=digits", f"evaluate.num={num}")

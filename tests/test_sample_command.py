@@ -211,7 +211,7 @@ def test_the_evaluation_of_what_is_on_disk(tmp_path, monkeypatch):
     near = lambda v: v if isinstance(v, str) else pytest.approx(v, rel=1e-4)
     assert {k: near(v) for k, v in direct.items() if k != "features"} == found
     monkeypatch.setattr(evaluate, "MOST_KEPT", 20)
-    found = evaluate.distance(config, [images[:8], images[8:25], images[25:]])
+    found = evaluate.ruler(config, 30)([images[:8], images[8:25], images[25:]])
     assert found["n_kept"] == found["n"] == 20 and found["n_samples"] == 30
     assert found["fd_all"] == pytest.approx(direct["fd_all"], rel=1e-6)
     first = evaluate.distance_report(space, images[:20], data)

@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -144,6 +144,7 @@ class Plan:
       texts: the conditions, where they are texts.
       animate: where an animation goes, None for none.
       shared: whose labels images have, where they are those of the data (--evaluate).
+      measure: what --evaluate measures with, None without.
     """
 
     request: guidance.Request
@@ -159,6 +160,7 @@ class Plan:
     texts: prompts.Texts
     animate: epath.Path | None = None
     shared: dict[str, str] = dataclasses.field(default_factory=dict)
+    measure: Callable[..., dict[str, Any]] | None = None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -191,8 +193,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f"wrote {frames} frames to {plan.animate}")
             if figures is not None:
                 print(records.dumps(figures))
-            if args.evaluate:
-                report = evaluate.distance(plan.trained.config, out.uint8(), args.vae)
+            if plan.measure is not None:
+                report = plan.measure(out.uint8())
                 how = evaluate.describe_sampler(plan.settings, counts) if counts else {}
                 print(records.dumps(report | how | plan.shared | _lost(out)))
     if len(out.not_finite):
@@ -241,8 +243,7 @@ def read(args: argparse.Namespace) -> Plan:
     """
     request = guidance.read(args)
     texts = prompts.Texts(prompts.read(args), args.negative)
-    several = len(texts.texts) or 64
-    seeds = parse_seeds(args.seeds, several if args.num is None else args.num)
+    seeds = parse_seeds(args.seeds, args.num or len(texts.texts) or 64)
     churn = churning.parse(args.churn)
     out = output.check_output(args.out, len(seeds))
     devices = parallel.make_plan("mesh", args.devices).local_devices
@@ -256,9 +257,9 @@ def read(args: argparse.Namespace) -> Plan:
     guidance.check_effect(request, trained, settings, churn)
     for text in texts.cut(trained):
         print(f"--prompt: too long, its end is left out: {text!r}", file=sys.stderr)
-    rows, shared = texts.rows(trained, len(seeds)) if texts.texts else None, {}
+    rows, shared, measure = texts.rows(trained, len(seeds)) if texts.texts else None, {}, None
     if args.evaluate:
-        evaluate.check_number(len(seeds), "--num")
+        measure = evaluate.ruler(trained.config, len(seeds), args.vae)
         if label is None and trained.model.label_dim and not request.task:
             source, names = open_source(trained.config), trained.class_names
             rows = evaluate.conditions(source, trained.model, seeds, names)
@@ -270,7 +271,7 @@ def read(args: argparse.Namespace) -> Plan:
     batch = generate.batch_size(len(seeds), len(devices), args.batch)
     animate = animation.check(args.animate, trained, settings)
     plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
-    return Plan(*plan, texts, animate, shared)
+    return Plan(*plan, texts, animate, shared, measure)
 
 
 def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -445,5 +446,5 @@ def parse_label(text: str, num_classes: int, names: Sequence[str]) -> int | None
             f"called; expected a number from 0 to {num_classes - 1}"
         )
     known = ", ".join(names[:20]) + (f", ... ({len(names)} of them)" if len(names) > 20 else "")
-    near = suggestion(text, names)
-    raise ConfigError(f"--label: no class is called {text[:80]!r}; expected one of {known}{near}")
+    known += suggestion(text, names)
+    raise ConfigError(f"--label: no class is called {text[:80]!r}; expected one of {known}")

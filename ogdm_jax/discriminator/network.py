@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from ogdm_jax import places
+from ogdm_jax import models, places
 from ogdm_jax.config import Config, require
 from ogdm_jax.discriminator.settings import of
 from ogdm_jax.interop import export
@@ -56,6 +56,7 @@ def open_network(
         dtype=getattr(jnp, config.network.dtype),
         **{name: getattr(config.network, name) for name in SETTINGS},
     )
+    models.check_widths(network.head, config.network)
     return network, params
 
 

@@ -21,7 +21,7 @@ from ogdm_jax.latents import difference
 from ogdm_jax.methods.contract import Constants, Slots, combine
 from ogdm_jax.networks.feature_discriminator import FeatureDiscriminator
 from ogdm_jax.sampling import generate
-from ogdm_jax.training import decoding, optim
+from ogdm_jax.training import decoding, evaluate, optim
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.objective import Objective
 from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
@@ -115,6 +115,11 @@ def build(
     known = bool(prior.model.label_dim) or not network.label_dim
     configs.require(known, "data.conditional", True, "a prior with classes for it")
     keep_extractor(network, extractor, workdir)
+    more: dict[str, Any] = {"prior": prior, "kept": (), "held_out": ()}
+    xflip = prior.config.data.xflip
+    run = DiscriminatorRun.of_network(network, extractor, config, source, plan, xflip, **more)
+    run = decoding.with_decoder(run, prior.config.data.vae)
+    evaluate.check_images(run, evaluate.check_evaluation(config))  # before samples are drawn
     num, path = settings.num or len(source), settings.samples_path(workdir)
     drawn = generated.draw_or_read(config, prior, source, num, path, plan.local_devices, log)
     sides = {"real": source, "generated": drawn}
@@ -122,10 +127,7 @@ def build(
     for side, images in zip(sides, kept):
         enough = f"a share that leaves {side} images"
         configs.require(len(images) > 0, "dg.held_out", settings.held_out, enough)
-    more = {"prior": prior, "kept": kept, "held_out": held_out}
-    xflip = prior.config.data.xflip
-    run = DiscriminatorRun.of_network(network, extractor, config, source, plan, xflip, **more)
-    return decoding.with_decoder(run, prior.config.data.vae)
+    return dataclasses.replace(run, kept=kept, held_out=held_out)
 
 
 def _check_source(source: Source, prior: TrainedModel) -> None:

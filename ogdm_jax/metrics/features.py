@@ -91,7 +91,8 @@ def _check_labels(source: Source, labels: np.ndarray) -> None:
     if labels.ndim != 1 or np.max(labels, initial=-1) < 1:
         raise ValueError(
             f"{source.name}: no class labels; a trained feature space needs a source with two or "
-            "more classes; expected such a one as --features, or lite0, or inception with --weights"
+            "more classes; expected such a one as --features (of ogdm evaluate and report), or "
+            "lite0, or inception with --weights"
         )
 
 

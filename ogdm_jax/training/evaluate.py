@@ -114,14 +114,25 @@ def conditions(
     return np.concatenate([source.take(part)["label"] for part in parts])
 
 
-def distance(config: Config, samples: Iterable[np.ndarray], vae: str = "") -> dict[str, Any]:
-    """The distance report of uint8 samples, batch by batch, against the data of a configuration.
+def ruler(config: Config, num: int, vae: str = "") -> Callable[..., dict[str, Any]]:
+    """`distance` of --num samples to the data of a configuration, which are opened now, as is the
+    feature space; vae: as that of `open_workdir`.
+
+    Raises:
+      ValueError: they cannot be, or too few samples.
+    """
+    check_number(num, "--num")
+    source = open_pixels(config, vae)
+    return functools.partial(distance, space_of(config, source), source)
+
+
+def distance(space: FeatureSpace, source: Source, samples: Iterable[np.ndarray]) -> dict[str, Any]:
+    """The distance report of uint8 samples, batch by batch, against a source.
 
     Of more than MOST_KEPT samples only "fd_all" sees the rest; "n_kept" says how many the other
-    figures are of. vae: as that of `open_workdir`.
+    figures are of.
     """
-    source = open_pixels(config, vae)
-    space, kept, everything, beyond = space_of(config, source), [], Moments(), 0
+    kept, everything, beyond = [], Moments(), 0
     for images in samples:
         values = space(images)
         everything.update(values)
