@@ -31,8 +31,10 @@ PERIOD = 1.0  # seconds between beats
 SILENCE = 40.0  # seconds without a beat after which a process is lost; JAX's own limit is 100
 SUSPECTED = 8.0  # the same once an exchange with it has failed
 GRACE = 4.0  # seconds for every process to print its own error, before it is told of another's
-# milliseconds to wait for the settings of the other processes, which may still be starting
-PATIENCE = 600_000
+JOINING = 300.0  # seconds for all processes to find each other
+# milliseconds to wait for what another process says; it may read or draw for hours, and where it
+# dies meanwhile, this process ends
+PATIENCE = 24 * 3_600_000
 _BEAT, _ENDED, _VERDICT = "ogdm_jax/beat/", "ogdm_jax/ended/", "ogdm_jax/verdict"
 _LEFT = "left"
 
@@ -58,15 +60,43 @@ def join(
       process: which one this is, from 0.
 
     Raises:
-      ConfigError: an incomplete set of arguments, or numbers that do not fit together.
+      ConfigError: an incomplete set of arguments, numbers that do not fit together, or a port that
+        cannot be used.
     """
     check(coordinator, processes, process)
     if coordinator is None and not detected():
         return
-    jax.distributed.initialize(coordinator, processes, process)
+    late = threading.Timer(JOINING, _not_together)  # JAX ends in C++ then, under a stack
+    late.daemon = True
+    late.start()
+    try:
+        more = int(JOINING) + 60
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=more)
+    except (OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the processes of this run cannot join ({why}); expected process 0 at "
+            f"{_state().coordinator_address}, a port that no other program of its machine holds"
+        ) from error
+    finally:
+        late.cancel()
     state = _state()
     if state.num_processes > 1:
         _watch.start(state.process_id, state.num_processes)
+
+
+def _not_together() -> None:
+    """Ends a process that waits for others in vain."""
+    state = _state()
+    missing = f"not all of {state.num_processes} processes have come"
+    if state.process_id and not _reachable():
+        missing = f"process 0 does not answer at {state.coordinator_address}"
+    print(
+        f"error: {missing} after {JOINING:.0f} s; expected each of them to be started once, and a "
+        f"network that lets all of them reach {state.coordinator_address}",
+        file=sys.stderr,
+    )
+    end_at_once(1)
 
 
 def check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -119,8 +149,8 @@ def _tpu_vm() -> bool:
 def compare(settings: Mapping[str, object]) -> None:
     """Refuses processes of different settings, which would train different functions on one batch.
 
-    Every process must call it. The settings go through the key-value store as text; nothing is
-    compiled.
+    Every process must call it, and waits for the others, without settings as well. They go through
+    the key-value store as text; nothing is compiled, and no exchange times out.
 
     Raises:
       ConfigError: the first setting that differs, with both values; the same in every process.

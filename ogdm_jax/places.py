@@ -207,6 +207,13 @@ def make(folder: epath.Path) -> list[epath.Path]:
     return missing
 
 
+def begin(folder: epath.Path) -> None:
+    """Makes a folder into which `rename` moves: in a bucket, which has no empty ones, by a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_local(folder):
+        (folder / ".folder").write_bytes(b"")
+
+
 def unmake(folders: Iterable[epath.Path]) -> None:
     """Removes what `make` made, where nothing was written."""
     for folder in folders:

@@ -4,7 +4,9 @@ starts them.
 
 import logging
 import re
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,45 @@ def test_train_refuses_a_subset_before_it_waits_for_anyone(tmp_path):
         "error: --processes: given without --coordinator and "
     )
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def joining(monkeypatch):
+    """State of a process that joins; `ended` is set where it is ended at once."""
+    state = SimpleNamespace(process_id=1, num_processes=2, coordinator_address="10.0.0.2:1234")
+    state.ended = threading.Event()
+    monkeypatch.setattr(cluster, "_state", lambda: state)
+    monkeypatch.setattr(cluster, "_reachable", lambda: False)
+    monkeypatch.setattr(cluster, "end_at_once", lambda code: state.ended.set())
+    monkeypatch.setattr(cluster, "JOINING", 0.05)
+    return state
+
+
+@pytest.mark.parametrize(
+    "process,words",
+    [(1, "process 0 does not answer at 10.0.0.2:1234"), (0, "not all of 2 processes have come")],
+)
+def test_processes_that_do_not_come_together_say_so(joining, process, words, monkeypatch, capsys):
+    def waits(*_, initialization_timeout):
+        assert initialization_timeout > cluster.JOINING  # JAX's own end is an abort in C++
+        assert joining.ended.wait(10)
+        raise RuntimeError("the test goes on where the process has ended")
+
+    joining.process_id = process
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", waits)
+    with pytest.raises(ConfigError):
+        cluster.join(**ALL)
+    assert capsys.readouterr().err.startswith(f"error: {words} after 0 s; expected each of them")
+
+
+def test_a_port_that_is_taken_is_one_sentence(joining, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", fails)
+    with pytest.raises(ConfigError, match="cannot join .*RPC server.*10.0.0.2:1234, a port"):
+        cluster.join(**ALL)
+    assert not joining.ended.is_set()
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,27 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"images of \(16, 16, 1\).*not of \(8, 8, 1\)"):
         evaluate.check_images(run(other), (8, 8, 1))
     evaluate.check_images(run(other), None)
+
+
+def test_processes_exchange_their_samples_part_by_part(monkeypatch):
+    """Seven images of two processes, one of each at a time: in the order of their seeds."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 1), np.uint8)
+    shares = [images[[0, 2, 4, 6]], images[[1, 3, 5, 1]]]  # as many in each
+    exchanged = []
+
+    def gathered(part):
+        assert part.nbytes <= 8
+        start = sum(map(len, exchanged))
+        exchanged.append(part)
+        return np.stack([share[start : start + len(part)] for share in shares])
+
+    monkeypatch.setattr(evaluate, "_GATHERED", 8)
+    monkeypatch.setattr(evaluate.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(evaluate.multihost_utils, "process_allgather", gathered)
+    space = types.SimpleNamespace
+    run = space(config=space(evaluate=space(num=7)))
+    evaluator = evaluate.Evaluator(run, None)  # pyright: ignore[reportArgumentType]
+    draw = lambda seeds, *_: [images[seeds % 7] / np.float32(127.5) - 1]
+    monkeypatch.setattr(evaluator, "_draw", draw)
+    np.testing.assert_array_equal(evaluator.samples({}, {}), images)
+    np.testing.assert_array_equal(np.concatenate(exchanged), shares[0])

@@ -10,7 +10,8 @@ from ogdm_jax import data
 from ogdm_jax.config import ConfigError
 from ogdm_jax.methods import discovery
 from ogdm_jax.training import arrays, optim, resume
-from ogdm_jax.training.checkpoint import Checkpoints, describe, find
+from ogdm_jax.training.checkpoint import Checkpoints, Snapshot, describe, find
+from tests.support import bucket as buckets
 from tests.support import tiny
 
 PLAIN = (tiny.ONE_LEVEL, "methods=")
@@ -179,6 +180,22 @@ def test_history_has_a_line_for_each_decision(tmp_path):
         {"step": 3, "what": "override", "changed": {"a.b": [1.0, "inf"]}},
         {"step": 5, "what": "went back", "set_aside": [7, 9]},
     ]
+
+
+@pytest.mark.fast
+def test_going_back_in_a_bucket_which_has_no_empty_folders(tmp_path, monkeypatch):
+    there, run = buckets.install(tmp_path, monkeypatch) / "run", epath.Path("gs://bucket/run")
+    for name in ("checkpoints/3", "checkpoints/5", "ema/00000003.npz", "ema/00000005.npz"):
+        file = there / name if name.endswith("npz") else there / name / "commit_success.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    kept = Snapshot(tiny.config(), (8, 8, 1), 0, 3, run / "checkpoints" / "3")
+    resume.set_aside(run, kept, lambda _: None)
+    aside = there / "set_aside" / "1"
+    assert [p.name for p in (there / "checkpoints").iterdir()] == ["3"]
+    assert (aside / "5" / "commit_success.txt").read_text() == "checkpoints/5"
+    assert (aside / "ema" / "00000005.npz").read_text() == "ema/00000005.npz"
+    assert [p.name for p in (there / "ema").iterdir()] == ["00000003.npz"]
 
 
 @pytest.mark.fast

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from ogdm_jax import places, records
+from ogdm_jax import cluster, places, records
 from ogdm_jax.config import Config, ConfigError, Sample, require
 from ogdm_jax.config.groups import GRID_OPTIONS
 from ogdm_jax.data import Source, from_arrays, npz, output
@@ -108,8 +107,7 @@ def draw_or_read(
         require(of(config).cfg == 1 or knows, "dg.cfg", of(config).cfg, hidden)
         log(f"drawing {num} samples of step {prior.step} ({words_of(config.sample)})")
         _draw(config, prior, source, wanted, path, devices)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("samples for the discriminator")
+    cluster.compare({})  # the others wait here, where no exchange of theirs can time out
     return read(path, wanted, source.latents)
 
 

@@ -33,6 +33,7 @@ SHOWN = 64  # images of an evaluation's samples.png
 FEWEST = 6  # samples of a distance: more than the neighbours that precision and recall look at
 NETWORKS = ("lite0", "inception")  # feature spaces that are no labelled source
 _PART = 4096  # images that are read at a time for their labels
+_GATHERED = 1 << 28  # bytes that processes exchange at a time: all of them are on every device then
 
 
 def space_of(config: Config, images: Source | None = None) -> FeatureSpace:
@@ -263,7 +264,10 @@ class Evaluator:
         images = np.concatenate([to_uint8(part) for part in drawn])
         if count == 1:
             return images
-        everything = np.asarray(multihost_utils.process_allgather(images))  # [processes, share,...]
+        rows = max(_GATHERED // (count * images[0].nbytes), 1)
+        parts = (images[at : at + rows] for at in range(0, len(images), rows))
+        parts = [np.asarray(multihost_utils.process_allgather(part)) for part in parts]
+        everything = np.concatenate(parts, axis=1)  # [processes, share, ...]
         return everything.swapaxes(0, 1).reshape(-1, *images.shape[1:])[:num]
 
     @functools.cached_property

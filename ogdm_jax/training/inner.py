@@ -112,6 +112,7 @@ class Loop:
             self.watch = self.task.watch(run, workdir, self.writer)
             self.evaluate = self.task.evaluation(run, workdir)
             self.first = self.step = int(self.state.step)
+            self.key = run.key  # once: it is three programs
             self.kept = found.step if found else None  # the step that was saved last
             self.position = self.batches.get_state()  # of the batch that follows the state
             self.interval, self.told = logs.Interval(), False
@@ -198,7 +199,7 @@ class Loop:
         run, step = self.run, self.step + 1
         self.profiler.before(step)
         batch = run.plan.place_batch(next(self.batches))
-        self.state, metrics = compiled(self.state, constants, batch, run.key)
+        self.state, metrics = compiled(self.state, constants, batch, self.key)
         self.step, self.position = step, self.batches.get_state()
         self.profiler.after(step, metrics)
         self.interval.add(metrics)

@@ -81,7 +81,7 @@ def set_aside(
     while (workdir / SET_ASIDE / str(number)).exists():
         number += 1
     target = workdir / SET_ASIDE / str(number)
-    target.mkdir(parents=True)
+    places.begin(target)
     record = workdir / evaluations.NAME
     if record.exists():
         reports = evaluations.read(workdir)
@@ -89,9 +89,9 @@ def set_aside(
         evaluations.write(workdir, {s: report for s, report in reports.items() if s <= start})
     for step in later:
         (workdir / "checkpoints" / str(step)).rename(target / str(step))
-    for path in (snapshots.path_of(workdir, step) for step in snapshots.present(workdir)):
-        if int(path.stem) > start:
-            (target / snapshots.FOLDER).mkdir(exist_ok=True)
+    if after := [step for step in snapshots.present(workdir) if step > start]:
+        places.begin(target / snapshots.FOLDER)
+        for path in (snapshots.path_of(workdir, step) for step in after):
             path.rename(target / snapshots.FOLDER / path.name)
     note(workdir, max(start, 0), "went back", set_aside=later, where=str(target))
     log(f"went back to step {max(start, 0)}; steps {spelled_steps(later)} are now in {target}")

@@ -38,6 +38,11 @@ class Bucket(DirFileSystem):
     def _join(self, path):
         return super()._join(self._strip_protocol(path))
 
+    def mkdir(self, path, create_parents=True, **more):
+        """Nothing: a folder is there once a file is in it."""
+
+    makedirs = mkdir
+
     def open(self, path, mode="rb", **more):
         assert "a" not in mode, "object storage cannot append"
         return super().open(path, mode, **more)
