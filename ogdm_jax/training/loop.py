@@ -93,8 +93,7 @@ def train(
             resume.note(workdir, found.step, "override", changed=decided)
         begins = initial[-1] if initial else "a new run"
         begins = f"resumed from step {found.step}" if found else begins
-        words = opening.lines(run, shapes, workdir, begins)
-        log("\n".join(words))
+        log("\n".join(opening.lines(run, shapes, workdir, begins)))
         loop = Loop(
             run=run,
             task=task,
@@ -110,8 +109,7 @@ def train(
         )
         state = loop.run_to_end()
         task.finish(run, state, workdir, log)
-        # JAX gives processes that are through five minutes, and the lead one still draws and writes
-        cluster.compare({})
+        cluster.compare({})  # the lead one still writes; JAX aborts all after five minutes
         return run, state
 
 
