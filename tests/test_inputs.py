@@ -119,7 +119,8 @@ def test_a_picture_is_that_of_its_folder(tmp_path, name, channels):
         with pytest.raises(ValueError) as refused:
             open_input(str(folder / name), shape)
         for other in (refused.value, error):
-            assert "has colour where grey images are expected" in str(other)
+            assert "has colour where grey images are expected; make it grey" in str(other)
+        assert str(refused.value).endswith("make it grey")  # --channels is no option of sampling
         return
     assert truth.shape == (1, *shape)
     for where in (folder, folder / name):

@@ -1,5 +1,6 @@
 """Images to measure, read from wherever they are, and results, written for people and programs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def open_input(where: str, shape: tuple[int, int, int], memory_limit: int = MEMO
     try:
         return open_pictures(where, shape[0], shape[2], memory_limit)
     except ValueError as error:
-        raise ValueError(f"--input: {error}") from None
+        raise ValueError(f"--input: {_reason(error)}") from None
 
 
 def read_input(
@@ -118,8 +119,14 @@ def read_measured(
         _check_size(where, source.shape, wanted, task.name, shape)
         return _first(source, most, classes)
     except SourceError as error:
-        reason = str(error).partition("; crop and resize")[0]  # measurements are not resized
-        raise ValueError(f"--measured: {reason}") from None
+        raise ValueError(f"--measured: {_reason(error)}") from None
+
+
+def _reason(error: ValueError) -> str:
+    """The words of an error without the remedies that a finished model, which decides on the size
+    and the channels, does not have.
+    """
+    return re.split("; crop and resize|, or make every image RGB", str(error))[0]
 
 
 def _check_size(
