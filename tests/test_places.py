@@ -6,17 +6,21 @@ import errno
 import json
 import os
 import subprocess
+import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from ogdm_jax import data, places
 from ogdm_jax.cli import evaluate as scoring
-from ogdm_jax.data import SourceError, pictures
+from ogdm_jax.data import SourceError, files, pictures
+from ogdm_jax.data.base import read_many
 from ogdm_jax.data.prepare import prepare
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.interop import export
@@ -106,6 +110,25 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     assert done.returncode == 0 and "to gs://bucket/a/b.npz" in done.stdout, done.stderr
     with np.load(bucket / "a" / "b.npz") as archive:
         assert archive["images"].shape == (3, 8, 8, 1)
+
+
+def test_images_of_an_archive_in_a_bucket_are_read_at_once_by_one_request_each(bucket, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    with zipfile.ZipFile(bucket / "set.zip", "w") as archive:
+        for i, image in enumerate(images):
+            archive.writestr(f"{i}.png", pictures.encode(image))
+    reader = files.open_zip("zip:gs://bucket/set.zip", "gs://bucket/set.zip").reader
+    real, asked, all_asked = LocalFileSystem.cat_file, [], threading.Barrier(4, timeout=30)
+
+    def cat_file(self, path, start=None, end=None, **more):
+        asked.append((start, end))
+        all_asked.wait()
+        return real(self, path, start, end, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    found = [image for image, _ in read_many(reader, [3, 1, 0, 2])]
+    np.testing.assert_array_equal(found, images[[3, 1, 0, 2]])
+    assert len(asked) == 4
 
 
 def test_sources_and_reports_in_a_bucket(bucket, tmp_path, capsys):

@@ -8,7 +8,7 @@ import threading
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ UNREADABLE += (NotImplementedError, RuntimeError, struct.error, MemoryError, Ove
 _HEADER = struct.Struct("<26xHH")
 _UNUSUAL = 0x61  # flags of a zip member: encrypted, patched, strongly encrypted
 _TABLE = "dataset.json"
+_AT_ONCE = 32  # requests to a bucket, each of which takes tens of milliseconds
 
 
 class FolderReader:
@@ -105,6 +106,14 @@ class FolderReader:
             self.frames.add(self.names[i])
         return image, self.caption(i)
 
+    def read_many(self, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, str | None]]:
+        """What `read` returns for each of rows; of a bucket many are read at once."""
+        if is_local(self.root):
+            yield from map(self.read, rows)
+        else:
+            with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+                yield from pool.map(self.read, rows)
+
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of the images that were read."""
         if not self.frames:
@@ -139,7 +148,7 @@ class ZipReader(FolderReader):
     ) -> None:
         super().__init__(source, root, names)
         self.stored, self.places, self._lock = stored, places, threading.Lock()
-        self._file: int | None = None
+        self._file: Any = None  # a descriptor; of a bucket a file of fsspec
         self._archive: zipfile.ZipFile | None = None
 
     def __reduce__(self) -> tuple:
@@ -152,19 +161,17 @@ class ZipReader(FolderReader):
     def content(self, i: int) -> bytes:
         """A member's bytes. Reading at a place moves no file position, so threads need no turns."""
         start, stored, size, checksum, method = self.places[i].tolist()
-        if method < 0 or not is_local(self.root):
+        if method < 0 or not (is_local(self.root) or hasattr(self._opened(), "fs")):
             return self._slowly(self.stored[i], size)
-        file = self._opened()
         # 512: the name and what else stands between the header and the data.
         length = _HEADER.size + min(stored, HEAD) + 512
-        block = os.pread(file, length, start) if start >= 0 else b""
+        block = self._span(start, length) if start >= 0 else b""
         if block[:4] != b"PK\x03\x04" or len(block) < _HEADER.size:
             raise zipfile.BadZipFile("no member begins where the archive's directory says")
         begin = _HEADER.size + sum(_HEADER.unpack_from(block))
         data = block[begin : begin + stored]
         if len(data) < stored:
-            left = os.fstat(file).st_size - start - begin
-            data = os.pread(file, min(stored, max(left, 0)), start + begin)
+            data = self._span(start + begin, stored)
         if method == zipfile.ZIP_DEFLATED:
             if size > LARGE:
                 check_size(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEAD), size)
@@ -173,11 +180,23 @@ class ZipReader(FolderReader):
             raise zipfile.BadZipFile("it is cut short or its checksum is wrong")
         return data
 
-    def _opened(self) -> int:
+    def _span(self, start: int, length: int) -> bytes:
+        """So many bytes of the archive from one on, or those that are left of it."""
+        file = self._opened()
+        if isinstance(file, int):
+            left = os.fstat(file).st_size - start
+            return os.pread(file, min(length, max(left, 0)), start)
+        end = min(start + length, file.size)
+        return file.fs.cat_file(file.path, start, end) if start < end else b""
+
+    def _opened(self) -> Any:
         with self._lock:
-            if self._file is None:
+            if self._file is None and is_local(self.root):
                 self._file = os.open(self.root, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._file)
+            elif self._file is None:
+                self._file = place(self.root).open("rb")
+                weakref.finalize(self, self._file.close)
             return self._file
 
     def _slowly(self, name: str, size: int) -> bytes:
