@@ -24,6 +24,20 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
+def typed(key: Array) -> Array:
+    """Typed keys of keys of either style: the words of `jax.random.PRNGKey` are wrapped.
+
+    Raises:
+      ValueError: no key.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype != np.uint32 or key.shape[-1:] != (2,):
+        raise ValueError(f"key={key!r}; expected jax.random.key(SEED), or keys split from it")
+    return jax.random.wrap_key_data(key)
+
+
 def fold_in_name(key: Array, purpose: str) -> Array:
     """The key of a named purpose: fold_in(key, crc32(purpose)), the same in every process."""
     return jax.random.fold_in(key, jnp.uint32(zlib.crc32(purpose.encode())))

@@ -1,6 +1,9 @@
 """A trained model as people use it: its text, its denoiser, its samples."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,7 +11,9 @@ from PIL import Image
 from ogdm_jax import models, places
 from ogdm_jax.cli import animation
 from ogdm_jax.config import ConfigError
+from ogdm_jax.methods import mpgd
 from ogdm_jax.pixels import to_uint8
+from ogdm_jax.sampling import generate
 from ogdm_jax.training.workdir import Path, TrainedModel
 from tests.support import networks, tiny
 
@@ -45,6 +50,12 @@ def test_the_denoiser_holds_the_weights(trained):
     "words,message",
     [
         ({"n": 0}, "n: 0 given; expected at least 1 image"),
+        ({"batch": 0}, "batch: 0 given; expected at least 1 image"),
+        ({"seeds": []}, r"seeds: \[\] given; expected whole numbers from 0"),
+        ({"seeds": 3}, "seeds: 3 given; expected whole numbers from 0"),
+        ({"seeds": [0, -1]}, "seeds: .* given; expected whole numbers from 0"),
+        ({"seeds": [2**32]}, "seeds: .* given; expected whole numbers from 0"),
+        ({"seeds": [1.5]}, "seeds: .* given; expected whole numbers from 0"),
         ({"label": 3}, "--label: 3 given, but the model is unconditional"),
         ({"solver": "magic"}, "sample.solver: unknown 'magic'; expected one of euler, heun"),
         ({"stepz": 3}, "no setting 'stepz'; expected some of solver, steps"),
@@ -53,6 +64,34 @@ def test_the_denoiser_holds_the_weights(trained):
 def test_what_cannot_be_is_refused_in_one_sentence(trained, words, message):
     with pytest.raises(ConfigError, match=message):
         trained.sample(**words)
+
+
+def test_guidance_that_is_given_again_compiles_nothing(trained):
+    traced = []
+
+    def loss(x0_hat):
+        traced.append(None)
+        return jnp.sum(jnp.square(x0_hat), (1, 2, 3))
+
+    words = {"devices": jax.local_devices()[:1], "solver": "ancestral"}
+    guided = mpgd.guidance(loss, 0.1)
+    first = trained.sample(1, guidance=guided, **words)
+    count = len(traced)
+    other = dataclasses.replace(guided)  # the same rules
+    np.testing.assert_array_equal(trained.sample(1, guidance=[other], **words), first)
+    assert len(traced) == count > 0
+    again = trained.sample(1, guidance=mpgd.guidance(loss, 0.2), **words)  # others
+    assert len(traced) > count and np.abs(again - first).max() > 1e-4
+
+
+@pytest.mark.parametrize("label", [[4, -1], np.array([4, -1]), (4, -1)])
+def test_each_image_may_have_its_class(label):
+    seeds = np.arange(2)
+    np.testing.assert_array_equal(generate.labels_for(seeds, 10, label), [4, -1])
+    np.testing.assert_array_equal(generate.labels_for(seeds, 10, np.int64(4)), [4, 4])
+    for wrong in ([4, 10], [4, -2], [4], [[4, 4]], 4.5):
+        with pytest.raises(ConfigError, match="--label: .* given; expected 0 to 9, or -1"):
+            generate.labels_for(seeds, 10, wrong)
 
 
 def test_a_path_ends_at_the_images_of_its_seeds(trained):

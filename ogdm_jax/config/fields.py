@@ -200,9 +200,13 @@ def expected(field: dataclasses.Field[Any]) -> str:
 
 
 def _typed(key: str, value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
-    """The value as the field's declared type; raises ConfigError where it is of another one."""
+    """The value as the field's declared type, NumPy's numbers as Python's; raises ConfigError where
+    it is of another one.
+    """
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = typing.get_args(hint) if union else (hint,)
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
     if value is None:
         if types.NoneType in kinds:
             return None

@@ -54,10 +54,13 @@ def next_sigma(
       [B], sigma_min <= sigma_s <= sigma as long as sigma >= sigma_min (k <= 1).
 
     Raises:
-      ValueError: k is negative.
+      ValueError: k is negative, or above 1 and no whole number.
     """
-    if k < 0:
-        raise ValueError(f"k: {k} given; expected a number of at least 0")
+    if k < 0 or (k > 1 and k % 1):
+        raise ValueError(
+            f"k: {k} given; expected a number from 0 to 1, or a whole number of levels"
+        )
+    sigma = 1.0 * jnp.asarray(sigma)
     if k > 1:
         levels = sigma_of_tau(np.arange(round(k)) / (round(k) - 1), sigma_min, sigma_max, rho)
         # A level that is itself on the grid, give or take its rounding, goes one further down.

@@ -98,10 +98,11 @@ class _Network:
 
     def _input(self, x: Array, sigma: Array) -> tuple[Array, tuple[Array, Array], Array, Array]:
         """(x in at least float32, (c_skip, c_out), c_in, c_noise)."""
+        x = jnp.asarray(x)
         if x.ndim != 4:
             raise ValueError(f"denoise: x has shape {x.shape}; expected [B, H, W, C]")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sigma = jnp.asarray(sigma, x.dtype)
+        sigma = jnp.asarray(sigma).astype(x.dtype)
         if sigma.shape not in ((), (1,), (x.shape[0],)):
             raise ValueError(
                 f"denoise: sigma has shape {sigma.shape}; expected one number or [{x.shape[0]}]"

@@ -105,6 +105,18 @@ class Operator:
             )
         return self.spectrum
 
+    def measured(self, y: Array, x: Array) -> Array:
+        """Measurements y, of each image or one of all, in the type of images x.
+
+        Raises:
+          ValueError: measurements of no images like x.
+        """
+        shape = jax.eval_shape(self.forward, x).shape
+        if np.shape(y) not in (shape, (1, *shape[1:])):
+            raise ValueError(f"y: shape {np.shape(y)}; expected {shape}, what {self.name} gives")
+        check_floats(y.dtype, "y")
+        return jnp.asarray(y).astype(x.dtype)
+
     def count(self, y: Array) -> Array:
         """[B] how many numbers of y are measured (m of the residual ratio)."""
         ones = jnp.ones_like(y)
@@ -123,11 +135,18 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
 
     Args:
       mask: 1 where a pixel is seen, 0 where it is hidden: [H,W], [H,W,1], or one per image
-        [B,H,W,1].
+        [B,H,W,1]; with C in place of the last 1, one per channel.
 
     Raises:
-      ValueError: another rank.
+      ValueError: another rank, or numbers outside [0, 1]; images that it does not fit.
     """
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    values = np.zeros(()) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    if np.any(values < 0) or np.any(values > 1):
+        raise ValueError(
+            f"mask: numbers from {values.min()} to {values.max()}; expected 1 where a pixel is "
+            "seen and 0 where it is hidden"
+        )
     if np.ndim(mask) not in (2, 3, 4):
         raise ValueError(f"mask: shape {np.shape(mask)}; expected [H,W], [H,W,1] or [B,H,W,1]")
     if np.ndim(mask) == 2:
@@ -140,6 +159,8 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
             raise ValueError(
                 f"mask: {mask.shape[1:3]} pixels; expected those of the images, {x.shape[1:3]}"
             )
+        if mask.shape[0] not in (1, x.shape[0]) or mask.shape[3] not in (1, x.shape[3]):
+            raise ValueError(f"mask: shape {mask.shape}; expected one that fits {x.shape}")
         return jnp.asarray(mask, x.dtype) * x
 
     def spectrum(shape: tuple[int, int, int]) -> Spectrum:
@@ -330,8 +351,9 @@ def measurement_loss(
         Broadcastable to y.
 
     Raises:
-      ValueError: y of another shape, when the loss is called.
+      ValueError: y of integers, or of another shape, when the loss is called.
     """
+    check_floats(y.dtype, "y")
 
     def loss(x0_hat: Array) -> Array:
         predicted = operator.forward(x0_hat)

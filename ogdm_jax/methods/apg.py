@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax.config import Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods import cfg
 from ogdm_jax.methods.session import Session
-from ogdm_jax.sampling.guidance import Guidance, Memory
-from ogdm_jax.sampling.schedule import Window, inside, window_setting
+from ogdm_jax.sampling.guidance import Guidance, Memory, constant
+from ogdm_jax.sampling.schedule import Window, inside, numbers, window_setting
 from ogdm_jax.typing import Array, PyTree
 
 
@@ -75,7 +74,7 @@ def projected(x0_hat: Array, m: Array, settings: Settings, weight: Any) -> Array
     length = total(d**2)
     some = length != 0  # of nan too, which stays
     parallel = jnp.where(some, total(m * d) / jnp.where(some, length, 1.0), 0.0) * d
-    moved = d + (weight - 1) * (m - (1 - settings.eta) * parallel)
+    moved = d + (per_example(weight, d) - 1) * (m - (1 - settings.eta) * parallel)
     return moved.astype(x0_hat.dtype)
 
 
@@ -144,7 +143,7 @@ def difference(
 
 
 def guidance(
-    weight: float = Settings.weight,
+    weight: float | Array = Settings.weight,
     norm: float = 0.0,
     eta: float = 0.0,
     momentum: float = 0.0,
@@ -153,12 +152,13 @@ def guidance(
     """APG as guidance of `sample`; the weight is an array, so that another one compiles nothing.
 
     Args:
-      weight, norm, eta, momentum, window: see `Settings`.
+      weight, norm, eta, momentum, window: see `Settings`; the weight may be an array, too.
 
     Raises:
       ConfigError: a setting out of range.
     """
-    chosen = Settings(weight, norm, eta, momentum, window)
+    more = {"norm": norm, "eta": eta, "momentum": momentum, "window": window}
+    chosen = Settings(**numbers(weight=weight), **more)
 
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
         return guide(denoise, chosen, constants["weight"])
@@ -172,7 +172,7 @@ def guidance(
         return guide(denoise, chosen, constants["weight"], memory, seen), after
 
     memory = Memory(jnp.zeros_like, step) if chosen.momentum else None
-    constants = {"weight": np.float32(chosen.weight)}
+    constants = {"weight": constant(weight)}
     return Guidance("apg", transform, constants=constants, outermost=-1, memory=memory)
 
 

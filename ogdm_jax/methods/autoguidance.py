@@ -13,15 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.latents import difference
 from ogdm_jax.methods.session import Session
-from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.sampling.schedule import Window, inside, window_setting
+from ogdm_jax.sampling.guidance import Guidance, constant
+from ogdm_jax.sampling.schedule import Window, inside, numbers, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 
@@ -73,7 +72,7 @@ def guide(denoise: Denoise, weak: Denoise, weight: Any, window: Window | None = 
 
 def guidance(
     weak: Callable[..., Any],
-    weight: float = 1.5,
+    weight: float | Array = 1.5,
     window: Window | None = None,
     *,
     params: PyTree = None,
@@ -82,20 +81,20 @@ def guidance(
 
     Args:
       weak: the weak denoiser; where params are given, a function of them that returns it.
-      weight: w above.
+      weight: w above; a number, or an array, traced or [B].
       window: noise levels (low, high) that are guided; None: all.
       params: the weak model's weights, an argument of the compiled sampler.
 
     Raises:
       ConfigError: a weight or a window that cannot be.
     """
-    chosen = Settings(weight=weight, window=window)
+    chosen = Settings(**numbers(weight=weight), window=window)
 
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
         other = weak if params is None else weak(constants["params"])
         return guide(denoise, other, constants["weight"], chosen.window)
 
-    constants = {"params": params, "weight": np.float32(chosen.weight)}
+    constants = {"params": params, "weight": constant(weight)}
     return Guidance("autoguidance", denoiser=transform, constants=constants)
 
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax.config import ConfigError, Group, setting
 from ogdm_jax.diffusion.denoiser import Denoiser, Evaluation, as_denoiser, decorated
 from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
-from ogdm_jax.sampling.guidance import Guidance
-from ogdm_jax.sampling.schedule import Window, check_levels, inside, window_setting
+from ogdm_jax.sampling.guidance import Guidance, constant
+from ogdm_jax.sampling.schedule import Window, check_levels, inside, numbers, window_setting
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 
@@ -150,7 +149,7 @@ class Settings(Group):
 
 
 def guidance(
-    weight: float = 1.5,
+    weight: float | Array = 1.5,
     window: Window | None = None,
     channels: int = 0,
     below: tuple[float, float] | None = None,
@@ -160,7 +159,7 @@ def guidance(
     compiles nothing.
 
     Args:
-      weight: w above.
+      weight: w above; a number, or an array, traced or [B].
       window: noise levels (low, high) of the interval; None: all.
       channels: how many of the channels are guided; 0: all.
       below: (level, weight): another weight at noise levels up to this one; None: the same. DG's
@@ -170,7 +169,8 @@ def guidance(
     Raises:
       ConfigError: an interval that is not 0 <= low < high.
     """
-    chosen = Settings(weight, window, channels, below, rescale)
+    more = {"channels": channels, "below": below, "rescale": rescale}
+    chosen = Settings(**numbers(weight=weight), window=window, **more)
     low, high = chosen.window or (0.0, float("inf"))
 
     def transform(denoise: Denoiser, constants: PyTree) -> Denoiser:
@@ -180,10 +180,10 @@ def guidance(
         guided = weight if chosen.below else constants["weight"]
         return guide(denoise, guided, low, high, chosen.channels or None, rescale)
 
-    numbers = {"weight": chosen.weight}
+    held: dict[str, Any] = {"weight": weight}
     if chosen.below:
-        numbers |= {"level": chosen.below[0], "below": chosen.below[1]}
-    constants = {name: np.float32(value) for name, value in numbers.items()}
+        held |= {"level": chosen.below[0], "below": chosen.below[1]}
+    constants = {name: constant(value) for name, value in held.items()}
     return Guidance("cfg", denoiser=transform, constants=constants, outermost=-1)
 
 

@@ -22,7 +22,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.config import ConfigError, setting
 from ogdm_jax.diffusion.steps import per_example, spread
@@ -50,7 +52,16 @@ class Settings(Schedule):
     )
 
 
-def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) -> Guidance:
+def known_std(method: str, std: float | Array) -> float | Array:
+    """The noise of measurements, a float where it is known already; ValueError for none."""
+    if isinstance(std, jax.core.Tracer):
+        return std
+    if np.ndim(std) or not std >= 0:
+        raise ValueError(f"{method}: std={std}; expected a number of at least 0, the noise of y")
+    return float(std)
+
+
+def guidance(operator: Operator, y: Array, std: float | Array = 0.0, **settings: Any) -> Guidance:
     """DDNM+ as guidance of `sample`.
 
     Args:
@@ -61,9 +72,11 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
 
     Raises:
       ConfigError: a setting out of range.
-      ValueError: an operator without singular values; when sampling, churn or Heun's solver.
+      ValueError: an operator without singular values, a std below 0; when sampling, y of another
+        shape, churn or Heun's solver.
     """
     basis_of, chosen = operator.need_spectrum("ddnm"), Settings(**settings)
+    std = known_std("ddnm", std)
 
     def rule(
         evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
@@ -74,8 +87,8 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
         seen = s > SMALLEST
         inverse = jnp.where(seen, 1 / jnp.where(seen, s, 1.0), 0.0)
         x0_hat = evaluate(x)
-        d, clean = basis.to(x0_hat), inverse * basis.measured(y)
-        if std == 0:
+        d, clean = basis.to(x0_hat), inverse * basis.measured(operator.measured(y, x))
+        if isinstance(std, float) and std == 0:
             rectified = basis.back(d + jnp.where(seen, clean - d, 0.0))
             mean, step_std = transition(rectified, x)
             return mean + spread(step_std, x) * noise, rectified

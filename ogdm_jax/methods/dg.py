@@ -37,7 +37,7 @@ from ogdm_jax.diffusion.steps import per_example
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.churn import Churn, Info
-from ogdm_jax.sampling.guidance import Guidance, Preset
+from ogdm_jax.sampling.guidance import Guidance, Preset, constant
 from ogdm_jax.sampling.schedule import Window, check_levels, window_setting
 from ogdm_jax.typing import Array, Denoise, LogRatio, PyTree
 
@@ -87,6 +87,11 @@ def correction(
 
     def total(x: Array) -> tuple[Array, Array]:
         value = log_ratio(x, sigma, label)
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"log_ratio: gives shape {value.shape}; expected one number per image, "
+                f"{x.shape[:1]}"
+            )
         return value.sum(), value
 
     c, value = jax.grad(total, has_aux=True)(x)
@@ -195,7 +200,8 @@ class _Guided:
             return per_example(w, x) * added, jnp.where(active, ratio.astype(x.dtype), jnp.inf)
 
         def outside() -> tuple[Array, Array]:
-            return jnp.zeros_like(x), jnp.full(sigma.shape, jnp.inf, x.dtype)
+            nothing = jnp.zeros_like(x)  # of the axes of x, under shard_map too
+            return nothing, nothing.reshape(len(x), -1)[:, 0] + jnp.inf
 
         return jax.lax.cond(jnp.any(active), inside, outside)
 
@@ -369,10 +375,10 @@ def mean_shift(
 
 def guidance(
     log_ratio: Callable[..., Any],
-    weight: float = 1.0,
+    weight: float | Array = 1.0,
     sigma_min: float = 0.0,
     sigma_max: float = float("inf"),
-    corrector_weight: float | None = None,
+    corrector_weight: float | Array | None = None,
     *,
     params: PyTree = None,
     boost: Boost | None = None,
@@ -400,15 +406,17 @@ def guidance(
             f"rule={rule!r}{' with boost' if boost else ''}; expected 'score', or 'mean' without "
             "boosting"
         )
-    constants: dict[str, Any] = {"params": params, "weight": np.float32(weight)}
+    constants: dict[str, Any] = {"params": params, "weight": constant(weight)}
     if corrector_weight is not None:
-        constants["corrector_weight"] = np.float32(corrector_weight)
+        constants["corrector_weight"] = constant(corrector_weight)
 
     def known(constants: PyTree) -> LogRatio:
         return log_ratio if params is None else log_ratio(constants["params"])
 
     def transform(denoise: Denoiser, constants: PyTree, through: bool = False) -> Denoiser:
-        second = constants["corrector_weight"] if corrector_weight else corrector_weight
+        second = constants.get("corrector_weight")
+        if _is_zero(corrector_weight):  # then the second evaluation asks no discriminator
+            second = 0.0
         window = known(constants), constants["weight"], sigma_min, sigma_max
         return guide(denoise, *window, second, through=through)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ogdm_jax.config import ConfigError, setting
 from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.inverse.operators import Operator, image_shape
-from ogdm_jax.methods.ddnm import SMALLEST
+from ogdm_jax.methods.ddnm import SMALLEST, known_std
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments
@@ -49,7 +49,7 @@ class Settings(Schedule):
 
 
 def guidance(
-    operator: Operator, y: Array, std: float, strength: float | Array = 8.0, **settings: Any
+    operator: Operator, y: Array, std: float | Array, strength: float | Array = 8.0, **settings: Any
 ) -> Guidance:
     """DiffPIR as guidance of `sample`.
 
@@ -62,11 +62,12 @@ def guidance(
 
     Raises:
       ConfigError: a setting out of range.
-      ValueError: an operator without singular values; when sampling, churn or Heun's solver.
+      ValueError: an operator without singular values, a std below 0; when sampling, y of another
+        shape, churn or Heun's solver.
     """
     operator.need_spectrum("diffpir")
     chosen = Settings(**numbers(strength=strength), **settings)
-    rule = Proximal(operator, y, std, strength, chosen.share)
+    rule = Proximal(operator, y, known_std("diffpir", std), strength, chosen.share)
     return Guidance("diffpir", transition=scheduled(rule, chosen), replaces_x0=True)
 
 
@@ -100,7 +101,7 @@ class Proximal:
 
     operator: Operator
     y: Array
-    std: float
+    std: float | Array
     strength: float | Array
     share: float
 
@@ -111,14 +112,14 @@ class Proximal:
         basis = self.operator.need_spectrum("diffpir")(image_shape(x))
         x0_hat = evaluate(x)
         d, sigma = basis.to(x0_hat), per_example(info.sigma, x)
+        y = basis.measured(self.operator.measured(self.y, x))
         s, next_sigma = jnp.asarray(basis.values, x.dtype), per_example(info.sigma_next, x)
         rho = spread(self.strength * self.std**2 / 4, x) / sigma**2
         solved = (s > SMALLEST) | (rho > 0)  # else neither y nor the model says anything new
         total = jnp.where(solved, s**2 + rho, 1.0)
-        explained = jnp.where(solved, (s * basis.measured(self.y) + rho * d) / total, d)
+        explained = jnp.where(solved, (s * y + rho * d) / total, d)
         x0 = basis.back(explained)
-        if self.std:
-            x0 = jnp.where(next_sigma > 0, x0, x0_hat)
+        x0 = jnp.where((next_sigma > 0) | (self.std == 0), x0, x0_hat)
         e = (x - x0) / sigma
         mixed = jnp.sqrt(self.share) * noise + jnp.sqrt(1 - self.share) * e
         return x0 + next_sigma * mixed, x0

@@ -157,7 +157,7 @@ def spherical_step(mean: Array, std: Array, eps: Array, grad: Array, rate: float
     Raises:
       ValueError: a rate outside [0, 1].
     """
-    if isinstance(rate, int | float) and not 0 <= rate <= 1:
+    if isinstance(rate, int | float | np.number) and not 0 <= rate <= 1:
         raise ValueError(f"rate={rate}; expected a number from 0 to 1")
     wide = jnp.promote_types(mean.dtype, jnp.float32)
     mean_, eps, grad = (v.astype(wide) for v in (mean, eps, grad))

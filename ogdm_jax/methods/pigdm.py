@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from ogdm_jax.config import setting
 from ogdm_jax.diffusion.steps import per_example, spread
 from ogdm_jax.inverse.operators import Operator, image_shape
-from ogdm_jax.methods.ddnm import SMALLEST
+from ogdm_jax.methods.ddnm import SMALLEST, known_std
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import Evaluate, Guidance, Moments
@@ -46,7 +46,7 @@ class Settings(Schedule):
     )
 
 
-def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) -> Guidance:
+def guidance(operator: Operator, y: Array, std: float | Array = 0.0, **settings: Any) -> Guidance:
     """Pi-GDM as guidance of `sample`.
 
     Args:
@@ -57,9 +57,11 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
 
     Raises:
       ConfigError: a setting out of range.
-      ValueError: an operator without singular values; when sampling, churn or Heun's solver.
+      ValueError: an operator without singular values, a std below 0; when sampling, y of another
+        shape, churn or Heun's solver.
     """
     basis_of, chosen = operator.need_spectrum("pigdm"), Settings(**settings)
+    std = known_std("pigdm", std)
 
     def rule(
         evaluate: Evaluate, transition: Moments, x: Array, noise: Array, info: Info
@@ -73,7 +75,7 @@ def guidance(operator: Operator, y: Array, std: float = 0.0, **settings: Any) ->
         level = std / per_example(info.sigma, x)
         seen = s > SMALLEST
         inverse = jnp.where(seen, s / jnp.where(seen, s**2 / share + level**2, 1.0), 0.0)
-        residual = basis.measured(y) - s * basis.to(x0_hat)
+        residual = basis.measured(operator.measured(y, x)) - s * basis.to(x0_hat)
         x0 = x0_hat + pull(basis.back(inverse * residual))[0]
         mean, step_std = transition(x0, x)
         return mean + spread(step_std, x) * noise, x0

@@ -7,8 +7,9 @@ guidance raises the churn of exactly those images whose log ratio was negative i
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -111,8 +112,8 @@ def as_rule(churn: Any) -> ChurnRule | None:
     Raises:
       ValueError: an unknown field, a negative number, or something that is no rule.
     """
-    if isinstance(churn, int | float):
-        churn = Churn(churn)
+    if isinstance(churn, int | float | np.number | jax.Array):
+        churn = Churn(churn.item() if isinstance(churn, np.number) else cast(float, churn))
     elif isinstance(churn, Mapping):
         fields = [f.name for f in dataclasses.fields(Churn)]
         unknown = set(churn) - set(fields)
@@ -124,7 +125,7 @@ def as_rule(churn: Any) -> ChurnRule | None:
     if isinstance(churn, Churn):
         for field in dataclasses.fields(churn):
             value = getattr(churn, field.name)
-            if isinstance(value, int | float) and not value >= 0:
+            if isinstance(value, int | float | np.number) and not value >= 0:
                 raise ValueError(f"churn: {field.name}={value}; expected a number of at least 0")
         if isinstance(churn.S_churn, int | float) and churn.S_churn == 0:
             return None

@@ -82,13 +82,15 @@ def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
     return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys))
 
 
-def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.ndarray | None:
+def labels_for(
+    seeds: np.ndarray, num_classes: int, label: int | Sequence[int] | np.ndarray | None
+) -> np.ndarray | None:
     """The class of each image: `label`, or one drawn from each seed; None without classes.
 
     Args:
       seeds: [n].
       num_classes: of the model, 0 if it is unconditional.
-      label: of all images (-1: no class), or None.
+      label: of all images (-1: no class), of each, or None.
 
     Raises:
       ConfigError: a label for an unconditional model, or one that is no class.
@@ -99,9 +101,12 @@ def labels_for(seeds: np.ndarray, num_classes: int, label: int | None) -> np.nda
         raise ConfigError(
             f"--label: {label} given, but the model is unconditional; leave the option out"
         )
-    need = f"0 to {num_classes - 1}, or -1 for no class"
-    require(-1 <= label < num_classes, "--label", label, need)
-    return np.full(len(seeds), label, np.int32)
+    labels = np.asarray(label)
+    known = labels.dtype.kind in "iu" and labels.shape in ((), (len(seeds),))
+    known = known and bool((labels >= -1).all() and (labels < num_classes).all())
+    each = f", or {len(seeds)} of them" if labels.ndim else ""
+    require(known, "--label", label, f"0 to {num_classes - 1}, or -1 for no class{each}")
+    return np.broadcast_to(labels, (len(seeds),)).astype(np.int32)
 
 
 def noise_levels(model: Model, settings: Sample) -> np.ndarray:

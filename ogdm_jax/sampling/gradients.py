@@ -73,10 +73,7 @@ def through_network(loss: Loss, evaluate: Evaluate, x: Array) -> tuple[Array, Ar
     # A pull-back of ones and not the gradient of a sum: no sum over images, which may lie on
     # several devices.
     values, pull, x0_hat = jax.vjp(value, x, has_aux=True)
-    if values.shape != x.shape[:1]:
-        raise ValueError(
-            f"loss: gives shape {values.shape}; expected one number per image, {x.shape[:1]}"
-        )
+    _check(values, x)
     return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
 
 
@@ -86,7 +83,16 @@ def at_x0(loss: Loss, evaluate: Evaluate, x: Array) -> tuple[Array, Array, Array
     """
     x0_hat = evaluate(x)
     values, pull = jax.vjp(loss, x0_hat)
+    _check(values, x)
     return x0_hat, values, known(values, pull(jnp.ones_like(values))[0])
+
+
+def _check(values: Array, x: Array) -> None:
+    """Raises ValueError for something else than one number per image."""
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"loss: gives shape {values.shape}; expected one number per image, {x.shape[:1]}"
+        )
 
 
 def known(values: Array, grad: Array) -> Array:

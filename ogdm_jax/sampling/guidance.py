@@ -12,11 +12,12 @@ gradient (gradients.py) and moves.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax.brief import brief
 from ogdm_jax.diffusion.denoiser import Denoiser, as_denoiser, clipped
@@ -172,17 +173,29 @@ class Parts(NamedTuple):
         return clipped(denoise) if clip else denoise
 
 
-def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts:
+def listed(guidance: Guidance | Sequence[Guidance] | None) -> list[Guidance]:
+    """One guidance, several or None as a list; ValueError for what is none."""
+    several = list(guidance or ()) if isinstance(guidance, Iterable | None) else [guidance]
+    for one in several:
+        if not isinstance(one, Guidance):
+            raise ValueError(
+                f"guidance: {one!r} given; expected what a method gives, such as dsg.guidance(loss)"
+            )
+    return several
+
+
+def combine(guidance: Guidance | Sequence[Guidance] | None, churn: Any = None) -> Parts:
     """The parts of several guidances.
 
     Args:
-      guidance: one or several.
+      guidance: one or several; None: none.
       churn: of `sample`: one more owner of that part; see `churn.as_rule`.
 
     Raises:
-      ValueError: two owners of the transition or of churn (both are named); a bad churn.
+      ValueError: no guidance; two owners of the transition or of churn (both are named); a bad
+        churn.
     """
-    several = [guidance] if isinstance(guidance, Guidance) else list(guidance)
+    several = listed(guidance)
     rule = as_rule(churn)
     if rule is not None:
         several.append(Guidance("churn", churn=rule))
@@ -204,6 +217,11 @@ def combine(guidance: Guidance | Sequence[Guidance], churn: Any = None) -> Parts
     transforms = sorted((g for g in several if g.denoiser is not None), key=lambda g: g.outermost)
     shifts = tuple(g for g in several if g.shift is not None)
     return Parts(tuple(transforms), single["transition"], single["churn"], shifts)
+
+
+def constant(number: Any) -> Any:
+    """A number among a guidance's `constants`; an array (traced, or one number per image) too."""
+    return number if isinstance(number, jax.Array) else np.float32(number)
 
 
 def per_image(make: Callable[..., Guidance], rows: PyTree, constants: PyTree = None) -> Guidance:

@@ -87,13 +87,13 @@ def nfe(solver: str, steps: int, **options: Any) -> int:
 
 def sample(
     denoise: Denoise,
-    latents: Array,
+    latents: Array | np.ndarray,
     sigmas: Array | np.ndarray,
     solver: str = "heun",
     key: Array | None = None,
     churn: Any = None,
     label: PyTree = None,
-    guidance: Guidance | Sequence[Guidance] = (),
+    guidance: Guidance | Sequence[Guidance] | None = (),
     trajectory: bool = False,
     *,
     eta: float | Array | None = None,
@@ -117,8 +117,8 @@ def sample(
         steps would be lost in their rounding.
       sigmas: [N+1] decreasing, last 0 (grids.py). Only their number is static.
       solver: a name of SOLVERS.
-      key: typed key, needed by random settings: a scalar (image i uses fold_in(key, i)) or [B], one
-        per image.
+      key: key of either style, needed by random settings: one (image i uses fold_in(key, i)) or
+        [B], one per image.
       churn: None, a number S_churn, a mapping of `Churn`'s fields, or a `ChurnRule`; for euler and
         heun.
       label: the images' condition: [B] int32, float vectors [B,K], a pytree of rows, or None.
@@ -149,7 +149,7 @@ def sample(
     """
     options, eta = _options(solver, options, variable), _eta(solver, eta)
     check_start(solver, sigmas, variance)
-    given, latents = latents.dtype, widened(latents)
+    given, latents = jnp.asarray(latents).dtype, widened(latents)
     parts = combine(guidance, churn)
     random_steps = check_parts(solver, parts, eta, variance)
     model = as_denoiser(denoise)
@@ -209,15 +209,16 @@ def _control(options: dict[str, Any], variable: str | None, memory: PyTree) -> a
     return adaptive.Control(**options, variable=variable or "angle")
 
 
-def widened(latents: Array) -> Array:
+def widened(latents: Array | np.ndarray) -> Array:
     """Latents in float32 at least.
 
     Raises:
       ValueError: latents that are no real numbers.
     """
+    latents = jnp.asarray(latents)
     if not jnp.issubdtype(latents.dtype, jnp.floating):
         raise ValueError(f"latents: {latents.dtype} given; expected floating-point numbers")
-    return jnp.asarray(latents, jnp.promote_types(latents.dtype, jnp.float32))
+    return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
 
 def step_noise(
@@ -245,6 +246,7 @@ def step_noise(
 def _image_keys(key: Array | None, batch: int) -> Array | None:
     if key is None:
         return None
+    key = randomness.typed(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
@@ -332,7 +334,9 @@ def _options(solver: str, given: dict[str, Any], variable: str | None = None) ->
 
 def _eta(solver: str, eta: float | Array | None) -> float | Array:
     """`eta` of sample, with None replaced by the solver's own."""
-    return float(solver == "dpmpp_2m_sde") if eta is None else eta
+    if eta is None:
+        return float(solver == "dpmpp_2m_sde")
+    return eta.item() if isinstance(eta, np.generic) else eta
 
 
 def _check_grid(solver: str, sigmas: Array | np.ndarray) -> Array | np.ndarray:

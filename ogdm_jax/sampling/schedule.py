@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ogdm_jax import randomness
 from ogdm_jax.config import ConfigError, Group, setting
@@ -61,7 +62,8 @@ def numbers(**settings: Any) -> dict[str, Any]:
     """Those settings that are plain numbers: an array (one number per image, or traced) has no
     limits that could be checked.
     """
-    return {name: value for name, value in settings.items() if is_number(value)}
+    plain = lambda value: is_number(value) or isinstance(value, np.number)
+    return {name: value for name, value in settings.items() if plain(value)}
 
 
 def scheduled(rule: TransitionRule, schedule: Schedule, clip: bool = False) -> TransitionRule:

@@ -13,12 +13,13 @@ import numpy as np
 from ogdm_jax import data, models
 from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, ConfigError, Sample, require
+from ogdm_jax.config.fields import shown
 from ogdm_jax.config.groups import GRID_OPTIONS, SOLVER_OPTIONS
 from ogdm_jax.data import Source
 from ogdm_jax.data.tokens import Tokenizer
 from ogdm_jax.latents import Latents
 from ogdm_jax.sampling import adaptive, generate
-from ogdm_jax.sampling.guidance import Guidance
+from ogdm_jax.sampling.guidance import Guidance, listed
 from ogdm_jax.training import checkpoint, decoding, snapshots, texts
 from ogdm_jax.typing import Denoise, PyTree
 
@@ -106,7 +107,8 @@ class TrainedModel:
       buffers: tensors of the network that are not trained.
       step: of the checkpoint.
       class_names: in order; () where they are not known.
-      samplers: those that were compiled, for this model and for copies of it with other weights.
+      samplers: those that were compiled, for this model and for copies of it with other weights;
+        of those with guidance or churn the last one of `sample` and of `path`.
       tokenizer: of a model whose condition is a text.
     """
 
@@ -116,7 +118,7 @@ class TrainedModel:
     buffers: PyTree
     step: int
     class_names: tuple[str, ...] = ()
-    samplers: dict[Any, generate.Images] = dataclasses.field(default_factory=dict)
+    samplers: dict[Any, tuple[Any, generate.Images]] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
 
     def __repr__(self) -> str:
@@ -167,8 +169,8 @@ class TrainedModel:
         n: int = 64,
         *,
         seeds: Sequence[int] | np.ndarray | None = None,
-        label: int | None = None,
-        guidance: Guidance | Sequence[Guidance] = (),
+        label: int | Sequence[int] | np.ndarray | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = (),
         batch: int = 64,
         devices: Sequence[Any] | None = None,
         counts: list[np.ndarray] | None = None,
@@ -181,8 +183,8 @@ class TrainedModel:
         Args:
           n: how many, from the seeds 0 to n - 1.
           seeds: one for each image, in place of n.
-          label: the class of all of them; None draws one from each seed.
-          guidance: one sampling method or several.
+          label: the class of all of them, or of each; None draws one from each seed.
+          guidance: one sampling method or several. Given again, it compiles nothing.
           batch: images per device at a time.
           devices: None takes all of this process.
           counts: a list that receives the network evaluations of each image, batch by batch, where
@@ -199,9 +201,14 @@ class TrainedModel:
         Raises:
           ConfigError: a setting, the number or the label cannot be.
         """
-        if n < 1:
-            raise ConfigError(f"n: {n} given; expected at least 1 image")
+        for name, value in (("n", n), ("batch", batch)):
+            if value < 1:
+                raise ConfigError(f"{name}: {value} given; expected at least 1 image")
         seeds = np.arange(n) if seeds is None else np.asarray(seeds)
+        whole = seeds.ndim == 1 and seeds.size > 0 and seeds.dtype.kind in "iu"
+        if not whole or (seeds < 0).any() or (seeds >= 2**32).any():
+            need = "whole numbers from 0 to 4294967295, one for each image"
+            raise ConfigError(f"seeds: {shown(seeds.tolist())} given; expected {need}")
         settings = self.settings(**words)
         labels = generate.labels_for(seeds, self.model.label_dim, label)
         if prompt is not None:
@@ -230,7 +237,7 @@ class TrainedModel:
         seeds: Sequence[int] | np.ndarray,
         *,
         labels: PyTree = None,
-        guidance: Guidance | Sequence[Guidance] = (),
+        guidance: Guidance | Sequence[Guidance] | None = (),
         churn: Any = None,
         batch: int = 256,
         devices: Sequence[Any] | None = None,
@@ -253,7 +260,7 @@ class TrainedModel:
         """
         seeds, devices = np.asarray(seeds), jax.local_devices() if devices is None else devices
         labels = self._labels(seeds, labels)
-        guidance = (guidance,) if isinstance(guidance, Guidance) else guidance
+        guidance = listed(guidance)
         images = self._sampler(settings, devices, churn, guidance)
         size = generate.batch_size(len(seeds), len(devices), batch)
         weights = self.params, self.buffers
@@ -265,7 +272,7 @@ class TrainedModel:
         settings: Sample | None = None,
         *,
         labels: PyTree = None,
-        guidance: Sequence[Guidance] = (),
+        guidance: Guidance | Sequence[Guidance] | None = (),
         churn: Any = None,
     ) -> Path:
         """How the images of some seeds come to be, as one batch on one device.
@@ -282,7 +289,8 @@ class TrainedModel:
         """
         settings, seeds = settings or self.settings(), np.asarray(seeds, np.uint32)
         labels, devices = self._labels(seeds, labels), jax.local_devices()[:1]
-        draw = generate.sampler(self.model, settings, devices, churn, guidance, trajectory=True)
+        guidance = listed(guidance)
+        draw = self._sampler(settings, devices, churn, guidance, trajectory=True)
         drawn = draw(self.params, self.buffers, seeds, labels, *generate.arrays(guidance))
         images, (states, x0_hats) = jax.device_get(drawn[:2])
         sigmas = generate.noise_levels(self.model, settings)
@@ -301,15 +309,34 @@ class TrainedModel:
         return labels
 
     def _sampler(
-        self, settings: Sample, devices: Sequence[Any], churn: Any, guidance: Sequence[Guidance]
+        self,
+        settings: Sample,
+        devices: Sequence[Any],
+        churn: Any,
+        guidance: Sequence[Guidance],
+        trajectory: bool = False,
     ) -> generate.Images:
-        """`generate.sampler`, compiled once where nothing but the weights can change."""
-        if churn or guidance:
-            return generate.sampler(self.model, settings, devices, churn, guidance)
-        key = (dataclasses.replace(settings, num=1, every="0 steps"), tuple(devices))
-        if key not in self.samplers:
-            self.samplers[key] = generate.sampler(self.model, settings, devices)
-        return self.samplers[key]
+        """`generate.sampler`, compiled once where nothing but arrays can change: weights, and what
+        guidance holds as constants and rows.
+        """
+        names = (field.name for field in dataclasses.fields(Guidance))
+        parts = [name for name in names if name not in ("constants", "rows")]
+        rules = [churn, *(getattr(one, name) for one in guidance for name in parts)]
+        how = (trajectory, dataclasses.replace(settings, num=1, every="0 steps"), *devices)
+        # Guidance is mostly made anew, and its programs would stay for ever: the last one does.
+        key = trajectory if any(rule is not None for rule in rules) else how
+        known, draw = self.samplers.get(key, (None, None))
+        if draw is None or known is None or not _same(known, (how, rules)):
+            draw = generate.sampler(self.model, settings, devices, churn, guidance, trajectory)
+            self.samplers[key] = (how, rules), draw
+        return draw
+
+
+def _same(known: tuple[Any, list[Any]], wanted: tuple[Any, list[Any]]) -> bool:
+    """Whether settings are equal, and rules the same objects."""
+    (how, rules), (how_now, rules_now) = known, wanted
+    alike = how == how_now and len(rules) == len(rules_now)
+    return alike and all(a is b for a, b in zip(rules, rules_now))
 
 
 def open_workdir(
