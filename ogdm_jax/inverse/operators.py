@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ogdm_jax.brief import brief
 from ogdm_jax.inverse import degradations
@@ -141,7 +142,7 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
       ValueError: another rank, or numbers outside [0, 1]; images that it does not fit.
     """
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    values = np.zeros(()) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    values = np.zeros(()) if isinstance(mask, Tracer) else np.asarray(mask)
     if np.any(values < 0) or np.any(values > 1):
         raise ValueError(
             f"mask: numbers from {values.min()} to {values.max()}; expected 1 where a pixel is "

@@ -22,9 +22,9 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ogdm_jax.config import ConfigError, setting
 from ogdm_jax.diffusion.steps import per_example, spread
@@ -54,7 +54,7 @@ class Settings(Schedule):
 
 def known_std(method: str, std: float | Array) -> float | Array:
     """The noise of measurements, a float where it is known already; ValueError for none."""
-    if isinstance(std, jax.core.Tracer):
+    if isinstance(std, Tracer):
         return std
     if np.ndim(std) or not std >= 0:
         raise ValueError(f"{method}: std={std}; expected a number of at least 0, the noise of y")
