@@ -13,6 +13,7 @@ from ogdm_jax.diffusion import grids, precondition
 from ogdm_jax.inverse import operators
 from ogdm_jax.methods import apg, autoguidance, cfg, ddnm, dg, diffpir, dps, dsg, mpgd, ogdm, pigdm
 from ogdm_jax.sampling import Churn, sample
+from ogdm_jax.sampling.likelihood import dequantised, log_likelihood
 
 pytestmark = pytest.mark.fast
 
@@ -201,3 +202,22 @@ def test_discriminator_guidance_under_shard_map():
     run = lambda z: sample(gaussian, z, GRID, "euler", guidance=guidance)
     divided = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=part, out_specs=part))(LATENTS)
     np.testing.assert_allclose(divided, jax.jit(run)(LATENTS), rtol=1e-5, atol=1e-6)
+
+
+def test_a_likelihood_takes_what_sampling_takes():
+    key, x0 = jax.random.key(0), jnp.asarray(LATENTS, jnp.bfloat16)  # exact in float32
+    expected = jax.jit(lambda x0, key: log_likelihood(gaussian, x0, key, probe="exact"))
+    found = expected(x0, key)
+    density = jax.scipy.stats.norm.logpdf(x0.astype(jnp.float32)).sum((1, 2, 3))
+    np.testing.assert_allclose(found.nats, density, atol=2e-2)
+    np.testing.assert_array_equal(found.nats, expected(x0.astype(jnp.float32), key).nats)
+    levels = np.zeros((2, 4, 4, 1), np.uint8)
+    each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(2))
+    np.testing.assert_array_equal(dequantised(levels, key), dequantised(levels, each))
+    np.testing.assert_array_equal(
+        dequantised(levels, jax.random.PRNGKey(0)), dequantised(levels, each)
+    )
+    with pytest.raises(ValueError, match="x0: uint8 given; expected floating-point numbers"):
+        log_likelihood(gaussian, levels, key)
+    with pytest.raises(ValueError, match="key=None; expected"):
+        log_likelihood(gaussian, x0, None)

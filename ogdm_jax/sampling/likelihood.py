@@ -33,6 +33,7 @@ from ogdm_jax.diffusion.denoiser import as_denoiser
 from ogdm_jax.sampling import adaptive
 from ogdm_jax.sampling.adaptive import Control
 from ogdm_jax.sampling.guidance import Guidance, Parts, combine
+from ogdm_jax.sampling.sampler import image_keys, widened
 from ogdm_jax.typing import Array, Denoise, PyTree
 
 PROBES = ("rademacher", "gaussian", "exact")
@@ -62,7 +63,7 @@ def dequantised(images: Array, keys: Array) -> Array:
 
     Args:
       images: uint8 [B,H,W,C].
-      keys: typed keys [B].
+      keys: one key, or one of each image [B], as `sample` takes them.
 
     Raises:
       ValueError: images that are not uint8.
@@ -70,6 +71,7 @@ def dequantised(images: Array, keys: Array) -> Array:
     if images.dtype != jnp.uint8:
         raise ValueError(f"images: {images.dtype} given; expected uint8, levels from 0 to 255")
     draw = lambda key, image: jax.random.uniform(key, image.shape)
+    keys = image_keys(keys, images.shape[0])
     noise = jax.vmap(draw)(randomness.fold_in_each(keys, "dequantise"), images)
     return (images.astype(jnp.float32) + noise) / 128.0 - 1.0
 
@@ -125,8 +127,9 @@ def log_likelihood(
 
     Args:
       denoise: a `Denoiser`, or a plain function (x [B,...], sigma [B], label) -> x0_hat.
-      x0: [B,H,W,C], dequantised (see `dequantised`); taken as lying at sigma_min, as in score_sde.
-      keys: typed keys [B], of the probes.
+      x0: floats [B,H,W,C], dequantised (see `dequantised`), computed with in float32 at least;
+        taken as lying at sigma_min, as in score_sde.
+      keys: of the probes: one key, or one of each image [B], as `sample` takes them.
       label: the images' condition.
       guidance: methods that change the denoiser (cfg, dg); others are refused. The divergence is
         that of the whole correction: a discriminator is differentiated twice.
@@ -137,7 +140,8 @@ def log_likelihood(
         sigma_max, and sqrt(1 + sigma_max^2) in the variable vp, whose own is N(0, I).
 
     Raises:
-      ValueError: guidance with a transition or churn; a setting out of range; a discrete network.
+      ValueError: guidance with a transition or churn; a setting out of range; a discrete network;
+        x0 of integers.
     """
     parts = _parts(guidance, probes, probe)
     denoise = parts.transform(as_denoiser(denoise))
@@ -145,6 +149,7 @@ def log_likelihood(
     low, high = grids.clip_range(denoise, sigma_min, sigma_max)
     if not 0 < low < high:
         raise ValueError(f"sigma_min={low}, sigma_max={high}; expected 0 < sigma_min < sigma_max")
+    x0, keys = widened(x0, "x0"), image_keys(keys, x0.shape[0])
     variable, shape = adaptive.VARIABLES[control.variable], x0.shape[1:]
     d = int(np.prod(shape))
     times = variable.time(jnp.asarray([low, high], x0.dtype))

@@ -160,7 +160,7 @@ def sample(
         )
     round_sigma = round_sigma or denoise.round_sigma
     sigmas = _known_levels(denoise, _check_grid(solver, sigmas), round_sigma, latents.dtype)
-    keys = _image_keys(key, latents.shape[0])
+    keys = None if key is None else image_keys(key, latents.shape[0])
 
     def key_of(step: Array) -> Array | None:
         # The purpose's name is a part of the noise: another word would give other images.
@@ -209,7 +209,7 @@ def _control(options: dict[str, Any], variable: str | None, memory: PyTree) -> a
     return adaptive.Control(**options, variable=variable or "angle")
 
 
-def widened(latents: Array | np.ndarray) -> Array:
+def widened(latents: Array | np.ndarray, name: str = "latents") -> Array:
     """Latents in float32 at least.
 
     Raises:
@@ -217,7 +217,7 @@ def widened(latents: Array | np.ndarray) -> Array:
     """
     latents = jnp.asarray(latents)
     if not jnp.issubdtype(latents.dtype, jnp.floating):
-        raise ValueError(f"latents: {latents.dtype} given; expected floating-point numbers")
+        raise ValueError(f"{name}: {latents.dtype} given; expected floating-point numbers")
     return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
 
@@ -229,7 +229,7 @@ def step_noise(
 
     Drawn in float32 and then cast, so that samplers of both precisions see the same noise.
     """
-    keys = _image_keys(key, like.shape[0])
+    keys = None if key is None else image_keys(key, like.shape[0])
 
     def noise(step: Array) -> Array:
         if noise_fn is not None:
@@ -243,9 +243,8 @@ def step_noise(
     return noise
 
 
-def _image_keys(key: Array | None, batch: int) -> Array | None:
-    if key is None:
-        return None
+def image_keys(key: Array, batch: int) -> Array:
+    """A typed key for each image: of one key, or as they are given; ValueError for others."""
     key = randomness.typed(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
