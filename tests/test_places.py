@@ -26,7 +26,7 @@ from ogdm_jax.data.sources import source_name
 from ogdm_jax.interop import export
 from ogdm_jax.interop.torch_state import read_torch
 from ogdm_jax.metrics.statistics import load_statistics
-from ogdm_jax.training import evaluations, loop
+from ogdm_jax.training import evaluations, logs, loop
 from ogdm_jax.training.checkpoint import complete
 from ogdm_jax.training.workdir import open_workdir
 from tests.support import bucket as buckets
@@ -110,6 +110,27 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, tmp_path):
     assert done.returncode == 0 and "to gs://bucket/a/b.npz" in done.stdout, done.stderr
     with np.load(bucket / "a" / "b.npz") as archive:
         assert archive["images"].shape == (3, 8, 8, 1)
+
+
+def test_a_log_in_a_bucket_is_copied_again_after_a_failure_and_seldom_where_that_takes_long(
+    bucket, monkeypatch, caplog
+):
+    clock, copies = [0.0], []
+
+    def mirror(*_):
+        copies.append(clock[0])
+        clock[0] += 2.0
+        if len(copies) == 1:
+            raise OSError("503")
+
+    monkeypatch.setattr(places, "mirror", mirror)
+    monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
+    with logs.Writer(places.place("gs://bucket/run"), False, True) as writer:
+        for step in range(400):
+            clock[0] += 1
+            writer.write(step, {"loss": 1.0})
+        assert 3 <= len(copies) <= 5  # 2 % of 400 seconds are four
+    assert "is not copied to gs://bucket/run" in caplog.text and "503" in caplog.text
 
 
 def test_images_of_an_archive_in_a_bucket_are_read_at_once_by_one_request_each(bucket, monkeypatch):

@@ -5,6 +5,7 @@ Only the lead process writes.
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import re
@@ -24,7 +25,9 @@ from ogdm_jax.typing import PyTree
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"  # lines of steps that a resumed run makes again
 SOON, LATE = 2.0, 8.0  # seconds of training after which its speed is told, and without a doubt
-UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to
+UPLOAD = 10.0  # seconds between copies of the logs to a bucket, which cannot be appended to,
+_SELDOM = 50.0  # or so many times as long as the last one took: training waits for it
+_LOG = logging.getLogger("ogdm_jax")
 LEVELS = "level/"  # the loss by noise level: "level/LOW-HIGH"
 _SHOWN = ("accuracy", "grad_norm", "learning_rate")  # on the log line, after the losses
 
@@ -134,8 +137,8 @@ def _is_loss(name: str) -> bool:
 class Writer(saving.Closing):
     """Writes numbers and pictures of a run. Use it in a `with`, or close it.
 
-    A bucket's files grow on this machine; they are copied there every UPLOAD seconds and when the
-    writer is closed.
+    A bucket's files grow on this machine; they are copied there every UPLOAD seconds, large ones
+    more seldom, and when the writer is closed.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class Writer(saving.Closing):
           step: where the run goes on; lines of later steps are moved to REPLACED.
           tracker: gets the numbers, too.
         """
-        self._target, self._copied = workdir, time.monotonic()
+        self._target, self._next = workdir, time.monotonic() + UPLOAD  # when it is copied
         self._file = None
         self._others: list[_Events | Tracker] = []
         self._open = contextlib.ExitStack()
@@ -187,9 +190,21 @@ class Writer(saving.Closing):
             self._file.write(records.dumps({"step": step, **values}) + "\n")
             for other in self._others:
                 other.write(step, values)
-            if time.monotonic() - self._copied > UPLOAD and not places.is_local(self._target):
-                places.mirror(self._folder, self._target)
-                self._copied = time.monotonic()
+        if time.monotonic() > self._next and not places.is_local(self._target):
+            self._copy()
+
+    def _copy(self) -> None:
+        """Copies the files to the bucket. They stay here, so that it may fail once."""
+        began = time.monotonic()
+        try:
+            places.mirror(self._folder, self._target)
+        except Exception as error:  # bucket libraries raise classes of their own
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _LOG.warning(
+                "the log is not copied to %s, and will be tried again (%s)", self._target, why
+            )
+        now = time.monotonic()
+        self._next = now + max(UPLOAD, _SELDOM * (now - began))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 [h,w,c] picture for TensorBoard and the tracker."""
