@@ -77,6 +77,8 @@ setup(
         "jinja2>=3.1",  # the report's page
         "matplotlib>=3.11",  # the report's charts (73 MB with its own needs)
         "safetensors>=0.8",  # weights others can read
+        # jax compresses its cache of compiled programs with it, else with zlib: six times slower
+        "zstandard>=0.25",
     ],
     extras_require={
         "test": TEST,

@@ -4,8 +4,10 @@ reverse SDE, and UniPC.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,6 +76,8 @@ def unipc(p: Problem, x: Array, n: int) -> tuple[list[Phase], PyTree]:
     return [Phase(body, 0, n)], (zero, (zero,) * order)
 
 
+# Outside of jit one program, not sixty.
+@partial(jax.jit, static_argnames=("order", "bh"), inline=True)
 def weights(sigmas: Array, order: int, bh: str) -> tuple[Array, Array]:
     """UniPC's weights on a grid: x' = Euler's + sum_j w_j (m_j - m_0), m_0 the x0_hat at the step's
     start.
