@@ -81,6 +81,8 @@ def join(
     finally:
         late.cancel()
     state = _state()
+    if state.process_id:  # what is to be said of the data, the lead process says
+        logging.getLogger("ogdm_jax").setLevel(logging.ERROR)
     if state.num_processes > 1:
         _watch.start(state.process_id, state.num_processes)
 

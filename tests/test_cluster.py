@@ -94,6 +94,19 @@ def test_processes_that_do_not_come_together_say_so(joining, process, words, mon
     assert capsys.readouterr().err.startswith(f"error: {words} after 0 s; expected each of them")
 
 
+@pytest.mark.parametrize("process,said", [(0, True), (1, False)])
+def test_notes_of_the_data_are_said_by_the_lead_process_alone(joining, process, said, monkeypatch):
+    log, joining.process_id = logging.getLogger("ogdm_jax"), process
+    before, started = log.level, []
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(cluster._watch, "start", lambda *numbers: started.append(numbers))
+    try:
+        cluster.join(**ALL)
+        assert log.isEnabledFor(logging.WARNING) == said and started == [(process, 2)]
+    finally:
+        log.setLevel(before)
+
+
 def test_a_port_that_is_taken_is_one_sentence(joining, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("UNKNOWN: Failed to start RPC server")
