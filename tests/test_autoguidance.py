@@ -55,6 +55,11 @@ def test_weights_are_arguments_and_the_window_is_a_branch():
     np.testing.assert_allclose(sorted(calls), sorted(inside), rtol=1e-5)
     assert np.abs(x - run((), "euler")).max() > 0.05
     assert np.abs(x - run(autoguidance.guidance(WEAK.denoise, 2.0), "euler")).max() > 0.01
+    s = jnp.array([0.05, 0.2, 2.0, 8.0])  # each example's own level
+    both = [g(Z, s) for g in (autoguidance.guide(MAIN.denoise, WEAK.denoise, 2.0), MAIN.denoise)]
+    want = jnp.concatenate([both[1][:1], both[0][1:3], both[1][3:]])
+    got = autoguidance.guide(MAIN.denoise, WEAK.denoise, 2.0, (0.1, 5.0))(Z, s)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_variance_corrector_and_classes():

@@ -97,6 +97,22 @@ def test_the_released_pndm_is_a_grid(trained, solver):
     assert levels[-1] == trained.model.table.sigma[0] and levels[0] == trained.model.table.sigma[36]
 
 
+@pytest.mark.parametrize("start,end", [("vp", "first"), ("ve", "first"), ("vp", "zero")])
+def test_a_state_of_another_scale_starts_and_ends_as_ddim_is_released(trained, start, end):
+    """In x_vp, from eps itself (vp) or from sigma eps (ve), to the first step's level or to zero."""
+    settings = trained.settings(solver="ddim", steps=4, grid="leading", start=start, end=end)
+    got = np.concatenate(list(trained.batches(settings, np.arange(3))))
+    x, _ = generate.seed_noise(jnp.arange(3, dtype=jnp.uint32), (4, 4, 1))
+    bar, steps = trained.model.table.alpha_bar, [31, 21, 11, 1]
+    x = x * np.sqrt(1 - bar[31]) if start == "ve" else x
+    ends = [*bar[steps[1:]], bar[0] if end == "first" else 1.0]
+    for t, after in zip(steps, ends, strict=True):
+        eps = eps_of(trained)(x, jnp.full(3, 25.0 * t))
+        x0 = (x - np.sqrt(1 - bar[t]) * eps) / np.sqrt(bar[t])
+        x = np.sqrt(after) * x0 + np.sqrt(1 - after) * eps
+    np.testing.assert_allclose(got, x, atol=1e-4 * np.abs(x).max())
+
+
 PUBLISHED = {  # of OGDM-ADM's figures: the words that configs/cifar10_adm.py gives, by golden name
     "ddim10_uniform": "--solver ddim --grid ddim --steps 10 --clip",
     "ddim20_quad": "--solver ddim --grid quad --steps 20 --clip",

@@ -27,6 +27,7 @@ from ogdm_jax.discriminator.loss import _images, cross_entropy, training_loss
 from ogdm_jax.discriminator.network import SETTINGS, open_network, ratio_of
 from ogdm_jax.discriminator.pairs import Pairs, split
 from ogdm_jax.discriminator.run import build as build_run
+from ogdm_jax.discriminator.run import optimiser
 from ogdm_jax.discriminator.train import TASK
 from ogdm_jax.interop import export
 from ogdm_jax.latents import Latents
@@ -173,7 +174,8 @@ def test_logistic_regression_finds_the_ratio_of_gaussians():
 @pytest.mark.fast
 def test_coupled_l2_is_pytorchs_adam():
     """torch.optim.Adam(weight_decay): the decay joins the gradient before the moments."""
-    tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.01))
+    words = (f"optim.{w}" for w in ("weight_decay=0.1", "learning_rate=0.01", "ramp=0 steps"))
+    tx = optimiser(tiny.config(*words, "optim.betas=(0.9,0.999)", "optim.eps=1e-8"))
     p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
     q = jnp.asarray(p)
     state = tx.init(q)

@@ -11,9 +11,10 @@ import pytest
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
+from ogdm_jax.diffusion.bound import variance_bound
 from ogdm_jax.diffusion.process import Discrete
 from ogdm_jax.methods import ogdm
-from ogdm_jax.training import logs
+from ogdm_jax.training import logs, objective
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_source
 from tests.support import networks, tiny
@@ -138,6 +139,28 @@ def test_images_are_resized_and_coloured_by_configuration():
     older = json.loads(configs.to_json(tiny.config()))
     del older["data"]["resolution"], older["data"]["channels"]
     assert open_source(configs.from_json(json.dumps(older))).shape == (8, 8, 1)
+
+
+def test_the_variances_share_of_the_loss_knows_how_many_steps_there_are():
+    """guided-diffusion's RESCALED_MSE: the bound's term times T / 1000; a sum over pixels here."""
+    more = ("precondition.learned_variance=True", "precondition.diffusion_steps=40")
+    run = tiny.build(*ADM, "methods=", *more, tiny.ONE_LEVEL, "data.batch=2")
+    state, batch = tiny.fresh(run), next(data.batches(run.source, 2, 0))
+    key = jax.random.key(3)
+    goal = objective.denoising(run.config, run.model, run.noise, run.methods, run.plan.gather)
+
+    @jax.jit
+    def both(state, batch):
+        _, totals = goal.loss(state.params, state, {}, batch, key)
+        example, denoiser = goal.see(state.params, state.buffers, batch, key, key)
+        x0_hat, fraction = denoiser("denoise").variance(example.xt, example.sigma, example.label)
+        chain = Discrete.make(steps=40)
+        return totals["loss/variance"], variance_bound(
+            chain, example.x0, x0_hat, example.sigma, fraction
+        )
+
+    (total, weight), bound = both(state, batch)
+    np.testing.assert_allclose(total / weight, np.mean(bound) * 64 * 40 / 1000, rtol=1e-5)
 
 
 @pytest.mark.slow_cases("", "ogdm")

@@ -16,7 +16,7 @@ from ogdm_jax.inverse import operators
 from ogdm_jax.inverse.measured import Measured, measure
 from ogdm_jax.inverse.tasks import Settings, Task
 from ogdm_jax.latents import Latents
-from ogdm_jax.methods import cfg, ddnm, diffpir, dsg, freedom, mpgd, pigdm
+from ogdm_jax.methods import cfg, ddnm, diffpir, dps, dsg, freedom, mpgd, pigdm
 from ogdm_jax.methods.session import Session
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import gradients
@@ -181,9 +181,11 @@ def test_an_example_has_no_noise_to_stop_at(trained):
 def test_smoothed_steps_of_dsg_are_those_of_the_likelihood_and_stop_by_the_residual(trained):
     noise, info = 0.05, info_at(4, 20, 10.0)
     x, y, eps = (np.float32(v) for v in np.random.default_rng(0).normal(size=(3, 3, 8, 8, 1)))
-    y = x + noise * np.sign(y)  # at x the residual ratio is 1
+    seen = np.ones((8, 8, 1), np.float32)
+    seen[2:, 3:] = 0  # a hidden pixel is no measurement
+    y = seen * (x + noise * np.sign(y))  # at x the residual ratio is 1
     at = dataclasses.replace(
-        session(trained), measured=Measured("denoise", operators.identity(), y, noise)
+        session(trained), measured=Measured("inpaint", operators.inpaint(seen), y, noise)
     )
 
     def step(ratio):
@@ -191,18 +193,22 @@ def test_smoothed_steps_of_dsg_are_those_of_the_likelihood_and_stop_by_the_resid
         transition = lambda x0_hat, x: (x0_hat, jnp.full(3, 0.5))
         return jax.jit(lambda: rule(lambda x: x, transition, x, eps, info)[0])()
 
-    energy = lambda x0: ((x0 - y) ** 2).sum((1, 2, 3)) / (2 * noise**2)
+    energy = lambda x0: ((seen[None] * x0 - y) ** 2).sum((1, 2, 3)) / (2 * noise**2)
     grad = jax.jit(jax.grad(lambda x0: gradients.smoothed(energy, 4, info)(x0).sum()))(x)
     want = x - 0.5 * 8 * grad / norms(grad)[:, None, None, None]
     np.testing.assert_allclose(step(0.9), want, atol=1e-5)
     np.testing.assert_allclose(step(1.1), x + 0.5 * eps, atol=1e-6)
 
 
-def test_the_released_strength_of_a_task(trained):
+def test_the_released_strength_of_a_task(trained, monkeypatch):
     for task, strength in (("inpaint", 1.0), ("deblur", 8.0), ("super_resolution", 8.0)):
         at = session(trained, 0.1)
         at = dataclasses.replace(at, measured=dataclasses.replace(at.measured, task=task))
         assert diffpir.build(diffpir.Settings(), at).transition.rule.strength == strength
+    monkeypatch.setattr(dps, "guidance", lambda loss, scale, **_: scale)
+    for task, scale in (("inpaint", 0.5), ("phase_retrieval", 1.0), ("deblur", 0.3)):
+        at = dataclasses.replace(at, measured=dataclasses.replace(at.measured, task=task))
+        assert dps.build(dps.Settings(), at) == scale
 
 
 @pytest.mark.parametrize(

@@ -577,6 +577,34 @@ def test_the_lead_is_a_running_mean_of_who_is_told_apart():
         assert carry["opt_state"][0].count == n
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "settings,peak,decay",
+    [({}, 1e-3, 0), ({"learning_rate": 2e-3}, 2e-3, 0), ({"decay": 100}, 1e-3, 100)],
+)
+def test_the_discriminators_rate_is_the_denoisers_unless_given_and_falls_in_a_line(
+    settings, peak, decay
+):
+    adam = players_of(**settings).adam  # of a constant gradient each step is the rate
+    gradient = jnp.ones(())
+    state = adam.init(gradient)
+    for step in range(102):
+        moved, state = adam.update(gradient, state)
+        rate = peak * max(1 - step / decay, 0) if decay else peak
+        np.testing.assert_allclose(moved, -rate, rtol=1e-4, atol=1e-9)
+
+
+def test_the_discriminators_step_draws_all_anew_or_the_noise_alone():
+    drawn, key = {}, jax.random.key(0)
+    for resample in ("all", "noise"):
+        players = players_of(resample=resample)
+        carry = {"params": (w := {"w": jnp.ones(2)}), "opt_state": players.adam.init(w)}
+        seen = lambda loss, params, *keys: (drawn.update({resample: keys}) or params, {})  # noqa: B023,E731
+        players.update(carry, slots.Update(jnp.int32(0), key, {}, None, seen))
+    (every, fresh), (kept, noise) = drawn["all"], drawn["noise"]
+    assert kept == key and every == fresh == noise != key
+
+
 def test_lazy_r1_keeps_its_average_and_skips_its_steps():
     judge = lambda x, pair: jnp.sum(x, axis=(1, 2, 3)) / 192**0.5  # noqa: E731  R1 = 1
     pair, x = ogdm.Pair(jnp.ones(4), jnp.ones(4)), jnp.asarray(images(1))

@@ -5,10 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ogdm_jax import data
+from ogdm_jax import data, parallel
+from ogdm_jax.methods.contract import combine
+from ogdm_jax.training import power
 from ogdm_jax.training.example import draw_example
+from ogdm_jax.training.objective import Objective
+from ogdm_jax.training.state import TrainState
+from ogdm_jax.training.step import make_step
 from tests.support import tiny
 
 KEY = jax.random.key(5)
@@ -52,6 +58,18 @@ def test_draws_belong_to_images_and_not_to_places():
         np.testing.assert_array_equal(
             getattr(moved, name), getattr(straight, name)[order], err_msg=name
         )
+
+
+def test_a_key_of_the_noise_draws_nothing_else():
+    run, given = tiny.build("methods=", tiny.ONE_LEVEL, "data.xflip=true"), batch(16)
+    keys = (KEY, jax.random.key(6))
+    first, second = (
+        draw_example(run.config, run.model, run.noise, jax.tree.map(jnp.asarray, given), KEY, key)
+        for key in keys
+    )
+    np.testing.assert_array_equal(first.sigma, second.sigma)
+    np.testing.assert_array_equal(first.x0, second.x0)
+    assert not np.any(np.asarray(first.eps) == np.asarray(second.eps))
 
 
 def test_half_of_the_images_are_mirrored():
@@ -105,3 +123,37 @@ def test_a_state_of_given_weights_is_made_of_their_memory():
     tiny.assert_trees(jax.device_get(state), jax.device_get(expected))
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.ema))]
     assert len({*places}) == len(places)
+
+
+@pytest.mark.fast
+def test_averages_are_of_the_weights_after_the_step():
+    """Two steps of plain descent on w . x, whose gradient over accumulation rounds is the mean."""
+    config = tiny.config(
+        *("methods=", "data.batch=4", "optim.accumulate=2", "optim.clip=0"),
+        *("ema.halflife=8 images", "ema.rampup=0.0", "ema.stds=(0.1,)"),
+    )
+    loss = lambda params, *rest: (jnp.sum(params["w"] * jnp.mean(rest[2]["image"], 0)), {})
+    tx, plan = optax.sgd(1.0), parallel.make_plan("mesh", 1)
+    made = make_step(config, Objective(loss), combine([]), tx, lambda step: 1.0, plan)
+    w, images = {"w": jnp.ones(2)}, jnp.arange(16.0).reshape(2, 4, 2)
+    state = TrainState(
+        step=jnp.int32(0),
+        params=w,
+        ema=w,
+        buffers={},
+        opt_state=tx.init(w),
+        carry={},
+        averages=(w,),
+    )
+    want, mean, gamma = np.ones(2), np.ones(2), power.exponent(0.1)
+    tracked = want
+    for k, image in enumerate(images):
+        state, _ = jax.jit(made)(state, {"whole": {}, "divided": {}}, {"image": image}, KEY)
+        want = want - np.mean(image, 0)
+        beta = 0.5 ** (4 / 8)
+        mean = beta * mean + (1 - beta) * want
+        share = (k / (k + 1)) ** (gamma + 1)
+        tracked = share * tracked + (1 - share) * want
+        np.testing.assert_allclose(state.params["w"], want, rtol=1e-6)
+        np.testing.assert_allclose(state.ema["w"], mean, rtol=1e-6)
+        np.testing.assert_allclose(state.averages[0]["w"], tracked, rtol=1e-5)

@@ -140,6 +140,17 @@ def test_the_source_is_a_reference_exactly_once(source, count):
         )
 
 
+def test_half_of_a_caches_references_are_mirrored():
+    """At very high noise the target is their mean, of many: that of the set both ways round."""
+    ex = example()
+    ex = ex.replace(sigma=jnp.full((8,), 1e5), xt=ex.x0 + 1e5 * ex.eps)
+    target, _ = fill({"source": "cache", "n": 4000}, ex, context(xflip=True))
+    mean = as_image(SET).mean(0)
+    both = (mean + mean[:, ::-1]) / 2
+    assert np.abs(both - mean).max() > 0.08
+    np.testing.assert_allclose(target, np.broadcast_to(both, target.shape), atol=0.04)
+
+
 def test_loss_is_zero_at_the_target_and_edms_without_stf():
     """spec/stf.md 10.12, in the step's own words: nothing but the target changes, and no gradient
     passes through it.

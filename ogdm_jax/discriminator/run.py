@@ -28,6 +28,13 @@ from ogdm_jax.training.workdir import TrainedModel, open_source, open_workdir
 from ogdm_jax.typing import PyTree
 
 
+def optimiser(config: configs.Config) -> optax.GradientTransformation:
+    """Adam with L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW."""
+    settings = config.optim
+    adam = optax.adam(optim.rate_of(config), *settings.betas, eps=settings.eps)
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), adam)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedRun(runs.Run):
     """A run whose network is the discriminator, as far as compiling needs it.
@@ -50,12 +57,9 @@ class PlannedRun(runs.Run):
         **more: Any,
     ) -> Self:
         """The run of a network; its loss has noise levels of its own."""
-        # L2 coupled to the gradient, as in PyTorch's Adam(weight_decay=...), not AdamW.
-        settings = config.optim
-        adam = optax.adam(optim.rate_of(config), *settings.betas, eps=settings.eps)
-        tx = optax.chain(optax.add_decayed_weights(settings.weight_decay), adam)
         methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
         goal = Objective(training_loss(config, network, xflip, source.latents))
+        tx = optimiser(config)
         return cls.of(config, source, network, methods, goal, plan, tx, extractor=extractor, **more)
 
     @property
