@@ -9,7 +9,7 @@ from ogdm_jax import cli, parallel, records
 from ogdm_jax.data import open_source
 from ogdm_jax.data.pictures import read
 from ogdm_jax.interop import load_pretrained
-from ogdm_jax.training import evaluations
+from ogdm_jax.training import convert, evaluations
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
 from ogdm_jax.training.workdir import open_workdir
@@ -22,7 +22,8 @@ REPORT = {"step": 0, "features": "fd_digits", "solver": "euler", "steps": 10, "n
 def folders(tmp_path_factory):
     """(training folder of a conditional model, exported folder)."""
     top = tmp_path_factory.mktemp("card")
-    config = tiny.config("methods=()", tiny.ONE_LEVEL, "data.conditional=true")
+    own = "data.source=folder:mine", "data.resolution=8", "data.conditional=true"
+    config = tiny.config("methods=()", tiny.ONE_LEVEL, *own)
     run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
     names = ["zero", *map(str, range(1, 10))]
     about = {"images": 1797, "contents": "0123456789abcdef", "class_names": names}
@@ -39,6 +40,9 @@ def folders(tmp_path_factory):
 def test_it_loads_back_as_it_was(folders):
     workdir, folder = folders
     run, back = open_workdir(workdir), load_pretrained(folder)
+    own = {"source": "folder:mine", "data_dir": "", "resolution": 8, "channels": 0}
+    assert back.images == own  # not the set of others that is known to have this size
+    assert convert.data_of(back) == {f"data.{name}": value for name, value in own.items()}
     x = np.asarray(jax.random.normal(jax.random.key(0), (3, 8, 8, 1)))
     sigma, label = np.float32([0.1, 1, 9]), np.int32([1, 0, 7])
     assert back.precondition == "edm" and back.sigma_data == run.config.precondition.sigma_data

@@ -55,6 +55,8 @@ class Pretrained:
         (`settings.PROCESS`).
       notes: what was taken of the file, what else it holds, what was ignored and converted; one
         sentence each.
+      images: settings of config.data that say what it was trained on, of a file that a training
+        folder was exported to.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class Pretrained:
     schedule: str = "linear"
     process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     __repr__ = brief
 
     def __iter__(self) -> Iterator[Any]:
@@ -280,7 +283,18 @@ def load_pretrained(
         about["schedule"] or "linear",
         {name: about[name] for name in PROCESS if about[name] is not None},
         said,
+        _images(about),
     )
+
+
+def _images(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What our own export says of the images, where it is of the types that settings have."""
+    config = about.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    kinds = {"source": str, "data_dir": str, "resolution": int, "channels": int}
+    if not isinstance(data, dict) or not data.get("source"):
+        return {}
+    return {name: data[name] for name, kind in kinds.items() if type(data.get(name)) is kind}
 
 
 def describe(part: Part) -> dict[str, Any]:

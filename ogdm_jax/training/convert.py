@@ -118,7 +118,11 @@ def latents_of(found: Pretrained, config: Config, source: str) -> Latents | None
 
 
 def data_of(found: Pretrained) -> dict[str, Any]:
-    """{"data.key": value}: images that fit a network; of an unknown set, from the folder DIR."""
+    """{"data.key": value}: the images that a file of ours was trained on, else such that fit its
+    network; of an unknown set, from the folder DIR.
+    """
+    if "source" in found.images:
+        return {f"data.{name}": value for name, value in found.images.items()}
     network = found.network
     size = network.img_resolution, network.img_channels
     if size in _SETS and network.label_dim in (0, _CLASSES):
