@@ -12,7 +12,7 @@ from ogdm_jax.interop import load_pretrained
 from ogdm_jax.training import convert, evaluations
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.checkpoint import Checkpoints, describe
-from ogdm_jax.training.workdir import open_workdir
+from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from tests.support import tiny
 
 REPORT = {"step": 0, "features": "fd_digits", "solver": "euler", "steps": 10, "nfe": 10, "n": 898}
@@ -65,6 +65,16 @@ def test_the_card_says_what_people_ask(folders):
         ["10", "898", "7.5", "2.9 |"],
     ]
     assert read(folder / "samples.png").shape == (4 * (64 + 18) + 3, 8 * 65 - 1, 1)
+
+
+def test_distances_are_those_of_the_weights(folders, monkeypatch, tmp_path):
+    """Those that are measured are of the moving average."""
+    drawn = np.zeros((32, 8, 8, 1), np.float32)
+    monkeypatch.setattr(TrainedModel, "batches", lambda *_, **__: iter([drawn]))
+    words = ["--out", str(tmp_path / "raw"), "--card", "--weights", "params"]
+    assert cli.main(["export", str(folders[0]), *words]) == 0
+    body = (tmp_path / "raw" / "README.md").read_text()
+    assert "No distance of these weights was measured" in body and "fd_digits" not in body
 
 
 @pytest.mark.slow  # half a minute of compilation

@@ -189,6 +189,7 @@ def test_going_back_in_a_bucket_which_has_no_empty_folders(tmp_path, monkeypatch
         file = there / name if name.endswith("npz") else there / name / "commit_success.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
+    (there / "distances.json").write_text("[]")  # of step 5 as it was
     kept = Snapshot(tiny.config(), (8, 8, 1), 0, 3, run / "checkpoints" / "3")
     resume.set_aside(run, kept, lambda _: None)
     aside = there / "set_aside" / "1"
@@ -196,6 +197,7 @@ def test_going_back_in_a_bucket_which_has_no_empty_folders(tmp_path, monkeypatch
     assert (aside / "5" / "commit_success.txt").read_text() == "checkpoints/5"
     assert (aside / "ema" / "00000005.npz").read_text() == "ema/00000005.npz"
     assert [p.name for p in (there / "ema").iterdir()] == ["00000003.npz"]
+    assert (aside / "distances.json").exists() and not (there / "distances.json").exists()
 
 
 @pytest.mark.fast

@@ -23,7 +23,9 @@ SHOWN = 32  # images of the picture
 _COLUMNS = ("features", "solver", "steps", "nfe", "n", "fd", "floor")
 
 
-def write(folder: epath.Path, run: TrainedModel, workdir: str, licence: str) -> None:
+def write(
+    folder: epath.Path, run: TrainedModel, workdir: str, licence: str, averaged: bool = True
+) -> None:
     """Writes README.md and its picture of samples into an exported folder.
 
     Args:
@@ -31,13 +33,14 @@ def write(folder: epath.Path, run: TrainedModel, workdir: str, licence: str) -> 
       run: what they are of.
       workdir: its training folder: data fingerprint and distances are in there.
       licence: of the weights, an identifier as hubs know them; "unknown" is one.
+      averaged: whether they are those of the moving average, whose distances were measured.
     """
     seeds = np.arange(SHOWN)
     labels = generate.labels_for(seeds, run.model.label_dim, None)
     drawn = np.concatenate(list(run.batches(run.settings(), seeds, labels=labels, batch=SHOWN)))
     save_png(folder / PICTURE, sheet(drawn, 8, captions=class_words(labels, run.class_names)))
     snapshot = checkpoint.find(workdir, run.step)
-    measured = distances(workdir, run.step)
+    measured = distances(workdir, run.step) if averaged else []
     with places.written(folder / PAGE) as new:
         new.write_text(text(folder.name, run, snapshot.data_set, measured, licence))
 
@@ -47,7 +50,7 @@ def distances(workdir: str, step: int) -> list[dict[str, Any]]:
     first.
     """
     found = [evaluations.read(workdir).get(step, {})]
-    path = places.place(workdir) / "distances.json"
+    path = places.place(workdir) / evaluations.MEASURED
     if path.exists():
         found += records.read(path, list)
     kept = [r for r in found if r.get("step") == step and all(name in r for name in _COLUMNS)]

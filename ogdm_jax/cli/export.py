@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.card:
             path, beside = folder / card.WEIGHTS, folder / card.CONFIG
             export.write(path, _state(run), _about(run, args.weights), beside)
-            card.write(folder, run, args.workdir, args.license or "unknown")
+            averaged = args.weights == "ema"
+            card.write(folder, run, args.workdir, args.license or "unknown", averaged)
         elif folder.suffix:
             path = export.write(folder, _state(run), _about(run, args.weights))
         else:

@@ -17,6 +17,7 @@ from ogdm_jax.cli import measuring
 from ogdm_jax.cli.parsing import listed, numbers, parser_of, whole
 from ogdm_jax.config import Sample
 from ogdm_jax.report import findings, html, inputs
+from ogdm_jax.training import evaluations
 from ogdm_jax.training.evaluate import (
     check_number,
     compared,
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             about = compared(source, trained.model, trained.class_names)
             distances = [report | about for report in measured]
             if distances:
-                records.write(folder / "distances.json", distances, indent=1)
+                records.write(folder / evaluations.MEASURED, distances, indent=1)
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)

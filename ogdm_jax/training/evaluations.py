@@ -13,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ogdm_jax import places, records
 
 NAME = "evaluations.json"
+MEASURED = "distances.json"  # those that `ogdm report` measured, of one checkpoint
 # distances can be compared where these are equal
 _PROTOCOL = ("features", "n", "n_samples", "solver", "steps", "reference", "conditions")
 _NUMBERS = ("fd", "floor", "weight", "unguided")

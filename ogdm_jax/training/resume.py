@@ -71,7 +71,8 @@ def set_aside(
     workdir: epath.Path, found: checkpoint.Snapshot | None, log: Callable[[str], None]
 ) -> None:
     """Moves what lies behind a checkpoint to WORKDIR/set_aside: later checkpoints, snapshots of
-    averages, and the reports of evaluations. None: all of them. Call it in the lead process.
+    averages, the reports of evaluations, and the distances of `ogdm report`. None: all of them.
+    Call it in the lead process.
     """
     start = -1 if found is None else found.step
     later = [step for step in steps.present(workdir) if step > start]
@@ -87,6 +88,9 @@ def set_aside(
         reports = evaluations.read(workdir)
         record.copy(target / evaluations.NAME)
         evaluations.write(workdir, {s: report for s, report in reports.items() if s <= start})
+    measured = workdir / evaluations.MEASURED
+    if measured.exists():  # of a checkpoint whose step may come again
+        measured.rename(target / measured.name)
     for step in later:
         (workdir / "checkpoints" / str(step)).rename(target / str(step))
     if after := [step for step in snapshots.present(workdir) if step > start]:
