@@ -56,6 +56,8 @@ def test_numpys_float64_is_no_warning():
     np.testing.assert_array_equal(sample(gaussian, wide, GRID, "euler"), expected)
     np.testing.assert_array_equal(sample(gaussian, wide.tolist(), GRID, "euler"), expected)
     denoise = precondition.edm(lambda x, c_noise, label=None: x)
+    for operator in (operators.inpaint(HALF), operators.gaussian_blur(3, 1.0)):
+        np.testing.assert_array_equal(operator.forward(wide), operator.forward(LATENTS))
     answer = denoise(LATENTS, np.float32([1, 2]))
     np.testing.assert_array_equal(denoise(wide, np.array([1.0, 2.0])), answer)
 

@@ -67,6 +67,7 @@ class Operator:
         forward = self.forward
 
         def checked(x: Array) -> Array:
+            x = jnp.asarray(x)
             check_floats(x.dtype, f"images of operator {self.name!r}")
             return forward(x)
 

@@ -148,7 +148,7 @@ def ablation(
     rule = _constant_churn(churn)
     if rule is not None and key is None and noise_fn is None:
         raise ValueError("key=None; expected a key, because churn draws noise")
-    denoise, given, latents = as_denoiser(denoise), latents.dtype, widened(latents)
+    denoise, given, latents = as_denoiser(denoise), jnp.asarray(latents).dtype, widened(latents)
     table = _table(design, denoise, n, rule, latents.dtype)
     noise = None if rule is None else step_noise(key, latents, noise_fn)
     alpha = design.alpha

@@ -95,7 +95,7 @@ def pndm(
       ValueError: another order, or n below 2 (order 4: below 4) or not below T.
     """
     table = Discrete.make() if table is None else table
-    given, latents = latents.dtype, widened(latents)
+    given, latents = jnp.asarray(latents).dtype, widened(latents)
     t = _pndm_times(n, table, order)
     middle = (t[:-1] + t[1:]) / 2
 
