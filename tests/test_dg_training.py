@@ -21,6 +21,7 @@ from ogdm_jax.data import from_arrays, open_source, output
 from ogdm_jax.diffusion import grids
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator import guidance as guiding
+from ogdm_jax.discriminator import loss as losses
 from ogdm_jax.discriminator.evaluation import GuidedEvaluation
 from ogdm_jax.discriminator.guidance import Use, open_guidance
 from ogdm_jax.discriminator.loss import _images, cross_entropy, training_loss
@@ -363,6 +364,20 @@ def test_the_loss_begins_at_chance_and_only_the_head_is_trained(trained):
     assert set(sums) == {"loss", "accuracy"} and sums["loss"][1] == 8
     names = {p[0].key for p, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert "map_label" in names and "enc_8x8_conv" not in names  # 4x4 features come in
+
+
+def test_the_log_ratio_is_of_real_to_generated(trained, monkeypatch):
+    """White real images, black generated ones, and a network that says how white a noisy one is."""
+    _, run, _, _ = trained
+    white = lambda x, sigma, label: jnp.mean(x, (1, 2, 3))  # noqa: E731
+    monkeypatch.setattr(losses, "ratio_of", lambda *_: lambda params: white)
+    real = np.tile([1, 0], 200)
+    image = np.broadcast_to(255 * real[:, None, None, None], (400, 8, 8, 1)).astype(np.uint8)
+    batch = {"image": image, "real": real, "label": 0 * real, "index": np.arange(400)}
+    loss = training_loss(run.config, run.model, False)
+    constants = {"dg": {"extractor": None}}
+    _, sums = jax.jit(lambda b: loss({}, None, constants, b, run.key))(batch)
+    assert sums["accuracy"][0] / 400 > 0.7
 
 
 def test_what_was_trained_guides_the_prior(trained, prior):
