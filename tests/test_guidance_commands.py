@@ -164,7 +164,7 @@ def one_step(*argv: str):
     """(guided state, plain state, Guided) after one step to noise level 0.1 of four images."""
     request = _request(*argv)
     model = models.Model(None, None, (8, 8, 1), 0)
-    run = types.SimpleNamespace(model=model, config=None, buffers={})
+    run = types.SimpleNamespace(model=model, config=None, buffers={}, class_names=())
     extra = guidance.build(
         request, run, configs.Sample(**request.sampling), np.arange(4), label=None
     )
