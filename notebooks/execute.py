@@ -88,6 +88,8 @@ def main() -> None:
         [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's word that this machine is slow
+    # Kernels share what they compile, single operations too.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     began, paths = time.monotonic(), sorted(HERE.glob("[0-9]*.py"))
     for path in paths:
         if args.names and not path.name.startswith(tuple(args.names)):
