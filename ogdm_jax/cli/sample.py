@@ -259,9 +259,9 @@ def read(args: argparse.Namespace) -> Plan:
         print(f"--prompt: too long, its end is left out: {text!r}", file=sys.stderr)
     rows, shared, measure = texts.rows(trained, len(seeds)) if texts.texts else None, {}, None
     if args.evaluate:
-        measure = evaluate.ruler(trained.config, len(seeds), args.vae)
+        source, names = open_source(trained.config), trained.class_names
+        measure = evaluate.ruler(trained.config, len(seeds), args.vae, source)
         if label is None and trained.model.label_dim and not request.task:
-            source, names = open_source(trained.config), trained.class_names
             rows = evaluate.conditions(source, trained.model, seeds, names)
             shared = evaluate.shared_conditions(source, trained.model, names)
     how = {"label": label, "churn": churn, "texts": rows}

@@ -115,16 +115,18 @@ def conditions(
     return np.concatenate([source.take(part)["label"] for part in parts])
 
 
-def ruler(config: Config, num: int, vae: str = "") -> Callable[..., dict[str, Any]]:
+def ruler(
+    config: Config, num: int, vae: str = "", source: Source | None = None
+) -> Callable[..., dict[str, Any]]:
     """`distance` of --num samples to the data of a configuration, which are opened now, as is the
-    feature space; vae: as that of `open_workdir`.
+    feature space; vae and source: as those of `open_pixels`.
 
     Raises:
       ValueError: they cannot be, or too few samples.
     """
     check_number(num, "--num")
-    source = open_pixels(config, vae)
-    return functools.partial(distance, space_of(config, source), source)
+    pixels = open_pixels(config, vae, source)
+    return functools.partial(distance, space_of(config, pixels), pixels)
 
 
 def distance(space: FeatureSpace, source: Source, samples: Iterable[np.ndarray]) -> dict[str, Any]:

@@ -37,11 +37,11 @@ def open_source(config: Config) -> Source:
     return source
 
 
-def open_pixels(config: Config, vae: str = "") -> Source:
+def open_pixels(config: Config, vae: str = "", source: Source | None = None) -> Source:
     """The images that a run's samples are compared with: its data, or what its latents were made
-    of (`decoding.pixels`); vae: as that of `open_workdir`.
+    of (`decoding.pixels`); vae: as that of `open_workdir`; source: its data where they are open.
     """
-    source = open_source(config)
+    source = open_source(config) if source is None else source
     latents = source.latents or Latents(source.shape)
     return decoding.pixels(source, lambda: decoding.open_decoder(config, latents, vae))
 
@@ -324,12 +324,12 @@ class TrainedModel:
         rules = [churn, *(getattr(one, name) for one in guidance for name in parts)]
         how = (trajectory, dataclasses.replace(settings, num=1, every="0 steps"), *devices)
         # Guidance is mostly made anew, and its programs would stay for ever: the last one does.
-        key = trajectory if any(rule is not None for rule in rules) else how
-        known, draw = self.samplers.get(key, (None, None))
-        if draw is None or known is None or not _same(known, (how, rules)):
+        key = trajectory if guidance or churn is not None else how
+        found = self.samplers.get(key)
+        if found is None or not _same(found[0], (how, rules)):
             draw = generate.sampler(self.model, settings, devices, churn, guidance, trajectory)
-            self.samplers[key] = (how, rules), draw
-        return draw
+            found = self.samplers[key] = (how, rules), draw
+        return found[1]
 
 
 def _same(known: tuple[Any, list[Any]], wanted: tuple[Any, list[Any]]) -> bool:
