@@ -351,6 +351,28 @@ def test_heun_uses_the_corrector():
     )
 
 
+@pytest.mark.fast
+def test_heun_in_turns_is_heun():
+    """Without a corrector each evaluation is a turn of one loop; the denoiser as its own corrector
+    goes the other way.
+    """
+    denoise = as_denoiser(DATA.denoise)
+    z = jax.random.normal(jax.random.key(1), (2, 2, 2, 1))
+    run = functools.partial(sample, latents=z, sigmas=grids.edm(5), trajectory=True)
+    turns, steps = run(denoise), run(Denoiser(denoise.evaluate, corrector=denoise))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), turns, steps)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "solver, copies", [("euler", 1), ("heun", 1), ("plms", 3), ("dpmpp_2m", 1), ("unipc", 1)]
+)
+def test_a_program_holds_the_network_so_many_times(solver, copies):
+    """What compiling a sampler takes is about this number of networks."""
+    run = jax.jit(lambda z: sample(lambda x, sigma, label: jnp.sin(x), z, grids.edm(6), solver))
+    assert run.lower(jnp.ones((1, 2, 2, 1))).as_text().count("stablehlo.sine") == copies
+
+
 class Alternating:
     """A churn rule with a carry: images whose last x0_hat was positive are churned in the next
     step.

@@ -139,8 +139,14 @@ def heun_update(
     sigma_second: Array,
 ) -> Array:
     """Heun's x + (sigma_next - sigma) (d + d') / 2, d' = (predicted - second) / sigma_second."""
+    slopes = slope(x, x0_hat, sigma), slope(predicted, second, sigma_second)
+    return heun_mean(x, *slopes, sigma, sigma_next)
+
+
+def heun_mean(x: Array, d: Array, d_next: Array, sigma: Array, sigma_next: Array) -> Array:
+    """A Heun step, x + (sigma_next - sigma) (d + d_next) / 2, of the slopes at its two ends."""
     h = per_example(sigma_next, x) - per_example(sigma, x)
-    return x + h * 0.5 * (slope(x, x0_hat, sigma) + slope(predicted, second, sigma_second))
+    return x + h * 0.5 * (d + d_next)
 
 
 def split_sigma(sigma: Array, sigma_next: Array, eta: float | Array = 1.0) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ in the model's own coordinate x_vp.
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,19 +119,19 @@ def pndm(
         first, second, third = (functools.partial(slope, at=at) for at in (start, mid, end))
         return steps.pseudo_runge_kutta((first, second, third), x, *levels(start, mid, end))
 
-    def multistep(
-        carry: tuple[Array, tuple[Array, ...]], nodes: tuple[Node, Node]
-    ) -> tuple[tuple[Array, tuple[Array, ...]], None]:
+    def multistep(carry: tuple[Array, Any], nodes: tuple[Node, Node]) -> tuple[Any, None]:
         x, earlier = carry
         start, end = nodes
         slopes = (slope(x, start), *earlier)
         return (steps.pndm(x, slopes, *levels(start, end)), slopes[:-1]), None
 
     starts, middles, ends = node(t[:-1]), node(middle), node(t[1:])
-    x, earlier = latents / starts["scale"][0], ()
-    for i in range(order - 1):
-        x, d = starter(x, *jax.tree.map(lambda v, i=i: v[i], (starts, middles, ends)))
-        earlier = (d, *earlier)
-    rest = jax.tree.map(lambda v: v[order - 1 :], (starts, ends))
-    (x, _), _ = jax.lax.scan(cast(Any, multistep), (x, earlier), rest)
+    few, rest = slice(order - 1), slice(order - 1, None)
+    part = lambda which, *nodes: jax.tree.map(lambda v: v[which], nodes)
+    x = latents / starts["scale"][0]
+    x, first = jax.lax.scan(
+        lambda x, nodes: starter(x, *nodes), x, part(few, starts, middles, ends)
+    )
+    earlier = tuple(first[::-1])
+    (x, _), _ = jax.lax.scan(multistep, (x, earlier), part(rest, starts, ends))
     return (x * ends["scale"][-1]).astype(given)

@@ -22,6 +22,7 @@ index grids.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -161,14 +162,10 @@ def sample(
     round_sigma = round_sigma or denoise.round_sigma
     sigmas = _known_levels(denoise, _check_grid(solver, sigmas), round_sigma, latents.dtype)
     keys = None if key is None else image_keys(key, latents.shape[0])
-
-    def key_of(step: Array) -> Array | None:
-        # The purpose's name is a part of the noise: another word would give other images.
-        return None if keys is None else randomness.fold_in_each(_at_step(keys, step), "kick")
-
     noise = step_noise(key, latents, noise_fn)
     variance = _variance(denoise, variance) if solver == "ancestral" else "small"
-    more = round_sigma, eta, variance, sigmas, options, parts.shift if parts.shifts else None
+    shift, remembers = parts.shift if parts.shifts else None, bool(parts.remembering)
+    more = round_sigma, eta, variance, sigmas, options, shift, remembers
     problem = solvers.Problem(denoise, label, noise, parts.transition, parts.churn, *more)
     x, n = latents * sigmas[0], sigmas.shape[0] - 1
 
@@ -178,7 +175,7 @@ def sample(
         return SOLVERS[solver](now, x, n)[0], memory
 
     memory = {g.name: g.memory.init(x) for g in parts.remembering if g.memory is not None}
-    how = key_of, trajectory, memory, remember if memory else None
+    how = partial(_step_keys, keys), trajectory, memory, remember if memory else None
     if solver == adaptive.NAME:
         control = _control(options, variable, memory)
         result, kept, count = adaptive.dopri5(denoise, x, sigmas, label, control, trajectory)
@@ -253,6 +250,13 @@ def image_keys(key: Array, batch: int) -> Array:
             f"key: shape {key.shape}; expected a scalar key or one per image, ({batch},)"
         )
     return key
+
+
+def _step_keys(keys: Array | None, step: Array) -> Array | None:
+    """[B] keys of guidance in this step. Their name is a part of them: another would give other
+    images.
+    """
+    return None if keys is None else randomness.fold_in_each(_at_step(keys, step), "kick")
 
 
 def _at_step(keys: Array, step: Array) -> Array:

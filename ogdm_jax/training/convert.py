@@ -176,7 +176,7 @@ def write_folder(
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables)
     params, buffers = variables["params"], variables.get("buffers", {})
     tx = optim.optimiser(config)
-    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+    zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # in JAX a program for each shape
     moments = jax.tree.map(zeros, jax.eval_shape(tx.init, params))
     start = state.TrainState(jnp.int32(step), params, params, buffers, moments, {})
     with lock.hold(out, field="--out"), checkpoint.Checkpoints(out) as folder:
