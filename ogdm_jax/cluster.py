@@ -151,8 +151,8 @@ def _tpu_vm() -> bool:
 def compare(settings: Mapping[str, object]) -> None:
     """Refuses processes of different settings, which would train different functions on one batch.
 
-    Every process must call it, and waits for the others, without settings as well. They go through
-    the key-value store as text; nothing is compiled, and no exchange times out.
+    Every process must call it, and waits for the others. The settings go through the key-value
+    store as text; nothing is compiled, and no exchange times out.
 
     Raises:
       ConfigError: the first setting that differs, with both values; the same in every process.
@@ -173,6 +173,11 @@ def compare(settings: Mapping[str, object]) -> None:
 
 
 _comparisons = itertools.count(1)  # counted alike in all processes
+
+
+def meet() -> None:
+    """Waits until every process is here, for as long as it takes: JAX's own exchanges time out."""
+    compare({})
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:

@@ -105,9 +105,8 @@ class Plan:
 
     def init(self, create: Callable[..., PyTree], *args: PyTree) -> PyTree:
         """Runs create(*args) compiled, each leaf made where it will live; the memory of arguments
-        behind the first becomes the result's.
+        behind the first becomes the result's. create: of `platforms.traced_for`.
         """
-        create = platforms.traced_for(self.platform, create)  # of one function JAX keeps the trace
         shardings = self.state_shardings(jax.eval_shape(create, *args))
         lowered = jax.jit(
             create,

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from ogdm_jax import config as configs
-from ogdm_jax import parallel, platforms
+from ogdm_jax import models, parallel, platforms
 from ogdm_jax.networks import cpu
 from ogdm_jax.planning import flops, program
 from ogdm_jax.sampling import generate
@@ -165,3 +165,14 @@ def test_no_file_but_the_platforms_asks_for_the_backend():
     package = Path(program.__file__).parent.parent
     asking = [p.name for p in package.rglob("*.py") if "default_backend()" in p.read_text()]
     assert sorted(asking) == ["platforms.py", "report.py"]  # the report names the devices here
+
+
+def test_the_first_weights_are_traced_once(monkeypatch):
+    """A run asks for their shapes, several times, and then makes them."""
+    drawn, really = [], models.Model.init
+    monkeypatch.setattr(models.Model, "init", lambda *args: drawn.append(1) or really(*args))
+    run = tiny.build("methods=", tiny.ONE_LEVEL)
+    for _ in range(2):
+        jax.eval_shape(run.create, run.key)
+    run.init()
+    assert len(drawn) == 1

@@ -107,7 +107,7 @@ def draw_or_read(
         require(of(config).cfg == 1 or knows, "dg.cfg", of(config).cfg, hidden)
         log(f"drawing {num} samples of step {prior.step} ({words_of(config.sample)})")
         _draw(config, prior, source, wanted, path, devices)
-    cluster.compare({})  # the others wait here, where no exchange of theirs can time out
+    cluster.meet()
     return read(path, wanted, source.latents)
 
 

@@ -109,7 +109,7 @@ def train(
         )
         state = loop.run_to_end()
         task.finish(run, state, workdir, log)
-        cluster.compare({})  # the lead one still writes; JAX aborts all after five minutes
+        cluster.meet()  # the lead one still writes; JAX aborts all after five minutes
         return run, state
 
 

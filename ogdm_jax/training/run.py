@@ -3,6 +3,7 @@ step; checked first.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ogdm_jax import models, parallel, randomness
+from ogdm_jax import models, parallel, platforms, randomness
 from ogdm_jax.brief import brief
 from ogdm_jax.config import Config, require
 from ogdm_jax.data import Source
@@ -81,12 +82,18 @@ class Run:
         """The run's key; every draw is folded from it."""
         return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
 
-    def create(
+    @functools.cached_property
+    def create(self) -> Callable[..., state.TrainState]:
+        """(key, weights=None) -> a fresh state, of given (params, buffers) or new ones; jit it or
+        eval_shape it. The same key gives the same network whatever methods are on.
+
+        One function for all who ask: JAX keeps the trace of it, which takes seconds.
+        """
+        return platforms.traced_for(self.plan.platform, self._create)
+
+    def _create(
         self, key: jax.Array, weights: tuple[PyTree, PyTree] | None = None
     ) -> state.TrainState:
-        """A fresh state, of given (params, buffers) or new ones; jit it or eval_shape it. The same
-        key gives the same network whatever methods are on.
-        """
         # quick: a draw for each tensor, of which threefry takes four times as long to compile
         key_of_network = randomness.quick(randomness.fold_in_name(key, "network"))
         params, buffers = weights or self.model.init(key_of_network)

@@ -83,7 +83,7 @@ def newest_whole(workdir: str | os.PathLike, log: Callable[[str], None]) -> int 
         if places.is_local(top) and top.is_dir():
             _remove_cut(top, log)
         step = _newest(top, present(workdir), log)
-    cluster.compare({})  # reading may take minutes: the others wait where nothing times out
+    cluster.meet()  # reading may take minutes
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     return None if step < 0 else step
