@@ -19,7 +19,7 @@ from ogdm_jax.cli import data as command
 from ogdm_jax.cli import sample
 from ogdm_jax.cli import study as command_study
 from ogdm_jax.config import ConfigError
-from ogdm_jax.data import batches, moments, open_source, pictures
+from ogdm_jax.data import batches, moments, open_source, pictures, spread
 from ogdm_jax.data.latents import SIDECAR
 from ogdm_jax.discriminator import generated
 from ogdm_jax.discriminator.run import build
@@ -149,7 +149,7 @@ def test_a_study_takes_an_autoencoder_that_moved(workdir, latents, tmp_path):
     assert opened.model.autoencoder is not None
 
 
-def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog):
+def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog, monkeypatch):
     source = open_source(f"latents:{latents}")
     gone = dataclasses.replace(
         source, latents=dataclasses.replace(source.latents, pixels={"name": "folder:/nothing"})
@@ -159,6 +159,10 @@ def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog):
     assert found.images.shape == (len(source), 8, 8, 1) and "compared with decoded" in caplog.text
     np.testing.assert_array_equal(found.labels, source.labels)
     assert decoding.pixels(source, lambda: None).name == "digits/test"
+    monkeypatch.setattr(decoding, "MOST", 140)  # of a larger set a part, each with its own label
+    part, rows = decoding.pixels(gone, lambda: decoder), spread(len(source), 140)
+    np.testing.assert_array_equal(part.images, found.images[rows])
+    np.testing.assert_array_equal(part.labels, source.labels[rows])
 
 
 def _example(latents, *more):

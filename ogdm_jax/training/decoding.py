@@ -125,7 +125,8 @@ def pixels(source: Source, opened: Callable[[], Autoencoder | None]) -> Source:
     part = f" ({len(rows):,} of {len(source):,})" if len(rows) < len(source) else ""
     _LOG.warning("%s: compared with decoded latents%s, as %s", source.name, part, why)
     labels = None if source.labels is None or source.captions else source.labels[rows]
-    parts = [_decoded(source, decoder, rows[i : i + _BATCH]) for i in rows[::_BATCH]]
+    starts = range(0, len(rows), _BATCH)
+    parts = [_decoded(source, decoder, rows[i : i + _BATCH]) for i in starts]
     images = np.concatenate(parts)
     return data.from_arrays(f"{source.name}, decoded", images, labels, source.class_names)
 
