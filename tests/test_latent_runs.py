@@ -144,9 +144,13 @@ def test_a_study_takes_an_autoencoder_that_moved(workdir, latents, tmp_path):
             ruler()
         arm, made = ruler("--vae", str(new))
         opened = study.opened(arm, workdir, "newest", study.PLAIN, made.vae)
+        other = ruler("--vae", str(support.autoencoder(tmp_path / "other", 1)))[1]
     finally:
         new.rename(old)
     assert opened.model.autoencoder is not None
+    words = opened.settings()
+    assert "autoencoder" not in made.protocol(opened, words)  # the same one, elsewhere
+    assert other.protocol(opened, words)["autoencoder"] == other.decoder != ""
 
 
 def test_without_the_pixels_decoded_means_stand_for_them(latents, caplog, monkeypatch):

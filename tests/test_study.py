@@ -1,12 +1,14 @@
 """`ogdm study` end to end: trains, measures and compares; goes on where it stopped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ogdm_jax import cli
 from ogdm_jax.config import Sample
 from ogdm_jax.sampling import generate
+from ogdm_jax.study import runs
 from ogdm_jax.training import evaluate, loop
 from tests.support import tiny
 
@@ -76,6 +78,26 @@ def test_a_sampler_that_one_model_cannot_have_is_said_before_training(
         study(tmp_path / "out", "--solvers", "heun", *(f"--fast.{words}" for words in flow))
     assert "config.sample.solver: 'heun' given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path, monkeypatch):
+    """And not with the one that their folder names; nor is a measurement with that one taken for it."""
+    used = []
+    folder = SimpleNamespace(config=tiny.config(), step=2, model=None, class_names=())
+    monkeypatch.setattr(runs, "opened", lambda *_: folder)
+
+    def measured(trained, samplers, *_):
+        used.extend(samplers)
+        return [{"fd": 1.0}]
+
+    monkeypatch.setattr(runs, "measure_samplers", measured)
+    ruler = runs.Ruler(SimpleNamespace(name="f"), None, "digits", 8, lambda _: None, lambda _: {})
+    results, way = runs.Results(tmp_path), runs.Way("newest", runs.PLAIN, {"steps": 4})
+    for grid in ("edm", "vp", "vp"):
+        arm = runs.Arm("a", {0: tiny.config(f"sample.grid={grid}")})
+        list(runs.measure(arm, tmp_path, 0, [way], ruler, results))
+    assert [(s.grid, s.steps) for s in used] == [("edm", 4), ("vp", 4)]
+    assert len(runs.Results(tmp_path).reports) == 2
 
 
 @pytest.mark.slow_cases("optim*")

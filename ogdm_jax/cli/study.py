@@ -119,7 +119,8 @@ def _finish(
     """Writes and prints what was found."""
     found = figures.summary(asked, names, args.metric)
     results.write(summary=found)
-    n = asked[0]["n_samples"] if args.metric == "fd_all" else asked[0]["n"]
+    of = {"fd": "n", "fd_all": "n_samples", "kid": "n_samples"}.get(args.metric, "n_neighbours")
+    n = asked[0][of]
     title = (
         f"{asked[0]['features']}, {args.metric} (n = {n}): mean ± standard deviation over the "
         f"seeds {args.seeds}\n\n"
@@ -275,9 +276,11 @@ def open_ruler(
         model = models.build(arm.configs[seed], source.shape, source.num_classes, source.latents)
         for way in ways:
             runs.check_sampler(arm.configs[seed].sample, way.sampler, model)
-    name = config.data.source
-    if source.latents is not None:
-        decoding.open_decoder(config, source.latents, args.vae, "--vae")  # before any is trained
+    name, decoder = config.data.source, ""
+    if source.latents is not None:  # opened before any is trained
+        own = source.latents.vae.get("sha256")
+        found = decoding.open_decoder(config, source.latents, args.vae, "--vae").sha256
+        decoder = "" if own in (None, found) else found
         source = open_pixels(config, args.vae)
     if args.reference:
         name = args.reference
@@ -287,7 +290,7 @@ def open_ruler(
     num = args.num or min(len(real), measuring.MOST)
     drawing = lambda model: measuring.drawing(args, model, reference=source)
     about = lambda model: compared(source, model.model, model.class_names)
-    return runs.Ruler(space, space(real), name, num, drawing, about, args.vae)
+    return runs.Ruler(space, space(real), name, num, drawing, about, args.vae, decoder)
 
 
 def spelled(report: dict[str, Any], metric: str) -> str:

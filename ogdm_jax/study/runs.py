@@ -54,7 +54,7 @@ class Way:
     Attributes:
       checkpoint: its step, "best", or "newest".
       ema: PLAIN, or the relative width of a moving average that is reconstructed.
-      sampler: words for `TrainedModel.settings`.
+      sampler: entries of the configuration's sampler that are replaced.
     """
 
     checkpoint: str
@@ -116,6 +116,7 @@ class Ruler:
       draw: model -> its `Draw`.
       about: model -> how its samples are compared (`training.evaluate.compared`).
       vae: of `open_workdir`, for all runs.
+      decoder: hash of the autoencoder, where it is another than the one that made the latents.
     """
 
     space: FeatureSpace
@@ -125,12 +126,14 @@ class Ruler:
     draw: Callable[[TrainedModel], Draw]
     about: Callable[[TrainedModel], Mapping[str, str]]
     vae: str = ""
+    decoder: str = ""
 
     def protocol(self, trained: TrainedModel, sampler: Sample) -> dict[str, Any]:
         """What has to be equal for a measurement to be the one that is asked for."""
         drawn = {k: v for k, v in vars(sampler).items() if k not in ("num", "every")}
         measured = {"features": self.space.name, "num": self.num, "reference": self.reference}
         compared = {f"compared_{name}": words for name, words in self.about(trained).items()}
+        measured |= {"autoencoder": self.decoder} if self.decoder else {}
         return drawn | measured | compared | {"step": trained.step}
 
 
@@ -150,7 +153,8 @@ def measure(
             models[key] if key in models else opened(arm, arm.folder(out, seed), *key, ruler.vae)
         )
         models = {key: trained}  # one at a time
-        sampler = trained.settings(**way.sampler)
+        # as asked for now: what is finished keeps the sampler of its training
+        sampler = generate.replaced(arm.configs[seed].sample, way.sampler)
         about["protocol"] = ruler.protocol(trained, sampler)
         if before := results.find(**about):
             yield before, False
