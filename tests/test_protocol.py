@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ogdm_jax import startup
-from ogdm_jax.cli import evaluate, measuring, report
+from ogdm_jax.cli import card, evaluate, measuring, report
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
 from ogdm_jax.report import inputs
@@ -162,6 +162,7 @@ def test_protocol_command(workdir, capsys):
     assert [s["seeds"] for s in sets] == ["8-47", "48-87"] and sets[0]["fd_all"] != sets[1][
         "fd_all"
     ]
+    assert "reference" not in result  # the data that was trained on
     assert result["fd_all_min"] == min(s["fd_all"] for s in sets) and result["floor"] > 0
     assert (result["n"], result["n_samples"], result["n_reference"], result["nfe"]) == (
         40,
@@ -173,6 +174,7 @@ def test_protocol_command(workdir, capsys):
 
 def test_report_command(workdir, capsys):
     words = f"--workdir {workdir} --num 12 --solvers heun --steps 2 --batch 8 --devices 1"
+    words += " --reference digits/test"
     assert report.main(words.split()) == 0
     assert "wrote" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
@@ -189,6 +191,13 @@ def test_report_command(workdir, capsys):
     assert [(r["solver"], r["steps"], r["nfe"], r["n"]) for r in saved] == [
         ("heun", 2, 3, 12)
     ] and saved[0]["floor"] > 0
+    # other images than those that were trained on are named, wherever the distances are shown
+    assert saved[0]["reference"] == "digits/test"
+    assert "Nearest images of digits/test" in page and "at random from digits/test" in page
+    assert "<li>compared with digits/test" in page and "training images" not in page
+    assert [r["features"] for r in card.distances(str(workdir), 0)] == [
+        "fd_pixels, against digits/test"
+    ]
 
 
 def test_report_of_a_folder_with_broken_files(workdir, tmp_path):

@@ -54,8 +54,14 @@ def distances(workdir: str, step: int) -> list[dict[str, Any]]:
     if path.exists():
         found += records.read(path, list)
     kept = [r for r in found if r.get("step") == step and all(name in r for name in _COLUMNS)]
+    kept = [r | {"features": ", against ".join(_what(r))} for r in kept]
     unique = {tuple(r[name] for name in _COLUMNS[:5]): r for r in kept}
     return sorted(unique.values(), key=lambda r: r["nfe"])
+
+
+def _what(report: Mapping[str, Any]) -> list[str]:
+    """The features of a distance, and the images where they are not those that were trained on."""
+    return [str(report[name]) for name in ("features", "reference") if name in report]
 
 
 def text(

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = protocol.score_ranges(
                 space, reference, ranges, draw, tell, sets.finished, sets.keep
             )
+        how |= {"reference": args.reference} if args.reference else {}
         measuring.print_json(result | how | describe_sampler(settings, counts), args.out)
         sets.clear()
     return 0

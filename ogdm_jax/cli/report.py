@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with startup.command():
         check_number(args.num, "--num")
         distances = inputs.distances(args.distances) if args.distances else None
+        other = inputs.printable(args.reference) if args.reference else ""
         folder = places.workdir(args.workdir)
         out = places.place(args.out, "--out") if args.out else folder / "report.html"
         if args.out or folder.is_dir():  # a missing training folder has a sentence of its own
@@ -61,10 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         space = measuring.open_model_space(args, trained, source)
         real = references(source)
         features = space(real)
+        against = ", ".join(filter(None, [other, *reference_part(source).values()]))
         if distances is None:
             num = args.num or min(len(real), measuring.MOST)
             measured = measure_samplers(trained, choices, space, features, range(num), draw)
             about = compared(source, trained.model, trained.class_names)
+            about |= {"reference": against} if against else {}
             distances = [report | about for report in measured]
             if distances:
                 records.write(folder / evaluations.MEASURED, distances, indent=1)
@@ -72,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
         found = findings.collect(trained, args.workdir, samples, real, space, features, distances)
         changed = [f"{option} {how}" for option, how in args.resized.items()]
-        part = [f"compared with {words}" for words in reference_part(source).values()]
-        found = dataclasses.replace(found, notes=[*part, *changed, *found.notes])
+        those = filter(None, dict.fromkeys([against, *(r.get("reference") for r in distances)]))
+        notes = [*(f"compared with {words}" for words in those), *changed, *found.notes]
+        found = dataclasses.replace(found, notes=notes, reference=other)
         page = html.page(found).encode()
         with places.written(out) as new:
             new.write_bytes(page)

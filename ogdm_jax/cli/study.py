@@ -121,8 +121,9 @@ def _finish(
     results.write(summary=found)
     of = {"fd": "n", "fd_all": "n_samples", "kid": "n_samples"}.get(args.metric, "n_neighbours")
     n = asked[0][of]
+    against = f" against {args.reference}" if args.reference else ""
     title = (
-        f"{asked[0]['features']}, {args.metric} (n = {n}): mean ± standard deviation over the "
+        f"{asked[0]['features']}{against}, {args.metric} (n = {n}): mean ± standard deviation over the "
         f"seeds {args.seeds}\n\n"
     )
     with places.written(out / "study.md") as new:

@@ -48,6 +48,7 @@ class Findings:
       path: the way of some samples from noise to image.
       config: {"group.key": value}.
       notes: sentences about what could not be read.
+      reference: what the real images are, where they are not those that were trained on.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Findings:
     path: Path | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    reference: str = ""
 
 
 def collect(

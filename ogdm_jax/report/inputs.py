@@ -158,4 +158,6 @@ def _distance(report: Any, path: str, known: str) -> dict[str, Any]:
     for name in (*SHARES, *(f"{share}_floor" for share in SHARES)):
         if name in report:
             report[name] = number(report[name])
+    if "reference" in report:
+        report["reference"] = printable(str(report["reference"]))
     return report
