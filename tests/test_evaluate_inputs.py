@@ -10,6 +10,7 @@ from ogdm_jax.cli import evaluate, measuring
 from ogdm_jax.data import open_source
 from ogdm_jax.data.pictures import save_png
 from ogdm_jax.metrics import Moments, feature_space, load_statistics, protocol, save_statistics
+from ogdm_jax.metrics.networks import NetworkFeatures
 from ogdm_jax.metrics.trained import TrainedFeatures
 
 pytestmark = pytest.mark.fast
@@ -265,6 +266,21 @@ def test_labels_are_those_of_the_classifier():
     assert score(np.arange(30) % 3, named, ("cat", "dog", "owl"))["label_agreement"] == 1
     assert score(np.arange(30) % 3, named, ("cat", "dog", "cow"))["label_agreement"] is None
     assert "label_agreement" not in score(np.full(30, -1))
+
+
+def test_the_inception_score_does_not_depend_on_the_order_of_a_folder():
+    """Ten parts of a set in the order of its classes held one class each, whose score is 1."""
+
+    class Inception(NetworkFeatures):
+        def both(self, images):
+            return images.reshape(len(images), -1)[:, :8] / 1, np.eye(3)[images[:, 0, 0, 0]]
+
+    space = Inception("fid", 8, lambda *_: None, {})
+    pixels = images(600)
+    pixels[:, 0, 0, 0] = np.arange(600) // 200
+    samples = {"image": pixels, "label": np.full(600, -1)}
+    found, _ = protocol.score_set(space, samples, space.both(pixels)[0])
+    assert 2.8 < found["inception_score"] <= 3
 
 
 def test_the_smallest_of_several_shows_a_nan():

@@ -123,8 +123,8 @@ def _finish(
     n = asked[0][of]
     against = f" against {args.reference}" if args.reference else ""
     title = (
-        f"{asked[0]['features']}{against}, {args.metric} (n = {n}): mean ± standard deviation over the "
-        f"seeds {args.seeds}\n\n"
+        f"{asked[0]['features']}{against}, {args.metric} (n = {n}): mean ± standard deviation "
+        f"over the seeds {args.seeds}\n\n"
     )
     with places.written(out / "study.md") as new:
         new.write_text(title + figures.markdown(found))
