@@ -42,6 +42,17 @@ def test_it_is_the_weighted_error_at_a_level_of_the_images_own():
         assert value == pytest.approx(weight * np.square(image / 127.5 - 1).sum(), rel=1e-5)
 
 
+def test_both_sets_have_the_same_draws(run):
+    """Their difference would else be that of the levels, too."""
+    held, trained = heldout.HeldOut(run)._sets.values()
+    np.testing.assert_array_equal(held["row"], trained["row"])
+    for images, source in (
+        (held["image"], data.open_source("digits/test")),
+        (trained["image"], run.source),
+    ):
+        np.testing.assert_array_equal(images, source.images[data.spread(len(source), 7)])
+
+
 @pytest.mark.slow
 def test_it_is_the_mean_of_each_image_by_itself(run, monkeypatch):
     state = run.init()
@@ -49,9 +60,9 @@ def test_it_is_the_mean_of_each_image_by_itself(run, monkeypatch):
     denoise = run.model.denoiser(state.ema, state.buffers)
     test = data.open_source("digits/test")
     losses = []
-    for row in np.linspace(0, len(test) - 1, 7).round().astype(int):
+    for number, row in enumerate(np.linspace(0, len(test) - 1, 7).round().astype(int)):
         keys = [
-            jax.random.fold_in(randomness.fold_in_name(jax.random.key(0), purpose), int(row))
+            jax.random.fold_in(randomness.fold_in_name(jax.random.key(0), purpose), number)
             for purpose in ("heldout sigma", "heldout")
         ]
         x0 = test[int(row)]["image"][None].astype(np.float32) / 127.5 - 1
