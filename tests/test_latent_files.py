@@ -183,6 +183,12 @@ def test_others_of_the_family_are_refused_by_name(change, said):
         from_torch(state)
 
 
+def test_a_unet_without_texts_is_refused_by_name():
+    names = ("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.norm1.weight")
+    with pytest.raises(ValueError, match="a U-Net of diffusers without texts .UNet2DModel."):
+        from_torch(dict.fromkeys((*names, "conv_in.weight"), np.zeros((8, 3, 3, 3), np.float32)))
+
+
 def test_a_missing_tensor_is_named():
     state = golden("vae_a").state_dict()
     del state["decoder.conv_out.bias"]
@@ -239,6 +245,28 @@ def test_dit_in_diffusers_names_is_the_authors(dit, tmp_path):
     del theirs["transformer_blocks.1.attn1.to_k.bias"]
     with pytest.raises(ValueError, match=r"1 missing \(transformer_blocks.1.attn1.to_k.bias\)"):
         from_torch(theirs, heads=4, img_resolution=8)
+
+
+@pytest.mark.parametrize(
+    "kind,field,value",
+    [
+        ("UNet2DConditionModel", "center_input_sample", True),
+        ("UNet2DConditionModel", "norm_eps", 1e-6),
+        ("UNet2DConditionModel", "resnet_skip_time_act", True),
+        ("UNet2DConditionModel", "time_embedding_type", "fourier"),
+        ("DiTTransformer2DModel", "activation_fn", "gelu"),
+        ("CLIPTextModel", "layer_norm_eps", 1e-6),
+    ],
+)
+def test_a_field_that_changes_the_arithmetic_is_refused(kind, field, value, tmp_path):
+    config, file = tmp_path / diffusers.CONFIG, tmp_path / diffusers.WEIGHTS
+    config.write_text(json.dumps({"_class_name": kind}))
+    assert diffusers.read_about(file)
+    config.write_text(json.dumps({"_class_name": kind, field: value}))
+    with pytest.raises(ValueError, match=f"{field} {value!r} given; expected"):
+        diffusers.read_about(file)
+    config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "norm_eps": 1e-6}))
+    assert diffusers.read_about(file)  # the authors' own
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
@@ -82,6 +82,37 @@ def test_a_converted_openai_network_is_the_files_and_comes_back(openai):
     again = load_pretrained(folder / "out.safetensors")
     assert (again.kind, again.network, again.schedule) == ("adm", network, "cosine")
     jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
+
+
+def test_betas_beside_a_network_are_its_schedule(openai, tmp_path):
+    """As training programs keep them; those of latent diffusion (0.0015 to 0.0195) were taken for
+    linear ones.
+    """
+    state = load_file(openai[0] / "model.safetensors")
+    t = np.arange(4001) / 4000
+    bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    cosine = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+    of_ldm = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+
+    def read(prefix="", given="", **beside):
+        arrays = {f"{prefix}{name}": value for name, value in state.items()} | beside
+        save_file(arrays, tmp_path / "beside.safetensors")
+        told = {"schedule": given} if given else {}
+        return load_pretrained(
+            tmp_path / "beside.safetensors", img_resolution=8, num_heads=2, weights=False, **told
+        )
+
+    for prefix in ("", "net."):
+        found = read(prefix, betas=cosine.astype(np.float16))
+        assert (found.schedule, found.process) == ("cosine", {"diffusion_steps": 4000})
+        assert not any("betas" in note for note in found.notes)
+    assert read(betas=np.linspace(1e-4, 0.02, 1000)).schedule == "linear"
+    with pytest.raises(ValueError, match="betas, 0.0015 to 0.0195 in 1000 steps, are none of"):
+        read(betas=of_ldm)
+    assert read(betas=of_ldm, given="linear").schedule == "linear"
+    latent = {"first_stage_model.decoder.conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)}
+    with pytest.raises(ValueError, match="U-Net of a latent diffusion model without texts"):
+        read("model.diffusion_model.", **latent)
 
 
 def test_an_export_says_the_order_it_was_written_in(openai, monkeypatch):

@@ -58,16 +58,28 @@ _CLASSES: dict[str, tuple[str, dict[str, tuple[str, Any]]]] = {
 # fields that would change the arithmetic: the values that the networks here have
 _ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
+    "activation_fn": ("gelu-approximate",),
     "addition_embed_type": (None,),
+    "center_input_sample": (False,),
     "class_embed_type": (None,),
+    "downsample_padding": (1,),
     "encoder_hid_dim": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "hidden_act": ("quick_gelu", "gelu"),
+    "layer_norm_eps": (1e-5,),
     "mid_block_add_attention": (True,),
+    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "norm_eps": (1e-5,),
+    "norm_type": ("ada_norm_zero",),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
     "transformer_layers_per_block": (1,),
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
@@ -125,7 +137,8 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
             "channels"
         )
     kind, fields = _CLASSES[name]
-    for field, allowed in _ONLY.items():
+    only = _ONLY | ({"norm_eps": (1e-5, 1e-6)} if kind == "dit" else {})  # the authors' is 1e-6
+    for field, allowed in only.items():
         value = config.get(field, allowed[0])
         if value not in allowed:
             raise ValueError(

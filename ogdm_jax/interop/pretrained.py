@@ -17,10 +17,12 @@ from ogdm_jax.brief import brief
 from ogdm_jax.config import Precondition
 from ogdm_jax.diffusion import precondition
 from ogdm_jax.diffusion.denoiser import Denoiser
+from ogdm_jax.diffusion.process import SCHEDULES, betas
 from ogdm_jax.interop import diffusers, export, kinds, names_score_sde, recognise, recognise_latent
 from ogdm_jax.interop.inert import Module, quote
 from ogdm_jax.interop.parts import Part
 from ogdm_jax.interop.settings import PROCESS, check_about, check_settings
+from ogdm_jax.interop.torch_records import Tensor
 from ogdm_jax.interop.torch_state import TorchFile, open_torch
 from ogdm_jax.networks import SongUNet, UNet2DCondition
 from ogdm_jax.networks.tapped import apply_compiled
@@ -215,7 +217,8 @@ def load_pretrained(
     """Reads a checkpoint file and makes its network: read_torch, then from_torch.
 
     Preconditioning, sigma_data and dropout come from EDM's pickles, from export's JSON file beside
-    a .safetensors file, or from iDDPM's table `u`; a plain state dict does not say
+    a .safetensors file, or from iDDPM's table `u`; the schedule of OpenAI's U-Nets also from
+    `betas` beside their tensors; a plain state dict does not say
     (precondition="vp" and the like may be given; of "v" also schedule, zero_terminal; of "flow"
     time_scale). OpenAI's U-Nets are "adm" with the published schedule, linear for unknown ones.
     score_sde's networks with Fourier features are "ve" up to twice the largest of the file's
@@ -241,6 +244,8 @@ def load_pretrained(
     for name in ("precondition", "sigma_data", "schedule", *PROCESS):
         about[name] = settings.pop(name, about.get(name))
     check_about(about)
+    if (kind or about.get("kind") or part.kind) == "adm" and about["schedule"] is None:
+        about |= {name: about[name] or value for name, value in _of_betas(file, part).items()}
     if about["precondition"] is None and ("u" in state or "model.u" in state):
         about["precondition"] = "iddpm"
     kind = kind or about.get("kind") or part.kind
@@ -311,6 +316,36 @@ def describe(part: Part) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, str | float | int)}
 
 
+def _of_betas(file: TorchFile, part: Part) -> dict[str, Any]:
+    """The schedule and the steps of the `betas` that training programs keep beside a U-Net.
+
+    Raises:
+      UnrecognisedError: other betas than ours, or the U-Net of a latent diffusion model.
+    """
+    beside = part.node if isinstance(part.node, dict) else {}
+    if any(str(name).startswith("first_stage_model.") for name in beside):
+        raise recognise.UnrecognisedError(
+            f"{file.path}: holds the U-Net of a latent diffusion model without texts, beside its "
+            "autoencoder (first_stage_model), which is not offered; expected a model of pixels, or "
+            "Stable Diffusion"
+        )
+    found = [leaf for name, leaf in beside.items() if str(name).rpartition(".")[2] == "betas"]
+    rows = [leaf for leaf in found if isinstance(leaf, Tensor) and len(leaf.shape) == 1]
+    if not rows or not 1 < rows[0].shape[0] <= 10**5:
+        return {}
+    table = dataclasses.replace(part, names={"betas": rows[0]})
+    stored = file.arrays(table, copy=False)["betas"]
+    numbers, steps = stored.astype(np.float64), len(stored)
+    for name in SCHEDULES:
+        if np.allclose(numbers, betas(name, steps), rtol=1e-2, atol=1e-7):  # half precision, too
+            return {"schedule": name, "diffusion_steps": steps}
+    raise recognise.UnrecognisedError(
+        f"{file.path}: its betas, {numbers[0]:g} to {numbers[-1]:g} in {steps} steps, are none of "
+        f"{', '.join(SCHEDULES)}; expected such, or schedule=... (--set schedule=linear), which "
+        "takes others in their place"
+    )
+
+
 def notes(file: TorchFile, part: Part, others: list[Part], state: _State) -> tuple[str, ...]:
     """Sentences that say what was taken of a file, what else there is, and what was changed."""
     said = list(diffusers.taken(file.path))
@@ -322,9 +357,9 @@ def notes(file: TorchFile, part: Part, others: list[Part], state: _State) -> tup
             + (f"; also there: {also}" if also else "")
         )
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    used = {"sigmas"} if part.kind == "score_sde" else set()
-    extra = [n for n in shapes if n not in used and recognise.is_extra(n, shapes[n])]
-    ignored = [*extra, *part.beside]
+    used = {"score_sde": "sigmas", "adm": "betas"}.get(part.kind or "")
+    extra = [n for n in shapes if recognise.is_extra(n, shapes[n])]
+    ignored = [n for n in (*extra, *part.beside) if n.rpartition(".")[2] != used]
     if ignored:
         said.append(f"ignored: {len(ignored)} tensors ({_some([*map(quote, ignored)])})")
     types = sorted({str(value.dtype) for name, value in state.items() if name not in extra})

@@ -161,6 +161,10 @@ def edm_settings(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     sides = sorted({int(s) for s in _all(shapes, r"enc\.(\d{1,6})x\d+_.*")}, reverse=True)
     song = "out_conv.weight" not in shapes
+    if "emb_noise.weight" in shapes:
+        raise UnrecognisedError(
+            "state: holds a network of EDM2, whose layers are not offered; expected one of EDM"
+        )
     variant = [name for name in shapes if re.search(r"_aux_(down|skip|up)\.", name)]
     if variant or sides != [sides[0] >> i for i in range(len(sides))]:
         odd = (

@@ -107,8 +107,13 @@ def sd_unet_settings(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]
             f"state: holds {_OTHER_INPUTS[first[1]]} ({first[1]} input channels); expected one of "
             "Stable Diffusion 1 or 2, whose input is the latent alone"
         )
+    key = "transformer_blocks.0.attn2.to_k.weight"
+    if (cross := next((name for name in shapes if name.endswith(key)), None)) is None:
+        raise UnrecognisedError(
+            "state: holds a U-Net of diffusers without texts (UNet2DModel), which is not offered; "
+            "expected one of Stable Diffusion 1 or 2, or OpenAI's, EDM's or score_sde's own file"
+        )
     found = _ldm_levels(shapes) if ldm else _diffusers_levels(shapes)
-    cross = next(n for n in shapes if n.endswith("transformer_blocks.0.attn2.to_k.weight"))
     projection = cross.replace("transformer_blocks.0.attn2.to_k", "proj_in")
     context, widths = shapes[cross][1], found["widths"]
     heads = [8 if context == CONTEXT_1 else max(width // _HEAD_WIDTH, 1) for width in widths]

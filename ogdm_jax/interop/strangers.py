@@ -47,8 +47,7 @@ _FOLDERS = (
     ),
     (
         "model_index.json",
-        "a pipeline of diffusers; its networks lie in the folders below (unet, "
-        "...) and are none of the known ones",
+        "a pipeline of diffusers; give the folder of a network in it (transformer, unet, vae, ...)",
     ),
     (
         ".metadata",
