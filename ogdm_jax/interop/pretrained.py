@@ -244,11 +244,11 @@ def load_pretrained(
     for name in ("precondition", "sigma_data", "schedule", *PROCESS):
         about[name] = settings.pop(name, about.get(name))
     check_about(about)
-    if (kind or about.get("kind") or part.kind) == "adm" and about["schedule"] is None:
+    kind = kind or about.get("kind") or part.kind
+    if kind == "adm" and about["schedule"] is None:
         about |= {name: about[name] or value for name, value in _of_betas(file, part).items()}
     if about["precondition"] is None and ("u" in state or "model.u" in state):
         about["precondition"] = "iddpm"
-    kind = kind or about.get("kind") or part.kind
     more = (about.get("settings") or {}) | settings
     try:
         if weights:
@@ -270,14 +270,8 @@ def load_pretrained(
             about["sigma_max"] = about["sigma_max"] or names_score_sde.sigma_max(state)
         said += names_score_sde.supposed(cast(SongUNet, network), more)
     check_about(about)
-    if kind == "sd_unet":  # 1.x predicts the noise; of 2.x both are published
-        context = cast(UNet2DCondition, network).context_dim
-        first = "adm" if context == recognise_latent.CONTEXT_1 else None
-        about["precondition"] = about["precondition"] or first
-        about["schedule"] = about["schedule"] or "scaled_linear"
-    if kind in ("adm", "dit"):
-        about["precondition"] = about["precondition"] or "adm"
-        about["schedule"] = about["schedule"] or recognise.schedule_of(network)
+    for name, value in _published(kind, network).items():
+        about[name] = about[name] or value
     return Pretrained(
         kind,
         network,
@@ -290,6 +284,17 @@ def load_pretrained(
         said,
         _images(about),
     )
+
+
+def _published(kind: str, network: nn.Module) -> dict[str, str | None]:
+    """Preconditioning and schedule of the published networks of a kind."""
+    if kind == "sd_unet":  # 1.x predicts the noise; of 2.x both are published
+        context = cast(UNet2DCondition, network).context_dim
+        first = "adm" if context == recognise_latent.CONTEXT_1 else None
+        return {"precondition": first, "schedule": "scaled_linear"}
+    if kind in ("adm", "dit"):
+        return {"precondition": "adm", "schedule": recognise.schedule_of(network)}
+    return {}
 
 
 def _images(about: Mapping[str, Any]) -> dict[str, Any]:
