@@ -9,12 +9,15 @@ import types
 import numpy as np
 import pytest
 
-from ogdm_jax import startup
+from ogdm_jax import parallel, startup
 from ogdm_jax.cli import card, evaluate, measuring, report
+from ogdm_jax.config import ConfigError
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
 from ogdm_jax.report import inputs
-from ogdm_jax.training import loop
+from ogdm_jax.training import checkpoint, loop
+from ogdm_jax.training import run as runs
+from ogdm_jax.training import workdir as workdirs
 from tests.support import tiny
 
 
@@ -198,6 +201,28 @@ def test_report_command(workdir, capsys):
     assert [r["features"] for r in card.distances(str(workdir), 0)] == [
         "fd_pixels, against digits/test"
     ]
+
+
+def test_a_reports_trajectories_have_the_classes_of_its_samples(tmp_path, monkeypatch):
+    """Both are of the seeds from 0: a page showed two images of one seed."""
+    config = tiny.config("methods=", tiny.ONE_LEVEL, "data.conditional=true")
+    run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
+    with checkpoint.Checkpoints(tmp_path) as saved:
+        saved.save(0, tiny.fresh(run), checkpoint.describe(config, (8, 8, 1), 10), {"step": 0})
+    seen = {}
+
+    def batches(self, settings, seeds, labels, **_):
+        seen["samples"] = labels
+        yield np.zeros((len(seeds), 8, 8, 1), np.float32)
+
+    def path(self, seeds, labels=None):
+        seen["path"] = labels
+        raise ConfigError("none is kept")
+
+    monkeypatch.setattr(workdirs.TrainedModel, "batches", batches)
+    monkeypatch.setattr(workdirs.TrainedModel, "path", path)
+    assert report.main(f"--workdir {tmp_path} --solvers  --devices 1".split(" ")) == 0
+    np.testing.assert_array_equal(seen["path"], seen["samples"][:3])
 
 
 def test_report_of_a_folder_with_broken_files(workdir, tmp_path):

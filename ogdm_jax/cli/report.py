@@ -21,6 +21,7 @@ from ogdm_jax.training import evaluations
 from ogdm_jax.training.evaluate import (
     check_number,
     compared,
+    conditions,
     measure_samplers,
     reference_part,
     references,
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records.write(folder / evaluations.MEASURED, distances, indent=1)
         seeds = range(findings.SHOWN)
         samples = np.concatenate(list(draw(trained.settings(), seeds, "samples")))
-        found = findings.collect(trained, args.workdir, samples, real, space, features, distances)
+        labels = conditions(source, trained.model, seeds[: findings.TRACED], trained.class_names)
+        shown = (samples, real, space, features, distances, labels)
+        found = findings.collect(trained, args.workdir, *shown)
         changed = [f"{option} {how}" for option, how in args.resized.items()]
         those = filter(None, dict.fromkeys([against, *(r.get("reference") for r in distances)]))
         notes = [*(f"compared with {words}" for words in those), *changed, *found.notes]

@@ -15,6 +15,7 @@ from ogdm_jax.report import inputs
 from ogdm_jax.training.evaluate import describe_sampler, words_of
 from ogdm_jax.training.steps import complete
 from ogdm_jax.training.workdir import Path, TrainedModel
+from ogdm_jax.typing import PyTree
 
 SHOWN = 64  # images of the grid
 TRACED = 3  # seeds of the trajectories
@@ -75,6 +76,7 @@ def collect(
     space: FeatureSpace,
     features: np.ndarray,
     distances: Sequence[Mapping[str, Any]],
+    labels: PyTree = None,
 ) -> Findings:
     """The findings of a training folder.
 
@@ -86,6 +88,7 @@ def collect(
       space: where distances are measured.
       features: of `real` [n, dim].
       distances: reports, see `Findings`.
+      labels: conditions of the first TRACED samples.
     """
     settings, config = trained.settings(), trained.config
     logged, best = inputs.metrics(workdir), inputs.best(workdir, complete(workdir))
@@ -102,7 +105,7 @@ def collect(
         sampler=f"{words_of(settings)}, {_cost(settings)} network evaluations",
         nearest=nearest(space, samples[:COMPARED], real, features),
         progress=progress.values,
-        path=_path(trained),
+        path=_path(trained, labels),
         config=configs.flatten(config),
         notes=[*logged.notes, *best.notes, *progress.notes],
     )
@@ -148,7 +151,7 @@ def nearest(
     return Nearest(samples, real[rows], np.take_along_axis(far, rows, axis=1))
 
 
-def _path(trained: TrainedModel) -> Path | None:
+def _path(trained: TrainedModel, labels: PyTree) -> Path | None:
     """The way of the first seeds' images; None where the sampler does not keep it."""
     with contextlib.suppress(configs.ConfigError):
-        return trained.path(np.arange(TRACED))
+        return trained.path(np.arange(TRACED), labels=labels)
