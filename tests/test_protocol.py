@@ -11,6 +11,7 @@ import pytest
 
 from ogdm_jax import parallel, startup
 from ogdm_jax.cli import card, evaluate, measuring, report
+from ogdm_jax.cli.protocol import Sets
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
@@ -354,6 +355,20 @@ def test_the_protocol_goes_on_with_the_sets_that_are_missing(
     assert "2 sets are in" in capsys.readouterr().err
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert {p.name for p in tmp_path.iterdir()} == {"p.json", "whole.json"}
+
+
+def test_a_set_keeps_the_evaluations_of_its_own_images(tmp_path):
+    """A command that goes on told those of the images that it drew itself as those of all."""
+    args, counts = types.SimpleNamespace(out=f"{tmp_path}/p.json"), []
+    sets, done = Sets(args, {"how": 1}, counts), []
+    for fd, drawn in ((2.0, [[10, 12], [14]]), (3.0, [[40]])):
+        counts += map(np.array, drawn)
+        done.append({"fd_all": fd})
+        sets.keep(done)
+    again = Sets(args, {"how": 1}, []).finished
+    assert [s["nfe"] for s in again] == [12, 40]
+    found = protocol.smallest(Pixels(), again)
+    assert (found["nfe"], found["nfe_range"]) == (12, [10, 14])
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"drawn_with": {}, "sets": 3', "\xff"])

@@ -28,7 +28,7 @@ from ogdm_jax.metrics.features import weights_of
 from ogdm_jax.metrics.statistics import is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
-from ogdm_jax.training.evaluate import describe_sampler, shared_conditions
+from ogdm_jax.training.evaluate import describe_sampler, evaluations_of, shared_conditions
 from ogdm_jax.training.workdir import TrainedModel
 
 
@@ -80,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         how |= weights_of(space) | measuring.resized(args)
         if source is not None:
             how |= shared_conditions(source, trained.model, trained.class_names)
-        sets = Sets(args, how | _origin(args, trained, settings, space.name))
+        sets = Sets(args, how | _origin(args, trained, settings, space.name), counts)
         with leaving(lambda: sets.safe(len(ranges))):
             result = protocol.score_ranges(
                 space, reference, ranges, draw, tell, sets.finished, sets.keep
             )
-        how |= {"reference": args.reference} if args.reference else {}
-        measuring.print_json(result | how | describe_sampler(settings, counts), args.out)
+        typed = {name: getattr(args, name) for name in ("reference", "eta", "churn")}
+        how |= {name: value for name, value in typed.items() if value not in ("", None)}
+        measuring.print_json(result | how, args.out)
         sets.clear()
     return 0
 
@@ -105,13 +106,21 @@ def _origin(
 class Sets:
     """The sets that are measured, in OUT.sets until the last one is."""
 
-    def __init__(self, args: argparse.Namespace, origin: dict[str, Any]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, origin: dict[str, Any], counts: list[np.ndarray]
+    ) -> None:
         """Reads what an earlier command of the same words measured.
+
+        Args:
+          args: of the command.
+          origin: what the sets are drawn with.
+          counts: receives dopri5's evaluations while a set is drawn.
 
         Raises:
           ConfigError: sets of other settings are there.
         """
         self._file = places.place(f"{args.out}.sets", "--out") if args.out else None
+        self._counts = counts
         self._origin: dict[str, Any] = json.loads(records.dumps(origin))
         self.finished: list[dict[str, Any]] = []
         if self._file is None or not self._file.exists():
@@ -128,7 +137,10 @@ class Sets:
         print(f"{len(self.finished)} sets are in {self._file} already", file=sys.stderr)
 
     def keep(self, sets: Sequence[dict[str, Any]]) -> None:
-        """Writes down what is measured."""
+        """Writes down what is measured, the newest set with its own evaluations."""
+        if self._counts:
+            sets[-1].update(evaluations_of(np.concatenate(self._counts)))
+            self._counts.clear()
         self.finished = list(sets)
         if self._file is not None:
             records.write(self._file, {"drawn_with": self._origin, "sets": sets})

@@ -183,6 +183,7 @@ def smallest(space: features.FeatureSpace, sets: Sequence[dict[str, Any]]) -> di
     best = min(sets, key=lambda report: (not math.isnan(report["fd_all"]), report["fd_all"]))
     keys = ("n_samples", "n_reference", "n", "fd", "floor", "fd_over_floor")
     figure = {"features": space.name, "fd_all_min": best["fd_all"]}
+    figure |= {key: best[key] for key in ("nfe", "nfe_range") if key in best}  # of dopri5
     return figure | {key: best.get(key) for key in keys} | {"sets": list(sets)}
 
 
