@@ -18,9 +18,11 @@ from ogdm_jax.interop import (
     UnrecognisedError,
     export,
     from_torch,
+    inert,
     load_pretrained,
     names_edm,
     names_inception,
+    parts,
     pretrained,
     read_torch,
     recognise,
@@ -196,6 +198,16 @@ def snapshot(name: str, folder: Path) -> Path:
     path = folder / "network-snapshot-000001.pkl"
     path.write_bytes(tf.pickled({"ema": ema, "augment_pipe": None}))
     return path
+
+
+@pytest.mark.parametrize("name,value", [("beta_d", 10.0), ("M", 4000), ("C_2", 0.01)])
+def test_a_process_of_other_constants_is_refused(name, value):
+    node = inert.Module("VPPrecond", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000})
+    part = parts.Part("", "", "edm", {}, node)
+    assert pretrained.describe(part) == {"precondition": "vp"}
+    node.state[name] = value
+    with pytest.raises(ValueError, match=f"VPPrecond: {name} {value} given; expected"):
+        pretrained.describe(part)
 
 
 @pytest.mark.slow_cases("edm_*_b", "precond_*")

@@ -14,7 +14,13 @@ from ogdm_jax.cli import sample
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.pictures import save_png
 from ogdm_jax.diffusion.process import betas
-from ogdm_jax.interop import export, names_latent, stable_diffusion
+from ogdm_jax.interop import (
+    diffusers,
+    export,
+    load_pretrained,
+    names_latent,
+    stable_diffusion,
+)
 from ogdm_jax.methods import cfg
 from ogdm_jax.networks import AutoencoderKL, CLIPText, UNet2DCondition
 from ogdm_jax.sampling.generate import seed_noise
@@ -223,6 +229,20 @@ def test_a_single_file(folder, tmp_path):
     for ours, theirs in zip(kept, (*variables[1:], variables[0]), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
     assert found.config.sample.solver == "plms" and found.config.sample.grid == "leading"
+
+
+def test_an_autoencoder_of_other_latents_is_refused(folder, tmp_path):
+    network, _ = load_pretrained(folder / "vae")
+    zeros = lambda leaf: np.zeros(leaf.shape, np.float32)
+    other = network.clone(latent_channels=8)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    shapes = jax.eval_shape(other.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    state = export.to_torch(other, jax.tree.map(zeros, shapes))
+    diffusers.write(tmp_path / "vae", other, state)
+    with pytest.raises(ConfigError, match="--vae: .* expected an autoencoder of 4 latent channels"):
+        foreign.open_model(folder, size=16, vae=str(tmp_path / "vae"))
+    with pytest.raises(ValueError, match="holds a network of kind clip_text; expected autoencoder"):
+        foreign.open_model(folder, size=16, vae=str(folder / "text_encoder"))
 
 
 def test_samples_in_python(folder):

@@ -31,6 +31,8 @@ from ogdm_jax.typing import Array, PyTree
 
 _State = Mapping[str, np.ndarray]
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
+# of VPPrecond and iDDPMPrecond, as published
+_CONSTANTS = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "C_1": 0.001, "C_2": 0.008}
 _LISTED = 6  # names of each kind of mismatch that a message shows
 # tensors of a network; the published ones have fewer than 1,000, and each layer is traced
 _MOST_TENSORS = 5000
@@ -185,6 +187,11 @@ def match(state: Mapping[str, np.ndarray], kind: str | None = None, **settings: 
     kind = kind or recognise.kind_of(shapes)
     if kind not in kinds.RECOGNISED:
         raise ValueError(f"kind: {kind!r} given; expected one of {', '.join(recognise.KINDS)}")
+    known = {of: None for _, of in recognise.places(shapes)}
+    if known and kind not in known:
+        raise recognise.UnrecognisedError(
+            f"state: holds a network of kind {', '.join(known)}; expected {kind}"
+        )
     if len(shapes) > _MOST_TENSORS:
         raise recognise.UnrecognisedError(
             f"state: has {len(shapes)} tensors; expected at most {_MOST_TENSORS}"
@@ -311,6 +318,11 @@ def describe(part: Part) -> dict[str, Any]:
     """What a part's object says beside its tensors: any of precondition, sigma_data, dropout."""
     if not isinstance(part.node, Module) or part.node.name not in _CLASSES:
         return {}
+    for name, published in _CONSTANTS.items():
+        if (value := part.node.state.get(name, published)) != published:
+            raise ValueError(
+                f"{part.node.name}: {name} {quote(repr(value))} given; expected {published}"
+            )
     arguments = part.node.state.get("_init_kwargs")
     dropout = arguments.get("dropout") if isinstance(arguments, dict) else None
     found = {

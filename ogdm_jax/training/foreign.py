@@ -32,6 +32,9 @@ def open_model(path: str | os.PathLike, size: int = 0, **given: str) -> TrainedM
         _LOG.warning("%s: %s", path, note)
     parts: list[Any] = [found.unet, found.vae, found.text]
     network, coder, text = (part.network for part in parts)
+    need = f"an autoencoder of {network.img_channels} latent channels, which the U-Net takes"
+    fits = coder.latent_channels == network.img_channels
+    require(fits, "--vae", given.get("vae") or str(path), need)
     side = check_size(size or network.img_resolution * coder.factor, network, coder)
     config = replace(Config(), {"data.source": "", "data.augment": 0.0, **found.settings})
     model = models.build(config, (side, side, network.img_channels), 0)
