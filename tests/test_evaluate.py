@@ -7,17 +7,19 @@ import pytest
 
 from ogdm_jax import startup
 from ogdm_jax.cli.evaluate import main
-from ogdm_jax.data import open_source
+from ogdm_jax.data import from_arrays, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import (
     Moments,
     Statistics,
+    features,
     load_statistics,
     save_statistics,
     statistics_report,
 )
 from ogdm_jax.metrics.protocol import paired
 from ogdm_jax.metrics.statistics import is_statistics
+from ogdm_jax.metrics.trained import TrainedFeatures
 
 pytestmark = pytest.mark.fast
 
@@ -63,6 +65,29 @@ def test_statistics_come_back_and_the_shared_keys_are_there(tmp_path):
         load_statistics(tmp_path / "adm.npz").dim == 4
         and load_statistics(tmp_path / "adm.npz").count is None
     )
+
+
+def test_statistics_of_a_space_that_was_trained_on_other_images_are_refused(tmp_path, monkeypatch):
+    """folder:a/train and folder:b/train both give fd_train."""
+    zeros, classes = np.zeros(4), np.arange(2)
+    own, other, unknown = (
+        TrainedFeatures("fd_train", (8, 8, 1), 2, 1.0, {}, zeros, zeros + 1, classes, (), digest)
+        for digest in ("aa", "bb", "")
+    )
+    moments = Moments().update(np.random.default_rng(0).normal(size=(50, 4)))
+    save_statistics(tmp_path / "stats.npz", moments, own.name, own.trained_on)
+    back = load_statistics(tmp_path / "stats.npz")
+    back.require(own, "--reference")
+    back.require(unknown, "--reference")
+    with pytest.raises(ValueError, match="--reference: .* trained on other images or labels"):
+        back.require(other, "--reference")
+    monkeypatch.setattr(features, "_TRAINED", {})
+    monkeypatch.setattr(features, "train_features", lambda *_: unknown)
+    digits = open_source("digits")
+    parts = [(digits.images, digits.labels), (digits.images, 9 - digits.labels)]
+    parts.append((digits.images[::2], digits.labels[::2]))
+    made = [features.feature_space(from_arrays("folder:x/train", *part)) for part in parts]
+    assert len({space.trained_on for space in made} | {""}) == 4
 
 
 def test_statistics_that_are_none_are_refused(tmp_path):

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 space, samples, against, args.k, args.seed, source.class_names
             )
             if args.save_statistics:
-                save_statistics(args.save_statistics, moments, space.name)
+                of = getattr(space, "trained_on", "")
+                save_statistics(args.save_statistics, moments, space.name, of)
             if args.paired and real is not None:
                 result |= protocol.paired(samples["image"], real)
             content = hashlib.sha256(samples["image"].tobytes()).digest()

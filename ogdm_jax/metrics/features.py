@@ -83,7 +83,8 @@ def _trained_on(source: Source) -> TrainedFeatures:
     key = name, content.hexdigest()
     if key not in _TRAINED:
         trained = train_features(name, images, labels, rng)
-        _TRAINED[key] = dataclasses.replace(trained, class_names=source.class_names)
+        more = {"class_names": source.class_names, "trained_on": key[1]}
+        _TRAINED[key] = dataclasses.replace(trained, **more)
     return _TRAINED[key]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -41,12 +41,14 @@ class Statistics:
       cov: the covariance.
       count: images of the set; None where the file does not say.
       features: the feature space's name; None where the file does not say.
+      trained_on: digest of what that space was trained on; None where it was not, or not said.
     """
 
     mu: Float[np.ndarray, " d"]
     cov: Float[np.ndarray, "d d"]
     count: int | None = None
     features: str | None = None
+    trained_on: str | None = None
     __repr__ = brief
 
     @property
@@ -63,6 +65,12 @@ class Statistics:
         if self.dim != space.dim or self.features not in (None, space.name):
             what = f"{self.dim} features of {self.features or 'an unnamed space'}"
             raise ValueError(f"{where}: {what}; {space.name} has {space.dim}.")
+        known = getattr(space, "trained_on", None)
+        if self.trained_on and known and self.trained_on != known:
+            raise ValueError(
+                f"{where}: moments in a space {space.name} that was trained on other images or "
+                "labels than this one; expected moments made with the same --features."
+            )
 
 
 def is_statistics(path: str | os.PathLike) -> bool:
@@ -93,8 +101,8 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
             if not {"mu", "sigma"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(sorted(archive.files)[:5])}")
             mu, cov = archive["mu"], archive["sigma"]
-            count = int(archive["count"].item()) if "count" in archive.files else None
-            features = str(archive["features"].item()) if "features" in archive.files else None
+            told = {"count": int, "features": str, "trained_on": str}
+            found = {n: kind(archive[n].item()) for n, kind in told.items() if n in archive.files}
     except FileNotFoundError:
         raise ValueError(
             f"statistics: {path} does not exist; expected an .npz file with mu and sigma."
@@ -107,10 +115,10 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
         raise ValueError(
             f"statistics: {path} has mu {mu.shape} and sigma {cov.shape}; expected [d] and [d, d]."
         )
-    wrong = _wrong(mu, cov, count)
+    wrong = _wrong(mu, cov, found.get("count"))
     if wrong:
         raise ValueError(f"statistics: {path} {wrong}; expected the moments of a set of images.")
-    return Statistics(mu.astype(np.float64), cov.astype(np.float64), count, features)
+    return Statistics(mu.astype(np.float64), cov.astype(np.float64), **found)
 
 
 def _wrong(mu: np.ndarray, cov: np.ndarray, count: int | None) -> str:
@@ -126,15 +134,20 @@ def _wrong(mu: np.ndarray, cov: np.ndarray, count: int | None) -> str:
     return ""
 
 
-def save_statistics(path: str | os.PathLike, moments: Moments, features: str) -> None:
-    """Writes `mu`, `sigma` (EDM's fid.py and pytorch-fid read them), and `count` and `features`.
+def save_statistics(
+    path: str | os.PathLike, moments: Moments, features: str, trained_on: str | None = None
+) -> None:
+    """Writes `mu`, `sigma` (EDM's fid.py and pytorch-fid read them), `count`, and what is known of
+    the feature space.
 
     Args:
       path: of the .npz file.
       moments: of the set.
       features: the feature space's name.
+      trained_on: that of a space that was trained, whose name others may have.
     """
     mu, cov = moments.finalize()
     with places.written(places.place(path)) as new:
         with new.open("wb") as file:  # by its name np.savez would add .npz to another ending
-            np.savez(file, mu=mu, sigma=cov, count=moments.count, features=features)
+            told: Any = {"trained_on": trained_on} if trained_on else {}
+            np.savez(file, mu=mu, sigma=cov, count=moments.count, features=features, **told)

@@ -43,6 +43,7 @@ class TrainedFeatures:
       spread: what they are divided by.
       classes: the labels that it was trained on, in the order of its probabilities.
       class_names: of the source, by label, where known.
+      trained_on: digest of the images and labels, where known; spaces may share a name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TrainedFeatures:
     spread: np.ndarray
     classes: np.ndarray
     class_names: tuple[str, ...] = ()
+    trained_on: str = ""
     __repr__ = brief
 
     @property
