@@ -1,5 +1,6 @@
 """`ogdm study` end to end: trains, measures and compares; goes on where it stopped."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -98,6 +99,15 @@ def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path,
         list(runs.measure(arm, tmp_path, 0, [way], ruler, results))
     assert [(s.grid, s.steps) for s in used] == [("edm", 4), ("vp", 4)]
     assert len(runs.Results(tmp_path).reports) == 2
+
+    def is_new(digest):
+        space = SimpleNamespace(name="f", trained_on=digest)  # others may have its name
+        ruled = dataclasses.replace(ruler, space=space)
+        return [new for _, new in runs.measure(arm, tmp_path, 0, [way], ruled, results)]
+
+    assert is_new("a") == [False]  # measurements of before do not say it
+    results.reports[-1]["protocol"][runs._SPACE] = "a"
+    assert is_new("a") + is_new("b") + is_new("b") == [False, True, False]
 
 
 @pytest.mark.slow_cases("optim*")

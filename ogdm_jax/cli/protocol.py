@@ -25,11 +25,13 @@ from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
-from ogdm_jax.metrics.statistics import is_statistics, load_statistics
+from ogdm_jax.metrics.statistics import FeatureSpace, is_statistics, load_statistics
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.training.evaluate import describe_sampler, evaluations_of, shared_conditions
 from ogdm_jax.training.workdir import TrainedModel
+
+_SPACE = "features trained on"  # in the record of the sets
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         how |= weights_of(space) | measuring.resized(args)
         if source is not None:
             how |= shared_conditions(source, trained.model, trained.class_names)
-        sets = Sets(args, how | _origin(args, trained, settings, space.name), counts)
+        sets = Sets(args, how | _origin(args, trained, settings, space), counts)
         with leaving(lambda: sets.safe(len(ranges))):
             result = protocol.score_ranges(
                 space, reference, ranges, draw, tell, sets.finished, sets.keep
@@ -93,14 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _origin(
-    args: argparse.Namespace, trained: TrainedModel, settings: Sample, space: str
+    args: argparse.Namespace, trained: TrainedModel, settings: Sample, space: FeatureSpace
 ) -> dict[str, Any]:
     """What else than the seeds changes a distance: {option: value}."""
     names = ("num", "ranges", "first", "churn", "reference", "data_dir")
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     found |= {f"sample.{name}": value for name, value in vars(settings).items() if name != "num"}
     weights = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
-    return found | {"features": space, "weights": weights}
+    trained_on = getattr(space, "trained_on", "")
+    return found | {"features": space.name, "weights": weights, _SPACE: trained_on}
 
 
 class Sets:
@@ -129,6 +132,7 @@ class Sets:
         before, self.finished = known.get("drawn_with"), known.get("sets", [])
         if not isinstance(before, dict):
             raise ConfigError(f"--out: '{self._file}' holds no measured sets; expected it removed")
+        before.setdefault(_SPACE, self._origin.get(_SPACE))  # not said before
         if differs := output.difference(before, self._origin):
             raise ConfigError(
                 f"--out: '{self._file}' holds sets of {differs}; expected the same, another name, "

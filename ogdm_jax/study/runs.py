@@ -24,6 +24,7 @@ from ogdm_jax.training.workdir import TrainedModel, open_workdir
 
 NAME = "study.json"
 PLAIN = "plain"  # as a length of the moving average: the one that training keeps
+_SPACE = "features_trained_on"  # in a measurement's protocol
 APART = 1_000_000  # between the first image seeds of two training seeds
 Log = Callable[[str], None]
 
@@ -134,6 +135,8 @@ class Ruler:
         measured = {"features": self.space.name, "num": self.num, "reference": self.reference}
         compared = {f"compared_{name}": words for name, words in self.about(trained).items()}
         measured |= {"autoencoder": self.decoder} if self.decoder else {}
+        if trained_on := getattr(self.space, "trained_on", ""):  # spaces may share a name
+            measured[_SPACE] = trained_on
         return drawn | measured | compared | {"step": trained.step}
 
 
@@ -194,9 +197,12 @@ class Results:
             self.reports = [_numbers(report) for report in found]
 
     def find(self, **about: Any) -> dict[str, Any] | None:
-        """The measurement that is about just this."""
+        """The measurement that is about just this; those of before know no _SPACE."""
         for report in self.reports:
-            if all(report.get(key) == value for key, value in about.items()):
+            known = report.get("protocol")
+            if isinstance(known, dict) and _SPACE in about["protocol"]:
+                known = {_SPACE: about["protocol"][_SPACE]} | known
+            if all((report | {"protocol": known}).get(key) == about[key] for key in about):
                 return report
         return None
 
