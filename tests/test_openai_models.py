@@ -107,6 +107,8 @@ def test_betas_beside_a_network_are_its_schedule(openai, tmp_path):
         assert (found.schedule, found.process) == ("cosine", {"diffusion_steps": 4000})
         assert not any("betas" in note for note in found.notes)
     assert read(betas=np.linspace(1e-4, 0.02, 1000)).schedule == "linear"
+    assert "taken as published: precondition adm, schedule linear (--prec" in str(read().notes)
+    assert "taken as published: precondition adm (--prec" in str(read(given="cosine").notes)
     with pytest.raises(ValueError, match="betas, 0.0015 to 0.0195 in 1000 steps, are none of"):
         read(betas=of_ldm)
     assert read(betas=of_ldm, given="linear").schedule == "linear"

@@ -277,8 +277,12 @@ def load_pretrained(
             about["sigma_max"] = about["sigma_max"] or names_score_sde.sigma_max(state)
         said += names_score_sde.supposed(cast(SongUNet, network), more)
     check_about(about)
-    for name, value in _published(kind, network).items():
-        about[name] = about[name] or value
+    supposed = {n: v for n, v in _published(kind, network).items() if about[n] is None}
+    about |= supposed
+    if kind == "adm" and supposed:  # Stable Diffusion's scheduler says them elsewhere
+        words = ", ".join(f"{name} {value}" for name, value in supposed.items())
+        how = "--precondition, --set schedule=..."
+        said += (f"not said by the tensors, taken as published: {words} ({how})",)
     return Pretrained(
         kind,
         network,
