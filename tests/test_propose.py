@@ -95,6 +95,8 @@ def test_from_a_folder_to_samples_in_three_commands(pictures):
     done = commands.ogdm(pictures, *new)
     assert done.returncode == 0, done.stderr
     assert "--image-shape 16,16,3 --classes 2 --images 60" in done.stdout  # of ogdm plan
+    printed = "ogdm train --config configs/mine.py\nogdm sample --workdir runs/mine --out mine.png"
+    assert printed in done.stdout  # which run in any folder
     text = (pictures / "configs" / "mine.py").read_text()
     assert max(map(len, text.splitlines())) <= 100
     again = commands.ogdm(pictures, *new)
@@ -104,9 +106,9 @@ def test_from_a_folder_to_samples_in_three_commands(pictures):
     assert config.data.conditional and config.data.resolution == 16
 
     words = [f"--config.{text}" for text in TINY]
-    done = commands.entry(pictures, "train.py", "--config", "configs/mine.py", *words)
+    done = commands.ogdm(pictures, "train", "--config", "configs/mine.py", *words)
     assert done.returncode == 0 and "2 classes (cat, dog)" in done.stdout, done.stderr
     sample = ("--workdir", "runs/mine", "--num", "4", "--label", "dog", "--out", "mine.png")
-    done = commands.entry(pictures, "sample.py", *sample)
+    done = commands.ogdm(pictures, "sample", *sample)
     assert done.returncode == 0, done.stderr
     assert min(commands.picture_size(pictures / "mine.png")) >= 16

@@ -63,6 +63,6 @@ def _write(args: argparse.Namespace) -> None:
     about = f"--image-shape {','.join(map(str, source.shape))} --classes {source.num_classes}"
     print(
         f"{lines(found)}\nwrote {args.out}; then:\n"
-        f"python train.py --config {file}\npython sample.py --workdir {run} --out {sheet}\n"
+        f"ogdm train --config {file}\nogdm sample --workdir {run} --out {sheet}\n"
         f"what it will need: ogdm plan --config {file} {about} --images {len(source)}"
     )

@@ -123,7 +123,7 @@ def as_file(found: dict[str, tuple[Any, str]], out: str) -> str:
     lines = [f"    config.{key} = {typed(value)}  # {why}" for key, (value, why) in found.items()]
     return (
         f'"""{about} of {source}: written by `ogdm new`, yours to change.\n\n'
-        f'python train.py --config {out}\n"""\n\nfrom ogdm_jax.configs import base\n\n\n'
+        f'ogdm train --config {out}\n"""\n\nfrom ogdm_jax.configs import base\n\n\n'
         "def get_config():\n    config = base.get_config()  # all settings: --dry-run\n"
         + "\n".join([*lines, "    return config\n"])
     )
