@@ -146,6 +146,23 @@ def test_only_distances_of_one_protocol_are_compared():
     )
 
 
+def test_a_sampler_of_other_settings_is_another_measurement():
+    """`sample.grid` and others may change on the way; reports of before do not say them."""
+    alike = {"features": "fd_x", "solver": "ddim", "steps": 9}
+    reports = {
+        step: alike | {"fd": fd, "sampler": evaluate._others(tiny.config(*words).sample)}
+        for step, fd, *words in (
+            (1, 1.0),
+            (2, 3.0, "sample.grid=vp", "sample.solver=ddim", "sample.eta=1.0"),
+            (3, 4.0, "sample.grid=vp", "sample.solver=ddim", "sample.eta=1.0"),
+        )
+    }
+    assert reports[1]["sampler"] == {} and reports[3]["sampler"] == {"grid": "vp", "eta": 1.0}
+    assert evaluations.ranked(reports, [1, 2, 3]) == [2, 3]
+    older = reports | {1: alike | {"fd": 1.0}}
+    assert evaluations.ranked(older, [1, 2, 3]) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "setting,message",
     [

@@ -24,6 +24,7 @@ from ogdm_jax.sampling.guidance import Guidance
 from ogdm_jax.sampling.sampler import nfe
 from ogdm_jax.training import checkpoint, decoding, logs, texts
 from ogdm_jax.training import run as runs
+from ogdm_jax.training.evaluations import SAMPLER
 from ogdm_jax.training.workdir import TrainedModel, open_pixels, open_source
 from ogdm_jax.typing import PyTree
 
@@ -247,6 +248,7 @@ class Evaluator:
             report = {"step": step} | distance_report(self._space, images, self._reference)
             report |= compared(self._run.source, self._model)
             report |= describe_sampler(self._run.config.sample, self._counts)
+            report[SAMPLER] = _others(self._run.config.sample)
         if jax.process_count() == 1:
             return report, shown
         text = np.zeros(1 << 14, np.uint8)
@@ -329,6 +331,13 @@ def describe_sampler(settings: Sample, counts: Sequence[np.ndarray] = ()) -> dic
         return {"solver": settings.solver, "steps": settings.steps, "nfe": evaluations}
     how: dict[str, Any] = {"solver": settings.solver, "rtol": settings.rtol, "atol": settings.atol}
     return how | (evaluations_of(np.concatenate(counts)) if counts else {})
+
+
+def _others(settings: Sample) -> dict[str, Any]:
+    """The sampler's settings beside solver and steps that are not as by default."""
+    said = ("num", "every", "solver", "steps")
+    found = {name: value for name, value in vars(settings).items() if name not in said}
+    return {name: value for name, value in found.items() if value != getattr(Sample, name)}
 
 
 def evaluations_of(counts: np.ndarray) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ogdm_jax import places, records
 
 NAME = "evaluations.json"
 MEASURED = "distances.json"  # those that `ogdm report` measured, of one checkpoint
+SAMPLER = "sampler"  # what else of config.sample is not as by default
 # distances can be compared where these are equal
 _PROTOCOL = ("features", "n", "n_samples", "solver", "steps", "reference", "conditions")
 _NUMBERS = ("fd", "floor", "weight", "unguided")
@@ -72,14 +73,19 @@ def ranked(reports: Mapping[int, Mapping[str, Any]], steps: Sequence[int]) -> li
     """
     if not reports:
         return []
-    protocol = lambda report: [report.get(key) for key in _PROTOCOL]
-    last = protocol(reports[max(reports)])
+    last = reports[max(reports)]
     alike = [
         step
         for step in set(steps) & set(reports)
-        if protocol(reports[step]) == last and math.isfinite(reports[step]["fd"])
+        if _comparable(reports[step], last) and math.isfinite(reports[step]["fd"])
     ]
     return sorted(alike, key=lambda step: (reports[step]["fd"], step))
+
+
+def _comparable(report: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether two distances were measured alike; reports of before do not say SAMPLER."""
+    sampler = report.get(SAMPLER, last.get(SAMPLER)) == last.get(SAMPLER, report.get(SAMPLER))
+    return sampler and all(report.get(key) == last.get(key) for key in _PROTOCOL)
 
 
 class Best(policies.PreservationPolicy):
