@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import unicodedata
 
 import numpy as np
@@ -122,6 +123,24 @@ def test_the_same_command_goes_on(model, tmp_path, monkeypatch, reached, name):
         done = sample(tmp_path / "parted", model, *words, *change)
         assert done.returncode == 1 and named in done.stderr and done.stderr.count("\n") == 1
         assert contents(tmp_path / "parted" / name) == before
+
+
+def test_evaluations_of_a_part_are_not_told_as_those_of_all():
+    """What a command that goes on draws may cost more or less than the rest."""
+    for before in (False, True):
+        out = types.SimpleNamespace(done=np.array([before, False]), where="x", folder="x")
+        out.add, asked = lambda start, images: None, {}
+
+        def batches(settings, seeds, counts, asked=asked, **_):
+            asked["counts"] = counts
+            yield np.zeros((2, 8, 8, 1), np.float32)
+
+        found = {"batches": batches}
+        plan = types.SimpleNamespace(trained=types.SimpleNamespace(**found), settings=None, batch=2)
+        plan.seeds, plan.devices, plan.churn = np.arange(2), [0], None
+        plan.guided, counts = types.SimpleNamespace(labels=None, guidance=()), []
+        assert command_line._draw(plan, out, counts) == 2
+        assert asked["counts"] is (None if before else counts)
 
 
 def test_records_of_before_go_on(model, tmp_path, monkeypatch, reached):

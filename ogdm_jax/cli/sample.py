@@ -303,7 +303,7 @@ def origin(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 
 def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
     """Draws and writes what is not on disk yet; returns how many images that were, and appends
-    dopri5's evaluations to counts.
+    dopri5's evaluations to counts, unless they are those of a part.
     """
     before, done, count = int(out.done.sum()), out.done.copy(), 0
     starts = generate.pending(done, plan.batch)
@@ -321,7 +321,7 @@ def _draw(plan: Plan, out: output.Output, counts: list[np.ndarray]) -> int:
         batch=plan.batch // len(plan.devices),
         devices=plan.devices,
         done=done,
-        counts=counts,
+        counts=None if before else counts,
     )
     with tqdm(total=len(done), initial=before, unit="image", disable=None) as bar:
         for start, images in zip(starts, drawn, strict=True):
