@@ -456,8 +456,12 @@ def test_files_of_other_kinds_are_named(name, tmp_path):
 
 FOLDERS = {
     "diffusers": (
+        {"config.json": '{"_class_name": "VQModel"}', "m.safetensors": ""},
+        "a model VQModel of diffusers .*give a file in it, such as m.safetensors",
+    ),
+    "textless": (
         {"config.json": '{"_class_name": "UNet2DModel"}', "m.safetensors": ""},
-        "a model UNet2DModel of diffusers .*give a file in it, such as m.safetensors",
+        "a U-Net of diffusers without texts, which is not offered",
     ),
     "pipeline": ({"model_index.json": "{}"}, "a pipeline of diffusers"),
     "transformers": ({"config.json": '{"architectures": ["X"]}'}, "a model X of diffusers or"),

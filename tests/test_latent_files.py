@@ -235,6 +235,7 @@ def test_dit_in_diffusers_names_is_the_authors(dit, tmp_path):
     path = written(tmp_path / "dit.safetensors", theirs)
     found = load_pretrained(path, heads=4, img_resolution=8)
     assert (found.kind, found.precondition) == ("dit", "adm")
+    assert "taken as published: precondition adm, schedule linear" in found.notes[-1]
     equal(found, {name: value for name, value in state.items() if name != "pos_embed"})
     back = names_latent.dit_to_diffusers(state, found.network.depth)
     assert back.keys() == theirs.keys()

@@ -279,7 +279,7 @@ def load_pretrained(
     check_about(about)
     supposed = {n: v for n, v in _published(kind, network).items() if about[n] is None}
     about |= supposed
-    if kind == "adm" and supposed:  # Stable Diffusion's scheduler says them elsewhere
+    if kind != "sd_unet" and supposed:  # whose scheduler says them
         words = ", ".join(f"{name} {value}" for name, value in supposed.items())
         how = "--precondition, --set schedule=..."
         said += (f"not said by the tensors, taken as published: {words} ({how})",)

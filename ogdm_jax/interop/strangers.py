@@ -144,6 +144,8 @@ def _folder_kind(path: Path) -> str:
             about = {}
         kind = about.get("_class_name") or about.get("model_type") or about.get("architectures")
         kind = kind[0] if isinstance(kind, list) and kind else kind
+        if kind == "UNet2DModel":
+            return "it is the folder of a U-Net of diffusers without texts, which is not offered"
         said = f" {quote(kind)}" if isinstance(kind, str) else ""
         return f"it is the folder of a model{said} of diffusers or transformers{give}"
     return f"it is a folder{give or ' without a checkpoint'}"
