@@ -253,6 +253,7 @@ def test_dit_in_diffusers_names_is_the_authors(dit, tmp_path):
     [
         ("UNet2DConditionModel", "center_input_sample", True),
         ("UNet2DConditionModel", "norm_eps", 1e-6),
+        ("UNet2DConditionModel", "only_cross_attention", True),
         ("UNet2DConditionModel", "resnet_skip_time_act", True),
         ("UNet2DConditionModel", "time_embedding_type", "fourier"),
         ("DiTTransformer2DModel", "activation_fn", "gelu"),
@@ -268,6 +269,20 @@ def test_a_field_that_changes_the_arithmetic_is_refused(kind, field, value, tmp_
         diffusers.read_about(file)
     config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "norm_eps": 1e-6}))
     assert diffusers.read_about(file)  # the authors' own
+
+
+def test_a_text_encoder_has_the_layers_that_its_folder_says(tmp_path):
+    """Fewer than its file has, as people leave out the last ones (transformers does likewise)."""
+    network, variables = from_torch(golden("clip_text_sd2").state_dict(), heads=4, quick=False)
+    state = export.to_torch(network, variables)
+    diffusers.write(tmp_path, network, state, num_hidden_layers=network.depth - 1)
+    found = load_pretrained(tmp_path)
+    assert found.network == network.clone(depth=network.depth - 1)
+    behind = f"encoder.layers.{network.depth - 1}."
+    equal(found, {name: value for name, value in state.items() if behind not in name})
+    diffusers.write(tmp_path, network, state, num_hidden_layers=network.depth + 1)
+    with pytest.raises(ValueError, match=f"missing .*encoder.layers.{network.depth}"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

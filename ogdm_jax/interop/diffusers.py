@@ -73,6 +73,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "norm_type": ("ada_norm_zero",),
+    "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -153,6 +154,8 @@ def read_about(file: Path | epath.Path) -> dict[str, Any] | None:
         told["heads"] = [heads] * levels if isinstance(heads, int) else heads
     if kind == "clip_text":
         told["quick"] = told["quick"] == "quick_gelu"
+        if (depth := given.get("num_hidden_layers")) is not None:  # a file may have more
+            told["depth"] = depth
     return {"kind": kind, "settings": told}
 
 
