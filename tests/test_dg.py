@@ -102,9 +102,9 @@ def test_no_weight_is_the_denoiser_itself_bit_for_bit():
 def test_a_blind_discriminator_changes_nothing():
     latents = jax.random.normal(jax.random.key(1), (3, 2, 2, 1))
     blind = dg.guide(MODEL.denoise, lambda x, sigma, label=None: jnp.zeros(x.shape[0]))
-    np.testing.assert_array_equal(
-        sample(blind, latents, grids.edm(5)), sample(MODEL.denoise, latents, grids.edm(5))
-    )
+    with jax.disable_jit():  # as above: Heun without a corrector is another program
+        guided, plain = (sample(f, latents, grids.edm(5)) for f in (blind, MODEL.denoise))
+    np.testing.assert_array_equal(guided, plain)
 
 
 @pytest.mark.slow_cases("1-*")
