@@ -84,8 +84,8 @@ def _forget_programs():
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Marks the slow cases of tests; `-m fast` leaves out what is slow or default. Golden files last: they are
-    many and need nothing of each other, so both workers end together.
+    """Marks the slow cases of tests; `-m fast` leaves out what is slow or default. Golden files last, the largest
+    first: they are many and need nothing of each other, so both workers end together.
     """
     if config.option.markexpr == "fast":
         config.option.markexpr = "fast and not slow and not default"
@@ -93,7 +93,12 @@ def pytest_collection_modifyitems(config, items):
         cases = item.get_closest_marker("slow_cases")
         if cases is not None and any(fnmatchcase(item.callspec.id, case) for case in cases.args):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name == "test_golden.py")
+    items.sort(key=_late)
+
+
+def _late(item) -> tuple[bool, int]:
+    golden = item.path.name == "test_golden.py"
+    return golden, -item.callspec.params["path"].stat().st_size if golden else 0
 
 
 @pytest.hookimpl(optionalhook=True)
