@@ -81,6 +81,16 @@ def test_a_sampler_that_one_model_cannot_have_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@dataclasses.dataclass(frozen=True)
+class Space:
+    name: str = "f"
+    dim: int = 1
+    trained_on: str = ""
+
+    def __call__(self, images):
+        raise AssertionError("nothing is measured here")
+
+
 def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path, monkeypatch):
     """And not with the one that their folder names; nor is a measurement with that one taken for it."""
     used = []
@@ -92,7 +102,7 @@ def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path,
         return [{"fd": 1.0}]
 
     monkeypatch.setattr(runs, "measure_samplers", measured)
-    ruler = runs.Ruler(SimpleNamespace(name="f"), None, "digits", 8, lambda _: None, lambda _: {})
+    ruler = runs.Ruler(Space(), None, "digits", 8, lambda _: None, lambda _: {})
     results, way = runs.Results(tmp_path), runs.Way("newest", runs.PLAIN, {"steps": 4})
     for grid in ("edm", "vp", "vp"):
         arm = runs.Arm("a", {0: tiny.config(f"sample.grid={grid}")})
@@ -101,7 +111,7 @@ def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path,
     assert len(runs.Results(tmp_path).reports) == 2
 
     def is_new(digest):
-        space = SimpleNamespace(name="f", trained_on=digest)  # others may have its name
+        space = Space(trained_on=digest)  # others may have its name
         ruled = dataclasses.replace(ruler, space=space)
         return [new for _, new in runs.measure(arm, tmp_path, 0, [way], ruled, results)]
 

@@ -25,7 +25,13 @@ from ogdm_jax.data import Source, open_source
 from ogdm_jax.data.sources import source_name
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
-from ogdm_jax.metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
+from ogdm_jax.metrics.statistics import (
+    Statistics,
+    is_statistics,
+    load_statistics,
+    save_statistics,
+    trained_on,
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 space, samples, against, args.k, args.seed, source.class_names
             )
             if args.save_statistics:
-                of = getattr(space, "trained_on", "")
-                save_statistics(args.save_statistics, moments, space.name, of)
+                of = space.name, trained_on(space)
+                save_statistics(args.save_statistics, moments, *of)
             if args.paired and real is not None:
                 result |= protocol.paired(samples["image"], real)
             content = hashlib.sha256(samples["image"].tobytes()).digest()

@@ -25,7 +25,7 @@ from ogdm_jax.config import ConfigError, Sample
 from ogdm_jax.data import output
 from ogdm_jax.metrics import protocol
 from ogdm_jax.metrics.features import weights_of
-from ogdm_jax.metrics.statistics import FeatureSpace, is_statistics, load_statistics
+from ogdm_jax.metrics.statistics import FeatureSpace, is_statistics, load_statistics, trained_on
 from ogdm_jax.sampling import churn as churning
 from ogdm_jax.sampling import generate
 from ogdm_jax.training.evaluate import describe_sampler, evaluations_of, shared_conditions
@@ -102,8 +102,7 @@ def _origin(
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     found |= {f"sample.{name}": value for name, value in vars(settings).items() if name != "num"}
     weights = models.fingerprint((trained.params, trained.buffers)).tobytes().hex()
-    trained_on = getattr(space, "trained_on", "")
-    return found | {"features": space.name, "weights": weights, _SPACE: trained_on}
+    return found | {"features": space.name, "weights": weights, _SPACE: trained_on(space)}
 
 
 class Sets:

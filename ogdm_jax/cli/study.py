@@ -282,7 +282,7 @@ def open_ruler(
         own = source.latents.vae.get("sha256")
         found = decoding.open_decoder(config, source.latents, args.vae, "--vae").sha256
         decoder = "" if own in (None, found) else found
-        source = open_pixels(config, args.vae)
+        source = open_pixels(config, args.vae, source)
     if args.reference:
         name = args.reference
         source = measuring.open_images("--reference", name, args, source.shape)

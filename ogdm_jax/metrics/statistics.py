@@ -32,6 +32,13 @@ class FeatureSpace(Protocol):
     def __call__(self, images: np.ndarray) -> np.ndarray: ...  # noqa: D102
 
 
+def trained_on(space: FeatureSpace) -> str:
+    """Digest of what a feature space was trained on, "" of one that was not: spaces that were may
+    share a name.
+    """
+    return getattr(space, "trained_on", "")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """Moments of a set's features.
@@ -65,7 +72,7 @@ class Statistics:
         if self.dim != space.dim or self.features not in (None, space.name):
             what = f"{self.dim} features of {self.features or 'an unnamed space'}"
             raise ValueError(f"{where}: {what}; {space.name} has {space.dim}.")
-        known = getattr(space, "trained_on", None)
+        known = trained_on(space)
         if self.trained_on and known and self.trained_on != known:
             raise ValueError(
                 f"{where}: moments in a space {space.name} that was trained on other images or "

@@ -361,7 +361,7 @@ def run(
             out = jax.tree.map(lambda a: a[None], out)
         else:
             (x, carry, memory), out = jax.lax.scan(scanned, (x, carry, memory), xs)
-        if trajectory:  # a step's last state and its first x0_hat
+        if trajectory and phase.turns > 1:  # a step's last state and its first x0_hat
             ends = np.flatnonzero(np.diff(at, append=n))
             out = out[0][ends], out[1][:: phase.turns]
         kept.append(out)

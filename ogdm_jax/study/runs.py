@@ -16,6 +16,7 @@ from ogdm_jax import records
 from ogdm_jax.config import Config, ConfigError, Sample
 from ogdm_jax.methods import discovery
 from ogdm_jax.metrics.features import FeatureSpace
+from ogdm_jax.metrics.statistics import trained_on
 from ogdm_jax.models import Model
 from ogdm_jax.sampling import generate
 from ogdm_jax.training import checkpoint, loop, resume, steps
@@ -135,8 +136,8 @@ class Ruler:
         measured = {"features": self.space.name, "num": self.num, "reference": self.reference}
         compared = {f"compared_{name}": words for name, words in self.about(trained).items()}
         measured |= {"autoencoder": self.decoder} if self.decoder else {}
-        if trained_on := getattr(self.space, "trained_on", ""):  # spaces may share a name
-            measured[_SPACE] = trained_on
+        if digest := trained_on(self.space):
+            measured[_SPACE] = digest
         return drawn | measured | compared | {"step": trained.step}
 
 
