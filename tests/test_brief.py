@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fast
 @pytest.fixture(scope="module")
 def things() -> dict:
     """Whatever a person may leave at the end of a cell, by name."""
-    run = tiny.build("methods=ogdm", tiny.ONE_LEVEL)
+    run = tiny.build("methods=ogdm", *tiny.SMALLEST)
     shapes = jax.eval_shape(run.create, run.key)
     state = jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
     trained = TrainedModel(run.config, run.model, state.params, state.buffers, 3)

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     """(training folder of a conditional model, exported folder)."""
     top = tmp_path_factory.mktemp("card")
     own = "data.source=folder:mine", "data.resolution=8", "data.conditional=true"
-    config = tiny.config("methods=()", tiny.ONE_LEVEL, *own)
+    config = tiny.config("methods=()", *tiny.SMALLEST, *own)
     run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
     names = ["zero", *map(str, range(1, 10))]
     about = {"images": 1797, "contents": "0123456789abcdef", "class_names": names}

@@ -17,7 +17,7 @@ def saved(tmp_path_factory):
     """A folder with saves at steps 2 to 10 of a state whose weights are 1 and whose moving average
     is 2.
     """
-    folder, run = tmp_path_factory.mktemp("saved"), tiny.build("methods=", tiny.ONE_LEVEL)
+    folder, run = tmp_path_factory.mktemp("saved"), tiny.build("methods=", *tiny.SMALLEST)
     shapes = jax.eval_shape(run.create, run.key)
     filled = lambda tree, value: jax.tree.map(
         lambda leaf: np.full(leaf.shape, value, leaf.dtype), tree

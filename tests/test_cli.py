@@ -39,7 +39,7 @@ def workdir(tmp_path_factory):
         "methods=",
         "parallel.devices=1",
     )
-    words = ("--workdir", str(folder), *tiny.flags(tiny.ONE_LEVEL, *more))
+    words = ("--workdir", str(folder), *tiny.flags(*tiny.SMALLEST, *more))
     done = entry(tiny.ROOT, "train.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -194,7 +194,7 @@ def test_train_refuses_with_one_sentence(tmp_path, args, words):
 def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     words, alone = ("--workdir", str(tmp_path)), ("methods=", "parallel.devices=1")
     done = entry(
-        tiny.ROOT, "train.py", *words, *tiny.flags(tiny.ONE_LEVEL, "train.duration=1 steps", *alone)
+        tiny.ROOT, "train.py", *words, *tiny.flags(*tiny.SMALLEST, "train.duration=1 steps", *alone)
     )
     assert done.returncode == 0, done.stderr
     done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")

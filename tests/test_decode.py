@@ -41,7 +41,7 @@ def test_a_sampler_decodes(words):
     """What is drawn with an autoencoder is the decoded latent of the same seed, also by the
     released PNDM, which is a sampler of its own.
     """
-    config = tiny.config(tiny.ONE_LEVEL, *words)
+    config = tiny.config(*tiny.SMALLEST, *words)
     model = models.build(config, (8, 8, 1), 0)
     params, buffers = networks.born(jax.eval_shape(model.init, jax.random.key(0)))
     plain = TrainedModel(config, model, params, buffers, 0)

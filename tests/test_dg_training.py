@@ -73,7 +73,7 @@ SMALL += (
 def prior(tmp_path_factory):
     """A denoiser's training folder with fresh weights and classes."""
     folder = tmp_path_factory.mktemp("prior")
-    run = tiny.build("methods=()", tiny.ONE_LEVEL, "data.conditional=true")
+    run = tiny.build("methods=()", *tiny.SMALLEST, "data.conditional=true")
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(
             0,

@@ -108,7 +108,7 @@ def test_settings_that_contradict_are_refused_where_a_run_is_built(texts, words)
 
 @pytest.mark.parametrize("workers,noted", [(4, True), (0, False), (-1, False)])
 def test_workers_for_a_set_in_memory_are_noted_at_the_start(workers, noted, tmp_path):
-    run = tiny.build("methods=", tiny.ONE_LEVEL, f"data.workers={workers}")
+    run = tiny.build("methods=", *tiny.SMALLEST, f"data.workers={workers}")
     said = opening.lines(run, jax.eval_shape(run.create, run.key), tmp_path, "begins")
     assert ("note      data.workers: 4 has no effect, the set is held in memory" in said) == noted
 

@@ -61,7 +61,7 @@ def _count(state, frozen, batch, key):
 def _train(workdir, steps: int, *more: str) -> list[str]:
     said = []
     settings = (
-        tiny.ONE_LEVEL,
+        *tiny.SMALLEST,
         "methods=",
         "evaluate.features=digits",
         "evaluate.every=4 steps",

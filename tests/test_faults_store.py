@@ -30,7 +30,7 @@ SECONDS, MEGABYTES = 5.0, 300
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(folder with steps 1 and 2, run, shapes of its state)."""
-    folder, run = tmp_path_factory.mktemp("made"), tiny.build("methods=", tiny.ONE_LEVEL)
+    folder, run = tmp_path_factory.mktemp("made"), tiny.build("methods=", *tiny.SMALLEST)
     shapes = jax.eval_shape(run.create, run.key)
     draw = np.random.default_rng(0)
     tree = jax.tree.map(lambda a: jax.numpy.asarray(draw.normal(size=a.shape), a.dtype), shapes)
@@ -240,7 +240,7 @@ def test_the_checksums_cost_little(tmp_path, capsys):
     """A state of 96 MB: the time to list it against the time to save it."""
     draw = np.random.default_rng(0)
     tree = {f"w{n}": draw.normal(size=(1 << 20,)).astype(np.float32) for n in range(6)}
-    run = tiny.build("methods=", tiny.ONE_LEVEL)
+    run = tiny.build("methods=", *tiny.SMALLEST)
     state = states.TrainState(np.int32(0), tree, tree, {}, {"m": tree, "v": tree}, {})
     began = time.monotonic()
     with Checkpoints(tmp_path) as saved:
@@ -306,7 +306,7 @@ def test_the_processes_of_a_run_share_one_lock_and_one_answer(folder):
 def test_a_run_goes_on_from_what_is_whole_bit_for_bit(tmp_path, monkeypatch):
     """Its newest step damaged, the next one cut, and another run's lock left behind."""
     settings = lambda steps: tiny.config(
-        *("methods=", tiny.ONE_LEVEL, "train.save_every=1 steps", "train.keep=10"),
+        *("methods=", *tiny.SMALLEST, "train.save_every=1 steps", "train.keep=10"),
         f"train.duration={steps} steps",
     )
     silent = lambda _: None
@@ -325,7 +325,7 @@ def test_a_run_goes_on_from_what_is_whole_bit_for_bit(tmp_path, monkeypatch):
     said = "\n".join(lines)
     assert "3 is damaged" in said and "going on from step 2" in said and "taken over" in said
     assert steps.complete(spoiled) == [1, 2, 3, 4]
-    run = tiny.build("methods=", tiny.ONE_LEVEL)
+    run = tiny.build("methods=", *tiny.SMALLEST)
     made = (None, run, jax.eval_shape(run.create, run.key))
     for step in (3, 4):
         found = (restored(tmp_path / name, made, step) for name in ("straight", "spoiled"))

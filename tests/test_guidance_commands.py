@@ -34,7 +34,7 @@ from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import compiling, foreign, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
-SMALL = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
+SMALL = tiny.SMALLEST
 RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd", "pigdm")
 
 
@@ -67,7 +67,8 @@ def judge(workdir, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("judge")
     more = (
-        *SMALL,
+        "network.channel_mult=(1,)",
+        "network.attn_resolutions=()",
         "dg.num=4",
         "sample.steps=3",
         f"dg.prior={workdir}",

@@ -16,7 +16,7 @@ from ogdm_jax.report import charts
 from ogdm_jax.training import heldout, logs, loop, task
 from tests.support import tiny
 
-SPLIT = (tiny.ONE_LEVEL, "methods=", "data.source=digits/train", "data.heldout=digits/test")
+SPLIT = (*tiny.SMALLEST, "methods=", "data.source=digits/train", "data.heldout=digits/test")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ DG = ("--guidance", "dg", "--dg.discriminator", "x")
 
 @pytest.fixture(scope="module")
 def trained():
-    config = tiny.config(tiny.ONE_LEVEL)
+    config = tiny.config(*tiny.SMALLEST)
     return TrainedModel(config, models.build(config, (8, 8, 1), 0), {}, {}, 0)
 
 
@@ -113,7 +113,7 @@ def test_guidance_without_a_bound_from_pure_noise(words):
     """With 0.1 % of error in the velocity, Pi-GDM's first x0_hat was 8,000 here; FreeDoM's first
     step has the size of x.
     """
-    config = tiny.config(tiny.ONE_LEVEL, "precondition.kind=flow", "noise.distribution=flow")
+    config = tiny.config(*tiny.SMALLEST, "precondition.kind=flow", "noise.distribution=flow")
     flow = TrainedModel(config, models.build(config, (8, 8, 1), 0), {}, {}, 0)
     with pytest.raises(ValueError, match="window: not given, and the grid 'flow'") as error:
         check(flow, words, grid="flow")

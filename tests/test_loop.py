@@ -52,7 +52,7 @@ def plan(monkeypatch):
 
 def settings(steps: int, *more: str):
     return tiny.config(
-        tiny.ONE_LEVEL,
+        *tiny.SMALLEST,
         "methods=",
         "train.keep=100",
         "train.save_every=4 steps",
@@ -91,7 +91,7 @@ def test_what_a_run_says(tmp_path, plan):
         *("ogdm_jax", "data", "network", "devices", "memory", "length", "folder")
     ]
     assert "digits, 1,797 images of 8x8x1, 10 classes (0, 1, 2," in first[1]
-    assert "denoiser, song, " in first[2] and "parameters" in first[2]
+    assert "denoiser, dit, " in first[2] and "parameters" in first[2]
     assert "1 x cpu, plan mesh; 32 images a step (16 a device, 2 rounds)" in first[3]
     state = jax.tree.leaves(find(tmp_path) and _state(settings(8, "data.conditional=true")))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)

@@ -24,8 +24,7 @@ SHAPE = (8, 8, 1)
 def workdir(tmp_path_factory):
     """A training folder with fresh weights."""
     folder = tmp_path_factory.mktemp("prior")
-    small = ("network.channel_mult=(1,)", "network.attn_resolutions=()")
-    run = tiny.build("methods=()", *small)
+    run = tiny.build("methods=()", *tiny.SMALLEST)
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
         checkpoints.save(0, tiny.fresh(run), about, {"step": 0})

@@ -26,7 +26,8 @@ from tests.support import foreign, tiny
 TRAINING = list(discovery.training())
 PAIRS = list(itertools.combinations(TRAINING, 2))
 RUNS = {"learning_rate", "ema_beta"}  # metrics of every run
-SMALL = (tiny.ONE_LEVEL, "data.batch=8", "stf.n=32")
+# of a U-Net: test_all_methods_together_are_the_same_on_every_plan, test_plans.py
+SMALL = (*tiny.SMALLEST, "data.batch=8", "stf.n=32")
 
 
 def test_every_method_file_says_what_it_is():
@@ -73,8 +74,11 @@ def pretrained(tmp_path_factory):
     """A training folder for methods that start from one: two steps with other weights, saved as
     train.py saves them.
     """
-    folder = tmp_path_factory.mktemp("pretrained")
-    run = tiny.build("methods=()", tiny.ONE_LEVEL)
+    return begun(tmp_path_factory.mktemp("pretrained"), *tiny.SMALLEST)
+
+
+def begun(folder, *network):
+    run = tiny.build("methods=()", *network)
     state = tiny.fresh(run)
     with Checkpoints(folder) as checkpoints:
         about = describe(run.config, run.source.shape, run.source.num_classes)
@@ -241,7 +245,7 @@ def test_sp_overfits_eight_images(tmp_path):
 
 # three programs of all methods; tests/test_stf_training.py divides the set in little
 @pytest.mark.slow
-def test_all_methods_together_are_the_same_on_every_plan(pretrained):
+def test_all_methods_together_are_the_same_on_every_plan(tmp_path):
     """STF's whole set is divided over the devices here, 1,797 images on 2: filled up, and gathered
     by nobody.
     """
@@ -249,7 +253,7 @@ def test_all_methods_together_are_the_same_on_every_plan(pretrained):
         f"methods={tuple(TRAINING)!r}",
         tiny.ONE_LEVEL,
         "data.batch=8",
-        f"init.workdir={pretrained}",
+        f"init.workdir={begun(tmp_path, tiny.ONE_LEVEL)}",
         "stf.source=full",
     )
     losses = [
@@ -314,7 +318,7 @@ def quiet(tmp_path):
 
 def test_a_method_of_another_package_is_trained_by_the_command(quiet, tmp_path):
     flags = tiny.flags(
-        tiny.ONE_LEVEL, "data.batch=8", "train.duration=2 steps", "log.every=1 steps"
+        *tiny.SMALLEST, "data.batch=8", "train.duration=2 steps", "log.every=1 steps"
     )
     more = ["--config.methods=quiet,stf", "--config.quiet.weight=0.5"]
     train.main(["--workdir", str(tmp_path / "w"), *flags, *more])

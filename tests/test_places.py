@@ -56,7 +56,7 @@ def settings(steps: int):
     more += (
         "parallel.devices=1",
     )  # among several, the order of sums is not fixed, and equal would not be equal
-    return tiny.config(tiny.ONE_LEVEL, *more)
+    return tiny.config(*tiny.SMALLEST, *more)
 
 
 @pytest.mark.slow

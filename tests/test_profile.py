@@ -37,7 +37,7 @@ def test_train_refuses_steps_that_never_come(tmp_path):
         ("5,3", "expected FIRST,LAST"),
         ("4,6", "expected steps up to 5, where the run ends"),
     ):
-        flags = tiny.flags(tiny.ONE_LEVEL, "methods=", "train.duration=5 steps")
+        flags = tiny.flags(*tiny.SMALLEST, "methods=", "train.duration=5 steps")
         done = entry(tmp_path, "train.py", "--workdir", "run", "--profile", words, *flags)
         assert (
             done.returncode == 1

@@ -129,7 +129,7 @@ def workdir(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("commands")
     settings = (
-        tiny.ONE_LEVEL,
+        *tiny.SMALLEST,
         "methods=",
         "train.duration=0 steps",
         "parallel.devices=1",
@@ -206,7 +206,7 @@ def test_report_command(workdir, capsys):
 
 def test_a_reports_trajectories_have_the_classes_of_its_samples(tmp_path, monkeypatch):
     """Both are of the seeds from 0: a page showed two images of one seed."""
-    config = tiny.config("methods=", tiny.ONE_LEVEL, "data.conditional=true")
+    config = tiny.config("methods=", *tiny.SMALLEST, "data.conditional=true")
     run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
     with checkpoint.Checkpoints(tmp_path) as saved:
         saved.save(0, tiny.fresh(run), checkpoint.describe(config, (8, 8, 1), 10), {"step": 0})

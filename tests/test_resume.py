@@ -25,7 +25,7 @@ PLAIN = "methods="  # where the discriminator adds nothing but its compilation
 
 
 def start(workdir, *more: str) -> subprocess.Popen:
-    flags = tiny.flags(tiny.ONE_LEVEL, "train.keep=1000", *more)
+    flags = tiny.flags(*tiny.SMALLEST, "train.keep=1000", *more)
     command = [sys.executable, "train.py", "--workdir", str(workdir), *flags]
     return subprocess.Popen(
         command, cwd=tiny.ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -159,11 +159,14 @@ def test_missing_or_other_networks_are_named(trained, tmp_path):
     for setting, misfit in (
         (
             "network.model_channels=16",
-            r"\(params/\S+ is \(.*, 8, 1\) there, \(.*, 16, 1\) here; 69 of 70 tensors",
+            r"\(params/\S+ is \(1, 48\) there, \(1, 96\) here; 19 of 20 tensors",
         ),
-        ("network.num_blocks=2", r"\(params/\S+ is missing there, \(.*\) here; 22 of 92 tensors"),
+        (
+            "data.conditional=true",
+            r"\(params/\S+ is missing there, \(11, 8\) here; 1 of 21 tensors",
+        ),
     ):
-        other = tiny.build(tiny.ONE_LEVEL, PLAIN, setting)
+        other = tiny.build(*tiny.SMALLEST, PLAIN, setting)
         shapes = jax.eval_shape(other.create, other.key)
         with pytest.raises(
             CheckpointError, match=rf"sp.teacher: checkpoint .* is of another network {misfit}"

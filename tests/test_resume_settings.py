@@ -14,7 +14,7 @@ from ogdm_jax.training.checkpoint import Checkpoints, Snapshot, describe, find
 from tests.support import bucket as buckets
 from tests.support import tiny
 
-PLAIN = (tiny.ONE_LEVEL, "methods=")
+PLAIN = (*tiny.SMALLEST, "methods=")
 
 
 def differ(*more: str, before: tuple[str, ...] = PLAIN):
@@ -75,7 +75,7 @@ def test_what_changes_no_mathematics_is_free(text):
         ("ema.halflife=7 kimg", PLAIN),
         ("methods=stf", PLAIN),
         ("sample.sigma_max=70.0", PLAIN),  # noise.clip clips to it
-        ("ogdm.gamma=3.0", (tiny.ONE_LEVEL,)),
+        ("ogdm.gamma=3.0", (*tiny.SMALLEST,)),
         ("init.workdir=other", PLAIN),  # an average that starts at good weights has no ramp-up
     ],
 )
@@ -113,7 +113,7 @@ def test_every_setting_is_one_of_the_three():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(folder, its run) of a checkpoint of step 3 of a run with OGDM."""
-    folder, run = tmp_path_factory.mktemp("saved"), tiny.build(tiny.ONE_LEVEL)
+    folder, run = tmp_path_factory.mktemp("saved"), tiny.build(*tiny.SMALLEST)
     about = describe(run.config, run.source.shape, 10, data.fingerprint(run.source))
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(3, run.init(), about, {"step": 3})
@@ -121,7 +121,7 @@ def saved(tmp_path_factory):
 
 
 def accept(folder, *more: str, override: bool = False):
-    config = tiny.config(tiny.ONE_LEVEL, *more)
+    config = tiny.config(*tiny.SMALLEST, *more)
     types = discovery.settings_types()
     return resume.check(epath.Path(folder), find(folder), config, types, override)
 
@@ -146,7 +146,7 @@ def test_refusals_say_what_can_be_done(saved):
 def test_decided_settings_of_another_state_are_refused(saved, text, tensor):
     folder, run = saved
     changed = accept(folder, text, override=True)
-    other = tiny.build(tiny.ONE_LEVEL, text)
+    other = tiny.build(*tiny.SMALLEST, text)
     shapes = jax.eval_shape(other.create, other.key)
     with pytest.raises(ConfigError, match=rf"--override: .*another state.*{tensor}.*new --workdir"):
         resume.check_state(find(folder), shapes, changed)
@@ -155,7 +155,7 @@ def test_decided_settings_of_another_state_are_refused(saved, text, tensor):
 
 def test_weight_decay_cannot_be_switched_on(saved):
     changed = accept(saved[0], "optim.weight_decay=0.1", override=True)
-    other = tiny.build(tiny.ONE_LEVEL, "optim.weight_decay=0.1")
+    other = tiny.build(*tiny.SMALLEST, "optim.weight_decay=0.1")
     with pytest.raises(ConfigError, match="--override: optim.weight_decay"):
         resume.check_state(find(saved[0]), jax.eval_shape(other.create, other.key), changed)
 

@@ -30,7 +30,7 @@ NAMES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "7 sieben", "
 
 
 def made(folder, *words, names=(), source="digits"):
-    config = tiny.config("methods=()", tiny.ONE_LEVEL, *words)
+    config = tiny.config("methods=()", *tiny.SMALLEST, *words)
     source = open_source(source) if isinstance(source, str) else source
     run = runs.build(config, source, parallel.make_plan("pmap", 1))
     about = {"images": 1797, "class_names": list(names)} if names else None

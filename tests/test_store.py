@@ -46,7 +46,7 @@ def filled(shapes) -> states.TrainState:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(folder with steps 10, 20 and 21, run, state's shapes)."""
-    folder, run = tmp_path_factory.mktemp("made"), tiny.build("methods=", tiny.ONE_LEVEL)
+    folder, run = tmp_path_factory.mktemp("made"), tiny.build("methods=", *tiny.SMALLEST)
     shapes = jax.eval_shape(run.create, run.key)
     about = describe(run.config, run.source.shape, 0)
     with Checkpoints(folder, keep=5) as saved:

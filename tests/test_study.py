@@ -14,7 +14,7 @@ from ogdm_jax.training import evaluate, loop
 from tests.support import tiny
 
 QUICK = tiny.flags(
-    tiny.ONE_LEVEL, "train.duration=2 steps", "train.save_every=1 steps", "methods=", "data.batch=8"
+    *tiny.SMALLEST, "train.duration=2 steps", "train.save_every=1 steps", "methods=", "data.batch=8"
 )
 
 
@@ -124,7 +124,7 @@ def test_finished_runs_are_measured_with_the_sampler_that_is_asked_for(tmp_path,
 @pytest.mark.parametrize("change", ["network.num_blocks=2", "optim.learning_rate=0.5"])
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys, change):
     alone = ("train.duration=1 steps", "data.batch=8", "parallel.devices=1")
-    tiny_run = tiny.config("methods=", tiny.ONE_LEVEL, *alone)
+    tiny_run = tiny.config("methods=", *tiny.SMALLEST, *alone)
     loop.train(tiny_run, tmp_path / "slow-seed0", log=lambda _: None)
     with pytest.raises(SystemExit):
         study(tmp_path, f"--config.{change}")

@@ -67,7 +67,7 @@ def run(
             "--workdir",
             str(workdir),
             *joined,
-            *tiny.flags(tiny.ONE_LEVEL, *settings),
+            *tiny.flags(*tiny.SMALLEST, *settings),
         ]
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running.append(subprocess.Popen([sys.executable, *words], cwd=tiny.ROOT, env=env, **piped))

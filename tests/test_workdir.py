@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture(scope="module")
 def trained() -> TrainedModel:
-    config = tiny.config("methods=", tiny.ONE_LEVEL, "sample.solver=euler", "sample.steps=2")
+    config = tiny.config("methods=", *tiny.SMALLEST, "sample.solver=euler", "sample.steps=2")
     model = models.build(config, (8, 8, 1), 10)
     params, buffers = networks.born(jax.eval_shape(model.init, jax.random.key(0)))
     return TrainedModel(config, model, params, buffers, 1200)

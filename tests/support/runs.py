@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support import compiling, tiny
 
 CHEAP = (
-    tiny.ONE_LEVEL,
+    *tiny.SMALLEST,
     "data.batch=8",
     "train.keep=100",
     "sample.num=1",
