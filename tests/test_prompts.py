@@ -97,6 +97,10 @@ def test_every_field_of_a_scheduler_is_followed_or_said():
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr true with prediction_type"),
         ({"timestep_spacing": "cosine"}, "timestep_spacing 'cosine' given; expected one of"),
         ({"prediction_type": "sample"}, "prediction_type 'sample' given"),
+        ({"prediction_type": ["epsilon"]}, r"prediction_type \['epsilon'\] given"),
+        ({"timestep_spacing": {}}, r"timestep_spacing \{\} given"),
+        ({"beta_schedule": ["linear"]}, r"betas \['linear'\] from"),
+        ({"num_train_timesteps": "1000"}, "of 1000 steps given"),
     ):
         with pytest.raises(ConfigError, match=said):
             stable_diffusion.scheduler_settings(told | change)

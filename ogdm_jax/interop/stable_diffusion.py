@@ -65,14 +65,10 @@ _HERE: dict[str, tuple[Any, ...]] = {
     "steps_offset": (1,),
     "thresholding": (False,),
     "timestep_type": ("discrete",),
-    "use_beta_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
     "variance_type": ("fixed_small", None),
 }
+_OFF = ("beta_sigmas", "dynamic_shifting", "exponential_sigmas", "flow_sigmas", "karras_sigmas")
+_HERE |= {f"use_{name}": (False, None) for name in (*_OFF, "lu_lambdas")}
 _ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
 _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
@@ -264,14 +260,16 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
     name = scheduler.get("beta_schedule", "linear")
     ends = (None, None) if name == "squaredcos_cap_v2" else ends
     steps = scheduler.get("num_train_timesteps", 1000)
-    known, predicts = _schedules(steps), scheduler.get("prediction_type", "epsilon")
-    if (schedule := known.get((name, *ends))) is None or scheduler.get("trained_betas") is not None:
+    predicts = scheduler.get("prediction_type", "epsilon")
+    # compared, not looked up: a file may have a list where a word or a number belongs
+    known = [ours for theirs, ours in _schedules(steps).items() if theirs == (name, *ends)]
+    if not known or scheduler.get("trained_betas") is not None:
         raise ConfigError(
             f"scheduler_config.json: betas {name} from {ends[0]} to {ends[1]} of {steps} steps "
             "given; expected scaled_linear from 0.00085 to 0.012 or linear from 0.0001 to 0.02, "
             "both times 1000 / steps, or squaredcos_cap_v2"
         )
-    if predicts not in PREDICTIONS:
+    if predicts not in [*PREDICTIONS]:
         raise ConfigError(
             f"scheduler_config.json: prediction_type {predicts!r} given; expected "
             f"{' or '.join(PREDICTIONS)}"
@@ -279,7 +277,7 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
     theirs = str(scheduler.get("_class_name"))
     solver, spacing, to_zero = _SOLVERS.get(theirs, _SOLVERS["DDIMScheduler"])
     spacing = scheduler.get("timestep_spacing", spacing)
-    if spacing not in _GRIDS:
+    if spacing not in [*_GRIDS]:
         raise ConfigError(
             f"scheduler_config.json: timestep_spacing {spacing!r} given; expected one of "
             f"{', '.join(_GRIDS)}"
@@ -294,7 +292,7 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
     own, left = _of_solver(solver, scheduler)
     return {
         "precondition.kind": PREDICTIONS[predicts],
-        "precondition.schedule": schedule,
+        "precondition.schedule": known[0],
         "precondition.diffusion_steps": steps,
         "precondition.interpolate": True,
         "precondition.zero_terminal": zero,
@@ -310,7 +308,9 @@ def scheduler_settings(scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], li
 
 def _schedules(steps: Any) -> dict[tuple[Any, ...], str]:
     """_SCHEDULES of T steps: ours are times 1000 / T, diffusers' are as its files say."""
-    of = lambda end: end and round(end * 1000 / float(steps or math.nan), 12)
+    if type(steps) is not int or steps < 1:
+        return {}
+    of = lambda end: end and round(end * 1000 / steps, 12)
     return {(name, of(a), of(b)): ours for (name, a, b), ours in _SCHEDULES.items()}
 
 
