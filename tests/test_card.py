@@ -11,7 +11,6 @@ from ogdm_jax.data.pictures import read
 from ogdm_jax.interop import load_pretrained
 from ogdm_jax.training import convert, evaluations
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, describe
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from tests.support import tiny
 
@@ -27,9 +26,7 @@ def folders(tmp_path_factory):
     run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
     names = ["zero", *map(str, range(1, 10))]
     about = {"images": 1797, "contents": "0123456789abcdef", "class_names": names}
-    with Checkpoints(top / "run") as checkpoints:
-        description = describe(config, (8, 8, 1), 10, data_set=about)
-        checkpoints.save(0, tiny.fresh(run), description, {"step": 0})
+    tiny.folder(top / "run", run, about)
     evaluations.write(top / "run", {0: REPORT | {"fd": 7.5, "floor": 2.9}})
     more = [REPORT | {"steps": 5, "nfe": 5, "fd": 40.0, "floor": 2.9}, REPORT | {"step": 9}]
     (top / "run" / "distances.json").write_text(records.dumps(more))

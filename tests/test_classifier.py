@@ -26,7 +26,6 @@ from ogdm_jax.methods import cfg, classifier, dg
 from ogdm_jax.networks import ADMEncoder
 from ogdm_jax.sampling import guidance as parts
 from ogdm_jax.sampling.sampler import sample
-from ogdm_jax.training.checkpoint import Checkpoints, describe
 from ogdm_jax.training.workdir import open_workdir
 from tests.reference.gaussian import Chain
 from tests.support import golden_support, networks, tiny
@@ -160,14 +159,7 @@ def test_the_mean_is_shifted_in_ancestral_steps_only_and_dg_comes_last():
 
 
 def save(folder, *more):
-    return _saved(folder, tiny.build(*ADM, *more))
-
-
-def _saved(folder, run):
-    with Checkpoints(folder) as checkpoints:
-        about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
-    return folder
+    return tiny.folder(folder, tiny.build(*ADM, *more))
 
 
 def write_classifier(path, classes=10, side=8, label_dim=0):
@@ -202,7 +194,7 @@ def place(tmp_path_factory):
     pictures = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.full(4, -1)}
     np.savez(folder / "judge" / "samples.npz", about=about, **pictures)
     judged = discriminator.build(settings, parallel.make_plan("pmap", 1), folder / "judge")
-    _saved(folder / "judge", judged)
+    tiny.folder(folder / "judge", judged)
     return folder
 
 
@@ -273,7 +265,7 @@ def test_mistakes_are_one_sentence(place, monkeypatch, model, words, sentence):
 
 
 def test_a_model_without_steps_needs_the_classifiers_schedule(place, tmp_path):
-    _saved(tmp_path, tiny.build("methods=()", tiny.ONE_LEVEL, "network.attn_resolutions=()"))
+    tiny.folder(tmp_path, tiny.build("methods=()", tiny.ONE_LEVEL, "network.attn_resolutions=()"))
     run, path = open_workdir(tmp_path), str(place / "c.safetensors")
     words = ["--workdir", "w", "--guidance", "classifier", "--classifier.checkpoint", path]
 

@@ -39,7 +39,7 @@ from ogdm_jax.sampling import generate
 from ogdm_jax.sampling.churn import Churn
 from ogdm_jax.sampling.sampler import sample
 from ogdm_jax.training import evaluate, loop
-from ogdm_jax.training.checkpoint import CheckpointError, Checkpoints, Snapshot, describe
+from ogdm_jax.training.checkpoint import CheckpointError, Snapshot
 from ogdm_jax.training.workdir import TrainedModel, open_workdir
 from tests.support import networks, tiny
 from tests.support.oracles import Mixture
@@ -72,16 +72,8 @@ SMALL += (
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory):
     """A denoiser's training folder with fresh weights and classes."""
-    folder = tmp_path_factory.mktemp("prior")
     run = tiny.build("methods=()", *tiny.SMALLEST, "data.conditional=true")
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.save(
-            0,
-            tiny.fresh(run),
-            describe(run.config, run.source.shape, run.source.num_classes),
-            {"step": 0},
-        )
-    return folder
+    return tiny.folder(tmp_path_factory.mktemp("prior"), run)
 
 
 @pytest.fixture(scope="module")

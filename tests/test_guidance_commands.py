@@ -30,7 +30,6 @@ from ogdm_jax.methods import dg, discovery
 from ogdm_jax.metrics import distances as metrics
 from ogdm_jax.sampling.churn import Info
 from ogdm_jax.sampling.guidance import combine, plain_step
-from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import compiling, foreign, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
@@ -40,14 +39,7 @@ RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd", "pigdm")
 
 def save(folder, *more: str):
     """A training folder with fresh weights, as train.py saves them."""
-    return _saved(folder, tiny.build("methods=()", *more))
-
-
-def _saved(folder, run):
-    with Checkpoints(folder) as checkpoints:
-        about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
-    return folder
+    return tiny.folder(folder, tiny.build("methods=()", *more))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def judge(workdir, tmp_path_factory):
         label=np.full(4, -1),
         about=about,
     )
-    return _saved(folder, discriminator.build(settings, parallel.make_plan("pmap", 1), folder))
+    return tiny.folder(folder, discriminator.build(settings, parallel.make_plan("pmap", 1), folder))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.inverse import files, measured, operators, tasks
 from ogdm_jax.inverse.measured import measure, taken
 from ogdm_jax.pixels import to_float, to_uint8
-from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import tiny
 from tests.support.commands import arrays, picture_size
 
@@ -23,12 +22,8 @@ SHAPE = (8, 8, 1)
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A training folder with fresh weights."""
-    folder = tmp_path_factory.mktemp("prior")
     run = tiny.build("methods=()", *tiny.SMALLEST)
-    with Checkpoints(folder) as checkpoints:
-        about = describe(run.config, run.source.shape, run.source.num_classes)
-        checkpoints.save(0, tiny.fresh(run), about, {"step": 0})
-    return folder
+    return tiny.folder(tmp_path_factory.mktemp("prior"), run)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.data import open_source
 from ogdm_jax.metrics import Statistics, frechet_distance, protocol
 from ogdm_jax.report import inputs
-from ogdm_jax.training import checkpoint, loop
+from ogdm_jax.training import loop
 from ogdm_jax.training import run as runs
 from ogdm_jax.training import workdir as workdirs
 from tests.support import tiny
@@ -208,8 +208,7 @@ def test_a_reports_trajectories_have_the_classes_of_its_samples(tmp_path, monkey
     """Both are of the seeds from 0: a page showed two images of one seed."""
     config = tiny.config("methods=", *tiny.SMALLEST, "data.conditional=true")
     run = runs.build(config, open_source("digits"), parallel.make_plan("pmap", 1))
-    with checkpoint.Checkpoints(tmp_path) as saved:
-        saved.save(0, tiny.fresh(run), checkpoint.describe(config, (8, 8, 1), 10), {"step": 0})
+    tiny.folder(tmp_path, run)
     seen = {}
 
     def batches(self, settings, seeds, labels, **_):

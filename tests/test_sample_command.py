@@ -21,7 +21,6 @@ from ogdm_jax.inverse import tasks
 from ogdm_jax.methods import cfg, dg
 from ogdm_jax.training import evaluate
 from ogdm_jax.training import run as runs
-from ogdm_jax.training.checkpoint import Checkpoints, describe
 from ogdm_jax.training.workdir import TrainedModel
 from tests.support import tiny
 from tests.support.commands import arrays, ogdm
@@ -34,11 +33,7 @@ def made(folder, *words, names=(), source="digits"):
     source = open_source(source) if isinstance(source, str) else source
     run = runs.build(config, source, parallel.make_plan("pmap", 1))
     about = {"images": 1797, "class_names": list(names)} if names else None
-    shape, classes = run.source.shape, run.source.num_classes
-    with Checkpoints(folder) as checkpoints:
-        description = describe(run.config, shape, classes, data_set=about)
-        checkpoints.save(0, tiny.fresh(run), description, {"step": 0})
-    return folder
+    return tiny.folder(folder, run, about)
 
 
 @pytest.fixture(scope="module")

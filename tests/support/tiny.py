@@ -10,6 +10,7 @@ import numpy as np
 from ogdm_jax import config as configs
 from ogdm_jax import data, parallel
 from ogdm_jax.training import run as runs
+from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import networks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +70,14 @@ def fresh(run: runs.Run):
     )
     params, buffers = networks.born((state.params, state.buffers), run.config.seed)
     return run.plan.place(state.replace(params=params, ema=params, buffers=buffers))
+
+
+def folder(place, run: runs.Run, data_set: dict | None = None):
+    """Makes a training folder of a run's fresh weights, as train.py saves them, and returns it."""
+    about = describe(run.config, run.source.shape, run.source.num_classes, data_set=data_set)
+    with Checkpoints(place) as checkpoints:
+        checkpoints.save(0, fresh(run), about, {"step": 0})
+    return place
 
 
 def train(run: runs.Run, steps: int):
