@@ -201,7 +201,7 @@ def test_the_command_restores_what_was_measured(command, cases, tmp_path, out):
     assert each["seeds"] == [0, 1, 2] and each["pictures"] == ["small.png"] * 3
     assert "psnr" not in each and len(each["residual"]) == 3
     if out == "grid.png":
-        assert picture_size(path) == (6 * 81 - 1 + 2 * 14, 18 + 80 + 18)  # three pairs
+        assert picture_size(path) == (6 * 129 - 1 + 2 * 14, 18 + 128 + 18)  # three pairs
     elif out == "all.npz":
         found = arrays(path)
         assert set(found) == {"measurement", "result", "seeds"}
