@@ -17,7 +17,7 @@ from ogdm_jax.planning import flops, program
 from ogdm_jax.sampling import generate
 from tests.support import tiny
 
-CONFIGS = sorted(p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem != "base")
+CONFIGS = sorted(p.stem for p in (tiny.ROOT / "configs").glob("[!_]*.py") if p.stem != "base")
 # The published layers at a fraction of the depth and width: what a layer is does not depend on
 # either.
 SMALL = (
@@ -42,7 +42,7 @@ EACH = [name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) f
 def load(name: str, *more: str):
     """A configuration; changes of settings that it does not have are left out."""
     path = tiny.ROOT / "configs" / f"{name}.py"
-    known = configs.flatten(configs.load(path, ()))
+    known = configs.flatten(configs.read(path, ()).to_dict())
     return configs.load(path, [text for text in more if text.partition("=")[0] in known])
 
 
@@ -85,6 +85,8 @@ def test_steps_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
 def test_samplers_for_tpus_and_gpus_have_no_rules_of_the_cpu(name, pretend):
     pretend("gpu")
     run = build(name, *SMALL)
+    if name.endswith("_vae"):
+        pytest.skip("an autoencoder draws nothing")
     images = generate.sampler(run.model, run.config.sample, jax.devices()[:1])
     params, buffers = jax.eval_shape(run.model.init, jax.random.key(0))
     seeds = jax.ShapeDtypeStruct((4,), "uint32")
