@@ -43,12 +43,16 @@ def load(name: str, *more: str):
     """A configuration; changes of settings that it does not have are left out."""
     path = tiny.ROOT / "configs" / f"{name}.py"
     known = configs.flatten(configs.read(path, ()).to_dict())
+    if known.get("stf.per_image"):  # decides n
+        del known["stf.n"]
     return configs.load(path, [text for text in more if text.partition("=")[0] in known])
 
 
 def build(name: str, *more: str):
     config = load(name, *more)
-    return program.build(config, program.source_like(config), parallel.make_plan("mesh", 1))
+    shape = "32,32,3" if name == "emoji32" else ""  # a file, whose pictures have a known size
+    source = program.source_like(config, shape)
+    return program.build(config, source, parallel.make_plan("mesh", 1))
 
 
 def lower(function, arguments, *platforms: str) -> str:
