@@ -14,9 +14,7 @@ from ogdm_jax.methods import discovery
 from ogdm_jax.training import run as runs
 from tests.support import tiny
 
-NAMES = sorted(
-    p.stem for p in (tiny.ROOT / "configs").glob("*.py") if p.stem not in ("base", "__init__")
-)
+NAMES = tiny.CONFIGURATIONS
 
 
 @pytest.mark.fast

@@ -30,12 +30,8 @@ def test_what_is_declared_exists():
                 assert choices is None or not wanted or set(wanted.split("|")) <= set(choices)
 
 
-@pytest.mark.parametrize(
-    "name", [p.stem for p in configs.SHIPPED.glob("*.py") if "_dg" not in p.stem]
-)
+@pytest.mark.parametrize("name", [name for name in tiny.CONFIGURATIONS if "_dg" not in name])
 def test_nothing_of_a_shipped_file_is_in_vain_but_for_methods_that_are_off(name):
-    if name in ("__init__", "base"):
-        return
     config, base = (configs.flatten(configs.load(n)) for n in (name, "base"))
     loaded = configs.load(name)
     without = effects.idle(loaded, KINDS)

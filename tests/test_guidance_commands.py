@@ -33,7 +33,6 @@ from ogdm_jax.sampling.guidance import combine, plain_step
 from tests.support import compiling, foreign, oracles, tiny
 from tests.support.commands import arrays, picture_size
 
-SMALL = tiny.SMALLEST
 RESTORERS = ("ddnm", "diffpir", "dps", "dsg", "freedom", "lgd", "mpgd", "pigdm")
 
 
@@ -44,12 +43,12 @@ def save(folder, *more: str):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("prior"), *SMALL)
+    return save(tmp_path_factory.mktemp("prior"), *tiny.SMALLEST)
 
 
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("conditional"), *SMALL, "data.conditional=true")
+    return save(tmp_path_factory.mktemp("conditional"), *tiny.SMALLEST, "data.conditional=true")
 
 
 @pytest.fixture(scope="module")

@@ -71,13 +71,13 @@ def test_a_step_keeps_the_state_and_reports_numbers(on):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A training folder for methods that start from one: two steps with other weights, saved as
-    train.py saves them.
-    """
     return begun(tmp_path_factory.mktemp("pretrained"), *tiny.SMALLEST)
 
 
 def begun(folder, *network):
+    """A training folder for methods that start from one: two steps with other weights, saved as
+    train.py saves them.
+    """
     run = tiny.build("methods=()", *network)
     state = tiny.fresh(run)
     with Checkpoints(folder) as checkpoints:

@@ -75,7 +75,7 @@ def test_what_changes_no_mathematics_is_free(text):
         ("ema.halflife=7 kimg", PLAIN),
         ("methods=stf", PLAIN),
         ("sample.sigma_max=70.0", PLAIN),  # noise.clip clips to it
-        ("ogdm.gamma=3.0", (*tiny.SMALLEST,)),
+        ("ogdm.gamma=3.0", tiny.SMALLEST),
         ("init.workdir=other", PLAIN),  # an average that starts at good weights has no ramp-up
     ],
 )

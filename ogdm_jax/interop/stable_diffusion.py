@@ -67,8 +67,8 @@ _HERE: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "variance_type": ("fixed_small", None),
 }
-_OFF = ("beta_sigmas", "dynamic_shifting", "exponential_sigmas", "flow_sigmas", "karras_sigmas")
-_HERE |= {f"use_{name}": (False, None) for name in (*_OFF, "lu_lambdas")}
+_SIGMAS = [f"use_{name}_sigmas" for name in ("beta", "exponential", "flow", "karras")]
+_HERE |= dict.fromkeys([*_SIGMAS, "use_dynamic_shifting", "use_lu_lambdas"], (False, None))
 _ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
 _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")

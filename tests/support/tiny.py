@@ -14,6 +14,10 @@ from ogdm_jax.training.checkpoint import Checkpoints, describe
 from tests.support import networks
 
 ROOT = Path(__file__).parent.parent.parent
+# Those that are shipped, by name; base.py is what they are made of.
+CONFIGURATIONS = sorted(
+    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base")
+)
 
 SHRINK = (
     "network.model_channels=8",
