@@ -162,6 +162,8 @@ def test_sizes_come_from_the_table_or_the_command_line():
         False,
         1_281_167,
     )
+    for name in tiny.CONFIGURATIONS:  # a part of a file (npz:F?a=1) has its sizes
+        assert all(named(name).shape)
     other = named("imagenet64_edm", image_shape="32, 32,1", classes=0, images=100)
     assert (other.shape, other.num_classes, len(other)) == ((32, 32, 1), 0, 100)
     config = configs.load(tiny.ROOT / "configs" / "digits.py", ["data.source=folder:nowhere"])

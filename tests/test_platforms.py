@@ -52,9 +52,7 @@ def load(name: str, *more: str):
 
 def build(name: str, *more: str):
     config = load(name, *more)
-    shape = "32,32,3" if name == "emoji32" else ""  # a file, whose pictures have a known size
-    source = program.source_like(config, shape)
-    return program.build(config, source, parallel.make_plan("mesh", 1))
+    return program.build(config, program.source_like(config), parallel.make_plan("mesh", 1))
 
 
 def lower(function, arguments, *platforms: str) -> str:

@@ -74,14 +74,14 @@ def source_like(
       config: names the source.
       image_shape: "H,W,C" or "" for the table's.
       classes: their number, -1 for the table's.
-      images: their number, 0 for the table's.
+      images: their number, 0 for the table's, which counts a source whole (`npz:F?a=1` is a part).
 
     Raises:
       ConfigError: a source that is not in the table and no image_shape, or a malformed one.
     """
     name = config.data.source or "tfds:cifar10"  # a discriminator's is its prior's
     known = next(
-        (SHAPES[key] for key in SHAPES if name == key or name.startswith((f"{key}/", f"{key}:"))),
+        (SHAPES[k] for k in SHAPES if name == k or name.startswith((f"{k}/", f"{k}:", f"{k}?"))),
         None,
     )
     shape, labels, count = known or (None, 0, 50_000)
