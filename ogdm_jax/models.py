@@ -80,8 +80,7 @@ class Model:
         """Of what sampling gives: image_shape, or that of decoded latents."""
         if self.autoencoder is None:
             return self.image_shape
-        height, width, _ = (side * self.autoencoder.factor for side in self.image_shape)
-        return height, width, self.autoencoder.img_channels
+        return self.autoencoder.picture_shape(self.image_shape)
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -22,14 +22,14 @@ from ogdm_jax.config import ConfigError
 from ogdm_jax.data import batches, moments, open_source, pictures, spread
 from ogdm_jax.data.latents import SIDECAR
 from ogdm_jax.discriminator import generated
-from ogdm_jax.discriminator.run import build
+from ogdm_jax.discriminator.run import build, planned
 from ogdm_jax.discriminator.train import TASK
 from ogdm_jax.interop import export, load_pretrained
 from ogdm_jax.methods.contract import Own
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.decode import decode
 from ogdm_jax.study import runs as study
-from ogdm_jax.training import decoding, example, heldout, loop
+from ogdm_jax.training import decoding, evaluate, example, heldout, loop
 from ogdm_jax.training import run as runs
 from ogdm_jax.training.workdir import open_pixels, open_workdir
 from ogdm_jax.training.workdir import open_source as source_of
@@ -286,6 +286,16 @@ def discriminator(workdir):
     run, state = loop.train(config, place, lines.append, TASK)
     assert int(state.step) == 2
     return place, run, lines
+
+
+def test_a_discriminators_run_is_measured_by_the_shape_of_decoded_pictures(workdir):
+    config = configs.load(tiny.ROOT / "configs" / "digits_dg.py", (*DG, f"dg.prior={workdir}"))
+    prior = open_workdir(workdir, vae=None).config
+    run = planned(config, source_of(prior), parallel.make_plan("mesh", 1))
+    run = decoding.with_decoder(run, prior.data.vae)
+    evaluate.check_images(run, (8, 8, 1))
+    with pytest.raises(ConfigError, match=r"images of \(8, 8, 1\) .* and not of \(4, 4, 2\)"):
+        evaluate.check_images(run, (4, 4, 2))
 
 
 @pytest.mark.slow  # on pixels: test_dg_training.py; of latents: dit_sampling_latent_disc

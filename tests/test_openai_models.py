@@ -167,7 +167,8 @@ def test_a_converted_openai_network_fine_tunes_and_samples(openai):
     )
 
     trained = open_workdir(folder / "work")
-    images = generate.sampler(trained.model, trained.settings("ancestral", 2, 2), jax.devices()[:1])
+    settings = trained.settings(solver="ancestral", steps=2)
+    images = generate.sampler(trained.model, settings, jax.devices()[:1])
     pictures = generate.generate(
         images, trained.params, trained.buffers, np.arange(2), np.zeros(2, np.int32), 2
     )

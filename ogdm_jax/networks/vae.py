@@ -155,6 +155,11 @@ class AutoencoderKL(nn.Module):
         """Pixels along the side of a latent's pixel."""
         return 2 ** (len(self.widths) - 1)
 
+    def picture_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, C) of what a latent of (h, w, z) is decoded to."""
+        height, width, _ = latent_shape
+        return height * self.factor, width * self.factor, self.img_channels
+
     def encode(self, x: Array) -> Array:
         """Moments [B,h,w,2z] of x [B,H,W,C]: mean and ln variance (`posterior`), unscaled.
 

@@ -194,14 +194,14 @@ def check_images(run: runs.Run, shape: tuple[int, int, int] | None) -> None:
     """Raises ConfigError where the images of a run cannot be measured: too few of them, or of
     another shape than the one that `check_evaluation` gave.
     """
-    name, model = run.config.evaluate.features, run.model
+    name = run.config.evaluate.features
     if not name:
         return
     few = f"'' with the {len(run.source)} images of data.source, or at least {2 * FEWEST} of them"
     require(len(run.source) >= 2 * FEWEST, "evaluate.features", name, few)
     own = run.source.shape
     if run.source.latents is not None and run.decoder is not None:
-        own = decoding.attach(model, {}, run.decoder)[0].picture_shape
+        own = run.decoder.network.picture_shape(own)
     words = f"images of {own} (height, width, channels), as this run makes, and not of {shape}"
     require(shape in (None, own), "evaluate.features", name, words)
 
