@@ -131,6 +131,9 @@ def test_the_plan_of_eight_devices(plan):
     assert sum(compiled.operations.values()) == pytest.approx(alone, rel=0.01)
     state = 16 * compiled.parameters  # parameters, average, two moments, in float32
     share = state / 8 if plan == "sharded" else state
+    planned = program.build(config, source, parallel.plan_of(plan, jax.devices()[:8]))
+    held = program.argument_bytes(planned.plan, planned.shapes())
+    assert held == pytest.approx(compiled.arguments, rel=0.02)
     assert share < compiled.arguments < 1.2 * share + 50_000
     if plan != "sharded":
         gradient = 4 * compiled.parameters
@@ -191,6 +194,19 @@ def test_a_device_is_known_by_the_name_that_jax_gives_it():
 def test_unknown_chips_are_refused(words):
     with pytest.raises(ConfigError, match="--plan-for"):
         chips.topology(words)
+
+
+@pytest.mark.fast
+def test_what_the_compiler_refuses_is_read_in_both_of_its_sentences():
+    """Both are libtpu's own: the first of 0.0.50, the second of 0.0.52, without the arguments."""
+    used = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity"
+    beside = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (39.09G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert program.needed(used, 2**30) == int(20.5 * 2**30)
+    assert program.needed(beside, 2**30) == 2**30 + int(39.09 * 2**30)
+    assert program.needed("INTERNAL: something else", 2**30) is None
 
 
 @pytest.mark.slow

@@ -117,4 +117,5 @@ def _candidates(config: Config, devices: int) -> Iterator[tuple[dict[str, Any], 
         yield {"optim.accumulate": k}, k / rounds
     for k in [rounds, *more]:
         if not config.network.remat:
-            yield {"network.remat": True, "optim.accumulate": k}, float("inf")
+            also = {"optim.accumulate": k} if k != rounds else {}
+            yield {"network.remat": True, **also}, float("inf")

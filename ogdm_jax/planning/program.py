@@ -1,6 +1,7 @@
 """A configuration's train step in full size, compiled without data, weights or its devices."""
 
 import dataclasses
+import math
 import re
 import time
 from typing import Any, cast
@@ -16,6 +17,7 @@ from ogdm_jax.planning import flops
 from ogdm_jax.planning.collectives import collectives
 from ogdm_jax.training import autoencoder, texts
 from ogdm_jax.training import run as runs
+from ogdm_jax.typing import PyTree
 
 # (image shape, classes, images) of the sources that the configurations name.
 SHAPES = {
@@ -34,8 +36,10 @@ SHAPES = {
     "latents:runs/digits_latents": ((4, 4, 2), 10, 1797),
     "latents:data/laion_aesthetics6_latents": ((64, 64, 4), 0, 12_000_000),
 }
-# how the compiler says what a program needs that does not fit: 20.5G of 15.7G
-_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+# How libtpu says what a program needs that does not fit: in all, and since 0.0.52 also beside its
+# arguments, where those alone would fit.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", re.IGNORECASE)
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +149,12 @@ def compile_step(run: runs.Run) -> Compiled:
     try:
         compiled = lowered.compile()
     except Exception as error:  # jaxlib's own class has no public name
-        used = _MEMORY.search(str(error))
-        if not used:
+        held = argument_bytes(run.plan, arguments)
+        peak = needed(str(error), held)
+        if peak is None:
             raise
-        spent, peak = time.monotonic() - began, _size(used[1], used[2])
-        return Compiled(parameters, 0, 0, peak, None, operations, {}, spent, fits=False)
+        spent, beside = time.monotonic() - began, max(peak - held, 0)
+        return Compiled(parameters, held, beside, peak, None, operations, {}, spent, fits=False)
     seconds = time.monotonic() - began
     memory: Any = cast(Any, compiled.memory_analysis())  # no backend of ours has none
     cost = compiled.cost_analysis() or {}
@@ -167,6 +172,32 @@ def compile_step(run: runs.Run) -> Compiled:
         sent=collectives(compiled.as_text() or ""),
         seconds=seconds,
     )
+
+
+def needed(message: str, arguments: int) -> int | None:
+    """Bytes that a program needs by the compiler's refusal; None: it refused for another reason.
+
+    Args:
+      message: of the refusal.
+      arguments: bytes of the program's arguments, which some of its sentences leave out.
+    """
+    if used := _USED.search(message):
+        return _size(used[1], used[2])
+    beside = _TEMPORARIES.search(message)
+    return arguments + _size(beside[1], beside[2]) if beside else None
+
+
+def argument_bytes(plan: parallel.Plan, arguments: tuple[PyTree, ...]) -> int:
+    """Of the step's arguments on one device."""
+    state, constants, batch, _ = arguments
+    rows = len(plan.local_devices) if plan.axis else len(plan.devices)
+    size = lambda leaf, shape: math.prod(shape) * leaf.dtype.itemsize
+    own = jax.tree.map(
+        lambda v, at: size(v, at.shard_shape(v.shape)), state, plan.state_shardings(state)
+    )
+    whole = jax.tree.map(lambda v: size(v, v.shape), constants["whole"])
+    shares = jax.tree.map(lambda v: size(v, v.shape) // rows, (constants["divided"], batch))
+    return sum(jax.tree.leaves((own, whole, shares)))
 
 
 def _zeros(leaf: Any) -> np.ndarray:
