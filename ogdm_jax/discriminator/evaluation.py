@@ -58,7 +58,7 @@ class GuidedEvaluation:
     def _guidance(self, params: PyTree, weight: float) -> tuple[Guidance, ...]:
         """The weight is an array of the compiled sampler: another one compiles nothing."""
         run = self._run
-        method = guidance_of(of(run.config), run.network, params, run.extractor)
+        method = guidance_of(of(run.config), run.model, params, run.extractor)
         constants = method.constants | {"weight": np.float32(weight)}
         if weight == 0:
             constants |= {"corrector_weight": np.float32(0)}

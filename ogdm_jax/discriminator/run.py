@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import jax.numpy as jnp
 import optax
@@ -36,7 +36,7 @@ def optimiser(config: configs.Config) -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlannedRun(runs.Run):
+class PlannedRun(runs.Run[FeatureDiscriminator]):
     """A run whose network is the discriminator, as far as compiling needs it.
 
     Attributes:
@@ -61,11 +61,6 @@ class PlannedRun(runs.Run):
         goal = Objective(training_loss(config, network, xflip, source.latents))
         tx = optimiser(config)
         return cls.of(config, source, network, methods, goal, plan, tx, extractor=extractor, **more)
-
-    @property
-    def network(self) -> FeatureDiscriminator:
-        """What is trained: `model`, by its own type."""
-        return cast(FeatureDiscriminator, self.model)
 
     def example_batch(self) -> dict[str, PyTree]:
         """As `pairs.paired` makes it."""

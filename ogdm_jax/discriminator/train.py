@@ -24,7 +24,7 @@ def _watch(
     """Writes held-out loss and accuracy of the moving average."""
     held_out = None
     if all(map(len, run.held_out)):
-        held_out = HeldOut(run.config, run.network, run.extractor, run.held_out)
+        held_out = HeldOut(run.config, run.model, run.extractor, run.held_out)
 
     def write(step: int, state: TrainState) -> None:
         params = run.plan.local_copy(state.ema)

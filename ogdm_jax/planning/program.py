@@ -121,7 +121,7 @@ def source_like(
     )
 
 
-def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
+def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.AnyRun:
     """The run of a configuration. Weights that it would read (a teacher's) are zeros."""
     if config.task == "discriminator":
         return planned(config, source, plan)
@@ -130,7 +130,7 @@ def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
     return runs.build(config, source, plan, stand_in=lambda shapes: jax.tree.map(_zeros, shapes))
 
 
-def compile_step(run: runs.Run) -> Compiled:
+def compile_step(run: runs.AnyRun) -> Compiled:
     """Traces, lowers and compiles the step; nothing runs.
 
     Returns:

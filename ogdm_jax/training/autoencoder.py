@@ -63,7 +63,7 @@ class Autoencoder:
         return self.network.init(key, jnp.zeros((1, *self.image_shape)))["params"], {}
 
 
-def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run:
+def build(config: Config, source: data.Source, plan: parallel.Plan) -> runs.Run[Autoencoder]:
     """The run of a configuration.
 
     Raises:
@@ -145,7 +145,7 @@ def _view(platform: str, network: AutoencoderKL, params: PyTree, images: Array) 
     return platforms.traced_for(platform, view)(params, images)
 
 
-def _batches(run: runs.Run, source: data.Source, num: int) -> Iterator[tuple[np.ndarray, int]]:
+def _batches(run: runs.AnyRun, source: data.Source, num: int) -> Iterator[tuple[np.ndarray, int]]:
     """So many images, spread evenly over a source, batch by batch, as many as a device has in a
     step: (images, how many of them count), for one size is compiled.
     """
@@ -156,9 +156,9 @@ def _batches(run: runs.Run, source: data.Source, num: int) -> Iterator[tuple[np.
         yield source.take(np.resize(part, size))["image"], len(part)
 
 
-def viewer(run: runs.Run) -> Callable[..., Iterator[View]]:
+def viewer(run: runs.Run[Autoencoder]) -> Callable[..., Iterator[View]]:
     """(params, source, num) -> views of so many images, batch by batch."""
-    network, platform = cast(Autoencoder, run.model).network, run.plan.local_devices[0].platform
+    network, platform = run.model.network, run.plan.local_devices[0].platform
 
     def views(params: PyTree, source: data.Source, num: int) -> Iterator[View]:
         for images, count in _batches(run, source, num):
@@ -176,7 +176,7 @@ def sheet(view: View) -> np.ndarray:
 
 
 def _watch(
-    run: runs.Run, workdir: epath.Path, writer: logs.Writer
+    run: runs.Run[Autoencoder], workdir: epath.Path, writer: logs.Writer
 ) -> Callable[[int, TrainState], None]:
     """Writes samples/STEP.png: images and what the moving average makes of them."""
     views, num = viewer(run), run.config.sample.num
@@ -193,7 +193,9 @@ def _watch(
     return write
 
 
-def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], dict[str, Any]]:
+def _evaluation(
+    run: runs.Run[Autoencoder], workdir: epath.Path
+) -> Callable[[TrainState], dict[str, Any]]:
     """The distance of reconstructions to other images of the data: the floor of the samples of a
     latent model.
     """
@@ -212,7 +214,7 @@ def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], di
     return measure
 
 
-def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
+def _held_out(run: runs.Run[Autoencoder]) -> Callable[[TrainState], dict[str, float]] | None:
     """Peak signal-to-noise ratios of reconstructions: of config.data.heldout, and of as many that
     are trained on.
     """
@@ -231,7 +233,7 @@ def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
     return measure
 
 
-def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
+def write(run: runs.Run[Autoencoder], params: PyTree, folder: epath.Path) -> AutoencoderKL:
     """Writes the folder that diffusers reads.
 
     scaling_factor is 1 / std over all numbers of z, drawn from the posterior, of at most 50,000
@@ -240,7 +242,7 @@ def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
     Returns:
       The network with that scale.
     """
-    model, moments = cast(Autoencoder, run.model), []
+    model, moments = run.model, []
     frozen = autoencoder.Autoencoder(model.network, {"params": params}, str(folder))
     for images, count in _batches(run, run.source, _MOST):
         mean, std = (part[:count].astype(np.float64) for part in frozen.encode(images))
@@ -255,12 +257,12 @@ def write(run: runs.Run, params: PyTree, folder: epath.Path) -> AutoencoderKL:
 
 def _build(
     config: Config, plan: parallel.Plan, workdir: epath.Path, log: task.Log, began: task.Began
-) -> runs.Run:
+) -> runs.Run[Autoencoder]:
     return build(config, open_source(config), plan)
 
 
 def _finish(
-    run: runs.Run, state: TrainState, workdir: epath.Path, log: Callable[[str], None]
+    run: runs.Run[Autoencoder], state: TrainState, workdir: epath.Path, log: Callable[[str], None]
 ) -> None:
     """Writes WORKDIR/vae."""
     params = run.plan.local_copy(state.ema)
@@ -269,4 +271,4 @@ def _finish(
         log(f"{workdir / FOLDER} is a folder of diffusers; its latents have std {1 / scale:.4g}")
 
 
-TASK = task.Task(_build, task.DENOISER.batches, _watch, _evaluation, _held_out, _finish)
+TASK = task.Task(_build, task.batches, _watch, _evaluation, _held_out, _finish)

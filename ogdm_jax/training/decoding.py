@@ -17,10 +17,10 @@ from ogdm_jax.latents import Latents
 from ogdm_jax.models import VAE, Model
 from ogdm_jax.pixels import to_uint8
 from ogdm_jax.sampling.decode import decode
-from ogdm_jax.training.run import Run
+from ogdm_jax.training.run import AnyRun
 from ogdm_jax.typing import PyTree
 
-RunT = TypeVar("RunT", bound=Run)
+RunT = TypeVar("RunT", bound=AnyRun)
 _LOG = logging.getLogger("ogdm_jax")
 MOST = 50_000  # images that samples are compared with
 _BATCH = 64

@@ -190,7 +190,7 @@ def check_evaluation(config: Config) -> tuple[int, int, int] | None:
     return source.shape
 
 
-def check_images(run: runs.Run, shape: tuple[int, int, int] | None) -> None:
+def check_images(run: runs.AnyRun, shape: tuple[int, int, int] | None) -> None:
     """Raises ConfigError where the images of a run cannot be measured: too few of them, or of
     another shape than the one that `check_evaluation` gave.
     """
@@ -214,7 +214,9 @@ class Evaluator:
     report. An image depends on its seed alone, so all evaluations of a run see the same noise.
     """
 
-    def __init__(self, run: runs.Run, model: models.Model, churn: ChurnRule | None = None) -> None:
+    def __init__(
+        self, run: runs.AnyRun, model: models.Model, churn: ChurnRule | None = None
+    ) -> None:
         """Nothing is compiled or read yet.
 
         Args:

@@ -32,7 +32,7 @@ class HeldOut:
     heart: the loss of a level is many times that of another.
     """
 
-    def __init__(self, run: runs.Run) -> None:
+    def __init__(self, run: runs.DenoiserRun) -> None:
         """Opens the images of config.data.heldout; errors are those of `open_images`."""
         config, trained = run.config, run.source
         found = open_images(config, trained, bool(run.model.label_dim))

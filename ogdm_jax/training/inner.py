@@ -80,7 +80,7 @@ class Loop:
       still_ours: raises LockError where another run has taken the folder over.
     """
 
-    run: runs.Run
+    run: runs.AnyRun
     task: Task[Any]
     held_out: Callable[[TrainState], dict[str, float]] | None
     workdir: epath.Path

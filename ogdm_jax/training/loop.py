@@ -37,7 +37,7 @@ def train(
     profile: profiles.Steps | None = None,
     override: bool = False,
     stopped_code: int | None = None,
-) -> tuple[runs.Run, TrainState]:
+) -> tuple[runs.AnyRun, TrainState]:
     """Trains to config.train.duration, from the workdir's newest checkpoint if it has one.
 
     Args:
@@ -114,7 +114,7 @@ def train(
 
 
 def _check_resumed(
-    run: runs.Run,
+    run: runs.AnyRun,
     found: Snapshot | None,
     shapes: TrainState,
     decided: resume.Changes,
@@ -157,7 +157,7 @@ def _how_to_go_on(workdir: epath.Path) -> str:
     return f"step {done[-1]} in {workdir} is safe; the same command{several} goes on from there"
 
 
-def _initial_weights(run: runs.Run, shapes: TrainState) -> Initial:
+def _initial_weights(run: runs.AnyRun, shapes: TrainState) -> Initial:
     """The weights that fine-tuning starts from, placed as the plan wants them."""
     init = run.config.init
     step, placed = None if init.step < 0 else init.step, run.plan.shapes(shapes)

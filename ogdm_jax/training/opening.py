@@ -13,7 +13,7 @@ from ogdm_jax.training.state import TrainState
 _NAMES = 60  # characters of class names
 
 
-def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) -> list[str]:
+def lines(run: runs.AnyRun, shapes: TrainState, workdir: epath.Path, found: str) -> list[str]:
     """About eight lines: what is trained, on what, with what, how long, where.
 
     Args:
@@ -59,7 +59,7 @@ def lines(run: runs.Run, shapes: TrainState, workdir: epath.Path, found: str) ->
     ]
 
 
-def _data(run: runs.Run) -> str:
+def _data(run: runs.AnyRun) -> str:
     source, config = run.source, run.config
     text = f"{source.name}, {len(source):,} images of {'x'.join(map(str, source.shape))}"
     if not source.num_classes:
@@ -70,7 +70,7 @@ def _data(run: runs.Run) -> str:
     return text + ("" if config.data.conditional else ", which the network does not see")
 
 
-def _intervals(run: runs.Run) -> str:
+def _intervals(run: runs.AnyRun) -> str:
     """How many steps lie between two saves, lines, evaluations and pictures."""
     config = run.config
     every = {
@@ -89,7 +89,7 @@ def _intervals(run: runs.Run) -> str:
     )
 
 
-def _state_bytes(run: runs.Run, shapes: TrainState) -> int:
+def _state_bytes(run: runs.AnyRun, shapes: TrainState) -> int:
     """Bytes of the state that each device holds."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(run.plan.state_shardings(shapes)))
     return sum(

@@ -5,7 +5,7 @@ step; checked first.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,28 @@ from ogdm_jax.interop.autoencoder import Autoencoder
 from ogdm_jax.methods import discovery
 from ogdm_jax.methods.contract import Methods, combine
 from ogdm_jax.training import context, objective, optim, state, step
-from ogdm_jax.typing import PyTree
+from ogdm_jax.typing import Array, PyTree
+
+
+class Trained(Protocol):
+    """What every run knows of its model: how its weights begin."""
+
+    def init(self, key: Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params, buffers)."""
+        ...
+
+
+ModelT_co = TypeVar("ModelT_co", bound=Trained, covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Generic[ModelT_co]):
     """The fixed parts of a training run; the state travels separately.
 
     Attributes:
       config: all settings.
       source: the data.
-      model: the network that is trained.
+      model: what is trained: a `models.Model`, a discriminator or an autoencoder.
       methods: the training methods that are on.
       tx: the optimiser.
       plan: which devices hold what.
@@ -47,7 +58,7 @@ class Run:
 
     config: Config
     source: Source
-    model: models.Model
+    model: ModelT_co
     methods: Methods
     tx: optax.GradientTransformation
     plan: parallel.Plan
@@ -156,6 +167,10 @@ class Run:
         return self.plan.compile(self.step, like)
 
 
+AnyRun: TypeAlias = Run[Trained]  # of whatever network
+DenoiserRun: TypeAlias = Run[models.Model]
+
+
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
 
@@ -166,7 +181,7 @@ def build(
     plan: parallel.Plan,
     stand_in: context.StandIn | None = None,
     began: Mapping[str, int] | None = None,
-) -> Run:
+) -> DenoiserRun:
     """Builds and checks the run of a denoiser.
 
     Args:

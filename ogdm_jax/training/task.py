@@ -21,7 +21,7 @@ from ogdm_jax.training.heldout import HeldOut
 from ogdm_jax.training.state import TrainState
 from ogdm_jax.training.workdir import open_source
 
-RunT = TypeVar("RunT", bound=runs.Run)
+RunT = TypeVar("RunT", bound=runs.AnyRun)
 Log = Callable[[str], None]
 Began = Mapping[str, int] | None
 
@@ -70,7 +70,7 @@ def _build(
     workdir: epath.Path,
     log: Log,
     began: Began,
-) -> runs.Run:
+) -> runs.DenoiserRun:
     source, tokenizer = open_source(config), None
     if config.network.kind == "sd":
         texts.check_source(source)
@@ -85,7 +85,8 @@ def _build(
     return decoding.with_decoder(run)
 
 
-def _batches(run: runs.Run) -> data.Batches:
+def batches(run: runs.AnyRun) -> data.Batches:
+    """This process's batches of a run on images."""
     return data.batches(
         run.source,
         run.config.data.batch,
@@ -99,7 +100,7 @@ def _batches(run: runs.Run) -> data.Batches:
 
 
 def _watch(
-    run: runs.Run, workdir: epath.Path, writer: logs.Writer
+    run: runs.DenoiserRun, workdir: epath.Path, writer: logs.Writer
 ) -> Callable[[int, TrainState], None]:
     """Writes samples/STEP.png of the moving average, from the same seeds every time; of a model of
     texts by the captions of the data's first images.
@@ -133,7 +134,9 @@ def _watch(
     return write
 
 
-def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], dict[str, Any]]:
+def _evaluation(
+    run: runs.DenoiserRun, workdir: epath.Path
+) -> Callable[[TrainState], dict[str, Any]]:
     """Measures the moving average's samples; the lead process writes them with the report."""
     evaluator = Evaluator(run, run.model)
 
@@ -146,7 +149,7 @@ def _evaluation(run: runs.Run, workdir: epath.Path) -> Callable[[TrainState], di
     return evaluate
 
 
-def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
+def _held_out(run: runs.DenoiserRun) -> Callable[[TrainState], dict[str, float]] | None:
     """The loss of config.data.heldout with the moving average."""
     if not run.config.data.heldout:
         return None
@@ -159,4 +162,4 @@ def _held_out(run: runs.Run) -> Callable[[TrainState], dict[str, float]] | None:
     return measure
 
 
-DENOISER = Task(_build, _batches, _watch, _evaluation, _held_out)
+DENOISER = Task(_build, batches, _watch, _evaluation, _held_out)
