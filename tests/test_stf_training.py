@@ -14,6 +14,7 @@ from ogdm_jax.diffusion import noise
 from ogdm_jax.methods import contract as slots
 from ogdm_jax.methods import stf
 from ogdm_jax.training import objective
+from ogdm_jax.training.context import augmented
 from tests.support.oracles import brute_force
 
 RNG = np.random.default_rng
@@ -270,6 +271,17 @@ def test_dsm_and_official_augmentation():
     np.testing.assert_allclose(same, fill(settings | {"augment": "matched"}, ex)[0], atol=1e-6)
     upside, _ = fill(settings, ex, context(augment=lambda keys, images: images[:, ::-1]))
     assert np.abs(upside - same).max() > 1e-3
+
+
+def test_references_are_augmented_in_parts():
+    """The parts' results are those of all images at once, whether or not they divide them."""
+    pipe, images = augmentation.AugmentPipe(p=0.9), as_image(SET[:20])
+    keys = jax.random.split(jax.random.key(3), 20)
+    whole, _ = pipe.augment(keys, jnp.asarray(images))
+    for part in (8, 20, 64):
+        parts = augmented(pipe, part, keys, jnp.asarray(images))
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert np.abs(whole - images).max() > 0.1
 
 
 def test_dropped_labels_see_every_class():

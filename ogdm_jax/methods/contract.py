@@ -212,8 +212,8 @@ class Context:
       source: the opened data source, for methods that keep it on the devices.
       weights: reads weights of the run's network.
       xflip: whether images are mirrored at random without a label.
-      augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels;
-        None if off.
+      augment: (keys [m], images [m,h,w,c]) -> images, the labelled augmentation without its labels,
+        device_batch images at a time; None if off.
       steps: optimiser steps of the whole run.
       layers: the layers of the network whose features can be asked for, beside "mid" and "emb".
       text: whether the model's condition is a text.
