@@ -208,7 +208,7 @@ def _check_classes(settings: Settings, context: Context) -> None:
 
 def _resident(context: Context) -> dict[str, np.ndarray]:
     """The data set as it lies on every device."""
-    images, labels = np.asarray(context.source.images), context.source.labels
+    images, labels = stf_classes.flat(context.source.images), context.source.labels
     none = np.full(len(images), -1, np.int32)
     return {"image": images, "label": none if labels is None else np.asarray(labels)}
 
@@ -217,7 +217,7 @@ def _whole_set(context: Context) -> dict[str, np.ndarray]:
     """The set, both ways round with unlabelled flips (of latents, both views), filled up with rows
     that do not count: the devices divide it.
     """
-    images, labels = _resident(context).values()
+    images, labels = np.asarray(context.source.images), _resident(context)["label"]
     row = np.arange(len(images), dtype=np.int32)
     latents = context.source.latents is not None
     mirrored = images[:, 1:] if latents else images[:, :, ::-1]
@@ -428,8 +428,10 @@ def _images(context: Context, constants: PyTree, made_of: dict[str, Array], k: A
     """Images k [i] -> [i,h,w,c] of one group's references: from the set or the loader, mirrored
     where drawn; of latents fresh samples.
     """
-    rows = made_of["rows"][k] if "rows" in made_of else None
-    images = made_of["image"][k] if rows is None else jnp.asarray(constants["image"])[rows]
+    if "rows" in made_of:
+        images = stf_classes.drawn(context, constants["image"], made_of["rows"][k])
+    else:
+        images = made_of["image"][k]
     mirrored = made_of["mirrored"][k] if "mirrored" in made_of else None
     if context.source.latents is not None:
         keys = jax.vmap(jax.random.key)(made_of["seed"][k])

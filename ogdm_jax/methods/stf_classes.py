@@ -40,9 +40,21 @@ def compared(context: Context, labels: Array) -> Array:
     return jnp.where(labels < 0, context.label_dim, labels)
 
 
+def flat(images: Any) -> np.ndarray:
+    """Images as rows of numbers [n, h w c]: to draw from [n,h,w,c] a TPU first makes two copies of
+    the whole set in another layout, in every step.
+    """
+    return np.asarray(images).reshape(len(images), -1)
+
+
+def drawn(context: Context, images: Array, rows: Array) -> Array:
+    """Rows [i] of what `flat` made, as they were: [i,h,w,c], or a source's items of latents."""
+    return jnp.asarray(images)[rows].reshape(-1, *context.source.item_shape)
+
+
 def bank(context: Context, divided: bool) -> dict[str, np.ndarray]:
     """The set in the order of its classes; divided: filled up to a multiple of the devices."""
-    images, labels = np.asarray(context.source.images), np.asarray(context.source.labels)
+    images, labels = flat(context.source.images), np.asarray(context.source.labels)
     if (np.diff(labels) < 0).any():
         images = images[np.argsort(labels, kind="stable")]
     more = -len(images) % context.devices if divided else 0
