@@ -209,6 +209,19 @@ def test_what_the_compiler_refuses_is_read_in_both_of_its_sentences():
     assert program.needed("INTERNAL: something else", 2**30) is None
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("words", [["--table"], ["--price", "1.2"]])
+def test_the_documents_tables_are_those_of_the_kept_plans(words):
+    """And no shipped configuration is left out of docs/plans.md."""
+    script = str(tiny.ROOT / "benchmarks" / "plans.py")
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    document = (tiny.ROOT / "docs" / "plans.md").read_text()
+    assert done.stdout and done.stdout in document
+    told = [name for name in tiny.CONFIGURATIONS if f"| {name} |" in document]
+    others = [name for name in tiny.CONFIGURATIONS if f"`{name}`" in document]
+    assert set(told) | set(others) == set(tiny.CONFIGURATIONS)
+
+
 @pytest.mark.slow
 def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
     """The advice is compiled, too: what it says is what fits."""
