@@ -11,6 +11,7 @@ All three compute what one device computes on the whole batch, to float toleranc
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,13 @@ class Plan:
             return jax.tree.map(lambda _: self.sharding(), state)
         return jax.tree.map(
             lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state
+        )
+
+    def state_bytes(self, state: PyTree) -> int:
+        """Bytes of a state (arrays or shapes) that each device holds."""
+        leaves = zip(jax.tree.leaves(state), jax.tree.leaves(self.state_shardings(state)))
+        return sum(
+            math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, at in leaves
         )
 
     def gather(self, tree: PyTree) -> PyTree:

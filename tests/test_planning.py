@@ -121,9 +121,8 @@ def test_the_plan_of_eight_devices(plan):
         "methods=()", "network.model_channels=32", tiny.ONE_LEVEL, f"parallel.plan={plan}"
     )
     source = program.source_like(config)
-    compiled = program.compile_step(
-        program.build(config, source, parallel.plan_of(plan, jax.devices()[:8]))
-    )
+    eight = program.build(config, source, parallel.plan_of(plan, jax.devices()[:8]))
+    compiled = program.compile_step(eight)
     run = program.build(config, source, parallel.plan_of("mesh", jax.devices()[:1]))
     arguments = run.shapes()
     alone = sum(flops.matmul_flops(flops.trace(run.compile(arguments[0]), *arguments)).values())
@@ -131,8 +130,7 @@ def test_the_plan_of_eight_devices(plan):
     assert sum(compiled.operations.values()) == pytest.approx(alone, rel=0.01)
     state = 16 * compiled.parameters  # parameters, average, two moments, in float32
     share = state / 8 if plan == "sharded" else state
-    planned = program.build(config, source, parallel.plan_of(plan, jax.devices()[:8]))
-    held = program.argument_bytes(planned.plan, planned.shapes())
+    held = program.argument_bytes(eight.plan, eight.shapes())
     assert held == pytest.approx(compiled.arguments, rel=0.02)
     assert share < compiled.arguments < 1.2 * share + 50_000
     if plan != "sharded":

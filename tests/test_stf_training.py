@@ -273,6 +273,12 @@ def test_dsm_and_official_augmentation():
     assert np.abs(upside - same).max() > 1e-3
 
 
+def test_a_resident_set_lies_in_rows_of_numbers():
+    """Else a TPU copies the whole set into another layout, twice, in every step."""
+    slot = stf.training(stf.Settings(source="cache", n=9), context())
+    assert slot.constants.make()["image"].shape == (len(SET), SET[0].size)
+
+
 def test_references_are_augmented_in_parts():
     """The parts' results are those of all images at once, whether or not they divide them."""
     pipe, images = augmentation.AugmentPipe(p=0.9), as_image(SET[:20])

@@ -1,7 +1,6 @@
 """A configuration's train step in full size, compiled without data, weights or its devices."""
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any, cast
@@ -191,13 +190,9 @@ def argument_bytes(plan: parallel.Plan, arguments: tuple[PyTree, ...]) -> int:
     """Of the step's arguments on one device."""
     state, constants, batch, _ = arguments
     rows = len(plan.local_devices) if plan.axis else len(plan.devices)
-    size = lambda leaf, shape: math.prod(shape) * leaf.dtype.itemsize
-    own = jax.tree.map(
-        lambda v, at: size(v, at.shard_shape(v.shape)), state, plan.state_shardings(state)
-    )
-    whole = jax.tree.map(lambda v: size(v, v.shape), constants["whole"])
-    shares = jax.tree.map(lambda v: size(v, v.shape) // rows, (constants["divided"], batch))
-    return sum(jax.tree.leaves((own, whole, shares)))
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    shares = size((constants["divided"], batch)) // rows
+    return plan.state_bytes(state) + size(constants["whole"]) + shares
 
 
 def _zeros(leaf: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What a run says before it compiles: what was understood of its settings, data and devices."""
 
 import jax
-import numpy as np
 from etils import epath
 
 import ogdm_jax
@@ -36,8 +35,8 @@ def lines(run: runs.AnyRun, shapes: TrainState, workdir: epath.Path, found: str)
         "network": f"{config.task}{of_kind}, {size} parameters{methods}",
         "devices": f"{count} x {kind}, plan {plan.kind}; {config.data.batch} images a step "
         f"({parts} a device{rounds})",
-        "memory": f"{_bytes(_state_bytes(run, shapes))} a device for the state; activations come "
-        "on top (ogdm plan says how much)",
+        "memory": f"{_bytes(plan.state_bytes(shapes))} a device for the state; activations come on "
+        "top (ogdm plan says how much)",
         "length": f"{run.steps:,} steps = {kimg:,.{0 if kimg >= 10 else 2}f} kimg; "
         f"{_intervals(run)}",
         "folder": f"{workdir}: {found}",
@@ -86,14 +85,6 @@ def _intervals(run: runs.AnyRun) -> str:
     return ", ".join(
         f"{name} " + (f"every {n:,}" if n else words.get(name, "at the end"))
         for name, n in steps.items()
-    )
-
-
-def _state_bytes(run: runs.AnyRun, shapes: TrainState) -> int:
-    """Bytes of the state that each device holds."""
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(run.plan.state_shardings(shapes)))
-    return sum(
-        int(np.prod(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf, where in leaves
     )
 
 
