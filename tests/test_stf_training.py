@@ -273,9 +273,10 @@ def test_dsm_and_official_augmentation():
     assert np.abs(upside - same).max() > 1e-3
 
 
-def test_a_resident_set_lies_in_rows_of_numbers():
-    """Else a TPU copies the whole set into another layout, twice, in every step."""
-    slot = stf.training(stf.Settings(source="cache", n=9), context())
+@pytest.mark.parametrize("source", ["cache", "full"])
+def test_a_set_on_the_devices_lies_in_rows_of_numbers(source):
+    """Else a TPU copies the whole set into another layout in every step."""
+    slot = stf.training(stf.Settings(source=source, n=9), context())
     assert slot.constants.make()["image"].shape == (len(SET), SET[0].size)
 
 

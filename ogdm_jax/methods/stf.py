@@ -220,11 +220,10 @@ def _whole_set(context: Context) -> dict[str, np.ndarray]:
     images, labels = np.asarray(context.source.images), _resident(context)["label"]
     row = np.arange(len(images), dtype=np.int32)
     latents = context.source.latents is not None
-    mirrored = images[:, 1:] if latents else images[:, :, ::-1]
-    images = images[:, :1] if latents else images
+    plain, mirrored = (images[:, :1], images[:, 1:]) if latents else (images, images[:, :, ::-1])
+    images = stf_classes.flat(np.concatenate([plain, mirrored]) if context.xflip else plain)
     if context.xflip:
-        images, labels = np.concatenate([images, mirrored]), np.concatenate([labels, labels])
-        row = np.concatenate([row, row])
+        labels, row = np.concatenate([labels, labels]), np.concatenate([row, row])
     more = -len(images) % context.devices
     counts = np.arange(len(images) + more) < len(images)
     fill = lambda a: np.concatenate([a, np.repeat(a[:1], more, 0)])
@@ -292,11 +291,8 @@ def _posterior(
     # Where arrays are global (a mesh), each device's images still meet references of their own, as
     # under pmap.
     batch = xt.shape[0]
-    groups = (
-        batch // context.device_batch
-        if context.axis is None and batch % context.device_batch == 0
-        else 1
-    )
+    together = context.axis is None and batch % context.device_batch == 0
+    groups = batch // context.device_batch if together else 1
     made_of, reference_label = _references(settings, context, example, constants, groups, plain)
     split = lambda a: a.reshape(groups, batch // groups, *a.shape[1:])
     queries = jax.tree.map(split, _Group(xt, example.sigma, clean, label, {}, None))
@@ -371,15 +367,18 @@ def _against_rows(
     """The target against a set of which every device holds its rows: queries travel, references
     never. Latents are the samples of this step, that of a query's own row among them.
     """
-    images, latents = rows["image"], context.source.latents
+    references, latents = rows["image"], context.source.latents
     labels = None if label is None else stf_classes.compared(context, rows["label"])
+    flat = xt.reshape(xt.shape[0], -1)
     if latents is not None:
         keys = randomness.example_keys(key, "latent", rows["row"])
-        sampled = lambda k: moments.draw(latents, rows["image"][k], keys[k])
-        images = OnDemand((images.shape[0], *context.image_shape), sampled)
-    return stable_target(
-        xt, sigma, images, rows["counts"], chunk, axis, label=label, reference_label=labels
+        one_view = (-1, 1, *context.source.item_shape[1:])
+        sampled = lambda k: moments.draw(latents, rows["image"][k].reshape(one_view), keys[k])
+        references = OnDemand((references.shape[0], flat.shape[1]), sampled)
+    mean, ess = stable_target(
+        flat, sigma, references, rows["counts"], chunk, axis, label=label, reference_label=labels
     )
+    return mean.reshape(xt.shape), ess
 
 
 def _references(
