@@ -7,10 +7,8 @@ kinds.
 """
 
 import dataclasses
-import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ogdm_jax.networks import layers
@@ -102,9 +100,7 @@ class AttentionPool(nn.Module):
         qkv = layers.Dense(3 * c, INIT, INIT, name="qkv_proj", dtype=x.dtype)(tokens)
         width = c // self.heads
         q, k, v = (part.reshape(b, -1, self.heads, width) for part in jnp.split(qkv, 3, axis=-1))
-        logits = jnp.einsum("bhc,bthc->bht", q[:, 0], k) / math.sqrt(width)
-        weights = jax.nn.softmax(logits.astype(layers.wide(logits.dtype)), axis=-1).astype(v.dtype)
-        pooled = jnp.einsum("bht,bthc->bhc", weights, v).reshape(b, c)
+        pooled = layers.attend(q[:, :1], k, v).reshape(b, c)
         return layers.Dense(self.features, INIT, INIT, name="c_proj", dtype=x.dtype)(pooled)
 
 

@@ -196,8 +196,8 @@ def _attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
     """The value of `attend`, and what its gradient needs: all [B,heads,...]."""
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
     k = k * _scale(k)
-    logits = q @ jnp.swapaxes(k, 2, 3)
-    weights = jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1).astype(v.dtype)
+    logits = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=wide(q.dtype))
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = weights @ v
     return _heads_first(out), (q, k, v, weights, out)
 

@@ -1,7 +1,8 @@
 """Layers of the score networks (2206.00364, appendix F; 2105.05233), NHWC.
 
 Parameters are float32 and are cast to the compute type where they are used; statistics, embeddings
-and attention weights are float32 (float64 for float64 inputs) whatever the compute type.
+and attention weights are float32 (float64 for float64 inputs; of attention, on a CPU) whatever the
+compute type.
 """
 
 import functools
@@ -300,24 +301,14 @@ def one_hot(label: Array | None, batch: int, classes: int) -> Array:
 
 
 def _attend(q: Array, k: Array, v: Array) -> Array:
-    k = k * np.asarray(1 / math.sqrt(q.shape[-1]), k.dtype)
-    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k)
-    weights = jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
-
-
-_attend_chosen = cpu.choose(_attend, cpu.attend)
-
-
-def _attend_tokens(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v)
 
 
-attend = cpu.choose(_attend_tokens, cpu.attend)
+attend = cpu.choose(_attend, cpu.attend)
 
 
 def attention(qkv: Array, heads: int) -> Array:
-    """softmax(q k^T / sqrt(c)) v of each head over the pixels, the weights in float32.
+    """softmax(q k^T / sqrt(c)) v of each head over the pixels, logits and weights in float32.
 
     Args:
       qkv: [B,H,W,3C], channels ordered ({q, k, v}, head, c). The published checkpoints order them
@@ -330,4 +321,4 @@ def attention(qkv: Array, heads: int) -> Array:
     b, h, w, width = qkv.shape
     c = width // 3 // heads
     q, k, v = (part.reshape(b, h * w, heads, c) for part in jnp.split(qkv, 3, axis=-1))
-    return _attend_chosen(q, k, v).reshape(b, h, w, heads * c)
+    return attend(q, k, v).reshape(b, h, w, heads * c)
