@@ -2,8 +2,8 @@
 
     mesh     jax.jit over a mesh; state replicated, batch divided; the compiler inserts the
              collectives. The default.
-    sharded  the same with parameters, moving average and optimiser state divided over the devices
-             as well.
+    sharded  the same with parameters, moving average, optimiser state and the weights of frozen
+             networks divided over the devices as well.
     pmap     jax.pmap over an axis "data"; state replicated, batch divided; gradients averaged
              inside the step.
 
@@ -130,13 +130,11 @@ class Plan:
 
     def place(self, tree: PyTree, *spec: str | None) -> PyTree:
         """Puts a host tree that every process holds in full on all devices; spec: of `sharding`."""
-        sharding = self.sharding(*spec)
+        return jax.tree.map(lambda leaf: _put(leaf, self.sharding(*spec)), tree)
 
-        def put(leaf: Any) -> jax.Array:
-            value = np.asarray(leaf)
-            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-        return jax.tree.map(put, tree)
+    def place_state(self, tree: PyTree) -> PyTree:
+        """The same, with every leaf where it would live in a state."""
+        return jax.tree.map(_put, tree, self.state_shardings(tree))
 
     def place_rows(self, tree: PyTree) -> PyTree:
         """Divides arrays of rows, which every process holds in full, over the devices."""
@@ -170,14 +168,15 @@ class Plan:
             return jax.pmap(
                 step,
                 axis_name=AXIS,
-                in_axes=(None, {"whole": None, "divided": 0}, 0, None),
+                in_axes=(None, {"whole": None, "divided": 0, "weights": None}, 0, None),
                 out_axes=(None, None),
                 donate_argnums=0,
                 devices=self.devices,
             )
         shardings = self.state_shardings(state)
         replicated = self.sharding()
-        constants = {"whole": replicated, "divided": self.sharding(AXIS)}
+        # of weights, which lie as `place_state` and `shapes` say
+        constants = {"whole": replicated, "divided": self.sharding(AXIS), "weights": None}
         return jax.jit(
             step,
             in_shardings=(shardings, constants, self.sharding(AXIS), replicated),
@@ -255,6 +254,11 @@ def check_batch(batch: int, accumulate: int, devices: int) -> int:
         f"a multiple of {devices} devices x {accumulate} accumulation rounds (optim.accumulate)",
     )
     return batch // (devices * accumulate)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _divide(shape: tuple[int, ...], parts: int) -> tuple[str | None, ...]:

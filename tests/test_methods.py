@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 import re
 
 import jax
@@ -60,7 +61,7 @@ def test_a_step_keeps_the_state_and_reports_numbers(on):
     assert all(value.shape == () for value in metrics.values())
     assert [m.name for m in run.methods.all] == list(on)
     assert set(state.carry) == {m.name for m in run.methods.all if m.carry is not None}
-    own = {**constants["whole"], **constants["divided"]}
+    own = functools.reduce(operator.or_, constants.values())
     assert set(own) == {m.name for m in run.methods.all if m.constants is not None}
     for method in run.methods.all:
         named = {method.name, "loss"}
@@ -173,9 +174,25 @@ def test_all_methods_on_a_mesh_resume_bit_for_bit(pretrained, tmp_path):
     run.methods.check(restored.carry, constants)
     resumed, _ = proceed(run, compiled, constants, restored, 2, first=position["step"])
     tiny.assert_trees(resumed, straight)
-    teacher = jax.tree.map(np.asarray, constants["whole"]["sp"])
+    teacher = jax.tree.map(np.asarray, constants["weights"]["sp"])
     now = models.fingerprint({name: teacher[name] for name in ("params", "buffers")})
     np.testing.assert_array_equal(now, resumed.carry["sp"]["teacher"])
+
+
+def test_a_teacher_is_divided_as_the_state_is(pretrained):
+    """By the plan sharded; losses and gradients are those of a mesh, where every device has it."""
+    found = {}
+    for plan in ("mesh", "sharded"):
+        flags = "methods=('sp',)", *SMALL, f"sp.teacher={pretrained}"
+        run = tiny.build(*flags, plan=plan, devices=2)
+        state, constants = run.init(), run.constants()
+        large = [leaf for leaf in jax.tree.leaves(constants["weights"]) if leaf.size >= 1024]
+        parts = 2 if plan == "sharded" else 1
+        assert large and all(a.addressable_data(0).size == a.size // parts for a in large)
+        _, metrics = proceed(run, run.compile(state), constants, state, 2)
+        found[plan] = metrics[1]
+    for name in ("loss", "loss/sp", "grad_norm"):
+        np.testing.assert_allclose(found["sharded"][name], found["mesh"][name], rtol=1e-4)
 
 
 def test_a_run_whose_teacher_trained_on_names_its_step(pretrained):
@@ -198,7 +215,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with(pretrained, tmp_path):
     build = lambda step, began: runs.build(
         replace(config, {"init.step": step}), source, plan, began=began
     )
-    step = lambda run: int(run.methods.constants()["whole"]["sp"]["step"])
+    step = lambda run: int(run.methods.constants()["weights"]["sp"]["step"])
     fresh = build(0, None)
     assert step(fresh) == 0 and step(build(-1, None)) == 1
     assert fresh.weights_read == {"config.sp.teacher": 0}
@@ -258,7 +275,7 @@ def test_all_methods_together_are_the_same_on_every_plan(tmp_path):
     )
     losses = [
         tiny.train(tiny.build(*flags, plan=plan, devices=devices), 2)[1]
-        for plan, devices in (("pmap", 1), ("pmap", 2), ("mesh", 2))
+        for plan, devices in (("pmap", 1), ("pmap", 2), ("mesh", 2), ("sharded", 2))
     ]
     for name in losses[0]:
         if name.startswith("loss"):

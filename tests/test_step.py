@@ -148,7 +148,9 @@ def test_averages_are_of_the_weights_after_the_step():
     want, mean, gamma = np.ones(2), np.ones(2), power.exponent(0.1)
     tracked = want
     for k, image in enumerate(images):
-        state, _ = jax.jit(made)(state, {"whole": {}, "divided": {}}, {"image": image}, KEY)
+        state, _ = jax.jit(made)(
+            state, {"whole": {}, "divided": {}, "weights": {}}, {"image": image}, KEY
+        )
         want = want - np.mean(image, 0)
         beta = 0.5 ** (4 / 8)
         mean = beta * mean + (1 - beta) * want

@@ -69,7 +69,7 @@ def test_sp_is_the_papers_loss(place):
     found = lambda i: float(draws(jax.random.key(i), "sigma").max()) >= 0.999
     key = jax.random.key(next(i for i in range(2000) if found(i)))
     state = TrainState(jnp.int32(0), moved, None, {TEXT: text}, None, run.methods.init(run.key))
-    constants = run.constants()["whole"]
+    constants = run.constants()["weights"]
     loss = objective.denoising(run.config, run.model, run.noise, run.methods, run.plan.gather).loss
     total, sums = jax.jit(loss)(moved, state, constants, batch, key)
 

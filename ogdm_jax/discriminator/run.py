@@ -57,7 +57,8 @@ class PlannedRun(runs.Run[FeatureDiscriminator]):
         **more: Any,
     ) -> Self:
         """The run of a network; its loss has noise levels of its own."""
-        methods = combine([Slots("dg", constants=Constants(lambda: {"extractor": extractor}))])
+        frozen = Constants(lambda: {"extractor": extractor}, weights=True)
+        methods = combine([Slots("dg", constants=frozen)])
         goal = Objective(training_loss(config, network, xflip, source.latents))
         tx = optimiser(config)
         return cls.of(config, source, network, methods, goal, plan, tx, extractor=extractor, **more)

@@ -21,8 +21,10 @@ weighted mean (a noise bin, say).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -125,10 +127,21 @@ class Constants:
       make: () -> pytree of host arrays; every process makes the same.
       divided: every device holds its share of the rows of each array, whose number is a multiple of
         context.devices; else every device holds all of it.
+      weights: they are a network's, which the plan "sharded" divides as it does the state; the
+        method sees all of them.
     """
 
     make: Callable[[], PyTree]
     divided: bool = False
+    weights: bool = False
+
+    @property
+    def place(self) -> str:
+        """One of PLACES."""
+        return "weights" if self.weights else "divided" if self.divided else "whole"
+
+
+PLACES = ("whole", "divided", "weights")
 
 
 # Trains a method's own network on the step's batch: (loss, params, key, noise_key) -> (gradient,
@@ -293,11 +306,11 @@ class Methods:
         return max((m.mates for m in self.all), default=0)
 
     def constants(self) -> dict[str, dict[str, PyTree]]:
-        """The step's argument on the host: {"whole": {method: arrays}, "divided": the same}."""
+        """The step's argument on the host: {one of PLACES: {method: arrays}}."""
         owned = [(m.name, m.constants) for m in self.all if m.constants is not None]
         return {
-            place: {name: own.make() for name, own in owned if own.divided == divided}
-            for place, divided in (("whole", False), ("divided", True))
+            place: {name: own.make() for name, own in owned if own.place == place}
+            for place in PLACES
         }
 
     def init(self, key: Array) -> dict[str, PyTree]:
@@ -306,7 +319,7 @@ class Methods:
 
     def check(self, carry: Mapping[str, PyTree], constants: Mapping[str, Any]) -> None:
         """Raises ValueError where constants are not those that a carry began with."""
-        constants = constants["whole"] | constants["divided"]
+        constants = functools.reduce(operator.or_, constants.values())
         for method in self.all:
             if method.carry is not None and method.carry.check is not None:
                 method.carry.check(carry[method.name], constants.get(method.name))

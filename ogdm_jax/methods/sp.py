@@ -310,7 +310,7 @@ def training(settings: Settings, context: Context) -> Slots:
     return Slots(
         name="sp",
         distance=functools.partial(_distance_slot, settings, context),
-        constants=Constants(teacher),
+        constants=Constants(teacher, weights=True),
         carry=Carry(init, update, check_teacher),
         sees_target=settings.mse_weight > 0,
     )

@@ -192,7 +192,8 @@ def argument_bytes(plan: parallel.Plan, arguments: tuple[PyTree, ...]) -> int:
     rows = len(plan.local_devices) if plan.axis else len(plan.devices)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     shares = size((constants["divided"], batch)) // rows
-    return plan.state_bytes(state) + size(constants["whole"]) + shares
+    held = plan.state_bytes(state) + plan.state_bytes(constants["weights"])
+    return held + size(constants["whole"]) + shares
 
 
 def _zeros(leaf: Any) -> np.ndarray:

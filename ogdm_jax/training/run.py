@@ -123,11 +123,14 @@ class Run(Generic[ModelT_co]):
         return self.plan.init(self.create, jax.random.key(self.config.seed), *weights)
 
     def constants(self) -> dict[str, PyTree]:
-        """The step's constants: whole trees on all devices, divided ones each on its own."""
+        """The step's constants: whole trees on all devices, rows each on its own, weights as a
+        state lies.
+        """
         trees = self.methods.constants()
         return {
             "whole": self.plan.place(trees["whole"]),
             "divided": self.plan.place_rows(trees["divided"]),
+            "weights": self.plan.place_state(trees["weights"]),
         }
 
     def shapes(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
@@ -139,6 +142,7 @@ class Run(Generic[ModelT_co]):
         constants = {
             "whole": jax.tree.map(_shape, trees["whole"]),
             "divided": self.plan.row_shapes(trees["divided"]),
+            "weights": self.plan.shapes(trees["weights"]),
         }
         batch = self.plan.row_shapes(jax.eval_shape(lambda: self.example_batch()))
         return fresh, constants, batch, jax.eval_shape(lambda: jax.random.key(0))

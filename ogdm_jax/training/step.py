@@ -58,7 +58,8 @@ def make_step(
         state: TrainState, constants: Mapping[str, Any], batch: Batch, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         key, seen = jax.random.fold_in(key, state.step), state.step
-        own = constants["whole"] | constants["divided"]  # by method, wherever their arrays lie
+        # By method, wherever their arrays lie.
+        own = constants["whole"] | constants["divided"] | plan.gather(constants["weights"])
         before = state
         loss = lambda params, part: objective.loss(params, before, own, part, key)
         grads, metrics = gradients(loss, state.params, batch)
