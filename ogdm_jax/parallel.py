@@ -12,7 +12,7 @@ All three compute what one device computes on the whole batch, to float toleranc
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,20 +64,25 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """All devices in one row, the axis AXIS."""
-        return Mesh(np.asarray(self.devices), (AXIS,))
+        """All devices in one row, the axis AXIS. Of the plan sharded an axis for each prime factor
+        of their number, so that an array none of whose sides they divide is divided along several.
+        """
+        factors = _primes(len(self.devices)) if self.kind == "sharded" else []
+        names = [f"{AXIS}{i}" for i in range(len(factors))]
+        return Mesh(np.asarray(self.devices).reshape(factors or -1), names or (AXIS,))
 
     def sharding(self, *spec: str | None) -> NamedSharding:
         """An array's place, one entry an axis: AXIS divides it, None (or no entry) does not."""
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        axes = self.mesh.axis_names
+        return NamedSharding(self.mesh, PartitionSpec(*(name and axes for name in spec)))
 
     def state_shardings(self, state: PyTree) -> PyTree:
         """Where each leaf of a state (arrays or shapes) lives between steps and in checkpoints."""
         if self.kind != "sharded":
             return jax.tree.map(lambda _: self.sharding(), state)
-        return jax.tree.map(
-            lambda leaf: self.sharding(*_divide(leaf.shape, len(self.devices))), state
-        )
+        mesh = self.mesh
+        place = lambda leaf: NamedSharding(mesh, PartitionSpec(*_divide(leaf.shape, mesh.shape)))
+        return jax.tree.map(place, state)
 
     def state_bytes(self, state: PyTree) -> int:
         """Bytes of a state (arrays or shapes) that each device holds."""
@@ -261,12 +266,35 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _divide(shape: tuple[int, ...], parts: int) -> tuple[str | None, ...]:
-    """Cuts the longest axis that the devices divide; small leaves stay whole."""
-    if int(np.prod(shape, dtype=np.int64)) < 1024:
-        return ()
-    axes = [i for i, n in enumerate(shape) if n % parts == 0]
-    if not axes:
-        return ()
-    longest = max(axes, key=lambda i: shape[i])
-    return tuple(AXIS if i == longest else None for i in range(longest + 1))
+def _primes(n: int) -> list[int]:
+    """The prime factors of n, smallest first."""
+    least = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
+    return [least, *_primes(n // least)] if n > 1 else []
+
+
+def _divide(shape: tuple[int, ...], factors: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """For each axis of an array the factors, by name, of the number of devices that divide it:
+    first the axis that takes the most of them, of equal ones the longest. Small arrays stay whole.
+    """
+    spec: list[tuple[str, ...]] = [()] * len(shape)
+    if math.prod(shape) < 1024:
+        return spec
+    left = dict(factors)
+    while left:
+        found = [_taken(side, left) if not names else () for side, names in zip(shape, spec)]
+        parts = [math.prod(left[name] for name in names) for names in found]
+        best = max(range(len(shape)), key=lambda i: (parts[i], shape[i]))
+        if not found[best]:
+            break
+        spec[best] = found[best]
+        left = {name: factor for name, factor in left.items() if name not in found[best]}
+    return spec
+
+
+def _taken(side: int, factors: Mapping[str, int]) -> tuple[str, ...]:
+    """As many of the factors as divide a side together."""
+    names: tuple[str, ...] = ()
+    for name, factor in factors.items():
+        if side % factor == 0:
+            side, names = side // factor, (*names, name)
+    return names

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ogdm_jax import parallel
 from tests.support import tiny
 
 STEPS = 10
@@ -89,6 +90,27 @@ def test_sharded_plan_divides_the_state():
                 n % 8 == 0 for n in leaf.shape
             ):  # smaller ones are not worth a message
                 assert leaf.addressable_data(0).size == leaf.size // 8
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "devices,shape,local",
+    [
+        (8, (3, 3, 16, 32), (3, 3, 16, 4)),  # the longest side that all divide
+        (8, (3, 3, 12, 36), (3, 3, 6, 9)),  # none: along two
+        (8, (30, 35), (15, 35)),  # as far as it goes
+        (6, (9, 1000), (3, 500)),
+        (8, (1016,), (1016,)),  # smaller ones are not worth a message
+        (1, (32, 64), (32, 64)),
+    ],
+)
+def test_an_array_is_divided_along_the_sides_that_can(devices, shape, local):
+    plan = parallel.make_plan("sharded", devices)
+    whole = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    placed = plan.place_state(whole)
+    assert placed.addressable_data(0).shape == local
+    assert plan.state_bytes(whole) == 4 * np.prod(local)
+    np.testing.assert_array_equal(placed, whole)
 
 
 def test_params_and_ema_do_not_share_buffers_and_donation_frees_the_old_state():

@@ -104,6 +104,7 @@ def final_params(workdir):
     [
         ("pmap", ("methods=",)),  # OGDM on several devices: test_plans.py
         pytest.param("pmap", (), marks=pytest.mark.slow),
+        pytest.param("sharded", (), marks=pytest.mark.slow),
         pytest.param(
             "mesh", ("evaluate.features=digits", "evaluate.num=45"), marks=pytest.mark.slow
         ),

@@ -155,8 +155,8 @@ def over_devices(
     """work(*arrays, axis=...) on every device's rows of the arrays; axis: their mapped name."""
     if context.mesh is None:
         return work(*arrays, axis=context.axis)
-    (axis,) = context.mesh.axis_names
-    spec = jax.sharding.PartitionSpec(axis)
-    work = functools.partial(work, axis=axis)
+    axes = context.mesh.axis_names
+    spec = jax.sharding.PartitionSpec(axes)
+    work = functools.partial(work, axis=axes)
     mapped = jax.shard_map(work, mesh=context.mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return mapped(*arrays)
