@@ -14,7 +14,7 @@ import pytest
 
 from ogdm_jax import platforms, randomness
 from ogdm_jax.interop import names_edm
-from ogdm_jax.networks import DhariwalUNet, SongUNet, convolution, cpu, groupnorm, layers
+from ogdm_jax.networks import DhariwalUNet, SongUNet, attention, convolution, cpu, groupnorm, layers
 
 FULLSIZE = Path(__file__).parent / "golden" / "fullsize"
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -303,20 +303,20 @@ def test_embeddings():
     ) == pytest.approx(16, rel=0.1)
 
 
-def test_attention_on_cpu_is_the_general_one():
-    general = layers._attend
+def test_attention_is_that_of_the_library():
+    general, attend = jax.nn.dot_product_attention, attention.attend
     q, k, v = normal(2, 5, 2, 3), normal(2, 4, 2, 3, seed=1), normal(2, 4, 2, 3, seed=2)
-    equal_in_both_orders(cpu.attend, general, q, k, v)
+    equal_in_both_orders(attend, general, q, k, v)
     half = [t.astype(jnp.bfloat16) for t in (q, k, v)]
-    assert cpu.attend(*half).dtype == jnp.bfloat16
+    assert attend(*half).dtype == jnp.bfloat16
     np.testing.assert_allclose(
-        cpu.attend(*half).astype(jnp.float32), general(*half).astype(jnp.float32), atol=0.03
+        attend(*half).astype(jnp.float32), general(*half).astype(jnp.float32), atol=0.03
     )
-    gradients = jax.grad(lambda *o: jnp.sum(cpu.attend(*o).astype(jnp.float32)), (0, 1, 2))(*half)
+    gradients = jax.grad(lambda *o: jnp.sum(attend(*o).astype(jnp.float32)), (0, 1, 2))(*half)
     assert all(g.dtype == jnp.bfloat16 for g in gradients)
 
 
-@pytest.mark.parametrize("attend", [layers._attend, cpu.attend])
+@pytest.mark.parametrize("attend", [jax.nn.dot_product_attention, attention.attend])
 def test_logits_of_bfloat16_networks_are_float32(attend):
     """Near 55 bfloat16 has steps of 0.25: rounded to it, logits would put weights off by 15 %."""
     common = normal(1, 64)

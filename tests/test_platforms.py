@@ -155,7 +155,6 @@ def test_no_file_but_three_knows_of_rules_for_the_cpu():
     assert sorted(p.name for p in knowing) == ["convolution.py", "layers.py", "optim.py"]
     used = re.findall(r"\bcpu\.\w+", "".join(p.read_text() for p in knowing))
     rules = (
-        "attend",
         "choose",
         "compute_once",
         "convolve",

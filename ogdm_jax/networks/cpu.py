@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 
 from ogdm_jax import platforms
-from ogdm_jax.networks.groupnorm import wide
 from ogdm_jax.typing import Array, PyTree
 
 CPU_RULE = "cpu_rule"  # the scope of every operation made here: tests look for it in programs
@@ -168,55 +167,6 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
     b, h, w, _ = x.shape
     rows = [jnp.stack([pixels(i, 0), pixels(i, 1)], axis=3) for i in (0, 1)]
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
-
-
-# Attention
-
-
-@jax.custom_vjp
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(c)) v of each head, q [B,N,heads,c], k and v [B,M,heads,c] -> like q.
-
-    The numbers of a head are brought together first, so that all products are plain ones of
-    matrices; and the gradient is written out. From the einsums of the general form the compiler
-    makes products with transposed results, at up to four times the cost.
-    """
-    return _attended(q, k, v)[0]
-
-
-def _scale(x: Array) -> np.ndarray:
-    return np.asarray(1 / np.sqrt(x.shape[-1]), x.dtype)
-
-
-def _heads_first(x: Array) -> Array:
-    return jnp.swapaxes(x, 1, 2)
-
-
-def _attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    """The value of `attend`, and what its gradient needs: all [B,heads,...]."""
-    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    k = k * _scale(k)
-    logits = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=wide(q.dtype))
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = weights @ v
-    return _heads_first(out), (q, k, v, weights, out)
-
-
-def _attend_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array]:
-    """With P the weights: dv = P^T dout, and dlogits = P (dout v^T - <dout, out>)."""
-    q, k, v, weights, out = saved
-    dout = _heads_first(dout)
-    type_ = wide(dout.dtype)
-    along = jnp.sum((dout * out).astype(type_), axis=-1, keepdims=True)
-    dweights = (dout @ jnp.swapaxes(v, 2, 3)).astype(type_)
-    dlogits = (weights.astype(type_) * (dweights - along)).astype(q.dtype)
-    dq = dlogits @ k
-    dk = (jnp.swapaxes(dlogits, 2, 3) @ q) * _scale(q)
-    dv = jnp.swapaxes(weights, 2, 3) @ dout
-    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
-
-
-attend.defvjp(_attended, _attend_backward)
 
 
 # Filters of one channel

@@ -1,8 +1,7 @@
 """Layers of the score networks (2206.00364, appendix F; 2105.05233), NHWC.
 
 Parameters are float32 and are cast to the compute type where they are used; statistics, embeddings
-and attention weights are float32 (float64 for float64 inputs; of attention, on a CPU) whatever the
-compute type.
+and attention weights are float32 (float64 for float64 inputs) whatever the compute type.
 """
 
 import functools
@@ -18,6 +17,7 @@ from jax.typing import DTypeLike
 
 from ogdm_jax import randomness
 from ogdm_jax.networks import cpu
+from ogdm_jax.networks.attention import attend
 from ogdm_jax.networks.convolution import (
     Pads,
     conv2d,
@@ -298,13 +298,6 @@ def one_hot(label: Array | None, batch: int, classes: int) -> Array:
     if label.shape != (batch, classes):
         raise ValueError(f"label: shape {label.shape} given; expected numbers [{batch}, {classes}]")
     return label
-
-
-def _attend(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v)
-
-
-attend = cpu.choose(_attend, cpu.attend)
 
 
 def attention(qkv: Array, heads: int) -> Array:
