@@ -10,6 +10,7 @@ import jax
 
 Array = jax.Array
 PyTree = Any
+AxisName = str | tuple[str, ...]  # of mapped axes, as jax.lax takes them
 Features = Callable[[Array, Array], Array]  # of a noisy image: (x [b,h,w,c], sigma [b]) -> [b, ...]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ogdm_jax import randomness
+from ogdm_jax import parallel, randomness
 from ogdm_jax.data import augment as augmentation
 from ogdm_jax.data import from_arrays
 from ogdm_jax.diffusion import noise
@@ -220,10 +220,10 @@ def test_plans_agree(source):
     run = jax.pmap(target, axis_name="data", in_axes=axes, devices=jax.devices()[:4])
     np.testing.assert_allclose(np.reshape(run(cut, own), whole.shape), whole, atol=1e-6)
     if source == "full":
-        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
-        np.testing.assert_allclose(
-            fill(settings, ex, context(devices=4, mesh=mesh))[0], whole, atol=1e-6
-        )
+        for kind in ("mesh", "sharded"):  # the latter's mesh has two axes
+            mesh = parallel.make_plan(kind, 4).mesh
+            found, _ = fill(settings, ex, context(devices=4, mesh=mesh))
+            np.testing.assert_allclose(found, whole, atol=1e-6)
     if source in ("gather", "full"):
         np.testing.assert_allclose(fill(settings, ex)[0], whole, atol=1e-6)
         known = SET[:8] if source == "gather" else SET

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ogdm_jax.pixels import to_float
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.typing import Array, AxisName, PyTree
 
 # TPU's default is bfloat16 passes, a GPU's may be TF32: both ruin the weights
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -53,7 +53,7 @@ def stable_target(
     references: Array | OnDemand,
     mask: Array | None = None,
     chunk: int | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     *,
     source: Array | None = None,
     label: Array | None = None,
@@ -74,10 +74,10 @@ def stable_target(
         made when needed.
       mask: bool, which references count: [n] for all queries, or [B, n].
       chunk: references per pass; None chooses it.
-      axis_name: a mapped axis over which the references are divided: this device holds n of them.
-        The queries are gathered, the references never; every device gets the targets of its own
-        queries, weighed against all. A mask is then [n] (own references), [all queries, n], [own
-        queries, all references], or [B, n] if all devices ask the same queries (nan if they do
+      axis_name: a mapped axis, or several, over which the references are divided: this device holds
+        n of them. The queries are gathered, the references never; every device gets the targets of
+        its own queries, weighed against all. A mask is then [n] (own references), [all queries, n],
+        [own queries, all references], or [B, n] if all devices ask the same queries (nan if they do
         not).
       source: [B, ...] one more reference for each query alone: its own clean image, when
         `references` lacks it.
@@ -137,7 +137,7 @@ def drawn_target(
     images: Callable[[PyTree, Array], Array],
     counts: Callable[[PyTree], Array] | None = None,
     chunk: int | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Array, Array]:
     """`stable_target` where every query has references of its own: its source and m others.
 
@@ -284,7 +284,7 @@ def merge(a: Sums, b: Sums, sigma: Array) -> Sums:
     return Sums(top, a.mass + b.mass, a.squares + b.squares, a.total + b.total)
 
 
-def across(part: Sums, sigma: Array, axis_name: str) -> Sums:
+def across(part: Sums, sigma: Array, axis_name: AxisName) -> Sums:
     """Merges all devices' sums and leaves each device the rows of its own queries."""
     top = jax.lax.pmax(part.top, axis_name)
     part = _rescale(part, top, sigma)
@@ -297,7 +297,7 @@ def across(part: Sums, sigma: Array, axis_name: str) -> Sums:
 
 
 def shard_mask(
-    mask: Array, x: Array, references: int, axis_name: str
+    mask: Array, x: Array, references: int, axis_name: AxisName
 ) -> tuple[Array, Array | None]:
     """A [.., ..] mask as [all queries, own references], and whether all devices must ask, and ask,
     the same queries.

@@ -32,7 +32,7 @@ from ogdm_jax.diffusion.posterior import class_mask as class_mask  # for masks m
 from ogdm_jax.methods import stf_classes
 from ogdm_jax.methods.contract import Constants, Context, Example, Metrics, Own, Slots, noise_bins
 from ogdm_jax.pixels import to_float
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.typing import Array, AxisName, PyTree
 
 SOURCES = ("stream", "cache", "gather", "full", "class")
 AUGMENT_MODES = ("official", "matched", "dsm")
@@ -362,7 +362,7 @@ def _against_rows(
     sigma: Array,
     label: Array | None,
     *,
-    axis: str | None,
+    axis: AxisName | None,
 ) -> tuple[Array, Array]:
     """The target against a set of which every device holds its rows: queries travel, references
     never. Latents are the samples of this step, that of a query's own row among them.

@@ -17,7 +17,7 @@ import numpy as np
 
 from ogdm_jax.diffusion.posterior import drawn_target
 from ogdm_jax.methods.contract import Context, Example
-from ogdm_jax.typing import Array, PyTree
+from ogdm_jax.typing import Array, AxisName, PyTree
 
 BANKS = ("resident", "divided", "read")
 _NUMBERS = 2**23  # float32 numbers of a device's references at once
@@ -133,7 +133,7 @@ def _divided(
 ) -> tuple[Array, Array]:
     """The same where each device holds its rows of the bank: queries travel, references never."""
 
-    def work(images: Array, queries: _Queries, axis: str | None) -> tuple[Array, Array]:
+    def work(images: Array, queries: _Queries, axis: AxisName | None) -> tuple[Array, Array]:
         size = images.shape[0]
         start = 0 if axis is None else size * jax.lax.axis_index(axis)
 
