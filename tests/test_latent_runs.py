@@ -182,7 +182,7 @@ def _example(latents, *more):
     key = jax.random.key(3)
     made = example.draw_example(config, run.model, run.noise, batch, key, key)
     whole = run.methods.constants()
-    constants = whole["whole"] | whole["divided"].get("stf")
+    constants = (whole["whole"] | whole["divided"]).get("stf")
     return run, made, batch, constants
 
 
