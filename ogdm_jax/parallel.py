@@ -73,13 +73,14 @@ class Plan:
 
     def sharding(self, *spec: str | None) -> NamedSharding:
         """An array's place, one entry an axis: AXIS divides it, None (or no entry) does not."""
-        axes = self.mesh.axis_names
-        return NamedSharding(self.mesh, PartitionSpec(*(name and axes for name in spec)))
+        mesh = self.mesh
+        return NamedSharding(mesh, PartitionSpec(*(name and mesh.axis_names for name in spec)))
 
     def state_shardings(self, state: PyTree) -> PyTree:
         """Where each leaf of a state (arrays or shapes) lives between steps and in checkpoints."""
         if self.kind != "sharded":
-            return jax.tree.map(lambda _: self.sharding(), state)
+            whole = self.sharding()
+            return jax.tree.map(lambda _: whole, state)
         mesh = self.mesh
         place = lambda leaf: NamedSharding(mesh, PartitionSpec(*_divide(leaf.shape, mesh.shape)))
         return jax.tree.map(place, state)
@@ -99,7 +100,7 @@ class Plan:
         """
         if self.kind != "sharded":
             return tree
-        return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: self.sharding(), tree))
+        return jax.lax.with_sharding_constraint(tree, self.sharding())
 
     def scatter(self, tree: PyTree) -> PyTree:
         """Inside the step: gradients, of which each device keeps its share of the sum.
@@ -135,7 +136,8 @@ class Plan:
 
     def place(self, tree: PyTree, *spec: str | None) -> PyTree:
         """Puts a host tree that every process holds in full on all devices; spec: of `sharding`."""
-        return jax.tree.map(lambda leaf: _put(leaf, self.sharding(*spec)), tree)
+        sharding = self.sharding(*spec)
+        return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
 
     def place_state(self, tree: PyTree) -> PyTree:
         """The same, with every leaf where it would live in a state."""

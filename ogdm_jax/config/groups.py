@@ -196,7 +196,7 @@ class Parallel(Group):
 
     plan: str = free(
         "mesh",
-        "mesh (data-parallel), sharded (parameters, EMA, Adam's state divided too) or pmap",
+        "mesh (data-parallel), sharded (state and frozen networks divided too) or pmap",
         choices=("mesh", "sharded", "pmap"),
     )
     devices: int = free(0, "number of devices; 0 = all", least=0)
