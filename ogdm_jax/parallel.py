@@ -11,6 +11,7 @@ All three compute what one device computes on the whole batch, to float toleranc
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -201,7 +202,7 @@ class Plan:
     def local_copy(self, tree: PyTree) -> PyTree:
         """The whole tree on this process's first device. Every process of the run must call it."""
         if self.kind == "sharded":
-            tree = jax.jit(lambda t: t, out_shardings=self.sharding())(tree)
+            tree = _gathering(self.sharding())(tree)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _per_device(self, tree: PyTree) -> PyTree:
@@ -210,6 +211,12 @@ class Plan:
         sharding = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec(AXIS))
         split = lambda v: v.reshape(len(local), v.shape[0] // len(local), *v.shape[1:])
         return jax.tree.map(lambda v: jax.device_put(split(v), sharding), tree)
+
+
+@functools.cache
+def _gathering(whole: NamedSharding) -> Callable[[PyTree], PyTree]:
+    """One function for every call, so that it is compiled once for a tree."""
+    return jax.jit(lambda tree: tree, out_shardings=whole)
 
 
 def make_plan(kind: str, devices: int = 0) -> Plan:

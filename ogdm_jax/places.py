@@ -250,7 +250,8 @@ def written(path: epath.Path) -> Iterator[pathlib.Path]:
         if is_local(path):
             _refuse_device(path)
             path = epath.Path(os.path.realpath(path))  # a link stays, and what it names is written
-            new = pathlib.Path(path).with_name(f"{path.stem}.new{path.suffix}")
+            # No name that people give: what lies there is what a killed process left.
+            new = pathlib.Path(path).with_name(f".{path.stem}.unfinished{path.suffix}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new.touch()

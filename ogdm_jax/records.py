@@ -59,7 +59,7 @@ def read(path: str | os.PathLike, kind: type, field: str = "file") -> Any:
     """
     where = places.place(path, field)
     try:
-        value = json.loads(where.read_text())
+        value = json.loads(where.read_bytes())  # UTF-8, also with the mark that Notepad writes
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RecordError(f"{field}: {str(path)!r} cannot be read ({reason})") from None

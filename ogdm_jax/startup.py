@@ -38,11 +38,21 @@ def prepare() -> None:
             f"{flags} --xla_cpu_experimental_ynn_fusion_type=-individual_convolution".strip()
         )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ogdm_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log in a file has all lines of a killed run
+        # a user without a home, as in some containers, has no cache
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not folder.startswith("~"):
+            cache = Path(folder) / "ogdm_jax" / "xla"
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    print_lines()
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax logs dozens of lines a save
+
+
+def print_lines() -> None:
+    """A log in a file has all lines of a killed run, and file names that are no text are shown
+    escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 @contextmanager

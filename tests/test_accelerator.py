@@ -302,6 +302,35 @@ def test_a_rehearsal(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8
 
 
+@pytest.mark.fast
+def test_the_script_needs_what_its_page_says():
+    """On the bare machine nothing else is there: array_record was imported, and most of it failed."""
+    missing = "array_record grain tensorboardX tensorflow_datasets sklearn mlxtend pytest".split()
+    program = f"""
+import importlib, sys
+sys.path[:0] = {[str(tiny.ROOT), str(tiny.ROOT / "benchmarks")]!r}
+sys.modules.update(dict.fromkeys({missing!r}))
+import accelerator
+from accelerator_parts import Options, edm_code, exact, images, profiling, sampling, train
+options = Options(True, ".", ".", golden={str(tiny.ROOT / "tests" / "golden")!r})
+train.build("plain-bfloat16", options, 1)
+images.build("edm", options)
+sampling._guidance("dsg", (8, 8, 3), 2)
+for name in exact.MODULES:
+    importlib.import_module("tests.support.families." + name)
+for name in ("distutils", "click"):
+    sys.modules.pop(name, None)
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("distutils", "click") else real(name)
+edm_code._stand_ins()
+importlib.util.find_spec = real
+edm_code._stand_ins()
+import distutils.util
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_stopped_run_leaves_a_table_and_no_process(tmp_path):
     out = tmp_path / "out"

@@ -13,6 +13,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from ogdm_jax import startup
+from ogdm_jax.data import pictures
 from tests.support import compiling, tiny
 from tests.support.commands import arrays, entry, picture_size
 
@@ -199,6 +200,29 @@ def test_labels_of_an_unconditional_model_are_refused(tmp_path):
     assert done.returncode == 0, done.stderr
     done = entry(tiny.ROOT, "sample.py", *words, "--label", "3")
     assert done.returncode == 1 and "unconditional" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_user_without_a_home_and_names_that_are_no_text(tmp_path):
+    """As in some containers, and as archives of old Windows are unpacked."""
+    for name in (b"a", b"\xe9"):
+        place = os.fsencode(tmp_path) + b"/set/" + name
+        os.makedirs(place)
+        pictures.save_png(os.fsdecode(place + b"/1.png"), np.zeros((8, 8, 1), np.uint8))
+    env = ENV | {"PYTHONIOENCODING": "utf-8:strict"}
+    words = [sys.executable, "-m", "ogdm_jax", "data", "describe", f"folder:{tmp_path}/set"]
+    done = subprocess.run(words, cwd=tiny.ROOT, env=env, capture_output=True, timeout=100)
+    assert done.returncode == 0 and b"\\udce9" in done.stdout, done
+    program = (
+        "import os, jax; from ogdm_jax import startup; os.setuid(54321); startup.prepare(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    nobody = {key: value for key, value in ENV.items() if key not in ("HOME", "XDG_CACHE_HOME")}
+    nobody.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if os.getuid() == 0:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tiny.ROOT, env=nobody, capture_output=True
+        )
+        assert done.stdout == b"None\n", done
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly():

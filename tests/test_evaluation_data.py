@@ -123,6 +123,20 @@ def test_an_evaluation_draws_the_datas_classes(monkeypatch):
     np.testing.assert_array_equal(np.concatenate(drawn)[:50], run.source.labels[order])
 
 
+def test_an_evaluation_draws_at_most_as_many_as_it_is_compared_with(monkeypatch):
+    """Of a million images it drew a million, and compared all pairs of them."""
+    run, asked = tiny.build("methods="), []
+    monkeypatch.setattr(evaluate.decoding, "MOST", 30)
+    evaluator = evaluate.Evaluator(run, run.model)
+
+    def draw(seeds, *_):
+        asked.append(len(seeds))
+        return [np.zeros((len(seeds), 8, 8, 1), np.float32)]
+
+    monkeypatch.setattr(evaluator, "_draw", draw)
+    assert evaluator.samples({}, {}).shape == (30, 8, 8, 1) and asked == [30]
+
+
 @pytest.fixture
 def pictures(tmp_path):
     for name in "ab":

@@ -99,6 +99,16 @@ def test_files_of_others_are_not_replaced(theirs, out, plain, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == there and path.read_text() == '{"mine": 1}'
 
 
+def test_json_of_another_program_beside_weights_is_not_ours(tmp_path):
+    """Programs of others write NAME.json beside NAME.safetensors; one that began as ours is refused."""
+    (tmp_path / "net.safetensors").touch()
+    (tmp_path / "net.json").write_text('{"description": "", "sd version": "SD2"}')
+    assert export.read_about(tmp_path / "net.safetensors") is None
+    (tmp_path / "net.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="is not what export writes"):
+        export.read_about(tmp_path / "net.safetensors")
+
+
 @pytest.mark.parametrize("run,out", [("plain", "net.pt"), ("dit", "net")])
 def test_an_earlier_export_is_replaced(run, out, tmp_path, request):
     line = ["export", str(request.getfixturevalue(run)), "--out", str(tmp_path / out)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -99,3 +100,14 @@ def test_folders_from_before_the_settings_open_again():
 def test_settings_are_refused_before_any_grid(said, words):
     with pytest.raises(ConfigError, match=words):
         generate.check_settings(dataclasses.replace(tiny.config().sample, **said))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "shape, most", [((8, 8), 256), ((64, 48), 170), ((256, 256), 8), ((1024, 1024), 1)]
+)
+def test_of_large_pictures_few_are_drawn_at_a_time(shape, most):
+    """A grid of 64 at 256 pixels, all at once, does not fit on a TPU v5e."""
+    model = types.SimpleNamespace(picture_shape=(*shape, 3))
+    assert generate.most_at_a_time(model) == most
+    assert generate.most_at_a_time(model, 64) == min(most, 64)

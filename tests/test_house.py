@@ -38,6 +38,7 @@ FLOOR = -len(ORDER) + 1
 
 # What may be imported inside a function, and why.
 LATER = {
+    "array_record.python.array_record_data_source": "only sets of latents in records need it",
     "diffrax": "slow to start; only the solver dopri5 and likelihoods need it",
     "grain": "slow to start; only sets larger than memory need it",
     "h5py": "optional (extra style)",

@@ -308,6 +308,17 @@ def test_a_half_written_file_never_takes_the_name(tmp_path, bucket):
         assert path.read_text() == "new"
 
 
+def test_no_file_of_the_users_is_taken_for_a_half_written_one(tmp_path):
+    """a.new.npz was, beside --out a.npz, and was gone afterwards."""
+    for name in ("a.new.npz", ".a.npz", "a.npz.new"):
+        (tmp_path / name).write_text("mine")
+    with places.written(places.place(tmp_path / "a.npz")) as new:
+        assert new.parent == tmp_path and new.suffix == ".npz"
+        new.write_text("new")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found.pop("a.npz") == "new" and set(found.values()) == {"mine"} and len(found) == 3
+
+
 def test_train_refuses_a_place_before_anything_is_built(tmp_path):
     (tmp_path / "file").touch()
     for workdir in (str(tmp_path / "file"), "/proc/run", "gs:/bucket/run"):

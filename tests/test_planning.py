@@ -208,7 +208,7 @@ def test_what_the_compiler_refuses_is_read_in_both_of_its_sentences():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("words", [["--table"], ["--price", "1.2"]])
+@pytest.mark.parametrize("words", [["--table"], ["--messages"], ["--price", "1.2"]])
 def test_the_documents_tables_are_those_of_the_kept_plans(words):
     """And no shipped configuration is left out of docs/plans.md."""
     script = str(tiny.ROOT / "benchmarks" / "plans.py")

@@ -1,8 +1,10 @@
 """One device = 2, 4, 8 devices, pmap = mesh = sharded parameters, accumulation = the big batch."""
 
 import functools
+import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -159,3 +161,17 @@ def test_steady_state_traces_nothing(caplog):
 def test_uneven_batches_are_refused(text, field):
     with pytest.raises(ValueError, match=f"config.{field}"):
         tiny.build(text, devices=8)
+
+
+@pytest.mark.fast
+def test_gathering_a_divided_tree_is_compiled_once(caplog):
+    """It was compiled anew for every picture, measurement and average."""
+    plan = parallel.plan_of("sharded", jax.devices()[:8])
+    tree = {"a": jnp.arange(4096.0).reshape(64, 64), "b": jnp.arange(8.0)}
+    placed = plan.place_state(tree)
+    jax.tree.map(np.testing.assert_array_equal, plan.local_copy(placed), tree)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        plan.local_copy(jax.tree.map(lambda leaf: leaf + 1, placed))
+        caplog.clear()
+        found = plan.local_copy(placed)
+    assert not caplog.records and found["a"].sharding.device_set == {jax.devices()[0]}

@@ -1,5 +1,6 @@
 """Stable Diffusion from the command line: a tiny folder as diffusers writes it, prompts, pictures."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ogdm_jax.cli import sample
+from ogdm_jax.cli import prompts, sample
 from ogdm_jax.config import ConfigError
 from ogdm_jax.data.pictures import save_png
 from ogdm_jax.diffusion.process import betas
@@ -60,6 +61,14 @@ def test_pictures_of_prompts(folder, tmp_path):
     other = tmp_path / "other.npz"
     run(folder, other, "--prompt", texts[0], "--seeds", "1", "--negative", "red car", *WORDS)
     assert np.abs(np.load(other)["images"][0].astype(int) - images[1]).max() > 2
+
+
+def test_a_file_of_prompts_from_windows(tmp_path):
+    """Its mark and its line ends are no part of a text; what else Unicode calls a line end is."""
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "a cat\r\na\u2028dog\r\n".encode())
+    args = argparse.Namespace(prompts=str(path), prompt=[])
+    assert prompts.read(args) == ["a cat", "a\u2028dog"]
 
 
 def test_what_a_scheduler_says_further_is_said():

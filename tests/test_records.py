@@ -66,3 +66,9 @@ def test_an_error_of_the_system_is_one_sentence(capsys, error, words):
     assert left.value.code == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and words in printed and printed.count("\n") == 1
+
+
+def test_the_mark_that_notepad_writes_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"é": 1}'.encode())
+    assert records.read(path, dict) == {"é": 1}

@@ -71,6 +71,13 @@ def test_shards_are_read_in_the_order_of_their_names(shards):
     assert source_name(f"{shards}/train-*.tar") == f"wds:{shards}/train-*.tar"
 
 
+def test_a_folder_is_no_pattern(tmp_path):
+    folder = tmp_path / "shards [1]"
+    folder.mkdir()
+    shard(folder / "a.tar", sample(0))
+    assert len(open_source("wds:shards [1]", tmp_path)) == 1
+
+
 def test_classes_are_members(shards):
     source = open_source(f"wds:{shards}")
     assert source.in_memory and source.num_classes == 3 and list(source.labels) == [0, 1, 2, 0, 1]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from etils import epath
 from ogdm_jax import cli, parallel, randomness
 from ogdm_jax.config import ConfigError, replace
 from ogdm_jax.data import batches, open_source
+from ogdm_jax.data.tokens import TokenizerError
 from ogdm_jax.interop import export, stable_diffusion
 from ogdm_jax.models import TEXT
 from ogdm_jax.training import example, loop, objective, texts
@@ -148,6 +150,35 @@ def test_what_cannot_be_is_refused(place, tmp_path):
     plan = parallel.make_plan("mesh", 1)
     told = DENOISER.build(replace(noted, {"methods": ()}), plan, epath.Path(tmp_path), print, None)
     assert any("its captions are not used" in note for note in told.source.notes)
+
+
+@pytest.mark.parametrize("references", [0, 4])
+def test_reading_processes_hold_no_texts(place, references):
+    """Of twelve million captions each of eight held 4.5 GiB; its batches are those of threads."""
+    source = open_source(f"latents:{place}/latents", memory_limit=0)
+    source = texts.tokenised(source, texts.open_words(config(place)))
+    stream = batches(source, 4, seed=0, workers=1, extra_references=references)
+    given = pickle.dumps(stream._for_a_process())
+    assert source.captions[0].encode() not in given
+    assert (source.labels.tobytes() in given) == bool(references)
+    for step in range(2):
+        found, expected = next(stream), stream.at(step)
+        assert found.keys() == expected.keys()
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    stream.close()
+
+
+def test_half_of_a_tokenizer_is_copied_again(place, tmp_path):
+    """A full disk or a kill while a fresh run keeps it: every later start was refused."""
+    whole = {path.name: path.read_bytes() for path in (place / "sd" / "tokenizer").iterdir()}
+    kept, last = tmp_path / "tokenizer", "merges.txt" if "merges.txt" in whole else "tokenizer.json"
+    kept.mkdir()  # nothing is in it yet
+    assert texts.open_words(config(place), tmp_path).length == 77
+    texts.keep(config(place), tmp_path)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == whole
+    (kept / last).unlink()
+    with pytest.raises(TokenizerError, match="expected vocab.json and merges.txt"):
+        texts.open_words(replace(config(place), {"init.workdir": ""}), tmp_path)
 
 
 def test_long_captions_are_counted(place):

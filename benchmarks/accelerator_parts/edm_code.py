@@ -45,7 +45,7 @@ def _stand_ins() -> None:
     rest is not needed.
     """
     for name in ("distutils", "requests", "tqdm", "click", "PIL"):
-        if importlib.util.find_spec(name) is None:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = _StandIn(name)
             for part in {"distutils": ("util",), "PIL": ("Image",)}.get(name, ()):
                 sys.modules[f"{name}.{part}"] = _StandIn(f"{name}.{part}")

@@ -37,7 +37,7 @@ def write(
     """
     seeds = np.arange(SHOWN)
     labels = generate.labels_for(seeds, run.model.label_dim, None)
-    drawn = np.concatenate(list(run.batches(run.settings(), seeds, labels=labels, batch=SHOWN)))
+    drawn = np.concatenate(list(run.batches(run.settings(), seeds, labels=labels)))
     save_png(folder / PICTURE, sheet(drawn, 8, captions=class_words(labels, run.class_names)))
     snapshot = checkpoint.find(workdir, run.step)
     measured = distances(workdir, run.step) if averaged else []

@@ -158,6 +158,7 @@ def _encode(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    startup.print_lines()
     how = args.data_dir, args.resolution, args.channels
     try:
         if args.command == "check":

@@ -139,7 +139,8 @@ def _measure(
 ) -> dict[str, Any]:
     """The likelihood of images that are spread over a source: means, and what they are worth."""
     devices = parallel.make_plan("mesh", args.devices).local_devices
-    size = generate.batch_size(args.num, len(devices), args.batch)
+    most = args.batch or generate.most_at_a_time(trained.model)
+    size = generate.batch_size(args.num, len(devices), most)
     whole, divided = generate.shardings(devices)
 
     def bits(

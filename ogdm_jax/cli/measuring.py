@@ -26,6 +26,7 @@ from ogdm_jax.training.workdir import TrainedModel
 
 MOST = 5000  # samples of each distance, unless --num says otherwise
 DEFAULTS = Evaluate()
+AT_A_TIME = "images per device at a time (default: 256, fewer of large pictures)"
 OF_TEXTS = (
     "expected another one: draw those by ogdm sample --prompts FILE --out samples.npz, and measure "
     "them by ogdm evaluate --samples samples.npz --reference IMAGES"
@@ -67,7 +68,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--vae", default="", metavar="FILE", help="decodes a model of latents (default: its data's)"
     )
-    add("--batch", type=whole(1), default=256, help="images per device at a time")
+    add("--batch", type=whole(1), help=AT_A_TIME)
     add("--devices", type=whole(0), default=0, help="0 = all")
 
 

@@ -47,9 +47,10 @@ def read(args: argparse.Namespace) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"--prompts: {args.prompts!r} is no file; expected one text a line")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that Notepad writes
     except UnicodeDecodeError:
         raise ConfigError(f"--prompts: {args.prompts!r} is no text; expected UTF-8") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
     empty = [i for i, line in enumerate(lines, 1) if not line.strip()]
     if empty or not lines:
         where = f"line {empty[0]} is empty" if empty else "it is empty"

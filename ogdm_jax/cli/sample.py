@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     add("--variance", default="", help="of --solver ancestral: small, large, diffusion or learned")
     add("--churn", default="", help="S_churn,S_min,S_max,S_noise of EDM's stochastic sampler")
     add("--label", default="", help="class of all images, number or name (default: by each seed)")
-    add("--batch", type=whole(1), default=64, help="images per device at a time")
+    add("--batch", type=whole(1), help="images per device at a time (default: 64, fewer if large)")
     add("--devices", type=whole(0), default=0, help="0 = all")
     add("--out", default="samples.png", help="DIR for PNG files, FILE.npz, or FILE.png for a grid")
     add("--overwrite", action="store_true", help="replace what this command drew with other words")
@@ -264,11 +264,11 @@ def read(args: argparse.Namespace) -> Plan:
         if label is None and trained.model.label_dim and not request.task:
             rows = evaluate.conditions(source, trained.model, seeds, names)
             shared = evaluate.shared_conditions(source, trained.model, names)
-    how = {"label": label, "churn": churn, "texts": rows}
-    guided = guidance.build(request, trained, settings, seeds, **how)
+    guided = guidance.build(request, trained, settings, seeds, label=label, churn=churn, texts=rows)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
-    batch = generate.batch_size(len(seeds), len(devices), args.batch)
+    most = args.batch or generate.most_at_a_time(trained.model, 64)
+    batch = generate.batch_size(len(seeds), len(devices), most)
     animate = animation.check(args.animate, trained, settings)
     plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
     return Plan(*plan, texts, animate, shared, measure)

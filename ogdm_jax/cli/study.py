@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--metric", default="fd", choices=figures.METRICS, help="that is compared (default: fd)")
     add("--reference", default="", help="another source than the one that was trained on")
     add("--vae", default="", metavar="FILE", help="decodes runs on latents (default: their data's)")
-    add("--batch", type=whole(1), default=256, help="images per device at a time")
+    add("--batch", type=whole(1), help=measuring.AT_A_TIME)
     add("--devices", type=whole(0), default=0, help="0 = all")
     add("--dry-run", action="store_true", help="say what there is and what would be done")
     measuring.add_space_options(parser, "default: the first configuration's")

@@ -323,7 +323,12 @@ class Evaluate(Group):
 
     features: str = free("", "feature space: a labelled source, lite0, inception; '' = none")
     weights: str = free("", "inception: the weights file", only="features=inception")
-    num: int = free(0, "samples for it; 0 = as many as the data set has", least=0, only="features")
+    num: int = free(
+        0,
+        "samples for it; 0 = as many as the data set has, at most 50,000",
+        least=0,
+        only="features",
+    )
     heldout: int = free(
         1000,
         "images of data.heldout whose loss is measured, spread evenly over it; 0 = all",

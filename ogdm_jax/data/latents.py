@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from ogdm_jax import records
 from ogdm_jax.data import identity
@@ -67,6 +66,9 @@ class RecordReader(LatentReader):
     """What `ogdm data encode` wrote: a record is the bytes of an item."""
 
     def __init__(self, source: str, latents: Latents, mark: str, files: Sequence[Path]) -> None:
+        # only here: images in files or in memory need none of it
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         super().__init__(source, latents, mark)
         self._items = ArrayRecordDataSource([str(file) for file in files])
 
@@ -153,9 +155,7 @@ def load(source: str, file: Path, about: dict[str, Any]) -> tuple[np.ndarray, An
             arrays = {key: archive[key] for key in archive.files if key in (name, "label")}
             listed = ", ".join(archive.files)
     except DAMAGED as error:
-        raise SourceError(
-            f"{source}: {file.name} cannot be read ({type(error).__name__}); replace or remove it"
-        ) from None
+        raise _unreadable(source, file, error) from None
     if name not in arrays:
         raise SourceError(
             f"{source}: {file.name} has {listed}, no {name!r}; expected its name as "
@@ -163,6 +163,18 @@ def load(source: str, file: Path, about: dict[str, Any]) -> tuple[np.ndarray, An
         )
     labels = arrays.get("label")
     return arrays[name], None if labels is None else np.asarray(labels).squeeze()[()]
+
+
+def _labels(source: str, file: Path) -> np.ndarray:
+    try:
+        return np.load(file)
+    except DAMAGED as error:
+        raise _unreadable(source, file, error) from None
+
+
+def _unreadable(source: str, file: Path, error: Exception) -> SourceError:
+    what = f"{file.name} cannot be read ({type(error).__name__})"
+    return SourceError(f"{source}: {what}; replace or remove it")
 
 
 def _as_item(item: np.ndarray, about: dict[str, Any]) -> np.ndarray:
@@ -194,7 +206,7 @@ def read_folder(
     sizes = [file.stat().st_size for file in files]
     mark = identity.of_names([records.dumps(about), *(file.name for file in files)], [0, *sizes])
     if records_:
-        parts = [np.load(file) for file in sorted(folder.glob("labels-*.npy"))]
+        parts = [_labels(source, file) for file in sorted(folder.glob("labels-*.npy"))]
         known = any(part.dtype.kind != "i" or part.max() >= 0 for part in parts)
         reader = RecordReader(source, from_json(about), mark, files)
         return reader, np.concatenate(parts) if known else None, about
@@ -213,7 +225,7 @@ def read_folder(
     whole = first if len(files) == 1 else None
     reader = FileReader(source, latents, mark, files, about, whole)
     if (alone := folder / "labels.npy").is_file():
-        return reader, np.load(alone), about
+        return reader, _labels(source, alone), about
     return reader, labels if len(files) == 1 else None, about
 
 

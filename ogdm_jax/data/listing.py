@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def pictures(names: Iterable[str], head: Callable[[str], bytes]) -> tuple[list[s
     """
     known, kept, unknown = endings(), [], collections.defaultdict(list)
     hidden, left = [], collections.Counter()
-    for name in sorted(names):
+    for name in sorted(names, key=_in_one_form):
         ending = PurePosixPath(name).suffix.lower()
         if is_hidden(name):
             hidden.append(name)
@@ -128,7 +129,12 @@ def pictures(names: Iterable[str], head: Callable[[str], bytes]) -> tuple[list[s
         notes.append(f"left out {total} files that are no pictures ({kinds})")
     if other:
         notes.append(f"reads {len(other)} pictures of other endings ({min(other)!r} first)")
-    return sorted(kept + other), notes
+    return sorted(kept + other, key=_in_one_form), notes
+
+
+def _in_one_form(name: str) -> tuple[str, str]:
+    """What files are sorted by: a Mac's copy of a folder has names in another form of Unicode."""
+    return unicodedata.normalize("NFC", name), name
 
 
 def classes(source: str, names: list[str], folders: Iterable[str]) -> Classes:

@@ -230,7 +230,7 @@ class Batches:
             try:
                 if self._ahead is None:
                     self._ahead = _read_ahead(self, self._step)
-                batch = next(self._ahead)
+                batch = self._with_tokens(next(self._ahead))
             except BaseException:
                 self.close()  # the next call, after an error or Ctrl-C, reads this step again
                 raise
@@ -239,6 +239,22 @@ class Batches:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_ahead": None}
+
+    def _for_a_process(self) -> "Batches":
+        """What a reading process gets: without the captions of all images, and without their tokens
+        where each image's own, which `_with_tokens` puts in, are all that is needed.
+        """
+        source = dataclasses.replace(self.source, captions=())
+        if source.empty is not None and not (self.extra_references or self.mates):
+            source = dataclasses.replace(source, labels=None, empty=None)
+        return dataclasses.replace(self, source=source)
+
+    def _with_tokens(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.source.empty is None or "empty" in batch:
+            return batch
+        assert self.source.labels is not None  # tokens
+        label = self.source.labels[batch["row"]]
+        return batch | {"label": label, "empty": np.resize(self.source.empty, label.shape)}
 
     def get_state(self) -> dict[str, int]:
         """{"step": the step that the next item belongs to}: plain JSON, for the checkpoint."""
@@ -283,7 +299,7 @@ def in_order(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]
 def _read_ahead(owner: Batches, step: int) -> _ReadAhead:
     """Batches from `step` on, read by processes or by grain's threads, at most 2 of each ahead."""
     if owner.workers:
-        return Workers(owner, step, owner.workers)
+        return Workers(owner._for_a_process(), step, owner.workers)
     import grain  # only here: the processes that read images, and sets in memory, need none of it
 
     options = grain.ReadOptions(num_threads=owner.threads, prefetch_buffer_size=2 * owner.threads)

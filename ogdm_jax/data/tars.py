@@ -142,8 +142,8 @@ def _shards(source: str, path: str) -> list[str]:
         names = [f"{path[: found.start()]}{n}{path[found.end() :]}" for n in numbers]
         shards = [shard for name in names for shard in _shards(source, name)]
     else:
-        path = os.path.join(path, "*.tar") if os.path.isdir(path) else path
-        shards = sorted(glob.glob(path)) if "*" in path else [path] * os.path.isfile(path)
+        pattern = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
+        shards = sorted(glob.glob(pattern)) if "*" in pattern else [path] * os.path.isfile(path)
     if not shards:
         raise SourceError(
             f"{source}: there is no file {path}; expected shards, as FILE.tar, "

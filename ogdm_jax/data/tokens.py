@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from ogdm_jax import places, records
 
@@ -21,6 +22,12 @@ _PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 FILES = "vocab.json and merges.txt, or tokenizer.json"
+
+
+def is_whole(folder: epath.Path) -> bool:
+    """Whether a folder has all files of a tokenizer, and not what was left of a copy."""
+    here = lambda *names: all((folder / name).is_file() for name in names)
+    return here("tokenizer.json") or here("vocab.json", "merges.txt")
 
 
 class TokenizerError(ValueError):

@@ -128,8 +128,10 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
         about = {}
         if suffix == ".safetensors":
             raise
+    if not about.keys() & {"format", "config"}:
+        return None  # JSON of another program, which lies beside its weights
     if about.pop("format", None) != FORMAT:
-        if suffix == ".pt":  # which others write, too, beside JSON of their own
+        if suffix == ".pt":
             return None
         raise ValueError(
             f'{about_path(path)}: is not what export writes; expected "format": {FORMAT}'

@@ -72,7 +72,7 @@ _HERE |= dict.fromkeys([*_SIGMAS, "use_dynamic_shifting", "use_lu_lambdas"], (Fa
 _ADVICE = {"use_karras_sigmas": "; --grid edm has such levels"}
 _STEPS = 50  # as diffusers' pipeline has by default
 _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
-_WORDS = ("vocab.json", "merges.txt", "tokenizer.json", *_SPECIAL)
+_WORDS = (*_SPECIAL, "tokenizer.json", "merges.txt", "vocab.json")  # last what makes it whole
 # model_index.json: part -> (library, class)
 _PARTS: dict[str, tuple[str | None, str | None]] = {
     "feature_extractor": (None, None),

@@ -57,6 +57,8 @@ def figures(
         "devices": devices,
         "plan": config.parallel.plan,
         "batch": batch,
+        "accumulate": config.optim.accumulate,
+        "remat": config.network.remat,
         "parameters": compiled.parameters,
         "hbm_bytes": {
             "arguments": compiled.arguments,

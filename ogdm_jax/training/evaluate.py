@@ -264,7 +264,7 @@ class Evaluator:
     ) -> np.ndarray:
         """uint8 images of the seeds from 0, in every process of the run; see `measure`."""
         index, count = jax.process_index(), jax.process_count()
-        num = self._run.config.evaluate.num or len(self._run.source)
+        num = self._run.config.evaluate.num or min(len(self._run.source), decoding.MOST)
         mine = np.resize(np.arange(num)[index::count], -(-num // count))  # as many in every process
         drawn = self._draw(mine, params, buffers, guidance)
         images = np.concatenate([to_uint8(part) for part in drawn])
@@ -306,7 +306,7 @@ class Evaluator:
             params, buffers, placed(seeds), placed(labels), constants, placed(rows)
         )
         labels = conditions(self._run.source, self._model, seeds)
-        batch = generate.batch_size(len(seeds), len(devices))
+        batch = generate.batch_size(len(seeds), len(devices), generate.most_at_a_time(model))
         weights, self._counts = (params, buffers), []
         counts = self._counts
         return generate.generate(sampler, *weights, seeds, labels, batch, guidance, counts=counts)

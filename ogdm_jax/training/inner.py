@@ -253,9 +253,11 @@ class Loop:
                 with self.stop.may_leave("leaving without the picture of this step"):
                     self.watch(step, self.state)
             if measures and self.held_out:
-                numbers = self.held_out(self.state)
-                self.writer.write(step, numbers)
-                self.log(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+                with self.stop.may_leave("leaving the held-out loss of this step"):
+                    numbers = self.held_out(self.state)
+                    said = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+                    self.writer.write(step, numbers)
+                    self.log(f"step {step}  {said}")
             if measures and self.run.config.evaluate.features:
                 with self.stop.may_leave(
                     f"leaving the evaluation of step {step}, which the same command makes"

@@ -126,7 +126,8 @@ def _watch(
             labels = texts.of_rows(run.source, seeds)
             captions = [run.source.captions[int(i) % len(run.source)] for i in seeds]
         buffers = {**buffers, **more}
-        parts = generate.generate(compiled(), params, buffers, seeds, labels, settings.num)
+        batch = generate.batch_size(settings.num, 1, generate.most_at_a_time(model))
+        parts = generate.generate(compiled(), params, buffers, seeds, labels, batch)
         picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)
         pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
         writer.image(step, "samples", picture)

@@ -13,7 +13,7 @@ import numpy as np
 from ogdm_jax import places
 from ogdm_jax.config import Config, ConfigError, flatten, require
 from ogdm_jax.data import Source
-from ogdm_jax.data.tokens import Tokenizer
+from ogdm_jax.data.tokens import Tokenizer, is_whole
 from ogdm_jax.interop import stable_diffusion
 from ogdm_jax.models import TEXT
 from ogdm_jax.training.state import TrainState
@@ -37,10 +37,15 @@ def open_words(config: Config, workdir: str | os.PathLike = "") -> Tokenizer:
       ConfigError: there is neither.
       TokenizerError: its files cannot be used.
     """
+    cut = None
     for folder in (workdir, config.init.workdir):
         inside = places.place(folder) / stable_diffusion.TOKENIZER if folder else None
-        if inside is not None and inside.is_dir():
+        if inside is not None and is_whole(inside):
             return stable_diffusion.open_words(inside, LENGTH, config.network.context)
+        if inside is not None and inside.is_dir():
+            cut = cut or inside
+    if cut is not None:  # says what it lacks
+        return stable_diffusion.open_words(cut, LENGTH, config.network.context)
     raise ConfigError(
         f"{_FIELD}: {config.init.workdir!r} given; expected a folder of diffusers, or of a run on "
         "captions, whose text encoder and tokenizer are taken (init.weights=text: these alone)"
@@ -49,7 +54,7 @@ def open_words(config: Config, workdir: str | os.PathLike = "") -> Tokenizer:
 
 def keep(config: Config, workdir: str | os.PathLike) -> None:
     """Copies the tokenizer of a fresh run into its folder, which needs no other then."""
-    if not (places.place(workdir) / stable_diffusion.TOKENIZER).is_dir():
+    if not is_whole(places.place(workdir) / stable_diffusion.TOKENIZER):
         stable_diffusion.copy_words(config.init.workdir, workdir)
 
 

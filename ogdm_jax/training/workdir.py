@@ -171,7 +171,7 @@ class TrainedModel:
         seeds: Sequence[int] | np.ndarray | None = None,
         label: int | Sequence[int] | np.ndarray | None = None,
         guidance: Guidance | Sequence[Guidance] | None = (),
-        batch: int = 64,
+        batch: int | None = None,
         devices: Sequence[Any] | None = None,
         counts: list[np.ndarray] | None = None,
         prompt: str | Sequence[str] | None = None,
@@ -185,7 +185,7 @@ class TrainedModel:
           seeds: one for each image, in place of n.
           label: the class of all of them, or of each; None draws one from each seed.
           guidance: one sampling method or several. Given again, it compiles nothing.
-          batch: images per device at a time.
+          batch: images per device at a time; None: 64, fewer of large pictures.
           devices: None takes all of this process.
           counts: a list that receives the network evaluations of each image, batch by batch, where
             the solver is dopri5, which chooses them.
@@ -201,6 +201,7 @@ class TrainedModel:
         Raises:
           ConfigError: a setting, the number or the label cannot be.
         """
+        batch = generate.most_at_a_time(self.model, 64) if batch is None else batch
         for name, value in (("n", n), ("batch", batch)):
             if value < 1:
                 raise ConfigError(f"{name}: {value} given; expected at least 1 image")
@@ -239,7 +240,7 @@ class TrainedModel:
         labels: PyTree = None,
         guidance: Guidance | Sequence[Guidance] | None = (),
         churn: Any = None,
-        batch: int = 256,
+        batch: int | None = None,
         devices: Sequence[Any] | None = None,
         done: np.ndarray | None = None,
         counts: list[np.ndarray] | None = None,
@@ -253,7 +254,7 @@ class TrainedModel:
             from the seeds.
           guidance: one sampling method or several.
           churn: EDM's stochasticity, see `sampling.sample`.
-          batch: images per device at a time.
+          batch: images per device at a time; None: 256, fewer of large pictures.
           devices: None takes all of this process.
           done: [len(seeds)] images that need not be drawn, see `generate.pending`.
           counts: receives the network evaluations of dopri5's images, see `generate.generate`.
@@ -262,7 +263,8 @@ class TrainedModel:
         labels = self._labels(seeds, labels)
         guidance = listed(guidance)
         images = self._sampler(settings, devices, churn, guidance)
-        size = generate.batch_size(len(seeds), len(devices), batch)
+        most = batch or generate.most_at_a_time(self.model)
+        size = generate.batch_size(len(seeds), len(devices), most)
         weights = self.params, self.buffers
         return generate.generate(images, *weights, seeds, labels, size, guidance, done, counts)
 
