@@ -240,6 +240,7 @@ class Runner:
         )
         # with it the memory of which algorithms are quick
         env["JAX_COMPILATION_CACHE_DIR"] = str(self.scratch / "xla")
+        env.pop("XLA_CLIENT_MEM_FRACTION", None)  # another name of the next: both are refused
         env |= {
             "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "torch"),

@@ -24,18 +24,33 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
+_THREEFRY = "threefry2x32"
+
+
+def seeded(seed: Array | int) -> Array:
+    """Threefry's key of a seed, whatever JAX_DEFAULT_PRNG_IMPL says."""
+    return jax.random.key(seed, impl=_THREEFRY)
+
+
 def typed(key: Array) -> Array:
     """Typed keys of keys of either style: the words of `jax.random.PRNGKey` are wrapped.
+
+    Of a key of JAX's "rbg" the first two words make a key of threefry: under vmap all images would
+    share rbg's numbers of the first key.
 
     Raises:
       ValueError: no key.
     """
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return key
-    if dtype != np.uint32 or key.shape[-1:] != (2,):
+        words = jax.random.key_data(key)
+        if words.shape[-1] == 2:
+            return key
+    elif dtype == np.uint32 and key.shape[-1:] in ((2,), (4,)):
+        words = key
+    else:
         raise ValueError(f"key={key!r}; expected jax.random.key(SEED), or keys split from it")
-    return jax.random.wrap_key_data(key)
+    return jax.random.wrap_key_data(words[..., :2], impl=_THREEFRY)
 
 
 def fold_in_name(key: Array, purpose: str) -> Array:
@@ -88,7 +103,7 @@ def quick(keys: Array) -> Array:
     Args:
       keys: typed keys of any shape, two words each.
     """
-    return jax.random.wrap_key_data(jax.random.key_data(keys), impl=_HASH)
+    return jax.random.wrap_key_data(jax.random.key_data(typed(keys)), impl=_HASH)
 
 
 def _mix(x: Array) -> Array:

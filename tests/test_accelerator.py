@@ -221,6 +221,8 @@ def test_a_profile_adds_up_the_kernels_of_the_device():
     host = types.SimpleNamespace(name="/host:CPU", lines=lines)
     device = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
     found = profiling.top(types.SimpleNamespace(planes=[host, device]))
+    with pytest.raises(RuntimeError, match="no plane of the device"):
+        profiling.top(types.SimpleNamespace(planes=[host]))
     assert found["device_ms"] == 6
     assert found["kinds"][0] == {"name": "fusion", "ms": 5, "share": round(5 / 6, 4)}
     assert [row["name"] for row in found["operations"]] == ["fusion.2", "fusion.1", "memcpy"]

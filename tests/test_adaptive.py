@@ -162,6 +162,16 @@ def test_transforms_of_the_denoiser_work():
 
 
 @pytest.mark.fast
+def test_a_weight_for_each_image_is_refused():
+    """All images had the first one's: an image is solved by itself."""
+    labelled = lambda x, sigma, label: jnp.where(column(label, x) >= 0, 1.0, 0.0) + 0 * x
+    draw = functools.partial(sample, labelled, latents(3), GRID, "dopri5")
+    how = {"label": jnp.zeros(3, jnp.int32)}
+    with pytest.raises(ValueError, match="answers for a batch of 3, .*one weight for all images"):
+        draw(guidance=cfg.guidance(jnp.asarray([1.0, 2.0, 4.0])), **how)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "settings, words",
     [

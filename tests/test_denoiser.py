@@ -53,6 +53,7 @@ def test_features_need_taps():
     ("label", "none"),
     [
         (jnp.asarray([3, 5]), [-1, -1]),
+        (jnp.asarray([3, 5], jnp.uint8), [-1, -1]),  # 255 would be a class
         (jnp.ones((2, 3)), np.zeros((2, 3))),
         ({"text": jnp.ones((2, 3))}, {"text": np.zeros((2, 3))}),
         (None, None),

@@ -327,6 +327,21 @@ def test_boosting_touches_only_images_below_zero():
         np.testing.assert_array_equal(carry, value)
 
 
+def test_boosting_goes_by_the_discriminator_that_was_given_it():
+    """With another one, in whatever order: it went by the last."""
+    never = lambda x, sigma, label=None: 5 + 0 * jnp.sum(x, axis=(1, 2, 3))
+    always = lambda x, sigma, label=None: -5 + 0 * jnp.sum(x, axis=(1, 2, 3))
+    boosted, other = dg.guidance(always, boost=dg.Boost()), dg.guidance(never)
+    z = jax.random.normal(jax.random.key(0), (4, 1, 1, 1))
+    draw = lambda *guidance: sample(
+        MODEL.denoise, z, grids.edm(6), "heun", jax.random.key(1), guidance=guidance
+    )
+    alone = draw(boosted)
+    assert np.abs(alone - draw(other)).max() > 1e-3
+    for both in ((boosted, other), (other, boosted)):
+        np.testing.assert_allclose(draw(*both), alone, atol=1e-5)
+
+
 def test_boosting_needs_a_guided_denoiser():
     with pytest.raises(ValueError, match="expected dg.guide as its outermost decorator"):
         draw = functools.partial(sample, churn=dg.Boost(), key=jax.random.key(0))

@@ -11,7 +11,7 @@ import pytest
 
 from ogdm_jax.diffusion import grids, steps
 from ogdm_jax.inverse import operators
-from ogdm_jax.methods import ddnm, diffpir, dps, freedom, lgd, mpgd
+from ogdm_jax.methods import cfg, classifier, ddnm, diffpir, dps, freedom, lgd, mpgd, pigdm
 from ogdm_jax.sampling import gradients
 from ogdm_jax.sampling.guidance import Guidance, plain_step
 from ogdm_jax.sampling.sampler import sample
@@ -261,3 +261,39 @@ def test_kernels_of_all_solvers_are_one_kernel():
     np.testing.assert_allclose(ddim[1] * np.sqrt(b), np.sqrt(beta * (1 - b) / (1 - a)), rtol=1e-6)
     down, up = steps.split_sigma(sigma, below, 0.4)
     np.testing.assert_allclose(down**2 + up**2, below**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [ddnm, pigdm])
+def test_a_traced_noise_of_float64_keeps_the_type_of_the_latents(method):
+    with jax.enable_x64(True):
+        z = jnp.asarray(LATENTS, jnp.float32)
+        operator = operators.inpaint(np.asarray(MASK))
+        draw = lambda std: sample(
+            DATA.denoise,
+            z,
+            grids.edm(3),
+            "ancestral",
+            jax.random.key(0),
+            guidance=method.guidance(operator, Y, std),
+        )
+        assert jax.eval_shape(draw, jnp.float64(0.1)).dtype == jnp.float32
+
+
+def test_smoothed_losses_see_the_same_noise_in_both_precisions():
+    with jax.enable_x64(True):
+        drawn = []
+        for dtype in (jnp.float32, jnp.float64):
+            x = jnp.asarray(LATENTS, dtype)
+            loss = lambda x: jnp.sum((x - 0.3) ** 2, axis=(1, 2, 3))
+            drawn.append(gradients.smoothed(loss, 2, info_at(1, 4))(x))
+        np.testing.assert_allclose(*drawn, rtol=1e-5)
+
+
+@pytest.mark.fast
+def test_numbers_of_any_kind_are_numbers():
+    window = (np.float32(0.1), np.float64(3.0))
+    assert cfg.guidance(2.0, window=window) is not None
+    log_prob = lambda x, sigma, label=None: -jnp.sum(x**2, axis=(1, 2, 3))
+    assert classifier.guidance(log_prob, jnp.float32(2.0)).constants["scale"] == 2
+    x, level = jnp.zeros((1, 2, 2, 1)), jnp.ones(1)
+    steps.ddim(lambda x, sigma, label=None: x, x, level, level / 2, eta=np.float32(0))

@@ -316,18 +316,39 @@ def test_attention_is_that_of_the_library():
     assert all(g.dtype == jnp.bfloat16 for g in gradients)
 
 
+@pytest.mark.parametrize("width", [64, 40, 72, 80])
 @pytest.mark.parametrize("attend", [jax.nn.dot_product_attention, attention.attend])
-def test_logits_of_bfloat16_networks_are_float32(attend):
-    """Near 55 bfloat16 has steps of 0.25: rounded to it, logits would put weights off by 15 %."""
-    common = normal(1, 64)
-    q, k = 3 * common + 0.5 * normal(16, 64, seed=1), 2.7 * common + 0.15 * normal(16, 64, seed=2)
+def test_logits_of_bfloat16_networks_are_float32(attend, width):
+    """Near 55 bfloat16 has steps of 0.25: rounded to it, logits would put weights off by 15 %, and
+    keys divided by the root of 72 (DiT-XL/2's heads) by 5 %.
+    """
+    common = normal(1, width)
+    q = 3 * common + 0.5 * normal(16, width, seed=1)
+    k = 2.7 * common + 0.15 * normal(16, width, seed=2)
     q, k = (t.astype(jnp.bfloat16)[None, :, None] for t in (q, k))
-    v = jnp.eye(16, 64, dtype=jnp.bfloat16)[None, :, None]
-    logits = np.einsum("bqhc,bkhc->qk", *(np.asarray(t, np.float64) for t in (q, k))) / 8
+    v = jnp.eye(16, width, dtype=jnp.bfloat16)[None, :, None]
+    logits = np.einsum("bqhc,bkhc->qk", *(np.asarray(t, np.float64) for t in (q, k)))
+    logits /= np.sqrt(width)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     found = np.asarray(attend(q, k, v), np.float64)[0, :, 0, :16]
     np.testing.assert_allclose(found, weights, rtol=0.01)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_gradients_of_attention_in_bfloat16_are_near_those_in_float64(width):
+    """Of sharp weights: 2 % off where dout v^T and its mean were rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.normal(size=(2, 64, 2, width)) * s for s in (4, 4, 1, 1))
+    q, k, v, dout = (jnp.asarray(t, jnp.bfloat16) for t in (q, k, v, dout))
+    found = jax.vjp(attention.attend, q, k, v)[1](dout)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(t, np.float64)) for t in (q, k, v, dout)]
+        of_library = jax.vjp(jax.nn.dot_product_attention, *wide[:3])[1](wide[3])
+        want = jax.tree.map(np.asarray, of_library)
+    for one, other in zip(found, want, strict=True):
+        error = np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other)
+        assert error < 0.01
 
 
 def test_attention_mixes_values_by_similarity():

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ogdm_jax.diffusion import grids
 from ogdm_jax.inverse import degradations as degrade
 from ogdm_jax.inverse import networks, operators
+from ogdm_jax.methods import ddnm, diffpir, pigdm
+from ogdm_jax.sampling.sampler import sample
 
 SIZE = 16
 RNG = np.random.default_rng(0)
@@ -113,6 +116,19 @@ def test_blurs_mirror_the_border_without_repeating_it():
 def test_kernels_larger_than_the_image_still_fold_back():
     matrix = dense(operators.gaussian_blur(61, 3.0), 4)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [ddnm, diffpir, pigdm])
+def test_what_a_mask_darkens_is_restored(method):
+    """y = x0 / 2 was taken for x0 / 4."""
+    operator, x0 = operators.inpaint(np.full((4, 4), 0.5)), 0.5 * images(2)[:, :4, :4]
+    y = operator.forward(x0)
+    np.testing.assert_array_equal(operator.count(y), x0[0].size)
+    shrink = lambda x, sigma, label=None: x / (1 + 4 * sigma[:, None, None, None] ** 2)
+    z = jax.random.normal(jax.random.key(0), x0.shape)
+    how = {"key": jax.random.key(1), "guidance": method.guidance(operator, y, 0.0)}
+    found = sample(shrink, z, grids.edm(8), "ancestral", **how)
+    np.testing.assert_allclose(found, x0, atol=2e-5)
 
 
 def test_masks():

@@ -8,6 +8,7 @@ from scipy import stats
 
 from ogdm_jax import randomness
 from ogdm_jax.networks import layers
+from ogdm_jax.sampling import generate
 
 pytestmark = pytest.mark.fast
 SHAPE = (16, 16, 32)
@@ -132,3 +133,20 @@ def test_quick_numbers_cost_a_fraction_of_threefrys():
         )
 
     assert 5 * operations(True) < operations(False)
+
+
+def test_keys_of_another_generator_become_threefrys():
+    """Under vmap JAX's rbg gives all images the numbers of the first key: an image depended on its
+    batch where JAX_DEFAULT_PRNG_IMPL=rbg.
+    """
+    for key in (jax.random.key(7, impl="rbg"), jax.random.PRNGKey(7, impl="rbg")):
+        found = randomness.typed(key)
+        assert found.dtype == jax.random.key(0).dtype
+        np.testing.assert_array_equal(jax.random.key_data(found), [0, 7])
+        several = randomness.typed(jax.random.split(jax.random.key(7, impl="rbg"), 3))
+        assert len(np.unique(jax.random.key_data(several), axis=0)) == 3
+    quick = randomness.quick(jax.random.key(7, impl="rbg"))
+    np.testing.assert_array_equal(jax.random.key_data(quick), [0, 7])
+    with jax.default_prng_impl("rbg"):
+        assert randomness.seeded(0).dtype == randomness.typed(jax.random.PRNGKey(1)).dtype
+        assert generate.seed_keys(jnp.arange(2)).dtype == randomness.seeded(0).dtype

@@ -41,17 +41,21 @@ def run(name: str, options: Options, report: Callable[[dict], None]) -> dict[str
         warnings.catch_warnings()
     ):  # jaxlib's iterator of a trace's events has no __module__, says Python 3.12
         warnings.simplefilter("ignore", DeprecationWarning)
-        found = top(jax.profiler.ProfileData.from_file(str(trace)))
+        host = jax.default_backend() == "cpu"
+        found = top(jax.profiler.ProfileData.from_file(str(trace)), host)
     return found | {"steps": STEPS, "wall_ms": 1000 * wall}
 
 
-def top(trace: Any, most: int = 10) -> dict[str, Any]:
+def top(trace: Any, host: bool = False, most: int = 10) -> dict[str, Any]:
     """Operations of a jax.profiler.ProfileData by the time they take, over all steps of the trace.
 
     On an accelerator every event of a device's streams is a kernel, named by the operation of the
     compiled program that it belongs to where the trace says so; on a CPU only such named events
     count. "operations" are single ones, "kinds" add up those whose names differ by a number at the
     end.
+
+    Raises:
+      RuntimeError: the program ran on a device (not `host`), of which the trace has nothing.
     """
     planes = list(trace.planes)
     device = [
@@ -59,6 +63,8 @@ def top(trace: Any, most: int = 10) -> dict[str, Any]:
         for plane in planes
         if plane.name.startswith("/device:") and "CUSTOM" not in plane.name
     ]
+    if not (device or host):
+        raise RuntimeError("the trace has no plane of the device: its times are unknown")
     single: Counter = Counter()
     for plane in device or planes:
         for line in plane.lines:

@@ -35,8 +35,9 @@ def measure(code: Any, name: str, options: Options, rounds: int) -> dict[str, An
     net, pipe = _network(code, size, adm, shape)
     net = net.train().requires_grad_(True).to(code.device)
     parameters = [p for p in net.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in parameters]
     net = edm_code.variant(code, net, name)
+    # After the layout is chosen: with strides of their own all tensors are averaged one by one.
+    average = [p.detach().clone() for p in parameters]
     loss = code.loss.EDMLoss()
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-4, fused=code.device.type == "cuda")
     images = torch.randint(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ogdm_jax import parallel, places, platforms, startup
+from ogdm_jax import parallel, places, platforms, randomness, startup
 from ogdm_jax.cli import guidance, measuring
 from ogdm_jax.cli.parsing import parser_of, whole
 from ogdm_jax.config import ConfigError
@@ -146,7 +146,7 @@ def _measure(
     def bits(
         weights: PyTree, images: Array, labels: Array | None, numbers: Array, constants: PyTree
     ) -> tuple[Array, Array]:
-        run_key = jax.random.key(args.seed)
+        run_key = randomness.seeded(args.seed)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(run_key, numbers)
         x0 = likelihood.dequantised(images, keys)
         guided = generate.bound(methods, constants, [None] * len(methods))

@@ -24,7 +24,12 @@ def same_level(sigma: Array) -> Array:
 
 def no_condition(label: PyTree) -> PyTree:
     """The condition of the same shape that means "none": class -1, and zeros for float vectors."""
-    none = lambda v: jnp.full_like(v, -1 if jnp.issubdtype(v.dtype, jnp.integer) else 0)
+
+    def none(v: Array) -> Array:
+        if jnp.issubdtype(v.dtype, jnp.unsignedinteger):  # has no -1
+            v = v.astype(jnp.int32)
+        return jnp.full_like(v, -1 if jnp.issubdtype(v.dtype, jnp.integer) else 0)
+
     return jax.tree.map(none, label)
 
 

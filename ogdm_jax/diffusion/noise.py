@@ -85,7 +85,9 @@ class NoiseDistribution:
         # circle of quantiles.
         u = (index.astype(jnp.float32) + randomness.uniform(keys)) / batch
         if key is not None:
-            u = jnp.mod(u + jax.random.uniform(randomness.fold_in_name(key, "strata")), 1.0)
+            u = jnp.mod(
+                u + jax.random.uniform(randomness.fold_in_name(key, "strata"), dtype=u.dtype), 1.0
+            )
         if self.kind_of_draw == "uniform":
             return self.sigma(u)
         tiny = jnp.finfo(u.dtype).eps / 2

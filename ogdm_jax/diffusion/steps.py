@@ -192,7 +192,7 @@ def ddim(
     Raises:
       ValueError: eta > 0 without noise.
     """
-    if noise is None and not (isinstance(eta, int | float) and eta == 0):
+    if noise is None and (isinstance(eta, Array) or eta != 0):
         raise ValueError(
             f"ddim: eta={eta} draws noise, but noise is None; expected noise shaped like x, or "
             "eta=0"

@@ -116,10 +116,10 @@ class HeldOut:
             ratio = ratio_of(network, of(config).clock, 0.0)
             ratio = ratio({"params": params, "extractor": extractor})
             keys = lambda purpose: randomness.example_keys(
-                jax.random.key(0), purpose, batch["index"]
+                randomness.seeded(0), purpose, batch["index"]
             )
             image = _images(sides[0].latents, batch, keys, False)
-            return _noisy_cross_entropy(config, ratio, image, batch, jax.random.key(0))
+            return _noisy_cross_entropy(config, ratio, image, batch, randomness.seeded(0))
 
         self._values = jax.jit(values)
 

@@ -164,7 +164,7 @@ def poisson_noise(keys: Array, y: Array, rate: float = 1.0) -> Array:
     mean = 255 * rate * jnp.clip((y + 1) / 2, 0, 1)
     # jax.random.poisson knows one generator only: keys of any other become its seeds.
     seeds = jax.vmap(jax.random.bits)(keys)
-    known = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(seeds)
+    known = jax.vmap(randomness.seeded)(seeds)
     counts = jax.vmap(jax.random.poisson)(known, mean).astype(y.dtype)
     return jnp.clip(counts / (255 * rate) * 2 - 1, -1, 1)
 

@@ -136,8 +136,8 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
     """Hidden pixels: y = mask * x0. Singular values are the mask.
 
     Args:
-      mask: 1 where a pixel is seen, 0 where it is hidden: [H,W], [H,W,1], or one per image
-        [B,H,W,1]; with C in place of the last 1, one per channel.
+      mask: 1 where a pixel is seen, 0 where it is hidden, between them where it is seen darkened:
+        [H,W], [H,W,1], or one per image [B,H,W,1]; with C in place of the last 1, one per channel.
 
     Raises:
       ValueError: another rank, or numbers outside [0, 1]; images that it does not fit.
@@ -156,19 +156,21 @@ def inpaint(mask: Array | np.ndarray) -> Operator:
     if np.ndim(mask) == 3:
         mask = mask[None]
 
-    def cover(x: Array) -> Array:
+    def times(factor: Array | np.ndarray, x: Array) -> Array:
         if mask.shape[1:3] != x.shape[1:3]:
             raise ValueError(
                 f"mask: {mask.shape[1:3]} pixels; expected those of the images, {x.shape[1:3]}"
             )
         if mask.shape[0] not in (1, x.shape[0]) or mask.shape[3] not in (1, x.shape[3]):
             raise ValueError(f"mask: shape {mask.shape}; expected one that fits {x.shape}")
-        return jnp.asarray(mask, x.dtype) * x
+        return jnp.asarray(factor, x.dtype) * x
+
+    cover, hide = functools.partial(times, mask), functools.partial(times, mask > 0)
 
     def spectrum(shape: tuple[int, int, int]) -> Spectrum:
-        return Spectrum(lambda x: x, lambda x: x, cover, jnp.asarray(mask, jnp.float32))
+        return Spectrum(lambda x: x, lambda x: x, hide, 1.0 * mask)
 
-    return Operator("inpaint", cover, cover, spectrum, cover)
+    return Operator("inpaint", cover, cover, spectrum, hide)
 
 
 def _both_axes(rows: np.ndarray, columns: np.ndarray, x: Array) -> Array:
@@ -203,7 +205,7 @@ def separable(name: str, matrix_of: Callable[[int], np.ndarray], factor: int = 1
         def measured(y: Array) -> Array:
             return jnp.pad(_both_axes(uh.T, uw.T, y), [(0, 0), *pad, (0, 0)])
 
-        values = np.pad(np.outer(sh, sw), pad).astype(np.float32)
+        values = np.pad(np.outer(sh, sw), pad)
         return Spectrum(
             lambda x: _both_axes(vh, vw, x),
             lambda x: _both_axes(vh.T, vw.T, x),

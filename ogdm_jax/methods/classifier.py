@@ -24,7 +24,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ogdm_jax import places
 from ogdm_jax.config import ConfigError, Group, setting
@@ -35,8 +34,8 @@ from ogdm_jax.interop.pretrained import load_pretrained
 from ogdm_jax.methods import dg
 from ogdm_jax.methods.session import Session
 from ogdm_jax.networks import ADMEncoder
-from ogdm_jax.sampling.guidance import Guidance, Preset
-from ogdm_jax.sampling.schedule import Window, window_setting
+from ogdm_jax.sampling.guidance import Guidance, Preset, constant
+from ogdm_jax.sampling.schedule import Window, numbers, window_setting
 from ogdm_jax.typing import Array, LogRatio, PyTree
 
 _RELEASED = {"solver": "ancestral", "steps": 250, "grid": "respaced", "clip": True}
@@ -108,7 +107,7 @@ def log_probability(
 
 def guidance(
     log_prob: Callable[..., Any],
-    scale: float = 1.0,
+    scale: float | Array = 1.0,
     window: Window | None = None,
     rule: str = "score",
     *,
@@ -127,9 +126,9 @@ def guidance(
     Raises:
       ConfigError: a scale, a window or a rule that cannot be.
     """
-    chosen = Settings(scale=scale, window=window, rule=rule)
+    chosen = Settings(window=window, rule=rule, **numbers(scale=scale))
     low, high = chosen.window or (0.0, float("inf"))
-    constants = {"params": params, "scale": np.float32(scale)}
+    constants = {"params": params, "scale": constant(scale)}
 
     def known(constants: PyTree) -> LogRatio:
         return log_prob if params is None else log_prob(constants["params"])

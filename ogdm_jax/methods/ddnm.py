@@ -93,7 +93,7 @@ def guidance(operator: Operator, y: Array, std: float | Array = 0.0, **settings:
             mean, step_std = transition(rectified, x)
             return mean + spread(step_std, x) * noise, rectified
         level = per_example(info.sigma_next, x)
-        of_y = std * inverse  # y's noise in the coordinates of the image
+        of_y = jnp.asarray(std, x.dtype) * inverse  # y's noise in the coordinates of the image
         below = level < of_y
         kept = math.sqrt(1 - chosen.eta**2) * level / jnp.where(below, of_y, 1.0)
         rectified = d + jnp.where(below, kept, 1.0) * (clean - d)

@@ -425,7 +425,8 @@ def guidance(
         return Guidance("dg", shift=shift, constants=constants)
     exact = functools.partial(transform, through=True)
     own = {"exact": exact, "churn": boost, "constants": constants}
-    return Guidance("dg", transform, outermost=2, **own)
+    # A boosting one reads its own log ratio, and is outside of another.
+    return Guidance("dg", transform, outermost=2 if boost is None else 3, **own)
 
 
 def build(settings: Settings, session: Session) -> Guidance:

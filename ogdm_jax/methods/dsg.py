@@ -219,7 +219,8 @@ def guidance(
 
     Raises:
       ConfigError: a setting out of range.
-      ValueError: when sampling, an interval that leaves no step to guide.
+      ValueError: when sampling, an interval above 1 that leaves only the last step, whose level 0
+        has no noise to guide.
     """
     chosen = Settings(interval=interval, **numbers(rate=rate), **settings)
     if chosen.stop_ratio is not None:

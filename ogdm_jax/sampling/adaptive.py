@@ -172,12 +172,21 @@ def solve(
 def one_image(
     denoise: Denoiser, variable: Variable, label: PyTree
 ) -> Callable[[Array, Any], Array]:
-    """(t, y) -> dy/dt of one image [H,W,C], with its own label."""
+    """(t, y) -> dy/dt of one image [H,W,C], with its own label.
+
+    The slope raises ValueError where something in `denoise` has a number for each image of a batch.
+    """
     rows = jax.tree.map(lambda leaf: leaf[None], label)
 
     def slope(t: Array, y: Array) -> Array:
         x, sigma = y / variable.scale(t), variable.sigma(t).astype(y.dtype)
-        return variable.slope(t, x, denoise(x[None], sigma[None], rows)[0].astype(y.dtype))
+        x0_hat = denoise(x[None], sigma[None], rows)
+        if x0_hat.shape != (1, *x.shape):
+            raise ValueError(
+                f"guidance: it answers for a batch of {x0_hat.shape[0]}, but dopri5 and "
+                "likelihoods evaluate every image by itself; expected one weight for all images"
+            )
+        return variable.slope(t, x, x0_hat[0].astype(y.dtype))
 
     return slope
 

@@ -53,7 +53,9 @@ def ddim(
     # sample() multiplies by sigmas[0].
     start = widened(latents) * float(np.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
     drawn = sample(denoise, start, sigmas, solver="ddim", **settings)
-    return jax.tree.map(lambda v: v.astype(latents.dtype), drawn)
+    dtype = jnp.asarray(latents).dtype
+    is_count = lambda v: jnp.issubdtype(v.dtype, jnp.integer)
+    return jax.tree.map(lambda v: v if is_count(v) else v.astype(dtype), drawn)
 
 
 def pndm_levels(n: int, table: Discrete, order: int = 2) -> np.ndarray:

@@ -41,7 +41,7 @@ PNDM = "pndm"  # the released code of S- and F-PNDM, `discrete.pndm`
 
 def seed_keys(seeds: Array) -> Array:
     """One typed key per seed."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), seeds)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(randomness.seeded(0), seeds)
 
 
 def seed_noise(seeds: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:

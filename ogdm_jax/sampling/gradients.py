@@ -125,7 +125,8 @@ def smoothed(loss: Loss, samples: int, info: Info) -> Loss:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(
                 randomness.fold_in_each(keys_of_step, "lgd"), sample
             )
-            z = randomness.normal(keys, x0_hat.shape[1:], x0_hat.dtype)
+            # in float32, so that samplers of both precisions see the same noise
+            z = randomness.normal(keys, x0_hat.shape[1:]).astype(x0_hat.dtype)
             return loss(x0_hat + per_example(width, x0_hat) * z)
 
         values = jax.vmap(one)(jnp.arange(samples))

@@ -136,7 +136,8 @@ def sample(
       variable: of dopri5, what its tolerance is of: a name of `adaptive.VARIABLES`; None: "angle".
         It takes only the ends of the grid: it integrates from sigmas[0] to sigmas[-2], and an Euler
         step goes to sigmas[-1]. An image that cannot reach the tolerance is NaN.
-      with_nfe: also return the network evaluations of each image, int32 [B]: dopri5's differ.
+      with_nfe: also return how often the solver evaluates the denoiser for each image, int32 [B]:
+        dopri5's differ. What guidance adds (CFG's second evaluation, repeats) is not counted.
       **options: what one solver alone has: snr, corrector_steps and sde of pc, order and bh of
         unipc, rtol and atol of dopri5; meaning, range and default are those of config.sample.
 

@@ -83,7 +83,7 @@ def open_images(config: Config, trained: data.Source, classes: bool) -> data.Sou
 def _loss_of(model: Model, noise: NoiseDistribution) -> Any:
     def loss(params: PyTree, buffers: PyTree, batch: dict[str, Array]) -> Array:
         """lambda(sigma) |x0_hat - x0|^2 summed over pixels [b], of {"image", "label", "row"}."""
-        keys = lambda purpose: randomness.example_keys(jax.random.key(0), purpose, batch["row"])
+        keys = lambda purpose: randomness.example_keys(randomness.seeded(0), purpose, batch["row"])
         sigma = noise.sample(keys("heldout sigma"))
         if model.latents is None:
             x0 = to_float(batch["image"])

@@ -91,7 +91,7 @@ class Run(Generic[ModelT_co]):
     @property
     def key(self) -> jax.Array:
         """The run's key; every draw is folded from it."""
-        return randomness.fold_in_name(jax.random.key(self.config.seed), "train")
+        return randomness.fold_in_name(randomness.seeded(self.config.seed), "train")
 
     @functools.cached_property
     def create(self) -> Callable[..., state.TrainState]:
@@ -120,7 +120,7 @@ class Run(Generic[ModelT_co]):
 
     def init(self, *weights: tuple[PyTree, PyTree]) -> state.TrainState:
         """A fresh state, placed as the plan wants it, of given (params, buffers) or new ones."""
-        return self.plan.init(self.create, jax.random.key(self.config.seed), *weights)
+        return self.plan.init(self.create, randomness.seeded(self.config.seed), *weights)
 
     def constants(self) -> dict[str, PyTree]:
         """The step's constants: whole trees on all devices, rows each on its own, weights as a
@@ -137,7 +137,7 @@ class Run(Generic[ModelT_co]):
         """The step's arguments as shapes, laid out as the plan wants them: all that compiling ahead
         of time needs.
         """
-        fresh = jax.eval_shape(self.create, jax.random.key(0))
+        fresh = jax.eval_shape(self.create, randomness.seeded(0))
         trees = self.methods.constants()
         constants = {
             "whole": jax.tree.map(_shape, trees["whole"]),
@@ -145,7 +145,7 @@ class Run(Generic[ModelT_co]):
             "weights": self.plan.shapes(trees["weights"]),
         }
         batch = self.plan.row_shapes(jax.eval_shape(lambda: self.example_batch()))
-        return fresh, constants, batch, jax.eval_shape(lambda: jax.random.key(0))
+        return fresh, constants, batch, jax.eval_shape(lambda: randomness.seeded(0))
 
     def example_batch(self) -> dict[str, PyTree]:
         """A batch of the run's sizes, all zeros, over all processes."""
