@@ -163,6 +163,23 @@ def test_uneven_batches_are_refused(text, field):
         tiny.build(text, devices=8)
 
 
+@pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
+def test_devices_share_every_round_of_accumulation(plan):
+    """Under mesh and sharded every device computed every round whole: k rounds cost k times. The
+    compiler counts a loop once: of two rounds that is half of the work.
+    """
+    small = tiny.ONE_LEVEL, "methods=", "data.batch=16", "data.augment=0"
+    counted = []
+    for rounds in (1, 2):
+        run = tiny.build(*small, f"optim.accumulate={rounds}", plan=plan, devices=8)
+        arguments = run.shapes()
+        compiled = run.compile(arguments[0]).lower(*arguments).compile()
+        found = compiled.cost_analysis() or {}
+        found = found[0] if isinstance(found, list) else found
+        counted.append(found["flops"])
+    assert counted[1] < 0.65 * counted[0]
+
+
 @pytest.mark.fast
 def test_gathering_a_divided_tree_is_compiled_once(caplog):
     """It was compiled anew for every picture, measurement and average."""

@@ -28,8 +28,10 @@ def accumulate(loss: BatchLoss, params: PyTree, rounds: int, batch: Batch) -> tu
     if rounds == 1:
         return grad(params, batch)
     shared = references(batch)
+    # Each round has every rounds-th row: in a global array a device's rows lie together, and rounds
+    # of consecutive rows would be one device's each, which all the others would compute as well.
     parts = jax.tree.map(
-        lambda a: a.reshape(rounds, a.shape[0] // rounds, *a.shape[1:]),
+        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // rounds, rounds, *a.shape[1:]), 0, 1),
         {name: value for name, value in batch.items() if name not in shared},
     )
 
