@@ -163,6 +163,7 @@ def test_uneven_batches_are_refused(text, field):
         tiny.build(text, devices=8)
 
 
+@pytest.mark.slow_cases("sharded", "pmap")
 @pytest.mark.parametrize("plan", ["mesh", "sharded", "pmap"])
 def test_devices_share_every_round_of_accumulation(plan):
     """Under mesh and sharded every device computed every round whole: k rounds cost k times. The
