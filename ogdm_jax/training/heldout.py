@@ -144,6 +144,6 @@ def _repeated(trained: data.Source, found: data.Source) -> int:
     """How many images of `found` are also trained on, where both are in memory; else 0."""
     if trained.images is None or found.images is None:
         return 0
-    digest = lambda image: hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+    digest = lambda image: hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     known = set(map(digest, trained.images))  # not the images: they may take half of the memory
     return sum(digest(image) in known for image in found.images)
