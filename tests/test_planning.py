@@ -220,6 +220,19 @@ def test_the_documents_tables_are_those_of_the_kept_plans(words):
     assert set(told) | set(others) == set(tiny.CONFIGURATIONS)
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "batch, devices, rounds, expected",
+    [(896, 8, 1, [2, 4, 7, 14, 28, 56, 112]), (896, 8, 16, [28, 56, 112]), (64, 8, 8, [])],
+)
+def test_rounds_that_are_tried_divide_the_images_of_a_device(batch, devices, rounds, expected):
+    """Of 896 images on eight chips 32 rounds, twice 16, do not; 28 do, and were not tried."""
+    config = tiny.config(f"data.batch={batch}", f"optim.accumulate={rounds}")
+    found = list(command._candidates(config, devices))
+    assert [changes["optim.accumulate"] for changes, _ in found[: len(expected)]] == expected
+    assert found[len(expected)][0] == {"network.remat": True}
+
+
 @pytest.mark.slow
 def test_too_little_memory_names_a_setting_that_fits(monkeypatch):
     """The advice is compiled, too: what it says is what fits."""

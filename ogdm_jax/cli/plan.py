@@ -13,7 +13,7 @@ from ogdm_jax.config import Config, ConfigError, replace
 from ogdm_jax.planning import chips, program, report
 
 HERE = "here"
-_ROUNDS = (2, 4, 8, 16, 32, 64)
+_STEP = 1.5  # factor from one number of rounds that is tried to the next, at least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +111,11 @@ def _candidates(config: Config, devices: int) -> Iterator[tuple[dict[str, Any], 
 
     The limit is a factor: the memory now over the least that it can be then.
     """
-    rounds = config.optim.accumulate
-    more = [rounds * k for k in _ROUNDS if config.data.batch % (rounds * k * devices) == 0]
+    rounds, each = config.optim.accumulate, config.data.batch // devices
+    more: list[int] = []
+    for k in range(rounds + 1, each + 1):
+        if each % k == 0 and k >= _STEP * (more or [rounds])[-1]:
+            more.append(k)
     for k in more:
         yield {"optim.accumulate": k}, k / rounds
     for k in [rounds, *more]:
