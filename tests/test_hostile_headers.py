@@ -73,7 +73,7 @@ BESIDE = {
     "a list": b"[]",
     "null": b"null",
     "binary": bytes(range(256)),
-    "UTF-16": '{"format": 1}'.encode("utf-16"),
+    "Latin-1": b'{"format": 1, "kind": "\xe9"}',
     "deep": b"[" * 100_000,
     "no format": {},
     "another format": {"format": 2},

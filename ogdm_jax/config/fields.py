@@ -236,7 +236,8 @@ def _entries(
     if not endless and len(value) != len(kinds):
         raise refusal(key, value, expected(field))
     kind = kinds[0] if kinds else object
-    value = [v.tolist() if type(v).__module__ == "numpy" else v for v in value]
+    plain = lambda entry: entry.tolist() if type(entry).__module__ == "numpy" else entry
+    value = (list if isinstance(value, list) else tuple)(map(plain, value))
     fits = {float: is_number, int: lambda v: is_number(v) and isinstance(v, int)}
     is_fit = fits.get(kind, lambda v: isinstance(v, kind))
     if not all(is_fit(entry) for entry in value):

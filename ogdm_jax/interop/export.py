@@ -128,7 +128,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any] | None:
         about = {}
         if suffix == ".safetensors":
             raise
-    if not about.keys() & {"format", "config"}:
+    if about and not about.keys() & {"format", "config"}:
         return None  # JSON of another program, which lies beside its weights
     if about.pop("format", None) != FORMAT:
         if suffix == ".pt":
