@@ -112,3 +112,17 @@ def test_from_a_folder_to_samples_in_three_commands(pictures):
     done = commands.ogdm(pictures, "sample", *sample)
     assert done.returncode == 0, done.stderr
     assert min(commands.picture_size(pictures / "mine.png")) >= 16
+
+
+@pytest.mark.fast
+def test_names_of_classes_and_folders_are_never_code(tmp_path):
+    """A class named so in a stranger's archive was run by `ogdm train`."""
+    names = ["a\n    raise SystemExit('ran')#", 'b"""']
+    found = {
+        "data.source": ('zip:us\\user""".zip', "2 images"),
+        "data.conditional": (True, f"2 classes: {', '.join(names)}"),
+    }
+    file = tmp_path / "mine.py"
+    file.write_text(propose.as_file(found, 'out\\user"""\nraise SystemExit'))
+    config = configs.load(file, ())
+    assert config.data.conditional and config.data.source == found["data.source"][0]

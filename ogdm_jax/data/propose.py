@@ -117,13 +117,20 @@ def _batch(source: Source, mult: tuple[int, ...], devices: Devices) -> int:
 
 
 def as_file(found: dict[str, tuple[Any, str]], out: str) -> str:
-    """The text of a configuration file: an overlay of `configs/base.py`, a reason on each line."""
+    """The text of a configuration file: an overlay of `configs/base.py`, a reason on each line.
+
+    Names of strangers' classes and folders stand in comments alone, on one line, so that none of
+    them is run as code.
+    """
     source, about = found["data.source"]
     typed = lambda value: records.dumps(value) if isinstance(value, str) else repr(value)
-    lines = [f"    config.{key} = {typed(value)}  # {why}" for key, (value, why) in found.items()]
+    told = lambda text: "# " + "".join(c if c.isprintable() else " " for c in text)
+    lines = [
+        f"    config.{key} = {typed(value)}  {told(why)}" for key, (value, why) in found.items()
+    ]
     return (
-        f'"""{about} of {source}: written by `ogdm new`, yours to change.\n\n'
-        f'ogdm train --config {out}\n"""\n\nfrom ogdm_jax.configs import base\n\n\n'
+        told(f"{about} of {source}: written by `ogdm new`, yours to change.")
+        + f"\n#\n{told(f'ogdm train --config {out}')}\n\nfrom ogdm_jax.configs import base\n\n\n"
         "def get_config():\n    config = base.get_config()  # all settings: --dry-run\n"
         + "\n".join([*lines, "    return config\n"])
     )
