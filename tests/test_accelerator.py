@@ -307,7 +307,9 @@ def test_a_rehearsal(tmp_path):
 @pytest.mark.fast
 def test_the_script_needs_what_its_page_says():
     """On the bare machine nothing else is there: array_record was imported, and most of it failed."""
-    missing = "array_record grain tensorboardX tensorflow_datasets sklearn mlxtend pytest".split()
+    missing = (
+        "array_record grain tensorboardX tensorflow_datasets sklearn mlxtend pytest diffrax".split()
+    )
     program = f"""
 import importlib, sys
 sys.path[:0] = {[str(tiny.ROOT), str(tiny.ROOT / "benchmarks")]!r}

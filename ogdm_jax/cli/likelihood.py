@@ -139,8 +139,7 @@ def _measure(
 ) -> dict[str, Any]:
     """The likelihood of images that are spread over a source: means, and what they are worth."""
     devices = parallel.make_plan("mesh", args.devices).local_devices
-    most = args.batch or generate.most_at_a_time(trained.model)
-    size = generate.batch_size(args.num, len(devices), most)
+    size = generate.batch_size(trained.model, args.num, len(devices), args.batch)
     whole, divided = generate.shardings(devices)
 
     def bits(

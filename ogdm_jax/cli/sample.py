@@ -267,8 +267,7 @@ def read(args: argparse.Namespace) -> Plan:
     guided = guidance.build(request, trained, settings, seeds, label=label, churn=churn, texts=rows)
     if guided.restoration is not None:
         seeds = guided.restoration.seeds
-    most = args.batch or generate.most_at_a_time(trained.model, 64)
-    batch = generate.batch_size(len(seeds), len(devices), most)
+    batch = generate.batch_size(trained.model, len(seeds), len(devices), args.batch, most=64)
     animate = animation.check(args.animate, trained, settings)
     plan = (request, out, trained, settings, churn, label, seeds, guided, devices, batch)
     return Plan(*plan, texts, animate, shared, measure)

@@ -205,8 +205,7 @@ def _typed(key: str, value: Any, hint: Any, field: dataclasses.Field[Any]) -> An
     """
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = typing.get_args(hint) if union else (hint,)
-    if type(value).__module__ == "numpy":
-        value = value.tolist()
+    value = _plain(value)
     if value is None:
         if types.NoneType in kinds:
             return None
@@ -225,6 +224,13 @@ def _typed(key: str, value: Any, hint: Any, field: dataclasses.Field[Any]) -> An
     )
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, also among entries."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.tolist() if type(value).__module__ == "numpy" else value
+
+
 def _entries(
     key: str, value: Any, kinds: tuple[Any, ...], field: dataclasses.Field[Any]
 ) -> tuple[Any, ...]:
@@ -236,8 +242,6 @@ def _entries(
     if not endless and len(value) != len(kinds):
         raise refusal(key, value, expected(field))
     kind = kinds[0] if kinds else object
-    plain = lambda entry: entry.tolist() if type(entry).__module__ == "numpy" else entry
-    value = (list if isinstance(value, list) else tuple)(map(plain, value))
     fits = {float: is_number, int: lambda v: is_number(v) and isinstance(v, int)}
     is_fit = fits.get(kind, lambda v: isinstance(v, kind))
     if not all(is_fit(entry) for entry in value):

@@ -188,8 +188,7 @@ def _draw(
     field, remedy = "config.dg.samples", f"that {path}.parts is removed"
     floats = prior.model.latents is not None
     with output.Output(path, wanted, seeds, floats, field, remedy=remedy).opened() as out:
-        most = generate.most_at_a_time(prior.model)
-        batch = generate.batch_size(len(seeds), len(devices), most)
+        batch = generate.batch_size(prior.model, len(seeds), len(devices))
         parts = prior.batches(
             config.sample,
             seeds,

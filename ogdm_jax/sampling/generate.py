@@ -61,11 +61,19 @@ def most_at_a_time(model: Model, most: int = 256) -> int:
     return min(most, max(1, 512 * 32 * 32 // (height * width)))
 
 
-def batch_size(num: int, devices: int, most: int) -> int:
-    """Images of a compiled batch: a multiple of the devices, at most so many on each, and no more
-    than `num` images need.
+def batch_size(
+    model: Model, num: int, devices: int, each: int | None = None, most: int = 256
+) -> int:
+    """Images of a compiled batch: a multiple of the devices, at most `each` on every one, and no
+    more than `num` images need.
+
+    Args:
+      model: what is sampled.
+      num: images in all.
+      devices: how many there are.
+      each: None: `most_at_a_time`, at most `most`.
     """
-    return devices * min(most, -(-num // devices))
+    return devices * min(each or most_at_a_time(model, most), -(-num // devices))
 
 
 def pending(done: np.ndarray, batch: int) -> list[int]:

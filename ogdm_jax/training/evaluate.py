@@ -306,7 +306,7 @@ class Evaluator:
             params, buffers, placed(seeds), placed(labels), constants, placed(rows)
         )
         labels = conditions(self._run.source, self._model, seeds)
-        batch = generate.batch_size(len(seeds), len(devices), generate.most_at_a_time(model))
+        batch = generate.batch_size(model, len(seeds), len(devices))
         weights, self._counts = (params, buffers), []
         counts = self._counts
         return generate.generate(sampler, *weights, seeds, labels, batch, guidance, counts=counts)

@@ -126,7 +126,7 @@ def _watch(
             labels = texts.of_rows(run.source, seeds)
             captions = [run.source.captions[int(i) % len(run.source)] for i in seeds]
         buffers = {**buffers, **more}
-        batch = generate.batch_size(settings.num, 1, generate.most_at_a_time(model))
+        batch = generate.batch_size(model, settings.num, 1)
         parts = generate.generate(compiled(), params, buffers, seeds, labels, batch)
         picture = pictures.sheet(np.concatenate(list(parts)), captions=captions)
         pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)

@@ -263,8 +263,7 @@ class TrainedModel:
         labels = self._labels(seeds, labels)
         guidance = listed(guidance)
         images = self._sampler(settings, devices, churn, guidance)
-        most = batch or generate.most_at_a_time(self.model)
-        size = generate.batch_size(len(seeds), len(devices), most)
+        size = generate.batch_size(self.model, len(seeds), len(devices), batch)
         weights = self.params, self.buffers
         return generate.generate(images, *weights, seeds, labels, size, guidance, done, counts)
 
